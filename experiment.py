@@ -1,0 +1,16 @@
+"""Train a small language model, fit sparse autoencoders to it and evaluate them: `python experiment.py --out_dir=run_1`.
+
+`python experiment.py --help` explains the command line. Two lines below are meant to be edited: PLAN names the file in conf/plan/ that
+says what run_0, run_1, ... are; OVERRIDES are added to every run, as if they had been typed, e.g. ["sae=topk", "sae.target_l0=64"].
+"""
+
+import sys
+from pathlib import Path
+
+PLAN = "variants"
+OVERRIDES: list[str] = []
+
+if __name__ == "__main__":
+    from sae_experiments.cli import main
+
+    sys.exit(main(sys.argv[1:], plan=PLAN, extra=OVERRIDES, conf=Path(__file__).resolve().parent / "conf"))

@@ -1,0 +1,220 @@
+"""Configuration: plans, presets and Hydra overrides in, one checked configuration out; every mistake is one line.
+
+Hydra and OmegaConf stay in this module, ``sweeps`` and ``cli``: below them nothing sees a DictConfig.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sae_experiments.io import UserError
+from sae_experiments.results import EDGES
+
+_GROUPS = ("preset", "data", "lm", "fit", "sae", "metric", "track", "study")
+
+
+def key_of(override: str) -> str:
+    """``sae.target_l0`` of ``sae.target_l0=32`` (also with a leading + or ++)."""
+    return override.lstrip("+~").split("=", 1)[0]
+
+
+def complete(user: Sequence[str], *, plan: str, extra: Sequence[str], conf: Path) -> tuple[list[str], dict[str, Any]]:
+    """The whole list of overrides: preset, then the plan's for this out_dir, then the file's, then the user's (later ones win)."""
+    out_dir = next((o.split("=", 1)[1] for o in reversed(user) if key_of(o) == "out_dir"), "run_0")
+    planned, note = planned_overrides(conf, plan, out_dir)
+    changed = {key_of(o) for o in [*extra, *user]} - {"out_dir", *EDGES}
+    if changed:  # the plan's name for the run would lie about what it is now
+        planned = [o for o in planned if key_of(o) != "label"]
+    merged = {key_of(o): o for o in [*planned, *extra, *user]}
+    preset, reason = choose_preset(merged.pop("preset", "preset=auto").split("=", 1)[1])
+    return [f"preset={preset}", *merged.values()], {"preset": preset, "preset_reason": reason, "plan": plan, "plan_note": note}
+
+
+def choose_preset(asked: str) -> tuple[str, str]:
+    """``auto`` is full where there is a CUDA device and laptop elsewhere."""
+    if asked != "auto":
+        return asked, "asked for"
+    import torch
+
+    return ("full", "auto: there is a CUDA device") if torch.cuda.is_available() else ("laptop", "auto: there is no CUDA device")
+
+
+def planned_overrides(conf: Path, plan: str, out_dir: str) -> tuple[list[str], str]:
+    """What the active plan says about ``out_dir``, and a note about it for people."""
+    path = conf / "plan" / f"{plan}.yaml"
+    if not path.exists():
+        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise UserError(
+            f"PLAN={plan!r} in experiment.py has no file conf/plan/{plan}.yaml: choose one of {', '.join(known)}{_did_you_mean(plan, known)}"
+        )
+    runs = OmegaConf.to_container(OmegaConf.load(path))["runs"]
+    if out_dir in runs:
+        return list(runs[out_dir]), f"plan {plan}: {out_dir} is {' '.join(runs[out_dir]) or 'the plain configuration'}"
+    return [], f"plan {plan} does not name {out_dir}: plain configuration"
+
+
+def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, str]:
+    """The configuration of ``overrides`` with ``arms`` filled in, and a label made of their names. Whatever is wrong is a one-line error.
+
+    ``sae=[a,b]`` and a list for a ``sae.*`` key that holds a single value span a grid of SAEs, all fitted in one run.
+    """
+    parsed = _parsed([f"metric=[{','.join(_options(conf, 'metric'))}]" if o == "metric=all" else o for o in overrides])
+    _check_groups(conf, parsed)
+    names = next((_as_list(o.value()) for o in reversed(parsed) if o.key_or_group == "sae"), ["standard"])
+    if not names:
+        raise UserError(f"sae=[] names no SAE: choose from {', '.join(_options(conf, 'sae'))}")
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        groups = [o.input_line for o in parsed if _is_group(conf, o.key_or_group) and o.key_or_group != "sae"]
+        bases = [_compose([*groups, f"sae={name}"]) for name in names]
+        grid, plain = _split_grid([o for o in parsed if o.key_or_group != "sae"], bases[0])
+        _check_keys(parsed, bases)
+        arms: dict[str, Any] = {}
+        for name, *values in itertools.product(names, *([(k, v) for v in vs] for k, vs in grid.items())):
+            cfg = _compose([*plain, f"sae={name}", *(f"{k}={v}" for k, v in values)])
+            label = "-".join([str(name), *(f"{k.rsplit('.', 1)[1]}{v}" for k, v in values)])
+            arms[re.sub(r"[^A-Za-z0-9_.-]", "_", label)] = OmegaConf.to_container(cfg.sae, resolve=True)
+    OmegaConf.set_struct(cfg, False)
+    cfg.arms = arms
+    return cfg, ", ".join(arms)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    try:
+        cfg = compose("config", list(overrides))
+        OmegaConf.to_container(cfg, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(first_line(error)) from error
+    return cfg
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UserError(f"{first_line(error)} (quote values that hold =, commas or brackets)") from error
+
+
+def _is_group(conf: Path, key: str) -> bool:
+    return (conf / key).is_dir()
+
+
+def _options(conf: Path, group: str) -> list[str]:
+    return sorted(p.stem for p in (conf / group).glob("*.yaml") if not p.stem.startswith("_"))
+
+
+def _check_groups(conf: Path, parsed: Sequence[Override]) -> None:
+    for o in parsed:
+        if _is_group(conf, o.key_or_group) and not o.is_delete():
+            known = _options(conf, o.key_or_group)
+            for name in _as_list(o.value()):
+                if str(name) not in known:
+                    raise UserError(f"{o.key_or_group}={name} does not exist: choose from {', '.join(known)}{_did_you_mean(str(name), known)}")
+
+
+def _split_grid(parsed: Sequence[Override], base: DictConfig) -> tuple[dict[str, list[Any]], list[str]]:
+    """The ``sae.*`` keys given a list where one value belongs, and all other overrides."""
+    grid, plain = {}, []
+    for o in parsed:
+        one_value = not isinstance(OmegaConf.select(base, o.key_or_group), ListConfig)
+        if o.key_or_group.startswith("sae.") and one_value and isinstance(o.value(), list):
+            grid[o.key_or_group] = o.value()
+        else:
+            plain.append(o.input_line)
+    return grid, plain
+
+
+def _check_keys(parsed: Sequence[Override], bases: Sequence[DictConfig]) -> None:
+    """Every key exists for every SAE of the run, and every value has the type of the one it replaces."""
+    for base in bases:
+        known = _flat_keys(OmegaConf.to_container(base, resolve=False))
+        for o in parsed:
+            key = o.key_or_group
+            if o.is_delete() or o.is_add() or o.is_force_add() or key.startswith("hydra.") or "/" in key or key in _GROUPS:
+                continue
+            if key not in known:
+                raise UserError(f"{key} is not an option{_did_you_mean(key, known)}; python experiment.py --help lists the keys")
+            _check_type(key, o.value(), OmegaConf.select(base, key))
+
+
+def _flat_keys(value: Any, prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, v in value.items():
+        name = f"{prefix}{key}"
+        out[name] = v
+        if isinstance(v, Mapping):
+            out |= _flat_keys(v, f"{name}.")
+    return out
+
+
+_KINDS: tuple[tuple[type, Any, str], ...] = (
+    (bool, bool, "true or false"),
+    (int, int, "a whole number"),
+    (float, (int, float), "a number"),
+    (ListConfig, list, "a list like [1,2]"),
+    (DictConfig, dict, "a mapping"),
+)
+
+
+def _check_type(key: str, value: Any, before: Any) -> None:
+    """The value (each one of a grid) is finite and of the kind that stands in the configuration; null fits everywhere."""
+    grid = key.startswith("sae.") and isinstance(value, list) and not isinstance(before, ListConfig)
+    for v in value if grid else [value]:
+        if isinstance(v, float) and not math.isfinite(v):
+            raise UserError(f"{key}={v} must be a finite number")
+        if v is None or before is None or isinstance(before, str):
+            continue
+        kinds, words = next((allowed, words) for kind, allowed, words in _KINDS if isinstance(before, kind))
+        if not isinstance(v, kinds) or (isinstance(v, bool) and not isinstance(before, bool)):
+            now = OmegaConf.to_container(before) if isinstance(before, (ListConfig, DictConfig)) else before
+            raise UserError(f"{key}={v} must be {words} (now {now})")
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1, 0.6) or difflib.get_close_matches(
+        name.rsplit(".", 1)[-1], [k for k in known if "." not in k], 1, 0.8
+    )
+    tails = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1] and k != name]
+    guess = (tails[:1] or close) if "." not in name else (close or tails[:1])
+    return f"; did you mean {guess[0]}?" if guess else ""
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first line with something in it, of the error or of what caused it."""
+    while error is not None:
+        for line in str(error).splitlines():
+            if line.strip():
+                return line.strip()
+        kind, error = type(error).__name__, error.__cause__ or error.__context__
+    return kind
+
+
+def build(node: DictConfig) -> Any:
+    """Instantiate a node; whatever its constructors object to becomes a one-line error."""
+    try:
+        return instantiate(node, _convert_="all")
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise UserError(f"the configuration cannot be built: {first_line(cause)}") from error

@@ -1,0 +1,86 @@
+"""From run folders to a folder of figures and tables: what ``plot.py`` does once its options are read."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sae_experiments.compare import compare, markdown, terminal
+from sae_experiments.io import UserError, write_bytes
+from sae_experiments.plots.base import NothingToDrawError, save
+from sae_experiments.run_table import RunTable, find_runs, runs_in
+
+log = logging.getLogger(__name__)
+NO_RUNS = "no runs in {}: make one with 'python experiment.py --out_dir=run_0', or name run folders: 'python plot.py runs/run_1'"
+
+
+def found_runs(named: Sequence[Path], here: Path, home: Path) -> list[Path]:
+    """The run folders to compare: those in ``named``; else ``runs/*`` and ``run_*`` in the current folder, else beside plot.py.
+
+    Raises :class:`UserError`, which says what to run, where there are none.
+    """
+    if named:
+        found = find_runs(named)
+    else:
+        roots = ([root / "runs", *sorted(root.glob("run_*"))] for root in (here, home))
+        found = next((runs for paths in roots if (runs := [run.resolve() for path in paths for run in runs_in(path)])), [])
+    if not found:
+        raise UserError(NO_RUNS.format(", ".join(map(str, named)) or here / "runs"))
+    return found
+
+
+def default_out(runs: Sequence[Path]) -> Path:
+    """``comparison`` in the folder that holds the runs."""
+    return Path(os.path.commonpath([run.parent for run in runs])) / "comparison"
+
+
+def write_tables(table: RunTable, out: Path) -> str:
+    """Write ``comparison.csv`` (everything) and ``comparison.md``; returns the text for the terminal."""
+    rows = compare(table)
+    write_bytes(out / "comparison.csv", rows.to_csv(index=False).encode())
+    write_bytes(out / "comparison.md", markdown(table, rows).encode())
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return terminal(table, rows, colour=colour)
+
+
+def choose(names: str | None, known: Sequence[str]) -> list[str]:
+    """The figures named, with commas; all where nothing is said."""
+    chosen = [name.strip() for name in names.split(",")] if names else list(known)
+    for name in chosen:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError(f"--figures={name} is not in conf/plot" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"))
+    return chosen
+
+
+def draw_all(table: RunTable, figures: Mapping[str, Callable[[], Callable[..., Any]]], out: Path, png_dir: Path | None) -> list[Path]:
+    """Draw every figure; ``figures`` makes each one's ``draw`` on demand. One that fails is a warning line and stops no other."""
+    written: list[Path] = []
+    for name, make in figures.items():
+        try:
+            files = save(make()(table), name, out)
+            if png_dir:
+                write_bytes(png_dir / f"{name}.png", files[0].read_bytes())
+        except NothingToDrawError as reason:
+            log.info("%s: not drawn, %s", name, reason)
+        except Exception as error:  # whatever a figure of the user's raises, the others must be drawn
+            log.warning("%s: not drawn, %s: %s", name, type(error).__name__, " ".join(str(error).split())[:300])
+        else:
+            written += files
+    return written
+
+
+def report(table: RunTable, figures: Mapping[str, Callable[[], Callable[..., Any]]], out: Path, png_dir: Path | None) -> None:
+    """Write tables and figures to ``out`` (PNGs to ``png_dir`` too) and print the comparison."""
+    if not table.runs:
+        raise UserError("no run has results yet; wait for a first cell to finish, or look at the warnings above")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue] (a terminal without ± must not end the program)
+    print(write_tables(table, out), flush=True)
+    written = draw_all(table, figures, out, png_dir)
+    print(f"\n{len(written)} figure files, comparison.csv and comparison.md in {out}")

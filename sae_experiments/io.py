@@ -1,0 +1,140 @@
+"""Files that are either whole or absent, digests that name them, and a cache that many processes may share."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+DONE = "done.json"
+
+
+class UserError(Exception):
+    """A mistake the user can mend: shown as one line without a traceback. ``exit_status`` 2: nothing was computed yet."""
+
+    exit_status = 2
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` so that a reader sees the old file or the whole new one, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys. Raises ``ValueError`` for NaN and infinity, which JSON does not have."""
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a damaged file is a :class:`UserError` that names it."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
+
+
+def digest(value: Any) -> str:
+    """Sixteen hex digits that name a JSON-like value (key order does not matter)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sha256_file(path: Path, block: int = 1 << 20) -> str:
+    """SHA-256 of a file as 64 hex digits, read in blocks."""
+    found = hashlib.sha256()
+    with open(path, "rb") as f:
+        while data := f.read(block):
+            found.update(data)
+    return found.hexdigest()
+
+
+def source_digest(*modules: ModuleType) -> str:
+    """Name the code of ``modules``; comments, docstrings and layout do not count, so editing them keeps caches valid."""
+    return digest([_code(Path(m.__file__)) for m in modules if m.__file__])
+
+
+def package_digest(root: Path) -> str:
+    """Name the code of every Python file below ``root`` (what a finished result depends on)."""
+    return digest({str(p.relative_to(root)): _code(p) for p in sorted(root.rglob("*.py"))})
+
+
+def _code(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+                node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+@contextmanager
+def locked(path: Path, *, wait_s: float = -1, held: str = "") -> Any:
+    """Hold the lock file ``path``; after ``wait_s`` seconds (-1: forever) raise :class:`UserError` with ``held``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=wait_s)
+    except Timeout as error:
+        raise UserError(held or f"{path} is held by another process") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def cached(root: Path, kind: str, key: Mapping[str, Any], make: Callable[[Path], bool | None]) -> Path:
+    """The folder ``root/kind/<digest of key>``, made by ``make(folder)`` unless a whole one is there.
+
+    ``make`` may be killed and called again on the same folder: what it finds there is its own unfinished work (a checkpoint,
+    say). The folder counts as whole once ``done.json``, which lists size and SHA-256 of every file, is in place; a file that
+    no longer matches the list is noticed here and the folder is made anew. Processes that want the same key wait for each other.
+    A ``make`` that returns False was cut short: its folder is returned as it is and continued by the next call.
+    """
+    name = digest(key)
+    folder = root / kind / name
+    with locked(root / kind / f"{name}.lock"):
+        if (folder / DONE).exists():
+            damaged = _damage(folder)
+            if damaged is None:
+                return folder
+            print(f"cache: {kind}/{name}/{damaged} is damaged: making {kind}/{name} again", flush=True)
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if make(folder) is False:
+            return folder
+        files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.rglob("*")) if p.is_file()}
+        write_json(folder / DONE, {"key": json.loads(json.dumps(key, default=str)), "files": files})
+    return folder
+
+
+def _damage(folder: Path) -> str | None:
+    """The first file of a finished cache folder that is missing or differs from what was written, or None."""
+    try:
+        listed = json.loads((folder / DONE).read_bytes())["files"]
+    except (ValueError, KeyError, TypeError):
+        return DONE
+    for name, was in listed.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != was["bytes"] or sha256_file(path) != was["sha256"]:
+            return name
+    return None

@@ -1,0 +1,43 @@
+"""How well the SAE rebuilds held-out activations."""
+
+from __future__ import annotations
+
+import torch
+
+from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+
+INFO = [
+    MetricInfo(name="sae_fvu", title="FVU", formula="sum ||y - yhat||^2 / sum ||y - mean y||^2", unit="", better="down"),
+    MetricInfo(name="sae_mse", title="MSE", formula="sum ||y - yhat||^2 / (N d)", unit="", better="down", shown=False),
+    MetricInfo(name="sae_cosine", title="cosine", formula="mean y.yhat / (||y|| ||yhat||)", unit="", better="up", shown=False),
+    MetricInfo(name="sae_l2_ratio", title="L2 ratio", formula="mean ||yhat|| / ||y||", unit="", better="none", shown=False),
+]
+
+
+def measure(bench: Bench, *, rows: int | None) -> Measured:
+    """Fraction of variance unexplained (pooled: a ratio of sums over all rows about their own mean), MSE, cosine and norm ratio.
+
+    FVU is 1 for a constant prediction of the mean and 0 for a perfect copy; it is null where the rows do not vary.
+    """
+    n = error = cosine = ratio = squares = 0.0
+    total = shift = None
+    for r in bench.chunks(rows):
+        y, yhat = r.y.double(), r.recon.double()
+        # Shifting by the first row keeps the one-pass variance exact where the mean is much larger than the spread.
+        shift = y[0] if shift is None else shift
+        total = (y - shift).sum(0) if total is None else total + (y - shift).sum(0)
+        squares += float((y - shift).square().sum())
+        error += float((y - yhat).square().sum())
+        norm, norm_hat = y.norm(dim=1), yhat.norm(dim=1)
+        cosine += float(((y * yhat).sum(1) / (norm.clamp_min(1e-8) * norm_hat.clamp_min(1e-8))).sum())
+        ratio += float((norm_hat / norm.clamp_min(1e-8)).sum())
+        n += len(y)
+    variance = squares - float(total.square().sum()) / n
+    constant = not variance > 1e-12 * n
+    values = {
+        "sae_fvu": None if constant else error / variance,
+        "sae_mse": error / n / len(total),
+        "sae_cosine": cosine / n,
+        "sae_l2_ratio": ratio / n,
+    }
+    return Measured(values, why_null={"sae_fvu": "the held-out rows do not vary"} if constant and torch.isfinite(total).all() else {})

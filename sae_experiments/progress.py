@@ -1,0 +1,63 @@
+"""What a person sees while a run goes on: progress bars on a terminal, one line now and then elsewhere, all of it on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+EVERY_S = 15.0  # between lines where there is no terminal
+
+
+class Console:
+    """Says lines and shows stages. ``quiet`` keeps only what :meth:`say` is told to say always; stderr is left to the cause of a failure."""
+
+    def __init__(self, *, verbosity: str = "normal") -> None:
+        self.quiet, self.verbose = verbosity == "quiet", verbosity == "verbose"
+        self.terminal = sys.stdout.isatty()
+
+    def say(self, line: str, *, always: bool = False) -> None:
+        """One line on stdout."""
+        if always or not self.quiet:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def detail(self, line: str) -> None:
+        """A line for ``verbosity=verbose`` only."""
+        if self.verbose:
+            self.say(line)
+
+    @contextmanager
+    def stage(self, name: str, unit: str = "step") -> Iterator[Callable[[int, int], None]]:
+        """Yields ``tick(done, total)``: a bar with rate and remaining time on a terminal, a line every 15 s elsewhere, one at the end."""
+        bar: tqdm | None = None
+        start = told = time.monotonic()
+        state = [0, 0, None]
+
+        def tick(done: int, total: int) -> None:
+            nonlocal bar, told
+            first = state[2] is None
+            if first:
+                state[2] = done - 1
+            state[0], state[1] = done, total
+            if self.quiet:
+                return
+            if self.terminal:
+                if bar is None:
+                    bar = tqdm(
+                        total=total, initial=done, desc=f"  {name}", unit=unit, file=sys.stdout, leave=False, dynamic_ncols=True, mininterval=0.2
+                    )
+                bar.update(done - bar.n)
+            elif time.monotonic() - told > EVERY_S:
+                told = time.monotonic()
+                rate = (done - state[2]) / max(told - start, 1e-9)
+                self.say(f"  {name}: {done:,}/{total:,} {unit}s, {rate:,.1f} {unit}s/s, {(total - done) / max(rate, 1e-9):,.0f} s left")
+
+        try:
+            yield tick
+        finally:
+            if bar is not None:
+                bar.close()

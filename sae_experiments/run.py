@@ -1,0 +1,234 @@
+"""Run a study into a run folder: manifest, cells (finished ones are skipped), aggregation, status."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_experiments.io import UserError, digest, locked, package_digest, read_json, write_json
+from sae_experiments.metrics.info import describe
+from sae_experiments.progress import Console
+from sae_experiments.results import EDGES, CurveWriter, Record, read_records, save_arrays, write_final_info, write_record
+from sae_experiments.studies.base import Cell, Context, Outcome, Study
+from sae_experiments.track import Tracker
+from sae_experiments.training import NonFinite
+
+
+class RunFailed(UserError):
+    """Some cells failed; the others are finished and on disk."""
+
+    exit_status = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Everything about a run that is not the study: where it lies, what was asked for, who is told."""
+
+    folder: Path
+    cache: Path
+    config: Mapping[str, Any]
+    label: str
+    device: str
+    verbosity: str
+    time_limit_s: float | None
+    overwrite: bool
+    about: Mapping[str, Any] = field(default_factory=dict)  # argv, overrides, preset and the reason for it
+
+
+def run(study: Study, settings: RunSettings, tracker: Tracker) -> str:
+    """Run every cell of ``study`` that has no finished result in the folder; returns done, failed or cut.
+
+    A cell's results are on disk, and in ``final_info.json``, as soon as it ends. A loss that is not finite ends its cell and lets the others
+    go on; every other error ends the run. Either way the manifest says what happened and the error is raised at the end.
+
+    Raises:
+        UserError: the folder belongs to another configuration, cannot be written, or is in use by another process.
+    """
+    study.check()
+    folder = settings.folder
+    config = {k: v for k, v in settings.config.items() if k not in EDGES}
+    _refuse_other_configuration(folder, config, settings.overwrite)
+    created = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"out_dir={folder} cannot be written ({error.strerror}): choose another out_dir or runs_root") from error
+    console = Console(verbosity=settings.verbosity)
+    with locked(folder / ".lock", wait_s=0, held=f"{folder} is in use by another process: wait for it or choose another out_dir"):
+        try:
+            return _Run(study, settings, tracker, console, config).go()
+        except BaseException:
+            if created and not (folder / "manifest.json").exists():
+                _remove_if_empty(folder)
+            raise
+
+
+class _Run:
+    def __init__(self, study: Study, settings: RunSettings, tracker: Tracker, console: Console, config: Mapping[str, Any]) -> None:
+        self.study, self.settings, self.tracker, self.console = study, settings, tracker, console
+        self.device = torch.device(settings.device)
+        self.hashes = {"config_hash": digest(config), "source_hash": package_digest(Path(__file__).parent)}
+        self.deadline = None if settings.time_limit_s is None else time.monotonic() + settings.time_limit_s
+        self.manifest: dict[str, Any] = {}
+        self.cut = False
+
+    def go(self) -> str:
+        s = self.settings
+        ctx = Context(folder=s.folder, cache=s.cache, device=self.device, console=self.console)
+        corpora = self.study.prepare(ctx)
+        self.manifest = {
+            **s.about, "label": s.label, "config": s.config, "git": _git(), "versions": _versions(), "device": _device_name(self.device),
+            "corpora": corpora, "metrics": describe(self.study.infos()), **self.hashes, "status": "running", "started": _now(), "pid": os.getpid(),
+        }  # fmt: skip
+        self._write_manifest()
+        self.tracker.start(s.folder, s.config, s.label)
+        status, failures = "failed", []
+        try:
+            failures = self._cells(ctx)
+            status = "failed" if failures else "cut" if self.cut else "done"
+        except BaseException as error:
+            self.manifest["cause"] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self.manifest |= {"status": status, "ended": _now()}
+            if failures:
+                self.manifest["cause"] = "; ".join(failures)
+            self._write_manifest()
+            self.tracker.finish(status)
+        if failures:
+            raise RunFailed(f"{len(failures)} of {len(self.study.cells())} cells failed: {'; '.join(failures)}")
+        return status
+
+    def _cells(self, ctx: Context) -> list[str]:
+        cells = self.study.cells()
+        failures: list[str] = []
+        for i, cell in enumerate(cells):
+            if self._finished(cell):
+                self.console.say(f"[{i + 1}/{len(cells)}] {cell.dataset} seed {cell.seed}: already done")
+                continue
+            self.console.say(f"[{i + 1}/{len(cells)}] {cell.dataset} seed {cell.seed}")
+            try:
+                self._cell(cell, ctx, len(cells) - i)
+            except NonFinite as error:
+                failures.append(f"{cell.dataset} seed {cell.seed}: {error}")
+                self.console.say(f"  failed: {error}", always=True)
+        write_final_info(self.settings.folder, self._records())
+        return failures
+
+    def _cell(self, cell: Cell, ctx: Context, left: int) -> None:
+        folder, began = self.settings.folder, time.monotonic()
+        # An equal share of what is left for every cell, so that a limit cuts training short everywhere instead of dropping the last cells.
+        deadline = None if self.deadline is None else began + max(self.deadline - began, 0.0) / left
+        with CurveWriter(folder, cell.reports[0], cell.seed, resume=False) as curves:
+
+            def log(step: int, values: Mapping[str, float]) -> None:
+                for name, value in values.items():
+                    curves.write(step, name, value)
+                self.tracker.log(cell.dataset, cell.seed, step, values)
+
+            outcomes = self.study.run(cell, replace(ctx, log=log, deadline=deadline))
+        for report, outcome in outcomes.items():
+            self._keep(report, cell, outcome, time.monotonic() - began)
+        write_final_info(folder, self._records())
+
+    def _keep(self, report: str, cell: Cell, outcome: Outcome, total: float) -> None:
+        folder = self.settings.folder
+        self.cut = self.cut or outcome.cut
+        # Written whole from the stages' own histories: a resumed stage logs only what it did after the kill.
+        with CurveWriter(folder, report, cell.seed, resume=False) as curves:
+            for step, name, value in outcome.curves:
+                curves.write(step, name, value)
+        if outcome.arrays:
+            save_arrays(folder, report, cell.seed, outcome.arrays)
+        # A cell that was cut short keeps its numbers but not its hash, so that the same command without the limit makes it whole.
+        hashes = {k: f"{v}{'-cut' if outcome.cut else ''}" for k, v in self.hashes.items()}
+        seconds = outcome.seconds | {"cell": total}
+        write_record(folder, Record(dataset=report, seed=cell.seed, metrics=outcome.metrics, why_null=outcome.why_null, seconds=seconds, **hashes))
+        self.tracker.summary(report, cell.seed, outcome.metrics)
+
+    def _finished(self, cell: Cell) -> bool:
+        found = {r.dataset for r in self._records() if r.seed == cell.seed and (r.config_hash, r.source_hash) == tuple(self.hashes.values())}
+        return found >= set(cell.reports)
+
+    def _records(self) -> list[Record]:
+        wanted = {(report, cell.seed) for cell in self.study.cells() for report in cell.reports}
+        return [r for r in read_records(self.settings.folder) if (r.dataset, r.seed) in wanted]
+
+    def _write_manifest(self) -> None:
+        write_json(self.settings.folder / "manifest.json", self.manifest)
+
+
+def _refuse_other_configuration(folder: Path, config: Mapping[str, Any], overwrite: bool) -> None:
+    path = folder / "manifest.json"
+    if overwrite or not path.exists() or not any(folder.glob("cells/*.json")):
+        return
+    before = flat({k: v for k, v in read_json(path)["config"].items() if k not in EDGES})
+    now = flat(config)
+    changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            f"{folder} holds results of another configuration ({'; '.join(changed[:3])}{more}): choose another out_dir, or add overwrite=true to replace them"
+        )
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return out
+
+
+def _remove_if_empty(folder: Path) -> None:
+    (folder / ".lock").unlink(missing_ok=True)
+    try:
+        folder.rmdir()
+    except OSError:
+        return  # something is in it: it stays
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _git() -> dict[str, Any]:
+    """Commit and whether the tree differs from it; empty outside a checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"commit": commit, "dirty": bool(dirty)}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("sae-experiments", "torch", "transformers", "hydra-core", "omegaconf", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

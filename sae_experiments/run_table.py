@@ -1,0 +1,263 @@
+"""Many runs side by side: find the folders, read them, choose the baseline, and say which runs may be compared (no torch).
+
+Nothing here fails because of one bad run: what is missing or damaged is one warning line and is left out.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sae_experiments.io import UserError, read_json
+from sae_experiments.results import (
+    FINAL_INFO,
+    Record,
+    Stat,
+    aggregate,
+    load_arrays,
+    mean_stderr,
+    number,
+    read_curves,
+    read_records,
+    statistics_of,
+    try_json,
+)
+
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+BASELINE = "run_0"
+PUBLISHED = "published"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read. ``stats`` is ``{dataset: {metric: Stat}}``; of the published baseline only means are known."""
+
+    path: Path | None  # None: the published baseline
+    name: str  # unique among the runs of a table
+    label: str
+    manifest: dict[str, Any]
+    records: list[Record]
+    final_info: dict[str, Any]
+    stats: dict[str, dict[str, Stat]]
+
+    @property
+    def title(self) -> str:
+        """What tables and figures call the run."""
+        return self.name if self.label in ("", self.name) else f"{self.name}: {self.label}"
+
+    @property
+    def preset(self) -> str:
+        return str(self.manifest.get("preset") or "")
+
+    @property
+    def status(self) -> str:
+        return str(self.manifest.get("status") or "")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return _mapping(self.manifest.get("config"))
+
+    def provenance(self, dataset: str) -> dict[str, Any]:
+        """Where the text of ``dataset`` came from; {} where the manifest does not say."""
+        return _mapping(_mapping(self.manifest.get("corpora")).get(dataset))
+
+    def stand_in(self, dataset: str) -> bool:
+        """Whether ``dataset`` was stood in for by other text."""
+        return bool(self.provenance(dataset).get("stand_in"))
+
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        """Every logged point: dataset, seed, step, name, value (nulls left out)."""
+        rows = [(d, s, *point) for path, d, s in self._cells("curves", ".jsonl") for point in read_curves(path, d, s) if point[2] is not None]
+        return pd.DataFrame(rows, columns=["dataset", "seed", "step", "name", "value"])
+
+    def arrays(self, dataset: str) -> dict[int, dict[str, np.ndarray]]:
+        """The stored arrays of a dataset by seed."""
+        return {s: load_arrays(path, d, s) for path, d, s in self._cells("arrays", ".npz") if d == dataset}
+
+    def _cells(self, folder: str, suffix: str) -> list[tuple[Path, str, int]]:
+        if self.path is None:
+            return []
+        names = [re.fullmatch(r"([A-Za-z0-9_.-]+)_(-?\d+)", p.name.removesuffix(suffix)) for p in (self.path / folder).glob(f"*{suffix}")]
+        return sorted((self.path, m[1], int(m[2])) for m in names if m)
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """Runs in the order in which they are drawn, and the one they are compared with (part of ``runs``, the published one apart)."""
+
+    runs: list[Run]
+    baseline: Run | None = None
+
+    @cached_property
+    def values(self) -> pd.DataFrame:
+        """Tidy: run, label, dataset, seed, metric, value. Seed is NA where only ``final_info.json`` is left."""
+        rows = []
+        for run in self.runs:
+            for dataset, stats in run.stats.items():
+                for metric, stat in stats.items():
+                    listed = _mapping(_mapping(run.final_info.get(dataset)).get("final_info_dict")).get(metric) or []
+                    seeds = list(stat.values.items()) or [(None, v) for v in listed]
+                    rows += [(run.name, run.label, dataset, seed, metric, value) for seed, value in seeds]
+        table = pd.DataFrame(rows, columns=["run", "label", "dataset", "seed", "metric", "value"])
+        return table.astype({"seed": "Int64", "value": "float64"})
+
+    @cached_property
+    def datasets(self) -> list[str]:
+        return sorted({dataset for run in self.runs for dataset in run.stats})
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """Every metric of any run, in the order of the manifests, then by name."""
+        names = {metric for run in self.runs for stats in run.stats.values() for metric in stats}
+        return sorted(names, key=lambda name: (self.info(name)["order"], name))
+
+    def info(self, metric: str) -> dict[str, Any]:
+        """title, formula, unit, better, shown, order of a metric, from the first manifest that knows it; defaults where none does."""
+        known = next((info for run in self.runs if (info := _mapping(_mapping(run.manifest.get("metrics")).get(metric)))), {})
+        order = number(known.get("order"))
+        return {
+            "title": str(known.get("title") or metric),
+            "formula": str(known.get("formula") or ""),
+            "unit": str(known.get("unit") or ""),
+            "better": known.get("better") if known.get("better") in ("up", "down", "target") else "none",
+            "shown": known.get("shown", True) is not False,
+            "order": float("inf") if order is None else order,
+        }
+
+    def why_not(self, run: Run, dataset: str) -> str:
+        """Why ``run`` must not be subtracted from the baseline on ``dataset``; '' where it may be."""
+        return "no baseline" if self.baseline is None else why_not_comparable(run, self.baseline, dataset)
+
+
+def why_not_comparable(run: Run, other: Run, dataset: str) -> str:
+    """The first of preset, stand-in text, corpus and its size that differs or is not recorded; '' where the runs may be compared."""
+    if dataset not in other.stats:
+        return f"{other.name} lacks it"
+    if not run.preset or not other.preset:
+        return f"preset of {(other if run.preset else run).name} unknown"
+    if run.preset != other.preset:
+        return f"preset {run.preset} vs {other.preset}"
+    mine, theirs = run.provenance(dataset), other.provenance(dataset)
+    if run.stand_in(dataset) != other.stand_in(dataset):
+        return "stand-in vs real text" if run.stand_in(dataset) else "real vs stand-in text"
+    if mine.get("corpus") != theirs.get("corpus"):
+        return f"corpus {mine.get('corpus') or 'unknown'} vs {theirs.get('corpus') or 'unknown'}"
+    if mine.get("counts") and theirs.get("counts") and mine["counts"] != theirs["counts"]:
+        return "corpus sizes differ"
+    return ""
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """The run folders that ``paths`` are or hold (one level deep), run_2 before run_10; what is no run is a warning."""
+    found: dict[Path, None] = {}
+    for path in paths:
+        inside = runs_in(path)
+        if not inside:
+            log.warning("%s %s; left out", path, _what_instead(path))
+        found |= {p.resolve(): None for p in inside}
+    return list(found)
+
+
+def runs_in(path: Path) -> list[Path]:
+    """``path`` if it is a run folder, else the run folders in it."""
+    if _is_run(path):
+        return [path]
+    return sorted((p for p in path.iterdir() if _is_run(p)), key=lambda p: _natural(p.name)) if path.is_dir() else []
+
+
+def load_runs(paths: Sequence[Path], labels: Mapping[str, str] | None = None) -> list[Run]:
+    """Read run folders; one without any result is left out with a warning. ``labels`` (by folder name) replace those of the manifests."""
+    runs = [run for path in paths if (run := _load_run(path, labels or {}))]
+    names = [run.name for run in runs]
+    return [run if names.count(run.name) == 1 or run.path is None else replace(run, name=f"{run.path.parent.name}/{run.name}") for run in runs]
+
+
+def load_table(paths: Sequence[Path], *, baseline: str | None = None, labels: Mapping[str, str] | None = None) -> RunTable:
+    """Read the runs and find the baseline: ``baseline`` (a name or a folder; an error if it is not there), else ``run_0``.
+
+    ``run_0`` is looked for among the runs, beside them, and one folder up. Where there is none, the published figures stand in
+    for it, provided that some run has preset ``full``.
+    """
+    runs = load_runs(paths, labels)
+    found = next((run for run in runs if run.name == (baseline or BASELINE)), None)
+    if found is None and baseline != PUBLISHED:
+        wanted = [Path(baseline)] if baseline else []
+        wanted += [parent / (baseline or BASELINE) for path in paths[:1] for parent in list(path.parents)[:2]]
+        folder = next((p for p in wanted if _is_run(p)), None)
+        same = next((run for run in runs if folder and run.path == folder.resolve()), None)
+        found = same or next(iter(load_runs([folder.resolve()], labels)), None) if folder else None
+        if found and not same:
+            runs.insert(0, found)
+    if found is None and baseline not in (None, PUBLISHED):
+        raise UserError(f"baseline={baseline} is not a run with results; give the name of one of the runs or the path of a run folder")
+    if found is None and (baseline == PUBLISHED or any(run.preset == "full" for run in runs)):
+        found = published()
+    return RunTable(runs, found)
+
+
+def published() -> Run:
+    """The published baseline (``published.json``), which stands in for ``run_0`` at full scale."""
+    content = read_json(Path(__file__).with_name("published.json"))
+    manifest, final_info = content["manifest"], content["final_info"]
+    return Run(None, PUBLISHED, manifest["label"], manifest, [], final_info, _stats_of_means(final_info))
+
+
+def _load_run(path: Path, labels: Mapping[str, str]) -> Run | None:
+    manifest = _mapping(try_json(path / MANIFEST)) if (path / MANIFEST).exists() else {}
+    if not (path / MANIFEST).exists():
+        log.warning("%s has no %s: its preset and corpus are unknown, so it is compared with nothing", path.name, MANIFEST)
+    records = read_records(path)
+    written = _mapping(try_json(path / FINAL_INFO)) if not records and (path / FINAL_INFO).exists() else {}
+    stats = statistics_of(records) if records else _stats_of_means(written)
+    status = manifest.get("status")
+    if not any(stats.values()):
+        log.warning("%s has no results (status %s); left out", path.name, status or "unknown")
+        return None
+    if status in ("running", "failed", "cut"):
+        said = {"running": "is still running", "failed": "failed", "cut": "was cut short by its time limit"}[status]
+        log.warning("%s %s: what it has finished is shown (%d cells)", path.name, said, len(records))
+    label = str(labels.get(path.name) or manifest.get("label") or "")
+    return Run(path, path.name, label, manifest, records, aggregate(records) if records else written, stats)
+
+
+def _stats_of_means(final_info: Mapping[str, Any]) -> dict[str, dict[str, Stat]]:
+    """Statistics of a run of which only ``final_info.json`` is left: from its lists where it has them, else its means."""
+    found: dict[str, dict[str, Stat]] = {}
+    for dataset, entry in final_info.items():
+        means, stderrs, lists = (_mapping(_mapping(entry).get(key)) for key in ("means", "stderrs", "final_info_dict"))
+        for key, mean in means.items():
+            metric = key.removesuffix("_mean")
+            listed = lists.get(metric)
+            values = [number(v) for v in listed] if isinstance(listed, list) else []
+            stat = Stat(*mean_stderr(values), {}) if values else Stat(number(mean), number(stderrs.get(f"{metric}_stderr")), 0, {})
+            found.setdefault(dataset, {})[metric] = stat
+    return found
+
+
+def _is_run(path: Path) -> bool:
+    return (path / MANIFEST).is_file() or (path / FINAL_INFO).is_file()
+
+
+def _what_instead(path: Path) -> str:
+    if not path.is_dir():
+        return "is no folder"
+    nested = sorted(p.name for p in path.iterdir() if p.is_dir() and runs_in(p))
+    return f"holds no run itself, but {', '.join(nested)} in it does: name that folder" if nested else "holds no run"
+
+
+def _natural(name: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,266 @@
+"""The sparse autoencoder all variants share: a variant overrides at most a handful of small methods.
+
+Shape letters: B rows, D d_in, O d_out, F d_sae, N rows of a calibration set, n active entries.
+``W_enc`` (F, D) and ``W_dec`` (F, O) are stored latent-major: one latent is one contiguous row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sae_experiments.io import UserError
+from sae_experiments.saes import ops
+from sae_experiments.saes.ops import Pattern
+from sae_experiments.training import Group, Loss, Phase
+
+
+class Batch(NamedTuple):
+    """Rows for one step: ``x`` (B, D) is read by the encoder, ``y`` (B, O) rebuilt by the decoder (x itself for an autoencoder)."""
+
+    x: Tensor
+    y: Tensor
+    alt: Tensor | None = None  # a second view of the same rows, where a variant asks for one
+
+
+class Codes(NamedTuple):
+    """A code: dense (B, F) with ``pattern`` None, or the values (n,) of the active entries of ``pattern``."""
+
+    values: Tensor
+    pattern: Pattern | None = None
+
+    def fires(self) -> Tensor:
+        """How often each latent is active in the batch, (F,)."""
+        if self.pattern is None:
+            return (self.values != 0).sum(0)
+        zero = (self.values == 0).nonzero().squeeze(1)
+        counts = self.pattern.counts
+        return counts - torch.bincount(self.pattern.col[zero], minlength=self.pattern.n_cols) if zero.numel() else counts
+
+    def l0(self) -> float:
+        """Mean number of active latents a row."""
+        rows = self.values.shape[0] if self.pattern is None else self.pattern.n_rows
+        return int((self.values != 0).sum()) / rows
+
+    def dense(self) -> Tensor:
+        """The code as a (B, F) matrix."""
+        return self.values if self.pattern is None else self.pattern.dense(self.values)
+
+
+class Forward(NamedTuple):
+    """One training forward pass. ``pre`` is the (B, F) product without a graph: valid until the next pass, which overwrites it."""
+
+    batch: Batch
+    pre: Tensor
+    codes: Codes
+    recon: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What a loss may know about the moment: ``progress`` (0..1 within ``phase``), latents silent for long, and its only randomness."""
+
+    phase: str
+    progress: float
+    dead: Tensor
+    generator: torch.Generator
+
+
+class Inference(NamedTuple):
+    """What remains of an SAE when training is over: a plain encoder and decoder under a known architecture name."""
+
+    architecture: str
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+
+
+class SAE(nn.Module):
+    """Sparse autoencoder ``z = sigma(W_enc (x - b_dec) + b_enc)``, ``xhat = W_dec^T z + b_dec`` (d_out != d_in: a transcoder, no b_dec inside).
+
+    The default loss is ``mean_B ||y - yhat||^2`` plus :meth:`penalties` plus AuxK on dead latents, weighted by ``aux_coeff``.
+    Codes with few active entries are decoded, and their gradients computed, from those entries only (:mod:`.ops`).
+
+    Args:
+        d_in, d_sae, d_out: widths of input, code and output (None: d_in).
+        aux_coeff, k_aux: weight of AuxK and how many dead latents it uses a row (None: d_in // 2). 0 turns it off.
+        unit_decoder: keep every decoder row at length 1 (radial gradient removed before each step, renormalised after).
+    """
+
+    def __init__(
+        self, *, d_in: int, d_sae: int, d_out: int | None = None, aux_coeff: float = 0.0, k_aux: int | None = None, unit_decoder: bool = True
+    ) -> None:
+        super().__init__()
+        for name, value in (("d_in", d_in), ("d_sae", d_sae)):
+            if value < 1:
+                raise UserError(f"sae: {name}={value} must be at least 1")
+        if aux_coeff < 0:
+            raise UserError(f"sae: aux_coeff={aux_coeff} must not be negative")
+        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out or d_in
+        self.aux_coeff, self.k_aux, self.unit_decoder = aux_coeff, k_aux or max(d_in // 2, 1), unit_decoder
+        self.pre_bias = self.d_out == self.d_in
+        rows = ops.unit_rows(torch.randn(d_sae, self.d_out))
+        self.W_dec = nn.Parameter(rows)
+        self.W_enc = nn.Parameter(rows.clone() if self.pre_bias else ops.unit_rows(torch.randn(d_sae, d_in)))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        self.register_buffer("threshold", torch.zeros(()))
+        self._scratch: dict[str, Tensor] = {}
+
+    # --- what a variant overrides -------------------------------------------------------------------------------------
+
+    def support(self, pre: Tensor) -> Pattern | Tensor:
+        """Which entries of ``pre`` (B, F) are active: a pattern, or a boolean mask. In eval mode each row stands alone."""
+        return pre > self.threshold
+
+    def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+        """The code at active entries from their pre-activations; ``col`` (n,) names each entry's latent, None means dense (B, F)."""
+        return entries
+
+    def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
+        """Weighted loss terms beside reconstruction and AuxK."""
+        return {}
+
+    def begin(self, phase: str, x: Tensor, y: Tensor) -> None:
+        """Data-dependent initialisation before ``phase``: here b_dec becomes the geometric median of the outputs (N, O)."""
+        self.b_dec.data.copy_(ops.geometric_median(y))
+
+    def after_step(self, fwd: Forward, step: Step) -> None:
+        """The only method that may write buffers during training."""
+
+    def finish(self, phase: str, x: Tensor) -> None:
+        """Calibrate what inference needs (thresholds) on rows (N, D) that were not trained on."""
+
+    def phases(self) -> list[Phase]:
+        """One phase over every parameter, unless the variant has more."""
+        return [Phase("train", 1.0, [Group(list(self.parameters()))])]
+
+    def inference(self) -> Inference:
+        """The trained SAE in SAELens' terms. Raises ``NotExportable`` where there is no such form."""
+        raise NotExportable(f"{type(self).__name__} has no counterpart in SAELens' format")
+
+    def plain_tensors(self) -> dict[str, Tensor]:
+        """Weights under SAELens' names and orientation: W_enc (D, F), W_dec (F, O)."""
+        return {
+            "W_enc": self.W_enc.detach().t().contiguous(),
+            "b_enc": self.b_enc.detach(),
+            "W_dec": self.W_dec.detach(),
+            "b_dec": self.b_dec.detach(),
+        }
+
+    def as_jumprelu(self) -> Inference:
+        """This SAE as ``z = a 1[a > threshold]`` with one threshold for all latents."""
+        tensors = self.plain_tensors() | {"threshold": self.threshold.detach().expand(self.d_sae).contiguous()}
+        return Inference("jumprelu", tensors, {"apply_b_dec_to_input": self.pre_bias})
+
+    # --- the shared machinery -----------------------------------------------------------------------------------------
+
+    def bias(self) -> Tensor:
+        """Encoder bias with the subtraction of b_dec folded in: ``b_enc - W_enc b_dec`` (saves a product over the batch)."""
+        return self.b_enc - self.W_enc @ self.b_dec if self.pre_bias else self.b_enc
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        """Pre-activations (B, F) of rows (B, D), differentiable."""
+        return nn.functional.linear(x, self.W_enc, self.bias())
+
+    def activate(self, pre: Tensor) -> Codes:
+        """The code of pre-activations (B, F), without a graph."""
+        support = self.support(pre)
+        if isinstance(support, Pattern):
+            return Codes(self.shape(pre.view(-1)[support.row * support.n_cols + support.col], support.col), support)
+        return Codes(self.shape(pre, None) * support)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense codes (B, F) of rows (B, D)."""
+        return self.activate(self.pre_acts(x)).dense()
+
+    def decode(self, acts: Tensor) -> Tensor:
+        """Reconstruction (B, O) of dense codes (B, F)."""
+        return acts @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``decode(encode(x))``."""
+        return self.decode(self.encode(x))
+
+    def training_forward(self, batch: Batch) -> Forward:
+        """One pass that keeps a graph only where a gradient can flow."""
+        bias = self.bias()
+        pre = self.product(batch.x, bias)
+        support = self.support(pre)
+        if not isinstance(support, Pattern) and int(support.sum()) < ops.SPARSE_BELOW * support.numel():
+            support = Pattern.from_mask(support)
+        pattern = support if isinstance(support, Pattern) else None
+        at = ops.entries(batch.x, self.W_enc, bias, pre, support)
+        codes = Codes(self.shape(at, pattern.col if pattern else None), pattern)
+        if pattern is None:
+            codes = Codes(codes.values * support)
+        return Forward(batch, pre, codes, ops.decode(codes.values, pattern, self.W_dec) + self.b_dec)
+
+    @torch.no_grad()
+    def product(self, x: Tensor, bias: Tensor) -> Tensor:
+        """``x W_enc^T + bias`` into a buffer that is reused: freshly mapped pages would cost as much as the product."""
+        size = (x.shape[0], self.d_sae)
+        buffer = self._scratch.get("pre")
+        if buffer is None or buffer.shape != size or buffer.device != x.device or buffer.dtype != x.dtype:
+            buffer = self._scratch["pre"] = torch.empty(size, device=x.device, dtype=x.dtype)
+        return torch.addmm(bias, x, self.W_enc.t(), out=buffer)
+
+    def loss(self, batch: Batch, step: Step) -> Loss:
+        """Reconstruction, penalties and AuxK. Changes no parameter and no buffer."""
+        fwd = self.training_forward(batch)
+        parts = {"mse": ops.squared_error(fwd.recon, batch.y)} | self.penalties(fwd, step) | self.revive(fwd, step)
+        extra = Forward(batch, fwd.pre, Codes(fwd.codes.values.detach(), fwd.codes.pattern), fwd.recon.detach())
+        return Loss(sum(parts.values()), {k: v.detach() for k, v in parts.items()}, extra)
+
+    def revive(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
+        """The AuxK term over the latents in ``step.dead`` (empty where there are none)."""
+        dead = step.dead.nonzero().squeeze(1)
+        if not self.aux_coeff or not dead.numel():
+            return {}
+        # Detaching the shared parts keeps every live latent, b_dec included, out of AuxK's reach.
+        bias = self.b_enc[dead] - (self.W_enc[dead] @ self.b_dec.detach() if self.pre_bias else 0)
+        aux = ops.aux_k(fwd.batch.x, fwd.batch.y - fwd.recon, self.W_enc[dead], bias, self.W_dec[dead], self.k_aux)
+        return {"aux_k": self.aux_coeff * aux}
+
+    def before_update(self) -> None:
+        """Remove the radial part of the decoder's gradient, so that Adam's moments hold none of it."""
+        if self.unit_decoder and self.W_dec.grad is not None:
+            ops.remove_radial(self.W_dec.grad, self.W_dec.data)
+
+    def after_update(self, fwd: Forward, step: Step) -> None:
+        """Renormalise the decoder and let the variant update its buffers."""
+        if self.unit_decoder:
+            self.W_dec.data.div_(self.W_dec.data.norm(dim=1, keepdim=True).clamp_min_(1e-8))
+        self.after_step(fwd, step)
+
+    def rescale(self, s_in: float, s_out: float) -> None:
+        """Turn an SAE of ``s_in * x`` and ``s_out * y`` into one of x and y, codes unchanged."""
+        with torch.no_grad():
+            self.W_enc.mul_(s_in)
+            self.W_dec.div_(s_out)
+            self.b_dec.div_(s_out)
+
+    @torch.no_grad()
+    def calibrate_threshold(self, x: Tensor, target_l0: float, rows: int = 4096) -> None:
+        """Set the global threshold to the value that leaves exactly ``target_l0`` active latents a row on (N, D), or 0 if fewer are positive.
+
+        The (1 - target_l0/F) quantile of the positive pre-activations, exact: the N * target_l0 largest values are kept chunk by chunk.
+        """
+        n = round(x.shape[0] * target_l0)
+        kept = x.new_zeros(0)
+        bias = self.bias()
+        for chunk in x.split(rows):
+            pre = self.product(chunk, bias).view(-1)
+            least = kept.min() if kept.numel() == n else pre.new_zeros(())
+            kept = torch.cat([kept, pre[pre > least]])
+            if kept.numel() > n:
+                kept = kept.topk(n, sorted=False).values
+        # The least of the n largest must stay active, and active means strictly above the threshold.
+        full = kept.numel() == n and n > 0
+        self.threshold.fill_(torch.nextafter(kept.min(), kept.new_tensor(-torch.inf)).clamp_min(0) if full else 0.0)
+
+
+class NotExportable(UserError):
+    """This variant has no counterpart in the interchange format."""

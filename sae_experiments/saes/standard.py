@@ -1,0 +1,52 @@
+"""The standard SAE: ReLU and an L1 penalty (Bricken et al. 2023, "Towards Monosemanticity")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sae_experiments.saes import sparsity
+from sae_experiments.saes.base import SAE, Forward, Inference, Step
+from sae_experiments.saes.sparsity import L0Controller
+
+
+class Standard(SAE):
+    """``z = ReLU(W_enc (x - b_dec) + b_enc)``; loss ``||x - xhat||^2 + lambda(t) mean_B sum_j z_j`` with unit-norm decoder rows.
+
+    ``norm_weighted``: the April 2024 form, ``lambda mean_B sum_j z_j ||d_j||`` with a free decoder (gradient flows into the norms).
+    lambda warms up over ``warmup`` of the run. It is ``coeff`` where that is given, else steered so that ``target_l0`` latents are active;
+    the final threshold makes that exact.
+    """
+
+    def __init__(
+        self, *, target_l0: float, coeff: float | None, start_coeff: float, warmup: float, norm_weighted: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(unit_decoder=not norm_weighted, **kwargs)
+        self.norm_weighted, self.warmup = norm_weighted, warmup
+        self.controller = L0Controller(target=target_l0, coeff=coeff, start=start_coeff)
+        if norm_weighted:
+            self.W_dec.data.mul_(0.1)
+            self.W_enc.data.mul_(0.1)
+
+    def support(self, pre: Tensor) -> Tensor:
+        return pre > (0 if self.training else self.threshold)
+
+    def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
+        values, pattern = fwd.codes
+        if self.norm_weighted:
+            norms = self.W_dec.norm(dim=1)
+            values = values * (norms if pattern is None else norms[pattern.col])
+        weight = self.controller.coeff * sparsity.ramp(step.progress, self.warmup)
+        return {"sparsity": weight * sparsity.l1(values, fwd.batch.x.shape[0])}
+
+    def after_step(self, fwd: Forward, step: Step) -> None:
+        if step.progress >= self.warmup:
+            self.controller.update(fwd.codes.l0())
+
+    def finish(self, phase: str, x: Tensor) -> None:
+        if not self.controller.fixed:
+            self.calibrate_threshold(x, self.controller.target)
+
+    def inference(self) -> Inference:
+        return self.as_jumprelu() if self.threshold > 0 else Inference("standard", self.plain_tensors(), {"apply_b_dec_to_input": self.pre_bias})

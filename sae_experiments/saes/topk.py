@@ -1,0 +1,35 @@
+"""TopK: exactly k latents a row (Gao et al. 2024, arXiv 2406.04093)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_experiments.io import UserError
+from sae_experiments.saes import ops
+from sae_experiments.saes.base import SAE, Inference
+from sae_experiments.saes.ops import Pattern
+
+
+class TopK(SAE):
+    """``z = ReLU(TopK_k(W_enc (x - b_dec) + b_enc))``; loss ``||x - xhat||^2 + aux_coeff AuxK``.
+
+    Fewer than k latents are active where fewer than k pre-activations are positive.
+    """
+
+    def __init__(self, *, k: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not 1 <= k <= self.d_sae or k != int(k):
+            raise UserError(f"sae.model.k={k} must be a whole number from 1 to d_sae={self.d_sae}")
+        self.k = int(k)
+
+    def support(self, pre: Tensor) -> Pattern:
+        return ops.top_k(pre, self.k)
+
+    def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+        return torch.relu(entries)
+
+    def inference(self) -> Inference:
+        return Inference("topk", self.plain_tensors(), {"k": self.k, "apply_b_dec_to_input": self.pre_bias, "rescale_acts_by_decoder_norm": False})

@@ -1,0 +1,75 @@
+"""What a study is: a list of cells, each a pure pipeline from configuration to numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from sae_experiments.metrics.info import MetricInfo
+from sae_experiments.progress import Console
+from sae_experiments.training import Session
+
+
+class Cell(NamedTuple):
+    """One unit of work: a corpus (or configuration family) and a seed. ``reports`` are the names its results appear under."""
+
+    dataset: str
+    seed: int
+    reports: tuple[str, ...]
+
+
+@dataclass
+class Outcome:
+    """What a cell measured for one report name."""
+
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    why_null: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    curves: list[tuple[int, str, float]] = field(default_factory=list)
+    cut: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """The edges a study may touch: where caches lie, which device to use, whom to tell, when to stop."""
+
+    folder: Path
+    cache: Path
+    device: torch.device
+    console: Console
+    log: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
+    deadline: float | None = None
+
+    @contextmanager
+    def session(self, name: str, prefix: str, *, share: float = 1.0) -> Iterator[Session]:
+        """A training session shown as stage ``name``, its numbers logged as ``prefix/<name>``; it may use ``share`` of the time left."""
+        deadline = None if self.deadline is None else time.monotonic() + share * max(self.deadline - time.monotonic(), 0.0)
+        with self.console.stage(name) as tick:
+            yield Session(lambda step, values: self.log(step, {f"{prefix}/{k}": v for k, v in values.items()}), tick, None, deadline)
+
+
+class Study(Protocol):
+    """A study: checked and prepared before anything costs time, then run cell by cell."""
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for whatever cannot work, in well under a second and without touching disk."""
+
+    def prepare(self, ctx: Context) -> dict[str, Any]:
+        """Fetch what all cells need; returns the provenance of every dataset."""
+
+    def cells(self) -> list[Cell]:
+        """The cells, in the order they are run."""
+
+    def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
+        """The outcomes of a cell by report name."""
+
+    def infos(self) -> list[MetricInfo]:
+        """Title, formula and direction of every metric the study may report."""

@@ -1,0 +1,80 @@
+"""Where live numbers go: curves on disk always, a wandb mirror where asked for, which can never make a run fail."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Tracker(Protocol):
+    """Gets the same numbers that the curves get; nothing is ever read back from it."""
+
+    def start(self, folder: Path, config: Mapping[str, Any], label: str) -> None: ...
+    def log(self, dataset: str, seed: int, step: int, values: Mapping[str, float]) -> None: ...
+    def summary(self, dataset: str, seed: int, metrics: Mapping[str, float | None]) -> None: ...
+    def finish(self, status: str) -> None: ...
+
+
+class NoTracker:
+    """Curves on disk only."""
+
+    def start(self, folder: Path, config: Mapping[str, Any], label: str) -> None:
+        """Nothing to start."""
+
+    def log(self, dataset: str, seed: int, step: int, values: Mapping[str, float]) -> None:
+        """Nothing to mirror."""
+
+    def summary(self, dataset: str, seed: int, metrics: Mapping[str, float | None]) -> None:
+        """Nothing to mirror."""
+
+    def finish(self, status: str) -> None:
+        """Nothing to end."""
+
+
+class Wandb:
+    """Mirror to Weights & Biases: offline without an API key, and silent for good after its first error.
+
+    Every point carries its own step (``<dataset>/<seed>/step``), so that resumed and parallel stages never run backwards.
+    """
+
+    def __init__(self, *, project: str, group: str | None, mode: str, say: Callable[[str], None] = print) -> None:
+        self.project, self.group, self.mode, self.say, self.run = project, group, mode, say, None
+
+    def start(self, folder: Path, config: Mapping[str, Any], label: str) -> None:
+        """Open a wandb run whose files lie in the run folder; offline where ``mode`` says so or no key is set."""
+
+        def begin() -> None:
+            import wandb
+
+            has_key = bool(os.environ.get("WANDB_API_KEY")) or bool(wandb.api.api_key)
+            mode = self.mode if self.mode != "auto" else "online" if has_key else "offline"
+            self.run = wandb.init(project=self.project, group=self.group, name=label, dir=str(folder), config=dict(config), mode=mode,
+                                  settings=wandb.Settings(silent=True, console="off", init_timeout=20))  # fmt: skip
+            self.say(f"wandb: {mode}, project {self.project}, run {label}")
+
+        self._guarded(begin, "start")
+
+    def log(self, dataset: str, seed: int, step: int, values: Mapping[str, float]) -> None:
+        """Mirror the values of one step."""
+        place = f"{dataset}/{seed}"
+        if self.run is not None:
+            self._guarded(lambda: self.run.log({f"{place}/{k}": v for k, v in values.items()} | {f"{place}/step": step}), "log")
+
+    def summary(self, dataset: str, seed: int, metrics: Mapping[str, float | None]) -> None:
+        """Mirror the final metrics of a cell."""
+        if self.run is not None:
+            self._guarded(lambda: self.run.summary.update({f"{dataset}/{seed}/{k}": v for k, v in metrics.items()}), "summary")
+
+    def finish(self, status: str) -> None:
+        """Close the wandb run."""
+        if self.run is not None:
+            self._guarded(lambda: self.run.finish(exit_code=0 if status == "done" else 1), "finish")
+
+    def _guarded(self, action: Callable[[], None], what: str) -> None:
+        try:
+            action()
+        except Exception as error:  # a tracker is a mirror: whatever breaks in it must not break the run
+            self.run = None
+            self.say(f"wandb: {what} failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); going on without it")
