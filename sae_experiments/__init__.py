@@ -1,3 +1,20 @@
-"""Train small language models, fit sparse autoencoders to their activations, evaluate and compare them."""
+"""Train small language models, fit sparse autoencoders to their activations, evaluate and compare them.
+
+In a notebook: ``from sae_experiments import build_sae, fit_saes, evaluate, load_sae, save_sae`` on a plain tensor of activations.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+_HOME = {"build_sae": "notebook", "evaluate": "notebook", "fit_saes": "notebook", "load_sae": "interop", "save_sae": "interop"}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    """Loaded on first use: the command line must not wait for torch to say that an option is misspelt."""
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

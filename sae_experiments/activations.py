@@ -32,6 +32,14 @@ class Site(NamedTuple):
         return f"{self.stream}.{self.layer}"
 
 
+Sites = tuple[Site, ...]
+
+
+def as_sites(where: Site | Sites) -> Sites:
+    """One site or several, as a tuple of sites."""
+    return (where,) if isinstance(where, Site) else where
+
+
 def parse_site(text: str, n_layer: int) -> Site:
     """``"resid.mid"`` or ``"mlp_act.2"`` as a :class:`Site`; a :class:`UserError` names what exists otherwise."""
     stream, _, layer = text.partition(".")
@@ -135,12 +143,14 @@ class Store:
     def _open(self, s: dict[str, Any]) -> np.ndarray:
         return np.memmap(self.folder / s["file"], dtype=s["dtype"], mode="r", shape=(self.n_rows, s["width"]))
 
-    def width(self, site: Site) -> int:
-        return self.sites[site].shape[1]
+    def width(self, site: Site | Sites) -> int:
+        """Width of a site, or of several side by side."""
+        return sum(self.sites[s].shape[1] for s in as_sites(site))
 
-    def rows(self, site: Site, index: np.ndarray | slice) -> Tensor:
-        """Rows (n, D) as float32."""
-        return torch.from_numpy(np.asarray(self.sites[site][index], dtype=np.float32))
+    def rows(self, site: Site | Sites, index: np.ndarray | slice) -> Tensor:
+        """Rows (n, D) as float32; of several sites, side by side."""
+        parts = [torch.from_numpy(np.asarray(self.sites[s][index], dtype=np.float32)) for s in as_sites(site)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def index_at(self, step: int, *, rows: int, seed: int, first: int = 0, last: int | None = None) -> np.ndarray:
         """Row numbers of batch ``step``: the rows first..last in an order shuffled anew each epoch, a function of (seed, step) alone."""

@@ -103,7 +103,10 @@ def fit_saes(
         UserError: the sample holds a non-finite value, or nothing but zeros.
     """
     configs = cfg if isinstance(cfg, Mapping) else dict.fromkeys(saes, cfg)
-    s_in, s_out = scale_of(sample.x, "activations"), scale_of(sample.y, "targets")
+    blocks = {sae.blocks for sae in saes.values()}
+    if len(blocks) != 1:
+        raise UserError("SAEs over different numbers of sites cannot share one pass")
+    s_in, s_out = scale_of(sample.x, "activations", *blocks), scale_of(sample.y, "targets", *blocks)
     scaled = Sample(sample.x * s_in, sample.y * s_out, sample.held * s_in)
     learners = [SAELearner(name, sae, configs[name], scaled, dead_after=dead_after, seed=seed) for name, sae in saes.items()]
     for sae in saes.values():
@@ -114,7 +117,13 @@ def fit_saes(
     def scaled_batch(step: int) -> Batch:
         batch = batch_at(step)
         x = batch.x * s_in
-        return Batch(x, x if batch.y is batch.x else batch.y * s_out, None if batch.alt is None else batch.alt * s_in)
+        rest = batch.downstream
+        return Batch(
+            x,
+            x if batch.y is batch.x else batch.y * s_out,
+            None if batch.alt is None else batch.alt * s_in,
+            None if rest is None else lambda recon: rest(recon / s_out),
+        )
 
     first = next(iter(configs.values()))
     progress = train(learners, scaled_batch, first, session or Session())
@@ -129,9 +138,9 @@ def fit_saes(
     return reports
 
 
-def scale_of(x: Tensor, what: str) -> float:
-    """``1 / sqrt(mean ||x||^2)`` over rows (N, D): the factor that brings activations to unit mean square."""
-    mean = float(x.double().square().sum(1).mean())
-    if not mean > 0 or mean == float("inf"):
-        raise UserError(f"{what} cannot be scaled: their mean square is {mean} (a constant zero or a non-finite value in the store)")
-    return mean**-0.5
+def scale_of(x: Tensor, what: str, blocks: int = 1) -> Tensor:
+    """``1 / sqrt(mean ||x||^2)`` over rows (N, D), as (D,): brings activations to unit mean square (each of ``blocks`` equal parts by itself)."""
+    mean = x.double().square().view(len(x), blocks, -1).sum(2).mean(0)
+    if not bool((mean > 0).all()) or not bool(torch.isfinite(mean).all()):
+        raise UserError(f"{what} cannot be scaled: their mean square is {mean.tolist()} (constant zero or non-finite values in the store)")
+    return mean.rsqrt().to(x.dtype).repeat_interleave(x.shape[1] // blocks)

@@ -1,4 +1,7 @@
-"""SAEs as SAELens directories: ``cfg.json`` and ``sae_weights.safetensors``, plus reference rows that are checked on every load."""
+"""SAEs as SAELens directories: ``cfg.json`` and ``sae_weights.safetensors``, plus reference rows that are checked on every load.
+
+What is written here loads in sae-lens 6.x and computes the same; what sae-lens writes loads here as a :class:`Loaded` SAE.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
-from sae_experiments.io import write_bytes, write_json
-from sae_experiments.saes.base import SAE
+from sae_experiments.io import UserError, read_json, write_bytes, write_json
+from sae_experiments.saes.base import SAE, Inference
 
 CONFIG, WEIGHTS, REFERENCE = "cfg.json", "sae_weights.safetensors", "reference.safetensors"
+#: Tensors of each architecture beside W_enc, W_dec and b_dec.
+TENSORS = {"standard": ("b_enc",), "topk": ("b_enc",), "jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "r_mag", "b_mag")}
 
 
 @torch.no_grad()
@@ -31,10 +37,107 @@ def save_sae(sae: SAE, folder: Path, *, reference: Tensor, metadata: Mapping[str
         "normalize_activations": "none", "reshape_activations": "none", "metadata": dict(metadata), **config,
     }  # fmt: skip
     acts = sae.encode(reference)
-    stored = {"x": reference, "acts": acts, "recon": sae.decode(acts)}
     write_bytes(folder / WEIGHTS, _bytes(tensors))
-    write_bytes(folder / REFERENCE, _bytes(stored))
+    write_bytes(folder / REFERENCE, _bytes({"x": reference, "acts": acts, "recon": sae.decode(acts)}))
     write_json(folder / CONFIG, json.loads(json.dumps(full, default=str)))
+
+
+def load_sae(folder: Path | str) -> Loaded:
+    """Read a SAELens directory, written here or by sae-lens, as an SAE for inference.
+
+    Raises :class:`UserError`, one line that names the file, for a folder that is not one, a tensor that is missing or has another shape, an
+    architecture or setting that is not known, and, where reference rows are stored, weights that compute something else than they say.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder} is not an SAE directory: it needs {CONFIG} and {WEIGHTS}")
+    config = read_json(folder / CONFIG)
+    tensors = _tensors(folder / WEIGHTS)
+    sae = Loaded(_checked(config, tensors, folder), folder)
+    if (folder / REFERENCE).is_file():
+        _check_reference(sae, _tensors(folder / REFERENCE), folder)
+    return sae
+
+
+class Loaded(SAE):
+    """An SAE read from a SAELens directory: fixed weights, inference only."""
+
+    def __init__(self, inference: Inference, folder: Path) -> None:
+        architecture, tensors, config = inference
+        d_in, d_sae = tensors["W_enc"].shape
+        super().__init__(d_in=d_in, d_sae=d_sae, unit_decoder=False, pre_bias=bool(config.get("apply_b_dec_to_input", True)))
+        self.architecture, self.config = architecture, config
+        self.W_enc = nn.Parameter(tensors["W_enc"].t().contiguous())
+        self.W_dec = nn.Parameter(tensors["W_dec"].contiguous())
+        self.b_dec = nn.Parameter(tensors["b_dec"])
+        self.b_enc = nn.Parameter(tensors["b_gate" if architecture == "gated" else "b_enc"])
+        for name in TENSORS[architecture]:
+            if name not in ("b_enc", "b_gate"):
+                self.register_buffer(name, tensors[name])
+        # SAELens' default ranks latents by pre-activation times decoder norm: the same as a decoder of unit rows.
+        norms = tensors["W_dec"].norm(dim=1) if config.get("rescale_acts_by_decoder_norm") else torch.ones(d_sae)
+        self.register_buffer("norms", norms)
+        self.eval().requires_grad_(False)
+
+    def encode(self, x: Tensor) -> Tensor:
+        pre = self.pre_acts(x)
+        if self.architecture == "topk":
+            pre = pre * self.norms
+            kept = pre.topk(int(self.config["k"]), dim=1)
+            return torch.zeros_like(pre).scatter(1, kept.indices, kept.values.relu())
+        if self.architecture == "jumprelu":
+            return pre.relu() * (pre > self.threshold)
+        if self.architecture == "gated":
+            return (pre > 0) * torch.relu(self.r_mag.exp() * (pre - self.b_enc) + self.b_mag)
+        return pre.relu()
+
+    def decode(self, acts: Tensor) -> Tensor:
+        return (acts / self.norms.clamp_min(1e-12) if self.architecture == "topk" else acts) @ self.W_dec + self.b_dec
+
+    def inference(self) -> Inference:
+        names = ("W_enc", "W_dec", "b_dec", *TENSORS[self.architecture])
+        values = {n: self.b_enc if n == "b_gate" else getattr(self, n) for n in names} | {"W_enc": self.W_enc.t().contiguous()}
+        settings = {k: self.config[k] for k in ("k", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm") if k in self.config}
+        return Inference(self.architecture, values, settings)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return {k: v.float() for k, v in load_file(path).items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+def _checked(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Inference:
+    architecture = config.get("architecture")
+    if architecture not in TENSORS:
+        raise UserError(f"{folder / CONFIG}: architecture={architecture!r} is not one of {', '.join(TENSORS)}")
+    for key, fine in (("normalize_activations", ("none", None)), ("reshape_activations", ("none", None))):
+        if config.get(key) not in fine:
+            raise UserError(f"{folder / CONFIG}: {key}={config[key]!r} is not supported, only none (fold it into the weights first)")
+    try:
+        d_in, d_sae = int(config["d_in"]), int(config["d_sae"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG}: d_in and d_sae must be whole numbers") from error
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)} | dict.fromkeys(TENSORS[architecture], (d_sae,))
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise UserError(f"{folder / WEIGHTS}: tensor {name} is missing (architecture {architecture})")
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(f"{folder / WEIGHTS}: tensor {name} has shape {tuple(tensors[name].shape)}, not {shape}")
+    if architecture == "topk" and not 1 <= int(config.get("k", 0)) <= d_sae:
+        raise UserError(f"{folder / CONFIG}: k={config.get('k')} must be a whole number from 1 to d_sae={d_sae}")
+    return Inference(architecture, {n: tensors[n] for n in shapes}, config)
+
+
+def _check_reference(sae: Loaded, reference: dict[str, Tensor], folder: Path) -> None:
+    for key in ("x", "recon"):
+        if key not in reference:
+            raise UserError(f"{folder / REFERENCE}: tensor {key} is missing")
+    found, stored = sae(reference["x"]), reference["recon"]
+    error = float((found - stored).norm() / stored.norm().clamp_min(1e-12))
+    if not error <= 1e-3:
+        raise UserError(f"{folder}: the weights do not compute the stored reference rows (error {error:.2g}): tensors are swapped or damaged")
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> bytes:

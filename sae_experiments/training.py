@@ -254,7 +254,8 @@ class _Running:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
         loss = learner.loss(batch, at)
-        loss.total.backward()
+        if self.params:
+            loss.total.backward()
         learner.before_update()
         norm = nn.utils.clip_grad_norm_(self.params, learner.cfg.clip or math.inf)
         if norm.device.type == "cpu" and not (math.isfinite(loss.total.item()) and math.isfinite(norm.item())):

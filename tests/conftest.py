@@ -10,7 +10,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
-WORDS = "the quick brown fox jumps over a lazy dog while seven small birds sing about old rivers and the cold rain of the hills".split()
+WORDS = "the quick brown fox jumps over a lazy dog while seven small birds sing about old rivers and the cold rain of the hills"
 #: Metrics and record keys that are measured with a clock.
 TIMED = {"total_train_time", "avg_inference_tokens_per_second", "sae_train_time", "sae_tokens_per_second"}
 #: Overrides that make a run of the whole pipeline take about a second of computing.
@@ -28,13 +28,13 @@ TINY = (
     "lm.sample_length=20 lm.train.steps=12 lm.train.eval_every=5 lm.train.batch_size=8 lm.train.checkpoint_every_s=0 fit.train_rows=3000 "
     "fit.calibration_rows=512 fit.held_out_rows=512 fit.init_rows=512 fit.train.steps=12 fit.train.batch_size=128 "
     "fit.train.checkpoint_every_s=0 metric.downstream.windows=16 sae.target_l0=4"
-).split()
+)
 
 
 def english(n: int, seed: int = 0) -> str:
     """``n`` characters of English-like words."""
-    chance = random.Random(seed)
-    text = " ".join(chance.choice(WORDS) for _ in range(n // 3 + 8))
+    chance, words = random.Random(seed), WORDS.split()
+    text = " ".join(chance.choice(words) for _ in range(n // 3 + 8))
     return text[:n]
 
 
@@ -128,7 +128,7 @@ class Experiment:
 
     def command(self, *args: str, tiny: bool = True) -> list[str]:
         """The command line; with ``tiny`` it is the small run on the made text, which ``args`` change."""
-        small = [*TINY, "data=[text8]", f"data.text8.file={self.corpus_file}", "data.text8.head=null"] if tiny else []
+        small = [*TINY.split(), "data=[text8]", f"data.text8.file={self.corpus_file}", "data.text8.head=null"] if tiny else []
         return [sys.executable, str(ROOT / "experiment.py"), *small, *args]
 
     def environment(self) -> dict[str, str]:
@@ -171,7 +171,7 @@ def experiment(tmp_path: Path, corpus_file: Path) -> Experiment:
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that leave this machine are refused at once, whatever the machine can reach."""
     import socket
 
@@ -183,4 +183,3 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
-    yield

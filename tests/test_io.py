@@ -192,10 +192,8 @@ def test_cached_goes_on_in_the_same_folder_after_an_exception(tmp_path):
 
 
 def test_cached_goes_on_in_the_same_folder_after_a_kill_and_nobody_waits_for_the_dead(tmp_path):
-    killed = python(
-        "def make(f):\n io.write_bytes(f / 'checkpoint', b'half')\n os.kill(os.getpid(), signal.SIGKILL)\nio.cached(Path(sys.argv[1]), 'kind', {'a': 1}, make)",
-        tmp_path,
-    )
+    make = "def make(f):\n io.write_bytes(f / 'checkpoint', b'half')\n os.kill(os.getpid(), signal.SIGKILL)\n"
+    killed = python(make + "io.cached(Path(sys.argv[1]), 'kind', {'a': 1}, make)", tmp_path)
     assert killed.wait(30) == -signal.SIGKILL
     found = []
     cached(tmp_path, "kind", {"a": 1}, lambda f: found.append((f / "checkpoint").read_bytes()))

@@ -98,8 +98,8 @@ def test_every_trainable_parameter_is_in_one_group_and_only_matrices_decay(corpu
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("n_head", 3), ("n_head", 0), ("n_layer", 0), ("n_positions", 1), ("precision", "fp8"), ("dropout", 1.0), ("dropout", -0.1), ("temperature", 0.0), ("top_k", 0),
-     ("eval_batches", 0), ("activation_function", "no_such_function")],
+    [("n_head", 3), ("n_head", 0), ("n_layer", 0), ("n_positions", 1), ("precision", "fp8"), ("dropout", 1.0), ("dropout", -0.1),
+     ("temperature", 0.0), ("top_k", 0), ("eval_batches", 0), ("activation_function", "no_such_function")],
 )  # fmt: skip
 def test_a_wrong_number_is_one_line_that_names_key_and_value(key, value):
     with pytest.raises(UserError, match=rf"lm\.{key}=.*{value}") as caught:

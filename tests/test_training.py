@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from pathlib import Path
@@ -106,8 +107,8 @@ def test_the_learning_rate_starts_above_zero_reaches_its_peak_and_never_leaves_i
     assert all(math.isfinite(r) and 0 < r <= 1 + 1e-12 for r in rates)
     peak = rates.index(max(rates))
     assert peak <= steps // 2, "a phase much shorter than the warm-up still spends half of its steps at or after the peak"
-    assert all(a < b for a, b in zip(rates[:peak], rates[1 : peak + 1], strict=True)), "the warm-up rises"
-    assert all(a >= b for a, b in zip(rates[peak:-1], rates[peak + 1 :], strict=True)), "after the peak nothing rises"
+    assert all(a < b for a, b in itertools.pairwise(rates[: peak + 1])), "the warm-up rises"
+    assert all(a >= b for a, b in itertools.pairwise(rates[peak:])), "after the peak nothing rises"
 
 
 def test_cosine_falls_from_the_peak_to_min_lr_along_half_a_cosine():
@@ -306,6 +307,32 @@ def test_a_phase_moves_its_own_parameters_and_leaves_all_others_bit_identical(op
     for name in ("3.weight", "3.bias"):
         assert torch.equal(start[name], seen["second"][name])
         assert not torch.equal(seen["second"][name], end[name])
+
+
+def test_what_a_phase_does_not_train_asks_for_no_gradient():
+    seen: dict[str, set[str]] = {}
+    learner = Toy(phases=[("first", 0.5, "0"), ("second", 0.5, "3")])
+    loss = learner.loss
+
+    def look(batch: Tensor, at: At) -> Loss:
+        seen[at.phase] = {name for name, p in learner.module.named_parameters() if p.requires_grad}
+        return loss(batch, at)
+
+    learner.loss = look  # pyright: ignore[reportAttributeAccessIssue]
+    run(learner)
+    assert seen == {"first": {"0.weight", "0.bias"}, "second": {"3.weight", "3.bias"}}
+
+
+def test_the_noise_of_a_step_is_a_function_of_seed_and_step():
+    def noise(seed: int) -> list[float]:
+        found: list[float] = []
+        learner = Toy(seed=seed)
+        learner.after_update = lambda loss, at: found.append(torch.rand((), generator=at.generator).item())  # pyright: ignore
+        run(learner)
+        return found
+
+    assert noise(1) == noise(1)
+    assert len({*noise(1), *noise(2)}) == 2 * STEPS, "other noise at every step and for every seed"
 
 
 def test_phases_begin_and_finish_in_order():

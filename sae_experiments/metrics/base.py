@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sae_experiments.activations import Site, Store
+from sae_experiments.activations import Site, Sites, Store
 from sae_experiments.metrics.info import MetricInfo
 from sae_experiments.saes.base import SAE
 
@@ -32,6 +32,8 @@ class Measured(NamedTuple):
     scalars: dict[str, float | None]
     arrays: dict[str, np.ndarray] = {}
     why_null: dict[str, str] = {}
+    noise: dict[str, float] = {}  # standard error over resampled text: 2 sqrt(2) of it is the least difference worth believing
+    features: list[dict[str, Any]] | None = None  # one JSON-able dict a latent, for the feature browser
 
 
 Metric = Callable[["Bench"], Measured]
@@ -41,7 +43,7 @@ class Spliced(NamedTuple):
     """The language model around the SAE: where its reconstruction goes and the held-out text."""
 
     model: nn.Module
-    site: Site
+    site: Site | Sites
     tokens: Callable[[np.ndarray], tuple[Tensor, Tensor]]  # window starts -> ids and next ids, (n, T) each
 
 
@@ -54,13 +56,14 @@ class Bench:
 
     sae: SAE
     device: torch.device
-    read: Site | None = None
-    write: Site | None = None
+    read: Site | Sites | None = None
+    write: Site | Sites | None = None
     held_out: Store | None = None
     x: Tensor | None = None
     y: Tensor | None = None
     lm: Spliced | None = None
-    replicas: tuple[SAE, ...] = ()
+    symbols: Sequence[str] = ()  # the character of every id, where there is text
+    replicas: tuple[SAE, ...] = ()  # the same SAE fitted to the same activations from other seeds
     extras: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -76,7 +79,7 @@ class Bench:
         for begin in range(0, n, size):
             x, y = self._rows(slice(begin, min(begin + size, n)))
             acts = self.sae.encode(x)
-            yield Rows(x, y, acts, self.sae.decode(acts))
+            yield Rows(x, y, acts, self.sae.reconstruct(x, acts))
 
     def _rows(self, part: slice) -> tuple[Tensor, Tensor]:
         if self.held_out is None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from sae_experiments.activations import capture, patched
+from sae_experiments.activations import Site, as_sites, capture, patched
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 
 INFO = [
@@ -42,51 +42,58 @@ INFO = [
 def measure(bench: Bench, *, windows: int, batch: int) -> Measured:
     """Cross-entropy clean, spliced, with the activation's mean and with zero in its place, and the KL divergence of spliced from clean.
 
-    Over the first ``windows`` held-out windows; the reconstruction is spliced in at every position, the first position of a window is left
-    out of the averages (it has no context). Loss recovered is null where the ablation costs less than 0.01 bit.
+    Over the first ``windows`` held-out windows; the reconstruction is spliced in at every position (of every site, for an SAE over several),
+    the first position of a window is left out of the averages (it has no context). Loss recovered is null where the ablation costs less
+    than 0.01 bit.
     """
     lm, store = bench.lm, bench.held_out
     if lm is None or store is None:
         return Measured(dict.fromkeys(i.name for i in INFO), why_null=dict.fromkeys((i.name for i in INFO), "there is no language model"))
-    model, site = lm.model, bench.write
-    mean = store.rows(site, slice(0, min(store.n_rows, 1 << 16))).mean(0).to(bench.device)
-    found = torch.empty(0)  # what the encoder reads, from the clean pass of the batch at hand
-
-    def rebuild(x: Tensor) -> Tensor:
-        source = x if bench.read == bench.write else found
-        return bench.sae(source.reshape(-1, source.shape[-1])).reshape(x.shape)
-
-    ablations: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda x: mean.expand_as(x), "zero": torch.zeros_like, "spliced": rebuild}
-    total = dict.fromkeys(("clean", "kl", *ablations), 0.0)
+    model, reads, writes = lm.model, as_sites(bench.read), as_sites(bench.write)
+    mean = {s: store.rows(s, slice(0, min(store.n_rows, 1 << 16))).mean(0).to(bench.device) for s in writes}
+    total = dict.fromkeys(("clean", "mean", "zero", "spliced", "kl"), 0.0)
     count = 0
     starts = store.starts[:windows]
     for begin in range(0, len(starts), batch):
         x, y = (t.to(bench.device) for t in lm.tokens(starts[begin : begin + batch]))
-        with capture(model, [bench.read]) as seen:
-            clean = _log_probs(model, x)
-        found = seen[bench.read]
         targets = y[:, 1:].reshape(-1)
-        total["clean"] += float(F.nll_loss(clean, targets, reduction="sum"))
-        for name, fn in ablations.items():
-            with patched(model, site, fn):
-                changed = _log_probs(model, x)
-            total[name] += float(F.nll_loss(changed, targets, reduction="sum"))
-        total["kl"] += float(F.kl_div(changed, clean, log_target=True, reduction="sum"))  # the last pass is the spliced one
+        with capture(model, reads) as seen:
+            clean = _log_probs(model, x)
+        recon = bench.sae(torch.cat([seen[s].flatten(0, 1) for s in reads], 1)).view(*x.shape, -1)
+        rebuilt = dict(zip(writes, recon.split([len(mean[s]) for s in writes], -1), strict=True))
+        spliced = _changed(model, x, rebuilt)
+        for name, log_p in (
+            ("clean", clean),
+            ("mean", _changed(model, x, {s: m.expand(*x.shape, -1) for s, m in mean.items()})),
+            ("zero", _changed(model, x, {s: torch.zeros_like(r) for s, r in rebuilt.items()})),
+            ("spliced", spliced),
+        ):
+            total[name] += float(F.nll_loss(log_p, targets, reduction="sum"))
+        total["kl"] += float(F.kl_div(spliced, clean, log_target=True, reduction="sum"))
         count += len(targets)
-    ce = {name: value / count for name, value in total.items()}
-    why = {}
-    recovered = {}
+    return _summary({name: value / count for name, value in total.items()})
+
+
+def _summary(ce: dict[str, float]) -> Measured:
+    why, recovered = {}, {}
     for key, ablation in (("loss_recovered", "mean"), ("loss_recovered_zero", "zero")):
         span = ce[ablation] - ce["clean"]
-        worthless = span < 0.01 * math.log(2)
-        recovered[key] = None if worthless else (ce[ablation] - ce["spliced"]) / span
-        if worthless:
+        recovered[key] = (ce[ablation] - ce["spliced"]) / span if span >= 0.01 * math.log(2) else None
+        if recovered[key] is None:
             why[key] = f"{ablation} ablation costs only {span:.4g} nats"
     values = {"ce_clean": ce["clean"], "ce_spliced": ce["spliced"], "ce_delta_bits": (ce["spliced"] - ce["clean"]) / math.log(2), "kl": ce["kl"]}
     return Measured(values | recovered, why_null=why)
 
 
-def _log_probs(model, x: Tensor) -> Tensor:
+def _changed(model: nn.Module, x: Tensor, by_site: dict[Site, Tensor]) -> Tensor:
+    """Log-probabilities with the activations at some sites replaced, (n, V)."""
+    with ExitStack() as stack:
+        for site, value in by_site.items():
+            stack.enter_context(patched(model, site, lambda _old, value=value: value))
+        return _log_probs(model, x)
+
+
+def _log_probs(model: nn.Module, x: Tensor) -> Tensor:
     """Log-probabilities of the next character at all positions but the first, (n, V) in float32."""
     logits = model(input_ids=x, use_cache=False).logits[:, 1:]
     return logits.reshape(-1, logits.shape[-1]).float().log_softmax(-1)

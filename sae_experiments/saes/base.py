@@ -6,6 +6,7 @@ Shape letters: B rows, D d_in, O d_out, F d_sae, N rows of a calibration set, n 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ class Batch(NamedTuple):
     x: Tensor
     y: Tensor
     alt: Tensor | None = None  # a second view of the same rows, where a variant asks for one
+    downstream: Callable[[Tensor], dict[str, Tensor]] | None = None  # what a reconstruction (B, O) does to the rest of the model
 
 
 class Codes(NamedTuple):
@@ -51,12 +53,19 @@ class Codes(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """One training forward pass. ``pre`` is the (B, F) product without a graph: valid until the next pass, which overwrites it."""
+    """One training forward pass.
+
+    ``pre`` is the (B, F) product without a graph: valid until the next pass, which overwrites it. ``at`` holds the pre-activations where
+    the support is, laid out as the code's values, and carries the graph to the encoder. ``levels`` (B, G, O) are the reconstructions of
+    nested parts of the code, the last of them whole, where a variant has such.
+    """
 
     batch: Batch
     pre: Tensor
     codes: Codes
     recon: Tensor
+    at: Tensor
+    levels: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,10 +96,24 @@ class SAE(nn.Module):
         d_in, d_sae, d_out: widths of input, code and output (None: d_in).
         aux_coeff, k_aux: weight of AuxK and how many dead latents it uses a row (None: d_in // 2). 0 turns it off.
         unit_decoder: keep every decoder row at length 1 (radial gradient removed before each step, renormalised after).
+        pre_bias: subtract b_dec from the input (needs d_out == d_in; None: where the widths allow it).
     """
 
+    #: Inputs and targets that consist of this many equal blocks (the sites of a crosscoder) are scaled block by block.
+    blocks = 1
+    #: Whether the loss looks at what a reconstruction does to the rest of the language model (``Batch.downstream``).
+    needs_model = False
+
     def __init__(
-        self, *, d_in: int, d_sae: int, d_out: int | None = None, aux_coeff: float = 0.0, k_aux: int | None = None, unit_decoder: bool = True
+        self,
+        *,
+        d_in: int,
+        d_sae: int,
+        d_out: int | None = None,
+        aux_coeff: float = 0.0,
+        k_aux: int | None = None,
+        unit_decoder: bool = True,
+        pre_bias: bool | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("d_in", d_in), ("d_sae", d_sae)):
@@ -100,10 +123,12 @@ class SAE(nn.Module):
             raise UserError(f"sae: aux_coeff={aux_coeff} must not be negative")
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out or d_in
         self.aux_coeff, self.k_aux, self.unit_decoder = aux_coeff, k_aux or max(d_in // 2, 1), unit_decoder
-        self.pre_bias = self.d_out == self.d_in
+        self.pre_bias = self.d_out == self.d_in if pre_bias is None else pre_bias
+        if self.pre_bias and self.d_out != self.d_in:
+            raise UserError(f"sae: pre_bias=true needs equal widths, not d_in={d_in} and d_out={d_out}")
         rows = ops.unit_rows(torch.randn(d_sae, self.d_out))
         self.W_dec = nn.Parameter(rows)
-        self.W_enc = nn.Parameter(rows.clone() if self.pre_bias else ops.unit_rows(torch.randn(d_sae, d_in)))
+        self.W_enc = nn.Parameter(rows.clone() if self.d_out == d_in else ops.unit_rows(torch.randn(d_sae, d_in)))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_buffer("threshold", torch.zeros(()))
@@ -113,7 +138,23 @@ class SAE(nn.Module):
 
     def support(self, pre: Tensor) -> Pattern | Tensor:
         """Which entries of ``pre`` (B, F) are active: a pattern, or a boolean mask. In eval mode each row stands alone."""
-        return pre > self.threshold
+        return self.strength(pre) > self.threshold
+
+    def strength(self, pre: Tensor) -> Tensor:
+        """What the calibrated threshold is compared with, (B, F); entries at or below 0 are never active."""
+        return pre
+
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """What the encoder's product reads in place of rows (B, D)."""
+        return x
+
+    def linear_path(self, x: Tensor) -> Tensor | None:
+        """What the reconstruction gets from the input directly (B, O), past the code; None for nothing."""
+        return None
+
+    def nested(self, codes: Codes) -> Tensor | None:
+        """Reconstructions from nested parts of the code (B, G, O), the last from all of it; None where there are no parts."""
+        return None
 
     def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
         """The code at active entries from their pre-activations; ``col`` (n,) names each entry's latent, None means dense (B, F)."""
@@ -124,8 +165,10 @@ class SAE(nn.Module):
         return {}
 
     def begin(self, phase: str, x: Tensor, y: Tensor) -> None:
-        """Data-dependent initialisation before ``phase``: here b_dec becomes the geometric median of the outputs (N, O)."""
+        """Data-dependent initialisation before ``phase``: b_dec becomes the geometric median of the outputs (N, O)."""
         self.b_dec.data.copy_(ops.geometric_median(y))
+        if not self.pre_bias:  # pre-activations centred, as subtracting a bias would make them
+            self.b_enc.data.copy_(-self.W_enc.data @ x.mean(0))
 
     def after_step(self, fwd: Forward, step: Step) -> None:
         """The only method that may write buffers during training."""
@@ -163,7 +206,7 @@ class SAE(nn.Module):
 
     def pre_acts(self, x: Tensor) -> Tensor:
         """Pre-activations (B, F) of rows (B, D), differentiable."""
-        return nn.functional.linear(x, self.W_enc, self.bias())
+        return nn.functional.linear(self.encoder_input(x), self.W_enc, self.bias())
 
     def activate(self, pre: Tensor) -> Codes:
         """The code of pre-activations (B, F), without a graph."""
@@ -181,22 +224,31 @@ class SAE(nn.Module):
         return acts @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
-        """``decode(encode(x))``."""
-        return self.decode(self.encode(x))
+        """The reconstruction (B, O) of rows (B, D): ``decode(encode(x))``, plus the direct path where there is one."""
+        return self.reconstruct(x, self.encode(x))
+
+    def reconstruct(self, x: Tensor, acts: Tensor) -> Tensor:
+        """The reconstruction from dense codes and the direct path."""
+        direct = self.linear_path(x)
+        return self.decode(acts) if direct is None else self.decode(acts) + direct
 
     def training_forward(self, batch: Batch) -> Forward:
         """One pass that keeps a graph only where a gradient can flow."""
         bias = self.bias()
-        pre = self.product(batch.x, bias)
+        x = self.encoder_input(batch.x)
+        pre = self.product(x, bias)
         support = self.support(pre)
         if not isinstance(support, Pattern) and int(support.sum()) < ops.SPARSE_BELOW * support.numel():
             support = Pattern.from_mask(support)
         pattern = support if isinstance(support, Pattern) else None
-        at = ops.entries(batch.x, self.W_enc, bias, pre, support)
+        at = ops.entries(x, self.W_enc, bias, pre, support)
         codes = Codes(self.shape(at, pattern.col if pattern else None), pattern)
         if pattern is None:
             codes = Codes(codes.values * support)
-        return Forward(batch, pre, codes, ops.decode(codes.values, pattern, self.W_dec) + self.b_dec)
+        levels = self.nested(codes)
+        recon = ops.decode(codes.values, pattern, self.W_dec) + self.b_dec if levels is None else levels[:, -1]
+        direct = self.linear_path(batch.x)
+        return Forward(batch, pre, codes, recon if direct is None else recon + direct, at, levels)
 
     @torch.no_grad()
     def product(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -210,19 +262,24 @@ class SAE(nn.Module):
     def loss(self, batch: Batch, step: Step) -> Loss:
         """Reconstruction, penalties and AuxK. Changes no parameter and no buffer."""
         fwd = self.training_forward(batch)
-        parts = {"mse": ops.squared_error(fwd.recon, batch.y)} | self.penalties(fwd, step) | self.revive(fwd, step)
-        extra = Forward(batch, fwd.pre, Codes(fwd.codes.values.detach(), fwd.codes.pattern), fwd.recon.detach())
+        parts = self.reconstruction(fwd, step) | self.penalties(fwd, step) | self.revive(fwd, step)
+        extra = Forward(batch, fwd.pre, Codes(fwd.codes.values.detach(), fwd.codes.pattern), fwd.recon.detach(), fwd.at.detach())
         return Loss(sum(parts.values()), {k: v.detach() for k, v in parts.items()}, extra)
+
+    def reconstruction(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
+        """The reconstruction term: ``mean_B ||y - yhat||^2``."""
+        return {"mse": ops.squared_error(fwd.recon, fwd.batch.y)}
 
     def revive(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """The AuxK term over the latents in ``step.dead`` (empty where there are none)."""
-        dead = step.dead.nonzero().squeeze(1)
-        if not self.aux_coeff or not dead.numel():
+        if not self.aux_coeff or not bool(step.dead.any()):
             return {}
-        # Detaching the shared parts keeps every live latent, b_dec included, out of AuxK's reach.
+        return {"aux_k": self.aux_coeff * self.explain(fwd.batch.x, fwd.batch.y - fwd.recon, step.dead.nonzero().squeeze(1))}
+
+    def explain(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+        """How much of ``residual`` (B, O) the latents ``dead`` leave unexplained (:func:`.ops.aux_k`); no live parameter gets a gradient."""
         bias = self.b_enc[dead] - (self.W_enc[dead] @ self.b_dec.detach() if self.pre_bias else 0)
-        aux = ops.aux_k(fwd.batch.x, fwd.batch.y - fwd.recon, self.W_enc[dead], bias, self.W_dec[dead], self.k_aux)
-        return {"aux_k": self.aux_coeff * aux}
+        return ops.aux_k(self.encoder_input(x).detach(), residual, self.W_enc[dead], bias, self.W_dec[dead], self.k_aux)
 
     def before_update(self) -> None:
         """Remove the radial part of the decoder's gradient, so that Adam's moments hold none of it."""
@@ -235,8 +292,8 @@ class SAE(nn.Module):
             self.W_dec.data.div_(self.W_dec.data.norm(dim=1, keepdim=True).clamp_min_(1e-8))
         self.after_step(fwd, step)
 
-    def rescale(self, s_in: float, s_out: float) -> None:
-        """Turn an SAE of ``s_in * x`` and ``s_out * y`` into one of x and y, codes unchanged."""
+    def rescale(self, s_in: Tensor, s_out: Tensor) -> None:
+        """Turn an SAE of ``s_in * x`` and ``s_out * y`` into one of x and y, codes unchanged. Scales are (D,) and (O,)."""
         with torch.no_grad():
             self.W_enc.mul_(s_in)
             self.W_dec.div_(s_out)
@@ -244,17 +301,18 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def calibrate_threshold(self, x: Tensor, target_l0: float, rows: int = 4096) -> None:
-        """Set the global threshold to the value that leaves exactly ``target_l0`` active latents a row on (N, D), or 0 if fewer are positive.
+        """Set the threshold so that exactly ``target_l0`` latents a row are active on (N, D), or to 0 if fewer can be.
 
-        The (1 - target_l0/F) quantile of the positive pre-activations, exact: the N * target_l0 largest values are kept chunk by chunk.
+        The exact quantile: the N * target_l0 largest strengths are kept chunk by chunk. A moving average of each batch's least active
+        value, the usual choice, lags behind the weights and misses the asked-for L0.
         """
         n = round(x.shape[0] * target_l0)
         kept = x.new_zeros(0)
         bias = self.bias()
         for chunk in x.split(rows):
-            pre = self.product(chunk, bias).view(-1)
-            least = kept.min() if kept.numel() == n else pre.new_zeros(())
-            kept = torch.cat([kept, pre[pre > least]])
+            strength = self.strength(self.product(self.encoder_input(chunk), bias)).reshape(-1)
+            least = kept.min() if kept.numel() == n and n else strength.new_zeros(())
+            kept = torch.cat([kept, strength[strength > least]])
             if kept.numel() > n:
                 kept = kept.topk(n, sorted=False).values
         # The least of the n largest must stay active, and active means strictly above the threshold.

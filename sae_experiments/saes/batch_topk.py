@@ -28,9 +28,13 @@ class BatchTopK(SAE):
 
     def support(self, pre: Tensor) -> Pattern | Tensor:
         if not self.training:
-            return pre > self.threshold
-        pattern, self._guess = ops.batch_top_k(pre, round(self.k * pre.shape[0]), self._guess)
+            return super().support(pre)
+        pattern, self._guess = ops.batch_top_k(pre, round(self.budget() * pre.shape[0]), self._guess)
         return pattern
+
+    def budget(self) -> float:
+        """Active latents a row in training, on average."""
+        return self.k
 
     def finish(self, phase: str, x: Tensor) -> None:
         self.calibrate_threshold(x, self.k)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sae_experiments.io import UserError
 
@@ -22,7 +22,7 @@ class L0Controller(nn.Module):
     """
 
     def __init__(
-        self, *, target: float, coeff: float | None, start: float, horizon: int = 1000, aim: float = 1.02, gain: float = 10.0, damping: float = 2.0
+        self, *, target: float, coeff: float | None, start: float, horizon: int = 1000, aim: float = 1.02, gain: float = 30.0, damping: float = 2.0
     ) -> None:
         super().__init__()
         if coeff is not None and coeff < 0:
@@ -54,8 +54,3 @@ class L0Controller(nn.Module):
 def ramp(progress: float, until: float) -> float:
     """Linear warm-up of a penalty: 0 at the start, 1 once ``until`` of the phase is done."""
     return 1.0 if until <= 0 else min(progress / until, 1.0)
-
-
-def l1(values: Tensor, rows: int) -> Tensor:
-    """``mean_B sum_j z_j`` of the non-negative entries of a code."""
-    return values.sum() / rows

@@ -30,15 +30,22 @@ class Standard(SAE):
             self.W_enc.data.mul_(0.1)
 
     def support(self, pre: Tensor) -> Tensor:
-        return pre > (0 if self.training else self.threshold)
+        return pre > 0 if self.training else super().support(pre)
+
+    def coefficient(self, step: Step) -> float:
+        """The penalty's weight at this moment."""
+        return self.controller.coeff * sparsity.ramp(step.progress, self.warmup)
+
+    def row_norms(self) -> Tensor:
+        """What a latent's activity is weighted with in the norm-weighted penalty, (F,)."""
+        return self.W_dec.norm(dim=1)
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         values, pattern = fwd.codes
         if self.norm_weighted:
-            norms = self.W_dec.norm(dim=1)
+            norms = self.row_norms()
             values = values * (norms if pattern is None else norms[pattern.col])
-        weight = self.controller.coeff * sparsity.ramp(step.progress, self.warmup)
-        return {"sparsity": weight * sparsity.l1(values, fwd.batch.x.shape[0])}
+        return {"sparsity": self.coefficient(step) * values.sum() / len(fwd.batch.x)}
 
     def after_step(self, fwd: Forward, step: Step) -> None:
         if step.progress >= self.warmup:

@@ -1,0 +1,220 @@
+"""What a sparse code costs to send: bits a character for its support and its quantised values, against what it still rebuilds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import sparse
+from scipy.special import gammaln
+
+from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.codes import NOT_FINITE, nulls, raw_rows, sparse_codes
+
+INFO = [
+    MetricInfo(
+        name="code_bits",
+        title="code length",
+        formula="support + value bits at the coarsest quantiser whose FVU stays within the tolerance of the unquantised one's",
+        unit="bit/char",
+        better="down",
+    ),
+    MetricInfo(
+        name="code_support_bits",
+        title="support",
+        formula="cross-entropy of which latents fire, with frequencies from other rows",
+        unit="bit/char",
+        better="down",
+        shown=False,
+    ),
+    MetricInfo(
+        name="code_support_bits_uniform",
+        title="support (uniform)",
+        formula="mean log2 C(m, L0) + log2 m",
+        unit="bit/char",
+        better="down",
+        shown=False,
+    ),
+    MetricInfo(name="code_support_bits_bernoulli", title="support (Bernoulli)", formula="sum_j h2(f_j)", unit="bit/char", better="down", shown=False),
+    MetricInfo(
+        name="code_value_bits",
+        title="values",
+        formula="sum_j f_j times the cross-entropy of j's bin, with add-1/2 histograms from other rows",
+        unit="bit/char",
+        better="down",
+        shown=False,
+    ),
+    MetricInfo(name="code_step", title="step", formula="width of a bin in root mean squares of the latent", unit="", better="none", shown=False),
+    MetricInfo(name="code_fvu", title="coded FVU", formula="FVU of the dequantised code", unit="", better="down", shown=False),
+    MetricInfo(
+        name="code_bits_pca",
+        title="code length (PCA)",
+        formula="rate at the same FVU of Gaussian components, reverse water-filling: sum 1/2 log2 max(1, lambda_i/theta)",
+        unit="bit/char",
+        better="none",
+        shown=False,
+    ),
+    MetricInfo(
+        name="code_bits_dense",
+        title="code length (dense)",
+        formula="per-dimension entropy of the activation quantised uniformly to the same FVU",
+        unit="bit/char",
+        better="none",
+        shown=False,
+    ),
+    MetricInfo(name="code_bits_alphabet", title="alphabet", formula="log2 of the number of symbols", unit="bit/char", better="none", shown=False),
+]
+
+
+class Point(NamedTuple):
+    """One point of the rate-distortion curve."""
+
+    step: float
+    value_bits: float
+    fvu: float
+
+
+def measure(bench: Bench, *, rows: int | None, steps: Sequence[float], tolerance: float, block: int) -> Measured:
+    """Code lengths on every second block of rows with statistics of the others, and the curve over quantiser ``steps`` (descending).
+
+    Ayonrinde et al. 2024 (arXiv 2410.11179), but with honest (held-out) statistics and bins on the non-zero values only. A decoder that
+    gets anything past the code (a skip connection) is charged for the code alone.
+    """
+    codes = sparse_codes(bench, rows)
+    y = None if codes is None else _targets(bench, codes.shape[0])
+    if codes is None or not np.isfinite(y).all():
+        return nulls(INFO, NOT_FINITE)
+    test = np.arange(codes.shape[0]) // block % 2 == 1
+    if not test.any() or not codes.nnz:
+        return nulls(INFO, "no latent fires" if test.any() else f"{len(test)} rows make fewer than two blocks")
+    train, code, y = codes[~test], codes[test], y[test]
+    variance = float(np.square(y - y.mean(0)).sum())
+    if not variance > 1e-12 * len(y):
+        return nulls(INFO, "the held-out rows do not vary")
+    direct = _direct(bench, test)
+    exact = _fvu(bench, code, y, variance, direct)
+    curve = [_point(bench, train, code, y, variance, direct, step) for step in steps]
+    support = support_bits(train, code)
+    # The finest step stands where none is fine enough: the rate is then a lower bound, and code_fvu shows it.
+    best = next((p for p in curve if p.fvu <= (1 + tolerance) * exact), curve[-1])
+    values = support | {"code_bits": support["code_support_bits"] + best.value_bits, "code_value_bits": best.value_bits}
+    values |= {"code_step": best.step, "code_fvu": best.fvu} | landmarks(y, best.fvu, len(bench.symbols))
+    why = {name: _why(name, best.fvu) for name, value in values.items() if value is None}
+    arrays = {f"code_curve_{name}": np.array([getattr(p, name) for p in curve]) for name in ("step", "value_bits", "fvu")}
+    return Measured(
+        {i.name: values[i.name] for i in INFO}, arrays | {"code_curve_bits": arrays["code_curve_value_bits"] + support["code_support_bits"]}, why
+    )
+
+
+def _why(name: str, fvu: float) -> str:
+    return "there is no text" if name == "code_bits_alphabet" else f"no code is needed for FVU {fvu:.3g}" if fvu >= 1 else "the FVU is 0"
+
+
+def support_bits(train: sparse.csr_matrix, test: sparse.csr_matrix) -> dict[str, float]:
+    """Bits a row to say which latents are active: three codes, the adaptive one with add-1/2 frequencies from ``train``."""
+    m, n = test.shape[1], test.shape[0]
+    active = np.diff(test.indptr).astype(np.float64)
+    uniform = float((gammaln(m + 1) - gammaln(active + 1) - gammaln(m - active + 1)).mean() / math.log(2)) + math.log2(m)
+    f = np.diff(test.tocsc().indptr) / n
+    p = (np.diff(train.tocsc().indptr) + 0.5) / (train.shape[0] + 1)
+    inside = (f > 0) & (f < 1)
+    bernoulli = float(-(f[inside] * np.log2(f[inside]) + (1 - f[inside]) * np.log2(1 - f[inside])).sum())
+    adaptive = float(-(f * np.log2(p) + (1 - f) * np.log2(1 - p)).sum())
+    return {"code_support_bits": adaptive, "code_support_bits_uniform": uniform, "code_support_bits_bernoulli": bernoulli}
+
+
+def _point(bench: Bench, train: sparse.csr_matrix, code: sparse.csr_matrix, y: np.ndarray, variance: float, direct, step: float) -> Point:
+    bits, rebuilt = quantised(train, code, step)
+    return Point(step, bits, _fvu(bench, rebuilt, y, variance, direct))
+
+
+def quantised(train: sparse.csr_matrix, test: sparse.csr_matrix, step: float) -> tuple[float, sparse.csr_matrix]:
+    """Value bits a row of ``test``, and its code with every value at the middle of its bin.
+
+    Bins of ``step`` times the latent's root mean square, counted on ``train``; a bin's probability is (count + 1/2) / (n + K/2) over the
+    K bins between the latent's smallest and largest. The middle is the mean of the training values in the bin, where there are any.
+    """
+    columns = [m.tocsc() for m in (train, test)]
+    latent = [np.repeat(np.arange(m.shape[1]), np.diff(m.indptr)) for m in columns]
+    counts = np.bincount(latent[0], minlength=train.shape[1])
+    squares = np.bincount(latent[0], columns[0].data.astype(np.float64) ** 2, train.shape[1])
+    width = np.where(counts > 0, np.sqrt(squares / np.maximum(counts, 1)), 1.0) * step
+    width[width == 0] = step
+    bins = [np.floor(m.data / width[j]).astype(np.int64).clip(-(1 << 20), 1 << 20) for m, j in zip(columns, latent, strict=True)]
+    span = np.zeros((2, train.shape[1]), np.int64)  # lowest and highest bin of every latent, in either part: the alphabet is agreed on
+    for b, j in zip(bins, latent, strict=True):
+        np.minimum.at(span[0], j, b)
+        np.maximum.at(span[1], j, b)
+    sizes = span[1] - span[0] + 1
+    keys = [j * (1 << 22) + (b + (1 << 20)) for b, j in zip(bins, latent, strict=True)]
+    known, inverse, seen = np.unique(keys[0], return_inverse=True, return_counts=True)
+    centre = np.bincount(inverse, columns[0].data, len(known)) / np.maximum(seen, 1) if len(known) else np.zeros(0)
+    at = np.searchsorted(known, keys[1]).clip(max=max(len(known) - 1, 0))
+    hit = known[at] == keys[1] if len(known) else np.zeros(len(keys[1]), bool)
+    j = latent[1]
+    probability = (np.where(hit, seen[at] if len(known) else 0, 0) + 0.5) / (counts[j] + sizes[j] / 2)
+    values = np.where(hit, centre[at] if len(known) else 0, (bins[1] + 0.5) * width[j]).astype(np.float32)
+    rebuilt = sparse.csc_matrix((values, columns[1].indices, columns[1].indptr), shape=test.shape).tocsr()
+    return float(-np.log2(probability).sum() / test.shape[0]), rebuilt
+
+
+def landmarks(y: np.ndarray, fvu: float, symbols: int) -> dict[str, float | None]:
+    """What other codes need for the same FVU: Gaussian principal components, the dense activation, one character."""
+    alphabet = math.log2(symbols) if symbols else None
+    if not 0 < fvu < 1:
+        return {"code_bits_pca": None, "code_bits_dense": None, "code_bits_alphabet": alphabet}
+    centred = y.astype(np.float64) - y.mean(0, dtype=np.float64)
+    spectrum = np.linalg.eigvalsh(centred.T @ centred / len(y)).clip(min=0)
+    return {"code_bits_pca": water_filling(spectrum, fvu), "code_bits_dense": _dense_bits(centred, fvu), "code_bits_alphabet": alphabet}
+
+
+def water_filling(spectrum: np.ndarray, fvu: float) -> float:
+    """``sum_i 1/2 log2 max(1, lambda_i / theta)`` with theta such that ``sum_i min(lambda_i, theta) = fvu sum_i lambda_i``."""
+    ordered = np.sort(spectrum)
+    below, left = np.concatenate([[0.0], np.cumsum(ordered)[:-1]]), np.arange(len(ordered), 0, -1)
+    levels = (fvu * ordered.sum() - below) / left
+    theta = levels[np.flatnonzero(levels <= ordered)[0]]
+    return float(0.5 * np.log2(np.maximum(1, ordered / theta)).sum())
+
+
+def _dense_bits(centred: np.ndarray, fvu: float) -> float:
+    """Entropy of all dimensions after one uniform quantiser whose error is step^2/12 a dimension, kept below each one's variance."""
+    target, variances = fvu * float(np.square(centred).sum() / len(centred)), centred.var(0)
+    low, high = 0.0, float(np.sqrt(12 * variances.max())) + 1e-30
+    for _ in range(60):
+        step = (low + high) / 2
+        low, high = (step, high) if np.minimum(step * step / 12, variances).sum() < target else (low, step)
+    bits = 0.0
+    for column, variance in zip(centred.T, variances, strict=True):
+        if variance > step * step / 12:
+            counts = np.unique(np.round(column / step), return_counts=True)[1]
+            p = counts / len(column)
+            bits -= float((p * np.log2(p)).sum())
+    return bits
+
+
+@torch.no_grad()
+def _fvu(bench: Bench, code: sparse.csr_matrix, y: np.ndarray, variance: float, direct: np.ndarray | None) -> float:
+    error = 0.0
+    for begin in range(0, len(y), 4096):
+        part = slice(begin, begin + 4096)
+        recon = bench.sae.decode(torch.from_numpy(code[part].toarray()).to(bench.device)).cpu().numpy()
+        error += float(np.square(y[part] - recon - (0 if direct is None else direct[part]), dtype=np.float64).sum())
+    return error / variance
+
+
+@torch.no_grad()
+def _direct(bench: Bench, test: np.ndarray) -> np.ndarray | None:
+    """What the reconstruction gets past the code, (n, O); None for nothing."""
+    if bench.sae.linear_path(torch.zeros(1, bench.sae.d_in, device=bench.device)) is None:
+        return None
+    return bench.sae.linear_path(torch.from_numpy(raw_rows(bench, len(test))[test]).to(bench.device)).cpu().numpy()
+
+
+def _targets(bench: Bench, n: int) -> np.ndarray:
+    if bench.held_out is None:
+        return (bench.x if bench.y is None else bench.y)[:n].cpu().numpy()
+    return bench.held_out.rows(bench.write, slice(0, n)).numpy()

@@ -1,0 +1,216 @@
+"""What a latent fires on, in words a program can check: rules of patterns and states, tested on text they were not made from."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import sparse
+from scipy.stats import chi2
+
+from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
+from sae_experiments.metrics.concepts import Concept, bank, label_all
+from sae_experiments.metrics.contexts import contexts_of, quantile_rows, top_rows
+from sae_experiments.metrics.ngrams import Simulated, simulate
+from sae_experiments.metrics.patterns import Matcher, Pattern, elements_of, find_rule, literal_at, pack, quality, spell
+
+INFO = [
+    MetricInfo(name="rule_f1", title="rule F1", formula="mean over latents of the held-out F1 of the rule for where it fires", unit="", better="up"),
+    MetricInfo(
+        name="rule_interpretable_frac",
+        title="rule-like",
+        formula="share of alive latents whose rule has a held-out F1 of at least one half",
+        unit="",
+        better="up",
+    ),
+    MetricInfo(name="rule_precision", title="rule precision", formula="mean held-out precision", unit="", better="up", shown=False),
+    MetricInfo(name="rule_recall", title="rule recall", formula="mean held-out recall", unit="", better="up", shown=False),
+    MetricInfo(
+        name="rule_length",
+        title="rule length",
+        formula="mean number of characters, classes and states in a rule",
+        unit="",
+        better="down",
+        shown=False,
+    ),
+    MetricInfo(
+        name="rule_f1_null",
+        title="rule F1 (shuffled)",
+        formula="the same for latents whose blocks of 1000 rows were shuffled",
+        unit="",
+        better="none",
+        shown=False,
+    ),
+    MetricInfo(
+        name="concept_phi", title="concept match", formula="mean over latents of the largest |phi| with a concept", unit="", better="up", shown=False
+    ),
+    MetricInfo(
+        name="concept_matched_frac",
+        title="concept-like",
+        formula="share of latents with |phi| > 0.5 for some concept (chance excluded by Bonferroni)",
+        unit="",
+        better="up",
+        shown=False,
+    ),
+]
+
+
+class World(NamedTuple):
+    """The text in two halves, as bits: rules are made on one and tested on the other."""
+
+    text: Text
+    concepts: list[Concept]
+    labels: np.ndarray
+    train: np.ndarray
+    test: np.ndarray
+    matchers: tuple[Matcher, Matcher]
+    index: dict[int, int]
+
+
+class Described(NamedTuple):
+    """One latent's rule and how good it is on the test half."""
+
+    rule: list[Pattern]
+    words: str
+    precision: float
+    recall: float
+    f1: float
+    lift: float
+
+
+def measure(
+    bench: Bench, *, rows: int | None, latents: int | None, least: int, threshold: float, block: int, keep: float, most: int, gain: float, seeds: int,
+    shuffled: int, interpretable: float, longest: int, min_count: int, contexts: int, samples: int, before: int, after: int, seed: int,
+) -> Measured:  # fmt: skip
+    """Rules (N2G, Foote et al. 2023, over characters and classes) for at most ``latents`` latents that fire ``least`` times in each half.
+
+    A latent counts as on above ``threshold`` times the 99.9 % quantile of its non-zero magnitudes. Rules start from the literal characters
+    at its top contexts and at a sample of its others. ``features`` holds what the browser shows: rule, n-gram order, concept, contexts.
+    """
+    text, codes = read_text(bench, rows), sparse_codes(bench, rows)
+    if text is None:
+        return nulls(INFO, NO_TEXT)
+    if codes is None:
+        return nulls(INFO, NOT_FINITE)
+    z = abs(codes[: len(text.chars)].tocsc())
+    world = _world(bench, text, block)
+    on, limits = binarised(z, threshold)
+    fires = np.minimum(*(np.asarray(on.tocsr()[part].sum(0)).ravel() for part in (world.train, world.test)))
+    alive = np.flatnonzero(fires >= least)
+    if not len(alive):
+        return nulls(INFO, f"no latent fires {least} times in both halves of the text")
+    picked = alive if latents is None else alive[np.unique(np.linspace(0, len(alive) - 1, min(latents, len(alive))).round().astype(int))]
+    chance, options = np.random.default_rng(seed), {"keep": keep, "most": most, "gain": gain}
+    found = {int(j): describe(world, _column(on, j) > 0, _column(z, j), seeds, chance, options) for j in picked}
+    null = [describe(world, *_shuffled(_column(on, j) > 0, _column(z, j), chance), seeds, chance, options) for j in picked[:shuffled]]
+    phi, match = concept_match(world, on.tocsr()[world.test])
+    simulated = simulate(codes[: len(text.chars)], text, longest=longest, least=least, min_count=min_count, block=block)
+    features = [_feature(bench, world, j, d, z, float(limits[j]), simulated, phi, match, contexts, samples, before, after) for j, d in found.items()]
+    return _report(found, null, phi, picked, interpretable, world, features, codes.shape[1])
+
+
+def _world(bench: Bench, text: Text, block: int) -> World:
+    concepts = [c for c in bank(bench.symbols) if c.causal]
+    labels = label_all(concepts, text.chars, text.following, text.breaks)
+    elements = elements_of(bench.symbols)
+    even = text.blocks(block) % 2 == 0
+    train, test = np.flatnonzero(even), np.flatnonzero(~even)
+    matchers = tuple(Matcher(elements, text.chars, text.offset, labels, part) for part in (train, test))
+    index = {next(iter(e.symbols)): i for i, e in enumerate(elements) if len(e.symbols) == 1 and i}
+    return World(text, concepts, labels, train, test, matchers, index)
+
+
+def binarised(z: sparse.csc_matrix, threshold: float) -> tuple[sparse.csc_matrix, np.ndarray]:
+    """Where latents are on, as ones (N, m), and the limits (m,) that decide it."""
+    limits = np.array([threshold * np.quantile(v, 0.999) if len(v) else 0.0 for v in np.split(z.data, z.indptr[1:-1])])
+    on = sparse.csc_matrix(((z.data > np.repeat(limits, np.diff(z.indptr))).astype(np.float32), z.indices, z.indptr), shape=z.shape)
+    on.eliminate_zeros()
+    return on, limits
+
+
+def describe(world: World, on: np.ndarray, values: np.ndarray, seeds: int, chance: np.random.Generator, options: dict[str, Any]) -> Described:
+    """The rule for a latent that is ``on`` at some rows (N,) with ``values`` (N,)."""
+    targets = [pack(on[part]) for part in (world.train, world.test)]
+    active = world.train[on[world.train]]
+    strongest = active[np.argsort(-values[active], kind="stable")[:seeds]]
+    others = chance.choice(active, min(seeds, len(active)), replace=False) if len(active) else active
+    literals = dict.fromkeys(literal_at(world.index, world.text.chars, world.text.offset, int(r)) for r in (*strongest, *others))
+    rule = find_rule(world.matchers[0], list(literals), targets[0], **options)
+    got = quality(world.matchers[1].match_any(rule), targets[1])
+    base = float(on[world.test].mean())
+    words = spell(rule, world.matchers[0].elements, [c.name for c in world.concepts])
+    return Described(rule, words, *got, got.precision / base if base else 0.0)
+
+
+def _shuffled(on: np.ndarray, values: np.ndarray, chance: np.random.Generator, size: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    pieces = chance.permutation(max(len(on) // size, 1))
+    order = np.concatenate([np.arange(p * size, min((p + 1) * size, len(on))) for p in pieces] + [np.arange(len(pieces) * size, len(on))])
+    return on[order], values[order]
+
+
+def _column(matrix: sparse.csc_matrix, j: int) -> np.ndarray:
+    part = slice(matrix.indptr[j], matrix.indptr[j + 1])
+    out = np.zeros(matrix.shape[0], dtype=matrix.dtype)
+    out[matrix.indices[part]] = matrix.data[part]
+    return out
+
+
+def concept_match(world: World, on: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+    """For each latent the phi (signed) and the number of the concept of largest |phi| on the test half; phi is 0 where chance explains it."""
+    labels = world.labels[:, world.test].astype(np.float64)
+    n, m = on.shape
+    if not len(labels):
+        return np.zeros(m), np.zeros(m, np.int64)
+    both = (on.T @ labels.T).T
+    a, b = labels.sum(1)[:, None], np.asarray(on.sum(0))
+    scale = np.sqrt(a * (n - a) * b * (n - b))
+    phi = np.divide(n * both - a * b, scale, out=np.zeros_like(both), where=scale > 0)
+    match = np.abs(phi).argmax(0)
+    best = phi[match, np.arange(m)]
+    return np.where(n * best**2 > chi2.isf(0.01 / phi.size, 1), best, 0.0), match
+
+
+def _feature(
+    bench: Bench, world: World, j: int, d: Described, z: sparse.csc_matrix, limit: float, simulated: Simulated, phi: np.ndarray,
+    match: np.ndarray, contexts: int, samples: int, before: int, after: int,
+) -> dict[str, Any]:  # fmt: skip
+    values, text = _column(z, j), world.text
+    r2 = simulated.best[j]
+    return {
+        "latent": j, "density": _digits(float((values > 0).mean())), "max": _digits(float(values.max())), "threshold": _digits(limit),
+        "rule": d.words, "precision": _digits(d.precision), "recall": _digits(d.recall), "f1": _digits(d.f1), "lift": _digits(d.lift),
+        "length": sum(p.length for p in d.rule), "order": int(simulated.order[j]), "r2": None if np.isnan(r2) else _digits(float(r2)),
+        "concept": world.concepts[match[j]].name if phi[j] else None, "phi": _digits(float(phi[j])),
+        "top": contexts_of(text, values, top_rows(text, values, contexts), before, after),
+        "samples": contexts_of(text, values, quantile_rows(values, samples), before, after),
+    }  # fmt: skip
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _report(
+    found: dict[int, Described], shuffled: list[Described], phi: np.ndarray, picked: np.ndarray, interpretable: float, world: World,
+    features: list[dict[str, Any]], m: int,
+) -> Measured:  # fmt: skip
+    columns = {name: np.array([getattr(d, name) for d in found.values()]) for name in ("precision", "recall", "f1")}
+    matched = np.abs(phi[picked])
+    values: dict[str, float | None] = {
+        "rule_f1": float(columns["f1"].mean()),
+        "rule_interpretable_frac": float((columns["f1"] >= interpretable).mean()),
+        "rule_precision": float(columns["precision"].mean()),
+        "rule_recall": float(columns["recall"].mean()),
+        "rule_length": float(np.mean([sum(p.length for p in d.rule) for d in found.values()])),
+        "rule_f1_null": float(np.mean([d.f1 for d in shuffled])) if shuffled else None,
+        "concept_phi": float(matched.mean()),
+        "concept_matched_frac": float((matched > 0.5).mean()),
+    }
+    n, arrays = len(picked), {f"rule_{k}": np.full(m, np.nan) for k in columns}
+    for name, column in columns.items():
+        arrays[f"rule_{name}"][picked] = column
+    spread = {"rule_f1": columns["f1"], "rule_interpretable_frac": columns["f1"] >= interpretable, "concept_phi": matched}
+    noise = {name: float(np.std(column, ddof=1) / np.sqrt(n)) for name, column in spread.items() if n > 1}
+    why = {} if shuffled else {"rule_f1_null": "no shuffled latents were asked for (shuffled=0)"}
+    return Measured(values, arrays | {"concept_phi": phi}, why, noise, features)

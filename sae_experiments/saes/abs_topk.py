@@ -1,0 +1,23 @@
+"""AbsTopK: the k largest pre-activations by size, with their sign (Zhu et al. 2025, arXiv 2510.00404)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sae_experiments.saes import ops
+from sae_experiments.saes.base import Inference, NotExportable
+from sae_experiments.saes.ops import Pattern
+from sae_experiments.saes.topk import TopK
+
+
+class AbsTopK(TopK):
+    """``z_j = a_j`` for the k largest ``|a_j|`` of a row, 0 elsewhere: one latent holds both poles of a direction. Loss as TopK's."""
+
+    def support(self, pre: Tensor) -> Pattern:
+        return ops.top_k(pre.abs(), self.k)
+
+    def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+        return entries
+
+    def inference(self) -> Inference:
+        raise NotExportable("signed codes have no counterpart in SAELens' format")

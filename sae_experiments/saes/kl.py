@@ -1,0 +1,69 @@
+"""KL sparsity: every latent's mean activation is drawn to a target rate (Ng, CS294A lecture notes)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sae_experiments.io import UserError
+from sae_experiments.saes.base import Forward, Inference, NotExportable, Step
+from sae_experiments.saes.standard import Standard
+
+
+class KL(Standard):
+    """``||x - xhat||^2 + lambda sum_j KL(rho || rho_hat_j)``, ``KL = rho ln(rho/rho_hat) + (1 - rho) ln((1 - rho)/(1 - rho_hat))``.
+
+    ``form`` is the unit. ``sigmoid`` and ``gelu``: rho_hat_j is the batch mean of the activation itself, as in the original; every latent is
+    active everywhere until the final threshold. ``relu``: rho_hat_j is the mean of ``1 - exp(-z_j / tau)``, a soft count of how often j fires,
+    with tau the mean active value; codes have exact zeros and lambda is steered to ``target_l0``. rho is ``target_l0 / d_sae`` if not given.
+    The term equalises how often latents are active: it works against dead and dense latents.
+    """
+
+    def __init__(self, *, form: str, rho: float | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if form not in ("sigmoid", "gelu", "relu"):
+            raise UserError(f"sae.model.form={form!r} is not one of sigmoid, gelu, relu")
+        self.form, self.rho = form, rho if rho is not None else self.controller.target / self.d_sae
+        if not 0 < self.rho < 1:
+            raise UserError(f"sae.model.rho={self.rho} must lie between 0 and 1")
+        if form != "relu" and not self.controller.fixed:
+            raise UserError(f"sae.model.form={form} has no exact zeros to steer by: give sae.model.coeff a number")
+
+    def support(self, pre: Tensor) -> Tensor:
+        if self.form == "relu" or not self.training:
+            return super().support(pre)
+        return torch.ones_like(pre, dtype=torch.bool)
+
+    def strength(self, pre: Tensor) -> Tensor:
+        return self.shape(pre, None)
+
+    def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+        return {"sigmoid": torch.sigmoid, "gelu": F.gelu, "relu": torch.relu}[self.form](entries)
+
+    def rates(self, fwd: Forward) -> Tensor:
+        """rho_hat (F,), clamped away from 0 and 1."""
+        values, pattern = fwd.codes
+        if self.form == "relu":
+            tau = values.detach().sum() / (values > 0).sum().clamp_min(1)
+            values = -torch.expm1(-values / tau.clamp_min(1e-12))
+        if pattern is None:
+            mean = values.mean(0)
+        else:
+            mean = values.new_zeros(self.d_sae).index_add(0, pattern.col, values) / pattern.n_rows
+        return mean.clamp(1e-6, 1 - 1e-6)
+
+    def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
+        rate, rho = self.rates(fwd), self.rho
+        kl = rho * torch.log(rho / rate) + (1 - rho) * torch.log((1 - rho) / (1 - rate))
+        return {"sparsity": self.coefficient(step) * kl.sum()}
+
+    def finish(self, phase: str, x: Tensor) -> None:
+        self.calibrate_threshold(x, self.controller.target)
+
+    def inference(self) -> Inference:
+        if self.form == "relu":
+            return super().inference()
+        raise NotExportable(f"a KL SAE with {self.form} units has no counterpart in SAELens' format")

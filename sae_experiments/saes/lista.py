@@ -1,0 +1,55 @@
+"""LISTA-Matryoshka: one refinement of the code before it is used (after Chanin 2026; Gregor and LeCun 2010)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_experiments.io import UserError
+from sae_experiments.saes import ops
+from sae_experiments.saes.base import Inference, NotExportable
+from sae_experiments.saes.matryoshka import Matryoshka
+
+
+class Lista(Matryoshka):
+    """``a0 = W_enc (x - b) + b_enc``, ``z0 = BatchTopK(a0)``, ``a1 = a0 + eta W_enc (x - b - W_dec^T z0)``, ``z = BatchTopK(a1)``.
+
+    a1 is the plain encoder at ``b + (1 + eta)(x - b) - eta W_dec^T z0``, so the refinement is a change of what the encoder reads. In eval mode
+    each of the two codes has its own calibrated threshold. The reconstruction is compared with x itself (the published code compares it
+    with the centred input).
+    """
+
+    def __init__(self, *, eta: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if eta < 0:
+            raise UserError(f"sae.model.eta={eta} must not be negative")
+        self.eta = eta
+        self.register_buffer("first_threshold", torch.zeros(()))
+        self._refining = True
+
+    def encoder_input(self, x: Tensor) -> Tensor:
+        if not self._refining or not self.eta:
+            return x
+        bias = self.bias()
+        pre = self.product(x, bias)
+        if self.training:
+            pattern, self._first_guess = ops.batch_top_k(pre, round(self.budget() * pre.shape[0]), getattr(self, "_first_guess", None))
+        else:
+            pattern = ops.Pattern.from_mask(pre > self.first_threshold)
+        first = ops.decode(ops.entries(x, self.W_enc, bias, pre, pattern), pattern, self.W_dec)
+        return self.b_dec + (1 + self.eta) * (x - self.b_dec) - self.eta * first
+
+    def finish(self, phase: str, x: Tensor) -> None:
+        self._refining = False
+        super().finish(phase, x)
+        self.first_threshold.copy_(self.threshold)
+        self._refining = True
+        was_training = self.training
+        self.eval()
+        self.calibrate_threshold(x, self.k)
+        self.train(was_training)
+
+    def inference(self) -> Inference:
+        raise NotExportable("a refined encoder has no counterpart in SAELens' format")

@@ -1,0 +1,37 @@
+"""Random dictionaries: the sanity row of every table (Korznikov et al. 2026, arXiv 2602.14111; Heap et al. 2025)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sae_experiments.io import UserError
+from sae_experiments.saes.batch_topk import BatchTopK
+from sae_experiments.training import Group, Phase
+
+
+class Random(BatchTopK):
+    """BatchTopK with a random decoder that never learns. ``learn=nothing``: the encoder is its transpose, times the one factor that fits the
+    calibration rows best; ``learn=encoder``: the encoder is trained against the frozen random decoder.
+    """
+
+    def __init__(self, *, learn: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if learn not in ("nothing", "encoder"):
+            raise UserError(f"sae.model.learn={learn!r} is not one of nothing, encoder")
+        self.learn = learn
+
+    def phases(self) -> list[Phase]:
+        return [Phase("train", 1.0, [Group([self.W_enc, self.b_enc, self.b_dec])] if self.learn == "encoder" else [])]
+
+    def finish(self, phase: str, x: Tensor) -> None:
+        super().finish(phase, x)
+        if self.learn == "nothing":
+            was_training = self.training
+            self.eval()
+            part, centred = x[:8192] - self.b_dec, self(x[:8192]) - self.b_dec
+            self.train(was_training)
+            factor = (part * centred).sum() / centred.square().sum().clamp_min(1e-12)
+            for t in (self.W_enc.data, self.b_enc.data, self.threshold):
+                t.mul_(factor)

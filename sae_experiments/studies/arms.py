@@ -1,0 +1,116 @@
+"""The SAEs of a run ("arms") and how they are fitted: what every study that trains SAEs shares."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sae_experiments.activations import Site, Sites, parse_site
+from sae_experiments.io import UserError
+from sae_experiments.saes.base import SAE
+from sae_experiments.training import TrainConfig, seed_of
+
+#: Numbers of the fit that an SAE may have for itself; the others are shared by all SAEs of one pass.
+OWN = ("lr", "min_lr", "betas", "eps", "weight_decay", "clip", "warmup_steps", "decay", "decay_from", "optimizer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One SAE to fit: ``model`` builds it from d_in, d_sae and d_out; ``train`` holds numbers of the fit that this variant changes.
+
+    ``read`` and ``write`` name sites (null: the study's; ``read`` may be a list for a crosscoder).
+    """
+
+    model: Callable[..., SAE]
+    target_l0: float
+    expansion: float
+    d_sae: int | None
+    read: str | Sequence[str] | None
+    write: str | None
+    train: Mapping[str, Any]
+
+    def build(self, d_in: int, d_out: int) -> SAE:
+        """The untrained SAE. Raises :class:`UserError` for sizes that cannot work."""
+        if self.d_sae is not None and (not isinstance(self.d_sae, int) or self.d_sae < 1):
+            raise UserError(f"sae.d_sae={self.d_sae} must be a whole number of at least 1")
+        d_sae = self.d_sae if self.d_sae is not None else round(self.expansion * d_in)
+        return self.model(d_in=d_in, d_sae=d_sae, d_out=d_out)
+
+    def seeded(self, d_in: int, d_out: int, seed: int) -> SAE:
+        """The untrained SAE with weights that depend on the seed alone, not on what is fitted beside it."""
+        torch.manual_seed(seed_of(seed, "sae"))
+        return self.build(d_in, d_out)
+
+    def check(self, d_in: int, d_out: int, cfg: TrainConfig) -> None:
+        """Build on the meta device and read the recipe: bad numbers die before the first second of compute."""
+        self.config(cfg)
+        with torch.device("meta"):
+            self.build(d_in, d_out)
+
+    def sites(self, default: str, n_layer: int) -> tuple[Site | Sites, Site | Sites]:
+        """Where the encoder reads and what the decoder rebuilds."""
+        named = self.read if self.read is not None else default
+        read = parse_site(named, n_layer) if isinstance(named, str) else tuple(parse_site(s, n_layer) for s in named)
+        return read, parse_site(self.write, n_layer) if self.write else read
+
+    def config(self, cfg: TrainConfig) -> TrainConfig:
+        """The fit's numbers with the variant's own on top."""
+        own = {k: v for k, v in self.train.items() if v is not None}
+        for key in own.keys() - set(OWN):
+            raise UserError(f"sae.train.{key} cannot differ between the SAEs of one pass: set fit.train.{key}")
+        return replace(cfg, **own)
+
+    def describe(self) -> dict[str, Any]:
+        """A JSON-like description, for cache keys."""
+        return {
+            "model": _plain(self.model),
+            "d_sae": self.d_sae,
+            "expansion": self.expansion,
+            "read": self.read,
+            "write": self.write,
+            "train": dict(self.train),
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, functools.partial):
+        return {"target": f"{value.func.__module__}.{value.func.__qualname__}"} | {k: _plain(v) for k, v in value.keywords.items()}
+    return value
+
+
+def modules_of(sae: SAE) -> set[Any]:
+    """The modules of this package whose code decides what ``sae`` computes."""
+    return {sys.modules[c.__module__] for part in sae.modules() for c in type(part).__mro__ if c.__module__.startswith("sae_experiments")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitSpec:
+    """How activations are sampled and SAEs fitted. ``dead_after_frac``: silent for this share of the run's rows means dead."""
+
+    train_rows: int
+    calibration_rows: int
+    held_out_rows: int
+    init_rows: int
+    dead_after_frac: float
+    store_dtype: str
+    collect_batch: int
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        for name in ("train_rows", "calibration_rows", "held_out_rows", "init_rows", "collect_batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"fit.{name}={getattr(self, name)} must be at least 1")
+        if self.store_dtype not in ("float16", "float32"):
+            raise UserError(f"fit.store_dtype={self.store_dtype!r} is not one of float16, float32")
+        if self.train.batch_size > self.train_rows:
+            raise UserError(f"fit.train.batch_size={self.train.batch_size} exceeds fit.train_rows={self.train_rows}")
+
+    @property
+    def dead_after(self) -> int:
+        """Rows without firing after which a latent counts as dead."""
+        return round(self.dead_after_frac * self.train.steps * self.train.batch_size)

@@ -1,0 +1,122 @@
+"""What the latents of the palindrome study mean: strongest strings, (position, letter) selectivity; and what its transformer does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_experiments.metrics.info import MetricInfo
+from sae_experiments.saes.base import SAE
+from sae_experiments.studies.strings import HALF, LENGTH, LETTERS, text_of
+
+if TYPE_CHECKING:
+    from sae_experiments.studies.palindrome import Analysis
+
+
+class Found(NamedTuple):
+    """Numbers, arrays, and what the feature browser shows."""
+
+    scalars: dict[str, float | None]
+    arrays: dict[str, np.ndarray]
+    why_null: dict[str, str]
+    browser: dict[str, Any]
+
+
+@torch.no_grad()
+def measure(sae: SAE, x: Tensor, ids: Tensor, n_test: int, analysis: Analysis) -> Found:
+    """Measure an SAE on the vectors (N, D) of all strings (N, 9), the last ``n_test`` of which it was not trained on.
+
+    A latent is alive if it is active on at least one test string. Selectivity (F, 3, 26): ``E[z | letter at position] - E[z]`` in standard
+    deviations of z; a position's share is how much of a latent's variance its letter explains (eta squared).
+    """
+    acts = sae.encode(x)
+    test = x[-n_test:]
+    active = acts[-n_test:] != 0
+    counts = active.sum(0)
+    alive = counts > 0
+    error = (test - sae.decode(acts[-n_test:])).square().sum() / (test - test.mean(0)).square().sum()
+    table, share = tables(acts, ids[:, 1 : 1 + HALF])
+    best = share.max(1).values
+    any_alive = bool(alive.any())
+    scalars: dict[str, float | None] = {
+        "explained_variance": float(1 - error),
+        "alive_latents": float(alive.sum()),
+        "alive_frac": float(alive.float().mean()),
+        "sae_l0": float(active.float().sum(1).mean()),
+        "selective_frac": float((best[alive] >= analysis.selective).float().mean()) if any_alive else None,
+    }
+    arrays = {
+        "dictionary": sae.W_dec.view(sae.d_sae, LENGTH - 1, -1).cpu().numpy().astype(np.float32),
+        "selectivity": table.cpu().numpy().astype(np.float32),
+        "position_share": share.cpu().numpy().astype(np.float32),
+        "active_frac": (counts / n_test).cpu().numpy().astype(np.float32),
+        "mean_activation": acts.mean(0).cpu().numpy().astype(np.float32),
+    }
+    why = {} if any_alive else {"selective_frac": "no latent is alive"}
+    return Found(scalars, arrays, why, browser(acts, ids, table, share, counts / n_test, analysis.strongest))
+
+
+def tables(acts: Tensor, letters: Tensor) -> tuple[Tensor, Tensor]:
+    """Selectivity (F, 3, 26) and the share (F, 3) of each latent's variance that the letter at a position explains; 0 for a constant latent."""
+    n, n_letters = len(acts), len(LETTERS)
+    mean, std = acts.mean(0), acts.std(0, correction=0)
+    scale = torch.where(std > 1e-9, 1 / std.clamp_min(1e-9), 0.0)
+    found, shares = [], []
+    for position in range(letters.shape[1]):
+        column = letters[:, position]
+        sums = acts.new_zeros(n_letters, acts.shape[1]).index_add_(0, column, acts)
+        counts = torch.bincount(column, minlength=n_letters).to(acts.dtype)[:, None]
+        above = torch.where(counts > 0, (sums / counts.clamp_min(1) - mean) * scale, 0.0)
+        found.append(above.t())
+        shares.append((above.square() * counts / n).sum(0))
+    return torch.stack(found, 1), torch.stack(shares, 1)
+
+
+def browser(acts: Tensor, ids: Tensor, table: Tensor, share: Tensor, active: Tensor, strongest: int) -> dict[str, Any]:
+    """For every latent: its strongest strings with their activations, and the position and letter that it answers to most."""
+    values, rows = acts.topk(strongest, dim=0)
+    texts = {i: text_of(ids[i]) for i in rows.unique().tolist()}
+    latents = []
+    for j in range(acts.shape[1]):
+        position = int(share[j].argmax())
+        letter = int(table[j, position].argmax())
+        strings = [[texts[i], round(v, 4)] for i, v in zip(rows[:, j].tolist(), values[:, j].tolist(), strict=True) if v > 0]
+        about = {"position": position + 1, "letter": LETTERS[letter], "selectivity": round(float(table[j, position, letter]), 3)}
+        latents.append({"latent": j, "active_frac": round(float(active[j]), 5), "share": round(float(share[j, position]), 4), **about, "strings": strings})
+    note = "position 1 to 3 of the free half; share: of the latent's variance that the letter there explains; selectivity in standard deviations"
+    return {"kind": "strings", "note": note, "latents": latents}
+
+
+@torch.no_grad()
+def look(model: torch.nn.Module, samples: Tensor, strings: Tensor) -> dict[str, np.ndarray]:
+    """Attention (8, 8) from each position to those before, mean over ``strings`` and for each of ``samples``; log-probabilities of the samples' characters."""
+    kind = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the fused kernel does not give its weights away
+    try:
+        out = model(input_ids=samples[:, :-1], use_cache=False, output_attentions=True)
+        mean = model(input_ids=strings[:, :-1], use_cache=False, output_attentions=True).attentions[0].mean((0, 1))
+    finally:
+        model.set_attn_implementation(kind)
+    logp = out.logits.float().log_softmax(-1)
+    return {
+        "attention_mean": mean.float().cpu().numpy(),
+        "attention": out.attentions[0].mean(1).float().cpu().numpy(),
+        "token_logprob": logp.gather(-1, samples[:, 1:, None])[..., 0].cpu().numpy(),
+        "samples": np.array([text_of(ids) for ids in samples]),
+    }
+
+
+def _info(name: str, title: str, formula: str, unit: str, better: Any, *, shown: bool = True) -> MetricInfo:
+    return MetricInfo(name=name, title=title, formula=formula, unit=unit, better=better, shown=shown)
+
+
+INFO = [
+    _info("explained_variance", "explained variance", "1 - ||x - xhat||^2 / ||x - mean||^2 over the test strings", "", "up"),
+    _info("alive_latents", "alive latents", "latents active (not exactly zero) on at least one test string", "", "up"),
+    _info("alive_frac", "alive (share)", "alive_latents / d_sae", "", "up", shown=False),
+    _info("sae_l0", "L0", "latents active on a test string, mean", "", "target"),
+    _info("selective_frac", "selective latents", "share of the alive latents of which the letter at one position explains most of the variance", "", "none"),
+]

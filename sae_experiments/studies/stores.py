@@ -1,0 +1,110 @@
+"""The activations a cell needs: rows to train on, rows kept for calibration, held-out rows; and the batches made from them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sae_experiments.activations import Site, Sites, Store, capture, collect, patched
+from sae_experiments.data import CharCorpus
+from sae_experiments.fit import Sample
+from sae_experiments.io import UserError
+from sae_experiments.lm import TrainedLM
+from sae_experiments.saes.base import Batch
+from sae_experiments.studies.arms import FitSpec
+from sae_experiments.studies.base import Context
+from sae_experiments.training import seed_of
+
+Where = Site | Sites  # one site, or several side by side
+
+
+class Stores:
+    """Three stores over one language model; train and calibration windows are disjoint, held-out ones come from the validation split."""
+
+    def __init__(self, fit: FitSpec, sites: Sequence[Site], corpus: CharCorpus, lm: TrainedLM, seed: int, ctx: Context) -> None:
+        self.fit, self.corpus, self.model, self.seed, self.device = fit, corpus, lm.model, seed, ctx.device
+        length = lm.model.config.n_positions
+        began = time.monotonic()
+        train, calibration = split_windows(len(corpus.splits["train"]), length, fit.train_rows, fit.calibration_rows, seed_of(seed, "windows"))
+        held = window_starts(len(corpus.splits["val"]), length)[: max(1, fit.held_out_rows // length)]
+
+        def store(split: str, starts: np.ndarray, what: str) -> Store:
+            with ctx.console.stage(f"collect {what}", "window") as tick:
+                return collect(
+                    lm.model, lambda s: corpus.windows(split, s, length), starts, list(sites), length=length, split=split, cache=ctx.cache,
+                    key=lm.key, dtype=fit.store_dtype, batch=fit.collect_batch, tick=tick,
+                )  # fmt: skip
+
+        self.train, self.calibration, self.held_out = (
+            store("train", train, "train"),
+            store("train", calibration, "calibration"),
+            store("val", held, "held-out"),
+        )
+        self.seconds = time.monotonic() - began
+
+    def tokens(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Ids of held-out windows and of the characters that follow each position, (n, T) both."""
+        return tuple(self.corpus.windows("val", starts + shift, self.held_out.length) for shift in (0, 1))
+
+    def batch_at(self, step: int, read: Where, write: Where) -> Batch:
+        """Shuffled rows of one step, as raw float32 activations on the device."""
+        return self._batch(self.train.index_at(step, rows=self.fit.train.batch_size, seed=seed_of(self.seed, "rows")), read, write)
+
+    def windows_at(self, step: int, read: Where, write: Site) -> Batch:
+        """Whole windows of one step with the rest of the language model behind them, about as many rows as a plain batch."""
+        length = self.train.length
+        n = max(1, self.fit.train.batch_size // length)
+        windows = np.random.default_rng([self.seed, step]).choice(len(self.train.starts), n, replace=False)
+        batch = self._batch((windows[:, None] * length + np.arange(length)).reshape(-1), read, write)
+        tokens = self.corpus.windows("train", self.train.starts[windows], length).to(self.device)
+        return batch._replace(downstream=lambda recon: effect_of(self.model, write, tokens, recon))
+
+    def _batch(self, index: np.ndarray, read: Where, write: Where) -> Batch:
+        x = self.train.rows(read, index).to(self.device, non_blocking=True)
+        return Batch(x, x if read == write else self.train.rows(write, index).to(self.device, non_blocking=True))
+
+    def sample(self, read: Where, write: Where) -> Sample:
+        """Rows to initialise from (training rows) and to calibrate on (never trained on)."""
+        index = self.train.index_at(0, rows=min(self.fit.init_rows, self.train.n_rows), seed=seed_of(self.seed, "init"))
+        x, y = (self.train.rows(where, index).to(self.device) for where in (read, write))
+        return Sample(x, y, self.calibration.rows(read, slice(None)).to(self.device))
+
+
+def effect_of(model: nn.Module, site: Site, tokens: Tensor, recon: Tensor) -> dict[str, Tensor]:
+    """What a reconstruction (B*T, D) at ``site`` does: ``kl``, mean KL(p || p') of the next character, and ``later``, the mean over later
+    blocks of the error it causes in the residual stream relative to that stream's variance. Differentiable in ``recon``.
+    """
+    n_layer = model.config.n_layer
+    first = site.layer + (site.stream == "resid")
+    later = [Site("resid", layer) for layer in range(max(first, 1), n_layer + 1)]
+    with torch.no_grad(), capture(model, later) as clean:
+        logits = model(input_ids=tokens, use_cache=False).logits
+        log_p = logits.float().log_softmax(-1)
+    with patched(model, site, lambda x: recon.view_as(x)), capture(model, later) as changed:
+        log_q = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="sum") / tokens.numel()
+    errors = [(changed[s] - clean[s]).square().sum() / (clean[s] - clean[s].mean((0, 1))).square().sum() for s in later]
+    return {"kl": kl, "later": sum(errors) / len(errors) if errors else kl * 0}
+
+
+def window_starts(n: int, length: int) -> np.ndarray:
+    """Starts of the non-overlapping windows of a text of n characters; each has a character after it to predict."""
+    starts = np.arange(0, n - length, length, dtype=np.int64)
+    if not len(starts):
+        raise UserError(f"a split of {n} characters holds no window of {length}: use a longer text or a smaller lm.n_positions")
+    return starts
+
+
+def split_windows(n: int, length: int, train_rows: int, calibration_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Disjoint windows for training and calibration, drawn at random and then sorted; calibration gets at most a tenth of all windows."""
+    starts = np.random.default_rng(seed).permutation(window_starts(n, length))
+    if len(starts) < 2:
+        raise UserError(f"a training split of {n} characters holds fewer than two windows of {length}: use a longer text or a smaller lm.n_positions")
+    n_calibration = max(1, min(calibration_rows // length, len(starts) // 10))
+    n_train = max(1, min(train_rows // length, len(starts) - n_calibration))
+    return np.sort(starts[n_calibration : n_calibration + n_train]), np.sort(starts[:n_calibration])
