@@ -7,6 +7,7 @@ its hidden activations after the non-linearity, ``mlp_out.2`` what it writes. Sh
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sae_experiments.io import UserError, cached, read_json, source_digest, write_json
+from sae_experiments.io import NonFinite, UserError, cached, read_json, source_digest, write_json
 
 STREAMS = ("resid", "mlp_in", "mlp_act", "mlp_out")
 
@@ -42,8 +43,8 @@ def as_sites(where: Site | Sites) -> Sites:
 
 def parse_site(text: str, n_layer: int) -> Site:
     """``"resid.mid"`` or ``"mlp_act.2"`` as a :class:`Site`; a :class:`UserError` names what exists otherwise."""
-    stream, _, layer = text.partition(".")
-    number = n_layer // 2 if layer == "mid" else int(layer) if layer.isdigit() else -1
+    stream, _, layer = str(text).partition(".")
+    number = n_layer // 2 if layer == "mid" else int(layer) if layer.isdecimal() and layer.isascii() else -1
     lowest = 0 if stream == "resid" else 1
     if stream not in STREAMS or not lowest <= number <= n_layer:
         raise UserError(
@@ -149,7 +150,8 @@ class Store:
 
     def rows(self, site: Site | Sites, index: np.ndarray | slice) -> Tensor:
         """Rows (n, D) as float32; of several sites, side by side."""
-        parts = [torch.from_numpy(np.asarray(self.sites[s][index], dtype=np.float32)) for s in as_sites(site)]
+        # A copy, also of a float32 file's slice: the map is read-only, and a tensor must not be.
+        parts = [torch.from_numpy(np.array(self.sites[s][index], dtype=np.float32)) for s in as_sites(site)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def index_at(self, step: int, *, rows: int, seed: int, first: int = 0, last: int | None = None) -> np.ndarray:
@@ -175,7 +177,7 @@ def collect(
     Made in the cache under ``key`` unless it is there. Raises :class:`UserError` when an activation is not finite or too large for ``dtype``.
     """
     full = {"what": "store", "of": dict(key), "sites": [str(s) for s in sites], "length": length, "split": split, "dtype": dtype, "n": len(starts),
-            "starts": [int(starts[0]), int(starts[-1]), int(starts.sum())], "source": source_digest(sys.modules[__name__])}  # fmt: skip
+            "starts": hashlib.sha256(np.ascontiguousarray(starts, dtype=np.int64)).hexdigest(), "source": source_digest(sys.modules[__name__])}  # fmt: skip
     device = next(model.parameters()).device
 
     def make(folder: Path) -> None:
@@ -185,11 +187,11 @@ def collect(
             for site, x in activations(model, tokens_of(part).to(device), sites).items():
                 x = x.reshape(-1, x.shape[-1]).float()
                 if not bool(torch.isfinite(x).all()):
-                    raise UserError(f"activations at {site} are not finite (window at {part[0]} of {split}): the language model is broken")
+                    raise NonFinite(f"activations at {site} are not finite (window at {part[0]} of {split}): the language model is broken")
                 values = x.cpu().numpy().astype(dtype)
                 if not np.isfinite(values).all():
                     raise UserError(
-                        f"activations at {site} reach {float(x.abs().max()):.3g}, too large for store.dtype={dtype}: use store.dtype=float32"
+                        f"activations at {site} reach {float(x.abs().max()):.3g}, too large for fit.store_dtype={dtype}: use fit.store_dtype=float32"
                     )
                 if site not in files:
                     files[site] = np.memmap(folder / f"{site}.bin", dtype=dtype, mode="w+", shape=(len(starts) * length, values.shape[1]))

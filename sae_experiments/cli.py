@@ -86,6 +86,8 @@ def execute(cfg: DictConfig, *, about: Mapping[str, Any], label: str, folder: Pa
     if cfg.threads is not None:
         torch.set_num_threads(int(cfg.threads))
     device = str(cfg.device) if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"device={device} is not one of auto, cpu, cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={device}: there is no CUDA device; use device=cpu")
     folder = folder or run_folder(str(cfg.runs_root), str(cfg.out_dir))
@@ -94,7 +96,7 @@ def execute(cfg: DictConfig, *, about: Mapping[str, Any], label: str, folder: Pa
     settings = RunSettings(
         folder=folder,
         cache=Path(str(cfg.cache)).expanduser(),
-        config=OmegaConf.to_container(cfg, resolve=True),
+        config=recorded(cfg),
         label=cfg.label or label,
         device=device,
         verbosity=str(cfg.verbosity),
@@ -107,6 +109,15 @@ def execute(cfg: DictConfig, *, about: Mapping[str, Any], label: str, folder: Pa
     status = run(study, settings, tracker)
     print_summary(folder, status)
     return folder
+
+
+def recorded(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration without what it says twice: references inside ``study``, and ``arms`` where there is one SAE."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    raw = OmegaConf.to_container(cfg.study, resolve=False)
+    config["study"] = {k: v for k, v in config["study"].items() if not (isinstance(raw[k], str) and raw[k].startswith("${"))}
+    config.pop("arms" if len(cfg.arms) == 1 else "sae")
+    return config
 
 
 def run_folder(runs_root: str, out_dir: str) -> Path:

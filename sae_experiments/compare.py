@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -22,9 +22,12 @@ NAME_WIDTH = 32
 ABSENT = "(absent)"
 DIRECTION = {"up": "higher is better", "down": "lower is better", "target": "has a target", "none": ""}
 COLOURS = {"better": "\033[32m", "worse": "\033[31m"}
-NUMBERS = ("mean", "stderr", "baseline_mean", "baseline_stderr", "baseline_n", "delta", "delta_stderr", "pairs")
+NUMBERS = ("mean", "stderr", "baseline_mean", "baseline_stderr", "baseline_n", "delta", "delta_stderr", "pairs", "believable")
 HOW = "±: one standard error over the n seeds; delta: run - baseline, paired by seed where the seeds are the same."
-RULE = "better, worse, differs: the delta exceeds 2 of its standard errors; with fewer than 5 seeds that is a hint, not a proof."
+RULE = (
+    "better, worse, differs: the delta exceeds 2 of its standard errors, and the noise of the evaluation itself (2 sqrt(2) standard errors of the "
+    "metric over resampled text) where it is known; with fewer than 5 seeds that is a hint, not a proof."
+)
 
 
 class Delta(NamedTuple):
@@ -49,13 +52,22 @@ def delta(run: Stat, baseline: Stat) -> Delta:
     return Delta(run.mean - baseline.mean, math.hypot(run.stderr, baseline.stderr), "welch", 0)
 
 
-def verdict(found: Delta, scale: float, better: str) -> str:
-    """better, worse or differs, only when |delta| > 2 standard errors and above rounding error; else ''."""
-    if found.value is None or found.stderr is None or abs(found.value) <= max(2 * found.stderr, 1e-9 * scale):
+def verdict(found: Delta, scale: float, better: str, believable: float | None = None) -> str:
+    """better, worse or differs, only when |delta| > 2 standard errors, above rounding error and above what is ``believable``; else ''."""
+    if found.value is None or found.stderr is None or abs(found.value) <= max(2 * found.stderr, 1e-9 * scale, believable or 0.0):
         return ""
     if better not in ("up", "down"):
         return "differs"
     return "better" if (found.value > 0) == (better == "up") else "worse"
+
+
+def smallest_believable(runs: Iterable[Run], dataset: str, metric: str) -> float | None:
+    """The smallest difference worth believing, 2 sqrt(2) times the evaluation's standard error (the largest of all cells); None: not known.
+
+    Runs are evaluated on the same text, so most of the noise is shared and this errs on the side of caution.
+    """
+    known = [r.noise[metric] for run in runs for r in run.records if r.dataset == dataset and metric in r.noise]
+    return 2 * math.sqrt(2) * max(known) if known else None
 
 
 def compare(table: RunTable) -> pd.DataFrame:
@@ -77,6 +89,7 @@ def _row(table: RunTable, run: Run, dataset: str, metric: str) -> dict[str, Any]
     why_not = "" if run is baseline else "baseline has no value" if baseline and base is None else table.why_not(run, dataset)
     found = delta(stat, base) if base and run is not baseline and not why_not else Delta(None, None, "", 0)
     scale = max(abs(stat.mean or 0), abs(base.mean or 0)) if base else 0
+    believable = smallest_believable([run, baseline], dataset, metric) if baseline and found.value is not None else None
     reasons = [why for record in run.records if record.dataset == dataset and (why := record.why_null.get(metric))]
     return {
         "dataset": dataset,
@@ -104,7 +117,8 @@ def _row(table: RunTable, run: Run, dataset: str, metric: str) -> dict[str, Any]
         "delta_stderr": found.stderr,
         "test": found.test,
         "pairs": found.n or None,
-        "verdict": verdict(found, scale, info["better"]),
+        "believable": believable,
+        "verdict": verdict(found, scale, info["better"], believable),
         "not_comparable": why_not,
     }
 

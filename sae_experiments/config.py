@@ -9,11 +9,13 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -24,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sae_experiments.io import UserError
 from sae_experiments.results import EDGES
 
+_LISTS = ("sae.train.betas", "sae.read")  # null in the YAML, but a list where they are given
 _GROUPS = ("preset", "data", "lm", "fit", "sae", "metric", "track", "study")
 
 
@@ -34,6 +37,9 @@ def key_of(override: str) -> str:
 
 def complete(user: Sequence[str], *, plan: str, extra: Sequence[str], conf: Path) -> tuple[list[str], dict[str, Any]]:
     """The whole list of overrides: preset, then the plan's for this out_dir, then the file's, then the user's (later ones win)."""
+    for o in user:
+        if o.startswith("~"):
+            raise UserError(f"{o}: options cannot be deleted; give {key_of(o)} another value (null where it may be none)")
     out_dir = next((o.split("=", 1)[1] for o in reversed(user) if key_of(o) == "out_dir"), "run_0")
     planned, note = planned_overrides(conf, plan, out_dir)
     changed = {key_of(o) for o in [*extra, *user]} - {"out_dir", *EDGES}
@@ -74,11 +80,12 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
     """
     parsed = _parsed([f"metric=[{','.join(_options(conf, 'metric'))}]" if o == "metric=all" else o for o in overrides])
     _check_groups(conf, parsed)
-    names = next((_as_list(o.value()) for o in reversed(parsed) if o.key_or_group == "sae"), ["standard"])
-    if not names:
+    names = next((_as_list(o.value()) for o in reversed(parsed) if o.key_or_group == "sae"), None)
+    if names == []:
         raise UserError(f"sae=[] names no SAE: choose from {', '.join(_options(conf, 'sae'))}")
-    with initialize_config_dir(str(conf), version_base="1.3"):
+    with _hydra_at(conf):
         groups = [o.input_line for o in parsed if _is_group(conf, o.key_or_group) and o.key_or_group != "sae"]
+        names = names or [_default_sae(groups)]
         bases = [_compose([*groups, f"sae={name}"]) for name in names]
         grid, plain = _split_grid([o for o in parsed if o.key_or_group != "sae"], bases[0])
         _check_keys(parsed, bases)
@@ -90,6 +97,26 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
     OmegaConf.set_struct(cfg, False)
     cfg.arms = arms
     return cfg, ", ".join(arms)
+
+
+def _default_sae(groups: Sequence[str]) -> str:
+    """The SAE of the defaults list, or the one that the chosen study puts in its place."""
+    try:
+        return compose("config", list(groups), return_hydra_config=True).hydra.runtime.choices["sae"]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(first_line(error)) from error
+
+
+@contextmanager
+def _hydra_at(conf: Path) -> Iterator[None]:
+    """Hydra's compose API for ``conf``, also within a job of a multirun (which has an initialised Hydra of its own: it is put back)."""
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -106,10 +133,13 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise UserError(f"{first_line(error)} (quote values that hold =, commas or brackets)") from error
+    parser, out = OverridesParser.create(), []
+    for override in overrides:
+        try:
+            out += parser.parse_overrides([override])
+        except HydraException as error:
+            raise UserError(f"{override} cannot be read ({first_line(error)}): quote values that hold =, commas or brackets") from error
+    return out
 
 
 def _is_group(conf: Path, key: str) -> bool:
@@ -126,14 +156,29 @@ def _check_groups(conf: Path, parsed: Sequence[Override]) -> None:
             known = _options(conf, o.key_or_group)
             for name in _as_list(o.value()):
                 if str(name) not in known:
-                    raise UserError(f"{o.key_or_group}={name} does not exist: choose from {', '.join(known)}{_did_you_mean(str(name), known)}")
+                    shown = ["auto", *known] if o.key_or_group == "preset" else known
+                    raise UserError(f"{o.key_or_group}={name} does not exist: choose from {', '.join(shown)}{_did_you_mean(str(name), shown)}")
+            if o.key_or_group == "data" and not _as_list(o.value()):
+                raise UserError("data=[] names no corpus: use for example data=[shakespeare_char]")
+
+
+def swept_keys(conf: Path, overrides: Sequence[str]) -> set[str]:
+    """The keys that a multirun varies. Raises :class:`UserError` for a choice that does not exist, before any job starts."""
+    parsed = _parsed(overrides)
+    swept = [o for o in parsed if o.is_sweep_override()]
+    for o in swept:
+        if _is_group(conf, o.key_or_group):
+            for choice in o.sweep_string_iterator():
+                _check_groups(conf, _parsed([f"{o.key_or_group}={choice}"]))
+    _check_groups(conf, [o for o in parsed if not o.is_sweep_override()])
+    return {o.key_or_group for o in swept}
 
 
 def _split_grid(parsed: Sequence[Override], base: DictConfig) -> tuple[dict[str, list[Any]], list[str]]:
     """The ``sae.*`` keys given a list where one value belongs, and all other overrides."""
     grid, plain = {}, []
     for o in parsed:
-        one_value = not isinstance(OmegaConf.select(base, o.key_or_group), ListConfig)
+        one_value = not isinstance(OmegaConf.select(base, o.key_or_group), ListConfig) and o.key_or_group not in _LISTS
         if o.key_or_group.startswith("sae.") and one_value and isinstance(o.value(), list):
             grid[o.key_or_group] = o.value()
         else:
@@ -164,6 +209,10 @@ def _flat_keys(value: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
+#: Keys that stand as a whole number in the YAML but may have a fraction.
+_FRACTIONS = ("sae.target_l0", "sae.expansion")
+_CHOICES = {"verbosity": ("quiet", "normal", "verbose"), "corpus_size": ("full", "laptop", "smoke")}
+_NUMBERS = ("threads", "time_limit_s", "metric.", "fit.", "lm.train.", "sae.train.", "sae.model.coeff", "sae.d_sae")
 _KINDS: tuple[tuple[type, Any, str], ...] = (
     (bool, bool, "true or false"),
     (int, int, "a whole number"),
@@ -175,11 +224,21 @@ _KINDS: tuple[tuple[type, Any, str], ...] = (
 
 def _check_type(key: str, value: Any, before: Any) -> None:
     """The value (each one of a grid) is finite and of the kind that stands in the configuration; null fits everywhere."""
-    grid = key.startswith("sae.") and isinstance(value, list) and not isinstance(before, ListConfig)
+    grid = key.startswith("sae.") and isinstance(value, list) and not isinstance(before, ListConfig) and key not in _LISTS
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise UserError(f"{key}={value} is not one of {', '.join(_CHOICES[key])}")
     for v in value if grid else [value]:
+        if isinstance(before, str):
+            continue
         if isinstance(v, float) and not math.isfinite(v):
             raise UserError(f"{key}={v} must be a finite number")
-        if v is None or before is None or isinstance(before, str):
+        if before is None and isinstance(v, (str, bool)) and key.startswith(_NUMBERS) and key not in _LISTS:
+            raise UserError(f"{key}={v} must be a number, or null")
+        if key.startswith("metric.") and isinstance(v, int) and v < 1 and (before is None or (isinstance(before, int) and before > 0)):
+            raise UserError(f"{key}={v} must be at least 1")
+        if key in ("threads", "time_limit_s") and v is not None and not v > 0:
+            raise UserError(f"{key}={v} must be positive, or null")
+        if v is None or before is None or (key in _FRACTIONS and isinstance(v, float)):
             continue
         kinds, words = next((allowed, words) for kind, allowed, words in _KINDS if isinstance(before, kind))
         if not isinstance(v, kinds) or (isinstance(v, bool) and not isinstance(before, bool)):

@@ -68,6 +68,8 @@ class CorpusSpec:
 
 
 class Text(NamedTuple):
+    """A text that was found: where, and what it is."""
+
     path: Path
     source: str  # what the provenance says
     kind: str  # "corpus" | "file" (whatever the user named) | "stand-in"

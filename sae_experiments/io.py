@@ -24,6 +24,12 @@ class UserError(Exception):
     exit_status = 2
 
 
+class NonFinite(UserError):
+    """A loss term, gradient or activation became NaN or infinite: the work stopped there."""
+
+    exit_status = 1
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` so that a reader sees the old file or the whole new one, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_experiments import data as data_module
 from sae_experiments import training
@@ -27,6 +27,7 @@ from sae_experiments.training import At, Group, Learner, Loss, Phase, Session, T
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from here or from a local folder, never from a hub
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN
 from transformers.utils import logging as hf_logging
 
 hf_logging.disable_progress_bar()
@@ -60,6 +61,8 @@ class LMSpec:
 
     ``precision``: fp32, bf16 (autocast) or auto, which is bf16 where the device multiplies bf16 faster and the model is wide
     enough for that to pay. ``freeze_bias`` keeps every bias of the blocks at zero, which is a GPT-2 without biases.
+    With ``train.optimizer=muon``, blocks below number ``muon_writes_from`` leave the matrices that write into the residual stream to AdamW
+    at ``adam_writes_lr`` times its rate: Muon gives every direction of the stream equal weight, and an SAE there needs far more latents.
     """
 
     n_layer: int
@@ -72,6 +75,8 @@ class LMSpec:
     train: dict[str, Any]
     precision: str
     compile: bool
+    muon_writes_from: int
+    adam_writes_lr: float
     eval_batches: int
     curve_batches: int
     samples: int
@@ -81,15 +86,21 @@ class LMSpec:
     top_k: int
 
     def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "eval_batches", "curve_batches", "sample_length", "top_k"):
+            if getattr(self, name) < 1:
+                raise UserError(f"lm.{name}={getattr(self, name)} must be at least 1")
+        if self.n_positions < 2:
+            raise UserError(f"lm.n_positions={self.n_positions} must be at least 2: a window needs a context")
         if self.n_embd % self.n_head:
             raise UserError(f"lm.n_embd={self.n_embd} must be a multiple of lm.n_head={self.n_head}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"lm.precision={self.precision!r} is not one of auto, fp32, bf16")
-        for name in ("n_layer", "n_head", "n_embd", "n_positions", "eval_batches", "curve_batches", "sample_length", "top_k"):
-            if getattr(self, name) < 1:
-                raise UserError(f"lm.{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lm.dropout={self.dropout} must lie in [0, 1)")
+        if self.activation_function not in ACT2FN:
+            raise UserError(
+                f"lm.activation_function={self.activation_function!r} is not one that transformers knows, for example gelu_pytorch_tanh, gelu, relu"
+            )
         if not self.temperature > 0:
             raise UserError(f"lm.temperature={self.temperature} must be positive")
 
@@ -155,11 +166,22 @@ class LMLearner(Learner):
         self.forward = torch.compile(model) if spec.compile else model
 
     def phases(self) -> list[Phase]:
-        blocks, matrices, rest = [], [], []
+        groups: dict[str, list[nn.Parameter]] = {"muon": [], "writes": [], "matrices": [], "vectors": []}
         for name, p in self.module.named_parameters():
             if p.requires_grad:
-                (rest if p.ndim < 2 else blocks if ".h." in name else matrices).append(p)
-        return [Phase("train", 1.0, [Group(blocks, decay=True, muon=True), Group(matrices, decay=True), Group(rest)])]
+                block = int(name.split(".h.")[1].split(".")[0]) + 1 if ".h." in name else 0
+                kind = "vectors" if p.ndim < 2 else "matrices" if not block else "muon"
+                if kind == "muon" and ".c_proj." in name and block < self.spec.muon_writes_from:
+                    kind = "writes"
+                groups[kind].append(p)
+        factor = self.spec.adam_writes_lr if self.cfg.optimizer == "muon" else 1.0
+        chosen = [
+            Group(groups["muon"], decay=True, muon=True),
+            Group(groups["writes"], factor, decay=True),
+            Group(groups["matrices"], decay=True),
+            Group(groups["vectors"]),
+        ]
+        return [Phase("train", 1.0, [g for g in chosen if g.params])]
 
     def loss(self, batch: tuple[Tensor, Tensor], at: At) -> Loss:
         x, y = batch

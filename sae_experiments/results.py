@@ -43,6 +43,7 @@ class Record:
     seed: int
     metrics: dict[str, float | None]
     why_null: dict[str, str] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)  # standard error of a metric over resampled text, where it is known
     seconds: dict[str, float] = field(default_factory=dict)
     config_hash: str = ""
     source_hash: str = ""
@@ -55,7 +56,8 @@ class Record:
         why = {name: self.why_null.get(name) or (NOT_GIVEN if given[name] is None else NOT_FINITE) for name in nulls}
         object.__setattr__(self, "metrics", metrics)
         object.__setattr__(self, "why_null", why)
-        object.__setattr__(self, "seconds", {name: value for name, s in self.seconds.items() if (value := number(s)) is not None})
+        for name in ("noise", "seconds"):
+            object.__setattr__(self, name, {key: value for key, v in getattr(self, name).items() if (value := number(v)) is not None})
 
 
 def number(value: Any) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -57,7 +58,6 @@ def run(study: Study, settings: RunSettings, tracker: Tracker) -> str:
     study.check()
     folder = settings.folder
     config = {k: v for k, v in settings.config.items() if k not in EDGES}
-    _refuse_other_configuration(folder, config, settings.overwrite)
     created = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +69,7 @@ def run(study: Study, settings: RunSettings, tracker: Tracker) -> str:
     console = Console(verbosity=settings.verbosity)
     with locked(folder / ".lock", wait_s=0, held=f"{folder} is in use by another process: wait for it or choose another out_dir"):
         try:
+            _refuse_other_configuration(folder, config, settings.overwrite)
             return _Run(study, settings, tracker, console, config).go()
         except BaseException:
             if created and not (folder / "manifest.json").exists():
@@ -93,6 +94,7 @@ class _Run:
             **s.about, "label": s.label, "config": s.config, "git": _git(), "versions": _versions(), "device": _device_name(self.device),
             "corpora": corpora, "metrics": describe(self.study.infos()), **self.hashes, "status": "running", "started": _now(), "pid": os.getpid(),
         }  # fmt: skip
+        self._clear_other_results()
         self._write_manifest()
         self.tracker.start(s.folder, s.config, s.label)
         status, failures = "failed", []
@@ -153,10 +155,12 @@ class _Run:
                 curves.write(step, name, value)
         if outcome.arrays:
             save_arrays(folder, report, cell.seed, outcome.arrays)
+        if outcome.features is not None:
+            write_json(folder / "features" / f"{report}_{cell.seed}.json", outcome.features)
         # A cell that was cut short keeps its numbers but not its hash, so that the same command without the limit makes it whole.
         hashes = {k: f"{v}{'-cut' if outcome.cut else ''}" for k, v in self.hashes.items()}
         seconds = outcome.seconds | {"cell": total}
-        write_record(folder, Record(dataset=report, seed=cell.seed, metrics=outcome.metrics, why_null=outcome.why_null, seconds=seconds, **hashes))
+        write_record(folder, Record(dataset=report, seed=cell.seed, metrics=outcome.metrics, why_null=outcome.why_null, noise=outcome.noise, seconds=seconds, **hashes))
         self.tracker.summary(report, cell.seed, outcome.metrics)
 
     def _finished(self, cell: Cell) -> bool:
@@ -164,8 +168,19 @@ class _Run:
         return found >= set(cell.reports)
 
     def _records(self) -> list[Record]:
+        """Results of this configuration and this code (a cell that was cut short counts until it is made whole)."""
         wanted = {(report, cell.seed) for cell in self.study.cells() for report in cell.reports}
-        return [r for r in read_records(self.settings.folder) if (r.dataset, r.seed) in wanted]
+        hashes = {tuple(self.hashes.values()), tuple(f"{h}-cut" for h in self.hashes.values())}
+        return [r for r in read_records(self.settings.folder) if (r.dataset, r.seed) in wanted and (r.config_hash, r.source_hash) in hashes]
+
+    def _clear_other_results(self) -> None:
+        """With overwrite=true: what another configuration left must not be read beside the new results."""
+        folder = self.settings.folder
+        if any(r.config_hash.removesuffix("-cut") != self.hashes["config_hash"] for r in read_records(folder)):
+            for name in ("cells", "curves", "arrays", "features", "saes"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            for path in folder.glob("final_info*.json"):
+                path.unlink()
 
     def _write_manifest(self) -> None:
         write_json(self.settings.folder / "manifest.json", self.manifest)
@@ -177,7 +192,8 @@ def _refuse_other_configuration(folder: Path, config: Mapping[str, Any], overwri
         return
     before = flat({k: v for k, v in read_json(path)["config"].items() if k not in EDGES})
     now = flat(config)
-    changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    keys = sorted(before.keys() | now.keys(), key=lambda k: (k.count("."), k))  # what was typed stands higher up than what follows from it
+    changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(

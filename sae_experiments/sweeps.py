@@ -12,7 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from sae_experiments.config import choose_preset, compose_checked, first_line, key_of
+from sae_experiments.config import choose_preset, compose_checked, first_line, key_of, swept_keys
 from sae_experiments.io import UserError, digest, read_json, write_json
 
 Execute = Callable[..., Path]
@@ -25,19 +25,18 @@ def sweep(conf: Path, overrides: Sequence[str], execute: Execute) -> int:
         raise UserError("a sweep needs a folder of its own: add out_dir=sweep_a")
     root = Path(values.get("runs_root", "runs")).expanduser() / values["out_dir"]
     preset, reason = choose_preset(values.get("preset", "auto"))
-    fixed = [
-        *(o for o in overrides if key_of(o) != "preset" or preset == values.get("preset")),
-        *([] if preset == values.get("preset") else [f"preset={preset}"]),
-    ]
+    fixed = [*(o for o in overrides if key_of(o) != "preset"), f"preset={preset}"]
+    sweeping = swept_keys(conf, fixed)
 
     def job(cfg: DictConfig) -> None:
         task = list(HydraConfig.get().overrides.task)
-        varied = [o for o in task if o not in fixed]
+        varied = [o for o in task if key_of(o) in sweeping]
         name = folder_name(varied)
         record = {"job": HydraConfig.get().job.num, "name": name, "overrides": task, "status": "failed", "cause": ""}
         try:
             whole, label = compose_checked(conf, task)
-            about = {"argv": sys.argv[1:], "overrides": task, "preset": preset, "preset_reason": reason, "plan_note": f"job {name}"}
+            chosen = HydraConfig.get().runtime.choices["preset"]
+            about = {"argv": sys.argv[1:], "overrides": task, "preset": chosen, "preset_reason": reason, "plan_note": f"job {name}"}
             execute(whole, about=about, label=", ".join(varied) or label, folder=root / name)
             record["status"] = "done"
         except UserError as error:

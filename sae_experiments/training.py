@@ -16,19 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from sae_experiments.io import UserError, write_bytes
+from sae_experiments.checkpoint import read_checkpoint, write_checkpoint
+from sae_experiments.io import NonFinite, UserError
 
 History = list[tuple[int, str, float]]
-
-
-class NonFinite(UserError):
-    """A loss term or a gradient became NaN or infinite: training stopped at that step."""
-
-    exit_status = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +51,20 @@ class TrainConfig:
     checkpoint_every_s: float
 
     def __post_init__(self) -> None:
+        for name in ("lr", "min_lr", "decay_from", "muon_lr", "eps", "weight_decay", "clip", "checkpoint_every_s"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, float)):
+                raise UserError(f"{name}={getattr(self, name)!r} must be a number")
+        for name in ("steps", "batch_size", "warmup_steps", "log_every", "eval_every"):
+            if not isinstance(getattr(self, name), int):
+                raise UserError(f"{name}={getattr(self, name)!r} must be a whole number")
         for name in ("steps", "batch_size", "log_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         for name, known in (("decay", ("cosine", "linear", "constant")), ("optimizer", ("adam", "adamw", "muon"))):
             if getattr(self, name) not in known:
                 raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise UserError(f"betas={list(self.betas)} must be two numbers in [0, 1)")
         for name in ("lr", "eps"):
             if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name}={getattr(self, name)} must be a positive number")
@@ -208,7 +209,9 @@ class _Running:
         if abs(total - 1) > 1e-6:
             raise UserError(f"{learner.name}: the fractions of its phases sum to {total:g}, not 1")
         ends = [round(steps * sum(p.fraction for p in self.phases[: i + 1])) for i in range(len(self.phases))]
-        self.spans = list(zip([0, *ends[:-1]], ends, strict=True))
+        spans = list(zip([0, *ends[:-1]], ends, strict=True))
+        kept = [i for i, (start, end) in enumerate(spans) if end > start]  # a phase too short for one step does not happen
+        self.phases, self.spans = [self.phases[i] for i in kept], [spans[i] for i in kept]
         self.optimizers: list[torch.optim.Optimizer] = []
         self.factors: list[tuple[dict[str, Any], float]] = []
         self.params: list[nn.Parameter] = []
@@ -257,9 +260,11 @@ class _Running:
         if self.params:
             loss.total.backward()
         learner.before_update()
-        norm = nn.utils.clip_grad_norm_(self.params, learner.cfg.clip or math.inf)
+        norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         if norm.device.type == "cpu" and not (math.isfinite(loss.total.item()) and math.isfinite(norm.item())):
-            raise NonFinite(self.describe(step, loss, norm))
+            raise NonFinite(self.describe(step, loss, norm))  # before clipping, which would spread a NaN to every gradient
+        if learner.cfg.clip:
+            nn.utils.clip_grads_with_norm_(self.params, learner.cfg.clip, norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
@@ -268,7 +273,7 @@ class _Running:
 
     def describe(self, step: int, loss: Loss, norm: Tensor) -> str:
         bad = [name for name, part in loss.parts.items() if not math.isfinite(float(part))]
-        where = f"loss term {', '.join(bad)}" if bad else "the loss" if not math.isfinite(float(loss.total)) else "the gradient"
+        where = f"loss term {', '.join(bad)}" if bad else "the loss" if not math.isfinite(loss.total.item()) else "the gradient"
         parts = ", ".join(f"{k}={float(v):.4g}" for k, v in loss.parts.items())
         culprits = [n for n, p in self.learner.module.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
         tensor = f"; first non-finite gradient: {culprits[0]}" if culprits else ""
@@ -368,29 +373,21 @@ def _note(values: dict[str, float], step: int, progress: Progress, session: Sess
 
 
 def save_checkpoint(path: Path, running: Sequence[_Running], progress: Progress) -> None:
-    """Write everything that changes into one safetensors file, whole or not at all."""
+    """Write everything that changes: parameters, buffers, optimisers, how far training got and its curves."""
     tensors: dict[str, Tensor] = {}
     for r in running:
         tensors |= r.state()
-    meta = {"step": progress.step, "seconds": progress.seconds, "history": progress.history, "own_seconds": progress.own_seconds}
-    # Tied weights share storage, which safetensors refuses: every tensor is written as its own copy.
-    write_bytes(path, save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, {"progress": json.dumps(meta)}))
+    info = {"step": progress.step, "seconds": progress.seconds, "history": progress.history, "own_seconds": progress.own_seconds}
+    write_checkpoint(path, tensors, info)
 
 
 def _resume(running: Sequence[_Running], path: Path | None) -> Progress:
-    if path is None or not path.exists():
-        return Progress()
-    try:
-        with safe_open(path, framework="pt") as f:
-            meta = json.loads(f.metadata()["progress"])
-            state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open is not a mapping)
-    except Exception as error:  # a damaged checkpoint costs time, never a wrong number: start again
-        path.unlink()
-        print(f"checkpoint {path.name} is damaged ({error}): starting this stage again")
+    found = read_checkpoint(path)
+    if found is None:
         return Progress()
     device = next(running[0].learner.module.parameters()).device
-    state = {k: v.to(device) for k, v in state.items()}
+    state, info = {k: v.to(device) for k, v in found[0].items()}, found[1]
     for r in running:
-        r.enter(r.phase_at(meta["step"] - 1))
+        r.enter(r.phase_at(info["step"] - 1))
         r.restore(state)
-    return Progress(meta["step"], meta["seconds"], False, [tuple(row) for row in meta["history"]], meta["own_seconds"])
+    return Progress(info["step"], info["seconds"], False, [tuple(row) for row in info["history"]], info["own_seconds"])

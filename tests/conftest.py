@@ -65,7 +65,7 @@ def lm_spec(**changes: Any) -> Any:
     plain = {
         "n_layer": 3, "n_head": 2, "n_embd": 16, "n_positions": 16, "dropout": 0.0, "activation_function": "gelu_pytorch_tanh",
         "freeze_bias": True, "precision": "fp32", "compile": False, "eval_batches": 4, "curve_batches": 2, "samples": 1, "sample_length": 8,
-        "prompt": " ", "temperature": 0.8, "top_k": 200,
+        "prompt": " ", "temperature": 0.8, "top_k": 200, "muon_writes_from": 1, "adam_writes_lr": 0.3,
     }  # fmt: skip
     return LMSpec(**(plain | changes | {"train": LM_TRAIN | changes.get("train", {})}))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,13 @@ import torch
 from conftest import CONF, ROOT, Experiment
 from omegaconf import DictConfig, OmegaConf
 
+from sae_experiments import config
 from sae_experiments.cli import main, parse
 from sae_experiments.config import build, complete, compose_checked, planned_overrides
 from sae_experiments.io import UserError
 from sae_experiments.studies.language import Language
+
+_compose = config._compose
 
 
 def options(group: str) -> list[str]:
@@ -28,6 +33,22 @@ def options(group: str) -> list[str]:
 
 PRESETS, SAES, PLANS = options("preset"), options("sae"), options("plan")
 PLANNED = [(plan, run) for plan in PLANS for run in OmegaConf.load(CONF / "plan" / f"{plan}.yaml").runs]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compose_once() -> Iterator[None]:
+    """Hydra needs a tenth of a second for each composition; the same overrides give the same answer."""
+    known: dict[tuple[str, ...], DictConfig] = {}
+
+    def compose(overrides: Sequence[str]) -> DictConfig:
+        key = tuple(overrides)
+        if key not in known:
+            known[key] = _compose(overrides)
+        return copy.deepcopy(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "_compose", compose)
+        yield
 
 
 def composed(*overrides: str, preset: str = "smoke") -> DictConfig:

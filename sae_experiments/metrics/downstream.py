@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sae_experiments.activations import Site, as_sites, capture, patched
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.noise import noise_of
 
 INFO = [
     MetricInfo(
@@ -51,8 +53,7 @@ def measure(bench: Bench, *, windows: int, batch: int) -> Measured:
         return Measured(dict.fromkeys(i.name for i in INFO), why_null=dict.fromkeys((i.name for i in INFO), "there is no language model"))
     model, reads, writes = lm.model, as_sites(bench.read), as_sites(bench.write)
     mean = {s: store.rows(s, slice(0, min(store.n_rows, 1 << 16))).mean(0).to(bench.device) for s in writes}
-    total = dict.fromkeys(("clean", "mean", "zero", "spliced", "kl"), 0.0)
-    count = 0
+    sums: dict[str, list[Tensor]] = {name: [] for name in ("clean", "mean", "zero", "spliced", "kl")}  # a sum a window
     starts = store.starts[:windows]
     for begin in range(0, len(starts), batch):
         x, y = (t.to(bench.device) for t in lm.tokens(starts[begin : begin + batch]))
@@ -68,10 +69,29 @@ def measure(bench: Bench, *, windows: int, batch: int) -> Measured:
             ("zero", _changed(model, x, {s: torch.zeros_like(r) for s, r in rebuilt.items()})),
             ("spliced", spliced),
         ):
-            total[name] += float(F.nll_loss(log_p, targets, reduction="sum"))
-        total["kl"] += float(F.kl_div(spliced, clean, log_target=True, reduction="sum"))
-        count += len(targets)
-    return _summary({name: value / count for name, value in total.items()})
+            sums[name].append(F.nll_loss(log_p, targets, reduction="none").view(len(x), -1).double().sum(1).cpu())
+        divergence = F.kl_div(spliced, clean, log_target=True, reduction="none").sum(1)
+        sums["kl"].append(divergence.view(len(x), -1).double().sum(1).cpu())
+    windows_of = {name: torch.cat(parts).numpy() / (store.length - 1) for name, parts in sums.items()}
+    found = _summary({name: float(means.mean()) for name, means in windows_of.items()})
+    return found._replace(noise=_noise(windows_of, found))
+
+
+def _noise(means: dict[str, np.ndarray], found: Measured) -> dict[str, float]:
+    """Standard errors over resampled windows, from the mean of each: differences are taken within a window, so most of its noise cancels."""
+    formulas = {
+        "ce_clean": lambda s: s["clean"],
+        "ce_spliced": lambda s: s["spliced"],
+        "ce_delta_bits": lambda s: (s["spliced"] - s["clean"]) / math.log(2),
+        "kl": lambda s: s["kl"],
+        "loss_recovered": lambda s: (s["mean"] - s["spliced"]) / (s["mean"] - s["clean"]),
+        "loss_recovered_zero": lambda s: (s["zero"] - s["spliced"]) / (s["zero"] - s["clean"]),
+    }
+    known = {n: f for n, f in formulas.items() if found.scalars[n] is not None and math.isfinite(found.scalars[n])}
+    n = len(means["clean"])
+    if n < 2:
+        return {}
+    return {name: noise_of(means, lambda s, f=f: f({k: v / n for k, v in s.items()}), draws=200, seed=0) for name, f in known.items()}
 
 
 def _summary(ce: dict[str, float]) -> Measured:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import math
 
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 
@@ -33,11 +33,13 @@ def measure(bench: Bench, *, rows: int | None) -> Measured:
         ratio += float((norm_hat / norm.clamp_min(1e-8)).sum())
         n += len(y)
     variance = squares - float(total.square().sum()) / n
-    constant = not variance > 1e-12 * n
+    finite = math.isfinite(error) and math.isfinite(variance)
+    constant = finite and not variance > 1e-12 * n
     values = {
-        "sae_fvu": None if constant else error / variance,
+        "sae_fvu": error / variance if finite and not constant else None,
         "sae_mse": error / n / len(total),
         "sae_cosine": cosine / n,
         "sae_l2_ratio": ratio / n,
     }
-    return Measured(values, why_null={"sae_fvu": "the held-out rows do not vary"} if constant and torch.isfinite(total).all() else {})
+    reason = "the held-out rows do not vary" if constant else "an activation or a reconstruction is not finite"
+    return Measured(values, why_null={"sae_fvu": reason} if values["sae_fvu"] is None else {})

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_experiments.io import UserError
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 
 INFO = [
@@ -41,17 +42,19 @@ def measure(bench: Bench, *, rows: int | None, entropy_latents: int) -> Measured
 
     The entropy is taken over at most ``entropy_latents`` latents, evenly spaced, to bound memory.
     """
+    if entropy_latents < 1:
+        raise UserError(f"metric.sparsity.entropy_latents={entropy_latents} must be at least 1")
     fires: Tensor | None = None
     kept, n = [], 0
     picked = torch.arange(0, bench.sae.d_sae, max(1, math.ceil(bench.sae.d_sae / entropy_latents)), device=bench.device)
     for r in bench.chunks(rows):
         now = (r.acts != 0).sum(0)
         fires = now if fires is None else fires + now
-        kept.append(r.acts[:, picked].half().cpu())
+        kept.append(r.acts[:, picked].cpu())
         n += len(r.acts)
     density = (fires.double() / n).cpu().numpy()
     alive = density > 0
-    columns = torch.cat(kept).float().t()
+    columns = torch.cat(kept).t()
     entropies = [latent_entropy(c.numpy()) for c, a in zip(columns, alive[picked.cpu().numpy()], strict=True) if a]
     values = {
         "sae_l0": float(density.sum()),

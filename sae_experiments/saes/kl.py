@@ -61,7 +61,10 @@ class KL(Standard):
         return {"sparsity": self.coefficient(step) * kl.sum()}
 
     def finish(self, phase: str, x: Tensor) -> None:
-        self.calibrate_threshold(x, self.controller.target)
+        if self.controller.target >= self.d_sae:
+            self.threshold.fill_(0.0 if self.form == "relu" else -torch.inf)  # everything that was active in training stays active
+        else:
+            self.calibrate_threshold(x, self.controller.target)
 
     def inference(self) -> Inference:
         if self.form == "relu":

@@ -55,7 +55,7 @@ class Arm:
     def sites(self, default: str, n_layer: int) -> tuple[Site | Sites, Site | Sites]:
         """Where the encoder reads and what the decoder rebuilds."""
         named = self.read if self.read is not None else default
-        read = parse_site(named, n_layer) if isinstance(named, str) else tuple(parse_site(s, n_layer) for s in named)
+        read = tuple(parse_site(s, n_layer) for s in named) if isinstance(named, (list, tuple)) else parse_site(named, n_layer)
         return read, parse_site(self.write, n_layer) if self.write else read
 
     def config(self, cfg: TrainConfig) -> TrainConfig:

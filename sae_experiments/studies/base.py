@@ -34,6 +34,8 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     curves: list[tuple[int, str, float]] = field(default_factory=list)
+    noise: dict[str, float] = field(default_factory=dict)  # standard error of a metric that samples, over resampled text
+    features: list[dict[str, Any]] | None = None  # one JSON-able dict a latent, for the feature browser
     cut: bool = False
 
 

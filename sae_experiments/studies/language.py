@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from sae_experiments import activations, fit, interop, training
+from sae_experiments import activations, checkpoint, fit, interop, training
 from sae_experiments.activations import Site, Sites, as_sites
 from sae_experiments.data import CharCorpus, CorpusSpec, load_corpus
 from sae_experiments.fit import FitReport, fit_saes
@@ -106,7 +106,7 @@ class Language:
     def fitted(self, stores: Stores, cell: Cell, ctx: Context) -> dict[str, tuple[SAE, FitReport]]:
         """The SAEs of a cell: from the cache, or all of them fitted now, those of the same sites in one pass over the activations."""
         saes = {n: arm.seeded(*map(self.width, self.sites(arm)), cell.seed).to(ctx.device) for n, arm in self.arms.items()}
-        modules = set().union(*map(modules_of, saes.values())) | {training, fit, activations, stores_module}
+        modules = set().union(*map(modules_of, saes.values())) | {training, checkpoint, fit, activations, stores_module}
         key = {
             "what": "fits", "stores": [stores.train.key, stores.calibration.key], "fit": asdict(self.fit), "seed": cell.seed, "site": self.site,
             "arms": {n: a.describe() for n, a in self.arms.items()}, "torch": torch.__version__, "device": ctx.device.type,
@@ -141,8 +141,8 @@ class Language:
             write_bytes(part / f"{name}.safetensors", save({k: v.detach().cpu().contiguous().clone() for k, v in sae.state_dict().items()}))
         write_json(part / "fits.json", {name: r._asdict() for name, r in reports.items()})
         cut = any(r.cut for r in reports.values())
-        for checkpoint in [] if cut else part.glob("checkpoint_*"):
-            checkpoint.unlink()
+        for old in [] if cut else part.glob("checkpoint_*"):
+            old.unlink()
         return not cut
 
     def evaluate(self, name: str, sae: SAE, corpus: CharCorpus, lm: TrainedLM, stores: Stores, fitted: FitReport, ctx: Context) -> Outcome:
@@ -161,6 +161,8 @@ class Language:
             outcome.metrics |= measured.scalars
             outcome.why_null |= measured.why_null
             outcome.arrays |= measured.arrays
+            outcome.noise |= measured.noise
+            outcome.features = measured.features or outcome.features
             outcome.seconds[f"metric.{label}"] = time.monotonic() - began
         ctx.console.say(f"  {name}: {headline(outcome.metrics)} (fitted in {fitted.seconds:.0f} s)")
         return outcome

@@ -135,11 +135,10 @@ class Palindrome:
             outcome.metrics |= measured.scalars
             outcome.why_null |= measured.why_null
             outcome.arrays |= measured.arrays
-            report = self.report(name)
-            write_json(ctx.folder / "features" / f"{report}_{cell.seed}.json", measured.browser)
+            outcome.features = measured.browser
             m = outcome.metrics
             ctx.console.say(f"  {name}: explained variance {m['explained_variance']:.4f}, alive {m['alive_latents']:.0f}/{sae.d_sae}, L0 {m['sae_l0']:.1f}")
-            outcomes[report] = outcome
+            outcomes[self.report(name)] = outcome
         return outcomes
 
     def trained(self, parts: tuple[Tensor, ...], seed: int, ctx: Context) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:

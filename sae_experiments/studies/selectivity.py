@@ -22,19 +22,19 @@ class Found(NamedTuple):
     scalars: dict[str, float | None]
     arrays: dict[str, np.ndarray]
     why_null: dict[str, str]
-    browser: dict[str, Any]
+    browser: list[dict[str, Any]]
 
 
 @torch.no_grad()
 def measure(sae: SAE, x: Tensor, ids: Tensor, n_test: int, analysis: Analysis) -> Found:
     """Measure an SAE on the vectors (N, D) of all strings (N, 9), the last ``n_test`` of which it was not trained on.
 
-    A latent is alive if it is active on at least one test string. Selectivity (F, 3, 26): ``E[z | letter at position] - E[z]`` in standard
+    A latent is active where z > 0, and alive if it is active on at least one test string. Selectivity (F, 3, 26): ``E[z | letter at position] - E[z]`` in standard
     deviations of z; a position's share is how much of a latent's variance its letter explains (eta squared).
     """
     acts = sae.encode(x)
     test = x[-n_test:]
-    active = acts[-n_test:] != 0
+    active = acts[-n_test:] > 0
     counts = active.sum(0)
     alive = counts > 0
     error = (test - sae.decode(acts[-n_test:])).square().sum() / (test - test.mean(0)).square().sum()
@@ -75,8 +75,11 @@ def tables(acts: Tensor, letters: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(found, 1), torch.stack(shares, 1)
 
 
-def browser(acts: Tensor, ids: Tensor, table: Tensor, share: Tensor, active: Tensor, strongest: int) -> dict[str, Any]:
-    """For every latent: its strongest strings with their activations, and the position and letter that it answers to most."""
+def browser(acts: Tensor, ids: Tensor, table: Tensor, share: Tensor, active: Tensor, strongest: int) -> list[dict[str, Any]]:
+    """For every latent: its strongest strings with their activations, and the position (1 to 3) and letter that it answers to most.
+
+    ``share`` of its variance is explained by the letter there; ``selectivity`` is in standard deviations.
+    """
     values, rows = acts.topk(strongest, dim=0)
     texts = {i: text_of(ids[i]) for i in rows.unique().tolist()}
     latents = []
@@ -86,8 +89,7 @@ def browser(acts: Tensor, ids: Tensor, table: Tensor, share: Tensor, active: Ten
         strings = [[texts[i], round(v, 4)] for i, v in zip(rows[:, j].tolist(), values[:, j].tolist(), strict=True) if v > 0]
         about = {"position": position + 1, "letter": LETTERS[letter], "selectivity": round(float(table[j, position, letter]), 3)}
         latents.append({"latent": j, "active_frac": round(float(active[j]), 5), "share": round(float(share[j, position]), 4), **about, "strings": strings})
-    note = "position 1 to 3 of the free half; share: of the latent's variance that the letter there explains; selectivity in standard deviations"
-    return {"kind": "strings", "note": note, "latents": latents}
+    return latents
 
 
 @torch.no_grad()
@@ -115,7 +117,7 @@ def _info(name: str, title: str, formula: str, unit: str, better: Any, *, shown:
 
 INFO = [
     _info("explained_variance", "explained variance", "1 - ||x - xhat||^2 / ||x - mean||^2 over the test strings", "", "up"),
-    _info("alive_latents", "alive latents", "latents active (not exactly zero) on at least one test string", "", "up"),
+    _info("alive_latents", "alive latents", "latents active (above zero) on at least one test string", "", "up"),
     _info("alive_frac", "alive (share)", "alive_latents / d_sae", "", "up", shown=False),
     _info("sae_l0", "L0", "latents active on a test string, mean", "", "target"),
     _info("selective_frac", "selective latents", "share of the alive latents of which the letter at one position explains most of the variance", "", "none"),
