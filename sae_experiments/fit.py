@@ -67,7 +67,7 @@ class SAELearner(Learner):
     def after_update(self, loss: Loss, at: At) -> None:
         fwd: Forward = loss.extra
         moment = self.moment(at)
-        self.module.since_fired.add_(fwd.batch.x.shape[0]).masked_fill_(fwd.codes.fires() > 0, 0)
+        self.module.since_fired.add_(fwd.batch.x.shape[0]).masked_fill_(fwd.codes.fires > 0, 0)
         self.sae.after_update(fwd, moment)
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ class SAELearner(Learner):
         fwd: Forward = loss.extra
         variance = (fwd.batch.y - fwd.batch.y.mean(0)).square().sum()
         values = {
-            "l0": fwd.codes.l0(),
+            "l0": fwd.codes.l0,
             "fvu": float((fwd.batch.y - fwd.recon).square().sum() / variance.clamp_min(1e-12)),
             "dead_frac": float((self.module.since_fired > self.dead_after).float().mean()),
         }

@@ -210,3 +210,16 @@ def test_stand_in_text_is_said_aloud(tmp_path: Path) -> None:
     assert "STAND-IN TEXT" in terminal(table, compare(table))
     assert "STAND-IN TEXT" in markdown(table, compare(table))
     assert row(table, "run_1", "sae_fvu")["not_comparable"] == ""
+
+
+def test_a_delta_below_the_noise_of_the_evaluation_is_not_called_better(tmp_path: Path) -> None:
+    for name, shift in (("run_0", 0.0), ("run_1", 0.02)):
+        make_run(tmp_path, name)
+        for seed in range(3):
+            value = 1.0 + shift + 0.001 * seed**2
+            record = Record(dataset="shakespeare_char", seed=seed, metrics={"m": value, "n": value}, noise={"m": 0.01 + 0.001 * seed})
+            write_record(tmp_path / name, record)
+    table = table_of(tmp_path, "run_0", "run_1")
+    noisy, exact = (row(table, "run_1", metric) for metric in ("m", "n"))
+    assert noisy["believable"] == pytest.approx(2 * math.sqrt(2) * 0.012) and math.isnan(exact["believable"])
+    assert noisy["delta"] == pytest.approx(0.02) and (noisy["verdict"], exact["verdict"]) == ("", "differs")

@@ -185,3 +185,10 @@ def test_a_pattern_matches_where_a_slow_reader_says():
     assert unpack(matcher.match(pattern), len(text)).tolist() == slow
     assert unpack(matcher.match(pattern._replace(state=0)), len(text)).tolist() == [s and t % 2 == 0 for t, s in enumerate(slow)]
     assert spell([pattern, Pattern((0, names.index(" "), *[0] * 4), 0)], elements, ["even"]) == "[consonant]h or ␣. (even)"
+
+
+def test_counting_bits_without_numpy_2_gives_the_same(monkeypatch):
+    bits = pack(np.random.default_rng(0).random((3, 777)) < 0.4)
+    expected = count(bits)
+    monkeypatch.delattr(np, "bitwise_count", raising=False)
+    assert np.array_equal(count(bits), expected)

@@ -58,7 +58,16 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
     write_record(tmp_path, written)
     assert read_records(tmp_path) == [written]
     assert strict(tmp_path / "final_info_text8_3.json") == {"a": 1.5, "b": None}
-    assert sorted(strict(tmp_path / "cells" / "text8_3.json")) == ["config_hash", "dataset", "metrics", "seconds", "seed", "source_hash", "why_null"]  # type: ignore[call-overload]
+    assert sorted(strict(tmp_path / "cells" / "text8_3.json")) == [
+        "config_hash",
+        "dataset",
+        "metrics",
+        "noise",
+        "seconds",
+        "seed",
+        "source_hash",
+        "why_null",
+    ]  # type: ignore[call-overload]
 
 
 def test_numbers_that_json_lacks_become_null_with_a_reason() -> None:

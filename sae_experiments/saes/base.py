@@ -6,8 +6,9 @@ Shape letters: B rows, D d_in, O d_out, F d_sae, N rows of a calibration set, n 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -28,24 +29,32 @@ class Batch(NamedTuple):
     downstream: Callable[[Tensor], dict[str, Tensor]] | None = None  # what a reconstruction (B, O) does to the rest of the model
 
 
-class Codes(NamedTuple):
-    """A code: dense (B, F) with ``pattern`` None, or the values (n,) of the active entries of ``pattern``."""
+class Codes:
+    """A code: dense (B, F) with ``pattern`` None, or the values (n,) of the active entries of ``pattern``. Unpacks to these two."""
 
-    values: Tensor
-    pattern: Pattern | None = None
+    def __init__(self, values: Tensor, pattern: Pattern | None = None) -> None:
+        self.values, self.pattern = values, pattern
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.values, self.pattern))
+
+    @cached_property
     def fires(self) -> Tensor:
         """How often each latent is active in the batch, (F,)."""
-        if self.pattern is None:
-            return (self.values != 0).sum(0)
+        if self.pattern is None:  # a sum of bytes: PyTorch widens booleans to 64 bits first
+            return (self.values != 0).view(torch.uint8).sum(0, dtype=torch.int32)
         zero = (self.values == 0).nonzero().squeeze(1)
         counts = self.pattern.counts
         return counts - torch.bincount(self.pattern.col[zero], minlength=self.pattern.n_cols) if zero.numel() else counts
 
+    @property
     def l0(self) -> float:
         """Mean number of active latents a row."""
-        rows = self.values.shape[0] if self.pattern is None else self.pattern.n_rows
-        return int((self.values != 0).sum()) / rows
+        return int(self.fires.sum()) / (self.values.shape[0] if self.pattern is None else self.pattern.n_rows)
+
+    def detach(self) -> Codes:
+        """The same code without its graph."""
+        return Codes(self.values.detach(), self.pattern)
 
     def dense(self) -> Tensor:
         """The code as a (B, F) matrix."""
@@ -212,7 +221,7 @@ class SAE(nn.Module):
         """The code of pre-activations (B, F), without a graph."""
         support = self.support(pre)
         if isinstance(support, Pattern):
-            return Codes(self.shape(pre.view(-1)[support.row * support.n_cols + support.col], support.col), support)
+            return Codes(self.shape(support.at(pre), support.col), support)
         return Codes(self.shape(pre, None) * support)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -238,7 +247,7 @@ class SAE(nn.Module):
         x = self.encoder_input(batch.x)
         pre = self.product(x, bias)
         support = self.support(pre)
-        if not isinstance(support, Pattern) and int(support.sum()) < ops.SPARSE_BELOW * support.numel():
+        if not isinstance(support, Pattern) and int(torch.count_nonzero(support)) < ops.SPARSE_BELOW * support.numel():
             support = Pattern.from_mask(support)
         pattern = support if isinstance(support, Pattern) else None
         at = ops.entries(x, self.W_enc, bias, pre, support)
@@ -257,13 +266,13 @@ class SAE(nn.Module):
         buffer = self._scratch.get("pre")
         if buffer is None or buffer.shape != size or buffer.device != x.device or buffer.dtype != x.dtype:
             buffer = self._scratch["pre"] = torch.empty(size, device=x.device, dtype=x.dtype)
-        return torch.addmm(bias, x, self.W_enc.t(), out=buffer)
+        return ops.product(x, self.W_enc, bias, out=buffer)
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """Reconstruction, penalties and AuxK. Changes no parameter and no buffer."""
         fwd = self.training_forward(batch)
         parts = self.reconstruction(fwd, step) | self.penalties(fwd, step) | self.revive(fwd, step)
-        extra = Forward(batch, fwd.pre, Codes(fwd.codes.values.detach(), fwd.codes.pattern), fwd.recon.detach(), fwd.at.detach())
+        extra = Forward(batch, fwd.pre, fwd.codes.detach(), fwd.recon.detach(), fwd.at.detach())
         return Loss(sum(parts.values()), {k: v.detach() for k, v in parts.items()}, extra)
 
     def reconstruction(self, fwd: Forward, step: Step) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ class Matryoshka(BatchTopK):
             left = 1 - min(step.progress / self.k_decay, 1.0) if self.k_decay else 0.0
             self.k_now.fill_(self.k * (1 + (self.k_start - 1) * left))
         if self.sort_by_frequency:
-            self.frequency.lerp_(fwd.codes.fires() / len(fwd.batch.x), 0.01)
+            self.frequency.lerp_(fwd.codes.fires / len(fwd.batch.x), 0.01)
             rank = torch.empty_like(self.group)
             rank[self.frequency.argsort(descending=True, stable=True)] = torch.arange(self.d_sae, device=rank.device)
             self.group.copy_((rank[:, None] >= torch.tensor(self.ends[:-1], device=rank.device)).sum(1))

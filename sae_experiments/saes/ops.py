@@ -7,7 +7,9 @@ n alone (spec: 2Bdm + 8Bkd instead of 12Bdm), because decoding and all gradients
 from __future__ import annotations
 
 import warnings
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,49 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 
 #: Codes with a smaller share of active entries than this are handled sparsely.
 SPARSE_BELOW = 0.1
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Within the context, large float32 products on a CPU go through oneDNN where that computes the same in less time.
+
+    The switch allows oneDNN to round to bf16; on processors without matrix units for it, oneDNN stays in float32 and is 2 to 2.4 times
+    faster than the default library on AMD. Whether it stays in float32 is measured once, not assumed.
+    """
+    if not _onednn_keeps_float32():
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@cache
+def _onednn_keeps_float32() -> bool:
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None or not hasattr(matmul, "fp32_precision") or not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(256, 128, generator=generator), torch.randn(128, 256, generator=generator)
+    exact = a.double() @ b.double()
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        return float((a @ b - exact).norm() / exact.norm()) < 1e-6
+    finally:
+        matmul.fp32_precision = before
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """``x weight^T + bias`` into ``out``, without a graph."""
+    if x.device.type != "cpu":
+        return torch.addmm(bias, x, weight.t(), out=out)
+    with fast_products():
+        return torch.mm(x, weight.t(), out=out).add_(bias)
 
 
 class Pattern:
@@ -35,6 +80,15 @@ class Pattern:
         return torch.repeat_interleave(torch.arange(self.n_rows, device=self.col.device), self.crow.diff(), output_size=self.col.shape[0])
 
     @cached_property
+    def flat(self) -> Tensor:
+        """Position ``row * F + col`` of every entry, (n,) int64."""
+        return self.row * self.n_cols + self.col
+
+    def at(self, dense: Tensor) -> Tensor:
+        """The entries of a contiguous (B, F) matrix at these positions, (n,)."""
+        return dense.view(-1).index_select(0, self.flat)
+
+    @cached_property
     def counts(self) -> Tensor:
         """Active entries of every column, (F,) int64."""
         return torch.bincount(self.col, minlength=self.n_cols)
@@ -45,12 +99,12 @@ class Pattern:
         order = torch.argsort(self.col, stable=True)
         crow = torch.zeros(self.n_cols + 1, dtype=torch.int32, device=self.col.device)
         crow[1:] = self.counts.cumsum(0)
-        return crow, self.row[order].int(), order
+        return crow, self.row.index_select(0, order).int(), order
 
     def dense(self, values: Tensor) -> Tensor:
         """The (B, F) matrix with ``values`` at the active entries."""
         out = values.new_zeros(self.n_rows, self.n_cols)
-        out.view(-1)[self.row * self.n_cols + self.col] = values
+        out.view(-1)[self.flat] = values
         return out
 
     @staticmethod
@@ -60,7 +114,7 @@ class Pattern:
         crow = torch.zeros(n_rows + 1, dtype=torch.int32, device=flat.device)
         crow[1:] = torch.bincount(row, minlength=n_rows).cumsum(0)
         pattern = Pattern(crow, (flat - row * n_cols).int(), n_cols)
-        pattern.__dict__["row"] = row
+        pattern.__dict__ |= {"row": row, "flat": flat}
         return pattern
 
     @staticmethod
@@ -87,14 +141,14 @@ def batch_top_k(pre: Tensor, n: int, guess: float | None = None) -> tuple[Patter
         flat = (flat_pre > low).nonzero().squeeze(1)
         if flat.numel() >= n or low == 0.0:
             break
-    values = flat_pre[flat]
+    values = flat_pre.index_select(0, flat)
     if flat.numel() <= n:
         return Pattern.from_flat(flat, *pre.shape), float(values.min()) if flat.numel() else 0.0
     least = values.topk(n, sorted=False).values.min()
     keep = values > least
     ties = (values == least).nonzero().squeeze(1)
-    keep[ties[: n - int(keep.sum())]] = True
-    return Pattern.from_flat(flat[keep], *pre.shape), float(least)
+    keep[ties[: n - int(torch.count_nonzero(keep))]] = True
+    return Pattern.from_flat(flat.masked_select(keep), *pre.shape), float(least)
 
 
 def _csr_matmul(crow: Tensor, col: Tensor, values: Tensor, n_cols: int, dense: Tensor) -> Tensor:
@@ -111,7 +165,7 @@ def _has_sparse_blas(t: Tensor) -> bool:
 def weight_gradient(pattern: Pattern, values: Tensor, dense: Tensor) -> Tensor:
     """``C^T dense`` (F, d) for the sparse code C: the gradient of a weight from active entries only."""
     crow, row, order = pattern.transposed
-    return _csr_matmul(crow, row, values[order], pattern.n_rows, dense)
+    return _csr_matmul(crow, row, values.index_select(0, order), pattern.n_rows, dense)
 
 
 def entry_products(pattern: Pattern, left: Tensor, right: Tensor) -> Tensor:
@@ -132,7 +186,7 @@ class _Entries(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.pattern = pattern
-        return pre.view(-1)[pattern.row * pattern.n_cols + pattern.col]
+        return pattern.at(pre)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -156,8 +210,9 @@ class _Masked(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, mask = ctx.saved_tensors
         grad = grad * mask
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_w = grad.t() @ x if ctx.needs_input_grad[1] else None
+        with fast_products():
+            grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+            grad_w = grad.t() @ x if ctx.needs_input_grad[1] else None
         return grad_x, grad_w, grad.sum(0) if ctx.needs_input_grad[2] else None, None, None
 
 
@@ -207,7 +262,7 @@ def aux_k(x: Tensor, residual: Tensor, w_enc: Tensor, bias: Tensor, w_dec: Tenso
     pre = F.linear(x, w_enc, bias)
     if k < pre.shape[1]:
         pattern = top_k(pre.detach(), k)
-        ehat = decode(F.leaky_relu(pre.view(-1)[pattern.row * pattern.n_cols + pattern.col], 0.1), pattern, w_dec)
+        ehat = decode(F.leaky_relu(pattern.at(pre), 0.1), pattern, w_dec)
     else:
         ehat = F.leaky_relu(pre, 0.1) @ w_dec
     return (e - ehat).square().sum() / (e - e.mean(0)).square().sum().clamp_min(1e-12)

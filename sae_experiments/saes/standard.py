@@ -49,7 +49,7 @@ class Standard(SAE):
 
     def after_step(self, fwd: Forward, step: Step) -> None:
         if step.progress >= self.warmup:
-            self.controller.update(fwd.codes.l0())
+            self.controller.update(fwd.codes.l0)
 
     def finish(self, phase: str, x: Tensor) -> None:
         if not self.controller.fixed:
