@@ -21,7 +21,7 @@ plot: install    ## figures and the comparison of all runs with run_0
 	$(BIN)/python plot.py
 
 test: testing    ## the quick tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 slow: testing    ## the slow tests
 	$(BIN)/python -m pytest -q -m slow

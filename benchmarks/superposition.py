@@ -27,7 +27,9 @@ from sae_experiments.training import Session, TrainConfig, train
 STEPS, BATCH, INSTANCES = 10_000, 1024, 5
 SHAPES = [(d, h) for d in range(1, 7) for h in range(2, 11) if h <= 2 ** (d + 1) - 2]
 PLAIN = Features(mode="exclusive", branching=2, probability=1.0, stop=0.5, importance=1.0, match="exclusive", correlated=0.0, anticorrelated=0.0)
-FAMILIES = {name: replace(PLAIN, mode=mode) for name, mode in (("exclusive", "exclusive"), ("early_stopping", "early_stopping"), ("control", "independent"))}
+FAMILIES = {
+    name: replace(PLAIN, mode=mode) for name, mode in (("exclusive", "exclusive"), ("early_stopping", "early_stopping"), ("control", "independent"))
+}
 CPU = torch.device("cpu")
 
 
@@ -114,7 +116,9 @@ def speed(rounds: int, few: int = 4, many: int = 16) -> dict[str, tuple[float, f
         sweep.steps()
         times = [(sum(timed(lambda loop=loop: loop.steps(few)) for loop in loops) / few, timed(sweep.steps) / many) for _ in range(rounds)]
         found[family] = tuple(STEPS * float(np.median(column)) for column in zip(*times, strict=True))
-        print(f"{family}: loop {found[family][0]:,.0f} s, sweep {found[family][1]:,.0f} s, ratio {found[family][0] / found[family][1]:.1f}", flush=True)
+        print(
+            f"{family}: loop {found[family][0]:,.0f} s, sweep {found[family][1]:,.0f} s, ratio {found[family][0] / found[family][1]:.1f}", flush=True
+        )
     return found
 
 

@@ -42,6 +42,9 @@ def complete(user: Sequence[str], *, plan: str, extra: Sequence[str], conf: Path
             raise UserError(f"{o}: options cannot be deleted; give {key_of(o)} another value (null where it may be none)")
     out_dir = next((o.split("=", 1)[1] for o in reversed(user) if key_of(o) == "out_dir"), "run_0")
     planned, note = planned_overrides(conf, plan, out_dir)
+    study = next((o.split("=", 1)[1] for o in reversed([*extra, *user]) if key_of(o) == "study"), None)
+    if study and planned and f"study={study}" not in (planned if any(key_of(o) == "study" for o in planned) else ["study=language"]):
+        planned, note = [], f"plan {plan} is not about study={study}: plain configuration"
     changed = {key_of(o) for o in [*extra, *user]} - {"out_dir", *EDGES}
     if changed:  # the plan's name for the run would lie about what it is now
         planned = [o for o in planned if key_of(o) != "label"]

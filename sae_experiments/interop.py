@@ -24,12 +24,13 @@ TENSORS = {"standard": ("b_enc",), "topk": ("b_enc",), "jumprelu": ("b_enc", "th
 
 
 @torch.no_grad()
-def save_sae(sae: SAE, folder: Path, *, reference: Tensor, metadata: Mapping[str, Any]) -> None:
+def save_sae(sae: SAE, folder: Path | str, *, reference: Tensor, metadata: Mapping[str, Any]) -> None:
     """Write a trained SAE in SAELens' directory format.
 
     ``reference`` (N, D) rows are stored with the SAE's codes and reconstructions, so that a loader can tell whether it computes the same.
     Raises :class:`NotExportable` for a variant that has no counterpart in the format.
     """
+    folder = Path(folder)
     sae.eval()
     architecture, tensors, config = sae.inference()
     full = {

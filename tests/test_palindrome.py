@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Experiment
+from drawing import drawn
 
 from sae_experiments.io import UserError
 from sae_experiments.studies.palindrome import split_ids
@@ -38,7 +39,10 @@ def test_random_split_covers_every_first_letter_and_the_alphabetical_one_does_no
     assert not set(test[:, 1].tolist()) - {SYMBOLS.index(c) for c in "xyz"}
 
 
-@pytest.mark.parametrize(("split", "frac", "told"), [("random", 0.0, "empty split"), ("random", 1.0, "empty split"), ("random", -1, "between 0 and 1"), ("odd", 0.1, "odd")])
+@pytest.mark.parametrize(
+    ("split", "frac", "told"),
+    [("random", 0.0, "empty split"), ("random", 1.0, "empty split"), ("random", -1, "between 0 and 1"), ("odd", 0.1, "odd")],
+)
 def test_bad_splits_are_one_line(split: str, frac: float, told: str) -> None:
     with pytest.raises(UserError, match=told):
         Strings(split=split, test_frac=frac)
@@ -81,9 +85,13 @@ def test_the_study_from_start_to_end(experiment: Experiment) -> None:
     assert np.allclose(attention.sum(1), 1, atol=1e-4) and np.allclose(attention, np.tril(attention))
     assert len(experiment.json("run_0", "features", "palindrome_0.json")) == 512
     assert experiment.json("run_0", "manifest.json")["label"] == "kl_rate"
+    done, empty = drawn(experiment.runs / "run_0", "palindrome_", experiment.here)
+    assert len(done) == 4 and not empty
 
 
-@pytest.mark.parametrize(("wrong", "told"), [("study.data.test_frac=0", "empty split"), ("study.lm.n_layer=2", "n_layer=2"), ("study.data.split=odd", "odd")])
+@pytest.mark.parametrize(
+    ("wrong", "told"), [("study.data.test_frac=0", "empty split"), ("study.lm.n_layer=2", "n_layer=2"), ("study.data.split=odd", "odd")]
+)
 def test_mistakes_are_one_line_before_training(experiment: Experiment, wrong: str, told: str) -> None:
     done = experiment("--out_dir=bad", *SMALL, wrong, tiny=False)
     assert done.returncode == 2

@@ -24,7 +24,8 @@ from sae_experiments.results import CurveWriter, Record, save_arrays, write_reco
 from sae_experiments.run_table import load_table, runs_in
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = {path.stem: path for path in sorted((ROOT / "conf" / "plot").glob("*.yaml"))}
+OTHERS = ("superposition_", "palindrome_")  # figures of other studies, tested with them
+FIGURES = {path.stem: path for path in sorted((ROOT / "conf" / "plot").glob("*.yaml")) if not path.stem.startswith(OTHERS)}
 THREE = ("enwik8", "shakespeare_char", "text8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Experiment, train_config
+from drawing import drawn
 from torch import Tensor
 
 from sae_experiments.io import UserError
 from sae_experiments.studies import toy
-from sae_experiments.studies.superposition import best_cosines, measures, summarise
 from sae_experiments.studies.base import Outcome
+from sae_experiments.studies.superposition import best_cosines, measures, summarise
 from sae_experiments.studies.toy import Stream, ToyLearner
 from sae_experiments.studies.trees import MODES, Features, bernoulli, padded
 from sae_experiments.training import Session, train
@@ -25,7 +27,9 @@ CPU = torch.device("cpu")
 
 def features(mode: str = "exclusive", **changes: Any) -> Features:
     plain = {"branching": 2, "probability": 1.0, "stop": 0.5, "importance": 1.0, "match": "exclusive", "correlated": 0.0, "anticorrelated": 0.0}
-    return Features(**{"mode": mode, **plain, **({"probability": 0.2, "correlated": 0.5, "anticorrelated": 0.3} if mode == "pairs" else {}), **changes})
+    return Features(
+        **{"mode": mode, **plain, **({"probability": 0.2, "correlated": 0.5, "anticorrelated": 0.3} if mode == "pairs" else {}), **changes}
+    )
 
 
 def grown(branching: int, depth: int, go_on: float, root: float) -> dict[tuple[int, ...], float]:
@@ -125,7 +129,9 @@ def test_counts_are_the_multinomial_of_a_batch() -> None:
 
 
 def learner(mode: str, shapes: list[tuple[int, int]], *, steps: int = 20, batch: int = 64, seed: int = 0, **changes: Any) -> ToyLearner:
-    cfg = train_config(steps=steps, batch_size=batch, lr=1e-2, decay="constant", warmup_steps=0, clip=0.0, weight_decay=0.0, log_every=10, eval_every=10**6)
+    cfg = train_config(
+        steps=steps, batch_size=batch, lr=1e-2, decay="constant", warmup_steps=0, clip=0.0, weight_decay=0.0, log_every=10, eval_every=10**6
+    )
     return toy.make(shapes, features(mode, **changes), cfg, instances=3, init="matrix", seed=seed, device=CPU)
 
 
@@ -179,10 +185,8 @@ def test_a_killed_sweep_ends_with_the_same_bits(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
             return part.batch_at(step)
 
-        try:
+        with suppress(KeyboardInterrupt):
             train([part], batch_at, part.cfg, Session(checkpoint=tmp_path / "c.safetensors"))
-        except KeyboardInterrupt:
-            pass
         parts.append(part)
     assert torch.equal(parts[-1].module.weights(3, 4)[0], whole.module.weights(3, 4)[0])
 
@@ -229,7 +233,15 @@ def test_bad_features_are_one_line(change: dict[str, Any], told: str) -> None:
         features(**change)
 
 
-SMALL = ("study=superposition", "preset=smoke", "threads=1", "study.depths=[1,2]", "study.hidden=[2,3]", "study.train.steps=20", "study.eval_rows=500")
+SMALL = (
+    "study=superposition",
+    "preset=smoke",
+    "threads=1",
+    "study.depths=[1,2]",
+    "study.hidden=[2,3]",
+    "study.train.steps=20",
+    "study.eval_rows=500",
+)
 PROBE = ("study.probe.depth=2", "study.probe.hidden=3", "study.probe.train.steps=20", "study.probe.rows=512")
 
 
@@ -239,6 +251,12 @@ def test_the_study_from_start_to_end(experiment: Experiment) -> None:
     final = experiment.json("run_0", "final_info.json")
     assert set(final) == {"exclusive", "early_stopping", "control"}
     assert {"loss_min_mean", "loss_mean_mean", "smallest_hidden_mean", "sae_mmcs_mean", "sae_recovered_frac_mean"} <= set(final["control"]["means"])
+    done, empty = drawn(experiment.runs / "run_0", "superposition_", experiment.here)
+    assert len(done) == 5 and not empty
+    assert drawn(experiment.runs / "run_0", "palindrome_", experiment.here) == (
+        [],
+        [f"palindrome_{n}" for n in ("attention", "dictionary", "logprob", "selectivity")],
+    )
     assert "already done" in experiment("--out_dir=run_0", *SMALL, *PROBE, tiny=False).stdout
 
 

@@ -77,17 +77,9 @@ def measure(bench: Bench, *, rows: int | None, least: int, block: int, partners:
             squares[name] += float(np.square(others).sum())
         over += int((np.abs(phi[np.arange(len(alive)) != here[:, None]]) > strong).sum())
         phi[np.arange(len(here)), here] = both[np.arange(len(here)), here] = 0
-        order = np.argsort(-np.abs(phi), axis=1, kind="stable")[:, :top]
-        rows_of = alive[here]
-        found["coact_partners"][rows_of] = alive[order]
-        found["coact_partner_phi"][rows_of] = np.take_along_axis(phi, order, 1)
-        pmi = np.log((np.take_along_axis(both, order, 1) + 0.5) * n / (count[here, None] * count[order]))
-        found["coact_partner_pmi"][rows_of] = pmi
-        inside = np.where(count > larger * count[here, None], both / count[here, None], 0)
-        parent = inside.argmax(1)
-        share = inside[np.arange(len(here)), parent]
-        found["coact_containment"][rows_of] = share
-        found["coact_parent"][rows_of] = np.where(share > contained, alive[parent], -1)
+        for name, rows_of in _relations(n, phi, both, count, here, top, larger, contained).items():
+            is_index = name in ("coact_partners", "coact_parent")
+            found[name][alive[here]] = np.where(rows_of >= 0, alive[rows_of], -1) if is_index else rows_of
     pairs = len(alive) * (len(alive) - 1)
     values_of = {
         "coact_phi_rms": np.sqrt(squares["phi"] / pairs), "coact_pearson_rms": np.sqrt(squares["pearson"] / pairs),
@@ -96,6 +88,21 @@ def measure(bench: Bench, *, rows: int | None, least: int, block: int, partners:
     }  # fmt: skip
     arrays = found | {f"coact_{name}_hist": h for name, h in histograms.items()} | {"coact_edges": EDGES}
     return Measured({k: float(v) for k, v in values_of.items()}, arrays)
+
+
+def _relations(
+    n: int, phi: np.ndarray, both: np.ndarray, count: np.ndarray, here: np.ndarray, top: int, larger: float, contained: float
+) -> dict[str, np.ndarray]:
+    """Strongest partners and the parent of the latents ``here``, from phi and joint counts (len(here), n_alive) with an empty diagonal."""
+    order = np.argsort(-np.abs(phi), axis=1, kind="stable")[:, :top]
+    pmi = np.log((np.take_along_axis(both, order, 1) + 0.5) * n / (count[here, None] * count[order]))
+    inside = np.where(count > larger * count[here, None], both / count[here, None], 0)
+    parent = inside.argmax(1)
+    share = inside[np.arange(len(here)), parent]
+    return {
+        "coact_partners": order, "coact_partner_phi": np.take_along_axis(phi, order, 1), "coact_partner_pmi": pmi,
+        "coact_parent": np.where(share > contained, parent, -1), "coact_containment": share,
+    }  # fmt: skip
 
 
 def _correlation(n: int, products: np.ndarray, si: np.ndarray, sj: np.ndarray, sii: np.ndarray, sjj: np.ndarray) -> np.ndarray:

@@ -158,7 +158,7 @@ def quantised(train: sparse.csr_matrix, test: sparse.csr_matrix, step: float) ->
     probability = (np.where(hit, seen[at] if len(known) else 0, 0) + 0.5) / (counts[j] + sizes[j] / 2)
     values = np.where(hit, centre[at] if len(known) else 0, (bins[1] + 0.5) * width[j]).astype(np.float32)
     rebuilt = sparse.csc_matrix((values, columns[1].indices, columns[1].indptr), shape=test.shape).tocsr()
-    return float(-np.log2(probability).sum() / test.shape[0]), rebuilt
+    return max(float(-np.log2(probability).sum() / test.shape[0]), 0.0), rebuilt
 
 
 def landmarks(y: np.ndarray, fvu: float, symbols: int) -> dict[str, float | None]:

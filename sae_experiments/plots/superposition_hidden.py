@@ -9,10 +9,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from sae_experiments.plots.base import ALARM, GREY, MARKERS, NothingToDrawError, caption, finish, head_panel, limit, looks, panels, styled
-from sae_experiments.plots.superposition_loss import grid
+from sae_experiments.plots.superposition_loss import FLOOR, grid
 from sae_experiments.run_table import Run, RunTable
-
-FLOOR = 1e-12  # a loss that is zero to rounding is drawn here
 
 
 @styled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, TwoSlopeNorm
@@ -9,6 +11,9 @@ from matplotlib.figure import Figure
 
 from sae_experiments.plots.base import NothingToDrawError, caption, finish, head_panel, limit, panels, styled
 from sae_experiments.run_table import Run, RunTable
+
+FLOOR = 1e-12  # a loss below this is zero to rounding
+CLIP = 8.0  # powers of two beyond which a ratio is drawn as this
 
 
 def grid(run: Run, dataset: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
@@ -27,20 +32,30 @@ def grid(run: Run, dataset: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | 
 
 
 @styled
-def draw(table: RunTable, *, title: str, relative_to: str | None, max_runs: int, max_datasets: int) -> Figure:
-    """A row for each run, a column for each dataset: least loss of the instances; with ``relative_to``, log2 of its ratio to that dataset's."""
+def draw(table: RunTable, *, title: str, relative_to: Mapping[str, str] | None, max_runs: int, max_datasets: int) -> Figure:
+    """A row for each run, a column for each dataset: least loss of the instances.
+
+    ``relative_to``: dataset -> its control; then the datasets named there are drawn, as log2 of the ratio to the control's loss.
+    """
     notes: list[str] = []
     runs = limit([run for run in table.runs if any(_values(run, d, relative_to) is not None for d in run.stats)], max_runs, "runs", notes)
-    datasets = limit([d for d in table.datasets if any(_values(run, d, relative_to) is not None for run in runs if d in run.stats)], max_datasets, "datasets", notes)
+    datasets = limit(
+        [d for d in table.datasets if any(_values(run, d, relative_to) is not None for run in runs if d in run.stats)],
+        max_datasets,
+        "datasets",
+        notes,
+    )
     if not datasets:
-        raise NothingToDrawError("no run has a sweep over depth and hidden size" + (f" with a dataset {relative_to}" if relative_to else ""))
+        raise NothingToDrawError(
+            "no run has a sweep over depth and hidden size"
+            + (f" together with its control ({', '.join(relative_to.values())})" if relative_to else "")
+        )
     found = {(run.name, d): values for run in runs for d in datasets if d in run.stats and (values := _values(run, d, relative_to))}
     shown = np.concatenate([values.ravel() for _, _, values in found.values()])
     shown = shown[np.isfinite(shown)]
     span = max(float(np.abs(shown).max(initial=0)), 0.1)
-    norm = TwoSlopeNorm(0, -span, span) if relative_to else LogNorm(max(shown[shown > 0].min(initial=1), 1e-14), max(shown.max(), 1e-13))
+    norm = TwoSlopeNorm(0, -span, span) if relative_to else LogNorm(FLOOR, max(shown.max(), 10 * FLOOR))
     fig, axes = panels(len(runs), len(datasets), width=3.6, height=2.5)
-    image = None
     for row, run in enumerate(runs):
         for ax, dataset in zip(axes[row], datasets, strict=True):
             if row == 0:
@@ -48,28 +63,29 @@ def draw(table: RunTable, *, title: str, relative_to: str | None, max_runs: int,
             if (run.name, dataset) not in found:
                 ax.set_axis_off()
                 continue
-            image = _panel(ax, *found[run.name, dataset], norm=norm, cmap="RdBu_r" if relative_to else "viridis", exponents=not relative_to)
+            _panel(ax, *found[run.name, dataset], norm=norm, cmap="RdBu_r" if relative_to else "viridis", exponents=not relative_to)
             ax.set_ylabel(f"{run.title}\ndepth" if dataset == datasets[0] and len(runs) > 1 else "depth")
-    assert image is not None
-    label = f"log2 of loss / loss of {relative_to}" if relative_to else "loss of the best instance"
-    fig.colorbar(image, ax=axes, label=label, fraction=0.03)
-    notes += [f"Blue: easier than {relative_to}." if relative_to else "In the cells: log10 of the loss. White: more hidden units than features."]
+    label = "log2 of loss / loss of the control" if relative_to else "loss of the best instance"
+    fig.colorbar(next(image for ax in axes.flat for image in ax.images), ax=axes, label=label, fraction=0.03)
+    notes += [
+        "Blue: easier than independent features with the same marginal probabilities. " + f"Ratios beyond 2^{CLIP:g} are drawn as that."
+        if relative_to
+        else "In the cells: log10 of the loss, -12 or less drawn as -12. White: more hidden units than features."
+    ]
     return finish(fig, title, notes + caption(table, runs, datasets, error="cells: mean over seeds"))
 
 
-def _values(run: Run, dataset: str, relative_to: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _values(run: Run, dataset: str, relative_to: Mapping[str, str] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     own = grid(run, dataset)
     if own is None or not relative_to:
-        return own
-    other = grid(run, relative_to) if dataset != relative_to else None
+        return own and (own[0], own[1], np.maximum(own[2], FLOOR))
+    other = grid(run, relative_to[dataset]) if dataset in relative_to else None
     if other is None or other[2].shape != own[2].shape:
         return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.log2(own[2] / other[2])
-    return own[0], own[1], np.where(np.isfinite(ratio), np.clip(ratio, -8, 8), np.nan)
+    return own[0], own[1], np.clip(np.log2(np.maximum(own[2], FLOOR) / np.maximum(other[2], FLOOR)), -CLIP, CLIP)
 
 
-def _panel(ax: Axes, depths: np.ndarray, hidden: np.ndarray, values: np.ndarray, *, norm: object, cmap: str, exponents: bool) -> object:
+def _panel(ax: Axes, depths: np.ndarray, hidden: np.ndarray, values: np.ndarray, *, norm: object, cmap: str, exponents: bool) -> None:
     image = ax.imshow(values, origin="lower", aspect="auto", cmap=cmap, norm=norm)  # type: ignore[arg-type]
     ax.grid(visible=False)
     ax.set_xticks(range(len(hidden)), [str(h) for h in hidden])
@@ -79,6 +95,5 @@ def _panel(ax: Axes, depths: np.ndarray, hidden: np.ndarray, values: np.ndarray,
         if np.isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-            text = f"{np.log10(value):.1f}" if exponents and value > 0 else f"{value:.1f}"
+            text = f"{np.log10(value):.{0 if value < 1e-9 else 1}f}" if exponents else f"{value:.1f}"
             ax.text(j, i, text.replace("-", "\N{MINUS SIGN}"), ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
-    return image

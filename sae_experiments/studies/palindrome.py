@@ -118,7 +118,9 @@ class Palindrome:
         parts = tuple(ids.to(ctx.device) for ids in self.data.parts(seed_of(cell.seed, "split")))
         model, info, key = self.trained(parts, cell.seed, ctx)
         scored = score(model, parts[1])
-        ctx.console.say(f"  transformer: excess {scored['excess_loss']:.4f} nats, mirrored half {scored['mirror_accuracy']:.2%} in {info['seconds']:.0f} s")
+        ctx.console.say(
+            f"  transformer: excess {scored['excess_loss']:.4f} nats, mirrored half {scored['mirror_accuracy']:.2%} in {info['seconds']:.0f} s"
+        )
         looked = selectivity.look(model, parts[1][: self.analysis.samples], parts[1])
         x_train, x_test = (flattened(model, split_ids(ids)[0]) for ids in parts)
         if self.center:
@@ -137,7 +139,9 @@ class Palindrome:
             outcome.arrays |= measured.arrays
             outcome.features = measured.browser
             m = outcome.metrics
-            ctx.console.say(f"  {name}: explained variance {m['explained_variance']:.4f}, alive {m['alive_latents']:.0f}/{sae.d_sae}, L0 {m['sae_l0']:.1f}")
+            ctx.console.say(
+                f"  {name}: explained variance {m['explained_variance']:.4f}, alive {m['alive_latents']:.0f}/{sae.d_sae}, L0 {m['sae_l0']:.1f}"
+            )
             outcomes[self.report(name)] = outcome
         return outcomes
 

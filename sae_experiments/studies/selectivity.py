@@ -88,7 +88,9 @@ def browser(acts: Tensor, ids: Tensor, table: Tensor, share: Tensor, active: Ten
         letter = int(table[j, position].argmax())
         strings = [[texts[i], round(v, 4)] for i, v in zip(rows[:, j].tolist(), values[:, j].tolist(), strict=True) if v > 0]
         about = {"position": position + 1, "letter": LETTERS[letter], "selectivity": round(float(table[j, position, letter]), 3)}
-        latents.append({"latent": j, "active_frac": round(float(active[j]), 5), "share": round(float(share[j, position]), 4), **about, "strings": strings})
+        latents.append(
+            {"latent": j, "active_frac": round(float(active[j]), 5), "share": round(float(share[j, position]), 4), **about, "strings": strings}
+        )
     return latents
 
 
@@ -120,5 +122,11 @@ INFO = [
     _info("alive_latents", "alive latents", "latents active (above zero) on at least one test string", "", "up"),
     _info("alive_frac", "alive (share)", "alive_latents / d_sae", "", "up", shown=False),
     _info("sae_l0", "L0", "latents active on a test string, mean", "", "target"),
-    _info("selective_frac", "selective latents", "share of the alive latents of which the letter at one position explains most of the variance", "", "none"),
+    _info(
+        "selective_frac",
+        "selective latents",
+        "share of the alive latents of which the letter at one position explains most of the variance",
+        "",
+        "none",
+    ),
 ]

@@ -118,7 +118,9 @@ class Superposition:
         summarise(outcome, losses, self.threshold)
         represent(outcome, learner, losses, features)
         m = outcome.metrics
-        ctx.console.say(f"  {len(losses)} configurations x {self.instances}: loss {m['loss_mean']:.5f} (best {m['loss_min']:.5f}) in {info['seconds']:.0f} s")
+        ctx.console.say(
+            f"  {len(losses)} configurations x {self.instances}: loss {m['loss_mean']:.5f} (best {m['loss_min']:.5f}) in {info['seconds']:.0f} s"
+        )
         weights = self.hidden_directions(learner, losses)
         saes, reports = self.fitted(features, weights, cell.seed, ctx)
         outcomes = {}

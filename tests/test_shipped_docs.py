@@ -1,0 +1,42 @@
+"""What README says is so: its commands parse, its example runs, its files exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sae_experiments.cli import parse
+from sae_experiments.config import complete, compose_checked
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if re.match(r"(\.venv/bin/)?python experiment\.py ", line)]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if " -m " not in c and "--help" not in c])
+def test_every_command_of_the_readme_composes(command):
+    import shlex
+
+    argv = [a for a in shlex.split(command)[2:] if "=" in a]
+    overrides, _ = complete(parse(argv).overrides, plan="variants", extra=["preset=laptop"], conf=ROOT / "conf")
+    compose_checked(ROOT / "conf", overrides)
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 5
+
+
+def test_the_notebook_example_runs(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    assert len(code.strip().splitlines()) <= 12
+    monkeypatch.chdir(tmp_path)
+    small = code.replace("200_000", "6_000").replace("20_000", "1_000").replace("steps=500", "steps=5, batch_size=256")
+    exec(small, {})
+    assert (tmp_path / "my_sae" / "cfg.json").is_file()
+
+
+def test_the_files_that_the_readme_names_exist():
+    for name in re.findall(r"`((?:sae_experiments|conf|tests|benchmarks)/[\w/.]+\.(?:py|yaml|md))`", README):
+        assert (ROOT / name).is_file(), name
