@@ -44,6 +44,7 @@ class Language:
     fit: FitSpec
     site: str
     seeds: Sequence[int] | None
+    replicas: int = 0  # further fits of every SAE to the same activations, from other seeds: what seed stability is measured with
     offline: bool = False
 
     def __post_init__(self) -> None:
@@ -96,10 +97,12 @@ class Language:
         ctx.console.say(f"  language model: val loss {lm.metrics['best_val_loss']:.4f} after {lm.seconds:.0f} s of training")
         sites = list(dict.fromkeys(s for arm in self.arms.values() for where in self.sites(arm) for s in as_sites(where)))
         stores = Stores(self.fit, sites, corpus, lm, cell.seed, ctx)
+        twins = [self.fitted(stores, cell._replace(seed=cell.seed + 1000 * (i + 1)), ctx) for i in range(self.replicas)]
         outcomes = {}
         for name, (sae, fitted) in self.fitted(stores, cell, ctx).items():
             report = self.report(cell.dataset, name)
-            outcomes[report] = self.evaluate(name, sae, corpus, lm, stores, fitted, ctx)
+            replicas = tuple(twin[name][0] for twin in twins)
+            outcomes[report] = self.evaluate(name, sae, replicas, corpus, lm, stores, fitted, ctx)
             export(sae, ctx.folder / "saes" / f"{report}_{cell.seed}", stores, self.sites(self.arms[name])[0], ctx)
         return outcomes
 
@@ -145,12 +148,21 @@ class Language:
             old.unlink()
         return not cut
 
-    def evaluate(self, name: str, sae: SAE, corpus: CharCorpus, lm: TrainedLM, stores: Stores, fitted: FitReport, ctx: Context) -> Outcome:
+    def evaluate(
+        self, name: str, sae: SAE, replicas: tuple[SAE, ...], corpus: CharCorpus, lm: TrainedLM, stores: Stores, fitted: FitReport, ctx: Context
+    ) -> Outcome:
         """All metrics of one SAE on held-out text."""
         read, write = self.sites(self.arms[name])
-
-        splice = Spliced(lm.model, write, stores.tokens)
-        bench = Bench(sae=sae, device=ctx.device, read=read, write=write, held_out=stores.held_out, lm=splice, symbols=corpus.symbols)
+        bench = Bench(
+            sae=sae,
+            device=ctx.device,
+            read=read,
+            write=write,
+            held_out=stores.held_out,
+            lm=Spliced(lm.model, write, stores.tokens),
+            symbols=corpus.symbols,
+            replicas=replicas,
+        )
         outcome = Outcome(metrics=dict(lm.metrics), cut=lm.cut or fitted.cut)
         outcome.metrics |= {"sae_train_time": fitted.seconds, "sae_tokens_per_second": fitted.rows_per_second}
         outcome.curves = [(s, f"lm/{n}", v) for s, n, v in lm.history] + [(s, f"sae/{n}", v) for s, n, v in fitted.history]
