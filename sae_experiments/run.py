@@ -160,7 +160,12 @@ class _Run:
         # A cell that was cut short keeps its numbers but not its hash, so that the same command without the limit makes it whole.
         hashes = {k: f"{v}{'-cut' if outcome.cut else ''}" for k, v in self.hashes.items()}
         seconds = outcome.seconds | {"cell": total}
-        write_record(folder, Record(dataset=report, seed=cell.seed, metrics=outcome.metrics, why_null=outcome.why_null, noise=outcome.noise, seconds=seconds, **hashes))
+        write_record(
+            folder,
+            Record(
+                dataset=report, seed=cell.seed, metrics=outcome.metrics, why_null=outcome.why_null, noise=outcome.noise, seconds=seconds, **hashes
+            ),
+        )
         self.tracker.summary(report, cell.seed, outcome.metrics)
 
     def _finished(self, cell: Cell) -> bool:
