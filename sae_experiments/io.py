@@ -133,6 +133,11 @@ def cached(root: Path, kind: str, key: Mapping[str, Any], make: Callable[[Path],
     return folder
 
 
+def is_cached(root: Path, kind: str, key: Mapping[str, Any]) -> bool:
+    """Whether :func:`cached` has this key whole (it is verified when it is asked for)."""
+    return (root / kind / digest(key) / DONE).exists()
+
+
 def _damage(folder: Path) -> str | None:
     """The first file of a finished cache folder that is missing or differs from what was written, or None."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from sae_experiments import activations, checkpoint, fit, interop, training
 from sae_experiments.activations import Site, Sites, as_sites
 from sae_experiments.data import CharCorpus, CorpusSpec, load_corpus
 from sae_experiments.fit import FitReport, fit_saes
-from sae_experiments.io import UserError, cached, read_json, source_digest, write_bytes, write_json
+from sae_experiments.io import UserError, cached, is_cached, read_json, source_digest, write_bytes, write_json
 from sae_experiments.lm import INFO as LM_INFO
 from sae_experiments.lm import LMSpec, TrainedLM, train_lm
 from sae_experiments.metrics.base import Bench, Metric, MetricInfo, Spliced
@@ -107,22 +108,35 @@ class Language:
         return outcomes
 
     def fitted(self, stores: Stores, cell: Cell, ctx: Context) -> dict[str, tuple[SAE, FitReport]]:
-        """The SAEs of a cell: from the cache, or all of them fitted now, those of the same sites in one pass over the activations."""
+        """The SAEs of a cell, each from the cache if it was fitted before; the others are fitted now, side by side."""
         saes = {n: arm.seeded(*map(self.width, self.sites(arm)), cell.seed).to(ctx.device) for n, arm in self.arms.items()}
-        modules = set().union(*map(modules_of, saes.values())) | {training, checkpoint, fit, activations, stores_module}
-        key = {
-            "what": "fits", "stores": [stores.train.key, stores.calibration.key], "fit": asdict(self.fit), "seed": cell.seed, "site": self.site,
-            "arms": {n: a.describe() for n, a in self.arms.items()}, "torch": torch.__version__, "device": ctx.device.type,
-            "source": source_digest(*sorted(modules, key=lambda m: m.__name__)),
-        }  # fmt: skip
-        folder = cached(ctx.cache, "fits", key, lambda part: self._fit(part, saes, stores, cell, ctx))
-        reports = read_json(folder / "fits.json")
+        keys = {n: self._fit_key(n, sae, stores, cell, ctx) for n, sae in saes.items()}
+        missing = {n: saes[n] for n in saes if not is_cached(ctx.cache, "fits", keys[n])}
+        together: Path | None = None
+        if missing:
+            key = {"fits": [keys[n] for n in missing]}
+            together = cached(ctx.cache, "passes", key, lambda part: self._fit(part, missing, stores, cell, ctx))
+        found = {}
         for name, sae in saes.items():
-            sae.load_state_dict(load_file(folder / f"{name}.safetensors", device=str(ctx.device)))
+            folder = cached(ctx.cache, "fits", keys[name], functools.partial(_take, together, list(missing).index(name) if name in missing else 0))
+            sae.load_state_dict(load_file(folder / "sae.safetensors", device=str(ctx.device)))
             sae.eval().requires_grad_(False)
-        return {name: (sae, FitReport(**reports[name])) for name, sae in saes.items()}
+            found[name] = sae, FitReport(**read_json(folder / "report.json"))
+        if together is not None and not any(report.cut for _, report in found.values()):
+            shutil.rmtree(together)
+        return found
+
+    def _fit_key(self, name: str, sae: SAE, stores: Stores, cell: Cell, ctx: Context) -> dict[str, Any]:
+        """What decides about one fit: nothing of what is fitted beside it."""
+        modules = modules_of(sae) | {training, checkpoint, fit, activations, stores_module}
+        arm = self.arms[name]
+        return {
+            "what": "fit", "rows": stores.identity(*self.sites(arm)), "fit": asdict(self.fit), "seed": cell.seed, "arm": arm.describe(),
+            "torch": torch.__version__, "device": ctx.device.type, "source": source_digest(*sorted(modules, key=lambda m: m.__name__)),
+        }  # fmt: skip
 
     def _fit(self, part: Path, saes: dict[str, SAE], stores: Stores, cell: Cell, ctx: Context) -> bool:
+        """Fit SAEs that read the same sites in one pass over the activations, pass after pass."""
         passes: dict[tuple[Any, ...], list[str]] = {}
         for name, sae in saes.items():
             passes.setdefault((*self.sites(self.arms[name]), sae.needs_model), []).append(name)
@@ -140,9 +154,9 @@ class Language:
                     dead_after=self.fit.dead_after,
                     session=session,
                 )
-        for name, sae in saes.items():
-            write_bytes(part / f"{name}.safetensors", save({k: v.detach().cpu().contiguous().clone() for k, v in sae.state_dict().items()}))
-        write_json(part / "fits.json", {name: r._asdict() for name, r in reports.items()})
+        for i, (name, sae) in enumerate(saes.items()):  # numbered: a label may hold what no file name should
+            write_bytes(part / f"{i}.safetensors", save({k: v.detach().cpu().contiguous().clone() for k, v in sae.state_dict().items()}))
+            write_json(part / f"{i}.json", reports[name]._asdict())
         cut = any(r.cut for r in reports.values())
         for old in [] if cut else part.glob("checkpoint_*"):
             old.unlink()
@@ -178,6 +192,15 @@ class Language:
             outcome.seconds[f"metric.{label}"] = time.monotonic() - began
         ctx.console.say(f"  {name}: {headline(outcome.metrics)} (fitted in {fitted.seconds:.0f} s)")
         return outcome
+
+
+def _take(together: Path | None, i: int, part: Path) -> bool:
+    """Put one SAE of a pass into a cache folder of its own."""
+    if together is None:
+        raise UserError(f"{part} was removed while it was read: type the same command again")
+    shutil.copy(together / f"{i}.safetensors", part / "sae.safetensors")
+    shutil.copy(together / f"{i}.json", part / "report.json")
+    return not read_json(part / "report.json")["cut"]
 
 
 def _batch(batch_at: Any, read: Where, write: Where, step: int) -> Any:

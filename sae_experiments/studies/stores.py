@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_experiments.activations import Site, Sites, Store, capture, collect, patched
+from sae_experiments.activations import Site, Sites, Store, as_sites, capture, collect, patched
 from sae_experiments.data import CharCorpus
 from sae_experiments.fit import Sample
 from sae_experiments.io import UserError
@@ -46,6 +47,11 @@ class Stores:
             store("val", held, "held-out"),
         )
         self.seconds = time.monotonic() - began
+
+    def identity(self, read: Where, write: Where) -> dict[str, Any]:
+        """What the rows of two sites depend on, for cache keys (not on what else the stores hold)."""
+        parts = {k: {n: v for n, v in store.key.items() if n != "sites"} for k, store in (("train", self.train), ("calibration", self.calibration))}
+        return parts | {"read": [str(s) for s in as_sites(read)], "write": [str(s) for s in as_sites(write)]}
 
     def tokens(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Ids of held-out windows and of the characters that follow each position, (n, T) both."""
