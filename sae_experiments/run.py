@@ -25,6 +25,9 @@ from sae_experiments.track import Tracker
 from sae_experiments.training import NonFinite
 
 
+REMEDY = "choose another out_dir, or add overwrite=true to replace them"
+
+
 class RunFailed(UserError):
     """Some cells failed; the others are finished and on disk."""
 
@@ -90,6 +93,9 @@ class _Run:
         s = self.settings
         ctx = Context(folder=s.folder, cache=s.cache, device=self.device, console=self.console)
         corpora = self.study.prepare(ctx)
+        self._refuse_other_text(corpora)
+        # The same configuration over another text (a stand-in, a changed file) is another result.
+        self.hashes["config_hash"] = digest([self.hashes["config_hash"], corpora])
         self.manifest = {
             **s.about, "label": s.label, "config": s.config, "git": _git(), "versions": _versions(), "device": _device_name(self.device),
             "corpora": corpora, "metrics": describe(self.study.infos()), **self.hashes, "status": "running", "started": _now(), "pid": os.getpid(),
@@ -113,6 +119,16 @@ class _Run:
         if failures:
             raise RunFailed(f"{len(failures)} of {len(self.study.cells())} cells failed: {'; '.join(failures)}")
         return status
+
+    def _refuse_other_text(self, corpora: Mapping[str, Any]) -> None:
+        path = self.settings.folder / "manifest.json"
+        if self.settings.overwrite or not path.exists() or not any(self.settings.folder.glob("cells/*.json")):
+            return
+        before = read_json(path).get("corpora", {})
+        for name in sorted(before.keys() & corpora.keys()):
+            if before[name] != corpora[name]:
+                was, now = (f"{c.get('corpus')} from {c.get('source')}" for c in (before[name], corpora[name]))
+                raise UserError(f"{self.settings.folder} holds results on another text ({name}: {was} -> {now}): {REMEDY}")
 
     def _cells(self, ctx: Context) -> list[str]:
         cells = self.study.cells()
