@@ -24,7 +24,6 @@ from sae_experiments.studies.base import Cell, Context, Outcome, Study
 from sae_experiments.track import Tracker
 from sae_experiments.training import NonFinite
 
-
 REMEDY = "choose another out_dir, or add overwrite=true to replace them"
 
 
@@ -95,7 +94,7 @@ class _Run:
         corpora = self.study.prepare(ctx)
         self._refuse_other_text(corpora)
         # The same configuration over another text (a stand-in, a changed file) is another result.
-        self.hashes["config_hash"] = digest([self.hashes["config_hash"], corpora])
+        self.hashes["config_hash"] = digest([self.hashes["config_hash"], {name: _text(c) for name, c in corpora.items()}])
         self.manifest = {
             **s.about, "label": s.label, "config": s.config, "git": _git(), "versions": _versions(), "device": _device_name(self.device),
             "corpora": corpora, "metrics": describe(self.study.infos()), **self.hashes, "status": "running", "started": _now(), "pid": os.getpid(),
@@ -126,7 +125,7 @@ class _Run:
             return
         before = read_json(path).get("corpora", {})
         for name in sorted(before.keys() & corpora.keys()):
-            if before[name] != corpora[name]:
+            if _text(before[name]) != _text(corpora[name]):
                 was, now = (f"{c.get('corpus')} from {c.get('source')}" for c in (before[name], corpora[name]))
                 raise UserError(f"{self.settings.folder} holds results on another text ({name}: {was} -> {now}): {REMEDY}")
 
@@ -217,9 +216,7 @@ def _refuse_other_configuration(folder: Path, config: Mapping[str, Any], overwri
     changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(
-            f"{folder} holds results of another configuration ({'; '.join(changed[:3])}{more}): choose another out_dir, or add overwrite=true to replace them"
-        )
+        raise UserError(f"{folder} holds results of another configuration ({'; '.join(changed[:3])}{more}): {REMEDY}")
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -228,6 +225,11 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
     return out
+
+
+def _text(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What the text is, whatever place it came from."""
+    return {k: v for k, v in provenance.items() if k not in ("source", "verified")}
 
 
 def _remove_if_empty(folder: Path) -> None:
