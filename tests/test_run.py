@@ -471,3 +471,24 @@ def test_a_real_failure_is_not_hidden_by_a_tracker_that_fails_too(folder, monkey
     with pytest.raises(RunFailed, match="step 12"):
         with_wandb(monkeypatch, folder, FakeWandb("finish"), act=fail_at("a", 0, NonFinite("broken at step 12")))
     assert manifest(folder)["status"] == "failed"
+
+
+def test_results_on_another_text_are_refused_and_the_same_text_from_elsewhere_is_not(folder):
+    """A stand-in and the real corpus have the same configuration: only the text tells their results apart."""
+
+    def text(source: str, sha256: str) -> Callable[[Context], dict[str, Any]]:
+        return lambda ctx: {"a": {"corpus": "a", "source": source, "sha256": sha256, "stand_in": sha256 == "made"}}
+
+    study = Fake()
+    study.prepare = text("one.txt", "real")  # pyright: ignore[reportAttributeAccessIssue]
+    go(study, folder)
+    study.prepare = text("https://elsewhere", "real")  # pyright: ignore[reportAttributeAccessIssue]
+    done = dict(read_json(next(folder.glob("cells/*.json"))))
+    assert go(study, folder) == "done"
+    assert read_json(next(folder.glob("cells/*.json"))) == done
+    study.prepare = text("stand-in", "made")  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(UserError, match="another text") as error:
+        go(study, folder)
+    assert "one.txt" in str(error.value) or "elsewhere" in str(error.value)
+    assert "overwrite=true" in str(error.value)
+    assert go(study, folder, overwrite=True) == "done"

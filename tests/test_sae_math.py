@@ -43,6 +43,29 @@ def test_batch_top_k_takes_fewer_where_fewer_are_positive_and_none_where_none_is
     assert pattern.col.numel() == 0 and least == 0.0
 
 
+@pytest.mark.parametrize("guess", [None, -5.0, 0.0, 0.5, 1.0, 1.5, 9.0])
+def test_row_top_k_is_exact_whatever_the_guess(guess):
+    pre = torch.randn(200, 60, generator=torch.Generator().manual_seed(0))
+    pre[3:6, 10:40] = 0.75  # ties
+    pattern, _ = ops.guided_top_k(pre, 7, guess)
+    order = torch.argsort(pre, dim=1, descending=True, stable=True)[:, :7].sort(1).values  # a stable sort keeps the first of equal values
+    assert torch.equal(pattern.col.view(200, 7).long(), order)
+    assert pattern.crow.tolist() == list(range(0, 1401, 7))
+
+
+def test_the_guess_leaves_about_a_tenth_of_the_rows_to_select_from_whole():
+    pre = torch.randn(1000, 200, generator=torch.Generator().manual_seed(0))
+    _, guess = ops.guided_top_k(pre, 10, None)
+    short = ((pre > guess).sum(1) < 10).float().mean().item()
+    assert 0.02 < short < 0.2
+
+
+def test_row_top_k_of_a_nan_still_has_k_a_row():
+    pre = torch.randn(20, 30)
+    pre[4, 7] = torch.nan
+    assert ops.guided_top_k(pre, 3, None)[0].col.numel() == 60
+
+
 def test_patterns_from_a_mask_count_and_transpose():
     mask = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 1]], dtype=torch.bool)
     p = Pattern.from_mask(mask)

@@ -124,10 +124,55 @@ class Pattern:
 
 
 def top_k(pre: Tensor, k: int) -> Pattern:
-    """The k largest entries of every row of (B, F)."""
-    cols = pre.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
-    crow = torch.arange(0, pre.shape[0] * k + 1, k, dtype=torch.int32, device=pre.device)
-    return Pattern(crow, cols.reshape(-1).int(), pre.shape[1])
+    """The k largest entries of every row of (B, F); among equal values the first columns win."""
+    return guided_top_k(pre, k, None)[0]
+
+
+def guided_top_k(pre: Tensor, k: int, guess: float | None) -> tuple[Pattern, float]:
+    """:func:`top_k`, and a guess for the next call: a value that about nine rows in ten have k entries above.
+
+    Entries above ``guess`` are compressed into a narrow matrix before selection; rows with fewer than k of them are selected from whole. The
+    result does not depend on the guess.
+    """
+    n_rows, n_cols = pre.shape
+    cols = torch.empty(n_rows, k, dtype=torch.int64, device=pre.device)
+    least = torch.empty(n_rows, dtype=pre.dtype, device=pre.device)
+    whole: Tensor | slice = slice(None)
+    if guess is not None:
+        flat = (pre.view(-1) > guess).nonzero().squeeze(1)
+        pattern = Pattern.from_flat(flat, n_rows, n_cols)
+        counts = pattern.crow.diff()
+        enough = counts >= k
+        width = int(counts.max()) if flat.numel() else 0
+        if 4 * width <= 3 * n_cols and int(torch.count_nonzero(enough)) * 2 >= n_rows:
+            place = torch.arange(flat.numel(), device=pre.device) - pattern.crow.index_select(0, pattern.row) + pattern.row * width
+            narrow = torch.full((n_rows, width), -torch.inf, dtype=pre.dtype, device=pre.device)
+            narrow.view(-1)[place] = pattern.at(pre)
+            column = torch.zeros(n_rows * width, dtype=torch.int64, device=pre.device)
+            column[place] = pattern.col.long()
+            rows = enough.nonzero().squeeze(1)
+            chosen, least[rows] = _select(narrow[rows], k)
+            cols[rows] = column.view(n_rows, width)[rows].gather(1, chosen)
+            whole = (~enough).nonzero().squeeze(1)
+    if isinstance(whole, slice) or whole.numel():
+        cols[whole], least[whole] = _select(pre[whole], k)
+    crow = torch.arange(0, n_rows * k + 1, k, dtype=torch.int32, device=pre.device)
+    nearly_all = least.kthvalue(max(n_rows // 10, 1)).values
+    return Pattern(crow, cols.view(-1).int(), n_cols), float(nearly_all)
+
+
+def _select(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Columns (R, k), ascending, of the k largest entries of every row of (R, W), ties to the first; and the least value kept (R,)."""
+    top = values.topk(k, dim=1, sorted=False)
+    least = top.values.amin(1)
+    mask = values > least[:, None]
+    ties = values == least[:, None]
+    missing = k - torch.count_nonzero(mask, 1)
+    mask |= ties if torch.equal(torch.count_nonzero(ties, 1), missing) else ties & (ties.cumsum(1) <= missing[:, None])
+    found = mask.nonzero()
+    if len(found) != len(values) * k:  # NaN compares with nothing; the loss will name it
+        return top.indices.sort(1).values, least
+    return found[:, 1].view(-1, k), least
 
 
 def batch_top_k(pre: Tensor, n: int, guess: float | None = None) -> tuple[Pattern, float]:
