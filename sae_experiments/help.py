@@ -25,7 +25,7 @@ Frequent options
   sae.target_l0=32        latents active on average        sae.expansion=8     d_sae / d_in
   site=resid.mid          which activations are read       seeds=[0,1,2]       seeds for every corpus
   data=[text8]            which corpora                    device=auto         auto, cpu or cuda
-  fit.train.steps=1500    steps of the SAE                 lm.train.steps=700  steps of the language model
+  fit.train.steps=1500    steps of the SAE                 lm.train.steps=900  steps of the language model
   time_limit_s=7000       stop in good order before that   overwrite=true      replace other results
   cache=DIR (SAE_CACHE)   language models, activations     verbosity=normal    quiet, normal or verbose
 

@@ -54,7 +54,7 @@ def lasting(run: Path, report: str = "text8_0") -> dict[str, Any]:
         "metrics": {k: v for k, v in cell["metrics"].items() if k not in TIMED},
         "why_null": cell["why_null"],
         "curves": sorted((run / "curves" / f"{report}.jsonl").read_text().splitlines()),
-        "arrays": {k: v.tolist() for k, v in load_arrays(run, dataset, int(seed)).items()},
+        "arrays": {k: repr(v.tolist()) for k, v in load_arrays(run, dataset, int(seed)).items()},
         "sae": {p.name: p.read_bytes() for p in sorted((run / "saes" / report).iterdir())},
     }
 
@@ -281,7 +281,7 @@ def once(pattern: str) -> Callable[[Experiment, float], bool]:
 
 
 def test_killed_while_each_model_trains_and_started_again_gives_the_same_bytes(experiment, undisturbed):
-    hits = finished_after_kills(experiment, [once("lms/*/checkpoint.safetensors"), once("fits/*/checkpoint_0.safetensors")])
+    hits = finished_after_kills(experiment, [once("lms/*/checkpoint.safetensors"), once("passes/*/checkpoint_0.safetensors")])
     assert hits == 2
     assert_same(lasting(experiment.runs / "k"), undisturbed)
     assert not list(experiment.cache.rglob("checkpoint*")), "checkpoints are gone when their stage is done"
