@@ -61,17 +61,20 @@ def choose(names: str | None, known: Sequence[str]) -> list[str]:
 def draw_all(table: RunTable, figures: Mapping[str, Callable[[], Callable[..., Any]]], out: Path, png_dir: Path | None) -> list[Path]:
     """Draw every figure; ``figures`` makes each one's ``draw`` on demand. One that fails is a warning line and stops no other."""
     written: list[Path] = []
+    without_data: list[str] = []
     for name, make in figures.items():
         try:
             files = save(make()(table), name, out)
             if png_dir:
                 write_bytes(png_dir / f"{name}.png", files[0].read_bytes())
         except NothingToDrawError as reason:
-            log.info("%s: not drawn, %s", name, reason)
+            without_data.append(name if len(figures) > 1 else f"{name} ({reason})")
         except Exception as error:  # whatever a figure of the user's raises, the others must be drawn
             log.warning("%s: not drawn, %s: %s", name, type(error).__name__, " ".join(str(error).split())[:300])
         else:
             written += files
+    if without_data:
+        log.info("not drawn, since no run has their data: %s", ", ".join(without_data))
     return written
 
 

@@ -96,7 +96,8 @@ def _draw_panel(ax: Axes, table: RunTable, runs: Sequence[Run], dataset: str, me
 def _widen(ax: Axes) -> None:
     """Rounding error must not fill a panel: the axis spans at least a hundredth of what it shows."""
     low, high = ax.get_xlim()
-    least = max(abs(low), abs(high)) * 0.01 or 1.0
+    least = max(abs(low), abs(high)) * 0.01
+    least = least if least > 1e-12 else 1.0  # all zero, and the margins a rounding error around it
     if high - low < least:
         middle = (low + high) / 2
         ax.set_xlim(middle - least / 2, middle + least / 2)
