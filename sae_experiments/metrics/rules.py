@@ -103,7 +103,7 @@ def measure(
     picked = alive if latents is None else alive[np.unique(np.linspace(0, len(alive) - 1, min(latents, len(alive))).round().astype(int))]
     chance, options = np.random.default_rng(seed), {"keep": keep, "most": most, "gain": gain}
     found = {int(j): describe(world, _column(on, j) > 0, _column(z, j), seeds, chance, options) for j in picked}
-    null = [describe(world, *_shuffled(_column(on, j) > 0, _column(z, j), chance), seeds, chance, options) for j in picked[:shuffled]]
+    null = [describe(world, *_shuffled(_column(on, j) > 0, _column(z, j), chance), seeds, chance, options) for j in _spread(picked, shuffled)]
     phi, match = concept_match(world, on.tocsr()[world.test])
     simulated = simulate(codes[: len(text.chars)], text, longest=longest, least=least, min_count=min_count, block=block)
     features = [_feature(bench, world, j, d, z, float(limits[j]), simulated, phi, match, contexts, samples, before, after) for j, d in found.items()]
@@ -189,6 +189,11 @@ def _feature(
 
 def _digits(value: float) -> float:
     return float(f"{value:.4g}")
+
+
+def _spread(items: Sequence[int], n: int) -> list[int]:
+    """``n`` of the items, evenly spaced: the first latents of a Matryoshka SAE are nothing like the others."""
+    return [items[i * len(items) // n] for i in range(min(n, len(items)))] if n else []
 
 
 def _report(

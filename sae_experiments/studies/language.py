@@ -191,6 +191,8 @@ class Language:
             outcome.features = measured.features or outcome.features
             outcome.seconds[f"metric.{label}"] = time.monotonic() - began
         ctx.console.say(f"  {name}: {headline(outcome.metrics)} (fitted in {fitted.seconds:.0f} s)")
+        costs = {k.removeprefix("metric."): s for k, s in outcome.seconds.items() if k.startswith("metric.")}
+        ctx.console.say(f"  metrics took {sum(costs.values()):.0f} s: {', '.join(f'{k} {s:.1f}' for k, s in costs.items())}")
         return outcome
 
 
