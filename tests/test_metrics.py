@@ -427,3 +427,26 @@ def test_rows_beyond_the_last_and_an_absent_limit_are_all_rows():
     assert [len(r.x) for r in bench.chunks(None, size=4)] == [4, 4, 2] == [len(r.x) for r in bench.chunks(99, size=4)]
     assert [len(r.x) for r in bench.chunks(5, size=4)] == [4, 1]
     assert F.mse_loss(next(bench.chunks()).recon, gaussian(10)) == 0
+
+
+def test_the_noise_of_fvu_is_the_spread_over_resampled_windows_and_zero_where_windows_are_alike():
+    """Brute force: FVU of resampled windows, computed from their rows."""
+    from sae_experiments.metrics.noise import document_weights
+    from sae_experiments.metrics.reconstruction import WINDOW
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6 * WINDOW, 4, generator=generator) * torch.arange(1, 7).repeat_interleave(WINDOW)[:, None] + 3
+    from sae_experiments import build_sae
+
+    sae = build_sae("topk", 4, target_l0=1, d_sae=8).eval().requires_grad_(False)
+    bench = Bench(sae=sae, device=torch.device("cpu"), x=x)
+    found = reconstruction.measure(bench, rows=None).noise["sae_fvu"]
+    windows, recon = x.view(6, WINDOW, 4).double(), sae(x).view(6, WINDOW, 4).double()
+    values = []
+    for weights in document_weights(6, 200, 0):
+        pick = np.repeat(np.arange(6), weights.astype(int))
+        y, yhat = windows[pick].reshape(-1, 4), recon[pick].reshape(-1, 4)
+        values.append(float((y - yhat).square().sum() / (y - y.mean(0)).square().sum()))
+    assert found == pytest.approx(float(np.std(values, ddof=1)), rel=1e-6)
+    alike = Bench(sae=sae, device=torch.device("cpu"), x=x[:WINDOW].repeat(5, 1))
+    assert reconstruction.measure(alike, rows=None).noise["sae_fvu"] == pytest.approx(0, abs=1e-9)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import torch
+
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.noise import document_weights
+
+WINDOW = 128  # rows that are resampled together where there are no windows of text
 
 INFO = [
     MetricInfo(name="sae_fvu", title="FVU", formula="sum ||y - yhat||^2 / sum ||y - mean y||^2", unit="", better="down"),
@@ -21,6 +27,9 @@ def measure(bench: Bench, *, rows: int | None) -> Measured:
     """
     n = error = cosine = ratio = squares = 0.0
     total = shift = None
+    parts: list[tuple[np.ndarray, np.ndarray]] = []  # per row: squared error and shifted squares; per chunk: shifted sums of its windows
+    length = bench.held_out.length if bench.held_out is not None else WINDOW
+    sums = torch.zeros(-(-min(rows or bench.n_rows, bench.n_rows) // length), bench.sae.d_out, dtype=torch.float64)
     for r in bench.chunks(rows):
         y, yhat = r.y.double(), r.recon.double()
         # Shifting by the first row keeps the one-pass variance exact where the mean is much larger than the spread.
@@ -28,6 +37,9 @@ def measure(bench: Bench, *, rows: int | None) -> Measured:
         total = (y - shift).sum(0) if total is None else total + (y - shift).sum(0)
         squares += float((y - shift).square().sum())
         error += float((y - yhat).square().sum())
+        window = (torch.arange(len(y)) + int(n)) // length
+        sums.index_add_(0, window, (y - shift).cpu())
+        parts.append(((y - yhat).square().sum(1).cpu().numpy(), (y - shift).square().sum(1).cpu().numpy()))
         norm, norm_hat = y.norm(dim=1), yhat.norm(dim=1)
         cosine += float(((y * yhat).sum(1) / (norm.clamp_min(1e-8) * norm_hat.clamp_min(1e-8))).sum())
         ratio += float((norm_hat / norm.clamp_min(1e-8)).sum())
@@ -41,5 +53,17 @@ def measure(bench: Bench, *, rows: int | None) -> Measured:
         "sae_cosine": cosine / n,
         "sae_l2_ratio": ratio / n,
     }
+    noise = {} if values["sae_fvu"] is None else {"sae_fvu": _noise(parts, sums.numpy(), length)}
     reason = "the held-out rows do not vary" if constant else "an activation or a reconstruction is not finite"
-    return Measured(values, why_null={"sae_fvu": reason} if values["sae_fvu"] is None else {})
+    return Measured(values, why_null={"sae_fvu": reason} if values["sae_fvu"] is None else {}, noise=noise)
+
+
+def _noise(parts: list[tuple[np.ndarray, np.ndarray]], sums: np.ndarray, length: int) -> float:
+    """Standard error of FVU over resampled windows."""
+    error, squares = (np.concatenate(p) for p in zip(*parts, strict=True))
+    first = np.arange(0, len(error), length)
+    weights = document_weights(len(first), 200, 0)
+    counts = np.add.reduceat(np.ones(len(error)), first)
+    drawn = [weights @ column for column in (np.add.reduceat(error, first), np.add.reduceat(squares, first), counts, sums)]
+    variance = drawn[1] - np.square(drawn[3]).sum(1) / drawn[2]
+    return float(np.std(drawn[0] / np.maximum(variance, 1e-300), ddof=1))
