@@ -38,6 +38,18 @@ class Outcome:
     features: list[dict[str, Any]] | None = None  # one JSON-able dict a latent, for the feature browser
     cut: bool = False
 
+    def measure(self, metrics: Mapping[str, Callable[[Any], Any]], bench: Any) -> None:
+        """Add what every metric measures on ``bench`` (a ``metrics.base.Bench``), and the seconds each took."""
+        for label, metric in metrics.items():
+            began = time.monotonic()
+            measured = metric(bench)
+            self.metrics |= measured.scalars
+            self.why_null |= measured.why_null
+            self.arrays |= measured.arrays
+            self.noise |= measured.noise
+            self.features = measured.features or self.features
+            self.seconds[f"metric.{label}"] = time.monotonic() - began
+
 
 @dataclass(frozen=True, kw_only=True)
 class Context:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,12 +128,5 @@ class GroundTruth:
         x, acts = self.rows(world, self.held_out_rows, seed_of(cell.seed, "held out"))
         bench = Bench(sae=sae, device=ctx.device, x=x, extras={"truth": Truth(world.directions, acts)})
         outcome = Outcome()
-        for label, metric in self.metrics.items():
-            began = time.monotonic()
-            measured = metric(bench)
-            outcome.metrics |= measured.scalars
-            outcome.why_null |= measured.why_null
-            outcome.arrays |= measured.arrays
-            outcome.noise |= measured.noise
-            outcome.seconds[f"metric.{label}"] = time.monotonic() - began
+        outcome.measure(self.metrics, bench)
         return outcome

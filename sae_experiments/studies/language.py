@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -181,15 +180,7 @@ class Language:
         outcome.metrics |= {"sae_train_time": fitted.seconds, "sae_tokens_per_second": fitted.rows_per_second}
         outcome.curves = [(s, f"lm/{n}", v) for s, n, v in lm.history] + [(s, f"sae/{n}", v) for s, n, v in fitted.history]
         outcome.seconds = {"lm": lm.seconds, "collect": stores.seconds, "fit": fitted.seconds}
-        for label, metric in self.metrics.items():
-            began = time.monotonic()
-            measured = metric(bench)
-            outcome.metrics |= measured.scalars
-            outcome.why_null |= measured.why_null
-            outcome.arrays |= measured.arrays
-            outcome.noise |= measured.noise
-            outcome.features = measured.features or outcome.features
-            outcome.seconds[f"metric.{label}"] = time.monotonic() - began
+        outcome.measure(self.metrics, bench)
         ctx.console.say(f"  {name}: {headline(outcome.metrics)} (fitted in {fitted.seconds:.0f} s)")
         costs = {k.removeprefix("metric."): s for k, s in outcome.seconds.items() if k.startswith("metric.")}
         ctx.console.say(f"  metrics took {sum(costs.values()):.0f} s: {', '.join(f'{k} {s:.1f}' for k, s in costs.items())}")
