@@ -14,7 +14,7 @@ class AbsTopK(TopK):
     """``z_j = a_j`` for the k largest ``|a_j|`` of a row, 0 elsewhere: one latent holds both poles of a direction. Loss as TopK's."""
 
     def support(self, pre: Tensor) -> Pattern:
-        return ops.top_k(pre.abs(), self.k)
+        return super().support(pre.abs())
 
     def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
         return entries

@@ -251,9 +251,10 @@ class SAE(nn.Module):
             support = Pattern.from_mask(support)
         pattern = support if isinstance(support, Pattern) else None
         at = ops.entries(x, self.W_enc, bias, pre, support)
-        codes = Codes(self.shape(at, pattern.col if pattern else None), pattern)
-        if pattern is None:
-            codes = Codes(codes.values * support)
+        values = self.shape(at, pattern.col if pattern else None)
+        if pattern is None and values is not at:
+            values = values.where(support, 0.0)
+        codes = Codes(values, pattern)
         levels = self.nested(codes)
         recon = ops.decode(codes.values, pattern, self.W_dec) + self.b_dec if levels is None else levels[:, -1]
         direct = self.linear_path(batch.x)

@@ -50,15 +50,19 @@ class JumpReLU(Standard):
     ``form=step``: loss ``||x - xhat||^2 + lambda mean_B sum H(a - theta)``. ``form=tanh`` (Anthropic, January 2025): the penalty is
     ``lambda sum tanh(c z ||d||)``, the gradient passes through to a within the window, and dead latents are pulled up by
     ``pre_act_coeff sum ReLU(theta - a)``. lambda is steered to ``target_l0``; the last trim shifts all thresholds by one number.
+    A dead latent has no sample near its threshold and so no gradient to it: its threshold melts, by the factor ``melt`` a step.
     The penalty counts on a, not on z: on z every inactive latent falls into the window once theta < eps/2.
     """
 
-    def __init__(self, *, form: str, bandwidth: float, start_threshold: float, tanh_scale: float, pre_act_coeff: float, **kwargs: Any) -> None:
+    def __init__(self, *, form: str, bandwidth: float, start_threshold: float, tanh_scale: float, pre_act_coeff: float, melt: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if form not in ("step", "tanh"):
             raise UserError(f"sae.model.form={form!r} is not one of step, tanh")
         if not bandwidth > 0:
             raise UserError(f"sae.model.bandwidth={bandwidth} must be positive")
+        if not 0 < melt <= 1:
+            raise UserError(f"sae.model.melt={melt} must lie in (0, 1]")
+        self.melt = melt
         self.form, self.bandwidth, self.tanh_scale, self.pre_act_coeff = form, bandwidth, tanh_scale, pre_act_coeff
         self.theta = nn.Parameter(torch.full((self.d_sae,), float(start_threshold)))
 
@@ -89,6 +93,8 @@ class JumpReLU(Standard):
 
     def after_step(self, fwd: Forward, step: Step) -> None:
         self.theta.data.clamp_min_(0)
+        if self.melt < 1:
+            self.theta.data[step.dead] *= self.melt
         super().after_step(fwd, step)
 
     def inference(self) -> Inference:

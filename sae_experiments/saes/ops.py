@@ -249,12 +249,12 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, mask)
-        return pre * mask
+        return pre.where(mask, 0.0)  # a product with the mask would widen it to floats first
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, mask = ctx.saved_tensors
-        grad = grad * mask
+        grad = grad.where(mask, 0.0)
         with fast_products():
             grad_x = grad @ weight if ctx.needs_input_grad[0] else None
             grad_w = grad.t() @ x if ctx.needs_input_grad[1] else None
@@ -279,6 +279,23 @@ class _Decode(torch.autograd.Function):
         return grad_values, grad_w, None
 
 
+class _DenseDecode(torch.autograd.Function):
+    """``C W_dec`` for a dense code; all three products on the fast path."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(values, weight)
+        with fast_products():
+            return values @ weight
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        values, weight = ctx.saved_tensors
+        with fast_products():
+            grad_values = grad @ weight.t() if ctx.needs_input_grad[0] else None
+            return grad_values, values.t() @ grad if ctx.needs_input_grad[1] else None
+
+
 def entries(x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, support: Pattern | Tensor) -> Tensor:
     """Differentiable ``x W^T + bias`` at ``support``: (n,) for a pattern, (B, F) with zeros outside for a mask.
 
@@ -289,7 +306,7 @@ def entries(x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, support: Patte
 
 def decode(values: Tensor, pattern: Pattern | None, weight: Tensor) -> Tensor:
     """``C W_dec`` (B, O) for the code C given densely (``pattern`` None) or by its active entries."""
-    return values @ weight if pattern is None else _Decode.apply(values, weight, pattern)
+    return _DenseDecode.apply(values, weight) if pattern is None else _Decode.apply(values, weight, pattern)
 
 
 def squared_error(recon: Tensor, target: Tensor) -> Tensor:

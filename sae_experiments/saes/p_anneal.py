@@ -24,6 +24,8 @@ class PAnneal(Standard):
         super().__init__(**kwargs)
         if not 0 < p_end <= 1 or n_steps < 1 or not 0 <= start < 1:
             raise UserError(f"sae.model: p_end={p_end} must lie in (0, 1], n_steps={n_steps} be at least 1, start={start} lie in [0, 1)")
+        if p_end < 1:
+            self.controller.aim = 1.08  # every step of p takes some latents away, and the last ones leave no time to come back
         self.p_end, self.n_steps, self.start = p_end, n_steps, start
         self.register_buffer("p", torch.ones((), dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))

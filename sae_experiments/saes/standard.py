@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sae_experiments.io import UserError
 from sae_experiments.saes import sparsity
 from sae_experiments.saes.base import SAE, Forward, Inference, Step
 from sae_experiments.saes.sparsity import L0Controller
@@ -17,17 +19,33 @@ class Standard(SAE):
     ``norm_weighted``: the April 2024 form, ``lambda mean_B sum_j z_j ||d_j||`` with a free decoder (gradient flows into the norms).
     lambda warms up over ``warmup`` of the run. It is ``coeff`` where that is given, else steered so that ``target_l0`` latents are active;
     the final threshold makes that exact.
+
+    ``start_l0``: biases start where every latent fires equally often and ``start_l0 * target_l0`` are active (None: biases start at 0, where
+    a third of all latents is active and the first steps are dense).
     """
 
     def __init__(
-        self, *, target_l0: float, coeff: float | None, start_coeff: float, warmup: float, norm_weighted: bool = False, **kwargs: Any
+        self, *, target_l0: float, coeff: float | None, start_coeff: float, warmup: float, start_l0: float | None, norm_weighted: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(unit_decoder=not norm_weighted, **kwargs)
-        self.norm_weighted, self.warmup = norm_weighted, warmup
+        if start_l0 is not None and not start_l0 > 0:
+            raise UserError(f"sae.model.start_l0={start_l0} must be positive, or null")
+        self.norm_weighted, self.warmup, self.start_l0 = norm_weighted, warmup, start_l0
         self.controller = L0Controller(target=target_l0, coeff=coeff, start=start_coeff)
         if norm_weighted:
             self.W_dec.data.mul_(0.1)
             self.W_enc.data.mul_(0.1)
+
+    @torch.no_grad()
+    def begin(self, phase: str, x: Tensor, y: Tensor) -> None:
+        super().begin(phase, x, y)
+        if self.start_l0 is None:
+            return
+        rows = x[:8192]
+        kept = max(round(min(self.start_l0 * self.controller.target / self.d_sae, 1.0) * len(rows)), 1)
+        pre = self.product(self.encoder_input(rows), self.bias())
+        level = torch.cat([part.t().topk(kept, dim=1).values[:, -1] for part in pre.split(256, dim=1)])
+        self.b_enc.data.sub_(level.to(self.b_enc.dtype))
 
     def support(self, pre: Tensor) -> Tensor:
         return pre > 0 if self.training else super().support(pre)
