@@ -81,6 +81,15 @@ def test_f1_agrees_with_scikit_learn():
     np.testing.assert_allclose(found, expected)
 
 
+def test_f1_of_latents_is_against_the_feature_they_point_to():
+    chance = np.random.default_rng(1)
+    on, fires = chance.random((300, 4)) < 0.3, chance.random((300, 6)) < 0.4
+    nearest = np.array([0, 3, 3, 1, 2, 0])
+    expected = [f1_score(on[:, g], fires[:, j]) for j, g in enumerate(nearest)]
+    found = recovery.nearest_f1(sparse.csr_matrix(on.astype(float)), sparse.csr_matrix(fires.astype(float)), nearest)
+    np.testing.assert_allclose(found, expected)
+
+
 def test_what_cannot_be_measured_is_null_with_a_reason():
     world = orthogonal()
     unknown = recovery.measure(Bench(sae=Given(), device=CPU, x=torch.randn(9, 4)), **OPTIONS)

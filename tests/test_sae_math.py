@@ -170,6 +170,26 @@ def test_jumprelu_straight_through_to_a_only_where_asked():
     assert a.grad.tolist() == [1, 1, 1, 0]
 
 
+@pytest.mark.parametrize("name", ["standard", "p_anneal", "jumprelu", "kl"])
+def test_biases_start_where_every_latent_fires_equally_often(name):
+    x = rows(4000, 0)
+    plain, sparse_start = make(name, "sae.model.start_l0=null"), make(name, "sae.model.start_l0=2.0")
+    for sae in (plain, sparse_start):
+        sae.begin("train", x, x)
+    rate = (sparse_start.pre_acts(x) > 0).float().mean(0)
+    torch.testing.assert_close(rate, torch.full_like(rate, 2 * 4 / 48), atol=1 / 2000, rtol=0)  # start_l0 * L0 / M
+    assert torch.equal(plain.W_enc, sparse_start.W_enc) and (plain.pre_acts(x) > 0).float().mean() > 0.3
+
+
+def test_only_the_thresholds_of_dead_latents_melt():
+    sae = make("jumprelu", "sae.model.melt=0.5").train()
+    before = sae.theta.detach().clone()
+    dead = torch.zeros(sae.d_sae, dtype=torch.bool)
+    dead[3] = True
+    sae.after_step(sae.training_forward(batch()), step(sae, dead=dead))
+    assert sae.theta[3] == before[3] / 2 and torch.equal(sae.theta[~dead], before[~dead])
+
+
 def test_kl_penalty_is_zero_at_the_target_rate_and_by_formula_elsewhere():
     sae = make("kl", "sae.model.form=sigmoid", "sae.model.coeff=2.0", "sae.model.rho=0.2", "sae.model.warmup=0.0")
     sae.W_enc.data.zero_()

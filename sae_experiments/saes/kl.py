@@ -18,7 +18,8 @@ class KL(Standard):
 
     ``form`` is the unit. ``sigmoid`` and ``gelu``: rho_hat_j is the batch mean of the activation itself, as in the original; every latent is
     active everywhere until the final threshold. ``relu``: rho_hat_j is the mean of ``1 - exp(-z_j / tau)``, a soft count of how often j fires,
-    with tau the mean active value; codes have exact zeros and lambda is steered to ``target_l0``. rho is ``target_l0 / d_sae`` if not given.
+    with tau the mean active value; codes have exact zeros and lambda is steered to ``target_l0``. rho is ``target_l0 / (4 d_sae)`` if not given:
+    a latent at the target rate must still be pulled down, or no lambda reaches the target. ``start_l0`` acts on relu units only.
     The term equalises how often latents are active: it works against dead and dense latents.
     """
 
@@ -26,9 +27,11 @@ class KL(Standard):
         super().__init__(**kwargs)
         if form not in ("sigmoid", "gelu", "relu"):
             raise UserError(f"sae.model.form={form!r} is not one of sigmoid, gelu, relu")
-        self.form, self.rho = form, rho if rho is not None else self.controller.target / self.d_sae
+        self.form, self.rho = form, rho if rho is not None else self.controller.target / (4 * self.d_sae)
         if not 0 < self.rho < 1:
             raise UserError(f"sae.model.rho={self.rho} must lie between 0 and 1")
+        if form != "relu":
+            self.start_l0 = None
         if form != "relu" and not self.controller.fixed:
             raise UserError(f"sae.model.form={form} has no exact zeros to steer by: give sae.model.coeff a number")
 
