@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import logging
 import os
+import re
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from sae_experiments.config import build, complete, compose_checked
+from sae_experiments.config import build, complete, compose_checked, configuring, first_line, run_folder
 from sae_experiments.help import help_page
 from sae_experiments.io import UserError, read_json
-from sae_experiments.sweeps import run_hydra, sweep
+from sae_experiments.launchers import JOB
+from sae_experiments.stopping import Stopped, end_with_parent, listening
+from sae_experiments.sweeps import is_sweep, run_hydra, sweep
 
 # Threads that wait give their core away soon: on a machine that does something else too, spinning costs a training step four times its time,
 # and on an idle one this changes nothing (two cores, a small GPT-2: 61 ms a step both ways). Read when torch is imported.
@@ -33,27 +40,91 @@ class Command(NamedTuple):
 
 def main(argv: Sequence[str], *, plan: str, extra: Sequence[str], conf: Path) -> int:
     """Run what ``argv`` asks for; returns the exit status. Nothing is printed on stderr after the cause of a failure."""
+    if os.environ.get(JOB):
+        end_with_parent()
     try:
-        if "--help" in argv or "-h" in argv:
-            print(help_page(conf, plan))
-            return 0
-        command = parse(argv)
-        if command.multirun:
-            return sweep(conf, [*extra, *command.overrides], execute)
-        overrides, about = complete(command.overrides, plan=plan, extra=extra, conf=conf)
-        if command.flags:
-            run_hydra(conf, [*command.flags, *overrides], lambda cfg: None)
-            return 0
-        cfg, label = compose_checked(conf, overrides)
-        execute(cfg, about={"argv": list(argv), "overrides": overrides, **about}, label=label)
-        return 0
+        with listening():
+            return _run(argv, plan, extra, conf)
     except UserError as error:
-        sys.stdout.flush()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues where this one stopped", flush=True)
-        return 130
+        return _failed(str(error), error.exit_status)
+    except BrokenPipeError:  # whoever read the output has gone: there is nobody left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        return _failed(os_error(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(r"allocate memory|out of memory", str(error)):
+            raise
+        return _failed(f"out of memory ({first_line(error)}): use smaller sizes (fit.train.batch_size, sae.expansion, lm.*) or another machine", 1)
+    except (KeyboardInterrupt, Stopped) as stopped:
+        return _failed(f"stopped by {stopped or 'SIGINT'}: the same command continues where this one ended", getattr(stopped, "exit_status", 130))
+
+
+def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(help_page(conf, plan))
+        return 0
+    command = parse(argv)
+    if command.multirun or is_sweep(command.overrides):
+        here = functools.partial(main, plan=plan, extra=extra, conf=conf)
+        return sweep(conf, [*extra, *command.overrides], here)
+    with configuring():
+        overrides, about = complete(command.overrides, plan=plan, extra=extra, conf=conf)
+    if command.flags:
+        run_hydra(conf, [*command.flags, *overrides], lambda cfg: None)
+        return 0
+    with configuring():
+        cfg, label = compose_checked(conf, overrides)
+    try:
+        execute(cfg, about={"argv": list(argv), "overrides": overrides, **about}, label=label)
+    except UserError as error:
+        if error.exit_status == 1 and cfg.report:  # some cells failed: the others are worth a look
+            draw_report(run_folder(str(cfg.runs_root), str(cfg.out_dir)), conf)
+        raise
+    if cfg.report:
+        draw_report(run_folder(str(cfg.runs_root), str(cfg.out_dir)), conf)
+    return 0
+
+
+def draw_report(folder: Path, conf: Path) -> None:
+    """``report.html`` of a finished run. Whatever goes wrong is one line on stdout, and the run stays finished."""
+    log, lines = logging.getLogger("sae_experiments"), logging.StreamHandler(sys.stdout)
+    log.addHandler(lines)
+    log.propagate = False
+    try:
+        from sae_experiments.figures import run_report
+
+        figures = {path.stem: functools.partial(_figure, path) for path in sorted((conf / "plot").glob("*.yaml"))}
+        print(f"report: {run_report(folder, figures)}", flush=True)
+    except Exception as error:
+        print(f"no report.html: {type(error).__name__}: {first_line(error)}; the results are complete without it", flush=True)
+    finally:
+        log.removeHandler(lines)
+        log.propagate = True
+
+
+def _figure(path: Path) -> Callable[..., Any]:
+    return build(DictConfig(OmegaConf.load(path)))
+
+
+def _failed(cause: str, status: int) -> int:
+    sys.stdout.flush()
+    print(f"error: {' '.join(cause.split())}", file=sys.stderr, flush=True)
+    return status
+
+
+def os_error(error: OSError) -> str:
+    """What the system refused, which file it was about, and what to do."""
+    files = " and ".join(str(f) for f in (error.filename, error.filename2) if f)
+    remedies = {
+        errno.ENOSPC: "free some space, or move cache and runs_root to another disk",
+        errno.EDQUOT: "free some space, or move cache and runs_root to another disk",
+        errno.EROFS: "choose a cache and a runs_root that can be written",
+        errno.EACCES: "choose a cache and a runs_root that can be written",
+        errno.ENOENT: "it was removed while it was in use",
+    }
+    remedy = remedies.get(error.errno or 0, "look at the disk")
+    return f"{error.strerror or type(error).__name__}{f': {files}' if files else ''}; {remedy}, then type the same command again: it continues"
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -82,11 +153,23 @@ def parse(argv: Sequence[str]) -> Command:
     return Command(overrides, multirun, flags)
 
 
-def execute(cfg: DictConfig, *, about: Mapping[str, Any], label: str, folder: Path | None = None) -> Path:
+def execute(cfg: DictConfig, *, about: Mapping[str, Any], label: str) -> Path:
     """Build the study of a configuration and run it; returns the run folder."""
+    from sae_experiments.run import run
+
+    with configuring():
+        study, tracker, settings = _prepared(cfg, about, label)
+    if cfg.verbosity != "quiet":
+        print(f"preset {about['preset']} ({about['preset_reason']}); {about['plan_note']}; results in {settings.folder}", flush=True)
+    status = run(study, settings, tracker)
+    print_summary(settings.folder, status)
+    return settings.folder
+
+
+def _prepared(cfg: DictConfig, about: Mapping[str, Any], label: str) -> tuple[Any, Any, Any]:
     import torch
 
-    from sae_experiments.run import RunSettings, run
+    from sae_experiments.run import RunSettings
 
     if cfg.threads is not None:
         torch.set_num_threads(int(cfg.threads))
@@ -95,11 +178,10 @@ def execute(cfg: DictConfig, *, about: Mapping[str, Any], label: str, folder: Pa
         raise UserError(f"device={device} is not one of auto, cpu, cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={device}: there is no CUDA device; use device=cpu")
-    folder = folder or run_folder(str(cfg.runs_root), str(cfg.out_dir))
     study, tracker = build(cfg.study), build(cfg.track)
     study.check()
     settings = RunSettings(
-        folder=folder,
+        folder=run_folder(cfg.runs_root, str(cfg.out_dir)),
         cache=Path(str(cfg.cache)).expanduser(),
         config=recorded(cfg),
         label=cfg.label or label,
@@ -109,11 +191,7 @@ def execute(cfg: DictConfig, *, about: Mapping[str, Any], label: str, folder: Pa
         overwrite=bool(cfg.overwrite),
         about=about,
     )
-    if cfg.verbosity != "quiet":
-        print(f"preset {about['preset']} ({about['preset_reason']}); {about['plan_note']}; results in {folder}", flush=True)
-    status = run(study, settings, tracker)
-    print_summary(folder, status)
-    return folder
+    return study, tracker, settings
 
 
 def recorded(cfg: DictConfig) -> dict[str, Any]:
@@ -125,22 +203,14 @@ def recorded(cfg: DictConfig) -> dict[str, Any]:
     return config
 
 
-def run_folder(runs_root: str, out_dir: str) -> Path:
-    """``<runs_root>/<out_dir>``; out_dir cannot leave runs_root."""
-    inside = Path(out_dir)
-    if not out_dir or inside.is_absolute() or ".." in inside.parts or inside == Path("."):
-        raise UserError(f"out_dir={out_dir!r} must name a folder below runs_root={runs_root} (set runs_root to write elsewhere)")
-    return Path(runs_root).expanduser() / inside
-
-
 def print_summary(folder: Path, status: str) -> None:
-    """A closing table: the shown metrics, one column a report."""
+    """A closing table of at most 100 columns: the shown metrics, one column a report."""
     manifest, final = read_json(folder / "manifest.json"), read_json(folder / "final_info.json")
     shown = [name for name, info in sorted(manifest["metrics"].items(), key=lambda kv: kv[1]["order"]) if info["shown"]]
     width = max(len(name) for name in [*shown, "metric"])
-    names = list(final)
-    for first in range(0, len(names), 4):
-        part = names[first : first + 4]
+    names, wide = list(final), max(1, (100 - width) // 18)
+    for first in range(0, len(names), wide):
+        part = names[first : first + wide]
         print("\n" + " " * width + "".join(f"{n[-17:]:>18}" for n in part))
         for metric in shown:
             print(f"{metric:<{width}}" + "".join(f"{_mean_and_error(final[n], metric):>18}" for n in part))

@@ -130,6 +130,11 @@ def config_diff(run: Run, baseline: Run) -> list[tuple[str, str, str]]:
     return [(key, theirs.get(key, ABSENT), mine.get(key, ABSENT)) for key in keys]
 
 
+def flat_config(config: Mapping[str, Any]) -> dict[str, str]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": "1"}``, by key."""
+    return dict(sorted(_flat(config).items()))
+
+
 def _facts(run: Run) -> dict[str, str]:
     config = {key: value for key, value in run.config.items() if key not in EDGES}
     around = {key: run.manifest[key] for key in ("preset", "device", "git", "versions") if key in run.manifest}
@@ -244,7 +249,7 @@ def value_text(row: Mapping[str, Any]) -> str:
 
 def delta_text(row: Mapping[str, Any]) -> str:
     """``-0.031 ± 0.005``; '' where nothing was subtracted."""
-    if row["delta"] == 0 and not row["delta_stderr"]:
+    if row["delta"] == 0 and (_missing(row["delta_stderr"]) or not row["delta_stderr"]):
         return "0"
     return "" if _missing(row["delta"]) else with_error(row["delta"], row["delta_stderr"], sign="+")
 

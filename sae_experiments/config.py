@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -28,6 +29,8 @@ from sae_experiments.results import EDGES
 
 _LISTS = ("sae.train.betas", "sae.read")  # null in the YAML, but a list where they are given
 _GROUPS = ("preset", "data", "lm", "fit", "sae", "metric", "track", "study")
+#: The SAE that another one is built around, as users write it, and Hydra's name of the same choice.
+_HOST, _HYDRA_HOST = "sae/host", "sae@sae.host"
 
 
 def key_of(override: str) -> str:
@@ -70,10 +73,21 @@ def planned_overrides(conf: Path, plan: str, out_dir: str) -> tuple[list[str], s
         raise UserError(
             f"PLAN={plan!r} in experiment.py has no file conf/plan/{plan}.yaml: choose one of {', '.join(known)}{_did_you_mean(plan, known)}"
         )
-    runs = OmegaConf.to_container(OmegaConf.load(path))["runs"]
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    runs = content["runs"]
     if out_dir in runs:
-        return list(runs[out_dir]), f"plan {plan}: {out_dir} is {' '.join(runs[out_dir]) or 'the plain configuration'}"
+        return [*content.get("common", []), *runs[out_dir]], f"plan {plan}: {out_dir} is {' '.join(runs[out_dir]) or 'the plain configuration'}"
     return [], f"plan {plan} does not name {out_dir}: plain configuration"
+
+
+def run_folder(runs_root: str | None, out_dir: str) -> Path:
+    """``<runs_root>/<out_dir>``; out_dir cannot leave runs_root."""
+    if not runs_root:
+        raise UserError(f"runs_root={runs_root} must name a folder, for example runs")
+    inside = Path(out_dir)
+    if not out_dir or inside.is_absolute() or ".." in inside.parts or inside == Path("."):
+        raise UserError(f"out_dir={out_dir!r} must name a folder below runs_root={runs_root} (set runs_root to write elsewhere)")
+    return Path(runs_root).expanduser() / inside
 
 
 def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, str]:
@@ -90,16 +104,33 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
         groups = [o.input_line for o in parsed if _is_group(conf, o.key_or_group) and o.key_or_group != "sae"]
         names = names or [_default_sae(groups)]
         bases = [_compose([*groups, f"sae={name}"]) for name in names]
-        grid, plain = _split_grid([o for o in parsed if o.key_or_group != "sae"], bases[0])
+        hosts = _hosts(conf, parsed, {str(name): base for name, base in zip(names, bases, strict=True)})
+        bases = [_compose([*groups, f"sae={name}", *hosts[str(name)][:1]]) for name in names]
+        grid, plain = _split_grid([o for o in parsed if o.key_or_group not in ("sae", _HOST)], bases[0])
         _check_keys(parsed, bases)
         arms: dict[str, Any] = {}
-        for name, *values in itertools.product(names, *([(k, v) for v in vs] for k, vs in grid.items())):
-            cfg = _compose([*plain, f"sae={name}", *(f"{k}={v}" for k, v in values)])
-            label = "-".join([str(name), *(f"{k.rsplit('.', 1)[1]}{v}" for k, v in values)])
+        built = [(name, host) for name in names for host in hosts[str(name)] or [None]]
+        for (name, host), *values in itertools.product(built, *([(k, v) for v in vs] for k, vs in grid.items())):
+            cfg = _compose([*plain, f"sae={name}", *([host] if host else []), *(f"{k}={v}" for k, v in values)])
+            around = [host.rsplit("=", 1)[1]] if host and len(hosts[str(name)]) > 1 else []
+            label = "-".join([str(name), *around, *(f"{k.rsplit('.', 1)[1]}{v}" for k, v in values)])
             arms[re.sub(r"[^A-Za-z0-9_.-]", "_", label)] = OmegaConf.to_container(cfg.sae, resolve=True)
     OmegaConf.set_struct(cfg, False)
     cfg.arms = arms
     return cfg, ", ".join(arms)
+
+
+def _hosts(conf: Path, parsed: Sequence[Override], bases: Mapping[str, DictConfig]) -> dict[str, list[str]]:
+    """What ``sae/host=jumprelu``, or a list of hosts, means to Hydra, for each SAE: nothing for those that are built around no other."""
+    asked = next((_as_list(o.value()) for o in reversed(parsed) if o.key_or_group == _HOST), [])
+    wrapping = [name for name, base in bases.items() if "host" in base.sae]
+    if asked and not wrapping:
+        raise UserError(f"{_HOST}={asked[0]} is for an SAE that is built around another, such as sae=purified")
+    known = [name for name in _options(conf, "sae") if "sae@host" not in (conf / "sae" / f"{name}.yaml").read_text()]
+    for host in asked:
+        if str(host) not in known:
+            raise UserError(f"{_HOST}={host} does not exist: choose from {', '.join(known)}{_did_you_mean(str(host), known)}")
+    return {name: [f"{_HYDRA_HOST}={host}" for host in asked] if name in wrapping else [] for name in bases}
 
 
 def _default_sae(groups: Sequence[str]) -> str:
@@ -165,16 +196,61 @@ def _check_groups(conf: Path, parsed: Sequence[Override]) -> None:
                 raise UserError("data=[] names no corpus: use for example data=[shakespeare_char]")
 
 
-def swept_keys(conf: Path, overrides: Sequence[str]) -> set[str]:
-    """The keys that a multirun varies. Raises :class:`UserError` for a choice that does not exist, before any job starts."""
-    parsed = _parsed(overrides)
-    swept = [o for o in parsed if o.is_sweep_override()]
-    for o in swept:
-        if _is_group(conf, o.key_or_group):
-            for choice in o.sweep_string_iterator():
-                _check_groups(conf, _parsed([f"{o.key_or_group}={choice}"]))
-    _check_groups(conf, [o for o in parsed if not o.is_sweep_override()])
-    return {o.key_or_group for o in swept}
+class Axis(NamedTuple):
+    """What a sweep varies: ``choices`` (as they are typed), or an interval of numbers from ``low`` to ``high``."""
+
+    key: str
+    choices: list[str]
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    whole: bool = False
+
+
+def axes_of(conf: Path, overrides: Sequence[str]) -> tuple[list[Axis], list[str]]:
+    """What ``overrides`` vary (``a=1,2``, ``range()``, ``choice()``, ``interval()``), and those that are the same for every job.
+
+    Raises :class:`UserError` for a choice that does not exist, before any job starts.
+    """
+    axes, fixed = [], []
+    for o in _parsed(overrides):
+        if not o.is_sweep_override():
+            _check_groups(conf, [o])
+            fixed.append(o.input_line)
+            continue
+        value, key = o.value(), o.key_or_group
+        if isinstance(value, IntervalSweep):
+            whole = isinstance(value.start, int)
+            if not value.start < value.end or ("log" in value.tags and not value.start > 0):
+                raise UserError(f"{o.input_line}: an interval goes from a smaller to a larger number, both positive where it is logarithmic")
+            axes.append(Axis(key, [], float(value.start), float(value.end), "log" in value.tags, whole))
+        else:
+            axes.append(Axis(key, list(dict.fromkeys(o.sweep_string_iterator()))))
+            if _is_group(conf, key):
+                _check_groups(conf, _parsed([f"{key}={choice}" for choice in axes[-1].choices]))
+    return axes, fixed
+
+
+def options_of(conf: Path, group: str, overrides: Sequence[str]) -> DictConfig:
+    """``conf/<group>/<name>.yaml`` by itself, with the overrides ``group=name`` and ``group.key=value`` among ``overrides``."""
+    names = [o.split("=", 1)[1] for o in overrides if key_of(o) == group]
+    known = _options(conf, group)
+    if not names or names[-1] not in known:
+        raise UserError(f"{group}={names[-1] if names else ''} does not exist: choose from {', '.join(known)}{_did_you_mean(str(names[-1:]), known)}")
+    cfg = DictConfig(OmegaConf.load(conf / group / f"{names[-1]}.yaml"))
+    own = [o for o in overrides if key_of(o).startswith(f"{group}.")]
+    _set_checked(cfg, group, _parsed(own))
+    return cfg
+
+
+def _set_checked(cfg: DictConfig, group: str, parsed: Sequence[Override]) -> None:
+    flat = {f"{group}.{k}": v for k, v in _flat_keys(OmegaConf.to_container(cfg)).items()}
+    for o in parsed:
+        if o.key_or_group not in flat:
+            raise UserError(f"{o.key_or_group} is not an option{_did_you_mean(o.key_or_group, flat)}; see conf/{group}")
+        key = o.key_or_group.split(".", 1)[1]
+        _check_type(o.key_or_group, o.value(), OmegaConf.select(cfg, key))
+        OmegaConf.update(cfg, key, o.value())
 
 
 def _split_grid(parsed: Sequence[Override], base: DictConfig) -> tuple[dict[str, list[Any]], list[str]]:
@@ -183,6 +259,8 @@ def _split_grid(parsed: Sequence[Override], base: DictConfig) -> tuple[dict[str,
     for o in parsed:
         one_value = not isinstance(OmegaConf.select(base, o.key_or_group), ListConfig) and o.key_or_group not in _LISTS
         if o.key_or_group.startswith("sae.") and one_value and isinstance(o.value(), list):
+            if not o.value():
+                raise UserError(f"{o.key_or_group}=[] names no value: give one, or several like [1,2]")
             grid[o.key_or_group] = o.value()
         else:
             plain.append(o.input_line)
@@ -215,7 +293,8 @@ def _flat_keys(value: Any, prefix: str = "") -> dict[str, Any]:
 #: Keys that stand as a whole number in the YAML but may have a fraction.
 _FRACTIONS = ("sae.target_l0", "sae.expansion")
 _CHOICES = {"verbosity": ("quiet", "normal", "verbose"), "corpus_size": ("full", "laptop", "smoke")}
-_NUMBERS = ("threads", "time_limit_s", "metric.", "fit.", "lm.train.", "sae.train.", "sae.model.coeff", "sae.d_sae")
+_NUMBERS = ("threads", "time_limit_s", "metric.", "fit.", "lm.train.", "sae.train.", "sae.model.coeff")
+_NUMBERS += ("sae.d_sae", "sae.target_l0", "sae.active_frac")
 _KINDS: tuple[tuple[type, Any, str], ...] = (
     (bool, bool, "true or false"),
     (int, int, "a whole number"),
@@ -267,6 +346,33 @@ def first_line(error: BaseException | None) -> str:
                 return line.strip()
         kind, error = type(error).__name__, error.__cause__ or error.__context__
     return kind
+
+
+#: What Hydra, OmegaConf and PyYAML raise for a file or a value they cannot read.
+CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+
+
+def configuration_error(error: Exception) -> str:
+    """One line of such an error; for a YAML file that is none, its name, the line and what stands there."""
+    mark = getattr(error, "problem_mark", None)
+    if isinstance(error, yaml.YAMLError) and mark is not None:
+        return (
+            f"{mark.name} is not valid YAML in line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'unexpected text'}"
+        )
+    return first_line(error)
+
+
+@contextmanager
+def configuring() -> Iterator[None]:
+    """Within the context nothing is computed yet, so whatever goes wrong is a mistake in a file or on the command line: one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        told = configuration_error(error)
+        kind = "" if isinstance(error, CONFIGURATION_ERRORS) else f"the configuration cannot be used: {type(error).__name__}: "
+        raise UserError(f"{kind}{told}") from error
 
 
 def build(node: DictConfig) -> Any:

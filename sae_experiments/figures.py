@@ -12,10 +12,13 @@ from typing import Any
 
 from sae_experiments.compare import compare, markdown, terminal
 from sae_experiments.io import UserError, write_bytes
-from sae_experiments.plots.base import NothingToDrawError, save
-from sae_experiments.run_table import RunTable, find_runs, runs_in
+from sae_experiments.plots.base import NothingToDrawError, bare, save
+from sae_experiments.report.page import Picture, write_report
+from sae_experiments.run_table import RunTable, find_runs, load_table, runs_in
 
 log = logging.getLogger(__name__)
+Figures = Mapping[str, Callable[[], Callable[..., Any]]]  # name in conf/plot -> what makes its draw(table)
+REPORT = "report.html"
 NO_RUNS = "no runs in {}: make one with 'python experiment.py --out_dir=run_0', or name run folders: 'python plot.py runs/run_1'"
 
 
@@ -58,32 +61,49 @@ def choose(names: str | None, known: Sequence[str]) -> list[str]:
     return chosen
 
 
-def draw_all(table: RunTable, figures: Mapping[str, Callable[[], Callable[..., Any]]], out: Path, png_dir: Path | None) -> list[Path]:
-    """Draw every figure; ``figures`` makes each one's ``draw`` on demand. One that fails is a warning line and stops no other."""
+def draw_all(table: RunTable, figures: Figures, out: Path | None, png_dir: Path | None) -> tuple[list[Path], list[Picture]]:
+    """Draw every figure; ``figures`` makes each one's ``draw`` on demand. One that fails is a warning line and stops no other.
+
+    Returns the files written to ``out`` (None: none), and the figures as a report shows them.
+    """
     written: list[Path] = []
+    pictures: list[Picture] = []
     without_data: list[str] = []
     for name, make in figures.items():
         try:
-            files = save(make()(table), name, out)
-            if png_dir:
+            fig = make()(table)
+            files = save(fig, name, out) if out else []
+            if png_dir and files:
                 write_bytes(png_dir / f"{name}.png", files[0].read_bytes())
+            written += files
+            pictures.append(Picture(name, *bare(fig)))
         except NothingToDrawError as reason:
             without_data.append(name if len(figures) > 1 else f"{name} ({reason})")
         except Exception as error:  # whatever a figure of the user's raises, the others must be drawn
             log.warning("%s: not drawn, %s: %s", name, type(error).__name__, " ".join(str(error).split())[:300])
-        else:
-            written += files
     if without_data:
-        log.info("not drawn, since no run has their data: %s", ", ".join(without_data))
-    return written
+        more = f" and {len(without_data) - 3} more" if len(without_data) > 3 else ""
+        log.info("not drawn, since no run has their data: %s%s", ", ".join(without_data[:3]), more)
+    return written, pictures
 
 
-def report(table: RunTable, figures: Mapping[str, Callable[[], Callable[..., Any]]], out: Path, png_dir: Path | None) -> None:
-    """Write tables and figures to ``out`` (PNGs to ``png_dir`` too) and print the comparison."""
+def report(table: RunTable, figures: Figures, out: Path, png_dir: Path | None) -> None:
+    """Write tables, figures and ``report.html`` to ``out`` (PNGs to ``png_dir`` too) and print the comparison."""
     if not table.runs:
         raise UserError("no run has results yet; wait for a first cell to finish, or look at the warnings above")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue] (a terminal without ± must not end the program)
     print(write_tables(table, out), flush=True)
-    written = draw_all(table, figures, out, png_dir)
-    print(f"\n{len(written)} figure files, comparison.csv and comparison.md in {out}")
+    written, pictures = draw_all(table, figures, out, png_dir)
+    page = write_report(table, pictures, out / REPORT)
+    print(f"\n{len(written)} figure files, comparison.csv and comparison.md in {out}\nopen {page} in a browser: tables, figures, features")
+
+
+def run_report(folder: Path, figures: Figures) -> Path:
+    """Write ``report.html`` of one run into its folder; deltas are against ``run_0`` where it lies beside. Returns the path."""
+    table = load_table([folder.resolve()])
+    own = [run for run in table.runs if run.path == folder.resolve()]
+    if not own:
+        raise UserError(f"{folder} has no results to report")
+    table = RunTable(own, table.baseline)
+    return write_report(table, draw_all(table, figures, None, None)[1], folder / REPORT)

@@ -13,13 +13,15 @@ Train a small language model, fit a sparse autoencoder (SAE) to its activations,
                                                         several SAEs in one pass over the activations
   python experiment.py -m out_dir=sweep_a sae=standard,topk sae.target_l0=16,32
                                                         a sweep: one run for each combination
+  python experiment.py sweep=variants launcher=joblib   a sweep of conf/sweep, several jobs at a time
   python plot.py                                        figures and a comparison with run_0
 
 Every option is key=value or --key=value. Results go to runs/<out_dir>/final_info.json.
 
 Choices (conf/<group>/<name>.yaml)
 {groups}
-Plan '{plan}' (PLAN in experiment.py; conf/plan has {plans})
+Plan '{plan}' (PLAN in experiment.py)
+  conf/plan has {plans}
 {runs}
 Frequent options
   sae.target_l0=32        latents active on average        sae.expansion=8     d_sae / d_in
@@ -28,6 +30,7 @@ Frequent options
   fit.train.steps=1500    steps of the SAE                 lm.train.steps=900  steps of the language model
   time_limit_s=7000       stop in good order before that   overwrite=true      replace other results
   cache=DIR (SAE_CACHE)   language models, activations     verbosity=normal    quiet, normal or verbose
+  report=true             report.html at the end           study.replicas=1    more seeds, for stability
 
   SAE_DATA_DIR=DIR        a folder with the corpora (else they are fetched once, checked and cached)
   --cfg job               print the whole configuration instead of running
@@ -37,7 +40,7 @@ Frequent options
 def help_page(conf: Path, plan: str) -> str:
     """The page, with the groups and plans that exist in ``conf``."""
     groups = []
-    for group in ("preset", "data", "sae", "metric", "study", "lm", "track"):
+    for group in ("preset", "data", "sae", "metric", "study", "lm", "track", "sweep", "launcher"):
         names = sorted(p.stem for p in (conf / group).glob("*.yaml") if not p.stem.startswith("_"))
         if group == "preset":
             names = ["auto", *names]

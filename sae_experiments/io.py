@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 DONE = "done.json"
+SEAL = "checksum"
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+MOST_BYTES = 1 << 28  # of a JSON file: results hold numbers and short texts
+SAY_AFTER_S = 2.0  # that another process is waited for
 
 
 class UserError(Exception):
@@ -45,17 +52,48 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def remove_stale(folder: Path) -> None:
+    """Remove what writers that were killed left half-written below ``folder`` (whose lock is held)."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys. Raises ``ValueError`` for NaN and infinity, which JSON does not have."""
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a damaged file is a :class:`UserError` that names it."""
+    """Read JSON; a damaged file, or one that is not made for reading, is a :class:`UserError` that names it."""
+    check_readable(path)
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
+
+
+def check_readable(path: Path, most: int = MOST_BYTES) -> None:
+    """Raise :class:`UserError` for what is no regular file (a device, a pipe: reading would never end) or has more than ``most`` bytes."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is not a regular file")
+    if found.st_size > most:
+        raise UserError(f"{path} has {found.st_size:,} bytes, more than the {most:,} that such a file may have")
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON mapping with a checksum of its content inside."""
+    write_json(path, {**value, SEAL: digest(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_sealed` wrote; a :class:`UserError` names a file that holds anything else."""
+    value = read_json(path)
+    if not isinstance(value, dict) or SEAL not in value:
+        raise UserError(f"{path} has no checksum inside; delete it to have it made again")
+    if value.pop(SEAL) != digest(value):
+        raise UserError(f"{path} is not what was written (its checksum differs); delete it to have it made again")
+    return value
 
 
 def digest(value: Any) -> str:
@@ -96,12 +134,22 @@ def _code(path: Path) -> str:
 @contextmanager
 def locked(path: Path, *, wait_s: float = -1, held: str = "") -> Any:
     """Hold the lock file ``path``; after ``wait_s`` seconds (-1: forever) raise :class:`UserError` with ``held``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=wait_s)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=SAY_AFTER_S if wait_s < 0 else wait_s)
+        except Timeout:
+            if wait_s >= 0:
+                raise
+            print(f"waiting for another process that makes {path.parent.name}/{path.stem}", flush=True)
+            lock.acquire()
     except Timeout as error:
         raise UserError(held or f"{path} is held by another process") from error
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise UserError(f"{path.parent} cannot be written ({error.strerror}): choose a cache and a runs_root that can be") from error
     try:
         yield
     finally:
@@ -126,16 +174,34 @@ def cached(root: Path, kind: str, key: Mapping[str, Any], make: Callable[[Path],
             print(f"cache: {kind}/{name}/{damaged} is damaged: making {kind}/{name} again", flush=True)
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if make(folder) is False:
+        made_in = folder.stat().st_ino
+        try:
+            whole = make(folder)
+        except Exception as error:
+            _raise_os_error(error, folder)
+            raise
+        if not folder.exists() or folder.stat().st_ino != made_in:  # whatever lies there now is not all that was made
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(f"{folder} was removed while it was being made: type the same command again")
+        if whole is False:
             return folder
+        remove_stale(folder)
         files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.rglob("*")) if p.is_file()}
         write_json(folder / DONE, {"key": json.loads(json.dumps(key, default=str)), "files": files})
     return folder
 
 
 def is_cached(root: Path, kind: str, key: Mapping[str, Any]) -> bool:
-    """Whether :func:`cached` has this key whole (it is verified when it is asked for)."""
-    return (root / kind / digest(key) / DONE).exists()
+    """Whether :func:`cached` has this key whole."""
+    folder = root / kind / digest(key)
+    return (folder / DONE).exists() and _damage(folder) is None
+
+
+def _raise_os_error(error: Exception, folder: Path) -> None:
+    """Libraries written in Rust say "(os error 28)" in errors of their own: raise the ``OSError`` that it is."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found and not isinstance(error, OSError):
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
 
 
 def _damage(folder: Path) -> str | None:

@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae_experiments.io import UserError, read_json, write_bytes, write_json
+from sae_experiments.io import UserError, check_readable, read_json, read_sealed, sha256_file, write_bytes, write_json, write_sealed
 
 log = logging.getLogger(__name__)
 FINAL_INFO = "final_info.json"
 #: Configuration that does not change results: a run may be continued with other values of these, and comparisons leave them out.
-EDGES = ("out_dir", "runs_root", "cache", "label", "track", "verbosity", "time_limit_s", "overwrite", "threads", "offline", "hydra")
+EDGES = ("out_dir", "runs_root", "cache", "label", "track", "verbosity", "time_limit_s", "overwrite", "report", "threads", "offline", "hydra")
 NOT_FINITE = "not finite"
+MOST_ARRAYS = 1 << 30  # bytes of a cell's arrays, unpacked
 NOT_GIVEN = "no value and no reason given"
 
 
@@ -47,6 +48,7 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
     config_hash: str = ""
     source_hash: str = ""
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the cell's other files, by their path in the run folder
 
     def __post_init__(self) -> None:
         cell_name(self.dataset, self.seed)
@@ -79,10 +81,23 @@ def cell_name(dataset: str, seed: int) -> str:
 
 
 def write_record(run_dir: Path, record: Record) -> None:
-    """Write a finished cell. The file in ``cells/`` comes last: where it is, the cell is done."""
+    """Write a finished cell. The file in ``cells/`` comes last: where it is, the cell is done. It carries its own checksum."""
     name = cell_name(record.dataset, record.seed)
     write_json(run_dir / f"final_info_{name}.json", record.metrics)
-    write_json(run_dir / "cells" / f"{name}.json", asdict(record))
+    write_sealed(run_dir / "cells" / f"{name}.json", asdict(record))
+
+
+def checksums(run_dir: Path, dataset: str, seed: int) -> dict[str, str]:
+    """SHA-256 of every file of a cell but its record, by path in the run folder."""
+    name = cell_name(dataset, seed)
+    found = [*run_dir.glob(f"*/{name}.*"), *(run_dir / "saes" / name).glob("*")]
+    return {p.relative_to(run_dir).as_posix(): sha256_file(p) for p in sorted(found) if p.parent.name != "cells" and p.name[0] != "." and p.is_file()}
+
+
+def damaged_files(run_dir: Path, record: Record) -> list[str]:
+    """The files of a cell that are missing or are not what was written."""
+    paths = {name: run_dir / name for name in record.files}
+    return [name for name, path in paths.items() if not path.is_file() or sha256_file(path) != record.files[name]]
 
 
 def read_records(run_dir: Path) -> list[Record]:
@@ -91,9 +106,22 @@ def read_records(run_dir: Path) -> list[Record]:
     return sorted(found, key=lambda r: (r.dataset, r.seed))
 
 
+def _is_as_written(run_dir: Path, dataset: str, seed: int, path: Path) -> bool:
+    """False, with a warning, for a file of a finished cell that is not what its record says was written (a flipped bit, an edit)."""
+    cell = run_dir / "cells" / f"{cell_name(dataset, seed)}.json"
+    record = _read_record(cell) if cell.exists() else None
+    written = record.files.get(path.relative_to(run_dir).as_posix()) if record else None
+    if written is not None and sha256_file(path) != written:
+        log.warning("%s is not what its cell wrote (damaged, or the cell is running again); left out", path)
+        return False
+    return True
+
+
 def _read_record(path: Path) -> Record | None:
-    value = try_json(path)
-    if value is None:
+    try:
+        value = read_sealed(path)
+    except (UserError, OSError) as error:
+        log.warning("%s; left out", error)
         return None
     try:
         record = Record(**{key: v for key, v in value.items() if key in Record.__dataclass_fields__})
@@ -215,8 +243,14 @@ def read_curves(run_dir: Path, dataset: str, seed: int) -> list[tuple[int, str, 
     """``(step, name, value)`` by name and step; [] where there is no file. Of a step written twice, the later line counts."""
     path = run_dir / "curves" / f"{cell_name(dataset, seed)}.jsonl"
     try:
+        check_readable(path)
+        if not _is_as_written(run_dir, dataset, seed, path):
+            return []
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
+        return []
+    except UserError as error:
+        log.warning("%s; left out", error)
         return []
     except OSError as error:
         log.warning("%s cannot be read (%s); left out", path, error.strerror or error)
@@ -228,7 +262,7 @@ def read_curves(run_dir: Path, dataset: str, seed: int) -> list[tuple[int, str, 
             point = json.loads(line) if line.strip() else None
             if point is not None:
                 points[str(point["name"]), int(point["step"])] = number(point["value"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             bad += i < len(lines) - 1  # no newline after the last piece: a run that was killed, or still writes
     if bad:
         log.warning("%s: %d unreadable lines left out", path, bad)
@@ -249,11 +283,33 @@ def save_arrays(run_dir: Path, dataset: str, seed: int, arrays: Mapping[str, Any
 def load_arrays(run_dir: Path, dataset: str, seed: int) -> dict[str, np.ndarray]:
     """The arrays of a cell; {} where there are none, and with a warning where they cannot be read."""
     path = run_dir / "arrays" / f"{cell_name(dataset, seed)}.npz"
-    if not path.exists():
+    if not path.exists() or not _is_as_written(run_dir, dataset, seed, path):
         return {}
     try:
+        check_readable(path)
+        with zipfile.ZipFile(path) as packed:  # no array unpacks to more than its entry here says
+            if sum(entry.file_size for entry in packed.infolist()) > MOST_ARRAYS:
+                raise ValueError(f"its arrays have more than {MOST_ARRAYS:,} bytes")
         with np.load(path, allow_pickle=False) as found:
             return {name: found[name] for name in found.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, MemoryError, UserError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         log.warning("%s cannot be read (%s); left out", path, error)
         return {}
+
+
+def save_features(run_dir: Path, dataset: str, seed: int, features: list[dict[str, Any]]) -> None:
+    """Write ``features/<dataset>_<seed>.json``, one dict a latent. Raises ``ValueError`` for NaN and infinity, which JSON does not have."""
+    lines = ",\n".join(json.dumps(feature, allow_nan=False, separators=(",", ":")) for feature in features)
+    write_bytes(run_dir / "features" / f"{cell_name(dataset, seed)}.json", f"[{lines}]\n".encode())
+
+
+def save_graphs(run_dir: Path, dataset: str, seed: int, graphs: list[dict[str, Any]]) -> None:
+    """Write ``graphs/<dataset>_<seed>.json``: dicts of title, nodes and edges. Raises ``ValueError`` for NaN and infinity."""
+    write_json(run_dir / "graphs" / f"{cell_name(dataset, seed)}.json", graphs)
+
+
+def read_graphs(run_dir: Path, dataset: str, seed: int) -> list[dict[str, Any]]:
+    """The graphs of a cell; [] where there are none, and with a warning where they cannot be read."""
+    path = run_dir / "graphs" / f"{cell_name(dataset, seed)}.json"
+    found = try_json(path) if path.exists() else []
+    return found if isinstance(found, list) else []

@@ -16,13 +16,25 @@ from typing import Any
 
 import torch
 
-from sae_experiments.io import UserError, digest, locked, package_digest, read_json, write_json
+from sae_experiments.io import NonFinite, UserError, digest, locked, package_digest, read_json, remove_stale, write_json
 from sae_experiments.metrics.info import describe
 from sae_experiments.progress import Console
-from sae_experiments.results import EDGES, CurveWriter, Record, read_records, save_arrays, write_final_info, write_record
+from sae_experiments.results import (
+    EDGES,
+    CurveWriter,
+    Record,
+    checksums,
+    damaged_files,
+    read_records,
+    save_arrays,
+    save_features,
+    save_graphs,
+    write_final_info,
+    write_record,
+)
+from sae_experiments.stopping import OutOfTime, Stopped, limited
 from sae_experiments.studies.base import Cell, Context, Outcome, Study
 from sae_experiments.track import Tracker
-from sae_experiments.training import NonFinite
 
 REMEDY = "choose another out_dir, or add overwrite=true to replace them"
 
@@ -71,6 +83,7 @@ def run(study: Study, settings: RunSettings, tracker: Tracker) -> str:
     console = Console(verbosity=settings.verbosity)
     with locked(folder / ".lock", wait_s=0, held=f"{folder} is in use by another process: wait for it or choose another out_dir"):
         try:
+            remove_stale(folder)
             _refuse_other_configuration(folder, config, settings.overwrite)
             return _Run(study, settings, tracker, console, config).go()
         except BaseException:
@@ -107,6 +120,8 @@ class _Run:
             failures = self._cells(ctx)
             status = "failed" if failures else "cut" if self.cut else "done"
         except BaseException as error:
+            stopped = isinstance(error, (Stopped, KeyboardInterrupt))
+            status = "stopped" if stopped else "failed"
             self.manifest["cause"] = f"{type(error).__name__}: {error}"
             raise
         finally:
@@ -136,9 +151,18 @@ class _Run:
             if self._finished(cell):
                 self.console.say(f"[{i + 1}/{len(cells)}] {cell.dataset} seed {cell.seed}: already done")
                 continue
+            if self._late() and self._records():
+                self.cut = True
+                self.console.say(f"[{i + 1}/{len(cells)}] {cell.dataset} seed {cell.seed}: no time left")
+                continue
             self.console.say(f"[{i + 1}/{len(cells)}] {cell.dataset} seed {cell.seed}")
             try:
-                self._cell(cell, ctx, len(cells) - i)
+                # A limit too short for any result is overrun by the first cell: a run ends with something to show.
+                with limited(self.deadline, lambda: bool(self._records())):
+                    self._cell(cell, ctx, len(cells) - i)
+            except OutOfTime:
+                self.cut = True
+                self.console.say(f"  time_limit_s={self.settings.time_limit_s:g} is over: {cell.dataset} seed {cell.seed} goes on another time")
             except NonFinite as error:
                 failures.append(f"{cell.dataset} seed {cell.seed}: {error}")
                 self.console.say(f"  failed: {error}", always=True)
@@ -156,7 +180,7 @@ class _Run:
                     curves.write(step, name, value)
                 self.tracker.log(cell.dataset, cell.seed, step, values)
 
-            outcomes = self.study.run(cell, replace(ctx, log=log, deadline=deadline))
+            outcomes = self.study.run(cell, replace(ctx, log=log, deadline=deadline, ends=self.deadline))
         for report, outcome in outcomes.items():
             self._keep(report, cell, outcome, time.monotonic() - began)
         write_final_info(folder, self._records())
@@ -171,21 +195,38 @@ class _Run:
         if outcome.arrays:
             save_arrays(folder, report, cell.seed, outcome.arrays)
         if outcome.features is not None:
-            write_json(folder / "features" / f"{report}_{cell.seed}.json", outcome.features)
+            save_features(folder, report, cell.seed, outcome.features)
+        if outcome.graphs is not None:
+            save_graphs(folder, report, cell.seed, outcome.graphs)
         # A cell that was cut short keeps its numbers but not its hash, so that the same command without the limit makes it whole.
         hashes = {k: f"{v}{'-cut' if outcome.cut else ''}" for k, v in self.hashes.items()}
         seconds = outcome.seconds | {"cell": total}
+        files = checksums(folder, report, cell.seed)
         write_record(
             folder,
             Record(
-                dataset=report, seed=cell.seed, metrics=outcome.metrics, why_null=outcome.why_null, noise=outcome.noise, seconds=seconds, **hashes
+                dataset=report,
+                seed=cell.seed,
+                metrics=outcome.metrics,
+                why_null=outcome.why_null,
+                noise=outcome.noise,
+                seconds=seconds,
+                files=files,
+                **hashes,
             ),
         )
         self.tracker.summary(report, cell.seed, outcome.metrics)
 
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
     def _finished(self, cell: Cell) -> bool:
-        found = {r.dataset for r in self._records() if r.seed == cell.seed and (r.config_hash, r.source_hash) == tuple(self.hashes.values())}
-        return found >= set(cell.reports)
+        """Whether every report of the cell is there, by this code and configuration, with files that are what was written."""
+        records = [r for r in self._records() if r.seed == cell.seed and (r.config_hash, r.source_hash) == tuple(self.hashes.values())]
+        for name in (name for r in records for name in damaged_files(self.settings.folder, r)):
+            self.console.say(f"  {self.settings.folder / name} is missing or damaged: {cell.dataset} seed {cell.seed} is evaluated again")
+            return False
+        return {r.dataset for r in records} >= set(cell.reports)
 
     def _records(self) -> list[Record]:
         """Results of this configuration and this code (a cell that was cut short counts until it is made whole)."""
@@ -197,7 +238,7 @@ class _Run:
         """With overwrite=true: what another configuration left must not be read beside the new results."""
         folder = self.settings.folder
         if any(r.config_hash.removesuffix("-cut") != self.hashes["config_hash"] for r in read_records(folder)):
-            for name in ("cells", "curves", "arrays", "features", "saes"):
+            for name in ("cells", "curves", "arrays", "features", "graphs", "saes"):
                 shutil.rmtree(folder / name, ignore_errors=True)
             for path in folder.glob("final_info*.json"):
                 path.unlink()

@@ -223,8 +223,8 @@ def _load_run(path: Path, labels: Mapping[str, str]) -> Run | None:
     if not any(stats.values()):
         log.warning("%s has no results (status %s); left out", path.name, status or "unknown")
         return None
-    if status in ("running", "failed", "cut"):
-        said = {"running": "is still running", "failed": "failed", "cut": "was cut short by its time limit"}[status]
+    if status in ("running", "failed", "cut", "stopped"):
+        said = {"running": "is still running", "failed": "failed", "cut": "was cut short by its time limit", "stopped": "was stopped"}[status]
         log.warning("%s %s: what it has finished is shown (%d cells)", path.name, said, len(records))
     label = str(labels.get(path.name) or manifest.get("label") or "")
     return Run(path, path.name, label, manifest, records, aggregate(records) if records else written, stats)

@@ -27,7 +27,7 @@ TINY = (
     "preset=smoke threads=1 offline=true lm.n_layer=2 lm.n_head=2 lm.n_embd=16 lm.n_positions=16 lm.eval_batches=4 lm.curve_batches=2 "
     "lm.sample_length=20 lm.train.steps=12 lm.train.eval_every=5 lm.train.batch_size=8 lm.train.checkpoint_every_s=0 fit.train_rows=3000 "
     "fit.calibration_rows=512 fit.held_out_rows=512 fit.init_rows=512 fit.train.steps=12 fit.train.batch_size=128 "
-    "fit.train.checkpoint_every_s=0 metric.downstream.windows=16 sae.target_l0=4"
+    "fit.train.checkpoint_every_s=0 metric.downstream.windows=16 sae.target_l0=4 report=false"
 )
 
 
@@ -183,3 +183,30 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+_known: dict[Any, Any] = {}
+
+
+@pytest.fixture
+def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What costs a run in this process most of its first second is asked once: the state of git, the package's digest, compositions."""
+    import copy
+
+    from sae_experiments import config, run, sweeps
+
+    def once(owner: Any, name: str, key: Callable[..., Any]) -> None:
+        plain = getattr(owner, name)
+
+        def asked(*args: Any) -> Any:
+            k = (name, key(*args))
+            if k not in _known:
+                _known[k] = plain(*args)
+            return copy.deepcopy(_known[k])
+
+        monkeypatch.setattr(owner, name, asked)
+
+    once(run, "_git", lambda: None)
+    once(run, "package_digest", str)
+    once(sweeps, "package_digest", str)
+    once(config, "_compose", tuple)

@@ -59,8 +59,10 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
     assert read_records(tmp_path) == [written]
     assert strict(tmp_path / "final_info_text8_3.json") == {"a": 1.5, "b": None}
     assert sorted(strict(tmp_path / "cells" / "text8_3.json")) == [
+        "checksum",
         "config_hash",
         "dataset",
+        "files",
         "metrics",
         "noise",
         "seconds",

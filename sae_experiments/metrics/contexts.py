@@ -24,14 +24,15 @@ def quantile_rows(values: np.ndarray, n: int) -> np.ndarray:
 
 
 def contexts_of(text: Text, values: np.ndarray, rows: np.ndarray, before: int, after: int) -> list[dict[str, Any]]:
-    """``{"before", "at", "after", "acts"}`` for each row: text no further than the window, and the value at every character of it."""
+    """``{"before", "at", "after", "acts", "row"}`` for each row: text no further than the window, the value at every character of it (three
+    significant digits), and the row, which tells whether two contexts are from the same place."""
     found = []
     for row in rows.tolist():
         start = row - row % text.length
         begin, end = max(row - before, start), min(row + after + 1, start + text.length)
         parts = [_string(text.chars[a:b]) for a, b in ((begin, row), (row, row + 1), (row + 1, end))]
-        acts = [float(f"{v:.3g}") for v in values[begin:end].tolist()]
-        found.append({"before": parts[0], "at": parts[1], "after": parts[2], "acts": acts})
+        acts = [float(f"{v:.3g}") if v else 0 for v in values[begin:end].tolist()]
+        found.append({"before": parts[0], "at": parts[1], "after": parts[2], "acts": acts, "row": row})
     return found
 
 

@@ -183,9 +183,9 @@ def _with_state(matcher: Matcher, pattern: Pattern, target: np.ndarray, gain: fl
     return pattern._replace(state=at) if f1[at] >= quality(alone, target).f1 + gain else pattern
 
 
-def literal_at(index: dict[int, int], chars: np.ndarray, offset: np.ndarray, row: int) -> Pattern:
-    """The characters up to ``row`` as they stand, no further back than the window; ``index`` gives each symbol's element."""
-    return Pattern(tuple(index[int(chars[row - lag])] if offset[row] >= lag else ANY for lag in range(LAGS)))
+def literal_at(index: dict[int, int], chars: np.ndarray, length: int, row: int) -> Pattern:
+    """The characters up to ``row`` as they stand, no further back than the window of ``length``; ``index`` gives each symbol's element."""
+    return Pattern(tuple(index[int(chars[row - lag])] if row % length >= lag else ANY for lag in range(LAGS)))
 
 
 def spell(rule: Sequence[Pattern], elements: Sequence[Element], states: Sequence[str]) -> str:

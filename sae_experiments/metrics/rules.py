@@ -12,7 +12,6 @@ from scipy.stats import chi2
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.concepts import Concept, bank, label_all
-from sae_experiments.metrics.contexts import contexts_of, quantile_rows, top_rows
 from sae_experiments.metrics.ngrams import Simulated, simulate
 from sae_experiments.metrics.patterns import Matcher, Pattern, elements_of, find_rule, literal_at, pack, quality, spell
 
@@ -82,12 +81,12 @@ class Described(NamedTuple):
 
 def measure(
     bench: Bench, *, rows: int | None, latents: int | None, least: int, threshold: float, block: int, keep: float, most: int, gain: float, seeds: int,
-    shuffled: int, interpretable: float, longest: int, min_count: int, contexts: int, samples: int, before: int, after: int, seed: int,
+    shuffled: int, interpretable: float, longest: int, min_count: int, seed: int,
 ) -> Measured:  # fmt: skip
     """Rules (N2G, Foote et al. 2023, over characters and classes) for at most ``latents`` latents that fire ``least`` times in each half.
 
     A latent counts as on above ``threshold`` times the 99.9 % quantile of its non-zero magnitudes. Rules start from the literal characters
-    at its top contexts and at a sample of its others. ``features`` holds what the browser shows: rule, n-gram order, concept, contexts.
+    at its top contexts and at a sample of its others. ``features`` holds what the browser shows: rule, n-gram order, concept.
     """
     text, codes = read_text(bench, rows), sparse_codes(bench, rows)
     if text is None:
@@ -105,9 +104,11 @@ def measure(
     chance, options = np.random.default_rng(seed), {"keep": keep, "most": most, "gain": gain}
     found = {int(j): describe(world, _column(on, j) > 0, _column(z, j), seeds, chance, options) for j in picked}
     null = [describe(world, *_shuffled(_column(on, j) > 0, _column(z, j), chance), seeds, chance, options) for j in _spread(picked, shuffled)]
+    asked = [j for j in bench.extras.get("latents", ()) if fires[j] >= least and j not in found]  # described as well, in no average
+    more = {int(j): describe(world, _column(on, j) > 0, _column(z, j), seeds, chance, options) for j in asked}
     phi, match = concept_match(world, on.tocsr()[world.test])
     simulated = simulate(codes[: len(text.chars)], text, longest=longest, least=least, min_count=min_count, block=block)
-    features = [_feature(bench, world, j, d, z, float(limits[j]), simulated, phi, match, contexts, samples, before, after) for j, d in found.items()]
+    features = [_feature(world, j, d, z, float(limits[j]), simulated, phi, match) for j, d in (found | more).items()]
     return _report(found, null, phi, picked, interpretable, world, features, codes.shape[1])
 
 
@@ -136,7 +137,7 @@ def describe(world: World, on: np.ndarray, values: np.ndarray, seeds: int, chanc
     active = world.train[on[world.train]]
     strongest = active[np.argsort(-values[active], kind="stable")[:seeds]]
     others = chance.choice(active, min(seeds, len(active)), replace=False) if len(active) else active
-    literals = dict.fromkeys(literal_at(world.index, world.text.chars, world.text.offset, int(r)) for r in (*strongest, *others))
+    literals = dict.fromkeys(literal_at(world.index, world.text.chars, world.text.length, int(r)) for r in (*strongest, *others))
     rule = find_rule(world.matchers[0], list(literals), targets[0], **options)
     got = quality(world.matchers[1].match_any(rule), targets[1])
     base = float(on[world.test].mean())
@@ -173,18 +174,13 @@ def concept_match(world: World, on: sparse.csr_matrix) -> tuple[np.ndarray, np.n
 
 
 def _feature(
-    bench: Bench, world: World, j: int, d: Described, z: sparse.csc_matrix, limit: float, simulated: Simulated, phi: np.ndarray,
-    match: np.ndarray, contexts: int, samples: int, before: int, after: int,
-) -> dict[str, Any]:  # fmt: skip
-    values, text = _column(z, j), world.text
+    world: World, j: int, d: Described, z: sparse.csc_matrix, limit: float, simulated: Simulated, phi: np.ndarray, match: np.ndarray
+) -> dict[str, Any]:
     r2 = simulated.best[j]
     return {
-        "latent": j, "density": _digits(float((values > 0).mean())), "max": _digits(float(values.max())), "threshold": _digits(limit),
-        "rule": d.words, "precision": _digits(d.precision), "recall": _digits(d.recall), "f1": _digits(d.f1), "lift": _digits(d.lift),
-        "length": sum(p.length for p in d.rule), "order": int(simulated.order[j]), "r2": None if np.isnan(r2) else _digits(float(r2)),
-        "concept": world.concepts[match[j]].name if phi[j] else None, "phi": _digits(float(phi[j])),
-        "top": contexts_of(text, values, top_rows(text, values, contexts), before, after),
-        "samples": contexts_of(text, values, quantile_rows(values, samples), before, after),
+        "latent": j, "threshold": _digits(limit), "rule": d.words, "precision": _digits(d.precision), "recall": _digits(d.recall),
+        "f1": _digits(d.f1), "lift": _digits(d.lift), "length": sum(p.length for p in d.rule), "order": int(simulated.order[j]),
+        "r2": None if np.isnan(r2) else _digits(float(r2)), "concept": world.concepts[match[j]].name if phi[j] else None, "phi": _digits(float(phi[j])),
     }  # fmt: skip
 
 

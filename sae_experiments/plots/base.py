@@ -46,7 +46,7 @@ STYLE: Any = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.formatter.useoffset": False,
-    "axes.formatter.limits": (-3, 5),
+    "axes.formatter.limits": (-4, 5),
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.5,
@@ -203,6 +203,19 @@ def plain_log(ax: Axes, which: str, low: float, high: float, *, least: float = 4
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
+
+
+def bare(fig: Figure) -> tuple[str, str, bytes]:
+    """Title, caption, and the figure without them as SVG, for pages that set them as text. The figure is changed: save it before."""
+    title, below = fig.get_suptitle(), fig.get_supxlabel()
+    n = len(below.splitlines())
+    fig.suptitle("")
+    fig.supxlabel("")
+    fig.set_figheight(max(fig.get_figheight() - 0.13 * n - 0.35, 1.0))
+    with mpl.rc_context(STYLE):
+        buffer = io.BytesIO()
+        fig.savefig(buffer, format="svg", dpi=DPI, metadata={"Date": None})
+    return title, " ".join(below.split()), buffer.getvalue()
 
 
 def save(fig: Figure, name: str, folder: Path) -> list[Path]:

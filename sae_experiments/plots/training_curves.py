@@ -124,6 +124,8 @@ def _dress(ax: Axes, *, label: str, log: bool, skip: float, bottom: bool) -> Non
     elif skip and len(late := values[steps >= skip * steps.max(initial=0)]) and late.min() < values.max():
         pad = 0.06 * (late.max() - late.min()) or 0.05 * abs(late.max()) or 1.0
         ax.set_ylim(late.min() - pad, late.max() + pad)
+    elif len(values) and values.min() == values.max() == 0:
+        ax.set_ylim(-0.02, 1)  # around a line of zeros, matplotlib shows rounding errors
     ax.set_ylabel(label)
     if not ax.lines:
         ax.set_yticks([])

@@ -23,7 +23,9 @@ OWN = ("lr", "min_lr", "betas", "eps", "weight_decay", "clip", "warmup_steps", "
 class Arm:
     """One SAE to fit: ``model`` builds it from d_in, d_sae and d_out; ``train`` holds numbers of the fit that this variant changes.
 
-    ``read`` and ``write`` name sites (null: the study's; ``read`` may be a list for a crosscoder).
+    ``read`` and ``write`` name sites (null: the study's; ``read`` may be a list for a crosscoder). ``active_frac`` asks for an L0 as a share
+    of the latents, whatever the width; it takes the place of ``target_l0``. ``host`` is the arm around which an SAE such as ``purified`` is built:
+    its ``model`` is part of this one's.
     """
 
     model: Callable[..., SAE]
@@ -33,13 +35,24 @@ class Arm:
     read: str | Sequence[str] | None
     write: str | None
     train: Mapping[str, Any]
+    active_frac: float | None = None
+    host: Arm | None = None
 
     def build(self, d_in: int, d_out: int) -> SAE:
         """The untrained SAE. Raises :class:`UserError` for sizes that cannot work."""
         if self.d_sae is not None and (not isinstance(self.d_sae, int) or self.d_sae < 1):
             raise UserError(f"sae.d_sae={self.d_sae} must be a whole number of at least 1")
         d_sae = self.d_sae if self.d_sae is not None else round(self.expansion * d_in)
-        return self.model(d_in=d_in, d_sae=d_sae, d_out=d_out)
+        return self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **self._asked(d_sae))
+
+    def _asked(self, d_sae: int) -> dict[str, float]:
+        """The L0 that ``active_frac`` means, under the name that the model has for it."""
+        if self.active_frac is None:
+            return {}
+        names = [n for n in ("k", "target_l0") if n in getattr(self.model, "keywords", {})]
+        if not names or not 0 < self.active_frac < 1:
+            raise UserError(f"sae.active_frac={self.active_frac} must lie between 0 and 1, and the SAE take an L0: give null and its own numbers")
+        return {names[0]: self.active_frac * d_sae}
 
     def seeded(self, d_in: int, d_out: int, seed: int) -> SAE:
         """The untrained SAE with weights that depend on the seed alone, not on what is fitted beside it."""
@@ -74,7 +87,7 @@ class Arm:
             "read": self.read,
             "write": self.write,
             "train": dict(self.train),
-        }
+        } | ({} if self.active_frac is None else {"active_frac": self.active_frac})
 
 
 def _plain(value: Any) -> Any:

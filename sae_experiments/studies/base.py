@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ import torch
 
 from sae_experiments.metrics.info import MetricInfo
 from sae_experiments.progress import Console
+from sae_experiments.stopping import OutOfTime
 from sae_experiments.training import Session
 
 
@@ -36,19 +39,47 @@ class Outcome:
     curves: list[tuple[int, str, float]] = field(default_factory=list)
     noise: dict[str, float] = field(default_factory=dict)  # standard error of a metric that samples, over resampled text
     features: list[dict[str, Any]] | None = None  # one JSON-able dict a latent, for the feature browser
+    graphs: list[dict[str, Any]] | None = None  # attribution graphs: title, nodes, edges (see circuits.graph)
     cut: bool = False
 
-    def measure(self, metrics: Mapping[str, Callable[[Any], Any]], bench: Any) -> None:
-        """Add what every metric measures on ``bench`` (a ``metrics.base.Bench``), and the seconds each took."""
-        for label, metric in metrics.items():
+    def measure(
+        self, metrics: Mapping[str, Callable[[Any], Any]], bench: Any, ends: float | None = None, tick: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Add what every metric measures on ``bench`` (a ``metrics.base.Bench``), and the seconds each took.
+
+        What would begin after ``ends`` (``time.monotonic``), or is overtaken by the time limit, is null.
+        """
+        for done, (label, metric) in enumerate(metrics.items(), 1):
             began = time.monotonic()
-            measured = metric(bench)
+            try:
+                if ends is not None and began > ends:
+                    raise OutOfTime
+                measured = metric(bench)
+            except OutOfTime:
+                function = metric.func if isinstance(metric, functools.partial) else metric
+                late = [info.name for info in sys.modules[function.__module__].INFO if info.name not in self.metrics]
+                self.metrics |= dict.fromkeys(late)
+                self.why_null |= dict.fromkeys(late, "not measured: the time limit was over")
+                self.cut = True
+                continue
             self.metrics |= measured.scalars
             self.why_null |= measured.why_null
             self.arrays |= measured.arrays
             self.noise |= measured.noise
-            self.features = measured.features or self.features
+            self.features = merged(self.features, measured.features)
             self.seconds[f"metric.{label}"] = time.monotonic() - began
+            if tick:
+                tick(done, len(metrics))
+
+
+def merged(one: list[dict[str, Any]] | None, other: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """What two metrics say about latents, joined latent by latent; where both use a key, the later one counts."""
+    if not one or not other:
+        return one or other
+    found = {feature["latent"]: feature for feature in one}
+    for feature in other:
+        found[feature["latent"]] = found.get(feature["latent"], {}) | feature
+    return list(found.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +91,8 @@ class Context:
     device: torch.device
     console: Console
     log: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
-    deadline: float | None = None
+    deadline: float | None = None  # of the cell's training
+    ends: float | None = None  # of the whole run
 
     @contextmanager
     def session(self, name: str, prefix: str, *, share: float = 1.0) -> Iterator[Session]:

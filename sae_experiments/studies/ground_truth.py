@@ -128,5 +128,5 @@ class GroundTruth:
         x, acts = self.rows(world, self.held_out_rows, seed_of(cell.seed, "held out"))
         bench = Bench(sae=sae, device=ctx.device, x=x, extras={"truth": Truth(world.directions, acts)})
         outcome = Outcome()
-        outcome.measure(self.metrics, bench)
+        outcome.measure(self.metrics, bench, ctx.ends)
         return outcome

@@ -22,9 +22,11 @@ from sae_experiments.lm import INFO as LM_INFO
 from sae_experiments.lm import LMSpec, TrainedLM, train_lm
 from sae_experiments.metrics.base import Bench, Metric, MetricInfo, Spliced
 from sae_experiments.saes.base import SAE, NotExportable
+from sae_experiments.studies import second_view
 from sae_experiments.studies import stores as stores_module
 from sae_experiments.studies.arms import Arm, FitSpec, modules_of
 from sae_experiments.studies.base import Cell, Context, Outcome
+from sae_experiments.studies.second_view import SecondView
 from sae_experiments.studies.stores import Stores, Where
 
 FIT_INFO = [
@@ -114,7 +116,13 @@ class Language:
         together: Path | None = None
         if missing:
             key = {"fits": [keys[n] for n in missing]}
-            together = cached(ctx.cache, "passes", key, lambda part: self._fit(part, missing, stores, cell, ctx))
+
+            def fit_missing(part: Path) -> bool:
+                if all(is_cached(ctx.cache, "fits", keys[n]) for n in missing):
+                    return False  # another process fitted them while this one waited
+                return self._fit(part, missing, stores, cell, ctx)
+
+            together = cached(ctx.cache, "passes", key, fit_missing)
         found = {}
         for name, sae in saes.items():
             folder = cached(ctx.cache, "fits", keys[name], functools.partial(_take, together, list(missing).index(name) if name in missing else 0))
@@ -122,12 +130,13 @@ class Language:
             sae.eval().requires_grad_(False)
             found[name] = sae, FitReport(**read_json(folder / "report.json"))
         if together is not None and not any(report.cut for _, report in found.values()):
-            shutil.rmtree(together)
+            shutil.rmtree(together, ignore_errors=True)
         return found
 
     def _fit_key(self, name: str, sae: SAE, stores: Stores, cell: Cell, ctx: Context) -> dict[str, Any]:
         """What decides about one fit: nothing of what is fitted beside it."""
         modules = modules_of(sae) | {training, checkpoint, fit, activations, stores_module}
+        modules |= {second_view} if getattr(sae, "second_view", 0.0) else set()
         arm = self.arms[name]
         return {
             "what": "fit", "rows": stores.identity(*self.sites(arm)), "fit": asdict(self.fit), "seed": cell.seed, "arm": arm.describe(),
@@ -138,10 +147,10 @@ class Language:
         """Fit SAEs that read the same sites in one pass over the activations, pass after pass."""
         passes: dict[tuple[Any, ...], list[str]] = {}
         for name, sae in saes.items():
-            passes.setdefault((*self.sites(self.arms[name]), sae.needs_model), []).append(name)
+            passes.setdefault((*self.sites(self.arms[name]), sae.needs_model, getattr(sae, "second_view", 0.0)), []).append(name)
         reports: dict[str, FitReport] = {}
-        for i, ((read, write, needs_model), names) in enumerate(passes.items()):
-            batch_at = stores.windows_at if needs_model else stores.batch_at
+        for i, ((read, write, needs_model, replaced), names) in enumerate(passes.items()):
+            batch_at = stores.windows_at if needs_model else SecondView(stores, read, replaced, ctx).batch_at if replaced else stores.batch_at
             with ctx.session(f"fit {', '.join(names)}", "sae", share=0.8) as session:
                 session.checkpoint = part / f"checkpoint_{i}.safetensors"
                 reports |= fit_saes(
@@ -180,10 +189,12 @@ class Language:
         outcome.metrics |= {"sae_train_time": fitted.seconds, "sae_tokens_per_second": fitted.rows_per_second}
         outcome.curves = [(s, f"lm/{n}", v) for s, n, v in lm.history] + [(s, f"sae/{n}", v) for s, n, v in fitted.history]
         outcome.seconds = {"lm": lm.seconds, "collect": stores.seconds, "fit": fitted.seconds}
-        outcome.measure(self.metrics, bench)
+        with ctx.console.stage(f"measure {name}", "metric") as tick:
+            outcome.measure(self.metrics, bench, ctx.ends, tick)
         ctx.console.say(f"  {name}: {headline(outcome.metrics)} (fitted in {fitted.seconds:.0f} s)")
         costs = {k.removeprefix("metric."): s for k, s in outcome.seconds.items() if k.startswith("metric.")}
-        ctx.console.say(f"  metrics took {sum(costs.values()):.0f} s: {', '.join(f'{k} {s:.1f}' for k, s in costs.items())}")
+        most = sorted(costs.items(), key=lambda cost: -cost[1])[:4]
+        ctx.console.say(f"  metrics took {sum(costs.values()):.0f} s, most of it {', '.join(f'{k} {s:.1f}' for k, s in most)}")
         return outcome
 
 

@@ -87,7 +87,9 @@ def browser(acts: Tensor, ids: Tensor, table: Tensor, share: Tensor, active: Ten
         position = int(share[j].argmax())
         letter = int(table[j, position].argmax())
         strings = [[texts[i], round(v, 4)] for i, v in zip(rows[:, j].tolist(), values[:, j].tolist(), strict=True) if v > 0]
-        about = {"position": position + 1, "letter": LETTERS[letter], "selectivity": round(float(table[j, position, letter]), 3)}
+        strength = {"density": round(float(active[j]), 5), "max": round(float(values[0, j]), 4)}
+        rule = {"rule": f"{LETTERS[letter]} as letter {position + 1}"} if table[j, position, letter] > 0 else {}
+        about = strength | rule | {"position": position + 1, "letter": LETTERS[letter], "selectivity": round(float(table[j, position, letter]), 3)}
         latents.append(
             {"latent": j, "active_frac": round(float(active[j]), 5), "share": round(float(share[j, position]), 4), **about, "strings": strings}
         )

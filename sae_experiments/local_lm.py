@@ -1,0 +1,144 @@
+"""A causal language model from a local Hugging Face directory, and a text cut into tokens by the directory's own tokenizer.
+
+Apart from ``lm`` the only importer of transformers: ``lm`` is about the models that are trained here, and its code names them in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from sae_experiments.io import UserError, read_json, sha256_file
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder is a folder: nothing is looked up on a hub
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+CONFIG, SYMBOLS = "config.json", "symbols.json"
+WEIGHTS = (".safetensors", ".bin")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
+#: What transformers and safetensors raise for a folder that they cannot read.
+LOADING = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, SafetensorError)
+
+
+class Sizes(NamedTuple):
+    """What can be known without loading weights: blocks, width, width of the MLP, longest context, symbols."""
+
+    n_layer: int
+    width: int
+    inner: int
+    context: int
+    vocabulary: int
+
+
+class LocalLM(NamedTuple):
+    """A model in float32 and in eval mode, and what names it: a digest of every file that decides what it computes."""
+
+    model: nn.Module
+    key: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenText:
+    """A text as token ids, with what a corpus has: ``splits``, :meth:`windows`, ``provenance``, ``key``.
+
+    ``pieces`` is the text of every id; ``symbols`` the same where every piece is one character, as metrics on characters need it, else [].
+    """
+
+    name: str
+    splits: dict[str, np.ndarray]
+    pieces: list[str]
+    symbols: list[str]
+    provenance: dict[str, Any]
+    key: str
+
+    def windows(self, split: str, starts: np.ndarray, length: int) -> torch.Tensor:
+        """The windows of ``length`` ids that begin at ``starts``, int64 (n, length)."""
+        ids = self.splits[split]
+        return torch.from_numpy(np.lib.stride_tricks.sliding_window_view(ids, length)[np.asarray(starts, dtype=np.int64)].astype(np.int64))
+
+
+def sizes_of(folder: Path) -> Sizes:
+    """Sizes of the model in a folder. Raises :class:`UserError`, one line, for a folder that holds no causal language model."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"local.folder={folder} is not a model directory: it has no {CONFIG}")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        width, n_layer = int(config.hidden_size), int(config.num_hidden_layers)
+        inner = getattr(config, "n_inner", None) or getattr(config, "intermediate_size", None) or 4 * width
+        return Sizes(n_layer, width, int(inner), int(config.max_position_embeddings), int(config.vocab_size))
+    except LOADING as error:
+        raise UserError(f"local.folder={folder}: {CONFIG} is not that of a language model ({_line(error)})") from error
+
+
+def load_local(folder: Path, *, context: int, device: torch.device) -> LocalLM:
+    """The model in a folder, to be read in windows of ``context`` tokens."""
+    sizes = sizes_of(folder)
+    if not 2 <= context <= sizes.context:
+        raise UserError(f"local.context={context} must lie between 2 and the {sizes.context} positions of the model in {folder}")
+    weights = [p for p in folder.iterdir() if p.suffix in WEIGHTS]
+    if not weights:
+        raise UserError(f"local.folder={folder} is not a model directory: it has no weights ({' or '.join('*' + s for s in WEIGHTS)})")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, attn_implementation="eager")
+    except LOADING as error:
+        raise UserError(f"local.folder={folder} cannot be loaded as a causal language model ({_line(error)})") from error
+    model.config.n_positions = context  # under GPT-2's name, whatever the architecture calls it: how long the windows are
+    files = {p.name: sha256_file(p) for p in sorted([folder / CONFIG, *weights])}
+    return LocalLM(model.to(device).eval().requires_grad_(False), {"what": "local lm", "files": files, "context": context})
+
+
+def read_text(path: Path) -> str:
+    """A text file as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"local.text={path} cannot be read as UTF-8 text ({_line(error)})") from error
+
+
+def cut(text: str, folder: Path, *, name: str, val_frac: float, vocabulary: int) -> TokenText:
+    """``text`` as tokens of the folder's tokenizer (or of its ``symbols.json``, which models trained here have); the last part is for validation."""
+    if (folder / SYMBOLS).is_file():
+        pieces = read_json(folder / SYMBOLS)
+        points = np.array([ord(s) for s in pieces], dtype=np.uint32)
+        given = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        known = np.isin(given, points)
+        ids = np.searchsorted(points, given[known])
+        dropped = float(1 - known.mean()) if len(given) else 0.0
+    else:
+        ids, pieces, dropped = _tokenized(text, folder, vocabulary)
+    if not len(ids) or int(ids.max()) >= vocabulary:
+        raise UserError(f"local.text gives ids up to {int(ids.max()) if len(ids) else 'none'}, but the model in {folder} has {vocabulary} symbols")
+    ids = ids.astype(np.uint16 if vocabulary <= 1 << 16 else np.int32)
+    border = round(len(ids) * (1 - val_frac))
+    splits = {"train": ids[:border], "val": ids[border:]}
+    one = all(len(p) == 1 for p in pieces) and len(set(pieces)) == len(pieces)
+    digest = hashlib.sha256(ids.tobytes()).hexdigest()
+    about = {"corpus": name, "stand_in": False, "symbols": len(pieces), "counts": {k: len(v) for k, v in splits.items()}, "dropped_frac": dropped}
+    return TokenText(name=name, splits=splits, pieces=pieces, symbols=pieces if one else [], provenance=about, key=f"{digest}-{border}")
+
+
+def _tokenized(text: str, folder: Path, vocabulary: int) -> tuple[np.ndarray, list[str], float]:
+    if not any((folder / name).is_file() for name in TOKENIZERS):  # without these, transformers makes an empty one and says nothing
+        raise UserError(f"local.folder={folder} holds no tokenizer: put its files there ({', '.join(TOKENIZERS)})")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    except LOADING as error:
+        raise UserError(f"local.folder={folder} has a tokenizer that cannot be read ({_line(error)}): put its files there") from error
+    used = np.unique(ids)
+    pieces = [""] * max(vocabulary, int(used.max(initial=0)) + 1)
+    for i in used.tolist():
+        pieces[i] = tokenizer.decode([i], clean_up_tokenization_spaces=False)
+    return ids, pieces, 0.0
+
+
+def _line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

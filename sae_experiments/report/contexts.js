@@ -1,0 +1,67 @@
+// Text of corpora on the page: every character shown as what it is, with its activation as a shade.
+const NAMED = { "\n": "⏎", "\t": "⇥", "\r": "␍" };
+const ODD = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}]|(?! )\p{Zs}/u;
+const hex = (code, n) => code.toString(16).toUpperCase().padStart(n, "0");
+
+// What stands for a character, and the class it is drawn in ("" for an ordinary one).
+function glyph(char, bytes) {
+  const code = char.codePointAt(0);
+  if (char === " ") return [" ", "sp"];
+  if (NAMED[char]) return [NAMED[char], "ws"];
+  if (bytes ? code < 32 || code > 126 : code < 32 || (code > 126 && code < 160)) return [hex(code, 2), "raw"];
+  if (ODD.test(char)) return [`U+${hex(code, 4)}`, "raw"];
+  return /\p{M}/u.test(char) ? [`◌${char}`, ""] : [char, ""];
+}
+const nameOf = (char) => Array.from(char).length > 1 ? char : ({ " ": "space", "\n": "newline", "\t": "tab" })[char] || `U+${hex(char.codePointAt(0), 4)}`;
+const charNode = (char, bytes) => {
+  const whole = Array.from(char).length > 1, [text, kind] = whole ? [clear(char, bytes), ""] : glyph(char, bytes);
+  return h("span", { class: `char ${kind}`, title: nameOf(char) }, kind === "sp" ? "␣" : text);
+};
+
+// Text such as a rule, with what cannot be seen made visible; plain spaces stay.
+const clear = (text, bytes) => Array.from(String(text), (c) => { const [shown, kind] = glyph(c, bytes); return kind === "raw" ? `‹${shown}›` : shown; }).join("");
+
+class Contexts {
+  constructor(cell, bytes) {
+    this.bytes = bytes;
+    this.parts = (cell.text || []).map(([row, text]) => [row, Array.from(text)]);
+  }
+  // A packed context as characters, values from -99 to 99 by place, and the place it is about (-1: all of it).
+  open(packed) {
+    const known = typeof packed[0] === "number", flat = packed[packed.length - 1], acts = new Map();
+    for (let i = 0; i < flat.length; i += 2) acts.set(flat[i], flat[i + 1]);
+    return { chars: known ? this.read(packed[0], packed[1]) : Array.from(packed[0]), at: packed[known ? 2 : 1], acts, row: known ? packed[0] + packed[2] : null };
+  }
+  read(row, length) {
+    let a = 0, b = this.parts.length - 1;
+    while (a < b) { const m = (a + b + 1) >> 1; if (this.parts[m][0] <= row) a = m; else b = m - 1; }
+    const [first, chars] = this.parts[a] || [0, []];
+    return chars.slice(row - first, row - first + length);
+  }
+  plain(packed) { return this.open(packed).chars.join(""); }
+
+  node(packed, max) {
+    const { chars, at, acts, row } = this.open(packed), before = h("span", { class: "before" }), after = h("span", { class: "after" });
+    let run = null, text = at > 0 ? before : after;
+    chars.forEach((char, i) => {
+      if (i === at) { text = after; run = null; }
+      const act = acts.get(i) || 0, level = Math.min(9, Math.ceil(Math.abs(act) / 11)), [shown, kind] = glyph(char, this.bytes);
+      const look = [level ? (act > 0 ? `a${level}` : `n${level}`) : "", kind, i === at ? "at" : ""].filter(Boolean).join(" ");
+      if (run && !kind && i !== at && look === run.look) run.node.append(shown);
+      else {
+        const node = h("span", { class: look || null, title: act ? `${show((act / 99) * max)} at ${nameOf(char)}` : kind === "raw" || kind === "ws" ? nameOf(char) : null }, shown);
+        text.append(node);
+        run = kind || i === at ? null : { look, node };
+      }
+    });
+    const value = at >= 0 ? acts.get(at) || 0 : Math.max(0, ...acts.values());
+    return h("li", { class: "ctx" }, h("span", { class: "val", title: row === null ? null : `row ${row} of the held-out text` }, show((value / 99) * max)), h("span", { class: "text" }, at >= 0 ? before : null, after));
+  }
+  // The strongest characters stand below one another where the contexts are long enough for that to help.
+  list(packed, max) { return h("ol", { class: `contexts${packed.some((c) => this.open(c).at >= 12) ? " aligned" : ""}` }, packed.map((c) => this.node(c, max))); }
+  // The last characters up to where the latent fires, for lists.
+  short(packed, n = 18) {
+    const { chars, at } = this.open(packed), end = at >= 0 ? at + 1 : chars.length;
+    return chars.slice(Math.max(0, end - n), end).map((c) => { const [text, kind] = glyph(c, this.bytes); return kind === "sp" ? "·" : kind === "raw" ? `‹${text}›` : text; }).join("");
+  }
+}
