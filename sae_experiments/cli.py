@@ -75,14 +75,8 @@ def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> in
         return 0
     with configuring():
         cfg, label = compose_checked(conf, overrides)
-    try:
-        execute(cfg, about={"argv": list(argv), "overrides": overrides, **about}, label=label)
-    except UserError as error:
-        if error.exit_status == 1 and cfg.report:  # some cells failed: the others are worth a look
-            draw_report(run_folder(str(cfg.runs_root), str(cfg.out_dir)), conf)
-        raise
-    if cfg.report:
-        draw_report(run_folder(str(cfg.runs_root), str(cfg.out_dir)), conf)
+    closing = functools.partial(draw_report, conf=conf) if cfg.report else lambda folder: None
+    execute(cfg, about={"argv": list(argv), "overrides": overrides, **about}, label=label, closing=closing)
     return 0
 
 
@@ -109,7 +103,9 @@ def _figure(path: Path) -> Callable[..., Any]:
 
 def _failed(cause: str, status: int) -> int:
     sys.stdout.flush()
-    print(f"error: {' '.join(cause.split())}", file=sys.stderr, flush=True)
+    line = " ".join(cause.split())
+    line = line if len(line) <= 1200 else f"{line[:800]} ... {line[-350:]}"  # callers look at the last 1,500 characters
+    print(f"error: {line}", file=sys.stderr, flush=True)
     return status
 
 
@@ -153,15 +149,15 @@ def parse(argv: Sequence[str]) -> Command:
     return Command(overrides, multirun, flags)
 
 
-def execute(cfg: DictConfig, *, about: Mapping[str, Any], label: str) -> Path:
-    """Build the study of a configuration and run it; returns the run folder."""
+def execute(cfg: DictConfig, *, about: Mapping[str, Any], label: str, closing: Callable[[Path], None] = lambda folder: None) -> Path:
+    """Build the study of a configuration and run it; returns the run folder. ``closing`` gets the folder when there are results in it."""
     from sae_experiments.run import run
 
     with configuring():
         study, tracker, settings = _prepared(cfg, about, label)
     if cfg.verbosity != "quiet":
         print(f"preset {about['preset']} ({about['preset_reason']}); {about['plan_note']}; results in {settings.folder}", flush=True)
-    status = run(study, settings, tracker)
+    status = run(study, settings, tracker, closing)
     print_summary(settings.folder, status)
     return settings.folder
 

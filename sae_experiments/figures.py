@@ -100,10 +100,10 @@ def report(table: RunTable, figures: Figures, out: Path, png_dir: Path | None) -
 
 
 def run_report(folder: Path, figures: Figures) -> Path:
-    """Write ``report.html`` of one run into its folder; deltas are against ``run_0`` where it lies beside. Returns the path."""
+    """Write ``report.html`` and ``figures/`` of one run into its folder; deltas are against ``run_0`` beside it. Returns the report's path."""
     table = load_table([folder.resolve()])
     own = [run for run in table.runs if run.path == folder.resolve()]
     if not own:
         raise UserError(f"{folder} has no results to report")
     table = RunTable(own, table.baseline)
-    return write_report(table, draw_all(table, figures, None, None)[1], folder / REPORT)
+    return write_report(table, draw_all(table, figures, folder / "figures", None)[1], folder / REPORT)

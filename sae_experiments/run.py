@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -60,11 +60,12 @@ class RunSettings:
     about: Mapping[str, Any] = field(default_factory=dict)  # argv, overrides, preset and the reason for it
 
 
-def run(study: Study, settings: RunSettings, tracker: Tracker) -> str:
+def run(study: Study, settings: RunSettings, tracker: Tracker, closing: Callable[[Path], None] = lambda folder: None) -> str:
     """Run every cell of ``study`` that has no finished result in the folder; returns done, failed or cut.
 
     A cell's results are on disk, and in ``final_info.json``, as soon as it ends. A loss that is not finite ends its cell and lets the others
-    go on; every other error ends the run. Either way the manifest says what happened and the error is raised at the end.
+    go on; every other error ends the run. Either way the manifest says what happened and the error is raised at the end. ``closing`` gets the
+    folder when there are results, before the tracker gets what lies in it.
 
     Raises:
         UserError: the folder belongs to another configuration, cannot be written, or is in use by another process.
@@ -85,7 +86,7 @@ def run(study: Study, settings: RunSettings, tracker: Tracker) -> str:
         try:
             remove_stale(folder)
             _refuse_other_configuration(folder, config, settings.overwrite)
-            return _Run(study, settings, tracker, console, config).go()
+            return _Run(study, settings, tracker, console, config, closing).go()
         except BaseException:
             if created and not (folder / "manifest.json").exists():
                 _remove_if_empty(folder)
@@ -93,8 +94,10 @@ def run(study: Study, settings: RunSettings, tracker: Tracker) -> str:
 
 
 class _Run:
-    def __init__(self, study: Study, settings: RunSettings, tracker: Tracker, console: Console, config: Mapping[str, Any]) -> None:
-        self.study, self.settings, self.tracker, self.console = study, settings, tracker, console
+    def __init__(
+        self, study: Study, settings: RunSettings, tracker: Tracker, console: Console, config: Mapping[str, Any], closing: Callable[[Path], None]
+    ) -> None:
+        self.study, self.settings, self.tracker, self.console, self.closing = study, settings, tracker, console, closing
         self.device = torch.device(settings.device)
         self.hashes = {"config_hash": digest(config), "source_hash": package_digest(Path(__file__).parent)}
         self.deadline = None if settings.time_limit_s is None else time.monotonic() + settings.time_limit_s
@@ -114,7 +117,7 @@ class _Run:
         }  # fmt: skip
         self._clear_other_results()
         self._write_manifest()
-        self.tracker.start(s.folder, s.config, s.label)
+        self.tracker.start(s.folder, s.config, s.label, s.about.get("plan"))
         status, failures = "failed", []
         try:
             failures = self._cells(ctx)
@@ -129,6 +132,9 @@ class _Run:
             if failures:
                 self.manifest["cause"] = "; ".join(failures)
             self._write_manifest()
+            if status != "stopped" and self._records():
+                self.closing(s.folder)
+                self.tracker.publish(s.folder)
             self.tracker.finish(status)
         if failures:
             raise RunFailed(f"{len(failures)} of {len(self.study.cells())} cells failed: {'; '.join(failures)}")

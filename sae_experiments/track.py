@@ -7,26 +7,32 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from sae_experiments.io import read_json
+
 
 class Tracker(Protocol):
     """Gets the same numbers that the curves get; nothing is ever read back from it."""
 
-    def start(self, folder: Path, config: Mapping[str, Any], label: str) -> None: ...
+    def start(self, folder: Path, config: Mapping[str, Any], label: str, plan: str | None) -> None: ...
     def log(self, dataset: str, seed: int, step: int, values: Mapping[str, float]) -> None: ...
     def summary(self, dataset: str, seed: int, metrics: Mapping[str, float | None]) -> None: ...
+    def publish(self, folder: Path) -> None: ...
     def finish(self, status: str) -> None: ...
 
 
 class NoTracker:
     """Curves on disk only."""
 
-    def start(self, folder: Path, config: Mapping[str, Any], label: str) -> None:
+    def start(self, folder: Path, config: Mapping[str, Any], label: str, plan: str | None) -> None:
         """Nothing to start."""
 
     def log(self, dataset: str, seed: int, step: int, values: Mapping[str, float]) -> None:
         """Nothing to mirror."""
 
     def summary(self, dataset: str, seed: int, metrics: Mapping[str, float | None]) -> None:
+        """Nothing to mirror."""
+
+    def publish(self, folder: Path) -> None:
         """Nothing to mirror."""
 
     def finish(self, status: str) -> None:
@@ -42,15 +48,15 @@ class Wandb:
     def __init__(self, *, project: str, group: str | None, mode: str, say: Callable[[str], None] = print) -> None:
         self.project, self.group, self.mode, self.say, self.run = project, group, mode, say, None
 
-    def start(self, folder: Path, config: Mapping[str, Any], label: str) -> None:
-        """Open a wandb run whose files lie in the run folder; offline where ``mode`` says so or no key is set."""
+    def start(self, folder: Path, config: Mapping[str, Any], label: str, plan: str | None) -> None:
+        """Open a wandb run named after the folder and label, grouped by plan; offline where ``mode`` says so or no key is set."""
 
         def begin() -> None:
             import wandb
 
             has_key = bool(os.environ.get("WANDB_API_KEY")) or bool(wandb.api.api_key)
             mode = self.mode if self.mode != "auto" else "online" if has_key else "offline"
-            self.run = wandb.init(project=self.project, group=self.group, name=label, dir=str(folder), config=dict(config), mode=mode,
+            self.run = wandb.init(project=self.project, group=self.group or plan, name=f"{folder.name}: {label}", dir=str(folder), config=dict(config), mode=mode,
                                   settings=wandb.Settings(silent=True, console="off", init_timeout=20))  # fmt: skip
             self.say(f"wandb: {mode}, project {self.project}, run {label}")
 
@@ -66,6 +72,27 @@ class Wandb:
         """Mirror the final metrics of a cell."""
         if self.run is not None:
             self._guarded(lambda: self.run.summary.update({f"{dataset}/{seed}/{k}": v for k, v in metrics.items()}), "summary")
+
+    def publish(self, folder: Path) -> None:
+        """Mirror the final table, the figures and the report of a run folder, under the names of their files."""
+
+        def send() -> None:
+            import wandb
+
+            final = read_json(folder / "final_info.json")
+            rows = [
+                [name, metric.removesuffix("_mean"), mean, report["stderrs"].get(f"{metric.removesuffix('_mean')}_stderr")]
+                for name, report in final.items()
+                for metric, mean in report["means"].items()
+            ]
+            shown = {"final_info": wandb.Table(columns=["dataset", "metric", "mean", "stderr"], data=rows)}
+            shown |= {f"figures/{png.stem}": wandb.Image(str(png)) for png in sorted((folder / "figures").glob("*.png"))}
+            if (folder / "report.html").exists():
+                shown["report"] = wandb.Html((folder / "report.html").read_text(encoding="utf-8"), inject=False)
+            self.run.log(shown)
+
+        if self.run is not None and (folder / "final_info.json").exists():
+            self._guarded(send, "publish")
 
     def finish(self, status: str) -> None:
         """Close the wandb run."""

@@ -430,6 +430,15 @@ class FakeWandb(ModuleType):
     def Settings(self, **kwargs: Any) -> Any:  # noqa: N802 (wandb's own name)
         return kwargs
 
+    def Table(self, columns: list[str], data: list[list[Any]]) -> Any:  # noqa: N802
+        return self.call("Table", columns, data) and data
+
+    def Image(self, path: str) -> Any:  # noqa: N802
+        return path
+
+    def Html(self, page: str, inject: bool) -> Any:  # noqa: N802
+        return page
+
 
 def with_wandb(monkeypatch: pytest.MonkeyPatch, folder: Path, wandb: Any, act: Any = None, mode: str = "auto") -> tuple[str, list[str]]:
     said: list[str] = []
@@ -439,7 +448,7 @@ def with_wandb(monkeypatch: pytest.MonkeyPatch, folder: Path, wandb: Any, act: A
     return go(study, folder, Wandb(project="p", group=None, mode=mode, say=said.append)), said
 
 
-@pytest.mark.parametrize("broken", ["init", "log", "summary", "finish", "Settings", "import"])
+@pytest.mark.parametrize("broken", ["init", "log", "summary", "Table", "finish", "Settings", "import"])
 def test_a_tracker_that_raises_changes_neither_status_nor_results(folder, monkeypatch, broken):
     wandb: Any = None if broken == "import" else FakeWandb(broken)  # None in sys.modules makes the import fail
     if broken == "Settings":
@@ -472,6 +481,21 @@ def test_wandb_gets_the_curves_the_metrics_and_the_status(folder, monkeypatch):
     assert calls["log"][0][0][0] == {"a/0/lm/loss": 1.5, "a/0/step": 3}
     assert calls["summary"][0][0][0]["a/0/loss"] == 1.0
     assert calls["finish"] == [((), {"exit_code": 0})]
+
+
+def test_wandb_gets_the_final_table_the_figures_and_the_report(folder, monkeypatch):
+    def closing(where: Path) -> None:
+        (where / "figures").mkdir()
+        (where / "figures" / "pareto.png").write_bytes(b"")
+        (where / "report.html").write_text("<p>page</p>")
+
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run(Fake(), settings(folder), Wandb(project="p", group=None, mode="offline", say=print), closing)
+    shown = [args[0] for what, args, _ in wandb.calls if what == "log"][-1]
+    assert shown["report"] == "<p>page</p>" and shown["figures/pareto"].endswith("pareto.png")
+    assert [row[:2] for row in shown["final_info"]] == [["a", "loss"], ["a", "nothing"], ["b", "loss"], ["b", "nothing"]]
+    assert [what for what, *_ in wandb.calls][-1] == "finish"
 
 
 def test_wandb_is_told_of_a_failed_run(folder, monkeypatch):
