@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from sae_experiments import memory
 from sae_experiments.io import NonFinite, UserError, digest, locked, package_digest, read_json, remove_stale, write_json
 from sae_experiments.metrics.info import describe
 from sae_experiments.progress import Console
@@ -106,6 +107,7 @@ class _Run:
 
     def go(self) -> str:
         s = self.settings
+        memory.keep()
         ctx = Context(folder=s.folder, cache=s.cache, device=self.device, console=self.console)
         corpora = self.study.prepare(ctx)
         self._refuse_other_text(corpora)

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sae_experiments import memory
 from sae_experiments.checkpoint import read_checkpoint, write_checkpoint
-from sae_experiments.io import NonFinite, UserError
+from sae_experiments.finite import Watch
+from sae_experiments.io import UserError
 
 History = list[tuple[int, str, float]]
 
@@ -216,6 +218,7 @@ class _Running:
         self.factors: list[tuple[dict[str, Any], float]] = []
         self.params: list[nn.Parameter] = []
         self.generator = torch.Generator(next(learner.module.parameters()).device)
+        self.watch = Watch(learner.name, learner.module, learner.cfg.lr)
 
     def phase_at(self, step: int) -> int:
         return next((i for i, (_, end) in enumerate(self.spans) if step < end), len(self.spans) - 1)
@@ -261,8 +264,7 @@ class _Running:
             loss.total.backward()
         learner.before_update()
         norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
-        if norm.device.type == "cpu" and not (math.isfinite(loss.total.item()) and math.isfinite(norm.item())):
-            raise NonFinite(self.describe(step, loss, norm))  # before clipping, which would spread a NaN to every gradient
+        self.watch.see(step, loss, norm)  # before clipping, which would spread a NaN to every gradient
         if learner.cfg.clip:
             nn.utils.clip_grads_with_norm_(self.params, learner.cfg.clip, norm)
         for optimizer in self.optimizers:
@@ -270,14 +272,6 @@ class _Running:
             optimizer.zero_grad(set_to_none=False)
         learner.after_update(loss, at)
         return loss, at, norm
-
-    def describe(self, step: int, loss: Loss, norm: Tensor) -> str:
-        bad = [name for name, part in loss.parts.items() if not math.isfinite(float(part))]
-        where = f"loss term {', '.join(bad)}" if bad else "the loss" if not math.isfinite(loss.total.item()) else "the gradient"
-        parts = ", ".join(f"{k}={float(v):.4g}" for k, v in loss.parts.items())
-        culprits = [n for n, p in self.learner.module.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
-        tensor = f"; first non-finite gradient: {culprits[0]}" if culprits else ""
-        return f"{self.learner.name}: {where} is not finite at step {step} ({parts}, gradient norm {float(norm):.4g}){tensor}; try a smaller lr={self.learner.cfg.lr}"
 
     def state(self) -> dict[str, Tensor]:
         out = {f"{self.learner.name}/module/{k}": v for k, v in self.learner.module.state_dict().items()}
@@ -308,6 +302,7 @@ def train(learners: Sequence[Learner], batch_at: Callable[[int], Any], cfg: Trai
     Raises:
         NonFinite: a loss or gradient is not finite; the message names the step, the term and the tensor.
     """
+    memory.keep()
     running = [_Running(learner, cfg.steps) for learner in learners]
     progress = _resume(running, session.checkpoint)
     for r in running:
@@ -336,7 +331,9 @@ def train(learners: Sequence[Learner], batch_at: Callable[[int], Any], cfg: Trai
             if step % cfg.log_every == 0 or last:
                 _record(r, loss, at, norm, len(running) > 1, progress, session)
             if (step + 1) % cfg.eval_every == 0 or last:
-                _note({_name(r, k, len(running) > 1): v for k, v in r.learner.evaluate(step + 1).items()}, step + 1, progress, session)
+                values = r.learner.evaluate(step + 1)
+                r.watch.numbers(values, step)
+                _note({_name(r, k, len(running) > 1): v for k, v in values.items()}, step + 1, progress, session)
                 r.learner.module.train()
         progress.step, progress.seconds = step + 1, time.monotonic() - _mark
         session.tick(step + 1, cfg.steps)
@@ -347,6 +344,7 @@ def train(learners: Sequence[Learner], batch_at: Callable[[int], Any], cfg: Trai
         if progress.cut:
             break
     for r in running:
+        r.watch.weights(progress.step - 1)
         r.learner.finish(r.phases[r.phase_at(max(progress.step - 1, 0))].name)
         r.learner.module.eval()
     progress.seconds = time.monotonic() - _mark
@@ -358,11 +356,10 @@ def _name(r: _Running, key: str, several: bool) -> str:
 
 
 def _record(r: _Running, loss: Loss, at: At, norm: Tensor, several: bool, progress: Progress, session: Session) -> None:
+    r.watch.check()
     values = {k: float(v) for k, v in loss.parts.items()} | {"loss": loss.total.item(), "grad_norm": norm.item()}
     values["lr"] = r.learner.cfg.lr * lr_at(at.index, at.phase_steps, r.learner.cfg)
     values |= r.learner.observe(loss, at)
-    if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-        raise NonFinite(r.describe(at.step, loss, norm))
     _note({_name(r, k, several): v for k, v in values.items()}, at.step, progress, session)
 
 
@@ -376,6 +373,7 @@ def save_checkpoint(path: Path, running: Sequence[_Running], progress: Progress)
     """Write everything that changes: parameters, buffers, optimisers, how far training got and its curves."""
     tensors: dict[str, Tensor] = {}
     for r in running:
+        r.watch.check()
         tensors |= r.state()
     info = {"step": progress.step, "seconds": progress.seconds, "history": progress.history, "own_seconds": progress.own_seconds}
     write_checkpoint(path, tensors, info)

@@ -43,27 +43,39 @@ def test_batch_top_k_takes_fewer_where_fewer_are_positive_and_none_where_none_is
     assert pattern.col.numel() == 0 and least == 0.0
 
 
-@pytest.mark.parametrize("guess", [None, -5.0, 0.0, 0.5, 1.0, 1.5, 9.0])
-def test_row_top_k_is_exact_whatever_the_guess(guess):
-    pre = torch.randn(200, 60, generator=torch.Generator().manual_seed(0))
-    pre[3:6, 10:40] = 0.75  # ties
-    pattern, _ = ops.guided_top_k(pre, 7, guess)
-    order = torch.argsort(pre, dim=1, descending=True, stable=True)[:, :7].sort(1).values  # a stable sort keeps the first of equal values
-    assert torch.equal(pattern.col.view(200, 7).long(), order)
-    assert pattern.crow.tolist() == list(range(0, 1401, 7))
+@pytest.mark.parametrize(("n_cols", "k"), [(60, 7), (1024, 32), (1000, 7), (4099, 3)])
+@pytest.mark.parametrize("world", ["normal", "uneven", "ties", "mostly zero", "infinite"])
+def test_row_top_k_is_exact_whatever_the_rows_look_like(n_cols, k, world):
+    pre = torch.randn(200, n_cols, generator=torch.Generator().manual_seed(0))
+    if world == "uneven":
+        pre *= torch.linspace(0.01, 10, 200)[:, None]
+    if world == "ties":
+        pre = (4 * pre).round()
+    if world == "mostly zero":
+        pre = torch.relu(pre - 2)
+    if world == "infinite":
+        pre[:, : n_cols - 5] = -torch.inf
+    pattern = ops.top_k(pre, k)
+    order = torch.argsort(pre, dim=1, descending=True, stable=True)[:, :k].sort(1).values  # a stable sort keeps the first of equal values
+    assert torch.equal(pattern.col.view(200, k).long(), order)
+    assert torch.equal(pattern.flat, (torch.arange(200)[:, None] * n_cols + order).view(-1))
+    assert pattern.crow.tolist() == list(range(0, 200 * k + 1, k))
 
 
-def test_the_guess_leaves_about_a_tenth_of_the_rows_to_select_from_whole():
-    pre = torch.randn(1000, 200, generator=torch.Generator().manual_seed(0))
-    _, guess = ops.guided_top_k(pre, 10, None)
-    short = ((pre > guess).sum(1) < 10).float().mean().item()
-    assert 0.02 < short < 0.2
-
-
-def test_row_top_k_of_a_nan_still_has_k_a_row():
-    pre = torch.randn(20, 30)
+@pytest.mark.parametrize("n_cols", [30, 1024])
+def test_row_top_k_of_a_nan_still_has_k_a_row(n_cols):
+    pre = torch.randn(20, n_cols)
     pre[4, 7] = torch.nan
-    assert ops.guided_top_k(pre, 3, None)[0].col.numel() == 60
+    assert ops.top_k(pre, 3).col.numel() == 60
+
+
+def test_masking_is_where_in_both_directions():
+    values = torch.randn(5, 7, dtype=torch.double, requires_grad=True)
+    mask = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) < 0.4
+    assert torch.equal(ops.masked(values, mask), values.where(mask, 0.0))
+    assert torch.autograd.gradcheck(lambda v: ops.masked(v, mask), [values])
+    values = torch.tensor([torch.nan, torch.inf, -1.0])
+    assert ops.masked(values, torch.tensor([False, False, True])).tolist() == [0.0, 0.0, -1.0]
 
 
 def test_patterns_from_a_mask_count_and_transpose():

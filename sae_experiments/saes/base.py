@@ -250,10 +250,11 @@ class SAE(nn.Module):
         if not isinstance(support, Pattern) and int(torch.count_nonzero(support)) < ops.SPARSE_BELOW * support.numel():
             support = Pattern.from_mask(support)
         pattern = support if isinstance(support, Pattern) else None
+        support = support if pattern else support.to(pre.dtype)  # one conversion for all uses
         at = ops.entries(x, self.W_enc, bias, pre, support)
         values = self.shape(at, pattern.col if pattern else None)
         if pattern is None and values is not at:
-            values = values.where(support, 0.0)
+            values = ops.masked(values, support)
         codes = Codes(values, pattern)
         levels = self.nested(codes)
         recon = ops.decode(codes.values, pattern, self.W_dec) + self.b_dec if levels is None else levels[:, -1]

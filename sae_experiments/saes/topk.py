@@ -24,13 +24,9 @@ class TopK(SAE):
         if not 1 <= k <= self.d_sae or k != int(k):
             raise UserError(f"sae.model.k={k} must be a whole number from 1 to d_sae={self.d_sae}")
         self.k = int(k)
-        self._guess: float | None = None  # speeds the selection up, never changes it
 
     def support(self, pre: Tensor) -> Pattern:
-        if not self.training or pre.requires_grad:
-            return ops.top_k(pre.detach(), self.k)
-        pattern, self._guess = ops.guided_top_k(pre, self.k, self._guess)
-        return pattern
+        return ops.top_k(pre.detach(), self.k)
 
     def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
         return torch.relu(entries)

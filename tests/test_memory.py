@@ -1,0 +1,30 @@
+"""Large temporaries cost no page faults once they were used."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys, torch
+from sae_experiments import memory
+if sys.argv[1] == "keep":
+    assert memory.keep()
+x = torch.ones(1 << 24)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    y = torch.relu(x)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_a_second_large_temporary_costs_no_page_faults():
+    found = {how: int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout) for how in ("keep", "no")}
+    assert found["keep"] < 50
+    assert found["no"] > 10 * max(found["keep"], 1)  # else the setting is not needed here any more
