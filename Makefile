@@ -26,7 +26,10 @@ test: testing    ## the quick tests
 slow: testing    ## the slow tests
 	$(BIN)/python -m pytest -q -m slow
 
+bench: install   ## speed and memory beside the peers (PEERS_PYTHON=... adds them; docs/speed.md), about ten minutes
+	$(BIN)/python benchmarks/bench.py
+
 check: testing   ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-.PHONY: help install testing run plot test slow check
+.PHONY: help install testing run plot test slow bench check

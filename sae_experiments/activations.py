@@ -181,7 +181,16 @@ def collect(
     device = next(model.parameters()).device
 
     def make(folder: Path) -> None:
-        files: dict[Site, np.memmap] = {}
+        # Written as files and not through memory maps: a full disk is then an error with a name, where a map would kill the process.
+        files: dict[Site, Any] = {}
+        widths: dict[Site, int] = {}
+        with ExitStack() as stack:
+            _collect(folder, files, widths, stack)
+        np.save(folder / "starts.npy", starts)
+        listed = [{"site": list(s), "file": f"{s}.bin", "dtype": dtype, "width": width} for s, width in widths.items()]
+        write_json(folder / "store.json", {"key": full, "length": length, "split": split, "sites": listed})
+
+    def _collect(folder: Path, files: dict[Site, Any], widths: dict[Site, int], stack: ExitStack) -> None:
         for begin in range(0, len(starts), batch):
             part = starts[begin : begin + batch]
             for site, x in activations(model, tokens_of(part).to(device), sites).items():
@@ -194,13 +203,9 @@ def collect(
                         f"activations at {site} reach {float(x.abs().max()):.3g}, too large for fit.store_dtype={dtype}: use fit.store_dtype=float32"
                     )
                 if site not in files:
-                    files[site] = np.memmap(folder / f"{site}.bin", dtype=dtype, mode="w+", shape=(len(starts) * length, values.shape[1]))
-                files[site][begin * length : begin * length + len(values)] = values
+                    files[site] = stack.enter_context(open(folder / f"{site}.bin", "wb"))  # noqa: SIM115 (the stack closes it)
+                    widths[site] = values.shape[1]
+                files[site].write(np.ascontiguousarray(values))
             tick(min(begin + batch, len(starts)), len(starts))
-        for f in files.values():
-            f.flush()
-        np.save(folder / "starts.npy", starts)
-        listed = [{"site": list(s), "file": f"{s}.bin", "dtype": dtype, "width": f.shape[1]} for s, f in files.items()]
-        write_json(folder / "store.json", {"key": full, "length": length, "split": split, "sites": listed})
 
     return Store(cached(cache, "stores", full, make))

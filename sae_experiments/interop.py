@@ -5,20 +5,22 @@ What is written here loads in sae-lens 6.x and computes the same; what sae-lens 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from sae_experiments.io import UserError, read_json, write_bytes, write_json
 from sae_experiments.saes.base import SAE, Inference
 
 CONFIG, WEIGHTS, REFERENCE = "cfg.json", "sae_weights.safetensors", "reference.safetensors"
+CHECKSUM = "sha256"  # in the metadata of a safetensors file that was written here
 #: Tensors of each architecture beside W_enc, W_dec and b_dec.
 TENSORS = {"standard": ("b_enc",), "topk": ("b_enc",), "jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "r_mag", "b_mag")}
 
@@ -104,12 +106,19 @@ class Loaded(SAE):
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return {k: v.float() for k, v in load_file(path).items()}
+        with safe_open(path, framework="pt") as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open is not a mapping)
+            written = (f.metadata() or {}).get(CHECKSUM)
+        if written is not None and written != _checksum(tensors):
+            raise ValueError("its checksum differs")
+        return {k: v.float() for k, v in tensors.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error})") from error
 
 
 def _checked(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Inference:
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG} is not a mapping")
     architecture = config.get("architecture")
     if architecture not in TENSORS:
         raise UserError(f"{folder / CONFIG}: architecture={architecture!r} is not one of {', '.join(TENSORS)}")
@@ -142,4 +151,13 @@ def _check_reference(sae: Loaded, reference: dict[str, Tensor], folder: Path) ->
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    return save({k: v.detach().float().cpu().contiguous().clone() for k, v in tensors.items()})
+    plain = {k: v.detach().float().cpu().contiguous().clone() for k, v in tensors.items()}
+    return save(plain, {CHECKSUM: _checksum(plain)})
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for key in sorted(tensors):
+        found.update(f"{key}{list(tensors[key].shape)}".encode())
+        found.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -14,6 +14,9 @@ from sae_experiments.metrics import compression
 from sae_experiments.metrics.base import Bench
 
 OPTIONS = {"rows": None, "steps": [4, 2, 1, 0.5, 0.25, 0.125, 0.01], "tolerance": 0.05, "block": 50}
+OPTIONS |= {"entries": 10**9, "keep": [0.5, 1], "limit": 0.1, "windows": 16, "batch": 8}
+
+WITH_A_MODEL = {"code_bits_ce", "code_ce_delta_bits", "bits_per_char", "bits_per_char_bottom", "bits_per_char_top"}
 
 
 def h2(f: float) -> float:
@@ -96,5 +99,5 @@ def test_what_cannot_be_measured_is_null_with_a_reason():
     assert (
         measure(x).why_null.keys()
         == {k for k, v in measure(x).scalars.items() if v is None}
-        == {"code_bits_alphabet", "code_bits_pca", "code_bits_dense"}
+        == {"code_bits_alphabet", "code_bits_pca", "code_bits_dense"} | WITH_A_MODEL
     )

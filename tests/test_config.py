@@ -331,7 +331,7 @@ class ReachedCompute(Exception):
 def typed(tmp_path, monkeypatch, capsys):
     """Type a command line; what comes back is (exit status, stderr). Nothing can begin to compute."""
 
-    def begin(study: Any, settings: Any, tracker: Any) -> str:
+    def begin(study: Any, settings: Any, *rest: Any) -> str:
         study.check()
         raise ReachedCompute(settings)
 

@@ -13,8 +13,8 @@ import torch
 from conftest import train_config
 from torch import Tensor, nn
 
-from sae_experiments.io import UserError
-from sae_experiments.training import At, Group, Learner, Loss, NonFinite, Phase, Progress, Session, lr_at, seed_of, train
+from sae_experiments.io import NonFinite, UserError
+from sae_experiments.training import At, Group, Learner, Loss, Phase, Progress, Session, lr_at, seed_of, train
 
 STEPS = 9
 OPTIMIZERS = ["adam", "adamw", "muon"]

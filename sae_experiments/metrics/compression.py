@@ -13,6 +13,8 @@ from scipy.special import gammaln
 
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, raw_rows, sparse_codes
+from sae_experiments.metrics.level_paths import levels_of, only
+from sae_experiments.metrics.rate_distortion import Decode, Rated, Window, bits_at, effect_sizes, rise, strongest, windows_of
 
 INFO = [
     MetricInfo(
@@ -66,6 +68,26 @@ INFO = [
         shown=False,
     ),
     MetricInfo(name="code_bits_alphabet", title="alphabet", formula="log2 of the number of symbols", unit="bit/char", better="none", shown=False),
+    MetricInfo(
+        name="code_bits_ce",
+        title="code length (CE)",
+        formula="support + value bits at the coarsest quantiser whose delta CE stays within the tolerance of the unquantised one's",
+        unit="bit/char",
+        better="down",
+        shown=False,
+    ),
+    MetricInfo(name="code_ce_delta_bits", title="coded delta CE", formula="delta CE of that code", unit="bit/char", better="down", shown=False),
+    *(
+        MetricInfo(
+            name=f"bits_per_char{suffix}",
+            title=f"rate{words} at matched delta CE",
+            formula=f"least bits a character{of} over quantisers and entries kept, whose delta CE is the limit; interpolated",
+            unit="bit/char",
+            better="down",
+            shown=not suffix,
+        )
+        for suffix, words, of in (("", "", ""), ("_bottom", " below", " of the bottom alone"), ("_top", " above", " of the top alone"))
+    ),
 ]
 
 
@@ -77,13 +99,20 @@ class Point(NamedTuple):
     fvu: float
 
 
-def measure(bench: Bench, *, rows: int | None, steps: Sequence[float], tolerance: float, block: int) -> Measured:
+def measure(
+    bench: Bench, *, rows: int | None, entries: int, steps: Sequence[float], tolerance: float, block: int, keep: Sequence[float], limit: float, windows: int,
+    batch: int,
+) -> Measured:  # fmt: skip
     """Code lengths on every second block of rows with statistics of the others, and the curve over quantiser ``steps`` (descending).
 
     Ayonrinde et al. 2024 (arXiv 2410.11179), but with honest (held-out) statistics and bins on the non-zero values only. A decoder that
-    gets anything past the code (a skip connection) is charged for the code alone.
+    gets anything past the code (a skip connection) is charged for the code alone. With a language model also the rise of its cross-entropy
+    over ``windows`` windows: at every step, and with each share in ``keep`` of a row's entries kept (those that move the reconstruction
+    most); at most about ``entries`` active entries are looked at, fewer rows for denser codes. ``bits_per_char`` is the rate at which the rise is ``limit``, of the whole code and of each level by itself.
     """
     codes = sparse_codes(bench, rows)
+    if codes is not None and codes.nnz > entries:
+        codes = codes[: max(round(entries / codes.nnz * codes.shape[0]) // (2 * block), 1) * 2 * block]
     y = None if codes is None else _targets(bench, codes.shape[0])
     if codes is None or not np.isfinite(y).all():
         return nulls(INFO, NOT_FINITE)
@@ -104,9 +133,54 @@ def measure(bench: Bench, *, rows: int | None, steps: Sequence[float], tolerance
     values |= {"code_step": best.step, "code_fvu": best.fvu} | landmarks(y, best.fvu, len(bench.symbols))
     why = {name: _why(name, best.fvu) for name, value in values.items() if value is None}
     arrays = {f"code_curve_{name}": np.array([getattr(p, name) for p in curve]) for name in ("step", "value_bits", "fvu")}
-    return Measured(
-        {i.name: values[i.name] for i in INFO}, arrays | {"code_curve_bits": arrays["code_curve_value_bits"] + support["code_support_bits"]}, why
-    )
+    arrays |= {"code_curve_bits": arrays["code_curve_value_bits"] + support["code_support_bits"]}
+    found = _rated(bench, train, code, test, direct, steps, tolerance, keep, limit, windows, batch)
+    return Measured({i.name: (values | found.scalars).get(i.name) for i in INFO}, arrays | found.arrays, why | found.why_null)
+
+
+def _rated(
+    bench: Bench, train: sparse.csr_matrix, code: sparse.csr_matrix, test: np.ndarray, direct: np.ndarray | None, steps: Sequence[float],
+    tolerance: float, keep: Sequence[float], limit: float, windows: int, batch: int,
+) -> Measured:  # fmt: skip
+    """What the language model makes of the coded activations: the metrics from ``code_bits_ce`` on, and the curves."""
+    names = ["code_bits_ce", "code_ce_delta_bits", "bits_per_char", "bits_per_char_bottom", "bits_per_char_top"]
+    window = windows_of(bench, test, windows, batch)
+    if window is None:
+        return Measured({}, why_null=dict.fromkeys(names, "there is no language model, or no whole window to test it on"))
+    sae, values, why, arrays = bench.sae, {}, {}, {"code_ce_limit": np.array(limit)}
+    parts: dict[str, tuple[np.ndarray, Decode]] = {"": (np.arange(code.shape[1]), sae.decode)}
+    for name, members in levels_of(sae).items() if len(levels_of(sae)) > 1 else ():
+        parts[f"_{name}"] = members, lambda acts, name=name: only(sae, acts, name)
+    for suffix, (members, decode) in parts.items():
+        kept = np.zeros(code.shape[1], np.float32)
+        kept[members] = 1
+        pair = [train, code] if not suffix else [(m @ sparse.diags(kept)).tocsr() for m in (train, code)]
+        points = _points(bench, window, pair, decode, direct, steps, keep if not suffix else [1.0], batch)
+        arrays |= {f"code_ce{suffix}_{name}": np.array([getattr(p, name) for p in points]) for name in Rated._fields}
+        values[f"bits_per_char{suffix}"] = bits_at(points, limit)
+        if values[f"bits_per_char{suffix}"] is None:
+            why[f"bits_per_char{suffix}"] = f"delta CE goes from {min(p.ce for p in points):.3g} to {max(p.ce for p in points):.3g}, not past {limit}"
+        if not suffix:
+            exact = rise(bench, window, code, decode, direct, batch)
+            whole = [p for p in points if p.keep == 1]
+            best = next((p for p in whole if p.ce <= exact + tolerance * abs(exact)), whole[-1])
+            values |= {"code_bits_ce": best.bits, "code_ce_delta_bits": best.ce}
+    return Measured(values, arrays, why | {n: "the SAE has one level" for n in names if n not in values})
+
+
+def _points(
+    bench: Bench, window: Window, pair: Sequence[sparse.csr_matrix], decode: Decode, direct: np.ndarray | None, steps: Sequence[float],
+    keep: Sequence[float], batch: int,
+) -> list[Rated]:  # fmt: skip
+    """A point for each share kept and each step."""
+    effect, found = effect_sizes(bench, pair[0], decode), []
+    for share in sorted({*keep, 1.0}):
+        train, code = (strongest(m, share, effect) for m in pair)
+        support = support_bits(train, code)["code_support_bits"]
+        for step in steps:
+            bits, rebuilt = quantised(train, code, step)
+            found.append(Rated(share, step, support + bits, rise(bench, window, rebuilt, decode, direct, batch)))
+    return found
 
 
 def _why(name: str, fvu: float) -> str:

@@ -54,7 +54,9 @@ class JumpReLU(Standard):
     The penalty counts on a, not on z: on z every inactive latent falls into the window once theta < eps/2.
     """
 
-    def __init__(self, *, form: str, bandwidth: float, start_threshold: float, tanh_scale: float, pre_act_coeff: float, melt: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *, form: str, bandwidth: float, start_threshold: float, tanh_scale: float, pre_act_coeff: float, melt: float, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if form not in ("step", "tanh"):
             raise UserError(f"sae.model.form={form!r} is not one of step, tanh")

@@ -25,7 +25,15 @@ class Standard(SAE):
     """
 
     def __init__(
-        self, *, target_l0: float, coeff: float | None, start_coeff: float, warmup: float, start_l0: float | None, norm_weighted: bool = False, **kwargs: Any
+        self,
+        *,
+        target_l0: float,
+        coeff: float | None,
+        start_coeff: float,
+        warmup: float,
+        start_l0: float | None,
+        norm_weighted: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(unit_decoder=not norm_weighted, **kwargs)
         if start_l0 is not None and not start_l0 > 0:
