@@ -27,7 +27,8 @@ from workers import ContestantError, Host, Worker  # noqa: E402
 
 SIZES = ((128, 1024), (128, 4096), (384, 12288))
 K, BATCH = 32, 4096
-VARIANTS = ("topk", "batch_topk", "matryoshka", "standard", "jumprelu", "gated", "abs_topk", "p_anneal", "lista")
+#: After the @, a setting for our side: a gated SAE starts dense, and what it costs once it is sparse is another question.
+VARIANTS = ("topk", "batch_topk", "matryoshka", "standard", "jumprelu", "gated", "gated@sae.model.start_l0=3", "abs_topk", "p_anneal", "lista")
 LIBRARIES = ("sae-lens", "dictionary-learning", "eai-sparsify")
 OFFERED = {  # which peers have a variant, and under which name (the same table is in peers.py, which this Python need not be able to import)
     **{v: [(p, v) for p in LIBRARIES[:2]] for v in ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka")},
@@ -108,12 +109,14 @@ def steps(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
         size = {"d": d, "m": m}
         full = {**size, "k": K, "batch": BATCH}
         large = d * m > 2**20
-        for variant in args.variants:
+        for chosen in args.variants:
+            variant, *overrides = chosen.split("@")
             contestants = {
                 f"product, {lib}": Contestant("ours", "contestants:encoder_product", {**size, "batch": BATCH, "library": lib})
                 for lib in ("default", "onednn", "bf16")
             }
-            contestants["ours"] = Contestant("ours", "contestants:ours", {**full, "variant": variant}, n=3, warm=5 if large else 12)
+            mine = {**full, "variant": variant, "overrides": tuple(overrides)}
+            contestants["ours"] = Contestant("ours", "contestants:ours", mine, n=3, warm=5 if large else 12)
             if variant in ("topk", "standard") and not args.quick:
                 contestants["plain torch"] = Contestant("ours", "contestants:plain_sae", {**full, "variant": variant}, n=1 if large else 2)
             for library, name in OFFERED.get(variant, []) if arena.python else []:
@@ -122,8 +125,10 @@ def steps(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
                 contestants[label] = call
                 if arena.tuned:
                     contestants[f"{label}, tuned"] = call._replace(host="peers+tuned")
-            print(f"d {d}, m {m}, {variant}", flush=True)
-            groups.append({**size, "variant": variant, "results": arena.compare(contestants, print)})
+            print(f"d {d}, m {m}, {chosen}", flush=True)
+            groups.append(
+                {**size, "variant": " ".join([variant, *(o.rsplit(".")[-1] for o in overrides)]), "results": arena.compare(contestants, print)}
+            )
     rate = arena.compare(
         {lib: Contestant("ours", "contestants:matrix_rate", {"size": 2048, "library": lib}, n=2) for lib in ("default", "onednn", "bf16")}, print
     )

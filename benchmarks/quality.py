@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+import tables  # noqa: E402
 from workers import ContestantError, Host, Turns  # noqa: E402
 
 VARIANTS = ("topk", "batch_topk", "matryoshka", "jumprelu", "standard", "gated")
@@ -188,6 +189,43 @@ class Bench:
             coeff = math.exp(seen[-1][0] - min(max(seen[-1][1] / slope, -2.0), 2.0))
         return coeff
 
+    def best(self, library: str, variant: str) -> dict[str, Any] | None:
+        """The peer's fit with the least FVU among the learning rates that are finished; of steered ones, those within 30 % of the L0 count first."""
+        fits = [(lr, self.work / f"{library}_{variant}_{self.steps}_lr{lr:g}.json") for lr in RATES]
+        done = [json.loads(path.read_text()) | {"lr": lr} for lr, path in fits if path.exists()]
+        near = [f for f in done if variant not in STEERED or 0.7 * L0 <= f["l0"] <= 1.3 * L0] or done
+        return min(near, key=lambda f: f["fvu"]) | {"rates": [f["lr"] for f in done]} if near else None
+
+    def match(self) -> None:
+        """Train this project's SAE to the L0 at which a peer ended, where a peer cannot be told one."""
+        for variant in STEERED:
+            for library in PEERS:
+                if (peer := self.best(library, variant)) is not None:
+                    self.ours(variant, l0=round(peer["l0"], 1))
+
+    def found(self) -> dict[str, dict[str, Any]]:
+        """What is finished, by variant and contestant."""
+        out: dict[str, dict[str, Any]] = {}
+        for variant in VARIANTS:
+            rows: dict[str, Any] = {}
+            if (path := self.work / f"ours_{variant}_{L0:.1f}_{self.steps}.json").exists():
+                rows["ours"] = json.loads(path.read_text())
+            for library in PEERS:
+                if (peer := self.best(library, variant)) is None:
+                    continue
+                rows[library] = peer
+                path = self.work / f"ours_{variant}_{peer['l0']:.1f}_{self.steps}.json"
+                if variant in STEERED and path.exists():
+                    rows[f"ours at {library}'s L0"] = json.loads(path.read_text())
+            if rows:
+                out[variant] = rows
+        return out
+
+    def close(self) -> None:
+        """End all hosts."""
+        for host in self.hosts.values():
+            host.close()
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,9 +250,11 @@ def main() -> None:
                     bench.peer(side, variant, lr)
         except ContestantError as error:
             print(f"{what} failed: {error}", flush=True)
-    from tables import quality_table
-
-    quality_table(bench, args.out)
+    if not args.only:
+        bench.match()
+    about = tables.machine() | {"threads": args.threads, "rounds": 1, "versions": {n: h.versions for n, h in bench.hosts.items()}}
+    bench.close()
+    tables.write(args.out, "quality", {"m": M, "l0": L0, "batch": BATCH, "steps": args.steps, "variants": bench.found(), "about": about})
 
 
 if __name__ == "__main__":

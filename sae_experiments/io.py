@@ -191,6 +191,13 @@ def cached(root: Path, kind: str, key: Mapping[str, Any], make: Callable[[Path],
     return folder
 
 
+def discard(root: Path, kind: str, key: Mapping[str, Any]) -> None:
+    """Remove a cache folder that nobody needs any more, while nobody is making or opening it."""
+    name = digest(key)
+    with locked(root / kind / f"{name}.lock"):
+        shutil.rmtree(root / kind / name, ignore_errors=True)
+
+
 def is_cached(root: Path, kind: str, key: Mapping[str, Any]) -> bool:
     """Whether :func:`cached` has this key whole."""
     folder = root / kind / digest(key)

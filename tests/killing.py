@@ -20,7 +20,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
-NAME, COUNT = slice(0, 64), slice(64, 72)  # of the memory shared with the child: the stage it is in, file operations so far
+#: Of the memory shared with the child: the stage it is in, file operations so far, seconds by stage as JSON.
+NAME, COUNT, SPENT = slice(0, 64), slice(64, 72), slice(128, 4096)
+spent: dict[str, float] = {}
 
 
 def write_stage(shared: mmap.mmap, stage: str) -> None:
@@ -34,11 +36,14 @@ def watched(shared: mmap.mmap, stages: list[str], name: str, function: Callable[
     def inside(*args: Any, **kwargs: Any) -> Any:
         stages.append(name)
         write_stage(shared, name)
+        began = time.monotonic()
         try:
             return function(*args, **kwargs)
         finally:
             stages.pop()
             write_stage(shared, stages[-1])
+            spent[name] = spent.get(name, 0.0) + time.monotonic() - began
+            shared[SPENT] = json.dumps(spent).encode().ljust(SPENT.stop - SPENT.start, b"\0")
 
     return inside
 
@@ -115,14 +120,22 @@ def serve() -> None:
             finally:
                 sys.stdout.flush()
                 os._exit(status)
+        ended, how = 0, 0
         if (after := request.get("after_s")) is not None:
-            time.sleep(after)
-            os.kill(pid, signal.SIGKILL)
-        _, how = os.waitpid(pid, 0)
+            wanted = request.get("in_stage")
+            while wanted and shared[NAME].rstrip(b"\0").decode() != wanted and not ended:
+                time.sleep(5e-4)
+                ended, how = os.waitpid(pid, os.WNOHANG)
+            if not ended:
+                time.sleep(after)
+                os.kill(pid, signal.SIGKILL)
+        if not ended:
+            _, how = os.waitpid(pid, 0)
         stage, count = shared[NAME].rstrip(b"\0").decode(), struct.unpack("Q", shared[COUNT])[0]
+        told = json.loads(shared[SPENT].rstrip(b"\0") or b"{}") if not os.WIFSIGNALED(how) else {}
         killed = os.WIFSIGNALED(how)
         status = -os.WTERMSIG(how) if killed else os.WEXITSTATUS(how)
-        answers.write(json.dumps({"status": status, "stage": stage, "events": count, "seconds": time.monotonic() - began}) + "\n")
+        answers.write(json.dumps({"status": status, "stage": stage, "events": count, "seconds": time.monotonic() - began, "spent": told}) + "\n")
 
 
 if __name__ == "__main__":

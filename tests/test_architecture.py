@@ -26,7 +26,7 @@ TABLE: dict[str, set[str]] = {
     "standin": {"io"},
     "checkpoint": {"io"},
     "finite": {"io"},
-    "training": {"io", "checkpoint", "finite"},
+    "training": {"io", "checkpoint", "finite", "memory"},
     "activations": {"io"},
     "results": {"io"},
     "data": {"io", "fetch", "standin"},

@@ -86,3 +86,18 @@ def test_stages_of_a_run_are_summed_over_its_cells(tmp_path):
         (tmp_path / "cells" / f"c_{i}.json").write_text(json.dumps({"seconds": seconds}))
     lines = tables.RENDER["jobs"]({"run": "run_0", "cells": tables.stages(tmp_path)})
     assert "| lm | 1.0 | 3.0 | 4.0 |" in lines and "| metric.rules | 2.5 | - | 2.5 |" in lines
+
+
+def test_quality_takes_a_peers_best_rate_at_about_the_asked_l0(tmp_path):
+    quality = pytest.importorskip("quality")
+    fits = {"ours_topk_32.0_9": (0.02, 32), "sae-lens_topk_9_lr0.002": (0.03, 32), "sae-lens_topk_9_lr0.005": (0.025, 32),
+            "sae-lens_gated_9_lr0.002": (0.01, 200.0), "sae-lens_gated_9_lr0.005": (0.04, 30.04), "ours_gated_30.0_9": (0.02, 30.0)}  # fmt: skip
+    for name, (fvu, l0) in fits.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"fvu": fvu, "l0": l0, "dead": 0.0, "seconds": 1.0}))
+    found = quality.Bench(tmp_path, 9, 1).found()
+    assert found["topk"]["sae-lens"]["lr"] == 0.005 and found["topk"]["sae-lens"]["rates"] == [0.002, 0.005]
+    assert found["gated"]["sae-lens"]["fvu"] == 0.04  # the better one has six times the active latents
+    assert found["gated"]["ours at sae-lens's L0"]["fvu"] == 0.02
+    about = tables.machine() | {"threads": 1, "rounds": 1, "versions": {}}
+    tables.write(tmp_path, "quality", {"m": 8, "l0": 32, "batch": 4, "steps": 9, "variants": found, "about": about})
+    assert "| topk | sae-lens (0.002, 0.005) | 0.005 | 32.0 | 0.0250 | 0.000 | 1 |" in (tmp_path / "quality.md").read_text()

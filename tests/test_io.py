@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from sae_experiments import io
-from sae_experiments.io import DONE, UserError, cached, digest, locked, package_digest, read_json, source_digest, write_bytes, write_json
+from sae_experiments.io import DONE, UserError, cached, digest, discard, locked, package_digest, read_json, source_digest, write_bytes, write_json
 
 
 def python(code: str, *args: object) -> subprocess.Popen[str]:
@@ -278,3 +278,20 @@ def test_this_module_imports_neither_torch_nor_numpy():
     probe = python("print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])")
     assert probe.communicate(timeout=30)[0] == "[]\n"
     assert io.UserError.exit_status == 2
+
+
+def test_a_folder_is_discarded_only_when_nobody_is_making_it(tmp_path):
+    order: list[str] = []
+
+    def make(folder: Path) -> None:
+        other = threading.Thread(target=lambda: (discard(tmp_path, "kind", {"a": 1}), order.append("discarded")))
+        other.start()
+        time.sleep(0.3)
+        (folder / "f").write_text("whole")
+        order.append("made")
+        threads.append(other)
+
+    threads: list[threading.Thread] = []
+    folder = cached(tmp_path, "kind", {"a": 1}, make)
+    threads[0].join(10)
+    assert order == ["made", "discarded"] and not folder.exists()

@@ -17,7 +17,7 @@ from sae_experiments import activations, checkpoint, fit, interop, training
 from sae_experiments.activations import Site, Sites, as_sites
 from sae_experiments.data import CharCorpus, CorpusSpec, load_corpus
 from sae_experiments.fit import FitReport, fit_saes
-from sae_experiments.io import UserError, cached, is_cached, read_json, source_digest, write_bytes, write_json
+from sae_experiments.io import UserError, cached, discard, is_cached, read_json, source_digest, write_bytes, write_json
 from sae_experiments.lm import INFO as LM_INFO
 from sae_experiments.lm import LMSpec, TrainedLM, train_lm
 from sae_experiments.metrics.base import Bench, Metric, MetricInfo, Spliced
@@ -113,9 +113,8 @@ class Language:
         saes = {n: arm.seeded(*map(self.width, self.sites(arm)), cell.seed).to(ctx.device) for n, arm in self.arms.items()}
         keys = {n: self._fit_key(n, sae, stores, cell, ctx) for n, sae in saes.items()}
         missing = {n: saes[n] for n in saes if not is_cached(ctx.cache, "fits", keys[n])}
-        together: Path | None = None
+        together, key = None, {"fits": [keys[n] for n in missing]}
         if missing:
-            key = {"fits": [keys[n] for n in missing]}
 
             def fit_missing(part: Path) -> bool:
                 if all(is_cached(ctx.cache, "fits", keys[n]) for n in missing):
@@ -130,7 +129,7 @@ class Language:
             sae.eval().requires_grad_(False)
             found[name] = sae, FitReport(**read_json(folder / "report.json"))
         if together is not None and not any(report.cut for _, report in found.values()):
-            shutil.rmtree(together, ignore_errors=True)
+            discard(ctx.cache, "passes", key)
         return found
 
     def _fit_key(self, name: str, sae: SAE, stores: Stores, cell: Cell, ctx: Context) -> dict[str, Any]:
