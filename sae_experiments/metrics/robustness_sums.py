@@ -115,11 +115,11 @@ class Distributions:
         self.zero_mass = float(np.mean([(b == 0).mean() - (a == 0).mean() for a, b in self.pairs])) if self.pairs else None
 
     def arrays(self, fss: np.ndarray, shown: int) -> dict[str, np.ndarray]:
-        """Histograms of ``shown`` latents from the least to the most stable by FSS (F,), and of all in units of each one's mean positive value; a
+        """Histograms of ``shown`` latents from the 5th to the 95th percentile of FSS (F,), and of all in units of each one's mean positive value; a
         thousandth of the largest values, and those above four means, lie outside the bins.
         """
         order = self.which[np.argsort(fss[self.which], kind="stable")]
-        picked = order[np.linspace(0, len(order) - 1, min(shown, len(order))).astype(int)]
+        picked = order[np.linspace(0.05 * (len(order) - 1), 0.95 * (len(order) - 1), min(shown, len(order))).round().astype(int)]
         place = {int(j): i for i, j in enumerate(self.which)}
         counts = np.zeros((len(picked), 2, self.bins), np.int64)
         edges, zeros = np.zeros((len(picked), self.bins + 1)), np.zeros((len(picked), 2))

@@ -6,8 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
-from sae_experiments.plots.base import NothingToDrawError, caption, clip, finish, limit, panels, percent, styled
+from sae_experiments.plots.base import NothingToDrawError, caption, clip, finish, limit, panels, styled
 from sae_experiments.plots.purification_runs import fits_of
 from sae_experiments.run_table import RunTable
 
@@ -32,7 +33,7 @@ def draw(table: RunTable, *, title: str, corpus: str | None, latents: int, max_f
         picked = np.linspace(0, len(found["rob_hist_latents"]) - 1, min(latents, len(found["rob_hist_latents"]))).astype(int)
         for ax, i in zip(axes[row, 1:], picked, strict=False):
             _histogram(ax, found["rob_hist_edges"][i], found["rob_hist_counts"][i])
-            off = " to ".join(percent(float(z)) for z in found["rob_hist_zeros"][i])
+            off = " to ".join(f"{100 * float(z):.3g} %" for z in found["rob_hist_zeros"][i])
             ax.set_title(f"latent {found['rob_hist_latents'][i]}, FSS {found['rob_hist_fss'][i]:.0f}\noff: {off}", loc="left", fontsize=7.5)
         for ax in axes[row, 1 + len(picked) :]:
             ax.set_visible(False)
@@ -40,7 +41,7 @@ def draw(table: RunTable, *, title: str, corpus: str | None, latents: int, max_f
     axes[-1, 0].set_xlabel("value / latent's mean", fontsize=7.5)
     for ax in axes[-1, 1:]:
         ax.set_xlabel("value", fontsize=7.5)
-    notes += [f"{chosen}, one seed. Non-zero activations; single latents go from the least to the most stable by FSS; 'off' is the share of rows without "
+    notes += [f"{chosen}, one seed. Non-zero activations; single latents go from less to more stable (5th to 95th percentile of FSS); 'off' is the share of rows without "
               "the latent, clean to perturbed."]  # fmt: skip
     legend = [Patch(color=CLEAN, alpha=0.5, label="clean"), Patch(facecolor="none", edgecolor=MOVED, label="under Gaussian noise")]
     return finish(fig, title, notes + caption(table, table.runs, [fits[0].reports[chosen]]), legend)
@@ -51,4 +52,5 @@ def _histogram(ax: Axes, edges: np.ndarray, counts: np.ndarray) -> None:
     ax.stairs(counts[1], edges, color=MOVED, linewidth=1.1)
     ax.set_yscale("symlog", linthresh=1)
     ax.tick_params(labelsize=6.5)
+    ax.xaxis.set_major_locator(MaxNLocator(3))
     ax.set_xlim(edges[0], edges[-1])

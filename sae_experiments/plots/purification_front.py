@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from sae_experiments.plots.base import GREY, NothingToDrawError, caption, clip, finish, limit, panels, styled
-from sae_experiments.plots.purification_runs import Fit, fits_of, handles_of, looks_of
+from sae_experiments.plots.purification_runs import Fit, fits_of, handles_of, host_of, looks_of
 from sae_experiments.run_table import RunTable
 
 
@@ -23,18 +23,20 @@ def draw(
     """
     notes: list[str] = []
     fits = limit(fits_of(table, "rob_kind_change"), max_fits, "fits", notes)
-    base = next((f for f in fits if f.arm == host), next((f for f in fits if not f.arm and f.run is table.baseline), fits[0] if fits else None))
-    if base is None or len(fits) < 2:
-        raise NothingToDrawError("a front needs a host and a fit to compare with it, both with the metric robustness")
-    corpora = limit([c for c in base.corpora if any(c in f.corpora for f in fits if f is not base)], max_corpora, "corpora", notes)
-    if not corpora:
-        raise NothingToDrawError("no corpus has both the host and a purified fit with the metric robustness")
-    look = looks_of([base, *(f for f in fits if f is not base)])
+    corpora = list(dict.fromkeys(c for fit in fits for c in fit.corpora))
+    hosts = {c: found for c in corpora if (found := host_of(fits, table, host, c)) is not None}
+    if not hosts:
+        raise NothingToDrawError("a front needs a host and a fit to compare with it on one corpus, both with the metric robustness")
+    corpora = limit(list(hosts), max_corpora, "corpora", notes)
+    fits = [f for f in fits if any(c in f.corpora for c in corpora)]
+    first = hosts[corpora[0]]
+    look = looks_of([first, *(f for f in fits if f is not first)])
     fig, axes = panels(len(kinds), len(corpora), width=3.5, height=2.5, sharey="row", sharex="col")
     for row, kind in enumerate(kinds):
         for column, corpus in enumerate(corpora):
             ax, points = axes[row, column], []
             for fit in fits:
+                base = hosts[corpus]
                 x, y = _relative(fit, base, corpus, "sae_fvu"), _relative(fit, base, corpus, f"rob_change_{kind}")
                 if not len(x) or not len(y):
                     continue
@@ -54,9 +56,9 @@ def draw(
             ax.fill_between([-1000, 100 * (most_fvu - 1)], 0, 100 * least_gain, color="#009E73", alpha=0.1, linewidth=0, zorder=0)
             _axes(ax, points, corpus if row == 0 else "", row == len(kinds) - 1)
         axes[row, 0].set_ylabel(f"{kind}\nfeature change\n(% of the host's)")
-    notes += [f"Green corner: FVU at most {100 * (most_fvu - 1):g} % above the host's ({clip(base.label)}) and at most {100 * least_gain:g} % of its "
+    notes += [f"Green corner: FVU at most {100 * (most_fvu - 1):g} % above the host's ({clip(first.label)}) and at most {100 * least_gain:g} % of its "
               "feature change. Grey line: the fits that no other beats in both."]  # fmt: skip
-    reports = [base.reports[c] for c in corpora]
+    reports = [hosts[c].reports[c] for c in corpora]
     error = "error bars: ±1 standard error of the mean of the paired ratios (none where n = 1)"
     return finish(fig, title, notes + caption(table, table.runs, reports, error=error), handles_of(fits, look, clip, line=False))
 

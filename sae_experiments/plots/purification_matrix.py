@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from sae_experiments.plots.base import NothingToDrawError, caption, clip, finish, limit, panels, styled
-from sae_experiments.plots.purification_runs import Fit, fits_of
+from sae_experiments.plots.purification_runs import Fit, fits_of, host_of
 from sae_experiments.run_table import RunTable
 
 
@@ -20,18 +20,17 @@ def draw(table: RunTable, *, title: str, host: str, max_fits: int, max_corpora: 
     """
     notes: list[str] = []
     fits = limit(fits_of(table, "rob_kind_change"), max_fits, "fits", notes)
-    base = next((f for f in fits if f.arm == host), next((f for f in fits if not f.arm and f.run is table.baseline), fits[0] if fits else None))
-    rows = [f for f in fits if f is not base]
-    if base is None or not rows:
-        raise NothingToDrawError("a noise matrix needs a host and fits to compare with it, all with the metric robustness")
-    corpora = limit([c for c in base.corpora if any(c in f.corpora for f in rows)], max_corpora, "corpora", notes)
-    if not corpora:
-        raise NothingToDrawError("no corpus has both the host and a purified fit with the metric robustness")
-    kinds = [str(k) for k in base.arrays(corpora[0])[0]["rob_kinds"]]
+    corpora = list(dict.fromkeys(c for fit in fits for c in fit.corpora))
+    hosts = {c: found for c in corpora if (found := host_of(fits, table, host, c)) is not None}
+    if not hosts:
+        raise NothingToDrawError("a noise matrix needs a host and a fit to compare with it on one corpus, both with the metric robustness")
+    corpora = limit(list(hosts), max_corpora, "corpora", notes)
+    rows = [f for f in fits if f not in hosts.values() and any(c in f.corpora for c in corpora)]
+    kinds = [str(k) for k in rows[0].arrays(next(c for c in corpora if c in rows[0].corpora))[0]["rob_kinds"]]
     fig, axes = panels(1, len(corpora), width=1.0 + 0.47 * len(kinds), height=0.6 + 0.27 * len(rows), sharey=True)
     colours = mpl.colormaps["RdYlGn_r"]
     for ax, corpus in zip(axes[0], corpora, strict=True):
-        grid = np.array([[_ratio(fit, base, corpus, kind) for kind in kinds] for fit in rows])
+        grid = np.array([[_ratio(fit, hosts[corpus], corpus, kind) for kind in kinds] for fit in rows])
         ax.imshow(grid, cmap=colours, vmin=0, vmax=150, aspect="auto")
         ax.grid(visible=False)
         for i, fit in enumerate(rows):
@@ -45,9 +44,9 @@ def draw(table: RunTable, *, title: str, host: str, max_fits: int, max_corpora: 
         ax.set_yticks(range(len(rows)), [clip(fit.label, 34) for fit in rows])
         ax.tick_params(length=0)
         ax.set_title(corpus, weight="bold", loc="left")
-    notes += [f"Feature change in % of that of the host ({clip(base.label)}) under noise of 10 % of R, unless the metric was set otherwise: below 100 is more "
+    notes += [f"Feature change in % of that of the host ({clip(hosts[corpora[0]].label)}) under noise of size metric.robustness.eps (10 % of R): below 100 is more "
               "stable. Frames: kinds of noise used in training. – : not measured."]  # fmt: skip
-    reports = [base.reports[c] for c in corpora]
+    reports = [hosts[c].reports[c] for c in corpora]
     return finish(fig, title, notes + caption(table, table.runs, reports, error="means over seeds"))
 
 

@@ -55,6 +55,13 @@ def fits_of(table: RunTable, array: str) -> list[Fit]:
     return found
 
 
+def host_of(fits: Sequence[Fit], table: RunTable, host: str, corpus: str) -> Fit | None:
+    """The fit that others are compared with on a corpus: the arm called ``host``, else the baseline run's only SAE, else the first."""
+    here = [fit for fit in fits if corpus in fit.corpora]
+    ranked = [f for f in here if f.arm == host] + [f for f in here if not f.arm and f.run is table.baseline] + here
+    return ranked[0] if len(here) > 1 else None
+
+
 def looks_of(fits: Sequence[Fit]) -> Looks:
     """Colour, marker and line of each fit by label; the first is black."""
     first = fits[0].label
