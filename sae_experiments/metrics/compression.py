@@ -108,7 +108,8 @@ def measure(
     Ayonrinde et al. 2024 (arXiv 2410.11179), but with honest (held-out) statistics and bins on the non-zero values only. A decoder that
     gets anything past the code (a skip connection) is charged for the code alone. With a language model also the rise of its cross-entropy
     over ``windows`` windows: at every step, and with each share in ``keep`` of a row's entries kept (those that move the reconstruction
-    most); at most about ``entries`` active entries are looked at, fewer rows for denser codes. ``bits_per_char`` is the rate at which the rise is ``limit``, of the whole code and of each level by itself.
+    most); at most about ``entries`` active entries are looked at, fewer rows for denser codes. ``bits_per_char`` is the rate at which the rise
+    is ``limit``, of the whole code and of each level by itself.
     """
     codes = sparse_codes(bench, rows)
     if codes is not None and codes.nnz > entries:
