@@ -75,10 +75,15 @@ def type_in(page: Page, text: str) -> None:
 # ------------------------------------------------------------------------------------------------ it opens
 
 
-def test_it_opens_quickly_without_console_messages_or_requests(page: Page, report: Path) -> None:
-    page.resize(1280, 900)
-    took = min(page.open(report) for _ in range(2))
+@pytest.mark.slow  # by the clock: it says something only where nothing else runs
+def test_it_opens_in_under_two_seconds(page: Page, report: Path) -> None:
+    took = min(page.open(report) for _ in range(3))
     assert took < 2, f"{took:.1f} s"
+
+
+def test_it_opens_without_console_messages_or_requests(page: Page, report: Path) -> None:
+    page.resize(1280, 900)
+    page.open(report)
     assert page.messages == []
     assert page.requests and all(url.startswith(SCHEMES) for url in page.requests)
     assert page("document.querySelector('.picture img').naturalWidth") > 100, "figures are shown"
