@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -174,21 +174,31 @@ def cached(root: Path, kind: str, key: Mapping[str, Any], make: Callable[[Path],
             print(f"cache: {kind}/{name}/{damaged} is damaged: making {kind}/{name} again", flush=True)
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        made_in = folder.stat().st_ino
-        try:
-            whole = make(folder)
-        except Exception as error:
-            _raise_os_error(error, folder)
-            raise
-        if not folder.exists() or folder.stat().st_ino != made_in:  # whatever lies there now is not all that was made
-            shutil.rmtree(folder, ignore_errors=True)
-            raise UserError(f"{folder} was removed while it was being made: type the same command again")
+        with _held(folder) as stays:
+            try:
+                whole = make(folder)
+            except Exception as error:
+                _raise_os_error(error, folder)
+                raise
+            if not stays():  # whatever lies there now is not all that was made
+                shutil.rmtree(folder, ignore_errors=True)
+                raise UserError(f"{folder} was removed while it was being made: type the same command again")
         if whole is False:
             return folder
         remove_stale(folder)
         files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.rglob("*")) if p.is_file()}
         write_json(folder / DONE, {"key": json.loads(json.dumps(key, default=str)), "files": files})
     return folder
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Whether ``folder`` is still the one that was here on entry: it is held open, or its inode number could be given to the next folder of that name."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield lambda: folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())
+    finally:
+        os.close(handle)
 
 
 def discard(root: Path, kind: str, key: Mapping[str, Any]) -> None:

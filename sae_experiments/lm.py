@@ -26,8 +26,10 @@ from sae_experiments.metrics.info import MetricInfo
 from sae_experiments.training import At, Group, Learner, Loss, Phase, Session, TrainConfig, seed_of, train
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from here or from a local folder, never from a hub
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as hf_logging
 
 hf_logging.disable_progress_bar()
@@ -130,11 +132,70 @@ def build_lm(spec: LMSpec, vocab_size: int, *, seed: int) -> GPT2LMHeadModel:
     )  # fmt: skip
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(config)
+    if spec.dropout:
+        use_cheap_dropout(model)
     if spec.freeze_bias:
         for name, p in model.named_parameters():
             if name.endswith(".bias"):
                 p.requires_grad_(False).zero_()
     return model
+
+
+BLOCK = 64  # positions whose attention is worked out together
+
+
+def use_cheap_dropout(model: nn.Module) -> None:
+    """Replace dropout, on a CPU, by :func:`dropped`, and attention with dropout by :func:`causal_attention`; the distribution stays the same."""
+    for part in list(model.modules()):
+        for name, child in part.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(part, name, _Dropout(child.p))
+    AttentionInterface.register("causal_blocks", causal_attention)
+    AttentionMaskInterface.register("causal_blocks", sdpa_mask)
+    model.config._attn_implementation = "causal_blocks"
+
+
+class _Dropout(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return dropped(x, self.p) if self.training and x.device.type == "cpu" else super().forward(x)
+
+
+def dropped(x: Tensor, p: float) -> Tensor:
+    """Dropout with 16 random bits an entry, four entries a draw: a tenth of the time of PyTorch's on a CPU. p is met to 1 in 65,536.
+
+    Uses the default generator, like PyTorch's.
+    """
+    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: x.numel()]
+    keep = (drawn >= round(p * 65536) - 32768).view(x.shape)
+    return x * keep.to(x.dtype).div_(1 - p)
+
+
+def causal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention (B, H, T, d) with dropout, a block of queries at a time, so that keys after the block are never looked at.
+
+    PyTorch has a fast kernel for this on a CPU only without dropout; without it, elsewhere and for cached keys, its own is used.
+    """
+    length = query.shape[2]
+    if not dropout or query.device.type != "cpu" or attention_mask is not None or key.shape[2] != length:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    out = []
+    for begin in range(0, length, BLOCK):
+        end = min(begin + BLOCK, length)
+        scores = query[:, :, begin:end] @ key[:, :, :end].transpose(2, 3)
+        later = torch.full((end - begin, end - begin), -torch.inf, dtype=scores.dtype).triu_(1)
+        scores = torch.cat([scores[..., :begin], scores[..., begin:] + later], -1) if begin else scores + later
+        out.append(dropped(scores.softmax(-1).to(value.dtype), dropout) @ value[:, :, :end])
+    return torch.cat(out, 2).transpose(1, 2), None
 
 
 def autocast(device: torch.device, precision: str, width: int) -> Callable[[], AbstractContextManager[Any]]:

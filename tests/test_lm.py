@@ -328,3 +328,24 @@ def test_cut_short_and_then_continued_gives_the_bits_of_a_model_that_was_not(cor
 def test_no_sample_asked_for_is_a_null_rate(corpus, tmp_path):
     found, _ = again(corpus, tmp_path, samples=0, train={"steps": 1, "eval_every": 1})
     assert found.metrics["avg_inference_tokens_per_second"] is None
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 100, 130])
+def test_attention_with_dropout_is_causal_attention(length):
+    q, k, v = (torch.randn(2, 3, length, 8, generator=torch.Generator().manual_seed(i), dtype=torch.double, requires_grad=True) for i in range(3))
+    ours, _ = lm.causal_attention(torch.nn.Module(), q, k, v, None, dropout=1e-9, scaling=0.3)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(torch.autograd.grad(ours.square().sum(), (q, k, v)), torch.autograd.grad(plain.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_cheap_dropout_drops_a_share_p_and_keeps_the_mean():
+    torch.manual_seed(0)
+    found = lm.dropped(torch.ones(1_000_003), 0.2)
+    assert set(found.unique().tolist()) == {0.0, 1.25}
+    assert abs((found == 0).double().mean().item() - 0.2) < 0.002  # five standard errors
+    halves = (found[:-1] == 0).double() * (found[1:] == 0)  # neighbours share a draw but no bits
+    assert abs(halves.mean().item() - 0.04) < 0.0011
+    torch.manual_seed(0)
+    assert torch.equal(lm.dropped(torch.ones(1_000_003), 0.2), found)
