@@ -156,7 +156,7 @@ def execute(cfg: DictConfig, *, about: Mapping[str, Any], label: str, closing: C
     with configuring():
         study, tracker, settings = _prepared(cfg, about, label)
     if cfg.verbosity != "quiet":
-        print(f"preset {about['preset']} ({about['preset_reason']}); {about['plan_note']}; results in {settings.folder}", flush=True)
+        print(f"preset {about['preset']} ({about['preset_reason']}); {about['plan_note']}\nresults in {settings.folder}", flush=True)
     status = run(study, settings, tracker, closing)
     print_summary(settings.folder, status)
     return settings.folder

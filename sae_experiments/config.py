@@ -113,7 +113,7 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
         for (name, host), *values in itertools.product(built, *([(k, v) for v in vs] for k, vs in grid.items())):
             cfg = _compose([*plain, f"sae={name}", *([host] if host else []), *(f"{k}={v}" for k, v in values)])
             around = [host.rsplit("=", 1)[1]] if host and len(hosts[str(name)]) > 1 else []
-            label = "-".join([str(name), *around, *(f"{k.rsplit('.', 1)[1]}{v}" for k, v in values)])
+            label = "-".join([str(name), *around, *(f"{k.rsplit('.', 1)[1]}_{v}" for k, v in values)])
             arms[re.sub(r"[^A-Za-z0-9_.-]", "_", label)] = OmegaConf.to_container(cfg.sae, resolve=True)
     OmegaConf.set_struct(cfg, False)
     cfg.arms = arms

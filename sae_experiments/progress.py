@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
 EVERY_S = 15.0  # between lines where there is no terminal
+SHOWN = 48  # characters of a stage's name, so that a line with its rate fits 100 columns
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names in a row, or how many there are where that would be too long for a line."""
+    row = ", ".join(names)
+    return row if len(row) <= SHOWN else f"{len(names)} SAEs"
 
 
 class Console:

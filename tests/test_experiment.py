@@ -151,7 +151,7 @@ def test_a_grid_reports_every_arm(first, here):
     assert here("--out_dir=grid", "sae=topk", "sae.target_l0=[2,8]", "fit.train.steps=3") == 0
     final = experiment.json("grid", "final_info.json")
     l0 = {name: entry["means"]["sae_l0_mean"] for name, entry in final.items()}
-    assert [name for name, _ in sorted(l0.items(), key=lambda kv: kv[1])] == ["text8.topk-target_l02", "text8.topk-target_l08"]
+    assert [name for name, _ in sorted(l0.items(), key=lambda kv: kv[1])] == ["text8.topk-target_l0_2", "text8.topk-target_l0_8"]
     assert sorted(l0.values()) == pytest.approx([2, 8], abs=1)
 
 

@@ -20,8 +20,8 @@ from sae_experiments.metrics.robustness_noise import Noises
 from sae_experiments.metrics.robustness_sums import Distributions, Sums
 from sae_experiments.saes import perturb
 from sae_experiments.saes.base import Codes
-from sae_experiments.saes.ops import Pattern
 from sae_experiments.saes.perturb import SHARED, TYPES, Cloud
+from sae_experiments.saes.selection import Pattern
 
 D, N = 12, 20_000
 

@@ -19,8 +19,8 @@ from sae_experiments.io import NonFinite, UserError
 from sae_experiments.metrics.robustness_sums import Sums
 from sae_experiments.saes import ops, perturb, purified
 from sae_experiments.saes.base import Batch, Codes
-from sae_experiments.saes.ops import Pattern
 from sae_experiments.saes.perturb import SHARED
+from sae_experiments.saes.selection import Pattern
 
 HOSTS = ["topk", "standard", "jumprelu", "gated", "matryoshka", "tied", "lista", "abs_topk"]
 

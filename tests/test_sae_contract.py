@@ -9,7 +9,7 @@ import torch
 from saes import L0, NAMES, D, M, batch, config, make, rows, step, trained
 
 from sae_experiments.fit import Sample, fit_saes
-from sae_experiments.saes import ops
+from sae_experiments.saes import ops, selection
 from sae_experiments.saes.base import SAE
 
 
@@ -96,7 +96,9 @@ def test_sparse_and_dense_paths_agree_in_loss_and_gradients(name, monkeypatch):
             monkeypatch.setattr(ops, "SPARSE_BELOW", 0.0)
             plain = sae.support
             monkeypatch.setattr(
-                sae, "support", lambda pre: s.dense(torch.ones_like(s.col, dtype=pre.dtype)) > 0 if isinstance(s := plain(pre), ops.Pattern) else s
+                sae,
+                "support",
+                lambda pre: s.dense(torch.ones_like(s.col, dtype=pre.dtype)) > 0 if isinstance(s := plain(pre), selection.Pattern) else s,
             )
         else:
             monkeypatch.setattr(ops, "SPARSE_BELOW", 1.1)

@@ -9,10 +9,10 @@ import torch
 from saes import D, M, batch, make, rows, step, trained
 
 from sae_experiments.io import UserError
-from sae_experiments.saes import ops
+from sae_experiments.saes import ops, selection
 from sae_experiments.saes.jumprelu import _Jump, _Step
-from sae_experiments.saes.ops import Pattern
 from sae_experiments.saes.p_anneal import power_sum
+from sae_experiments.saes.selection import Pattern
 from sae_experiments.saes.sparsity import L0Controller
 
 # --- selection --------------------------------------------------------------------------------------------------------
@@ -21,7 +21,7 @@ from sae_experiments.saes.sparsity import L0Controller
 @pytest.mark.parametrize("guess", [None, 0.01, 0.5, 1.2, 50.0])
 def test_batch_top_k_keeps_exactly_the_n_largest_whatever_the_guess(guess):
     pre = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
-    pattern, least = ops.batch_top_k(pre, 100, guess)
+    pattern, least = selection.batch_top_k(pre, 100, guess)
     expected = torch.zeros(1200, dtype=torch.bool)
     expected[pre.view(-1).topk(100).indices] = True
     found = pattern.dense(torch.ones(100)).bool()
@@ -32,14 +32,14 @@ def test_batch_top_k_keeps_exactly_the_n_largest_whatever_the_guess(guess):
 @pytest.mark.parametrize("guess", [None, 0.4, 0.6, 1.1])
 def test_batch_top_k_breaks_ties_the_same_way_for_every_guess(guess):
     pre = torch.tensor([[0.5, 1.0, 0.5], [0.5, 0.5, -1.0]])
-    pattern, _ = ops.batch_top_k(pre, 3, guess)
+    pattern, _ = selection.batch_top_k(pre, 3, guess)
     assert pattern.dense(torch.ones(3)).tolist() == [[1, 1, 1], [0, 0, 0]]
 
 
 def test_batch_top_k_takes_fewer_where_fewer_are_positive_and_none_where_none_is():
-    pattern, _ = ops.batch_top_k(torch.tensor([[1.0, -1.0], [-2.0, 3.0]]), 4)
+    pattern, _ = selection.batch_top_k(torch.tensor([[1.0, -1.0], [-2.0, 3.0]]), 4)
     assert pattern.col.tolist() == [0, 1] and pattern.crow.tolist() == [0, 1, 2]
-    pattern, least = ops.batch_top_k(-torch.ones(2, 2), 2)
+    pattern, least = selection.batch_top_k(-torch.ones(2, 2), 2)
     assert pattern.col.numel() == 0 and least == 0.0
 
 
@@ -55,7 +55,7 @@ def test_row_top_k_is_exact_whatever_the_rows_look_like(n_cols, k, world):
         pre = torch.relu(pre - 2)
     if world == "infinite":
         pre[:, : n_cols - 5] = -torch.inf
-    pattern = ops.top_k(pre, k)
+    pattern = selection.top_k(pre, k)
     order = torch.argsort(pre, dim=1, descending=True, stable=True)[:, :k].sort(1).values  # a stable sort keeps the first of equal values
     assert torch.equal(pattern.col.view(200, k).long(), order)
     assert torch.equal(pattern.flat, (torch.arange(200)[:, None] * n_cols + order).view(-1))
@@ -66,7 +66,7 @@ def test_row_top_k_is_exact_whatever_the_rows_look_like(n_cols, k, world):
 def test_row_top_k_of_a_nan_still_has_k_a_row(n_cols):
     pre = torch.randn(20, n_cols)
     pre[4, 7] = torch.nan
-    assert ops.top_k(pre, 3).col.numel() == 60
+    assert selection.top_k(pre, 3).col.numel() == 60
 
 
 def test_masking_is_where_in_both_directions():
@@ -89,7 +89,7 @@ def test_patterns_from_a_mask_count_and_transpose():
 def test_without_a_sparse_library_the_results_are_the_same(monkeypatch):
     torch.manual_seed(0)
     left, right = torch.randn(20, 8), torch.randn(12, 8)
-    p = ops.top_k(torch.randn(20, 12), 3)
+    p = selection.top_k(torch.randn(20, 12), 3)
     values = torch.randn(60)
     fast = ops.entry_products(p, left, right), ops.weight_gradient(p, values, left), ops.decode(values, p, right)
     monkeypatch.setattr(ops, "_has_sparse_blas", lambda t: False)

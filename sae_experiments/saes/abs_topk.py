@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sae_experiments.saes.base import Inference, NotExportable
-from sae_experiments.saes.ops import Pattern
+from sae_experiments.saes.selection import Pattern
 from sae_experiments.saes.topk import TopK
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sae_experiments.io import UserError
 from sae_experiments.saes import ops
-from sae_experiments.saes.ops import Pattern
+from sae_experiments.saes.selection import Pattern
 from sae_experiments.training import Group, Loss, Phase
 
 

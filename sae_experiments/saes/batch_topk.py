@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from sae_experiments.io import UserError
-from sae_experiments.saes import ops
+from sae_experiments.saes import selection
 from sae_experiments.saes.base import SAE, Inference
-from sae_experiments.saes.ops import Pattern
+from sae_experiments.saes.selection import Pattern
 
 
 class BatchTopK(SAE):
@@ -29,7 +29,7 @@ class BatchTopK(SAE):
     def support(self, pre: Tensor) -> Pattern | Tensor:
         if not self.training:
             return super().support(pre)
-        pattern, self._guess = ops.batch_top_k(pre, round(self.budget() * pre.shape[0]), self._guess)
+        pattern, self._guess = selection.batch_top_k(pre, round(self.budget() * pre.shape[0]), self._guess)
         return pattern
 
     def budget(self) -> float:

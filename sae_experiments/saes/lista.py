@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_experiments.io import UserError
-from sae_experiments.saes import ops
+from sae_experiments.saes import ops, selection
 from sae_experiments.saes.base import Inference, NotExportable
 from sae_experiments.saes.matryoshka import Matryoshka
 
@@ -35,9 +35,9 @@ class Lista(Matryoshka):
         bias = self.bias()
         pre = self.product(x, bias)
         if self.training:
-            pattern, self._first_guess = ops.batch_top_k(pre, round(self.budget() * pre.shape[0]), getattr(self, "_first_guess", None))
+            pattern, self._first_guess = selection.batch_top_k(pre, round(self.budget() * pre.shape[0]), getattr(self, "_first_guess", None))
         else:
-            pattern = ops.Pattern.from_mask(pre > self.first_threshold)
+            pattern = selection.Pattern.from_mask(pre > self.first_threshold)
         first = ops.decode(ops.entries(x, self.W_enc, bias, pre, pattern), pattern, self.W_dec)
         return self.b_dec + (1 + self.eta) * (x - self.b_dec) - self.eta * first
 

@@ -13,7 +13,7 @@ from sae_experiments.io import UserError
 from sae_experiments.saes import ops
 from sae_experiments.saes.base import Codes, Forward, Step
 from sae_experiments.saes.batch_topk import BatchTopK
-from sae_experiments.saes.ops import Pattern
+from sae_experiments.saes.selection import Pattern
 
 
 class Matryoshka(BatchTopK):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from sae_experiments.io import UserError
 from sae_experiments.saes.base import Codes
-from sae_experiments.saes.ops import Pattern
+from sae_experiments.saes.selection import Pattern
 
 #: Directions that do not depend on the row: a few of them can serve a whole batch.
 SHARED = ("gaussian", "uniform", "covariance")

@@ -19,8 +19,8 @@ from torch import Tensor
 from sae_experiments.io import UserError
 from sae_experiments.saes import ops, perturb
 from sae_experiments.saes.base import SAE, Codes, Forward, Step
-from sae_experiments.saes.ops import Pattern
 from sae_experiments.saes.perturb import Answer, Change, Cloud
+from sae_experiments.saes.selection import Pattern
 from sae_experiments.saes.sparsity import ramp
 from sae_experiments.saes.watch import Watch
 from sae_experiments.training import Loss

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sae_experiments.io import UserError
-from sae_experiments.saes import ops
+from sae_experiments.saes import selection
 from sae_experiments.saes.base import SAE, Inference
-from sae_experiments.saes.ops import Pattern
+from sae_experiments.saes.selection import Pattern
 
 
 class TopK(SAE):
@@ -26,7 +26,7 @@ class TopK(SAE):
         self.k = int(k)
 
     def support(self, pre: Tensor) -> Pattern:
-        return ops.top_k(pre.detach(), self.k)
+        return selection.top_k(pre.detach(), self.k)
 
     def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
         return torch.relu(entries)

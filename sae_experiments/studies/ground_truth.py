@@ -17,6 +17,7 @@ from sae_experiments.fit import FitReport, Sample, fit_saes
 from sae_experiments.io import UserError, cached, read_json, source_digest, write_bytes, write_json
 from sae_experiments.metrics.base import Bench, Metric, MetricInfo
 from sae_experiments.metrics.recovery import Truth
+from sae_experiments.progress import listed
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.studies import planted
 from sae_experiments.studies.arms import Arm, modules_of
@@ -104,7 +105,7 @@ class GroundTruth:
             return Batch(x, x)
 
         x, held = (self.rows(world, self.calibration_rows, seed_of(cell.seed, what))[0] for what in ("initial", "calibration"))
-        with ctx.session(f"fit {', '.join(saes)}", "sae") as session:
+        with ctx.session(f"fit {listed(list(saes))}", "sae") as session:
             session.checkpoint = part / "checkpoint.safetensors"
             reports = fit_saes(
                 saes,

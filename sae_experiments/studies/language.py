@@ -21,6 +21,7 @@ from sae_experiments.io import UserError, cached, discard, is_cached, read_json,
 from sae_experiments.lm import INFO as LM_INFO
 from sae_experiments.lm import LMSpec, TrainedLM, train_lm
 from sae_experiments.metrics.base import Bench, Metric, MetricInfo, Spliced
+from sae_experiments.progress import listed
 from sae_experiments.saes.base import SAE, NotExportable
 from sae_experiments.studies import second_view
 from sae_experiments.studies import stores as stores_module
@@ -150,7 +151,7 @@ class Language:
         reports: dict[str, FitReport] = {}
         for i, ((read, write, needs_model, replaced), names) in enumerate(passes.items()):
             batch_at = stores.windows_at if needs_model else SecondView(stores, read, replaced, ctx).batch_at if replaced else stores.batch_at
-            with ctx.session(f"fit {', '.join(names)}", "sae", share=0.8) as session:
+            with ctx.session(f"fit {listed(names)}", "sae", share=0.8) as session:
                 session.checkpoint = part / f"checkpoint_{i}.safetensors"
                 reports |= fit_saes(
                     {n: saes[n] for n in names},

@@ -19,6 +19,7 @@ from sae_experiments.fit import FitReport, Sample, fit_saes
 from sae_experiments.io import UserError, cached, read_json, source_digest, write_bytes, write_json
 from sae_experiments.lm import LMLearner, LMSpec, build_lm
 from sae_experiments.metrics.info import MetricInfo
+from sae_experiments.progress import listed
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.studies import selectivity, strings
 from sae_experiments.studies.arms import Arm, FitSpec, modules_of
@@ -181,7 +182,7 @@ class Palindrome:
 
         def make(part: Path) -> bool:
             few = x[: self.fit.init_rows]
-            with ctx.session(f"fit {', '.join(saes)}", "sae") as session:
+            with ctx.session(f"fit {listed(list(saes))}", "sae") as session:
                 session.checkpoint = part / "checkpoint.safetensors"
                 configs = {name: arm.config(cfg) for name, arm in self.arms.items()}
                 sample = Sample(few, few, x[-self.fit.calibration_rows :])
