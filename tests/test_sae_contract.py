@@ -9,8 +9,9 @@ import torch
 from saes import L0, NAMES, D, M, batch, config, make, rows, step, trained
 
 from sae_experiments.fit import Sample, fit_saes
-from sae_experiments.saes import ops, selection
+from sae_experiments.saes import base, ops
 from sae_experiments.saes.base import SAE
+from sae_experiments.saes.selection import Pattern
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -85,35 +86,55 @@ def test_every_learning_parameter_gets_a_gradient(name):
         assert p.grad is not None and bool(torch.isfinite(p.grad).all()) and bool((p.grad != 0).any())
 
 
+def gradients(name, monkeypatch, prepare=lambda sae: None):
+    """The loss of one batch and its gradients; ``prepare`` sees the SAE first."""
+    sae = make(name).train()
+    sae.begin("train", rows(1024, 3), rows(1024, 3))
+    prepare(sae)
+    loss = sae.loss(batch(), step(sae))
+    if any(g.params for phase in sae.phases() for g in phase.groups):
+        loss.total.backward()
+    return loss.total.item(), {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
+
+
+def agree(one, other):
+    assert one[0] == pytest.approx(other[0], rel=1e-4)
+    assert one[1].keys() == other[1].keys()
+    for key, g in one[1].items():
+        assert (g - other[1][key]).norm() <= 1e-4 * g.norm() + 1e-7, key
+
+
 @every_sae
 def test_sparse_and_dense_paths_agree_in_loss_and_gradients(name, monkeypatch):
     """Patterns are turned into masks on the dense side, so the same code meets both kinds of arithmetic."""
 
-    def gradients(dense: bool):
-        sae = make(name).train()
-        sae.begin("train", rows(1024, 3), rows(1024, 3))
-        if dense:
-            monkeypatch.setattr(ops, "SPARSE_BELOW", 0.0)
-            plain = sae.support
-            monkeypatch.setattr(
-                sae,
-                "support",
-                lambda pre: s.dense(torch.ones_like(s.col, dtype=pre.dtype)) > 0 if isinstance(s := plain(pre), selection.Pattern) else s,
-            )
-        else:
-            monkeypatch.setattr(ops, "SPARSE_BELOW", 1.1)
-        loss = sae.loss(batch(), step(sae))
-        if any(g.params for phase in sae.phases() for g in phase.groups):
-            loss.total.backward()
-        return loss.total.item(), {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
+    def as_masks(sae):
+        plain = sae.support
+        sae.support = lambda pre: s.dense(torch.ones_like(s.col, dtype=pre.dtype)) > 0 if isinstance(s := plain(pre), Pattern) else s
 
     if name in ("matryoshka", "lista"):
         pytest.skip("decode groups from the pattern itself; test_sae_math compares them with separate dense decodes")
-    sparse, dense = gradients(False), gradients(True)
-    assert sparse[0] == pytest.approx(dense[0], rel=1e-4)
-    assert sparse[1].keys() == dense[1].keys()
-    for key, g in sparse[1].items():
-        assert (g - dense[1][key]).norm() <= 1e-4 * g.norm() + 1e-7, key
+    monkeypatch.setattr(ops, "SPARSE_BELOW", 1.1)
+    sparse = gradients(name, monkeypatch)
+    monkeypatch.setattr(ops, "SPARSE_BELOW", 0.0)
+    agree(sparse, gradients(name, monkeypatch, as_masks))
+
+
+@every_sae
+@pytest.mark.parametrize("rows_a_block", [7, 40])
+def test_a_batch_in_blocks_of_rows_gives_the_loss_and_gradients_of_the_whole(name, rows_a_block, monkeypatch):
+    monkeypatch.setattr(ops, "SPARSE_BELOW", 1.1)
+    whole = gradients(name, monkeypatch)
+    seen = []
+
+    def watch(sae):
+        plain = sae.support
+        sae.support = lambda pre: (seen.append(len(pre)), plain(pre))[1]
+        monkeypatch.setattr(base, "BLOCK", rows_a_block * sae.d_sae)
+
+    agree(whole, gradients(name, monkeypatch, watch))
+    if name in ("topk", "standard", "jumprelu"):
+        assert seen[0] == rows_a_block, "it was made in blocks"
 
 
 @every_sae

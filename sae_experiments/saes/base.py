@@ -19,6 +19,9 @@ from sae_experiments.saes import ops
 from sae_experiments.saes.selection import Pattern
 from sae_experiments.training import Group, Loss, Phase
 
+#: Entries of the encoder's product that are made at once where rows can be encoded in blocks.
+BLOCK = 1 << 22
+
 
 class Batch(NamedTuple):
     """Rows for one step: ``x`` (B, D) is read by the encoder, ``y`` (B, O) rebuilt by the decoder (x itself for an autoencoder)."""
@@ -64,13 +67,13 @@ class Codes:
 class Forward(NamedTuple):
     """One training forward pass.
 
-    ``pre`` is the (B, F) product without a graph: valid until the next pass, which overwrites it. ``at`` holds the pre-activations where
+    ``pre`` is the (B, F) product without a graph: valid until the next pass, which overwrites it; None where it was never whole. ``at`` holds the pre-activations where
     the support is, laid out as the code's values, and carries the graph to the encoder. ``levels`` (B, G, O) are the reconstructions of
     nested parts of the code, the last of them whole, where a variant has such.
     """
 
     batch: Batch
-    pre: Tensor
+    pre: Tensor | None
     codes: Codes
     recon: Tensor
     at: Tensor
@@ -112,6 +115,8 @@ class SAE(nn.Module):
     blocks = 1
     #: Whether the loss looks at what a reconstruction does to the rest of the language model (``Batch.downstream``).
     needs_model = False
+    #: Whether each row's support depends on that row alone, so that a large batch may be encoded a block of rows at a time.
+    rowwise = True
 
     def __init__(
         self,
@@ -245,13 +250,16 @@ class SAE(nn.Module):
         """One pass that keeps a graph only where a gradient can flow."""
         bias = self.bias()
         x = self.encoder_input(batch.x)
-        pre = self.product(x, bias)
-        support = self.support(pre)
-        if not isinstance(support, Pattern) and int(torch.count_nonzero(support)) < ops.SPARSE_BELOW * support.numel():
-            support = Pattern.from_mask(support)
+        found = self._by_blocks(x, bias)
+        if found:
+            pre, (support, values) = None, found
+            at = ops.entries(x, self.W_enc, bias, values, support)
+        else:
+            pre = self.product(x, bias)
+            support = _sparse(self.support(pre))
+            support = support if isinstance(support, Pattern) else support.to(pre.dtype)  # one conversion for all uses
+            at = ops.entries(x, self.W_enc, bias, pre, support)
         pattern = support if isinstance(support, Pattern) else None
-        support = support if pattern else support.to(pre.dtype)  # one conversion for all uses
-        at = ops.entries(x, self.W_enc, bias, pre, support)
         values = self.shape(at, pattern.col if pattern else None)
         if pattern is None and values is not at:
             values = ops.masked(values, support)
@@ -262,13 +270,31 @@ class SAE(nn.Module):
         return Forward(batch, pre, codes, recon if direct is None else recon + direct, at, levels)
 
     @torch.no_grad()
+    def _by_blocks(self, x: Tensor, bias: Tensor) -> tuple[Pattern, Tensor] | None:
+        """The active entries of a large batch and the pre-activations there, from a block of rows at a time: the (B, F) product, by far the
+        largest tensor of a step, is never whole. None where it has to be (a support that depends on the batch, a dense code) or is small.
+        """
+        rows = max(BLOCK // self.d_sae, 1)
+        if not self.rowwise or len(x) <= rows or x.device.type != "cpu":
+            return None
+        patterns, values = [], []
+        for part in x.split(rows):
+            pre = self.product(part, bias)
+            support = _sparse(self.support(pre))
+            if not isinstance(support, Pattern):
+                return None
+            patterns.append(support)
+            values.append(support.at(pre))
+        return Pattern.stacked(patterns), torch.cat(values)
+
+    @torch.no_grad()
     def product(self, x: Tensor, bias: Tensor) -> Tensor:
         """``x W_enc^T + bias`` into a buffer that is reused: freshly mapped pages would cost as much as the product."""
         size = (x.shape[0], self.d_sae)
         buffer = self._scratch.get("pre")
-        if buffer is None or buffer.shape != size or buffer.device != x.device or buffer.dtype != x.dtype:
+        if buffer is None or len(buffer) < len(x) or buffer.shape[1:] != size[1:] or buffer.device != x.device or buffer.dtype != x.dtype:
             buffer = self._scratch["pre"] = torch.empty(size, device=x.device, dtype=x.dtype)
-        return ops.product(x, self.W_enc, bias, out=buffer)
+        return ops.product(x, self.W_enc, bias, out=buffer[: len(x)])
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """Reconstruction, penalties and AuxK. Changes no parameter and no buffer."""
@@ -329,6 +355,13 @@ class SAE(nn.Module):
         # The least of the n largest must stay active, and active means strictly above the threshold.
         full = kept.numel() == n and n > 0
         self.threshold.fill_(torch.nextafter(kept.min(), kept.new_tensor(-torch.inf)).clamp_min(0) if full else 0.0)
+
+
+def _sparse(support: Pattern | Tensor) -> Pattern | Tensor:
+    """A mask as a pattern, if it is sparse enough for that to pay."""
+    if isinstance(support, Pattern) or int(torch.count_nonzero(support)) >= ops.SPARSE_BELOW * support.numel():
+        return support
+    return Pattern.from_mask(support)
 
 
 class NotExportable(UserError):

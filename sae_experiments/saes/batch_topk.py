@@ -19,6 +19,8 @@ class BatchTopK(SAE):
     average of the batches' smallest kept value, the usual choice, lags and misses the asked-for L0.
     """
 
+    rowwise = False
+
     def __init__(self, *, k: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 0 < k <= self.d_sae:

@@ -101,7 +101,7 @@ class _Entries(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.pattern = pattern
-        return pattern.at(pre)
+        return pattern.at(pre) if pre.ndim == 2 else pre.view_as(pre)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -188,7 +188,8 @@ class _DenseDecode(torch.autograd.Function):
 def entries(x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, support: Pattern | Tensor) -> Tensor:
     """Differentiable ``x W^T + bias`` at ``support``: (n,) for a pattern, (B, F) with zeros outside for a mask (booleans, or 0.0 and 1.0).
 
-    ``pre`` is the same product, already made without a graph; it is read here and may be overwritten afterwards.
+    ``pre`` is the same product, already made without a graph (for a pattern its entries (n,) will do); it is read here and may be overwritten
+    afterwards.
     """
     return _Entries.apply(x, weight, bias, pre, support) if isinstance(support, Pattern) else _Masked.apply(x, weight, bias, pre, support)
 
@@ -243,5 +244,5 @@ def unit_rows(weight: Tensor) -> Tensor:
 
 def remove_radial(grad: Tensor, weight: Tensor) -> None:
     """Take the part of ``grad`` along each row of ``weight`` (unit or not) out, in place: what is left only turns the row."""
-    scale = (grad * weight).sum(1, keepdim=True) / weight.square().sum(1, keepdim=True).clamp_min(1e-12)
-    grad.addcmul_(scale, weight, value=-1)
+    for g, w in zip(grad.split(1024), weight.split(1024), strict=True):  # no temporary of the weight's size
+        g.addcmul_((g * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True).clamp_min(1e-12), w, value=-1)

@@ -134,6 +134,8 @@ class Purified(SAE):
     moved: Tensor
     mass: Tensor
 
+    rowwise = False  # perturbed pre-activations start from the clean ones
+
     def __init__(self, *, purification: Purification, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.purification = purification

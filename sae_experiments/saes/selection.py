@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -66,6 +67,13 @@ class Pattern:
         pattern = Pattern(crow, (flat - row * n_cols).int(), n_cols)
         pattern.__dict__ |= {"row": row, "flat": flat}
         return pattern
+
+    @staticmethod
+    def stacked(parts: Sequence[Pattern]) -> Pattern:
+        """The pattern of matrices put on top of each other."""
+        ends = torch.tensor([0, *(p.col.shape[0] for p in parts)], dtype=torch.int32, device=parts[0].crow.device).cumsum(0, dtype=torch.int32)
+        crow = torch.cat([ends[:1], *(p.crow[1:] + end for p, end in zip(parts, ends, strict=False))])
+        return Pattern(crow, torch.cat([p.col for p in parts]), parts[0].n_cols)
 
     @staticmethod
     def from_mask(mask: Tensor) -> Pattern:
