@@ -3,11 +3,13 @@
     python experiment.py --out_dir=variants_l0_32 'sae=[standard,topk,...]'
     python benchmarks/variant_table.py runs/variants_l0_32
 
-One row an SAE, one group of columns a corpus; values are means over the seeds, with the standard error where there are several.
+One row an SAE, one group of columns a corpus; values are means over the seeds, with the standard error where there are several. A run over
+several L0s (``'sae.target_l0=[8,16,32,64]'``) on one corpus gives one row an SAE and a column an L0.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -17,9 +19,15 @@ from sae_experiments.results import Stat, read_records, statistics_of
 COLUMNS = (("sae_l0", "L0", 1), ("sae_fvu", "FVU", 4), ("ce_delta_bits", "delta CE", 4), ("sae_dead_frac", "dead", 3))
 
 
+#: What a table over several L0s holds of each: metric, title, factor, digits.
+GRID = (("sae_fvu", "FVU x 1000", 1000, 1), ("ce_delta_bits", "delta CE (mbit/char)", 1000, 0), ("sae_dead_frac", "dead (%)", 100, 1))
+
+
 def table(folder: Path) -> str:
     """The run's results as Markdown."""
     stats = statistics_of(read_records(folder))
+    if any("-target_l0_" in report for report in stats):
+        return grid(stats, read_json(folder / "manifest.json")["config"]["fit"]["train"]["batch_size"])
     names = list(dict.fromkeys(report.split(".", 1)[1] for report in stats if "." in report))
     corpora = list(dict.fromkeys(report.split(".", 1)[0] for report in stats if "." in report))
     batch = read_json(folder / "manifest.json")["config"]["fit"]["train"]["batch_size"]
@@ -39,16 +47,32 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def grid(stats: dict[str, dict[str, Stat]], batch: int) -> str:
+    """One row an SAE, a column an L0, for each metric of ``GRID``; steps a second are those at the first L0 and the last."""
+    found: dict[str, dict[float, dict[str, Stat]]] = {}
+    for report, values in stats.items():
+        if match := re.fullmatch(r"[^.]+\.(.+)-target_l0_([\d.]+)", report):
+            found.setdefault(match[1], {})[float(match[2])] = values
+    sizes = sorted({l0 for rows in found.values() for l0 in rows})
+    lines = ["| SAE | " + " | ".join(f"{title} at L0 {l0:g}" for _, title, *_ in GRID for l0 in sizes) + " | steps/s |"]
+    lines.append("|---" * (len(GRID) * len(sizes) + 2) + "|")
+    for name in sorted(found, key=lambda n: sum(found[n][l0]["sae_fvu"].mean or 0 for l0 in sizes)):
+        cells = [_text(found[name][l0].get(metric), digits, factor) for metric, _, factor, digits in GRID for l0 in sizes]
+        rates = [found[name][l0]["sae_tokens_per_second"].mean for l0 in (sizes[0], sizes[-1])]
+        lines.append(f"| {name} | " + " | ".join(cells) + " | " + " to ".join(f"{r / batch:.0f}" for r in rates if r) + " |")
+    return "\n".join(lines)
+
+
 def _order(stats: dict[str, dict[str, Stat]], corpora: list[str], name: str) -> float:
     """Best reconstruction on the first corpus first."""
     stat = stats.get(f"{corpora[0]}.{name}", {}).get("sae_fvu")
     return stat.mean if stat is not None and stat.mean is not None else float("inf")
 
 
-def _text(stat: Stat | None, digits: int) -> str:
+def _text(stat: Stat | None, digits: int, factor: float = 1) -> str:
     if stat is None or stat.mean is None:
         return "-"
-    return f"{stat.mean:.{digits}f}" + (f" ± {stat.stderr:.{digits}f}" if stat.stderr is not None else "")
+    return f"{factor * stat.mean:.{digits}f}" + (f" ± {factor * stat.stderr:.{digits}f}" if stat.stderr is not None else "")
 
 
 if __name__ == "__main__":

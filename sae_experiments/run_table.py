@@ -48,6 +48,7 @@ class Run:
     records: list[Record]
     final_info: dict[str, Any]
     stats: dict[str, dict[str, Stat]]
+    arm: str = ""  # the SAE, in one of the parts that :meth:`by_arm` makes of a run with several
 
     @property
     def title(self) -> str:
@@ -77,18 +78,46 @@ class Run:
     @cached_property
     def curves(self) -> pd.DataFrame:
         """Every logged point: dataset, seed, step, name, value (nulls left out)."""
-        rows = [(d, s, *point) for path, d, s in self._cells("curves", ".jsonl") for point in read_curves(path, d, s) if point[2] is not None]
+        cells = self._cells("curves", ".jsonl")
+        rows = [(d, s, *point) for path, report, d, s in cells for point in read_curves(path, report, s) if point[2] is not None]
         return pd.DataFrame(rows, columns=["dataset", "seed", "step", "name", "value"])
 
     def arrays(self, dataset: str) -> dict[int, dict[str, np.ndarray]]:
         """The stored arrays of a dataset by seed."""
-        return {s: load_arrays(path, d, s) for path, d, s in self._cells("arrays", ".npz") if d == dataset}
+        return {s: load_arrays(path, report, s) for path, report, d, s in self._cells("arrays", ".npz") if d == dataset}
 
-    def _cells(self, folder: str, suffix: str) -> list[tuple[Path, str, int]]:
+    def _cells(self, folder: str, suffix: str) -> list[tuple[Path, str, str, int]]:
+        """Path, report, dataset and seed of every file; the dataset is the report's corpus where this is the part of one SAE."""
         if self.path is None:
             return []
         names = [re.fullmatch(r"([A-Za-z0-9_.-]+)_(-?\d+)", p.name.removesuffix(suffix)) for p in (self.path / folder).glob(f"*{suffix}")]
-        return sorted((self.path, m[1], int(m[2])) for m in names if m)
+        end = f".{self.arm}" if self.arm else ""
+        return sorted((self.path, m[1], m[1].removesuffix(end), int(m[2])) for m in names if m and m[1].endswith(end))
+
+    def by_arm(self, *, alone: bool) -> list[Run]:
+        """A run of several SAEs as a run for each, on the corpora themselves; ``alone``: their names need not say which run it was.
+
+        The configuration of each gets ``sae``, and ``variant``: its name without the L0 that was asked for.
+        """
+        arms = _mapping(self.config.get("arms"))
+        if len(arms) < 2:
+            return [replace(self, manifest=self._with_sae(name, arm)) for name, arm in arms.items()] or [self]
+        parts = []
+        for name, arm in sorted(arms.items(), key=lambda item: _natural(item[0])):
+            end = f".{name}"
+            stats = {report.removesuffix(end): found for report, found in self.stats.items() if report.endswith(end)}
+            info = {report.removesuffix(end): found for report, found in self.final_info.items() if report.endswith(end)}
+            corpora = {d: self.provenance(d + end) for d in stats}
+            manifest = self._with_sae(name, arm) | {"corpora": corpora}
+            records = [replace(r, dataset=r.dataset.removesuffix(end)) for r in self.records if r.dataset.endswith(end)]
+            title = name if alone else f"{self.name} {name}"
+            parts += (
+                [replace(self, name=title, label="", manifest=manifest, stats=stats, final_info=info, records=records, arm=name)] if stats else []
+            )
+        return parts or [self]
+
+    def _with_sae(self, name: str, arm: Any) -> dict[str, Any]:
+        return self.manifest | {"config": self.config | {"sae": arm, "variant": re.sub(r"-target_l0_?[\d.]+", "", name)}}
 
 
 @dataclass(frozen=True)
@@ -112,8 +141,21 @@ class RunTable:
         return table.astype({"seed": "Int64", "value": "float64"})
 
     @cached_property
+    def by_arm(self) -> RunTable:
+        """The same with each SAE of a run that fitted several as a run of its own, so that figures show them side by side on one corpus."""
+        parts = [(run, run.by_arm(alone=len(self.runs) == 1 or (self.baseline in self.runs and len(self.runs) == 2))) for run in self.runs]
+        own = next((found for run, found in parts if run is self.baseline), None)
+        baseline = self.baseline if own is None else own[0] if len(own) == 1 else None
+        return RunTable([part for _, found in parts for part in found], baseline)
+
+    @cached_property
     def datasets(self) -> list[str]:
         return sorted({dataset for run in self.runs for dataset in run.stats})
+
+    def with_rivals(self, datasets: Sequence[str]) -> list[str]:
+        """Those of ``datasets`` that some run besides the baseline has; all of them where there is no such run."""
+        others = {d for run in self.runs if run is not self.baseline for d in run.stats}
+        return [d for d in datasets if d in others] or list(datasets)
 
     @cached_property
     def metrics(self) -> list[str]:

@@ -36,6 +36,7 @@ def draw(
     name the metrics with the shares of latents that never fired (a red bar, left) and that fire on more than ``dense_from`` of the tokens.
     """
     notes: list[str] = []
+    table = table.by_arm
     found = {(run.name, d): density for run in table.runs for d in run.stats if (density := _density(run, d, counts, edges, dead))}
     runs = limit([run for run in table.runs if any(name == run.name for name, _ in found)], max_runs, "runs", notes)
     datasets = limit(sorted({d for name, d in found if any(run.name == name for run in runs)}), max_datasets, "datasets", notes)

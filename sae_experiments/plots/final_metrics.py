@@ -38,11 +38,12 @@ def draw(table: RunTable, *, title: str, metrics: Sequence[str], max_metrics: in
     Where no run has one of ``metrics``, the first metrics there are are drawn.
     """
     notes: list[str] = []
+    table = table.by_arm
     named = [metric for metric in metrics if metric in table.metrics] or [m for m in table.metrics if table.info(m)["shown"]][:max_metrics]
     names = limit(named, max_metrics, "metrics", notes)
     runs = limit([run for run in table.runs if any(_mean(run, d, m) is not None for d in run.stats for m in names)], max_runs, "runs", notes)
     datasets = [d for d in table.datasets if any(_mean(run, d, m) is not None for run in runs for m in names)]
-    datasets = limit(datasets, max_datasets, "datasets", notes)
+    datasets = limit(table.with_rivals(datasets), max_datasets, "datasets", notes)
     if not datasets:
         raise NothingToDrawError("no run has a metric with a value")
     cols = len(datasets) if len(datasets) > 1 else min(3, len(names))

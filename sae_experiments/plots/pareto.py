@@ -50,8 +50,10 @@ def draw(table: RunTable, *, title: str, x: str, y: Sequence[str], group_by: Seq
     Beyond ``max_legend`` runs the variants get the colours and the legend.
     """
     notes: list[str] = []
+    table = table.by_arm
     runs = [run for run in table.runs if any(_point(run, d, x, metric) for d in run.stats for metric in y)]
-    datasets = limit([d for d in table.datasets if any(_point(run, d, x, metric) for run in runs for metric in y)], max_datasets, "datasets", notes)
+    having = [d for d in table.datasets if any(_point(run, d, x, metric) for run in runs for metric in y)]
+    datasets = limit(table.with_rivals(having), max_datasets, "datasets", notes)
     metrics = [metric for metric in y if any(_point(run, d, x, metric) for run in runs for d in datasets)]
     if not datasets:
         raise NothingToDrawError(f"no run has {x} (above 0) together with {' or '.join(y)}")

@@ -46,12 +46,13 @@ def draw(
     first ``skip_frac`` of the steps, as the first steep fall would press everything else flat.
     """
     notes: list[str] = []
+    table = table.by_arm
     having = [run for run in table.runs if _names(run, curves)]
     runs = limit(having, max_runs, "runs", notes)
     labels = _labels(curves, {name for run in runs for name in run.curves["name"]})
     rows = limit(list(dict.fromkeys(labels.values())), max_rows, "curves", notes)
     drawn = [_labelled(run.curves, {name: label for name, label in labels.items() if label in rows}) for run in runs]
-    datasets = limit(sorted({d for points in drawn for d in points["dataset"]}), max_datasets, "datasets", notes)
+    datasets = limit(table.with_rivals(sorted({d for points in drawn for d in points["dataset"]})), max_datasets, "datasets", notes)
     if not datasets:
         raise NothingToDrawError(f"no run has curves named {', '.join(curves)}")
     groups = _same(runs, drawn)
