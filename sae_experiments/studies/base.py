@@ -16,6 +16,7 @@ import torch
 
 from sae_experiments.metrics.info import MetricInfo
 from sae_experiments.progress import Console
+from sae_experiments.saes.ops import fast_products
 from sae_experiments.stopping import OutOfTime
 from sae_experiments.training import Session
 
@@ -54,7 +55,8 @@ class Outcome:
             try:
                 if ends is not None and began > ends:
                     raise OutOfTime
-                measured = metric(bench)
+                with fast_products():
+                    measured = metric(bench)
             except OutOfTime:
                 function = metric.func if isinstance(metric, functools.partial) else metric
                 late = [info.name for info in sys.modules[function.__module__].INFO if info.name not in self.metrics]
