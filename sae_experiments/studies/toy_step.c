@@ -12,18 +12,20 @@
 
 #define LANES 16
 #define BLOCK 32 /* samples worked on at once: a multiple of 4 */
-#define UNITS(configs, rows) (((configs) * (rows) + LANES - 1) / LANES * LANES) /* hidden units of several models, one after the other */
 #define SCRATCH(units, width) (2 * ((units) * (width) + BLOCK * ((units) + (width))) * sizeof(float))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t mask __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
-#define BYTE(word) (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? __builtin_ctzll(word) >> 3 : 7 - (__builtin_ctzll(word) >> 3))
 
-typedef struct { /* the features that are on in sample s: index[begin[s]] up to, not including, index[begin[s + 1]] */
-    int64_t *begin;
+typedef struct {
+    long configs, rows, width, n;
+    long units;          /* hidden units of all configurations, one after the other, padded to whole vectors */
+    const float *weight; /* share of each feature in the loss */
+    int64_t *begin;      /* the features that are on in sample s: index[begin[s]] up to, not including, index[begin[s + 1]] */
     int32_t *index;
-} lists;
+    float *scratch;
+} task;
 
 static inline vec *at(const float *p) { return (vec *)p; }
 
@@ -42,17 +44,21 @@ static inline quad sums(vec a, vec b, vec c, vec d) {
     return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
-static void find(const uint8_t *x, long n, long width, lists on) {
+/* Lists the features that are on in each sample of x (n, width), eight bytes at a time. */
+static void find(task *t, const uint8_t *x) {
     int64_t count = 0;
-    for (long s = 0; s < n; s++) {
-        on.begin[s] = count;
-        for (long f = 0; f < width; f += 8) {
+    for (long s = 0; s < t->n; s++) {
+        t->begin[s] = count;
+        for (long f = 0; f < t->width; f += 8) {
             uint64_t word;
-            memcpy(&word, x + s * width + f, 8);
-            for (; word; word &= word - 1) on.index[count++] = (int32_t)(f + BYTE(word));
+            memcpy(&word, x + s * t->width + f, 8);
+            for (; word; word &= word - 1) {
+                const int bit = __builtin_ctzll(word);
+                t->index[count++] = (int32_t)(f + (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? bit >> 3 : 7 - (bit >> 3)));
+            }
         }
     }
-    on.begin[n] = count;
+    t->begin[t->n] = count;
 }
 
 /* out[s] = ReLU(sum_k h[s][k] w[k]) for four samples and `wide` vectors of features */
@@ -99,66 +105,56 @@ static inline __attribute__((always_inline)) void outer(
         for (int v = 0; v < wide; v++) *at(grad + k * width + v * LANES) = acc[k][v];
 }
 
-#define TILES(f, width, call) /* call(wide) for every 4 vectors of features, and for every one of those left */ \
-    do {                                                                                                      \
-        long f = 0;                                                                                           \
-        for (; f + 4 * LANES <= (width); f += 4 * LANES) call(4);                                             \
-        for (; f < (width); f += LANES) call(1);                                                              \
-    } while (0)
-
-/* One model and one block of samples: h in, `back` (the gradient with respect to it) out, grad added to. */
-static float block(const float *w, float *grad, const float *h, float *back, float *out, const float *x, const float *shares, const float *weight,
-                   long n, long count, long units, long rows, long width) {
+/* One model and `count` samples: h in; `back`, the gradient with respect to h, out; grad added to. The loss of these samples. */
+static float block(
+    const task *t, const float *w, float *grad, const float *h, float *back, float *out, const float *x, const float *shares, long count) {
+    const long rows = t->rows, width = t->width, units = t->units, whole = width / (4 * LANES) * 4 * LANES;
     vec loss = {0};
     for (long s = 0; s < count; s += 4) {
-#define CALL(wide) outputs(h + s * units, units, w + f, out + s * width + f, rows, width, wide)
-        TILES(f, width, CALL);
-#undef CALL
+        for (long f = 0; f < whole; f += 4 * LANES) outputs(h + s * units, units, w + f, out + s * width + f, rows, width, 4);
+        for (long f = whole; f < width; f += LANES) outputs(h + s * units, units, w + f, out + s * width + f, rows, width, 1);
     }
     for (long s = 0; s < count; s++) {
-        const float share = shares ? shares[s] : 1.0f / n;
-        loss += share * slopes(out + s * width, x + s * width, weight, 2 * share, width);
+        const float share = shares ? shares[s] : 1.0f / t->n;
+        loss += share * slopes(out + s * width, x + s * width, t->weight, 2 * share, width);
     }
     for (long s = 0; s < count; s += 4)
         for (long k = 0; k < rows; k += 4) inner(out + s * width, w + k * width, back + s * units + k, units, width);
     for (long k = 0; k < rows; k += 4) {
-#define CALL(wide) outer(h + k, units, out + f, grad + k * width + f, count, width, wide)
-        TILES(f, width, CALL);
-#undef CALL
+        for (long f = 0; f < whole; f += 4 * LANES) outer(h + k, units, out + f, grad + k * width + f, count, width, 4);
+        for (long f = whole; f < width; f += LANES) outer(h + k, units, out + f, grad + k * width + f, count, width, 1);
     }
-    quad q = sums(loss, (vec){0}, (vec){0}, (vec){0});
-    return q[0];
+    return sums(loss, (vec){0}, (vec){0}, (vec){0})[0];
 }
 
-/* All models that see the same samples */
-static void models(const float *w, float *grad, float *losses, const uint8_t *x, lists on, const float *shares, const float *weight, long configs,
-                   long n, long rows, long width, float *scratch) {
-    const long units = UNITS(configs, rows);
-    float *columns = scratch, *gradient = columns + units * width, *h = gradient + units * width, *back = h + BLOCK * units;
-    float *out = back + BLOCK * units, *values = out + BLOCK * width;
-    memset(grad, 0, configs * rows * width * sizeof *grad);
-    memset(losses, 0, configs * sizeof *losses);
-    memset(scratch, 0, SCRATCH(units, width));
+/* All configurations of an instance: they see the same samples x (n, width), whose features that are on `find` has listed. */
+static void models(const task *t, const float *w, float *grad, float *losses, const uint8_t *x, const float *shares) {
+    const long rows = t->rows, width = t->width, units = t->units, own = t->configs * rows;
+    float *columns = t->scratch, *gradient = columns + units * width; /* of W, transposed: (width, units) */
+    float *h = gradient + units * width, *back = h + BLOCK * units, *out = back + BLOCK * units, *values = out + BLOCK * width;
+    memset(grad, 0, own * width * sizeof *grad);
+    memset(losses, 0, t->configs * sizeof *losses);
+    memset(t->scratch, 0, SCRATCH(units, width));
     for (long f = 0; f < width; f++)
-        for (long u = 0; u < configs * rows; u++) columns[f * units + u] = w[u * width + f];
-    for (long first = 0; first < n; first += BLOCK) {
-        const long count = n - first < BLOCK ? n - first : BLOCK;
-        const int64_t *begin = on.begin + first;
+        for (long u = 0; u < own; u++) columns[f * units + u] = w[u * width + f];
+    for (long first = 0; first < t->n; first += BLOCK) {
+        const long count = t->n - first < BLOCK ? t->n - first : BLOCK;
+        const int64_t *begin = t->begin + first;
         memset(h, 0, BLOCK * units * sizeof *h);
         for (long s = 0; s < count; s++) {
             for (long f = 0; f < width; f++) values[s * width + f] = x[(first + s) * width + f];
             for (int64_t i = begin[s]; i < begin[s + 1]; i++)
-                for (long u = 0; u < units; u += LANES) *at(h + s * units + u) += *at(columns + on.index[i] * units + u);
-            for (long c = 1; c <= configs; c++) h[s * units + c * rows - 1] = 1; /* the bias is the weight of a unit that is always on */
+                for (long u = 0; u < units; u += LANES) *at(h + s * units + u) += *at(columns + t->index[i] * units + u);
+            for (long c = 1; c <= t->configs; c++) h[s * units + c * rows - 1] = 1; /* the bias is the weight of a unit that is always on */
         }
-        for (long c = 0; c < configs; c++)
-            losses[c] += block(w + c * rows * width, grad + c * rows * width, h + c * rows, back + c * rows, out, values,
-                               shares ? shares + first : 0, weight, n, count, units, rows, width);
+        for (long c = 0; c < t->configs; c++)
+            losses[c] += block(t, w + c * rows * width, grad + c * rows * width, h + c * rows, back + c * rows, out, values,
+                               shares ? shares + first : 0, count);
         for (long s = 0; s < count; s++)
             for (int64_t i = begin[s]; i < begin[s + 1]; i++)
-                for (long u = 0; u < units; u += LANES) *at(gradient + on.index[i] * units + u) += *at(back + s * units + u);
+                for (long u = 0; u < units; u += LANES) *at(gradient + t->index[i] * units + u) += *at(back + s * units + u);
     }
-    for (long u = 0; u < configs * rows; u++)
+    for (long u = 0; u < own; u++)
         if ((u + 1) % rows) /* the unit that is always on does not read x */
             for (long f = 0; f < width; f++) grad[u * width + f] += gradient[f * units + u];
 }
@@ -166,16 +162,17 @@ static void models(const float *w, float *grad, float *losses, const uint8_t *x,
 /* 0, or 1 where there is no memory */
 int step(const float *theta, float *grad, float *losses, const uint8_t *x, const float *shares, const float *weight, long instances, long configs,
          long rows, long width, long sets, long n) {
-    const long units = UNITS(configs, rows);
-    lists on = {malloc((n + 1) * sizeof(int64_t)), malloc(n * width * sizeof(int32_t))};
-    float *scratch = malloc(SCRATCH(units, width));
-    const int failed = !on.begin || !on.index || !scratch;
+    const long units = (configs * rows + LANES - 1) / LANES * LANES, size = configs * rows * width;
+    task t = {configs, rows, width, n, units, weight, 0, 0, 0};
+    t.begin = malloc((n + 1) * sizeof *t.begin);
+    t.index = malloc(n * width * sizeof *t.index);
+    t.scratch = malloc(SCRATCH(units, width));
+    const int failed = !t.begin || !t.index || !t.scratch;
     for (long i = 0; i < instances && !failed; i++) {
-        const uint8_t *own = x + (sets > 1 ? i * n * width : 0);
-        if (i < sets) find(own, n, width, on);
-        models(theta + i * configs * rows * width, grad + i * configs * rows * width, losses + i * configs, own, on, shares ? shares + i * n : 0, weight, configs, n,
-               rows, width, scratch);
+        const uint8_t *own = sets > 1 ? x + i * n * width : x;
+        if (i < sets) find(&t, own);
+        models(&t, theta + i * size, grad + i * size, losses + i * configs, own, shares ? shares + i * n : 0);
     }
-    free(on.begin), free(on.index), free(scratch);
+    free(t.begin), free(t.index), free(t.scratch);
     return failed;
 }
