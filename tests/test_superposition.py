@@ -15,7 +15,7 @@ from drawing import drawn
 from torch import Tensor
 
 from sae_experiments.io import UserError
-from sae_experiments.studies import toy
+from sae_experiments.studies import toy, toy_step
 from sae_experiments.studies.base import Outcome
 from sae_experiments.studies.superposition import best_cosines, measures, summarise
 from sae_experiments.studies.toy import Stream, ToyLearner
@@ -141,10 +141,20 @@ def plain_loss(w: Tensor, b: Tensor, x: Tensor, shares: Tensor, weight: Tensor) 
     return (((out - x).square() * weight).mean(-1) * shares).sum()
 
 
+@pytest.fixture(params=["compiled", "PyTorch"])
+def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Steps compiled from C, and those of machines without a compiler."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(toy, "compiled", lambda: None)
+    elif toy_step.compiled() is None:
+        pytest.skip("no C compiler that gives a correct step")
+    return request.param
+
+
 @pytest.mark.parametrize("mode", ["exclusive", "independent"])
 @pytest.mark.parametrize("importance", [1.0, 0.5])
-def test_loss_and_gradient_are_those_of_autograd(mode: str, importance: float) -> None:
-    made = learner(mode, [(3, 2), (3, 5), (4, 6)], importance=importance)
+def test_loss_and_gradient_are_those_of_autograd(mode: str, importance: float, step: str) -> None:
+    made = learner(mode, [(3, 2), (3, 5), (4, 6), (5, 10)], batch=70, importance=importance)
     train([made], made.batch_at, made.cfg, Session())  # away from b = 0
     batch = made.batch_at(100)
     losses = made.module.losses(batch, made.importances, made._grads)
@@ -154,7 +164,7 @@ def test_loss_and_gradient_are_those_of_autograd(mode: str, importance: float) -
         for c, hidden in enumerate(group.hidden):
             w, b = (t.clone().requires_grad_(True) for t in made.module.weights(group.depth, hidden))
             share = shares if shares is not None else torch.full((3, x.shape[1]), 1 / x.shape[1])
-            loss = plain_loss(w, b, x[..., :n].expand(3, -1, -1), share, weight)
+            loss = plain_loss(w, b, x[..., :n].float().expand(3, -1, -1), share, weight)
             loss.backward()
             assert found[:, c].sum().item() == pytest.approx(loss.item(), rel=1e-5)
             assert torch.allclose(grad[:, c, :hidden, :n], w.grad, atol=1e-6)  # type: ignore[arg-type]
@@ -163,7 +173,7 @@ def test_loss_and_gradient_are_those_of_autograd(mode: str, importance: float) -
 
 
 @pytest.mark.parametrize("mode", ["exclusive", "early_stopping", "independent"])
-def test_a_configuration_does_not_depend_on_what_is_trained_beside_it(mode: str) -> None:
+def test_a_configuration_does_not_depend_on_what_is_trained_beside_it(mode: str, step: str) -> None:
     alone, shapes = [(4, 5)], [(1, 2), (3, 2), (3, 9), (4, 2), (4, 4), (4, 5), (4, 10)]
     results = []
     for chosen in (alone, shapes):
@@ -172,6 +182,34 @@ def test_a_configuration_does_not_depend_on_what_is_trained_beside_it(mode: str)
         results.append((*made.module.weights(4, 5), torch.from_numpy(made.final(500)[4, 5])))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", ["early_stopping", "pairs"])
+def test_compiled_training_ends_where_pytorch_does(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if toy_step.compiled() is None:
+        pytest.skip("no C compiler that gives a correct step")
+    ends = []
+    for step in (toy_step.compiled(), None):
+        monkeypatch.setattr(toy, "compiled", lambda step=step: step)
+        made = learner(mode, [(2, 2), (3, 5), (4, 9)], steps=200, branching=3)
+        train([made], made.batch_at, made.cfg, Session())
+        ends.append([t for shape in [(2, 2), (3, 5), (4, 9)] for t in made.module.weights(*shape)])
+    for a, b in zip(*ends, strict=True):
+        assert torch.allclose(a, b, atol=2e-3)
+
+
+def test_a_compiled_step_shows_what_is_not_finite() -> None:
+    if toy_step.compiled() is None:
+        pytest.skip("no C compiler that gives a correct step")
+    made = learner("independent", [(3, 4)])
+    made.module.theta[0].data[0, 0, 0, 0] = torch.nan
+    assert made.module.losses(made.batch_at(0), made.importances, made._grads)[0].isnan().sum() == 1
+
+
+@pytest.mark.parametrize("compiler", [None, "/bin/false"])
+def test_without_a_working_compiler_there_is_no_compiled_step(compiler: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_step.shutil, "which", lambda name: compiler)
+    assert toy_step.compiled.__wrapped__() is None
 
 
 def test_a_killed_sweep_ends_with_the_same_bits(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from sae_experiments.plots.base import NothingToDrawError, caption, finish, head
 from sae_experiments.run_table import Run, RunTable
 
 FLOOR = 1e-12  # a loss below this is zero to rounding
-CLIP = 8.0  # powers of two beyond which a ratio is drawn as this
+CLIP = 8.0  # powers of two at which the colours of a ratio end
 
 
 def grid(run: Run, dataset: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
@@ -53,7 +53,7 @@ def draw(table: RunTable, *, title: str, relative_to: Mapping[str, str] | None, 
     found = {(run.name, d): values for run in runs for d in datasets if d in run.stats and (values := _values(run, d, relative_to))}
     shown = np.concatenate([values.ravel() for _, _, values in found.values()])
     shown = shown[np.isfinite(shown)]
-    span = max(float(np.abs(shown).max(initial=0)), 0.1)
+    span = min(max(float(np.abs(shown).max(initial=0)), 0.1), CLIP)
     norm = TwoSlopeNorm(0, -span, span) if relative_to else LogNorm(FLOOR, max(shown.max(), 10 * FLOOR))
     fig, axes = panels(len(runs), len(datasets), width=3.6, height=2.5)
     for row, run in enumerate(runs):
@@ -68,7 +68,8 @@ def draw(table: RunTable, *, title: str, relative_to: Mapping[str, str] | None, 
     label = "log2 of loss / loss of the control" if relative_to else "loss of the best instance"
     fig.colorbar(next(image for ax in axes.flat for image in ax.images), ax=axes, label=label, fraction=0.03)
     notes += [
-        "Blue: easier than independent features with the same marginal probabilities. " + f"Ratios beyond 2^{CLIP:g} are drawn as that."
+        "Blue: easier than independent features with the same marginal probabilities. "
+        + f"A loss below {FLOOR:g} counts as that; colours end at 2^{span:g}."
         if relative_to
         else "In the cells: log10 of the loss, -12 or less drawn as -12. White: more hidden units than features."
     ]
@@ -82,7 +83,7 @@ def _values(run: Run, dataset: str, relative_to: Mapping[str, str] | None) -> tu
     other = grid(run, relative_to[dataset]) if dataset in relative_to else None
     if other is None or other[2].shape != own[2].shape:
         return None
-    return own[0], own[1], np.clip(np.log2(np.maximum(own[2], FLOOR) / np.maximum(other[2], FLOOR)), -CLIP, CLIP)
+    return own[0], own[1], np.log2(np.maximum(own[2], FLOOR) / np.maximum(other[2], FLOOR))
 
 
 def _panel(ax: Axes, depths: np.ndarray, hidden: np.ndarray, values: np.ndarray, *, norm: object, cmap: str, exponents: bool) -> None:
@@ -95,5 +96,6 @@ def _panel(ax: Axes, depths: np.ndarray, hidden: np.ndarray, values: np.ndarray,
         if np.isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-            text = f"{np.log10(value):.{0 if value < 1e-9 else 1}f}" if exponents else f"{value:.1f}"
+            power = np.log10(value) if exponents else value
+            text = f"{power:.{0 if power < -9 else 1}f}"
             ax.text(j, i, text.replace("-", "\N{MINUS SIGN}"), ha="center", va="center", fontsize=6.5, color="white" if dark else "black")

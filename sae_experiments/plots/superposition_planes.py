@@ -21,14 +21,14 @@ def draw(table: RunTable, *, title: str, max_depths: int, max_rows: int) -> Figu
     if not rows:
         raise NothingToDrawError("no run has features of two hidden units (plane_<depth>)")
     depths = limit(sorted({depth for _, _, planes in rows for depth in planes}), max_depths, "depths", notes)
-    fig, axes = panels(len(rows), len(depths), width=2.1, height=2.1)
-    levels = 1
+    fig, axes = panels(len(rows), len(depths), width=2.1, height=1.7)
+    levels = max(int(_levels(planes[d][1]).max()) + 1 for _, _, planes in rows for d in depths if d in planes)
     for row, (run, dataset, planes) in enumerate(rows):
         for ax, depth in zip(axes[row], depths, strict=True):
             if depth not in planes:
                 ax.set_axis_off()
                 continue
-            levels = max(levels, _panel(ax, *planes[depth]))
+            _panel(ax, *planes[depth], levels)
             if row == 0:
                 ax.set_title(f"depth {depth}", weight="bold")
         axes[row, 0].set_ylabel(f"{run.title}\n{dataset}" if len({r.name for r, _, _ in rows}) > 1 else dataset, weight="bold")
@@ -50,17 +50,22 @@ def _colour(level: int, levels: int) -> tuple[float, ...]:
     return mpl.colormaps["plasma"](0.85 * level / max(levels - 1, 1))
 
 
-def _panel(ax: Axes, w: np.ndarray, parents: np.ndarray) -> int:
+def _levels(parents: np.ndarray) -> np.ndarray:
+    """Level (F,) of every feature, from 0 below the root."""
     level = np.zeros(len(parents), int)
     for i, parent in enumerate(parents):
         level[i] = 0 if parent < 0 else level[parent] + 1
+    return level
+
+
+def _panel(ax: Axes, w: np.ndarray, parents: np.ndarray, levels: int) -> None:
+    level = _levels(parents)
+    for i, parent in enumerate(parents):
         start = w[:, parent] if parent >= 0 else np.zeros(2)
         ax.plot([start[0], w[0, i]], [start[1], w[1, i]], color=GREY, linewidth=0.5, alpha=0.7, linestyle="-" if parent >= 0 else "--", zorder=1)
-    levels = int(level.max()) + 1
     for i in range(levels):
         chosen = level == i
         ax.scatter(w[0, chosen], w[1, chosen], s=max(26 - 4 * i, 7), color=_colour(i, levels), marker=MARKERS[i % 8], zorder=2 + levels - i)
     reach = 1.1 * max(float(np.abs(w).max()), 1e-3)
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     ax.locator_params(nbins=3)
-    return levels

@@ -3,6 +3,7 @@
 Models of one depth and similar hidden size lie in one padded tensor. Padding stays exactly zero and every model's arithmetic is its own,
 so a model's result does not depend on what is trained beside it. Where there are few distinct samples a batch is the number of times
 that each occurs, a multinomial draw: the loss is a weighted sum over the distinct samples, which has the very distribution of one over a batch.
+On a processor with a C compiler a step is compiled code (``toy_step``), else PyTorch's; they differ by rounding alone.
 
 Shape letters: I instances, C configurations of a group, R rows (hidden units, zeros, and last the bias), F features (padded to a multiple
 of 16), S samples, J sets of samples (I, or 1 where all instances share the distinct ones), M = I * C / J models that see the same set.
@@ -18,17 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sae_experiments.studies.toy_step import compiled
 from sae_experiments.studies.trees import Features, padded
 from sae_experiments.training import At, Learner, Loss, TrainConfig, seed_of
 
 INITS = ("matrix", "stacked")
 ROWS = 4  # hidden units and the bias are padded to a multiple of this
-DRAWN = 16  # batches drawn at once
+DRAWN = 4  # batches drawn at once
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # entries of an output worked on at once: what a core's cache holds
 
 
 class Samples(NamedTuple):
-    """What the models of one depth see in a step: samples (J, S, F), and how often (I, S) each occurs as a share (None: equally often)."""
+    """What the models of one depth see in a step: samples (J, S, F) of 0 and 1, bytes, and how often (I, S) each occurs as a share
+    (None: equally often)."""
 
     x: Tensor
     shares: Tensor | None
@@ -44,7 +47,7 @@ class Stream:
         self._drawn: tuple[int, Tensor] | None = None
         if self.counted:
             rows, self.probs = features.support(depth)
-            x = torch.zeros(1, len(rows), padded(rows.shape[1]), device=device)
+            x = torch.zeros(1, len(rows), padded(rows.shape[1]), dtype=torch.uint8, device=device)
             x[0, :, : rows.shape[1]] = torch.from_numpy(rows)
             self.x = x
 
@@ -54,7 +57,7 @@ class Stream:
         if self._drawn is None or self._drawn[0] != chunk:
             self._drawn = (chunk, self._draw(np.random.Generator(np.random.SFC64([self.seed & 0xFFFFFFFF, self.seed >> 32, chunk]))))
         drawn = self._drawn[1][within]
-        return Samples(self.x, drawn) if self.counted else Samples(drawn.float(), None)
+        return Samples(self.x, drawn) if self.counted else Samples(drawn, None)
 
     def _draw(self, rng: np.random.Generator) -> Tensor:
         if self.counted:
@@ -69,7 +72,7 @@ class Stream:
             shares = torch.from_numpy(self.probs.astype(np.float32)).to(self.device)
             return Samples(self.x, shares.expand(self.instances, -1))
         drawn = self.features.draw(self.depth, rows, np.random.default_rng([self.seed & 0xFFFFFFFF, self.seed >> 32]))
-        return Samples(torch.from_numpy(drawn).float().to(self.device)[None], None)
+        return Samples(torch.from_numpy(drawn).to(self.device)[None], None)
 
 
 class Group(NamedTuple):
@@ -106,8 +109,13 @@ class Models(nn.Module):
     def losses(self, samples: dict[int, Samples], importances: dict[int, Tensor], grads: list[Tensor] | None = None) -> list[Tensor]:
         """Loss (I, C) of every model, by group; ``grads`` (like the parameters) receive its gradient where they are given."""
         found = []
+        step = compiled() if grads is not None and self.theta[0].device.type == "cpu" else None
         for i, (group, theta) in enumerate(zip(self.groups, self.theta, strict=True)):
-            found.append(self._group(theta, samples[group.depth], importances[group.depth] / group.n_features, None if grads is None else grads[i]))
+            (x, shares), weight = samples[group.depth], importances[group.depth] / group.n_features
+            if step is not None and grads is not None:
+                found.append(step(theta, grads[i], x, shares, weight.expand(theta.shape[-1]).contiguous()))
+            else:
+                found.append(self._group(theta, samples[group.depth], weight, None if grads is None else grads[i]))
         return found
 
     def _group(self, theta: Tensor, samples: Samples, weight: Tensor, grad: Tensor | None) -> Tensor:
@@ -115,7 +123,7 @@ class Models(nn.Module):
         (n_i, n_c, rows, width), (sets, n) = theta.shape, samples.x.shape[:2]
         models = theta.view(sets, -1, rows, width)
         shares = _per_model(samples.shares, n_c, sets)
-        x = samples.x
+        x = samples.x.float()
         code = self._buffer("code", (sets, models.shape[1], rows, n), theta)
         torch.bmm(models.view(sets, -1, width), x.transpose(1, 2), out=code.view(sets, -1, n))
         code[:, :, -1] = 1.0  # the bias is the weight of a unit that is always on

@@ -19,6 +19,7 @@ TREES = ("exclusive", "early_stopping")
 MODES = (*TREES, "independent", "pairs")
 BITS = 32  # binary digits a probability is drawn with
 PAD = 16  # features are padded to a multiple of this (whole vector registers, whole bytes of bits)
+TALL = 64  # rows of bits that are worked on as one
 
 
 class Block(NamedTuple):
@@ -144,12 +145,12 @@ def bernoulli(probs: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray
     numbers = np.round(probs * 2.0**BITS).astype(np.uint64)
     digits = [(numbers >> np.uint64(t)) & np.uint64(1) for t in range(BITS)]  # least significant first
     first = next((t for t, digit in enumerate(digits) if digit.any()), BITS)
-    r = np.zeros((n, len(probs) // 8), np.uint8)
+    r = np.zeros((-(-n // TALL), TALL * len(probs) // 8), np.uint8)  # many rows in one: numpy is slow along short axes
     for digit in digits[first:]:
-        ones = np.packbits(digit.astype(np.uint8))
+        ones = np.tile(np.packbits(digit.astype(np.uint8)), TALL)
         b = np.frombuffer(rng.bytes(r.size), np.uint8).reshape(r.shape)
         r = (r & b) | (ones & (r | b))
-    return np.unpackbits(r | np.packbits(numbers == 2**BITS), axis=1)
+    return np.unpackbits(r | np.tile(np.packbits(numbers == 2**BITS), TALL)).reshape(-1, len(probs))[:n]
 
 
 @lru_cache(maxsize=64)
