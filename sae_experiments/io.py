@@ -117,8 +117,9 @@ def source_digest(*modules: ModuleType) -> str:
 
 
 def package_digest(root: Path) -> str:
-    """Name the code of every Python file below ``root`` (what a finished result depends on)."""
-    return digest({str(p.relative_to(root)): _code(p) for p in sorted(root.rglob("*.py"))})
+    """Name the code below ``root``, Python and C (what a finished result depends on)."""
+    sources = {str(p.relative_to(root)): _code(p) for p in sorted(root.rglob("*.py"))}
+    return digest(sources | {str(p.relative_to(root)): p.read_text(encoding="utf-8") for p in sorted(root.rglob("*.c"))})
 
 
 def _code(path: Path) -> str:
