@@ -117,8 +117,8 @@ def _purified(host: type[SAE]) -> type[SAE]:
 
 
 class Purified(SAE):
-    """Mixed in before the host's class. Added to the host's loss, with x~ = x + delta, z = z(x), z~ = z(x~), n0 the variance of the code
-    (:meth:`spread`), V that of the batch's targets (so that weights are in units of the reconstruction error):
+    """Mixed in before the host's class. Added to the host's loss, with x~ = x + delta, z = z(x), z~ = z(x~), n0 the size of the code
+    (:meth:`spread`) and V the variance of the batch's targets (so that weights are in units of the reconstruction error):
 
     - ``denoise mean ||y - yhat(x~)||^2``: the clean target, rebuilt from the perturbed input;
     - ``stability V / n0 mean ||z~ - z||^2`` (``norm=l2``: ``V mean ||z~ - z|| / sqrt n0``);
@@ -250,8 +250,9 @@ class Purified(SAE):
         return ((by_row + 1e-8).sqrt().mean() - 1e-4) / n0.sqrt()
 
     def spread(self, before: Codes) -> Tensor:
-        """What the change of a code is compared with: with ``relative`` the variance ``mean ||z - mean z||^2`` of the clean code with its gradient,
-        so that neither a shrunken code nor latents that are always on make the ratio smaller; else the constant ``mean ||z||^2``.
+        """What the change of a code is compared with: ``mean ||z||^2`` as a constant, or with ``relative`` the variance ``mean ||z - mean z||^2`` of the
+        clean code with its gradient, so that neither a shrunken code nor latents that are always on make the ratio smaller (not centred, a few
+        such latents take three quarters of the code).
         """
         values, pattern = before
         if not self.purification.relative:
