@@ -152,7 +152,7 @@ def test_token_noise_without_a_second_view_is_one_line():
         sae.loss(batch(), step(sae))
 
 
-@pytest.mark.parametrize("relative", ["true", "false"])
+@pytest.mark.parametrize("relative", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("host", ["batch_topk", "standard"])  # sparse and dense codes
 def test_stability_is_the_squared_change_of_the_code(host, relative):
     sae = ready(*weights(stability=3.0), "sae.model.rows=1.0", f"sae.model.relative={relative}", host=host)
@@ -160,7 +160,7 @@ def test_stability_is_the_squared_change_of_the_code(host, relative):
     fwd, answer = sae.training_forward(x), answer_of(sae, x)
     z, moved = fwd.codes.dense()[answer.rows], answer.after.dense()
     variance = (x.y - x.y.mean(0)).square().sum() / 64
-    size = (z - z.mean(0)).square().sum() if relative == "true" else z.square().sum()
+    size = z.square().sum() ** (1 - relative) * (z - z.mean(0)).square().sum() ** relative
     expected = 3 * variance * (moved - z).square().sum() / size
     assert sae.robustness(fwd, step(sae))["stability"].item() == pytest.approx(expected.item(), rel=1e-4)
     change = sae.change(answer)
@@ -170,7 +170,7 @@ def test_stability_is_the_squared_change_of_the_code(host, relative):
 
 
 def test_l2_norm_and_denoising_terms():
-    sae = ready(*weights(stability=1.0, denoise=2.0), "sae.model.norm=l2", "sae.model.rows=1.0")
+    sae = ready(*weights(stability=1.0, denoise=2.0), "sae.model.norm=l2", "sae.model.rows=1.0", "sae.model.relative=0")
     x = batch(64)
     fwd, answer = sae.training_forward(x), answer_of(sae, x)
     terms = sae.robustness(fwd, step(sae))
@@ -182,11 +182,11 @@ def test_l2_norm_and_denoising_terms():
 
 
 def test_a_code_can_be_made_stable_neither_by_shrinking_nor_by_a_constant():
-    """Relative: all weights of the encoder halved, the same ratio and no gradient along them; an offset of latents that are on anyway changes nothing
-    either. Not relative: the gradient points to a smaller code.
+    """Relative: no gradient along the encoder's weights, and an offset of latents that are on anyway changes nothing. Not relative: the gradient
+    points to a smaller code.
     """
     along = {}
-    for relative in ("true", "false"):
+    for relative in (1.0, 0.5, 0.0):
         sae = ready(*weights(stability=1.0), "sae.model.rows=1.0", f"sae.model.relative={relative}", host="standard")
         with torch.no_grad():
             sae.b_dec.zero_()
@@ -194,12 +194,12 @@ def test_a_code_can_be_made_stable_neither_by_shrinking_nor_by_a_constant():
         stable = sae.robustness(sae.training_forward(batch(256)), step(sae))["stability"]
         gradients = torch.autograd.grad(stable, [sae.W_enc, sae.b_enc])
         along[relative] = sum((g * p.detach()).sum().item() for g, p in zip(gradients, (sae.W_enc, sae.b_enc), strict=True)) / stable.item()
-        if relative == "true":
+        if relative == 1:
             assert gradients[1][:4].abs().max() < 1e-4 * gradients[1].abs().max()
             with torch.no_grad():
                 sae.b_enc[:4] += 3.0
             assert sae.robustness(sae.training_forward(batch(256)), step(sae))["stability"].item() == pytest.approx(stable.item(), rel=1e-3)
-    assert abs(along["true"]) < 1e-3 and along["false"] == pytest.approx(2, rel=1e-3)  # homogeneous of degree 0, and 2
+    assert abs(along[1.0]) < 1e-3 and along[0.5] == pytest.approx(1, rel=1e-3) and along[0.0] == pytest.approx(2, rel=1e-3)  # degree 2 (1 - r)
 
 
 def test_denoising_on_few_rows_says_what_all_rows_would():
@@ -271,7 +271,7 @@ def test_analytic_and_decay_terms_by_hand():
 
 def test_the_analytic_term_is_the_mean_of_sampled_gaussian_noise_without_flips():
     sae = ready(*weights(stability=1.0, analytic=1.0), *kinds(gaussian=1.0), "sae.model.rows=1.0", "sae.model.eps=0.001", "sae.model.pool=0",
-                host="standard")  # fmt: skip
+                "sae.model.relative=0", host="standard")  # fmt: skip
     x = batch(4096)
     terms = sae.robustness(sae.training_forward(x), step(sae))
     assert terms["stability"].item() == pytest.approx(terms["analytic"].item(), rel=0.05)
@@ -412,6 +412,7 @@ def test_a_host_with_a_pass_of_its_own_is_refused():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("sae.model.relative=2", "relative"), ("sae.model.weights.stability=-1", "stability"),
         ("sae.model.rows=0", "rows"), ("sae.model.eps=-1", "eps"), ("sae.model.norm=l1", "l2sq"), ("sae.model.weights.denoise=-1", "denoise"),
         ("sae.model.mixture.gaussian=0", "no kind"), ("sae.model.adapt.target=2", "adapt"), ("sae.model.aim.weak=-1", "weak"),
         ("sae.model.stop.every=2", "every"), ("sae.model.noise=gausian", "noise"), ("sae.model.noise=not_gaussian", "no kind"),

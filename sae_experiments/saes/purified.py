@@ -48,7 +48,7 @@ class Purification:
     warmup: float
     norm: str
     stop_gradient: bool
-    relative: bool
+    relative: float
     attack_steps: int
     token_share: float
     weights: Mapping[str, float]
@@ -65,6 +65,8 @@ class Purification:
         for name in ("rows", "token_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"sae.model.{name}={getattr(self, name)} must lie in (0, 1]")
+        if not 0 <= self.relative <= 1:
+            raise UserError(f"sae.model.relative={self.relative} must lie in [0, 1]")
         if self.norm not in ("l2", "l2sq"):
             raise UserError(f"sae.model.norm={self.norm!r} is not one of l2, l2sq")
         for name, weight in self.weights.items():
@@ -250,19 +252,18 @@ class Purified(SAE):
         return ((by_row + 1e-8).sqrt().mean() - 1e-4) / n0.sqrt()
 
     def spread(self, before: Codes) -> Tensor:
-        """What the change of a code is compared with: ``mean ||z||^2`` as a constant, or with ``relative`` the variance ``mean ||z - mean z||^2`` of the
-        clean code with its gradient, so that neither a shrunken code nor latents that are always on make the ratio smaller (not centred, a few
-        such latents take three quarters of the code).
+        """What the change of a code is compared with, ``(mean ||z||^2)^(1 - r) (mean ||z - mean z||^2)^r``: the first a constant, the second with its
+        gradient, r = ``relative``. With r = 0 a smaller code is a more stable one, and the reconstruction pays; with r = 1 its size does not matter
+        (nor do latents that are always on, which is why it is centred), and it grows in the latents that noise moves least.
         """
         values, pattern = before
-        if not self.purification.relative:
-            values = values.detach()
-        rows = pattern.n_rows if pattern is not None else len(values)
-        energy = values.square().sum() / rows
-        if self.purification.relative:
-            by_latent = values.sum(0) if pattern is None else values.new_zeros(self.d_sae).index_add(0, pattern.col, values)
-            energy = energy - by_latent.square().sum() / rows**2
-        return energy.clamp_min(1e-12)
+        r, rows = self.purification.relative, pattern.n_rows if pattern is not None else len(values)
+        fixed = (values.detach().square().sum() / rows).clamp_min(1e-12)
+        if not r:
+            return fixed
+        by_latent = values.sum(0) if pattern is None else values.new_zeros(self.d_sae).index_add(0, pattern.col, values)
+        variance = (values.square().sum() / rows - by_latent.square().sum() / rows**2).clamp_min(1e-12)
+        return fixed ** (1 - r) * variance**r
 
     def rebuilt(self, answer: Answer) -> Tensor:
         """The reconstruction from the perturbed rows (n, O)."""
