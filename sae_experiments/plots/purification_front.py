@@ -25,11 +25,20 @@ class Row(NamedTuple):
 
 @styled
 def draw(
-    table: RunTable, *, title: str, kinds: Sequence[str], host: str, most_fvu: float, least_gain: float, max_fits: int, max_corpora: int
+    table: RunTable,
+    *,
+    title: str,
+    kinds: Sequence[str],
+    host: str,
+    most_fvu: float,
+    least_gain: float,
+    shown_fvu: float,
+    max_fits: int,
+    max_corpora: int,
 ) -> Figure:
-    """FSS in the first row, then a row of feature change for each kind of noise; a column for each corpus. The shaded corner holds what the study asks
-    for: FVU at most ``most_fvu`` of the host's and feature change at most ``least_gain`` of it. Thin line: fits that no other beats in both. ``host``:
-    arm or run that is compared with.
+    """FSS in the first row, then a row of feature change for each kind of noise; a column for each corpus (two columns of panels for a single one). The
+    shaded corner holds what the study asks for: FVU at most ``most_fvu`` of the host's and feature change at most ``least_gain`` of it. Thin line: fits
+    that no other beats in both. ``host``: arm or run that is compared with. Fits with more than ``shown_fvu`` of its FVU lie outside the panels.
     """
     notes: list[str] = []
     fits = limit(fits_of(table, "rob_kind_change"), max_fits, "fits", notes)
@@ -39,11 +48,17 @@ def draw(
         raise NothingToDrawError("a front needs a host and a fit to compare with it on one corpus, both with the metric robustness")
     corpora = limit(list(hosts), max_corpora, "corpora", notes)
     fits = [f for f in fits if any(c in f.corpora for c in corpora)]
-    first = hosts[corpora[0]]
+    first, outside = hosts[corpora[0]], set[str]()
     look = looks_of([first, *(f for f in fits if f is not first)])
     rows = [Row("FSS\n(median latent)", "rob_fss", False)]
     rows += [Row(f"{kind}\nfeature change\n(% of the host's)", f"rob_change_{kind}", True) for kind in kinds]
-    fig, axes = panels(len(rows), len(corpora), width=4.2, height=2.5, sharey="row", sharex="col")
+    alone = len(corpora) == 1
+    fig, axes = (
+        panels(-(-len(rows) // 2), 2, width=3.7, height=2.5)
+        if alone
+        else panels(len(rows), len(corpora), width=3.5, height=2.5, sharey="row", sharex="col")
+    )
+    axes = axes.reshape(-1, 1)[: len(rows)] if alone else axes
     for line, row in enumerate(rows):
         for column, corpus in enumerate(corpora):
             ax, points = axes[line, column], []
@@ -52,16 +67,20 @@ def draw(
                 if not len(x) or not len(y):
                     continue
                 x, (colour, marker, _) = 100 * (x - 1), look[fit.label]
+                if x.mean() > 100 * (shown_fvu - 1):
+                    outside.add(clip(fit.label))
+                    continue
                 points.append((x.mean(), y.mean()))
                 size = 6 if marker != "*" else 9
                 ax.errorbar(x.mean(), y.mean(), xerr=_error(x), yerr=_error(y), color=colour, marker=marker, markersize=size, linewidth=0.8)
             _front(ax, points, -1 if row.relative else 1)
-            _axes(ax, points, row.relative, corpus if line == 0 else "", line == len(rows) - 1)
+            _axes(ax, points, row.relative, corpus if line == 0 else "", line >= len(rows) - (2 if alone else 1))
             if row.relative:
                 ax.fill_between([-1000, 100 * (most_fvu - 1)], 0, 100 * least_gain, color="#009E73", alpha=0.1, linewidth=0, zorder=0)
         axes[line, 0].set_ylabel(row.title)
     notes += [f"Green corner: FVU at most {100 * (most_fvu - 1):g} % above the host's ({clip(first.label)}) and at most {100 * least_gain:g} % of its "
               "feature change. Grey line: the fits that no other beats in both. Noise of 10 % of R."]  # fmt: skip
+    notes += [f"Not shown, with more than {100 * (shown_fvu - 1):g} % more FVU: {', '.join(sorted(outside))}."] if outside else []
     reports = [hosts[c].reports[c] for c in corpora]
     error = "error bars: ±1 standard error of the mean of the paired ratios (none where n = 1)"
     return finish(fig, title, notes + caption(table, table.runs, reports, error=error), handles_of(fits, look, clip, line=False))
