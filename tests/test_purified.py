@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONF
@@ -150,14 +152,16 @@ def test_token_noise_without_a_second_view_is_one_line():
         sae.loss(batch(), step(sae))
 
 
+@pytest.mark.parametrize("relative", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("host", ["batch_topk", "standard"])  # sparse and dense codes
-def test_stability_is_the_squared_change_of_the_code(host):
-    sae = ready(*weights(stability=3.0), "sae.model.rows=1.0", host=host)
+def test_stability_is_the_squared_change_of_the_code(host, relative):
+    sae = ready(*weights(stability=3.0), "sae.model.rows=1.0", f"sae.model.relative={relative}", host=host)
     x = batch(64)
     fwd, answer = sae.training_forward(x), answer_of(sae, x)
     z, moved = fwd.codes.dense()[answer.rows], answer.after.dense()
     variance = (x.y - x.y.mean(0)).square().sum() / 64
-    expected = 3 * variance * (moved - z).square().sum() / fwd.codes.dense().square().sum()
+    size = z.square().sum() ** (1 - relative) * (z - z.mean(0)).square().sum() ** relative
+    expected = 3 * variance * (moved - z).square().sum() / size
     assert sae.robustness(fwd, step(sae))["stability"].item() == pytest.approx(expected.item(), rel=1e-4)
     change = sae.change(answer)
     union, shared = ((z != 0) | (moved != 0)).sum(1), ((z != 0) & (moved != 0)).sum(1)
@@ -166,15 +170,71 @@ def test_stability_is_the_squared_change_of_the_code(host):
 
 
 def test_l2_norm_and_denoising_terms():
-    sae = ready(*weights(stability=1.0, denoise=2.0), "sae.model.norm=l2", "sae.model.rows=1.0")
+    sae = ready(*weights(stability=1.0, denoise=2.0), "sae.model.norm=l2", "sae.model.rows=1.0", "sae.model.relative=0")
     x = batch(64)
     fwd, answer = sae.training_forward(x), answer_of(sae, x)
     terms = sae.robustness(fwd, step(sae))
     z, moved = fwd.codes.dense()[answer.rows], answer.after.dense()
     variance = (x.y - x.y.mean(0)).square().sum() / 64
-    expected = variance * (moved - z).norm(dim=1).mean() / (fwd.codes.dense().square().sum() / 64).sqrt()
+    expected = variance * (moved - z).norm(dim=1).mean() / (z.square().sum() / 64).sqrt()
     assert terms["stability"].item() == pytest.approx(expected.item(), rel=1e-2)
     assert terms["denoise"].item() == pytest.approx(2 * (sae.decode(moved) - x.y[answer.rows]).square().sum().item() / 64, rel=1e-4)
+
+
+def test_a_code_can_be_made_stable_neither_by_shrinking_nor_by_a_constant():
+    """Relative: no gradient along the encoder's weights, and an offset of latents that are on anyway changes nothing. Not relative: the gradient
+    points to a smaller code.
+    """
+    along = {}
+    for relative in (1.0, 0.5, 0.0):
+        sae = ready(*weights(stability=1.0), "sae.model.rows=1.0", f"sae.model.relative={relative}", host="standard")
+        with torch.no_grad():
+            sae.b_dec.zero_()
+            sae.b_enc[:4] = 5.0  # on in every row
+        stable = sae.robustness(sae.training_forward(batch(256)), step(sae))["stability"]
+        gradients = torch.autograd.grad(stable, [sae.W_enc, sae.b_enc])
+        along[relative] = sum((g * p.detach()).sum().item() for g, p in zip(gradients, (sae.W_enc, sae.b_enc), strict=True)) / stable.item()
+        if relative == 1:
+            assert gradients[1][:4].abs().max() < 1e-4 * gradients[1].abs().max()
+            with torch.no_grad():
+                sae.b_enc[:4] += 3.0
+            assert sae.robustness(sae.training_forward(batch(256)), step(sae))["stability"].item() == pytest.approx(stable.item(), rel=1e-3)
+    assert abs(along[1.0]) < 1e-3 and along[0.5] == pytest.approx(1, rel=1e-3) and along[0.0] == pytest.approx(2, rel=1e-3)  # degree 2 (1 - r)
+
+
+def test_denoising_on_few_rows_says_what_all_rows_would():
+    """Its mean over draws of rows is the error over the whole batch, and it varies far less than the plain mean over the perturbed rows."""
+    few, all_rows = (ready(*weights(denoise=1.0), f"sae.model.rows={share}", "sae.model.eps=0.02", host="standard") for share in (0.125, 1.0))
+    x = batch(256)
+    whole = all_rows.robustness(all_rows.training_forward(x), step(all_rows))["denoise"].item()
+    found, plain = [], []
+    for draw in range(40):
+        moment = replace(step(few), generator=torch.Generator().manual_seed(draw))
+        found.append(few.robustness(few.training_forward(x), moment)["denoise"].item())
+        moment.generator.manual_seed(draw)
+        answer = few.answer(few.training_forward(x), moment)
+        plain.append(ops.squared_error(few.rebuilt(answer), x.y[answer.rows]).item())
+    assert np.mean(found) == pytest.approx(whole, rel=0.01) and np.std(found) < 0.2 * np.std(plain)
+
+
+def test_the_clean_error_is_computed_once_and_forgotten():
+    sae = ready(*weights(denoise=3.0), "sae.model.rows=0.25")
+    x, moment = batch(256), step(sae, progress=0.5)
+    parts = sae.loss(x, moment).parts
+    moment = step(sae, progress=0.5)
+    fwd = sae.training_forward(x)
+    assert parts["denoise"].item() == pytest.approx(sae.robustness(fwd, moment)["denoise"].item(), rel=1e-5) and sae._clean is None
+
+
+def test_dead_latents_are_revived_from_as_many_rows_as_are_perturbed():
+    sae, plain = ready("sae.model.rows=0.25"), ready("sae.model.rows=0.25", "sae.model.eps=0")
+    dead = torch.zeros(M, dtype=torch.bool)
+    dead[:3] = True
+    x = batch(256)
+    for one, n in ((sae, 64), (plain, 256)):
+        fwd, moment = one.training_forward(x), replace(step(one), dead=dead)
+        expected = one.aux_coeff * one.explain(x.x[:n], (x.y - fwd.recon)[:n], dead.nonzero().squeeze(1))
+        assert one.revive(fwd, moment)["aux_k"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_the_clean_code_is_a_constant_only_if_asked():
@@ -211,7 +271,7 @@ def test_analytic_and_decay_terms_by_hand():
 
 def test_the_analytic_term_is_the_mean_of_sampled_gaussian_noise_without_flips():
     sae = ready(*weights(stability=1.0, analytic=1.0), *kinds(gaussian=1.0), "sae.model.rows=1.0", "sae.model.eps=0.001", "sae.model.pool=0",
-                host="standard")  # fmt: skip
+                "sae.model.relative=0", host="standard")  # fmt: skip
     x = batch(4096)
     terms = sae.robustness(sae.training_forward(x), step(sae))
     assert terms["stability"].item() == pytest.approx(terms["analytic"].item(), rel=0.05)
@@ -352,6 +412,7 @@ def test_a_host_with_a_pass_of_its_own_is_refused():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("sae.model.relative=2", "relative"), ("sae.model.weights.stability=-1", "stability"),
         ("sae.model.rows=0", "rows"), ("sae.model.eps=-1", "eps"), ("sae.model.norm=l1", "l2sq"), ("sae.model.weights.denoise=-1", "denoise"),
         ("sae.model.mixture.gaussian=0", "no kind"), ("sae.model.adapt.target=2", "adapt"), ("sae.model.aim.weak=-1", "weak"),
         ("sae.model.stop.every=2", "every"), ("sae.model.noise=gausian", "noise"), ("sae.model.noise=not_gaussian", "no kind"),
@@ -363,11 +424,11 @@ def test_numbers_that_cannot_work_are_one_line(override, words):
 
 
 def test_places_of_entries_by_hand():
-    sae = ready()
+    scratch: dict[str, torch.Tensor] = {}
     one = Pattern.from_flat(torch.tensor([1, 4, 2 * M + 3]), 3, M)
     other = Pattern.from_flat(torch.tensor([0, 1, M + 4, 2 * M + 3]), 3, M)
     for _ in range(2):  # the table is left as it was
-        assert sae.places(one, other).tolist() == [-1, 0, -1, 2]
+        assert perturb.places(one, other, scratch).tolist() == [-1, 0, -1, 2]
     assert ops.decode(torch.ones(3), one, torch.eye(M)).sum() == 3
 
 
