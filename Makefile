@@ -26,7 +26,7 @@ test: testing    ## the quick tests
 slow: testing    ## the slow tests
 	$(BIN)/python -m pytest -q -m slow
 
-bench: install   ## speed and memory beside the peers (PEERS_PYTHON=... adds them; docs/speed.md), about ten minutes
+bench: install   ## speed and memory beside the peers (PEERS_PYTHON=... adds them; docs/speed.md), about half an hour
 	$(BIN)/python benchmarks/bench.py
 
 check: testing   ## style

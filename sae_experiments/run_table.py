@@ -117,7 +117,7 @@ class Run:
         return parts or [self]
 
     def _with_sae(self, name: str, arm: Any) -> dict[str, Any]:
-        return self.manifest | {"config": self.config | {"sae": arm, "variant": re.sub(r"-target_l0_?[\d.]+", "", name)}}
+        return self.manifest | {"config": self.config | {"sae": arm, "variant": re.sub(r"-target_l0_[\d.]+", "", name)}}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,11 @@ def make(name: str, *overrides: str, seed: int = 0, d_sae: int = M, **kwargs: An
     """A small untrained SAE whose biases and scales are not at their (zero) start, so that nothing is trivially true."""
     torch.manual_seed(seed)
     sae = arm(name, *overrides).model(d_in=D, d_sae=d_sae, d_out=D, **kwargs)
+    return unsettled(sae, seed)
+
+
+def unsettled(sae: SAE, seed: int = 0) -> SAE:
+    """The SAE with biases and scales moved away from their start."""
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in sae.parameters():

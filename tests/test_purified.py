@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import CONF
 from drawing import drawn
-from saes import D, M, arm, batch, config, make, rows, step
+from saes import D, M, arm, batch, config, make, rows, step, unsettled
 
 from sae_experiments import interop
 from sae_experiments.config import build, compose_checked
@@ -50,13 +50,7 @@ def plainly(*overrides: str, host: str = "batch_topk", seed: int = 0):
             node = node[name]
         node[last] = value == "true" if value in ("true", "false") else value if value[0].isalpha() else float(value) if "." in value else int(value)
     torch.manual_seed(seed)
-    sae = purified.purify(d_in=D, d_sae=M, d_out=D, **settings)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for p in sae.parameters():
-            if p.ndim == 1:
-                p.add_(0.05 * torch.rand(p.shape, generator=generator))
-    return sae
+    return unsettled(purified.purify(d_in=D, d_sae=M, d_out=D, **settings), seed)
 
 
 def fitted(sae, n_train: int):

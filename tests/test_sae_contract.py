@@ -86,7 +86,7 @@ def test_every_learning_parameter_gets_a_gradient(name):
         assert p.grad is not None and bool(torch.isfinite(p.grad).all()) and bool((p.grad != 0).any())
 
 
-def gradients(name, monkeypatch, prepare=lambda sae: None):
+def gradients(name, prepare=lambda sae: None):
     """The loss of one batch and its gradients; ``prepare`` sees the SAE first."""
     sae = make(name).train()
     sae.begin("train", rows(1024, 3), rows(1024, 3))
@@ -115,16 +115,16 @@ def test_sparse_and_dense_paths_agree_in_loss_and_gradients(name, monkeypatch):
     if name in ("matryoshka", "lista"):
         pytest.skip("decode groups from the pattern itself; test_sae_math compares them with separate dense decodes")
     monkeypatch.setattr(ops, "SPARSE_BELOW", 1.1)
-    sparse = gradients(name, monkeypatch)
+    sparse = gradients(name)
     monkeypatch.setattr(ops, "SPARSE_BELOW", 0.0)
-    agree(sparse, gradients(name, monkeypatch, as_masks))
+    agree(sparse, gradients(name, as_masks))
 
 
 @every_sae
 @pytest.mark.parametrize("rows_a_block", [7, 40])
 def test_a_batch_in_blocks_of_rows_gives_the_loss_and_gradients_of_the_whole(name, rows_a_block, monkeypatch):
     monkeypatch.setattr(ops, "SPARSE_BELOW", 1.1)
-    whole = gradients(name, monkeypatch)
+    whole = gradients(name)
     seen = []
 
     def watch(sae):
@@ -132,7 +132,7 @@ def test_a_batch_in_blocks_of_rows_gives_the_loss_and_gradients_of_the_whole(nam
         sae.support = lambda pre: (seen.append(len(pre)), plain(pre))[1]
         monkeypatch.setattr(base, "BLOCK", rows_a_block * sae.d_sae)
 
-    agree(whole, gradients(name, monkeypatch, watch))
+    agree(whole, gradients(name, watch))
     if name in ("topk", "standard", "jumprelu"):
         assert seen[0] == rows_a_block, "it was made in blocks"
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from sae_experiments.plots.base import GREY, NothingToDrawError, caption, clip, finish, limit, panels, styled
-from sae_experiments.plots.purification_runs import Fit, fits_of, handles_of, host_of, looks_of
+from sae_experiments.plots.purification_runs import Fit, fits_of, handles_of, hosts_of, looks_of
 from sae_experiments.run_table import RunTable
 
 
@@ -42,8 +42,7 @@ def draw(
     """
     notes: list[str] = []
     fits = limit(fits_of(table, "rob_kind_change"), max_fits, "fits", notes)
-    corpora = list(dict.fromkeys(c for fit in fits for c in fit.corpora))
-    hosts = {c: found for c in corpora if (found := host_of(fits, table, host, c)) is not None}
+    hosts = hosts_of(fits, table, host)
     if not hosts:
         raise NothingToDrawError("a front needs a host and a fit to compare with it on one corpus, both with the metric robustness")
     corpora = limit(list(hosts), max_corpora, "corpora", notes)

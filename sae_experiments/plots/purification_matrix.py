@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from sae_experiments.plots.base import NothingToDrawError, caption, clip, finish, limit, panels, styled
-from sae_experiments.plots.purification_runs import Fit, fits_of, host_of
+from sae_experiments.plots.purification_runs import Fit, fits_of, hosts_of
 from sae_experiments.run_table import RunTable
 
 
@@ -20,8 +20,7 @@ def draw(table: RunTable, *, title: str, host: str, max_fits: int, max_corpora: 
     """
     notes: list[str] = []
     fits = limit(fits_of(table, "rob_kind_change"), max_fits, "fits", notes)
-    corpora = list(dict.fromkeys(c for fit in fits for c in fit.corpora))
-    hosts = {c: found for c in corpora if (found := host_of(fits, table, host, c)) is not None}
+    hosts = hosts_of(fits, table, host)
     if not hosts:
         raise NothingToDrawError("a noise matrix needs a host and a fit to compare with it on one corpus, both with the metric robustness")
     corpora = limit(list(hosts), max_corpora, "corpora", notes)

@@ -78,3 +78,9 @@ def handles_of(fits: Sequence[Fit], look: Looks, name: Callable[[str], str], *, 
         for fit in fits
         for colour, marker, dash in [look[fit.label]]
     ]
+
+
+def hosts_of(fits: Sequence[Fit], table: RunTable, host: str) -> dict[str, Fit]:
+    """The host of each corpus that has one, in the order of the fits."""
+    corpora = dict.fromkeys(c for fit in fits for c in fit.corpora)
+    return {c: found for c in corpora if (found := host_of(fits, table, host, c)) is not None}

@@ -67,9 +67,9 @@ class Codes:
 class Forward(NamedTuple):
     """One training forward pass.
 
-    ``pre`` is the (B, F) product without a graph: valid until the next pass, which overwrites it; None where it was never whole. ``at`` holds the pre-activations where
-    the support is, laid out as the code's values, and carries the graph to the encoder. ``levels`` (B, G, O) are the reconstructions of
-    nested parts of the code, the last of them whole, where a variant has such.
+    ``pre`` is the (B, F) product without a graph: valid until the next pass, which overwrites it; None where it was never whole. ``at``
+    holds the pre-activations where the support is, laid out as the code's values, and carries the graph to the encoder. ``levels``
+    (B, G, O) are the reconstructions of nested parts of the code, the last of them whole, where a variant has such.
     """
 
     batch: Batch
@@ -256,7 +256,7 @@ class SAE(nn.Module):
             at = ops.entries(x, self.W_enc, bias, values, support)
         else:
             pre = self.product(x, bias)
-            support = _sparse(self.support(pre))
+            support = sparse(self.support(pre))
             support = support if isinstance(support, Pattern) else support.to(pre.dtype)  # one conversion for all uses
             at = ops.entries(x, self.W_enc, bias, pre, support)
         pattern = support if isinstance(support, Pattern) else None
@@ -280,7 +280,7 @@ class SAE(nn.Module):
         patterns, values = [], []
         for part in x.split(rows):
             pre = self.product(part, bias)
-            support = _sparse(self.support(pre))
+            support = sparse(self.support(pre))
             if not isinstance(support, Pattern):
                 return None
             patterns.append(support)
@@ -357,7 +357,7 @@ class SAE(nn.Module):
         self.threshold.fill_(torch.nextafter(kept.min(), kept.new_tensor(-torch.inf)).clamp_min(0) if full else 0.0)
 
 
-def _sparse(support: Pattern | Tensor) -> Pattern | Tensor:
+def sparse(support: Pattern | Tensor) -> Pattern | Tensor:
     """A mask as a pattern, if it is sparse enough for that to pay."""
     if isinstance(support, Pattern) or int(torch.count_nonzero(support)) >= ops.SPARSE_BELOW * support.numel():
         return support

@@ -68,7 +68,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
 
 def _csr_matmul(crow: Tensor, col: Tensor, values: Tensor, n_cols: int, dense: Tensor) -> Tensor:
     """Sparse (rows, n_cols) times dense (n_cols, d)."""
-    if values.is_cuda and _has_sparse_blas(values):  # on a CPU bags of rows take a third of the sparse product's time
+    if values.is_cuda and _has_sparse_blas(values):  # on a CPU bags of rows take a third of its time
         return torch.sparse_csr_tensor(crow, col, values, (crow.shape[0] - 1, n_cols), check_invariants=False) @ dense
     return F.embedding_bag(col, dense, crow[:-1], per_sample_weights=values, mode="sum")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_experiments.io import UserError
 from sae_experiments.saes import ops, perturb
-from sae_experiments.saes.base import SAE, Codes, Forward, Step
+from sae_experiments.saes.base import SAE, Codes, Forward, Step, sparse
 from sae_experiments.saes.perturb import Answer, Change, Cloud
 from sae_experiments.saes.selection import Pattern
 from sae_experiments.saes.sparsity import ramp
@@ -306,9 +306,7 @@ class Purified(SAE):
         with torch.no_grad():
             if pooled < n:
                 ops.product(seen[pooled:].detach(), self.W_enc.detach(), bias.detach(), out=pre[pooled:])
-            support = self.support(pre)
-        if not isinstance(support, Pattern) and int(torch.count_nonzero(support)) < ops.SPARSE_BELOW * support.numel():
-            support = Pattern.from_mask(support)
+            support = sparse(self.support(pre))
         pattern = support if isinstance(support, Pattern) else None
         values = self.shape(ops.entries(seen, self.W_enc, bias, pre, support), pattern.col if pattern else None)
         return Answer(rows, moved, before, Codes(values, pattern) if pattern else Codes(values * support), latents, sign)
