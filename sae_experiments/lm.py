@@ -161,7 +161,7 @@ class _Dropout(nn.Dropout):
 
 
 def dropped(x: Tensor, p: float) -> Tensor:
-    """Dropout with 16 random bits an entry, four entries a draw: a tenth of the time of PyTorch's on a CPU. p is met to 1 in 65,536.
+    """Dropout with 16 random bits an entry, four entries a draw: 3.6 times as fast as PyTorch's on a CPU. p is met to 1 in 65,536.
 
     Uses the default generator, like PyTorch's.
     """
