@@ -330,7 +330,7 @@ def test_no_sample_asked_for_is_a_null_rate(corpus, tmp_path):
     assert found.metrics["avg_inference_tokens_per_second"] is None
 
 
-@pytest.mark.parametrize("length", [1, 7, 64, 100, 130])
+@pytest.mark.parametrize("length", [1, 7, 128, 200, 260])
 def test_attention_with_dropout_is_causal_attention(length):
     q, k, v = (torch.randn(2, 3, length, 8, generator=torch.Generator().manual_seed(i), dtype=torch.double, requires_grad=True) for i in range(3))
     ours, _ = lm.causal_attention(torch.nn.Module(), q, k, v, None, dropout=1e-9, scaling=0.3)
@@ -338,6 +338,24 @@ def test_attention_with_dropout_is_causal_attention(length):
     torch.testing.assert_close(ours, plain)
     for a, b in zip(torch.autograd.grad(ours.square().sum(), (q, k, v)), torch.autograd.grad(plain.square().sum(), (q, k, v)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("length", [7, 200])
+def test_attention_in_bf16_rounds_no_more_than_twice_as_much_as_the_kernel_it_replaces(length):
+    made = [torch.randn(2, 3, length, 32, generator=torch.Generator().manual_seed(i), dtype=torch.double, requires_grad=True) for i in range(3)]
+    exact = torch.nn.functional.scaled_dot_product_attention(*made, is_causal=True).transpose(1, 2)
+    grads = torch.autograd.grad(exact.square().sum(), made)
+    halves = [t.detach().bfloat16().requires_grad_() for t in made]
+    off = []
+    for attend in (
+        lambda q, k, v: lm.causal_attention(torch.nn.Module(), q, k, v, None)[0],
+        lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2),
+    ):
+        found = attend(*halves)
+        assert found.dtype == torch.bfloat16
+        back = torch.autograd.grad(found.float().square().sum(), halves)
+        off.append([((a.detach().double() - b).norm() / b.norm()).item() for a, b in zip([found, *back], [exact, *grads], strict=True)])
+    assert all(ours < 2 * theirs and ours < 0.02 for ours, theirs in zip(*off, strict=True)), off
 
 
 def test_cheap_dropout_drops_a_share_p_and_keeps_the_mean():
