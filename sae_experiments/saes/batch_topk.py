@@ -26,12 +26,13 @@ class BatchTopK(SAE):
         if not 0 < k <= self.d_sae:
             raise UserError(f"sae.model.k={k} must be positive and at most d_sae={self.d_sae}")
         self.k = k
-        self._guess: float | None = None  # speeds the selection up, never changes it
+        self._guess: dict[int, float] = {}  # by number of rows; speeds the selection up, never changes it
 
     def support(self, pre: Tensor) -> Pattern | Tensor:
         if not self.training:
             return super().support(pre)
-        pattern, self._guess = selection.batch_top_k(pre, round(self.budget() * pre.shape[0]), self._guess)
+        rows = len(pre)
+        pattern, self._guess[rows] = selection.batch_top_k(pre, round(self.budget() * rows), self._guess.get(rows))
         return pattern
 
     def budget(self) -> float:

@@ -64,7 +64,7 @@ class Matryoshka(BatchTopK):
         crow = torch.zeros(pattern.n_rows * n + 1, dtype=torch.int32, device=col.device)
         crow[1:] = torch.bincount(row, minlength=pattern.n_rows * n).cumsum(0)
         parts = ops.decode(values, Pattern(crow, col, pattern.n_cols), self.W_dec).view(pattern.n_rows, n, -1)
-        sums = parts.cumsum(1)
+        sums = ops.prefix_sums(parts)
         if self.detach_inner:
             inner = (sums - parts).detach()[:, :-1] + parts[:, :-1]
             sums = torch.cat([inner, sums[:, -1:]], 1)
@@ -72,7 +72,7 @@ class Matryoshka(BatchTopK):
 
     def reconstruction(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         n = len(self.ends)
-        errors = (fwd.levels - fwd.batch.y[:, None]).square().sum((0, 2)) / (len(fwd.batch.y) * n)
+        errors = ops.level_errors(fwd.levels, fwd.batch.y) / n
         return {f"mse_{g}" if g < n - 1 else "mse": e for g, e in enumerate(errors)}
 
     def revive(self, fwd: Forward, step: Step) -> dict[str, Tensor]:

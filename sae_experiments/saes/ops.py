@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_experiments.saes.selection import Pattern, top_k
+from sae_experiments.saes.selection import Pattern, top_k, top_mask
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -209,19 +209,59 @@ def squared_error(recon: Tensor, target: Tensor) -> Tensor:
     return (recon - target).square().sum() / target.shape[0]
 
 
+class _PrefixSums(torch.autograd.Function):
+    """``out_g = sum_{h <= g} parts_h``; backwards without the three temporaries of its size that cumsum's takes."""
+
+    @staticmethod
+    def forward(ctx, parts: Tensor) -> Tensor:
+        return parts.cumsum(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.clone()
+        for g in range(grad.shape[1] - 2, -1, -1):
+            grad[:, g] += grad[:, g + 1]
+        return grad
+
+
+def prefix_sums(parts: Tensor) -> Tensor:
+    """Running sums of (B, G, O) over G."""
+    return _PrefixSums.apply(parts)
+
+
+class _LevelErrors(torch.autograd.Function):
+    """Squared distances of levels (B, G, O) to one target (B, O), (G,): keeps no difference for the way back."""
+
+    @staticmethod
+    def forward(ctx, levels: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(levels, target)
+        return torch.stack([(level - target).square().sum() for level in levels.unbind(1)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        levels, target = ctx.saved_tensors
+        return (levels - target[:, None]).mul_(2 * grad[:, None]), None
+
+
+def level_errors(levels: Tensor, target: Tensor) -> Tensor:
+    """:func:`squared_error` of each of the reconstructions (B, G, O) of one target (B, O), (G,); differentiable in the reconstructions."""
+    return _LevelErrors.apply(levels, target) / target.shape[0]
+
+
 def aux_k(x: Tensor, residual: Tensor, w_enc: Tensor, bias: Tensor, w_dec: Tensor, k: int) -> Tensor:
     """AuxK (Gao et al. 2024): how well the dead latents' ``k`` largest pre-activations explain what the live ones left over.
 
     ``||e - ehat||^2 / ||e - mean e||^2`` with e the detached ``residual``, no bias on either side, and leaky pre-activations (slope 0.1
     below zero), so that latents which are negative everywhere still get a gradient. The weights are the dead rows only.
     """
-    e = residual.detach()
-    pre = F.linear(x, w_enc, bias)
-    if k < pre.shape[1]:
-        pattern = top_k(pre.detach(), k)
-        ehat = decode(F.leaky_relu(pattern.at(pre), 0.1), pattern, w_dec)
+    e, x = residual.detach(), x.detach()
+    pre = product(x, w_enc.detach(), bias.detach(), out=x.new_empty(len(x), len(w_enc)))
+    if k < SPARSE_BELOW * pre.shape[1]:
+        pattern = top_k(pre, k)
+        ehat = decode(F.leaky_relu(entries(x, w_enc, bias, pre, pattern), 0.1), pattern, w_dec)
     else:
-        ehat = F.leaky_relu(pre, 0.1) @ w_dec
+        mask = top_mask(pre, k) if k < pre.shape[1] else torch.ones_like(pre)
+        ehat = decode(F.leaky_relu(entries(x, w_enc, bias, pre, mask), 0.1), None, w_dec)
     return (e - ehat).square().sum() / (e - e.mean(0)).square().sum().clamp_min(1e-12)
 
 

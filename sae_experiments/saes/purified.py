@@ -209,7 +209,7 @@ class Purified(SAE):
         """The terms at full strength."""
         w, n_rows, terms = self.purification.weights, len(fwd.batch.x), {}
         y = fwd.batch.y
-        variance = (y.square().sum() - y.sum(0).square().sum() / n_rows) / n_rows
+        variance = (torch.linalg.vector_norm(y).square() - y.sum(0).square().sum() / n_rows) / n_rows
         reach = self.eps.item() * self.cloud.radius
         if w["decay"]:
             terms["decay"] = w["decay"] * variance * self.W_enc.square().sum() / self.d_sae

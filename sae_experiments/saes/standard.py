@@ -51,9 +51,10 @@ class Standard(SAE):
             return
         rows = x[:8192]
         kept = max(round(min(self.start_l0 * self.controller.target / self.d_sae, 1.0) * len(rows)), 1)
-        pre = self.product(self.encoder_input(rows), self.bias())
-        level = torch.cat([part.t().topk(kept, dim=1).values[:, -1] for part in pre.split(256, dim=1)])
-        self.b_enc.data.sub_(level.to(self.b_enc.dtype))
+        rows, levels = self.encoder_input(rows), []
+        for weight, bias in zip(self.W_enc.split(256), self.bias().split(256), strict=True):  # all latents at once would be the peak of training
+            levels.append(torch.addmm(bias, rows, weight.t()).t().topk(kept, dim=1).values[:, -1])
+        self.b_enc.data.sub_(torch.cat(levels))
 
     def support(self, pre: Tensor) -> Tensor:
         return pre > 0 if self.training else super().support(pre)
