@@ -174,7 +174,7 @@ def lm(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
             names["plain loop, fp32, tuned"] = names["plain loop, fp32"]._replace(host="ours+tuned")
         groups.append({"what": "training step", "preset": preset, "results": arena.compare(names, print)})
         for rows in (1, 10):
-            length = 100 if large else 200
+            length = 250  # the context is nearly full at the end, and what a cache saves grows with it
             work = {"preset": preset, "rows": rows, "length": length}
             names = {
                 "ours": Contestant("ours", "language_contestants:generate_ours", work, n=1, warm=1),

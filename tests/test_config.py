@@ -298,6 +298,19 @@ def test_a_grid_may_span_several_keys():
     assert [(a.target_l0, a.expansion) for a in study.arms.values()] == [(4, 2), (4, 4), (8, 2), (8, 4)]
 
 
+def test_null_and_truth_values_may_stand_in_a_grid():
+    study = study_of("sae=gated", "sae.model.start_l0=[null,3]")
+    assert {name: arm.model.keywords["start_l0"] for name, arm in study.arms.items()} == {"gated-start_l0_null": None, "gated-start_l0_3": 3}
+    study = study_of("sae=matryoshka", "sae.model.detach_inner=[true,false]")
+    assert [arm.model.keywords["detach_inner"] for arm in study.arms.values()] == [True, False]
+
+
+@pytest.mark.parametrize("value", ["resid.mid", "a b", "it's", 'say "x"', "a,b", "x=y", "[1]", "c:\\d", "c:\\"])
+def test_a_value_is_typed_so_that_it_is_read_again(value):
+    (read,) = config._parsed([f"sae.read={config._typed(value)}"])
+    assert read.value() == value
+
+
 def test_a_list_for_a_key_that_holds_a_list_is_one_value_and_no_grid():
     study = study_of("sae=topk", "sae.train.betas=[0.5,0.95]")
     assert len(study.arms) == 1
