@@ -27,8 +27,21 @@ from workers import ContestantError, Host, Worker  # noqa: E402
 
 SIZES = ((128, 1024), (128, 4096), (384, 12288))
 K, BATCH = 32, 4096
-#: After the @, a setting for our side: a gated SAE starts dense, and what it costs once it is sparse is another question.
-VARIANTS = ("topk", "batch_topk", "matryoshka", "standard", "jumprelu", "gated", "gated@sae.model.start_l0=3", "abs_topk", "p_anneal", "lista")
+#: After the @, a setting for our side. A gated SAE starts dense, and what it costs once it is sparse is another question.
+VARIANTS = (
+    "topk",
+    "topk@sae.product=bf16",
+    "batch_topk",
+    "batch_topk@sae.product=bf16",
+    "matryoshka",
+    "standard",
+    "jumprelu",
+    "gated",
+    "gated@sae.model.start_l0=3",
+    "abs_topk",
+    "p_anneal",
+    "lista",
+)
 LIBRARIES = ("sae-lens", "dictionary-learning", "eai-sparsify")
 OFFERED = {  # which peers have a variant, and under which name (the same table is in peers.py, which this Python need not be able to import)
     **{v: [(p, v) for p in LIBRARIES[:2]] for v in ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka")},

@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
-from saes import L0, NAMES, D, M, batch, config, make, rows, step, trained
+from saes import L0, NAMES, D, M, arm, batch, config, make, rows, step, trained
+from torch import nn
 
 from sae_experiments.fit import Sample, fit_saes
+from sae_experiments.io import UserError
 from sae_experiments.saes import base, ops
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.selection import Pattern
@@ -135,6 +137,29 @@ def test_a_batch_in_blocks_of_rows_gives_the_loss_and_gradients_of_the_whole(nam
     agree(whole, gradients(name, watch))
     if name in ("topk", "standard", "jumprelu"):
         assert seen[0] == rows_a_block, "it was made in blocks"
+
+
+@every_sae
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_coarse_product_decides_what_is_active_and_leaves_values_exact(name, in_blocks, monkeypatch):
+    if not make(name).coarse:
+        with pytest.raises(UserError, match="sae.product=bf16"):
+            arm(name, "sae.product=bf16").build(D, D)
+        return
+    monkeypatch.setattr(ops, "SPARSE_BELOW", 1.1)
+    assert arm(name, "sae.product=bf16").build(D, D).product_dtype == torch.bfloat16
+    sae, plain = make(name).train(), make(name).train()
+    sae.product_dtype = torch.bfloat16
+    if in_blocks:
+        monkeypatch.setattr(base, "BLOCK", 7 * sae.d_sae)
+    coarse, exact = sae.training_forward(batch()), plain.training_forward(batch())
+    pattern = coarse.codes.pattern
+    rounded = nn.functional.linear(sae.encoder_input(batch().x).bfloat16(), sae.W_enc.bfloat16()).float()
+    assert not torch.allclose(coarse.at, pattern.at(rounded.detach() + sae.bias()), atol=1e-5), "bf16 was asked for and would show"
+    torch.testing.assert_close(coarse.at, pattern.at(sae.pre_acts(batch().x).contiguous()), rtol=1e-5, atol=1e-5)
+    both = (pattern.dense(torch.ones_like(coarse.at)) > 0) & (exact.codes.pattern.dense(torch.ones_like(exact.at)) > 0)
+    assert int(both.sum()) > 0.97 * len(exact.at)
+    assert torch.equal(sae.eval().encode(batch().x), plain.eval().encode(batch().x)), "what is trained is used in float32"
 
 
 @every_sae

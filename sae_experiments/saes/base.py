@@ -117,6 +117,10 @@ class SAE(nn.Module):
     needs_model = False
     #: Whether each row's support depends on that row alone, so that a large batch may be encoded a block of rows at a time.
     rowwise = True
+    #: Whether ``product_dtype`` may be bfloat16.
+    coarse = True
+    #: What the encoder's product is made from in training. In bfloat16 it decides which latents are active; their values stay float32.
+    product_dtype = torch.float32
 
     def __init__(
         self,
@@ -249,17 +253,18 @@ class SAE(nn.Module):
     def training_forward(self, batch: Batch) -> Forward:
         """One pass that keeps a graph only where a gradient can flow."""
         bias = self.bias()
-        x = self.encoder_input(batch.x)
-        found = self._by_blocks(x, bias)
+        x, weight = self.encoder_input(batch.x), self.W_enc.detach().to(self.product_dtype)
+        found, pre = self._by_blocks(x, weight, bias), None
         if found:
-            pre, (support, values) = None, found
-            at = ops.entries(x, self.W_enc, bias, values, support)
+            support, values = found
         else:
-            pre = self.product(x, bias)
+            values = pre = self.product(x, bias, weight)
             support = sparse(self.support(pre))
             support = support if isinstance(support, Pattern) else support.to(pre.dtype)  # one conversion for all uses
-            at = ops.entries(x, self.W_enc, bias, pre, support)
         pattern = support if isinstance(support, Pattern) else None
+        if pattern is not None and weight.dtype != x.dtype:
+            values = ops.entry_products(pattern, x.detach(), self.W_enc.detach()) + bias.detach().index_select(0, pattern.col)
+        at = ops.entries(x, self.W_enc, bias, values, support)
         values = self.shape(at, pattern.col if pattern else None)
         if pattern is None and values is not at:
             values = ops.masked(values, support)
@@ -270,7 +275,7 @@ class SAE(nn.Module):
         return Forward(batch, pre, codes, recon if direct is None else recon + direct, at, levels)
 
     @torch.no_grad()
-    def _by_blocks(self, x: Tensor, bias: Tensor) -> tuple[Pattern, Tensor] | None:
+    def _by_blocks(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Pattern, Tensor] | None:
         """The active entries of a large batch and the pre-activations there, from a block of rows at a time: the (B, F) product, by far the
         largest tensor of a step, is never whole. None where it has to be (a support that depends on the batch, a dense code) or is small.
         """
@@ -279,7 +284,7 @@ class SAE(nn.Module):
             return None
         patterns, values = [], []
         for part in x.split(rows):
-            pre = self.product(part, bias)
+            pre = self.product(part, bias, weight)
             support = sparse(self.support(pre))
             if not isinstance(support, Pattern):
                 return None
@@ -288,13 +293,15 @@ class SAE(nn.Module):
         return Pattern.stacked(patterns), torch.cat(values)
 
     @torch.no_grad()
-    def product(self, x: Tensor, bias: Tensor) -> Tensor:
-        """``x W_enc^T + bias`` into a buffer that is reused: freshly mapped pages would cost as much as the product."""
+    def product(self, x: Tensor, bias: Tensor, weight: Tensor | None = None) -> Tensor:
+        """``x W_enc^T + bias`` into a buffer that is reused: freshly mapped pages would cost as much as the product. ``weight``: W_enc as it is to
+        be taken, in another precision for example.
+        """
         size = (x.shape[0], self.d_sae)
         buffer = self._scratch.get("pre")
         if buffer is None or len(buffer) < len(x) or buffer.shape[1:] != size[1:] or buffer.device != x.device or buffer.dtype != x.dtype:
             buffer = self._scratch["pre"] = torch.empty(size, device=x.device, dtype=x.dtype)
-        return ops.product(x, self.W_enc, bias, out=buffer[: len(x)])
+        return ops.product(x, self.W_enc if weight is None else weight, bias, out=buffer[: len(x)])
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """Reconstruction, penalties and AuxK. Changes no parameter and no buffer."""

@@ -75,6 +75,8 @@ class Hierarchical(SAE):
         aim, start_coeff, start_l0, warmup: of each level's L1 (:class:`.Standard`); warmup is a share of the phase that trains a level first.
     """
 
+    coarse = False  # both levels make their products themselves
+
     def __init__(
         self, *, d_in: int, d_sae: int, d_out: int | None = None, target_l0: float | None, sparsity: Sequence[float], top_frac: float, levels: str,
         fractions: Sequence[float], rank: int, gate_bias: float, drop_bottom: float, drop_top: float, rows: int | None, bottom_lr: float,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_experiments.saes.selection import Pattern, top_k, top_mask
+from sae_experiments.saes.selection import TILE, Pattern, top_k, top_mask
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -59,7 +59,12 @@ def _onednn_keeps_float32() -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
-    """``x weight^T + bias`` into ``out``, without a graph."""
+    """``x weight^T + bias`` into ``out``, without a graph. With a ``weight`` in bfloat16, x is rounded to it as well, and so is the product."""
+    if weight.dtype != x.dtype:
+        rows = max(TILE // len(weight), 1) if x.device.type == "cpu" else len(x)
+        for part, room in zip(x.split(rows), out.split(rows), strict=True):
+            room.copy_(torch.mm(part.to(weight.dtype), weight.t())).add_(bias)
+        return out
     if x.device.type != "cpu":
         return torch.addmm(bias, x, weight.t(), out=out)
     with fast_products():

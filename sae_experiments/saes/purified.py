@@ -139,6 +139,7 @@ class Purified(SAE):
     mass: Tensor
 
     rowwise = False  # perturbed pre-activations start from the clean ones
+    coarse = False  # and are compared with them
 
     def __init__(self, *, purification: Purification, **kwargs: Any) -> None:
         super().__init__(**kwargs)

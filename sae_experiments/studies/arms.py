@@ -17,6 +17,8 @@ from sae_experiments.training import TrainConfig, seed_of
 
 #: Numbers of the fit that an SAE may have for itself; the others are shared by all SAEs of one pass.
 OWN = ("lr", "min_lr", "betas", "eps", "weight_decay", "clip", "warmup_steps", "decay", "decay_from", "optimizer")
+#: Precisions that an encoder's product may have in training.
+PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +27,7 @@ class Arm:
 
     ``read`` and ``write`` name sites (null: the study's; ``read`` may be a list for a crosscoder). ``active_frac`` asks for an L0 as a share
     of the latents, whatever the width; it takes the place of ``target_l0``. ``host`` is the arm around which an SAE such as ``purified`` is built:
-    its ``model`` is part of this one's.
+    its ``model`` is part of this one's. ``product``: fp32 or bf16, see :attr:`.base.SAE.product_dtype`.
     """
 
     model: Callable[..., SAE]
@@ -36,6 +38,7 @@ class Arm:
     write: str | None
     train: Mapping[str, Any]
     active_frac: float | None = None
+    product: str = "fp32"
     host: Arm | None = None
 
     def build(self, d_in: int, d_out: int) -> SAE:
@@ -43,7 +46,13 @@ class Arm:
         if self.d_sae is not None and (not isinstance(self.d_sae, int) or self.d_sae < 1):
             raise UserError(f"sae.d_sae={self.d_sae} must be a whole number of at least 1")
         d_sae = self.d_sae if self.d_sae is not None else round(self.expansion * d_in)
-        return self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **self._asked(d_sae))
+        sae = self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **self._asked(d_sae))
+        if self.product not in PRODUCTS:
+            raise UserError(f"sae.product={self.product!r} is not one of {', '.join(PRODUCTS)}")
+        sae.product_dtype = PRODUCTS[self.product]
+        if not sae.coarse and sae.product_dtype != torch.float32:
+            raise UserError(f"sae.product={self.product} is not for this SAE, which makes its products in its own way: use fp32")
+        return sae
 
     def _asked(self, d_sae: int) -> dict[str, float]:
         """The L0 that ``active_frac`` means, under the name that the model has for it."""
@@ -87,7 +96,7 @@ class Arm:
             "read": self.read,
             "write": self.write,
             "train": dict(self.train),
-        } | ({} if self.active_frac is None else {"active_frac": self.active_frac})
+        } | {k: v for k, v, default in (("active_frac", self.active_frac, None), ("product", self.product, "fp32")) if v != default}
 
 
 def _plain(value: Any) -> Any:
