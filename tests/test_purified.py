@@ -446,10 +446,10 @@ def test_from_the_command_line_to_the_figures_token_noise_included(experiment, t
     run = experiment("sae=purified", "sae.model.noise=[gaussian,token]", "sae.model.token_share=0.2", "metric=[downstream,robustness]", "metric.robustness.least=3",
                      "--out_dir=both", "seeds=[0]")  # fmt: skip
     assert run.returncode == 0, run.stderr
-    cell = experiment.json("both", "cells", "text8.purified-noisetoken_0.json")
+    cell = experiment.json("both", "cells", "text8.purified-noise_token_0.json")
     assert cell["metrics"]["rob_change_token"] > 0 and cell["metrics"]["rob_fss"] < 100
     names = {
-        json.loads(line)["name"] for line in (experiment.runs / "both" / "curves" / "text8.purified-noisetoken_0.jsonl").read_text().splitlines()
+        json.loads(line)["name"] for line in (experiment.runs / "both" / "curves" / "text8.purified-noise_token_0.jsonl").read_text().splitlines()
     }
     assert {"sae/stability", "sae/denoise"} <= names
     done, empty = drawn(experiment.runs / "both", "purification", tmp_path)
