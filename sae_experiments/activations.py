@@ -150,7 +150,7 @@ class Store:
 
     def rows(self, site: Site | Sites, index: np.ndarray | slice) -> Tensor:
         """Rows (n, D) as float32; of several sites, side by side."""
-        parts = [torch.from_numpy(_taken(self.sites[s], index)).float() for s in as_sites(site)]  # torch converts in a fifth of NumPy's time
+        parts = [torch.from_numpy(_taken(self.sites[s], index)).float() for s in as_sites(site)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def index_at(self, step: int, *, rows: int, seed: int, first: int = 0, last: int | None = None) -> np.ndarray:
@@ -168,7 +168,7 @@ class Store:
 
 
 def _taken(rows: np.ndarray, index: np.ndarray | slice) -> np.ndarray:
-    """A copy of some rows: the map is read-only, and a tensor must not be."""
+    """A copy of some rows: the map is read-only, and a tensor must not be. ``take`` is quicker than an index, as torch is at converting the copy."""
     return np.array(rows[index]) if isinstance(index, slice) else np.take(rows, index, axis=0)
 
 

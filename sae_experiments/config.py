@@ -111,9 +111,9 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
         arms: dict[str, Any] = {}
         built = [(name, host) for name in names for host in hosts[str(name)] or [None]]
         for (name, host), *values in itertools.product(built, *([(k, v) for v in vs] for k, vs in grid.items())):
-            cfg = _compose([*plain, f"sae={name}", *([host] if host else []), *(f"{k}={_typed(v)}" for k, v in values)])
+            cfg = _compose([*plain, f"sae={name}", *([host] if host else []), *(f"{k}={v}" for k, v in values)])
             around = [host.rsplit("=", 1)[1]] if host and len(hosts[str(name)]) > 1 else []
-            label = "-".join([str(name), *around, *(f"{k.rsplit('.', 1)[1]}_{'null' if v is None else v}" for k, v in values)])
+            label = "-".join([str(name), *around, *(f"{k.rsplit('.', 1)[1]}_{v}" for k, v in values)])
             arms[re.sub(r"[^A-Za-z0-9_.-]", "_", label)] = OmegaConf.to_container(cfg.sae, resolve=True)
     OmegaConf.set_struct(cfg, False)
     cfg.arms = arms
@@ -151,15 +151,6 @@ def _hydra_at(conf: Path) -> Iterator[None]:
             yield
     finally:
         GlobalHydra.instance().hydra = outer
-
-
-def _typed(value: Any) -> str:
-    """A value as it is typed in an override."""
-    if value is None:
-        return "null"
-    if isinstance(value, str) and not re.fullmatch(r"[\w./-]+", value):
-        return "'" + re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'") + "'"
-    return str(value)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -262,15 +253,16 @@ def _set_checked(cfg: DictConfig, group: str, parsed: Sequence[Override]) -> Non
         OmegaConf.update(cfg, key, o.value())
 
 
-def _split_grid(parsed: Sequence[Override], base: DictConfig) -> tuple[dict[str, list[Any]], list[str]]:
-    """The ``sae.*`` keys given a list where one value belongs, and all other overrides."""
+def _split_grid(parsed: Sequence[Override], base: DictConfig) -> tuple[dict[str, list[str]], list[str]]:
+    """The ``sae.*`` keys given a list where one value belongs, with their values as they are typed, and all other overrides."""
     grid, plain = {}, []
     for o in parsed:
         one_value = not isinstance(OmegaConf.select(base, o.key_or_group), ListConfig) and o.key_or_group not in _LISTS
         if o.key_or_group.startswith("sae.") and one_value and isinstance(o.value(), list):
             if not o.value():
                 raise UserError(f"{o.key_or_group}=[] names no value: give one, or several like [1,2]")
-            grid[o.key_or_group] = o.value()
+            (each,) = _parsed([f"{o.key_or_group}={o.get_value_element_as_str()[1:-1]}"])  # the list without its brackets
+            grid[o.key_or_group] = list(each.sweep_string_iterator()) if each.is_sweep_override() else [each.get_value_element_as_str()]
         else:
             plain.append(o.input_line)
     return grid, plain

@@ -181,8 +181,8 @@ def causal_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention (B, H, T, d) as plain products, a block of queries at a time, so that keys after the block are never looked at.
 
-    On a CPU PyTorch has no fast kernel with dropout, and its kernel for bf16 takes four times as long as these products, most of it going
-    back. In float32 without dropout, elsewhere and for cached keys PyTorch's own is used.
+    On a CPU PyTorch has no fast kernel with dropout, and its kernel for bf16 takes two to four times as long as these products, most of it
+    going back. In float32 without dropout, elsewhere and for cached keys PyTorch's own is used.
     """
     length = query.shape[2]
     plain = dropout or query.dtype == torch.bfloat16

@@ -305,10 +305,19 @@ def test_null_and_truth_values_may_stand_in_a_grid():
     assert [arm.model.keywords["detach_inner"] for arm in study.arms.values()] == [True, False]
 
 
-@pytest.mark.parametrize("value", ["resid.mid", "a b", "it's", 'say "x"', "a,b", "x=y", "[1]", "c:\\d", "c:\\"])
-def test_a_value_is_typed_so_that_it_is_read_again(value):
-    (read,) = config._parsed([f"sae.read={config._typed(value)}"])
-    assert read.value() == value
+@pytest.mark.parametrize(
+    "typed", ["resid.mid", "a\\ b", "'a b'", "'it\\'s'", '"a,b"', "'x=y'", "'[1]'", "'1'", "1", "null", "true", "1e-3", "[1,2]", "'c:\\d'"]
+)
+def test_values_of_a_grid_mean_what_they_mean_alone(typed):
+    def read(value):
+        (o,) = config._parsed([f"sae.model.noise={value}"])
+        return o.value()
+
+    base = OmegaConf.create({"sae": {"model": {"noise": "mixture"}}})
+    for listed, n in ((typed, 1), (f"{typed},2", 2)):
+        grid, plain = config._split_grid(config._parsed([f"sae.model.noise=[{listed}]"]), base)
+        values = [read(value) for value in grid["sae.model.noise"]]
+        assert len(values) == n and not plain and values[0] == read(typed) and type(values[0]) is type(read(typed))
 
 
 def test_a_list_for_a_key_that_holds_a_list_is_one_value_and_no_grid():

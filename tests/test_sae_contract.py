@@ -159,6 +159,10 @@ def test_a_coarse_product_decides_what_is_active_and_leaves_values_exact(name, i
     torch.testing.assert_close(coarse.at, pattern.at(sae.pre_acts(batch().x).contiguous()), rtol=1e-5, atol=1e-5)
     both = (pattern.dense(torch.ones_like(coarse.at)) > 0) & (exact.codes.pattern.dense(torch.ones_like(exact.at)) > 0)
     assert int(both.sum()) > 0.97 * len(exact.at)
+    monkeypatch.setattr(ops, "SPARSE_BELOW", 0.0)
+    dense = sae.training_forward(batch())
+    if dense.codes.pattern is None:  # the selections of the top-k family are patterns, however many are active
+        torch.testing.assert_close(dense.at, sae.pre_acts(batch().x) * (dense.at != 0), rtol=1e-5, atol=1e-5)
     assert torch.equal(sae.eval().encode(batch().x), plain.eval().encode(batch().x)), "what is trained is used in float32"
 
 

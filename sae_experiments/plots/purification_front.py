@@ -78,7 +78,7 @@ def draw(
                 ax.fill_between([-1000, 100 * (most_fvu - 1)], 0, 100 * least_gain, color="#009E73", alpha=0.1, linewidth=0, zorder=0)
         axes[line, 0].set_ylabel(row.title)
     notes += [f"Green corner: FVU at most {100 * (most_fvu - 1):g} % above the host's ({clip(first.label)}) and at most {100 * least_gain:g} % of its "
-              "feature change. Grey line: the fits that no other beats in both. Noise of 10 % of R."]  # fmt: skip
+              "feature change. Grey line: the fits that no other beats in both. Noise of size metric.robustness.eps (10 % of R unless changed)."]  # fmt: skip
     notes += [f"Not shown, with more than {100 * (shown_fvu - 1):g} % more FVU: {', '.join(sorted(outside))}."] if outside else []
     reports = [hosts[c].reports[c] for c in corpora]
     error = "error bars: ±1 standard error of the mean of the paired ratios (none where n = 1)"

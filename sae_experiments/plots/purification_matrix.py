@@ -43,8 +43,8 @@ def draw(table: RunTable, *, title: str, host: str, max_fits: int, max_corpora: 
         ax.set_yticks(range(len(rows)), [clip(fit.label, 34) for fit in rows])
         ax.tick_params(length=0)
         ax.set_title(corpus, weight="bold", loc="left")
-    notes += [f"Feature change in % of that of the host ({clip(hosts[corpora[0]].label)}) under noise of size metric.robustness.eps (10 % of R): below 100 is more "
-              "stable. Frames: kinds of noise used in training. – : not measured."]  # fmt: skip
+    notes += [f"Feature change in % of that of the host ({clip(hosts[corpora[0]].label)}) under noise of size metric.robustness.eps (10 % of R unless "
+              "changed): below 100 is more stable. Frames: kinds of noise used in training. – : not measured."]  # fmt: skip
     reports = [hosts[c].reports[c] for c in corpora]
     return finish(fig, title, notes + caption(table, table.runs, reports, error="means over seeds"))
 

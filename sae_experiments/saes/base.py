@@ -119,7 +119,7 @@ class SAE(nn.Module):
     rowwise = True
     #: Whether ``product_dtype`` may be bfloat16.
     coarse = True
-    #: What the encoder's product is made from in training. In bfloat16 it decides which latents are active; their values stay float32.
+    #: What the encoder's product is made from in training. In bfloat16 it only decides which latents are active: their values are made anew.
     product_dtype = torch.float32
 
     def __init__(
@@ -262,8 +262,8 @@ class SAE(nn.Module):
             support = sparse(self.support(pre))
             support = support if isinstance(support, Pattern) else support.to(pre.dtype)  # one conversion for all uses
         pattern = support if isinstance(support, Pattern) else None
-        if pattern is not None and weight.dtype != x.dtype:
-            values = ops.entry_products(pattern, x.detach(), self.W_enc.detach()) + bias.detach().index_select(0, pattern.col)
+        if weight.dtype != x.dtype:
+            values = self.product(x, bias) if pattern is None else self._exact(x, bias, pattern)
         at = ops.entries(x, self.W_enc, bias, values, support)
         values = self.shape(at, pattern.col if pattern else None)
         if pattern is None and values is not at:
@@ -273,6 +273,11 @@ class SAE(nn.Module):
         recon = ops.decode(codes.values, pattern, self.W_dec) + self.b_dec if levels is None else levels[:, -1]
         direct = self.linear_path(batch.x)
         return Forward(batch, pre, codes, recon if direct is None else recon + direct, at, levels)
+
+    @torch.no_grad()
+    def _exact(self, x: Tensor, bias: Tensor, pattern: Pattern) -> Tensor:
+        """``x W_enc^T + bias`` at the active entries (n,), from these alone."""
+        return ops.entry_products(pattern, x, self.W_enc) + bias.index_select(0, pattern.col)
 
     @torch.no_grad()
     def _by_blocks(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Pattern, Tensor] | None:
@@ -325,7 +330,7 @@ class SAE(nn.Module):
         w_enc, bias = self.W_enc.index_select(0, dead), self.b_enc.index_select(0, dead)
         if self.pre_bias:
             bias = bias - w_enc @ self.b_dec.detach()
-        return ops.aux_k(self.encoder_input(x).detach(), residual, w_enc, bias, self.W_dec.index_select(0, dead), self.k_aux)
+        return ops.aux_k(self.encoder_input(x), residual, w_enc, bias, self.W_dec.index_select(0, dead), self.k_aux)
 
     def before_update(self) -> None:
         """Remove the radial part of the decoder's gradient, so that Adam's moments hold none of it."""

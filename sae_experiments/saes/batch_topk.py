@@ -26,13 +26,17 @@ class BatchTopK(SAE):
         if not 0 < k <= self.d_sae:
             raise UserError(f"sae.model.k={k} must be positive and at most d_sae={self.d_sae}")
         self.k = k
-        self._guess: dict[int, float] = {}  # by number of rows; speeds the selection up, never changes it
+        self._guess: dict[tuple[str, int], float] = {}  # by code and number of rows; speeds the selection up, never changes it
 
     def support(self, pre: Tensor) -> Pattern | Tensor:
         if not self.training:
             return super().support(pre)
-        rows = len(pre)
-        pattern, self._guess[rows] = selection.batch_top_k(pre, round(self.budget() * rows), self._guess.get(rows))
+        return self.largest(pre)
+
+    def largest(self, pre: Tensor, code: str = "") -> Pattern:
+        """The ``B budget`` largest positive entries of (B, F); ``code`` tells selections apart that have thresholds of their own."""
+        key = code, len(pre)
+        pattern, self._guess[key] = selection.batch_top_k(pre, round(self.budget() * len(pre)), self._guess.get(key))
         return pattern
 
     def budget(self) -> float:

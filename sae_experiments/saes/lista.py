@@ -35,7 +35,7 @@ class Lista(Matryoshka):
         bias = self.bias()
         pre = self.product(x, bias)
         if self.training:
-            pattern, self._first_guess = selection.batch_top_k(pre, round(self.budget() * pre.shape[0]), getattr(self, "_first_guess", None))
+            pattern = self.largest(pre, "first")
         else:
             pattern = selection.Pattern.from_mask(pre > self.first_threshold)
         first = ops.decode(ops.entries(x, self.W_enc, bias, pre, pattern), pattern, self.W_dec)

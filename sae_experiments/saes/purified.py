@@ -189,7 +189,7 @@ class Purified(SAE):
         return parts
 
     def revive(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
-        """The host's AuxK, on as many rows as are perturbed: fewer latents fire under noise, and all rows would cost a tenth of a step."""
+        """The host's AuxK, on as many rows as are perturbed: fewer latents fire under noise, and all rows would cost a fifth of a step."""
         if self.purification.samples:
             n = max(1, round(self.purification.rows * len(fwd.batch.x)))
             batch, levels = fwd.batch._replace(x=fwd.batch.x[:n], y=fwd.batch.y[:n]), fwd.levels

@@ -85,7 +85,7 @@ def _stable_order(col: Tensor, n_cols: int) -> Tensor:
     """The stable sorting order of column numbers below ``n_cols``."""
     if col.device.type != "cpu" or n_cols > 1 << 16:
         return torch.argsort(col, stable=True)
-    return torch.from_numpy(np.argsort(col.numpy().astype(np.uint16), kind="stable"))  # sorted by digits: 2 to 17 times as fast as by comparison
+    return torch.from_numpy(np.argsort(col.numpy().astype(np.uint16), kind="stable"))  # by digits: 1.7 to 17 times as fast
 
 
 def positions(mask: Tensor) -> Tensor:

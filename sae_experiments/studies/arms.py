@@ -46,9 +46,9 @@ class Arm:
         if self.d_sae is not None and (not isinstance(self.d_sae, int) or self.d_sae < 1):
             raise UserError(f"sae.d_sae={self.d_sae} must be a whole number of at least 1")
         d_sae = self.d_sae if self.d_sae is not None else round(self.expansion * d_in)
-        sae = self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **self._asked(d_sae))
         if self.product not in PRODUCTS:
             raise UserError(f"sae.product={self.product!r} is not one of {', '.join(PRODUCTS)}")
+        sae = self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **self._asked(d_sae))
         sae.product_dtype = PRODUCTS[self.product]
         if not sae.coarse and sae.product_dtype != torch.float32:
             raise UserError(f"sae.product={self.product} is not for this SAE, which makes its products in its own way: use fp32")
@@ -96,7 +96,12 @@ class Arm:
             "read": self.read,
             "write": self.write,
             "train": dict(self.train),
-        } | {k: v for k, v, default in (("active_frac", self.active_frac, None), ("product", self.product, "fp32")) if v != default}
+        } | self._unusual()
+
+    def _unusual(self) -> dict[str, Any]:
+        """Settings that came later: fits that leave them alone keep their cache keys."""
+        given = {} if self.active_frac is None else {"active_frac": self.active_frac}
+        return given if self.product == "fp32" else given | {"product": self.product}
 
 
 def _plain(value: Any) -> Any:
