@@ -1,6 +1,6 @@
 """The superposition sweep in batched tensors against the obvious loop, one configuration at a time, side by side in one process.
 
-    python benchmarks/superposition.py [--threads 1] [--rounds 8] [--out benchmarks/results/superposition.md]
+    python benchmarks/superposition.py [--threads 1] [--rounds 8] [--no-compiler] [--out benchmarks/results/superposition.md]
 
 Speed: in every round a few steps of each of the 42 configurations with the loop, then a few of the sweep, so that both see the same machine;
 times are scaled to 10,000 steps. Agreement: final losses of both, over many instances, compared by a Mann-Whitney test for each configuration.
@@ -146,10 +146,13 @@ def report(times: dict[str, tuple[float, float]], pairs: list[tuple[str, int, in
     loop, sweep = (sum(column) for column in zip(*times.values(), strict=True))
     least = min(p for *_, p in pairs)
     combined = stats.combine_pvalues([p for *_, p in pairs]).pvalue
+    step = "PyTorch's step (no C compiler)" if args.no_compiler else "the compiled step"
+    command = f"--threads {args.threads} --rounds {args.rounds} --steps {args.steps} --instances {args.instances}"
     lines = [
         "# Superposition: the whole sweep at once against one configuration at a time", "",
+        f"The sweep takes {step}.", "",
         f"{date.today().isoformat()}; two AMD EPYC cores (AVX-512), no accelerator, torch 2.13 CPU; {args.threads} thread(s) for both sides; {args.note}", "",
-        f"`python benchmarks/superposition.py --threads {args.threads} --rounds {args.rounds} --steps {args.steps} --instances {args.instances}`", "",
+        f"`python benchmarks/superposition.py {command}{' --no-compiler' if args.no_compiler else ''}`", "",
         f"42 configurations (depth 1 to 6, hidden 2 to 10) x {INSTANCES} instances, {STEPS:,} steps of {BATCH:,}; steps of both are measured in turns",
         f"(median of {args.rounds} rounds) and scaled to {STEPS:,}.", "",
         "| generator | one by one (s) | sweep (s) | ratio |", "|---|---|---|---|",
@@ -167,11 +170,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("threads", 1), ("rounds", 8), ("steps", 1000), ("instances", 30)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--no-compiler", action="store_true", help="the sweep takes PyTorch's step, as on a machine without a C compiler")
     parser.add_argument("--note", default="other work on the machine not excluded", help="what else is to be said about the machine")
     parser.add_argument("--out", type=Path, help="where the table is written (default: printed)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.no_compiler:
+        toy.compiled = lambda: None
+    elif toy.compiled() is None:
+        parser.error("no C compiler that works: give --no-compiler")
     text = report(speed(args.rounds), agreement(args.steps, args.instances), args)
     if args.out:
         args.out.write_text(text, encoding="utf-8")

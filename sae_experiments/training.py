@@ -25,13 +25,16 @@ from sae_experiments.io import UserError
 
 History = list[tuple[int, str, float]]
 
+DECAYS = ("cosine", "quarter_cosine", "linear", "constant")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """How to train: the numbers live in ``conf/``; nothing here has a scientific default.
 
-    ``lr`` warms up linearly over ``warmup_steps`` to its peak; then ``cosine`` falls to ``min_lr`` over the rest, ``linear`` stays
-    up to ``decay_from`` (a fraction of the steps) and falls linearly, ``constant`` stays.
+    ``lr`` warms up linearly over ``warmup_steps`` to its peak; then ``cosine`` falls to ``min_lr`` over the rest as half a period,
+    ``(1 + cos(pi t)) / 2`` with t from 0 to 1, ``quarter_cosine`` as a quarter of one, ``cos(pi t / 2)``; ``linear`` stays up to
+    ``decay_from`` (a fraction of the steps) and falls linearly, ``constant`` stays.
     ``optimizer`` is adam, adamw (decay on matrices only) or muon (``muon_lr`` for the matrices a learner marks, AdamW elsewhere).
     """
 
@@ -62,7 +65,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, known in (("decay", ("cosine", "linear", "constant")), ("optimizer", ("adam", "adamw", "muon"))):
+        for name, known in (("decay", DECAYS), ("optimizer", ("adam", "adamw", "muon"))):
             if getattr(self, name) not in known:
                 raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
@@ -192,6 +195,9 @@ def lr_at(index: int, steps: int, cfg: TrainConfig) -> float:
     if cfg.decay == "cosine":
         done = (index - warmup) / max(steps - warmup, 1)
         return floor + 0.5 * (1 + math.cos(math.pi * done)) * (1 - floor)
+    if cfg.decay == "quarter_cosine":
+        done = (index - warmup) / max(steps - warmup, 1)
+        return floor + math.cos(math.pi * done / 2) * (1 - floor)
     start = max(warmup, cfg.decay_from * steps)
     return 1.0 if index < start else floor + (1 - floor) * (1 - (index - start) / max(steps - start, 1))
 

@@ -40,3 +40,13 @@ def test_the_notebook_example_runs(tmp_path, monkeypatch):
 def test_the_files_that_the_readme_names_exist():
     for name in re.findall(r"`((?:sae_experiments|conf|tests|benchmarks)/[\w/.]+\.(?:py|yaml|md))`", README):
         assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("result", ["superposition", "superposition_no_compiler"])
+def test_the_speed_of_the_superposition_sweep_stands_in_a_result_file(result):
+    text = (ROOT / "docs" / "superposition.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("|") and f"(../benchmarks/results/{result}.md)" in line)
+    claimed = row.strip("| ").split(" | ")[1:5]
+    table = (ROOT / "benchmarks" / "results" / f"{result}.md").read_text(encoding="utf-8")
+    measured = dict(re.findall(r"^\| (\w[\w ]*) \|.*\| \**([\d.]+)\** \|$", table.partition("Agreement")[0], re.M))
+    assert claimed == [measured[name] for name in ("exclusive", "early_stopping", "control", "all three")]

@@ -14,7 +14,7 @@ from conftest import train_config
 from torch import Tensor, nn
 
 from sae_experiments.io import NonFinite, UserError
-from sae_experiments.training import At, Group, Learner, Loss, Phase, Progress, Session, lr_at, seed_of, train
+from sae_experiments.training import DECAYS, At, Group, Learner, Loss, Phase, Progress, Session, lr_at, seed_of, train
 
 STEPS = 9
 OPTIMIZERS = ["adam", "adamw", "muon"]
@@ -96,7 +96,7 @@ def killed_at(step: int) -> Any:
 # ------------------------------------------------------------------------------------------------ learning rate
 
 
-@pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 100, 1000])
 @pytest.mark.parametrize("warmup", [0, 1, 50, 5000])
 def test_the_learning_rate_starts_above_zero_reaches_its_peak_and_never_leaves_its_bounds(decay, steps, warmup):
@@ -117,6 +117,14 @@ def test_cosine_falls_from_the_peak_to_min_lr_along_half_a_cosine():
     assert lr_at(600, 1100, cfg) == pytest.approx(0.55)
     assert lr_at(1100, 1100, cfg) == pytest.approx(0.1)
     assert lr_at(1099, 1100, cfg) == pytest.approx(0.1, abs=1e-4)
+
+
+def test_a_quarter_cosine_is_cos_pi_t_over_2():
+    cfg = train_config(lr=1e-2, min_lr=0.0, warmup_steps=0, decay="quarter_cosine")
+    assert [lr_at(i, 1200, cfg) for i in (0, 400, 600, 800)] == pytest.approx([1.0, math.cos(math.pi / 6), math.sqrt(0.5), 0.5])
+    assert lr_at(1200, 1200, cfg) == pytest.approx(0.0, abs=1e-12)
+    cfg = train_config(lr=1e-2, min_lr=1e-3, warmup_steps=100, decay="quarter_cosine")
+    assert lr_at(100, 1100, cfg) == 1.0 and lr_at(1100, 1100, cfg) == pytest.approx(0.1)
 
 
 def test_linear_stays_at_the_peak_until_decay_from_and_then_falls_linearly_to_min_lr():
