@@ -70,7 +70,7 @@ def test_a_run_measures_draws_and_describes(first: Path, tmp_path: Path) -> None
     assert set(load(first / "cells" / "text8_0.json")["metrics"]) - {"final_train_loss"} <= set(manifest["metrics"])
     assert "sae_fvu_mean" in final["text8.upstream"]["means"] and (first / "saes" / "text8.downstream_0").is_dir()
     done, empty = drawn(first, "circuits", tmp_path)
-    assert len(done) == 5 and not empty
+    assert len(done) == 6 and not empty
 
 
 def test_graphs_hold_what_the_report_shows(first: Path) -> None:
@@ -116,6 +116,19 @@ def test_options_change_what_is_measured(first: Path, home: Path, corpus_file: P
     assert found["n_pairs"] and found["attribution_ablation_pearson"] != plain["attribution_ablation_pearson"]
     graphs = load(other / "graphs" / "text8_0.json")
     assert all(n["id"] == "down.3" for g in graphs for n in g["nodes"] if n["column"] == 1)
+
+
+@pytest.mark.parametrize("choice", ["study.steps=3", "study.baseline=mean", "study.error=drop"])
+def test_every_choice_of_how_to_attribute_changes_a_number(choice: str, first: Path, home: Path, corpus_file: Path) -> None:
+    plain = load(first / "cells" / "text8_0.json")["metrics"]
+    found = load(run(home, corpus_file, choice.replace("=", "_"), choice) / "cells" / "text8_0.json")["metrics"]
+    measured = ("attribution_ablation_pearson", "attribution_slope", "deletion_area_attribution")
+    assert any(abs(found[name] - plain[name]) > 1e-4 for name in measured)
+
+
+def test_an_upstream_latent_that_does_not_exist_is_one_line(first: Path, home: Path, corpus_file: Path) -> None:
+    with pytest.raises(UserError, match=r"upstream_latent=100000: the upstream SAE has latents 0 to"):
+        run(home, corpus_file, "run_5", "study.graph.upstream_latent=100000")
 
 
 # ------------------------------------------------------------------------------------------------ local directories
@@ -222,7 +235,7 @@ def composed() -> Any:
         ("study.upstream.sae=/no/such/place", "does not exist"),
         ("study.local.text=/a/text", "needs study.local.folder"),
         ("study.local.folder=/no/model", "no config.json"),
-        ("study.splice=neither", "is not one of both, downstream"),
+        ("study.error=neither", "is not one of keep, drop"),
         ("study.steps=-1", "at least 0"),
         ("study.checks.counts=[4,2]", "that grow"),
         ("study.checks.nudges=[0.0]", "positive"),

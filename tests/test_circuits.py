@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from sae_experiments.activations import Site, activations, capture, patched
 from sae_experiments.circuits import check
 from sae_experiments.circuits.attribution import Attribution, Circuit, Prompts, Targets, decoder_of
 from sae_experiments.circuits.comparators import Grams, coactivation, most_specific, weight_directions
+from sae_experiments.circuits.graph import GraphSpec, firings_of, trace
 from sae_experiments.circuits.path import Path
 from sae_experiments.circuits.survey import Checker, CheckSpec, drawn
 from sae_experiments.io import UserError
@@ -70,6 +73,26 @@ def test_gradients_equal_backward_passes_one_by_one(kind: str, upstream: str, do
 
 def active_pre(c: Circuit, prompts: Prompts) -> Tensor:
     return check.clean(c, prompts, prompts.active)
+
+
+@pytest.mark.parametrize(("upstream", "downstream"), [("mlp_act.2", "mlp_act.3"), ("mlp_in.2", "mlp_out.3"), ("resid.1", "resid.3")])
+def test_the_gradient_of_a_chosen_latent_is_known_for_all_upstream_latents(upstream: str, downstream: str) -> None:
+    c, ids = circuit(model("gpt2"), upstream, downstream)
+    prompts = c.prompts(ids)
+    latent = int(prompts.active.latent.mode().values)
+    spec = GraphSpec(latents=None, count=1, order=1, least=1, upstream_latent=None, firings=5, edges=3, contexts=1, before=1, after=1)
+    found = trace(c, prompts, latent, spec, steps=0)
+    targets = firings_of(prompts, latent, 5)
+    strongest = int(check.clean(c, prompts, targets).argmax())
+    x = activations(c.model, ids, [c.write])[c.write]
+    at = int(targets.position[strongest])
+    wanted = one_by_one(c, ids, x, targets, strongest)[1][at]
+    assert found.every.shape == found.here.shape == (F,) and np.allclose(found.every, wanted.numpy(), atol=1e-9)
+    on = c.upstream.encode(activations(c.model, ids, [c.read])[c.read][targets.prompt[strongest]])[at] != 0
+    assert np.array_equal(found.here, on.numpy()) and 0 < on.sum() < F, "latents that are not active have a gradient too"
+    silent = int((~on).nonzero()[0])
+    asked = trace(c, prompts, latent, replace(spec, upstream_latent=silent), steps=0)
+    assert asked.interest == silent and found.interest in range(F)
 
 
 def test_batches_do_not_matter_and_memory_is_bounded() -> None:

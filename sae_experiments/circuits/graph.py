@@ -58,6 +58,9 @@ class Traced(NamedTuple):
     error: float
     gradients: np.ndarray  # of everything it can depend on at its strongest firing, and which of them is marked
     marked: int
+    every: np.ndarray  # of all F upstream latents, active or not, at the position of that firing
+    here: np.ndarray  # which of the F are active there
+    interest: int  # the upstream latent that is marked
 
 
 def firings_of(prompts: Prompts, latent: int, n: int) -> Targets:
@@ -85,7 +88,7 @@ def trace(circuit: Circuit, prompts: Prompts, latent: int, spec: GraphSpec, *, s
     upstream = prompts.index[targets.prompt[pairs.row], pairs.position, pairs.slot]
     length = prompts.index.shape[1]
     kinds, at = torch.unique(upstream * length + lag, return_inverse=True)
-    summed = torch.zeros(len(kinds), device=at.device).index_add_(0, at, pairs.of(attribution))
+    summed = attribution.new_zeros(len(kinds)).index_add_(0, at, pairs.of(attribution))
     best = summed.abs().topk(min(spec.edges, len(kinds))).indices
     chosen = torch.isin(at, best)
     some = check.Pairs(*(x[chosen] for x in pairs))
@@ -102,8 +105,16 @@ def trace(circuit: Circuit, prompts: Prompts, latent: int, spec: GraphSpec, *, s
     wanted = upstream[mine] == spec.upstream_latent if spec.upstream_latent is not None else torch.zeros_like(mine, dtype=torch.bool)
     attributed = pairs.of(attribution)[mine]
     marked = int((attributed.abs() * (wanted if bool(wanted.any()) else torch.ones_like(wanted))).argmax())
+    own = int(targets.position[strongest])
+    every = circuit.directions @ torch.cat([c.state_gradient for c in calls])[strongest, own]
+    active_here = torch.zeros(len(every), dtype=torch.bool, device=every.device)
+    active_here[upstream[mine][pairs.position[mine] == own]] = True
+    interest = int(upstream[mine][marked]) if spec.upstream_latent is None else spec.upstream_latent
     others = (float(attribution[allowed].sum()) - float(summed[best].sum())) / targets.n
-    return Traced(latent, targets.n, float(value.mean()), edges, others, error, pairs.of(gradient)[mine].cpu().numpy(), marked)
+    return Traced(
+        latent, targets.n, float(value.mean()), edges, others, error, pairs.of(gradient)[mine].cpu().numpy(), marked,
+        every.cpu().numpy(), active_here.cpu().numpy(), interest,
+    )  # fmt: skip
 
 
 def as_dict(

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.stats import spearmanr
 
+from sae_experiments.io import UserError
 from sae_experiments.plots.base import GREY, PALETTE, NothingToDrawError, caption, finish, limit, panels, styled
 from sae_experiments.run_table import Run, RunTable
 
@@ -25,35 +26,47 @@ def found(table: RunTable, *names: str) -> list[Found]:
 
 
 @styled
-def draw_gradients(table: RunTable, *, title: str, latents: int, max_rows: int) -> Figure:
-    """A row for each run and dataset, a panel for each chosen downstream latent: dA/dz of every active upstream latent at or before its
-    strongest firing, the one of interest (asked for, or the largest attribution) marked.
+def draw_gradients(table: RunTable, *, title: str, latents: int, max_rows: int, pool: str) -> Figure:
+    """A row for each run and dataset, a panel for each chosen downstream latent: dA/dz at its strongest firing, the upstream latent of
+    interest (asked for, or the largest attribution) marked. ``pool`` active: of every upstream latent that is active there or at an earlier
+    position; all: of every upstream latent there is, at the position of the firing.
     """
+    if pool not in ("active", "all"):
+        raise UserError(f"pool={pool!r} in the figure of gradients is not one of active, all")
     notes: list[str] = []
-    rows = limit(found(table, "chosen_marked", "chosen_latent", "chosen_gram"), max_rows, "runs and datasets", notes)
+    needed = "chosen_marked" if pool == "active" else "chosen_interest"
+    rows = limit(found(table, needed, "chosen_latent", "chosen_gram"), max_rows, "runs and datasets", notes)
     if not rows:
-        raise NothingToDrawError("no run has gradients of chosen latents (chosen_marked)")
-    shown = min(latents, max(len(a["chosen_marked"]) for _, _, a in rows))
+        raise NothingToDrawError(f"no run has gradients of chosen latents ({needed})")
+    shown = min(latents, max(len(a[needed]) for _, _, a in rows))
     fig, axes = panels(len(rows), shown, width=2.5, height=2.0)
     for row, (run, dataset, a) in enumerate(rows):
         for i, ax in enumerate(axes[row]):
-            if i >= len(a["chosen_marked"]):
+            if i >= len(a[needed]):
                 ax.set_axis_off()
                 continue
-            _histogram(ax, a[f"chosen_{i}_gradient"], int(a["chosen_marked"][i]))
+            if pool == "active":
+                _histogram(ax, a[f"chosen_{i}_gradient"], int(a[needed][i]))
+            else:
+                _histogram(ax, a[f"chosen_{i}_every"], int(a[needed][i]), a[f"chosen_{i}_here"])
             ax.set_title(f"latent {a['chosen_latent'][i]}: \N{LEFT DOUBLE QUOTATION MARK}{a['chosen_gram'][i]}\N{RIGHT DOUBLE QUOTATION MARK}")
             ax.set_xlabel("dA/dz" if row == len(rows) - 1 else "")
         axes[row, 0].set_ylabel(f"{run.title}\n{dataset}\nupstream latents" if len(rows) > 1 else f"{dataset}\nupstream latents")
     notes += [
         "Line: the upstream latent of largest attribution (or the one asked for). Each panel: one firing, the strongest in the prompts; first seed."
     ]
-    handles = [Line2D([], [], color=SAME, lw=5, label="all active"), Line2D([], [], color=PALETTE[1], lw=1.6, label="of interest")]
+    bars = [(SAME, "all active")] if pool == "active" else [(GREY, "all upstream latents"), (SAME, "active at this position")]
+    handles = [*(Line2D([], [], color=c, lw=5, label=n) for c, n in bars), Line2D([], [], color=PALETTE[1], lw=1.6, label="of interest")]
     return finish(fig, title, notes + caption(table, *_of(rows)), handles)
 
 
-def _histogram(ax: Axes, gradient: np.ndarray, marked: int) -> None:
+def _histogram(ax: Axes, gradient: np.ndarray, marked: int, active: np.ndarray | None = None) -> None:
+    """``gradient`` (n,) with entry ``marked`` by a line; ``active`` (n,) tells some of them apart from the rest."""
     span = float(np.abs(gradient).max()) or 1.0
-    ax.hist(gradient, bins=np.linspace(-span, span, 61).tolist(), color=SAME, log=True)
+    bins = np.linspace(-span, span, 61).tolist()
+    ax.hist(gradient, bins=bins, color=SAME if active is None else GREY, log=True)
+    if active is not None:
+        ax.hist(gradient[active], bins=bins, color=SAME, log=True)
     value = float(gradient[marked])
     ax.axvline(value, color=PALETTE[1], lw=1.6)
     rank = int((np.abs(gradient) > abs(value)).sum()) + 1

@@ -81,7 +81,6 @@ class Circuits:
     upstream: Role
     downstream: Role
     local: Local
-    splice: str  # both | downstream: where reconstructions are spliced in
     error: str  # keep | drop: whether what the upstream SAE leaves out stays in the state at which gradients are taken
     baseline: str  # zero | mean: what a removed latent is set to
     steps: int  # Gauss-Legendre points of integrated gradients (0: the plain gradient)
@@ -93,11 +92,9 @@ class Circuits:
     memory_mb: float
 
     def __post_init__(self) -> None:
-        for key, allowed in (("splice", ("both", "downstream")), ("error", ("keep", "drop")), ("baseline", ("zero", "mean"))):
+        for key, allowed in (("error", ("keep", "drop")), ("baseline", ("zero", "mean"))):
             if getattr(self, key) not in allowed:
                 raise UserError(f"study.{key}={getattr(self, key)} is not one of {', '.join(allowed)}")
-        if self.splice == "downstream" and self.error == "drop":
-            raise UserError("study.error=drop needs study.splice=both: without an upstream reconstruction there is nothing to drop")
         if not isinstance(self.steps, int) or self.steps < 0:
             raise UserError(f"study.steps={self.steps} must be a whole number of at least 0 (0: the plain gradient)")
         if self.prompts < 1 or not self.memory_mb > 0:
@@ -181,6 +178,9 @@ class Circuits:
         if self.baseline == "mean":
             baseline = torch.from_numpy(np.asarray(up.codes.mean(0), np.float32).ravel()).to(ctx.device)
         prompts = circuit.prompts(tokens, baseline=baseline, keep_error=self.error == "keep")
+        marked = self.graph.upstream_latent
+        if marked is not None and not 0 <= marked < up.sae.d_sae:
+            raise UserError(f"study.graph.upstream_latent={marked}: the upstream SAE has latents 0 to {up.sae.d_sae - 1}")
         chosen = self._chosen(down, prompts)
         with ctx.console.stage("trace", "latent") as tick:
             traced = []
@@ -321,10 +321,13 @@ def _title(s: Specific, t: Traced, down: Look) -> str:
 
 
 def _pictured(kept: Sequence[tuple[Specific, Traced]], down: Look) -> dict[str, np.ndarray]:
-    """What the histogram of gradients shows: those of each chosen latent at its strongest firing, and which one is marked."""
+    """What the histograms of gradients show: those of each chosen latent at its strongest firing, and which one is marked."""
     if not kept:
         return {}
     arrays = {f"chosen_{i}_gradient": t.gradients for i, (_, t) in enumerate(kept)}
+    arrays |= {f"chosen_{i}_every": t.every for i, (_, t) in enumerate(kept)}
+    arrays |= {f"chosen_{i}_here": t.here for i, (_, t) in enumerate(kept)}
+    arrays["chosen_interest"] = np.array([t.interest for _, t in kept])
     arrays["chosen_marked"] = np.array([t.marked for _, t in kept])
     arrays["chosen_latent"] = np.array([s.latent for s, _ in kept])
     arrays["chosen_gram"] = np.array([down.words.spell(s.gram) for s, _ in kept])
