@@ -17,7 +17,7 @@ from sae_experiments.training import At, History, Learner, Loss, Phase, Session,
 
 
 class FitReport(NamedTuple):
-    """What fitting one SAE took: ``seconds`` of its own steps plus its share of reading batches, rows a second, curves."""
+    """What fitting one SAE took: ``seconds`` of its own steps plus its share of reading batches, rows used a second, curves."""
 
     seconds: float
     rows_per_second: float
@@ -41,6 +41,8 @@ class SAELearner(Learner):
         module = nn.Module()
         module.sae = sae
         module.register_buffer("since_fired", torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.b_enc.device))
+        # A step may use fewer rows than a batch should have: whole windows, a phase on a sample.
+        module.register_buffer("rows_used", torch.zeros((), dtype=torch.int64, device=sae.b_enc.device))
         super().__init__(name, module, cfg, seed=seed)
         self.sae, self.sample, self.dead_after = sae, sample, dead_after
 
@@ -67,6 +69,7 @@ class SAELearner(Learner):
     def after_update(self, loss: Loss, at: At) -> None:
         fwd: Forward = loss.extra
         moment = self.moment(at)
+        self.module.rows_used.add_(fwd.batch.x.shape[0])
         self.module.since_fired.add_(fwd.batch.x.shape[0]).masked_fill_(fwd.codes.fires > 0, 0)
         self.sae.after_update(fwd, moment)
 
@@ -128,13 +131,14 @@ def fit_saes(
     first = next(iter(configs.values()))
     progress = train(learners, scaled_batch, first, session or Session())
     reports = {}
-    for name, sae in saes.items():
+    for (name, sae), learner in zip(saes.items(), learners, strict=True):
         sae.rescale(s_in, s_out)
         sae.eval()
         sae.requires_grad_(False)
         seconds = progress.seconds_of(name)
         mine = [(s, k.removeprefix(f"{name}/"), v) for s, k, v in progress.history if len(saes) == 1 or k.startswith(f"{name}/")]
-        reports[name] = FitReport(seconds, progress.step * first.batch_size / max(seconds, 1e-9), progress.step, mine, progress.cut)
+        rows_per_second = int(learner.module.rows_used) / max(seconds, 1e-9)
+        reports[name] = FitReport(seconds, rows_per_second, progress.step, mine, progress.cut)
     return reports
 
 

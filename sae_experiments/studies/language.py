@@ -32,7 +32,7 @@ from sae_experiments.studies.stores import Stores, Where
 
 FIT_INFO = [
     MetricInfo(name="sae_train_time", title="SAE time", formula="seconds of the SAE's training", unit="s", better="down", shown=False),
-    MetricInfo(name="sae_tokens_per_second", title="SAE rows/s", formula="rows trained on a second", unit="1/s", better="up", shown=False),
+    MetricInfo(name="sae_tokens_per_second", title="SAE rows/s", formula="rows that its steps used, a second", unit="1/s", better="up", shown=False),
 ]
 
 

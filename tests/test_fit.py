@@ -1,0 +1,32 @@
+"""What a fit says of itself: laws over every SAE of conf/sae."""
+
+from __future__ import annotations
+
+import pytest
+from saes import NAMES, batch, config, make, rows
+
+from sae_experiments.fit import FitReport, Sample, fit_saes
+from sae_experiments.saes.base import SAE
+
+STEPS = 10
+
+
+def fitted(sae: SAE, given: int) -> FitReport:
+    """The report of a short fit to batches of ``given`` rows, which the recipe takes to have 256."""
+    start = rows(512, 10**6)
+    sample = Sample(start, start, rows(512, 10**6 + 1))
+    return fit_saes({"sae": sae}, lambda s: batch(given, s), config(steps=STEPS), sample, seed=0, dead_after=4000)["sae"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_rate_counts_the_rows_that_the_steps_used(name: str) -> None:
+    overrides = ["sae.target_l0=null"] if name == "hierarchical" else []
+    report = fitted(make(name, *overrides), 100)
+    assert report.rows_per_second * report.seconds == pytest.approx(100 * STEPS)
+
+
+def test_a_phase_on_a_sample_of_the_batch_counts_the_sample_alone() -> None:
+    sae = make("hierarchical", "sae.target_l0=null", "sae.model.rows=32")
+    report = fitted(sae, 100)
+    first = round(STEPS * sae.phases()[0].fraction)
+    assert report.rows_per_second * report.seconds == pytest.approx(100 * first + 32 * (STEPS - first))
