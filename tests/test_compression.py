@@ -10,8 +10,11 @@ import torch
 from metric_worlds import CPU, Chunked, Given
 from scipy import sparse
 
+from sae_experiments.activations import Site, collect
 from sae_experiments.metrics import compression
-from sae_experiments.metrics.base import Bench
+from sae_experiments.metrics.base import Bench, Spliced
+from sae_experiments.metrics.codes import sparse_codes
+from sae_experiments.metrics.rate_distortion import rise, windows_of
 
 OPTIONS = {"rows": None, "steps": [4, 2, 1, 0.5, 0.25, 0.125, 0.01], "tolerance": 0.05, "block": 50}
 OPTIONS |= {"entries": 10**9, "keep": [0.5, 1], "limit": 0.1, "windows": 16, "batch": 8}
@@ -88,6 +91,53 @@ def test_order_and_unit_of_the_latents_and_the_size_of_chunks_change_nothing():
     plain = given(measure(x))
     assert given(measure(x, sae)) == pytest.approx(plain, rel=1e-3)
     assert given(measure(x, kind=Chunked)) == pytest.approx(plain, rel=1e-9)
+
+
+QUANTISED = {"code_bits", "code_value_bits", "code_step", "code_fvu", "code_bits_pca", "code_bits_dense"}
+
+
+@pytest.mark.parametrize("steps", [[4], [4, 2], [2, 1, 0.5], [0.5, 4, 1], [1, 0.25, 0.125], [0.125, 0.03125]])
+@pytest.mark.parametrize("tolerance", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("kept", [3, 5, 6])
+def test_a_code_length_is_that_of_a_quantiser_within_the_tolerance_or_null(steps, tolerance, kept):
+    """``kept`` of six dimensions have a latent: the SAE leaves FVU 1/2, 1/6 and 0."""
+    x = np.abs(np.random.default_rng(0).normal(size=(1000, 6))).astype(np.float32) * coins(1000, 6, 0.5)
+    sae = Given(torch.eye(6)[:kept])
+    found = measure(x, sae, steps=steps, tolerance=tolerance)
+    tail = x[np.arange(1000) // OPTIONS["block"] % 2 == 1]
+    exact = float(np.square(tail[:, kept:]).sum() / np.square(tail - tail.mean(0)).sum())
+    fine = found.arrays["code_curve_fvu"] <= (1 + tolerance) * exact + 1e-6
+    if not fine.any():
+        assert {k for k in QUANTISED if found.scalars[k] is None} == QUANTISED
+        assert all("finer" in found.why_null[k] for k in QUANTISED)
+    else:
+        assert found.scalars["code_step"] == max(found.arrays["code_curve_step"][fine])
+        assert found.scalars["code_fvu"] <= (1 + tolerance) * exact + 1e-6
+    assert found.scalars["code_support_bits"] is not None, "the support needs no quantiser"
+
+
+@pytest.mark.parametrize(("steps", "tolerance"), [([2], 0.05), ([1, 0.1], 0.05), ([4, 0.5, 0.01], 0.3)])
+def test_the_same_for_the_cross_entropy(steps, tolerance, trained, corpus, tmp_path):
+    site = Site("resid", 1)
+    store = collect(trained.model, lambda s: corpus.windows("val", s, 16), np.arange(0, 40 * 16, 16), [site], length=16, split="val",
+                    cache=tmp_path, key=trained.key, dtype="float32", batch=16)  # fmt: skip
+    tokens = lambda starts: tuple(corpus.windows("val", starts + shift, 16) for shift in (0, 1))  # noqa: E731
+    eye = torch.eye(16)[:12]
+    sae = Given(torch.cat([eye, -eye]))
+    bench = Bench(sae=sae, device=CPU, read=site, write=site, held_out=store, lm=Spliced(trained.model, site, tokens))
+    found = compression.measure(bench, **(OPTIONS | {"steps": steps, "tolerance": tolerance, "block": 16}))
+    whole = found.arrays["code_ce_keep"] == 1
+    test = np.arange(640) // 16 % 2 == 1
+    window = windows_of(bench, test, 16, 8)
+    exact = rise(bench, window, sparse_codes(bench, None)[test], sae.decode, None, 8)
+    fine = found.arrays["code_ce_ce"][whole] <= exact + tolerance * abs(exact)
+    if fine.any():
+        assert found.scalars["code_ce_delta_bits"] == found.arrays["code_ce_ce"][whole][fine.argmax()]
+        assert found.scalars["code_bits_ce"] == found.arrays["code_ce_bits"][whole][fine.argmax()]
+    else:
+        assert found.scalars["code_bits_ce"] is None is found.scalars["code_ce_delta_bits"]
+        assert "finer" in found.why_null["code_bits_ce"]
+    assert fine.any() == (len(steps) > 1)
 
 
 def test_what_cannot_be_measured_is_null_with_a_reason():

@@ -91,6 +91,10 @@ INFO = [
 ]
 
 
+#: FVU by which float32 arithmetic alone can miss the tolerance of a code that is exact.
+ROUNDING = 1e-9
+
+
 class Point(NamedTuple):
     """One point of the rate-distortion curve."""
 
@@ -103,14 +107,15 @@ def measure(
     bench: Bench, *, rows: int | None, entries: int, steps: Sequence[float], tolerance: float, block: int, keep: Sequence[float], limit: float, windows: int,
     batch: int,
 ) -> Measured:  # fmt: skip
-    """Code lengths on every second block of rows with statistics of the others, and the curve over quantiser ``steps`` (descending).
+    """Code lengths on every second block of rows with statistics of the others, and the curve over quantiser ``steps``.
 
     Ayonrinde et al. 2024 (arXiv 2410.11179), but with honest (held-out) statistics and bins on the non-zero values only. A decoder that
     gets anything past the code (a skip connection) is charged for the code alone. With a language model also the rise of its cross-entropy
     over ``windows`` windows: at every step, and with each share in ``keep`` of a row's entries kept (those that move the reconstruction
     most); at most about ``entries`` active entries are looked at, fewer rows for denser codes. ``bits_per_char`` is the rate at which the rise
-    is ``limit``, of the whole code and of each level by itself.
+    is ``limit``, of the whole code and of each level by itself. Where no step comes within the tolerance, what depends on it is null.
     """
+    steps = sorted(steps, reverse=True)  # coarsest first
     codes = sparse_codes(bench, rows)
     if codes is not None and codes.nnz > entries:
         codes = codes[: max(round(entries / codes.nnz * codes.shape[0]) // (2 * block), 1) * 2 * block]
@@ -128,11 +133,13 @@ def measure(
     exact = _fvu(bench, code, y, variance, direct)
     curve = [_point(bench, train, code, y, variance, direct, step) for step in steps]
     support = support_bits(train, code)
-    # The finest step stands where none is fine enough: the rate is then a lower bound, and code_fvu shows it.
-    best = next((p for p in curve if p.fvu <= (1 + tolerance) * exact), curve[-1])
-    values = support | {"code_bits": support["code_support_bits"] + best.value_bits, "code_value_bits": best.value_bits}
-    values |= {"code_step": best.step, "code_fvu": best.fvu} | landmarks(y, best.fvu, len(bench.symbols))
-    why = {name: _why(name, best.fvu) for name, value in values.items() if value is None}
+    best = next((p for p in curve if p.fvu <= (1 + tolerance) * exact + ROUNDING), None)
+    values = support | chosen(best, support["code_support_bits"], y, len(bench.symbols))
+    why = {name: _why(name, best) for name, value in values.items() if value is None}
+    if best is None:
+        least = min(curve, key=lambda p: p.fvu)
+        reason = f"the finest steps (best {least.step:g}) give FVU {least.fvu:.4g}, more than {tolerance:.0%} above {exact:.4g}"
+        why |= dict.fromkeys(why.keys() - {"code_bits_alphabet"}, f"{reason}: add finer metric.compression.steps")
     arrays = {f"code_curve_{name}": np.array([getattr(p, name) for p in curve]) for name in ("step", "value_bits", "fvu")}
     arrays |= {"code_curve_bits": arrays["code_curve_value_bits"] + support["code_support_bits"]}
     found = _rated(bench, train, code, test, direct, steps, tolerance, keep, limit, windows, batch)
@@ -164,8 +171,11 @@ def _rated(
         if not suffix:
             exact = rise(bench, window, code, decode, direct, batch)
             whole = [p for p in points if p.keep == 1]
-            best = next((p for p in whole if p.ce <= exact + tolerance * abs(exact)), whole[-1])
-            values |= {"code_bits_ce": best.bits, "code_ce_delta_bits": best.ce}
+            best = next((p for p in whole if p.ce <= exact + tolerance * abs(exact)), None)
+            values |= {"code_bits_ce": best and best.bits, "code_ce_delta_bits": best and best.ce}
+            if best is None:
+                reason = f"no step brings delta CE within {tolerance:.0%} of {exact:.3g}: add finer metric.compression.steps"
+                why |= dict.fromkeys(("code_bits_ce", "code_ce_delta_bits"), reason)
     return Measured(values, arrays, why | {n: "the SAE has one level" for n in names if n not in values})
 
 
@@ -184,8 +194,19 @@ def _points(
     return found
 
 
-def _why(name: str, fvu: float) -> str:
-    return "there is no text" if name == "code_bits_alphabet" else f"no code is needed for FVU {fvu:.3g}" if fvu >= 1 else "the FVU is 0"
+def chosen(best: Point | None, support_bits: float, y: np.ndarray, symbols: int) -> dict[str, float | None]:
+    """What the chosen quantiser costs, and other codes of the same FVU; None for all of it where no quantiser is fine enough."""
+    if best is None:
+        names = ("code_bits", "code_value_bits", "code_step", "code_fvu", "code_bits_pca", "code_bits_dense")
+        return dict.fromkeys(names, None) | {"code_bits_alphabet": math.log2(symbols) if symbols else None}
+    own = {"code_bits": support_bits + best.value_bits, "code_value_bits": best.value_bits}
+    return own | {"code_step": best.step, "code_fvu": best.fvu} | landmarks(y, best.fvu, symbols)
+
+
+def _why(name: str, best: Point | None) -> str:
+    if name == "code_bits_alphabet":
+        return "there is no text"
+    return f"no code is needed for FVU {best.fvu:.3g}" if best and best.fvu >= 1 else "the FVU is 0"
 
 
 def support_bits(train: sparse.csr_matrix, test: sparse.csr_matrix) -> dict[str, float]:
