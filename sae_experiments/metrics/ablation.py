@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_experiments.activations import patched
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, nulls, sparse_codes
-from sae_experiments.metrics.noise import noise_of
+from sae_experiments.metrics.noise import Grouped, noise_of, noise_over, resampled_means
 
 LATENT = [
     MetricInfo(
@@ -123,16 +123,19 @@ def _latents(world: _World, density: np.ndarray, latents: int, per_latent: int, 
         return dict.fromkeys(names), {}, dict.fromkeys(names, f"no latent is active {least} times in {len(world.x)} windows"), {}
     ranked = enough[np.argsort(density[enough], kind="stable")]
     sample = ranked[np.unique(np.linspace(0, len(ranked) - 1, min(latents, len(ranked))).round().astype(int))]
-    rows = []
+    rows, parts = [], []
     for j in sample.tolist():
         active = on[:, :, j]
         where = chance.permutation(np.flatnonzero(active[:, 1:].any(1).numpy()))[:per_latent]
         effect = world.ablate(np.array([j]), np.sort(where))
         at = active[np.sort(where)][:, 1:]
+        window = np.repeat(np.sort(where)[:, None], at.shape[1], 1)[at.numpy()]
+        parts.append([Grouped(e[at].double().numpy(), window) for e in (effect.ce / math.log(2), effect.kl)])
         rows.append((float(effect.ce[at].mean()) / math.log(2), float(effect.kl[at].mean())))
     columns = np.array(rows)
     values = dict(zip(names, columns.mean(0).tolist(), strict=True))
-    noise = dict(zip(names, (columns.std(0, ddof=1) / math.sqrt(len(rows))).tolist(), strict=True)) if len(rows) > 1 else {}
+    noise = {name: noise_over(resampled_means(part, len(world.x))) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
+    noise = noise if len(world.x) > 1 else {}
     arrays = {"ablate_latents": sample, "ablate_latent_density": density[sample]} | dict(zip((f"{n}_each" for n in names), columns.T, strict=True))
     return values, arrays, {}, noise
 

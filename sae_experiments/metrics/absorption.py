@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from sklearn.metrics import f1_score
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, nulls, raw_rows, read_text, sparse_codes
 from sae_experiments.metrics.concepts import bank, label_all
+from sae_experiments.metrics.noise import Grouped, noise_over, resampled_means
 from sae_experiments.metrics.probing import Task, logistic, select, sparse_features, tasks_of
 
 INFO = [
@@ -67,6 +69,15 @@ class Parent(NamedTuple):
     main_latents: int
 
 
+class Shown(NamedTuple):
+    """A concept's probe-positive rows (n,): their documents, full absorption and its fraction, whether a main latent fires."""
+
+    document: np.ndarray
+    full: np.ndarray
+    fraction: np.ndarray
+    main_recall: np.ndarray
+
+
 def measure(
     bench: Bench, *, rows: int | None, n_train: int, n_test: int, least: int, skip: int, block: int, test_frac: float, strength: float,
     min_f1: float, min_gain: float, max_main: int, min_parents: int, seed: int,
@@ -90,13 +101,23 @@ def measure(
     usable, chance = text.offset >= skip, np.random.default_rng(seed)
     test = chance.random(document[-1] + 1)[document] < test_frac
     tasks = tasks_of(concepts, labels, text.chars, (usable & ~test, usable & test), (n_train, n_test), least, chance)
-    found = {t.concept.name: p for t in tasks if (p := _parent(bench, t, x, codes, document, strength, min_f1, min_gain, max_main)) is not None}
+    each = {t.concept.name: p for t in tasks if (p := _parent(bench, t, x, codes, document, strength, min_f1, min_gain, max_main)) is not None}
+    found = {name: parent for name, (parent, _) in each.items()}
     if len(found) < min_parents:
         return nulls(INFO, f"{len(found)} parents have a probe with F1 of at least {min_f1} and {least} rows: fewer than {min_parents}")
     columns = {f"absorption_{field}": np.array([getattr(p, field) for p in found.values()]) for field in Parent._fields}
     values = {i.name: float(columns[i.name].mean()) for i in INFO if i.name in columns} | {"absorption_parents": float(len(found))}
-    noise = {name: float(columns[name].std(ddof=1) / np.sqrt(len(found))) for name in ("absorption_full", "absorption_fraction")}
+    noise = _noise([shown for _, shown in each.values()], np.unique(document[test]))
     return Measured(values, columns | {"absorption_names": np.array(list(found), dtype=str)}, noise=noise)
+
+
+def _noise(shown: Sequence[Shown], documents: np.ndarray) -> dict[str, float]:
+    """Standard errors over resampled test documents, with the probes and the main latents as they are."""
+    if len(documents) < 2:
+        return {}
+    at = [np.searchsorted(documents, s.document) for s in shown]
+    parts = {f: [Grouped(getattr(s, f).astype(float), d) for s, d in zip(shown, at, strict=True)] for f in ("full", "fraction", "main_recall")}
+    return {f"absorption_{field}": noise_over(resampled_means(part, len(documents))) for field, part in parts.items()}
 
 
 def _parent(
@@ -109,8 +130,8 @@ def _parent(
     min_f1: float,
     min_gain: float,
     max_main: int,
-) -> Parent | None:
-    """None where the activation itself does not show the concept well enough, or no positive row is left."""
+) -> tuple[Parent, Shown] | None:
+    """One concept, and its rows one by one; None where the activation itself does not show the concept well enough, or no positive row is left."""
     centre, spread = x[task.train.rows].mean(0), np.maximum(x[task.train.rows].std(0), 1e-12)
     probe = logistic((x[task.train.rows] - centre) / spread, task.train.labels, strength)
     said = probe.predict((x[task.test.rows] - centre) / spread)
@@ -129,7 +150,9 @@ def _parent(
     cosine = atoms @ direction / np.maximum(np.linalg.norm(atoms, axis=1), 1e-12)
     z = codes[rows[kept]].toarray().astype(np.float64)
     full, fraction = absorbed(z, z * (atoms @ direction), cosine, projection[kept], main)
-    return Parent(float(full.mean()), float(fraction.mean()), f1, float((np.abs(z[:, main]) > 1e-8).any(1).mean()), len(main))
+    recalled = (np.abs(z[:, main]) > 1e-8).any(1)
+    parent = Parent(float(full.mean()), float(fraction.mean()), f1, float(recalled.mean()), len(main))
+    return parent, Shown(document[rows[kept]], full, fraction, recalled)
 
 
 def main_latents(codes: sparse.csr_matrix, task: Task, document: np.ndarray, strength: float, min_gain: float, max_main: int) -> np.ndarray:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 #: |difference| of two independent evaluations that noise alone exceeds in about one case of twenty: 2 sqrt(2) standard errors.
 BELIEVABLE = 2 * math.sqrt(2)
+
+
+#: Bootstrap samples where a metric has no option for their number.
+DRAWS = 200
+
+
+class Grouped(NamedTuple):
+    """Values (n,) with the number of the document that each comes from (n,)."""
+
+    values: np.ndarray
+    document: np.ndarray
 
 
 def smallest_difference(noise: float) -> float:
@@ -28,15 +40,48 @@ def noise_of(sums: Mapping[str, np.ndarray], metric: Callable[[Mapping[str, np.n
     return float(np.std(metric({name: weights @ part for name, part in sums.items()}), ddof=1))
 
 
+def resampled_means(parts: Sequence[Grouped], documents: int, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """What the mean of each part becomes in ``draws`` bootstrap samples of the documents: the same samples for every part.
+
+    Args:
+        parts: one a latent or concept.
+        documents: how many documents there are, whether or not they occur in a part.
+
+    Returns:
+        Means (draws, parts); NaN where no document of a part was drawn.
+    """
+    weights = document_weights(documents, draws, seed)
+    sums = np.stack([np.bincount(p.document, p.values, documents) for p in parts], axis=1)
+    counts = np.stack([np.bincount(p.document, minlength=documents) for p in parts], axis=1)
+    total, n = weights @ sums, weights @ counts
+    return np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0)
+
+
+def noise_over(resampled: np.ndarray) -> float:
+    """Standard error of a mean over columns, from what every column becomes in bootstrap samples of the text, (draws, columns).
+
+    The columns are measured on the same text and move together: their mean is taken before its spread over the samples.
+    """
+    known = ~np.isnan(resampled)
+    n = known.sum(1)
+    means = np.where(known, resampled, 0).sum(1)[n > 0] / n[n > 0]
+    return float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
+
+
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve, ties counted half; one half where only one label occurs."""
     return float(_auc(scores, labels, np.ones((1, len(scores))))[0])
 
 
-def resampled_auc(scores: np.ndarray, labels: np.ndarray, documents: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """The AUC in ``draws`` bootstrap samples of the documents (N,) that the rows come from. The same draws for the same documents and seed."""
-    present, which = np.unique(documents, return_inverse=True)
-    return _auc(scores, labels, document_weights(len(present), draws, seed)[:, which])
+def resampled_auc(
+    scores: np.ndarray, labels: np.ndarray, documents: np.ndarray, draws: int, seed: int, *, among: np.ndarray | None = None
+) -> np.ndarray:
+    """The AUC in ``draws`` bootstrap samples of the documents (N,) that the rows come from, or of those ``among`` which they are.
+
+    Only AUCs with the same ``among`` and seed are taken on the same samples of the text, and may be averaged sample by sample.
+    """
+    among = np.unique(documents if among is None else among)
+    return _auc(scores, labels, document_weights(len(among), draws, seed)[:, np.searchsorted(among, documents)])
 
 
 def _auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:

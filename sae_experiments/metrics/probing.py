@@ -99,7 +99,7 @@ def measure(
     test = chance.random(document[-1] + 1)[document] < test_frac
     sizes = (n_train, n_test)
     tasks = tasks_of(concepts, labels, text.chars, (usable & ~test, usable & test), sizes, least, chance)
-    fit = Fitter(document, strengths, bootstrap, seed)
+    fit = Fitter(document, strengths, bootstrap, seed, np.unique(document[test]))
     values = sparse_features(codes.tocsc()[: len(text.chars)])
     found = {("sae", str(n)): fit.all(tasks, values, n) for n in k}
     if floors:
@@ -176,6 +176,7 @@ class Fitter:
     strengths: Sequence[float]
     bootstrap: int
     seed: int
+    tested: np.ndarray  # documents that test rows may come from
 
     def all(self, tasks: Iterable[Task], features: Features, k: int | str) -> list[Score]:
         return [self.one(task, features, k) for task in tasks]
@@ -190,7 +191,7 @@ class Fitter:
         said = score > 0
         hits = int((said & y).sum())
         f1 = 2 * hits / max(int(said.sum() + y.sum()), 1)
-        resampled = resampled_auc(score, y, self.document[task.test.rows], self.bootstrap, self.seed)
+        resampled = resampled_auc(score, y, self.document[task.test.rows], self.bootstrap, self.seed, among=self.tested)
         return Score(auc(score, y), float((said == y).mean()), f1, resampled)
 
     def fitted(self, x: np.ndarray, y: np.ndarray, held: np.ndarray) -> LogisticRegression:

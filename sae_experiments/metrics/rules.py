@@ -13,7 +13,8 @@ from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.concepts import Concept, bank, label_all
 from sae_experiments.metrics.ngrams import Simulated, simulate
-from sae_experiments.metrics.patterns import Matcher, Pattern, elements_of, find_rule, literal_at, pack, quality, spell
+from sae_experiments.metrics.noise import DRAWS, document_weights, noise_over
+from sae_experiments.metrics.patterns import Matcher, Pattern, elements_of, find_rule, literal_at, pack, quality, spell, unpack
 
 INFO = [
     MetricInfo(name="rule_f1", title="rule F1", formula="mean over latents of the held-out F1 of the rule for where it fires", unit="", better="up"),
@@ -66,10 +67,11 @@ class World(NamedTuple):
     test: np.ndarray
     matchers: tuple[Matcher, Matcher]
     index: dict[int, int]
+    first: np.ndarray  # where each document begins in ``test``
 
 
 class Described(NamedTuple):
-    """One latent's rule and how good it is on the test half."""
+    """One latent's rule and how good it is on the test half; ``counts`` (documents, 3): hits, rows the rule names, rows where it fires."""
 
     rule: list[Pattern]
     words: str
@@ -77,6 +79,7 @@ class Described(NamedTuple):
     recall: float
     f1: float
     lift: float
+    counts: np.ndarray
 
 
 def measure(
@@ -106,21 +109,62 @@ def measure(
     null = [describe(world, *_shuffled(_column(on, j) > 0, _column(z, j), chance), seeds, chance, options) for j in _spread(picked, shuffled)]
     asked = [j for j in bench.extras.get("latents", ()) if fires[j] >= least and j not in found]  # described as well, in no average
     more = {int(j): describe(world, _column(on, j) > 0, _column(z, j), seeds, chance, options) for j in asked}
-    phi, match = concept_match(world, on.tocsr()[world.test])
+    on_test = on.tocsr()[world.test]
+    phi, match = concept_match(world, on_test)
     simulated = simulate(codes[: len(text.chars)], text, longest=longest, least=least, min_count=min_count, block=block)
     features = [_feature(world, j, d, z, float(limits[j]), simulated, phi, match) for j, d in (found | more).items()]
-    return _report(found, null, phi, picked, interpretable, world, features, codes.shape[1])
+    measured = _report(found, null, phi, picked, interpretable, world, features, codes.shape[1])
+    if len(world.first) < 2:
+        return measured
+    noise = _noise_of_rules(list(found.values()), interpretable) | _noise_of_concepts(world, on_test, picked)
+    return measured._replace(noise=noise)
+
+
+def _noise_of_rules(found: Sequence[Described], interpretable: float) -> dict[str, float]:
+    """Standard errors over resampled test documents, with the rules as they are."""
+    counts = np.stack([d.counts for d in found], axis=2)  # (documents, 3, latents)
+    weights = document_weights(len(counts), DRAWS, 0)
+    hits, said, wanted = (weights @ counts[:, i] for i in range(3))
+    f1 = 2 * hits / np.maximum(said + wanted, 1)
+    drawn = {"f1": f1, "interpretable_frac": f1 >= interpretable, "precision": hits / np.maximum(said, 1), "recall": hits / np.maximum(wanted, 1)}
+    return {f"rule_{name}": noise_over(values.astype(float)) for name, values in drawn.items()}
+
+
+def _noise_of_concepts(world: World, on: sparse.csr_matrix, picked: np.ndarray) -> dict[str, float]:
+    """Standard errors over resampled test documents of the best match with a concept, which is chosen anew in every sample."""
+    n, documents = on.shape[0], len(world.first)
+    owner = np.repeat(np.arange(documents), np.diff(world.first, append=n))
+    weights = document_weights(documents, DRAWS, 0)
+    limit, on = chi2.isf(0.01 / max(len(world.labels) * on.shape[1], 1), 1), on[:, picked]
+    total = weights @ np.bincount(owner, minlength=documents)[:, None]
+    best = np.zeros((DRAWS, len(picked)))
+    by_document = lambda rows: sparse.csr_matrix((rows, (owner, np.arange(n))), shape=(documents, n))  # noqa: E731
+    fires = weights @ (by_document(np.ones(n)) @ on).toarray()
+    for label in world.labels[:, world.test].astype(float):
+        group = by_document(label)
+        both, there = weights @ (group @ on).toarray(), weights @ np.asarray(group.sum(1))
+        best = np.maximum(best, np.abs(phi_of(total, there, fires, both)))
+    best = np.where(total * best**2 > limit, best, 0.0)
+    return {"concept_phi": noise_over(best), "concept_matched_frac": noise_over((best > 0.5).astype(float))}
+
+
+def phi_of(n: Any, a: np.ndarray, b: np.ndarray, both: np.ndarray) -> np.ndarray:
+    """Phi of two binary variables of ``n`` rows from how often each (``a``, ``b``) and both are on; 0 where one never or always is."""
+    scale = np.sqrt(a * (n - a) * b * (n - b))
+    return np.divide(n * both - a * b, scale, out=np.zeros_like(both), where=scale > 0)
 
 
 def _world(bench: Bench, text: Text, block: int) -> World:
     concepts = [c for c in bank(bench.symbols) if c.causal]
     labels = label_all(concepts, text.chars, text.following, text.breaks)
     elements = elements_of(bench.symbols)
-    even = text.blocks(block) % 2 == 0
+    document = text.blocks(block)
+    even = document % 2 == 0
     train, test = np.flatnonzero(even), np.flatnonzero(~even)
     matchers = tuple(Matcher(elements, text.chars, text.offset, labels, part) for part in (train, test))
     index = {next(iter(e.symbols)): i for i, e in enumerate(elements) if len(e.symbols) == 1 and i}
-    return World(text, concepts, labels, train, test, matchers, index)
+    first = np.flatnonzero(np.diff(document[test], prepend=-1))
+    return World(text, concepts, labels, train, test, matchers, index, first)
 
 
 def binarised(z: sparse.csc_matrix, threshold: float) -> tuple[sparse.csc_matrix, np.ndarray]:
@@ -139,10 +183,13 @@ def describe(world: World, on: np.ndarray, values: np.ndarray, seeds: int, chanc
     others = chance.choice(active, min(seeds, len(active)), replace=False) if len(active) else active
     literals = dict.fromkeys(literal_at(world.index, world.text.chars, world.text.length, int(r)) for r in (*strongest, *others))
     rule = find_rule(world.matchers[0], list(literals), targets[0], **options)
-    got = quality(world.matchers[1].match_any(rule), targets[1])
+    said = world.matchers[1].match_any(rule)
+    got = quality(said, targets[1])
+    masks = unpack(np.stack([said & targets[1], said, targets[1]]), len(world.test))
+    counts = np.add.reduceat(masks, world.first, axis=1, dtype=np.int64).T
     base = float(on[world.test].mean())
     words = spell(rule, world.matchers[0].elements, [c.name for c in world.concepts])
-    return Described(rule, words, *got, got.precision / base if base else 0.0)
+    return Described(rule, words, *got, got.precision / base if base else 0.0, counts)
 
 
 def _shuffled(on: np.ndarray, values: np.ndarray, chance: np.random.Generator, size: int = 1000) -> tuple[np.ndarray, np.ndarray]:
@@ -165,9 +212,7 @@ def concept_match(world: World, on: sparse.csr_matrix) -> tuple[np.ndarray, np.n
     if not len(labels):
         return np.zeros(m), np.zeros(m, np.int64)
     both = (on.T @ labels.T).T
-    a, b = labels.sum(1)[:, None], np.asarray(on.sum(0))
-    scale = np.sqrt(a * (n - a) * b * (n - b))
-    phi = np.divide(n * both - a * b, scale, out=np.zeros_like(both), where=scale > 0)
+    phi = phi_of(n, labels.sum(1)[:, None], np.asarray(on.sum(0)), both)
     match = np.abs(phi).argmax(0)
     best = phi[match, np.arange(m)]
     return np.where(n * best**2 > chi2.isf(0.01 / phi.size, 1), best, 0.0), match
@@ -209,10 +254,8 @@ def _report(
         "concept_phi": float(matched.mean()),
         "concept_matched_frac": float((matched > 0.5).mean()),
     }
-    n, arrays = len(picked), {f"rule_{k}": np.full(m, np.nan) for k in columns}
+    arrays = {f"rule_{k}": np.full(m, np.nan) for k in columns}
     for name, column in columns.items():
         arrays[f"rule_{name}"][picked] = column
-    spread = {"rule_f1": columns["f1"], "rule_interpretable_frac": columns["f1"] >= interpretable, "concept_phi": matched}
-    noise = {name: float(np.std(column, ddof=1) / np.sqrt(n)) for name, column in spread.items() if n > 1}
     why = {} if shuffled else {"rule_f1_null": "no shuffled latents were asked for (shuffled=0)"}
-    return Measured(values, arrays | {"concept_phi": phi}, why, noise, features)
+    return Measured(values, arrays | {"concept_phi": phi}, why, features=features)
