@@ -7,13 +7,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import Experiment
+from conftest import CONF, Experiment
 from drawing import drawn
 
+from sae_experiments.config import build, compose_checked
 from sae_experiments.io import UserError
+from sae_experiments.progress import Console
+from sae_experiments.studies import palindrome
+from sae_experiments.studies.base import Context
 from sae_experiments.studies.palindrome import split_ids
 from sae_experiments.studies.selectivity import browser, tables
 from sae_experiments.studies.strings import FLOOR, MIRROR, SYMBOLS, Strings, all_strings, rows_at, text_of
+from sae_experiments.training import seed_of
 
 
 def test_all_strings_and_the_floor() -> None:
@@ -70,6 +75,28 @@ def test_selectivity_of_a_latent_that_means_one_letter() -> None:
     assert [text[2] for text, _ in shown[0]["strings"]] == ["e"] * 3
 
 
+@pytest.mark.parametrize("split", ["random", "alphabetical"])
+def test_an_sae_is_calibrated_on_training_strings_that_it_was_not_fitted_to(split: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, _ = compose_checked(CONF, ["study=palindrome", "preset=smoke", f"study.data.split={split}", "sae=topk", "study.fit.train.steps=30"])
+    study, seen = build(cfg.study), {}
+
+    def fit(saes, batch_at, configs, sample, **kwargs):
+        batches = [batch_at(step).x[:, 0] for step in range(100)]
+        seen.update(learned=torch.cat([*batches, sample.x[:, 0]]), held=sample.held[:, 0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(palindrome, "fit_saes", fit)
+    train = study.data.parts(seed_of(0, "split"))[0]
+    x = torch.arange(len(train), dtype=torch.float32)[:, None].expand(-1, study.width)  # a row says which string it is
+    ctx = Context(folder=tmp_path, cache=tmp_path, device=torch.device("cpu"), console=Console(verbosity="quiet"))
+    with pytest.raises(KeyboardInterrupt):
+        study.fitted(x, {}, 0, ctx)
+    learned, held = (set(seen[k].tolist()) for k in ("learned", "held"))
+    assert not learned & held and len(held) == 1582 and len(learned) > 0.99 * (len(train) - 1582)
+    first = train[sorted(map(int, held)), 1]
+    assert len(first.unique()) == len(train[:, 1].unique()), "strings of every first letter, in either split"
+
+
 SMALL = ("study=palindrome", "preset=smoke", "threads=1", "study.fit.train.steps=30", "study.train.steps=20")
 
 
@@ -90,7 +117,13 @@ def test_the_study_from_start_to_end(experiment: Experiment) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"), [("study.data.test_frac=0", "empty split"), ("study.lm.n_layer=2", "n_layer=2"), ("study.data.split=odd", "odd")]
+    ("wrong", "told"),
+    [
+        ("study.fit.calibration_rows=15800", "use at most"),
+        ("study.data.test_frac=0", "empty split"),
+        ("study.lm.n_layer=2", "n_layer=2"),
+        ("study.data.split=odd", "odd"),
+    ],
 )
 def test_mistakes_are_one_line_before_training(experiment: Experiment, wrong: str, told: str) -> None:
     done = experiment("--out_dir=bad", *SMALL, wrong, tiny=False)

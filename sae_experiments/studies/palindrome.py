@@ -95,7 +95,13 @@ class Palindrome:
             raise UserError(f"study.lm.n_layer={self.lm.n_layer}: this study reads a model of one layer")
         if self.lm.n_positions < LENGTH - 1:
             raise UserError(f"study.lm.n_positions={self.lm.n_positions} must be at least {LENGTH - 1}")
-        n_test = len(self.data.parts(0)[1])
+        n_train, n_test = map(len, self.data.parts(0))
+        left, batch = n_train - self.fit.calibration_rows, self.fit.train.batch_size
+        if left < batch:
+            raise UserError(
+                f"study.fit.calibration_rows={self.fit.calibration_rows} leaves {max(left, 0):,} of the {n_train:,} training strings, "
+                f"fewer than study.fit.train.batch_size={batch}: use at most {n_train - batch}"
+            )
         for name in ("strongest", "samples"):
             if not 1 <= getattr(self.analysis, name) <= n_test:
                 raise UserError(f"study.analysis.{name}={getattr(self.analysis, name)} must lie between 1 and the {n_test} test strings")
@@ -168,24 +174,31 @@ class Palindrome:
         model.load_state_dict(load_file(folder / "model.safetensors", device=str(ctx.device)))
         return model.eval(), info, key | ({"cut": info["step"]} if info["cut"] else {})
 
+    def split(self, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Rows (N, D) of the training strings that SAEs are fitted to, and those they are calibrated on, drawn at random."""
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed_of(seed, "calibration"))).to(x.device)
+        n = self.fit.calibration_rows
+        return x[order[n : n + self.fit.train_rows]], x[order[:n]]
+
     def fitted(self, x: Tensor, key: Mapping[str, Any], seed: int, ctx: Context) -> tuple[dict[str, SAE], dict[str, FitReport]]:
-        """The SAEs: from the cache, or fitted now in one pass over the training strings."""
+        """The SAEs: from the cache, or fitted now in one pass over the training strings but for those kept to calibrate on."""
         saes = {name: arm.seeded(self.width, self.width, seed).to(ctx.device) for name, arm in self.arms.items()}
         modules = sorted({m for sae in saes.values() for m in modules_of(sae)}, key=lambda m: m.__name__)
         full = {"what": "palindrome SAEs", "of": dict(key), "center": self.center, "arms": {n: arm.describe() for n, arm in self.arms.items()}, "fit": asdict(self.fit),
                 "source": source_digest(*modules, fit, training)}  # fmt: skip
         cfg = self.fit.train
+        learned, held = self.split(x, seed)
 
         def batch_at(step: int) -> Batch:
-            rows = x[rows_at(len(x), step, cfg.batch_size, seed_of(seed, "rows")).to(x.device)]
+            rows = learned[rows_at(len(learned), step, cfg.batch_size, seed_of(seed, "rows")).to(x.device)]
             return Batch(rows, rows)
 
         def make(part: Path) -> bool:
-            few = x[: self.fit.init_rows]
+            few = learned[: self.fit.init_rows]
             with ctx.session(f"fit {listed(list(saes))}", "sae") as session:
                 session.checkpoint = part / "checkpoint.safetensors"
                 configs = {name: arm.config(cfg) for name, arm in self.arms.items()}
-                sample = Sample(few, few, x[-self.fit.calibration_rows :])
+                sample = Sample(few, few, held)
                 found = fit_saes(saes, batch_at, configs, sample, seed=seed, dead_after=self.fit.dead_after, session=session)
             for name, sae in saes.items():
                 write_bytes(part / f"{name}.safetensors", tensors_of(sae))
