@@ -47,7 +47,7 @@ class Language:
     fit: FitSpec
     site: str
     seeds: Sequence[int] | None
-    replicas: int = 0  # further fits of every SAE to the same activations, from other seeds: what seed stability is measured with
+    replicas: int = 0  # further fits of every SAE to the same activations, from other seeds (weights and order of the batches): what seed stability is measured with
     offline: bool = False
 
     def __post_init__(self) -> None:
@@ -100,7 +100,8 @@ class Language:
         ctx.console.say(f"  language model: val loss {lm.metrics['best_val_loss']:.4f} after {lm.seconds:.0f} s of training")
         sites = list(dict.fromkeys(s for arm in self.arms.values() for where in self.sites(arm) for s in as_sites(where)))
         stores = Stores(self.fit, sites, corpus, lm, cell.seed, ctx)
-        twins = [self.fitted(stores, cell._replace(seed=cell.seed + 1000 * (i + 1)), ctx) for i in range(self.replicas)]
+        seeds = [cell.seed + 1000 * (i + 1) for i in range(self.replicas)]
+        twins = [self.fitted(stores.ordered(seed), cell._replace(seed=seed), ctx) for seed in seeds]
         outcomes = {}
         for name, (sae, fitted) in self.fitted(stores, cell, ctx).items():
             report = self.report(cell.dataset, name)

@@ -46,7 +46,7 @@ class SecondView:
     def batch_at(self, step: int, read: Where, write: Any) -> Batch:
         """The batch of ``step`` with its second view."""
         batch = self.stores.batch_at(step, read, write)
-        index = self.stores.train.index_at(step, rows=self.stores.fit.train.batch_size, seed=seed_of(self.stores.seed, "rows"))
+        index = self.stores.index_at(step)
         alt = self.store.rows(read, index).to(batch.x.device)
         own = self.own[torch.from_numpy(index).long()].to(batch.x.device)
         return batch._replace(alt=torch.where(own[:, None], batch.x, alt))

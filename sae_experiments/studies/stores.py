@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,7 @@ class Stores:
 
     def __init__(self, fit: FitSpec, sites: Sequence[Site], corpus: CharCorpus, lm: TrainedLM, seed: int, ctx: Context) -> None:
         self.fit, self.corpus, self.model, self.seed, self.device = fit, corpus, lm.model, seed, ctx.device
+        self.order = seed  # of the batches; the windows are those of ``seed``
         length = lm.model.config.n_positions
         began = time.monotonic()
         train, calibration = split_windows(len(corpus.splits["train"]), length, fit.train_rows, fit.calibration_rows, seed_of(seed, "windows"))
@@ -57,15 +59,25 @@ class Stores:
         """Ids of held-out windows and of the characters that follow each position, (n, T) both."""
         return tuple(self.corpus.windows("val", starts + shift, self.held_out.length) for shift in (0, 1))
 
+    def ordered(self, order: int) -> Stores:
+        """The same stores, with batches and initial rows in the order of another seed: what a fit from another seed sees."""
+        other = copy.copy(self)
+        other.order = order
+        return other
+
+    def index_at(self, step: int) -> np.ndarray:
+        """Numbers of the training rows of one step."""
+        return self.train.index_at(step, rows=self.fit.train.batch_size, seed=seed_of(self.order, "rows"))
+
     def batch_at(self, step: int, read: Where, write: Where) -> Batch:
         """Shuffled rows of one step, as raw float32 activations on the device."""
-        return self._batch(self.train.index_at(step, rows=self.fit.train.batch_size, seed=seed_of(self.seed, "rows")), read, write)
+        return self._batch(self.index_at(step), read, write)
 
     def windows_at(self, step: int, read: Where, write: Site) -> Batch:
         """Whole windows of one step with the rest of the language model behind them, about as many rows as a plain batch."""
         length = self.train.length
         n = max(1, self.fit.train.batch_size // length)
-        windows = np.random.default_rng([self.seed, step]).choice(len(self.train.starts), n, replace=False)
+        windows = np.random.default_rng([self.order, step]).choice(len(self.train.starts), n, replace=False)
         batch = self._batch((windows[:, None] * length + np.arange(length)).reshape(-1), read, write)
         tokens = self.corpus.windows("train", self.train.starts[windows], length).to(self.device)
         return batch._replace(downstream=lambda recon: effect_of(self.model, write, tokens, recon))
@@ -76,7 +88,7 @@ class Stores:
 
     def sample(self, read: Where, write: Where) -> Sample:
         """Rows to initialise from (training rows) and to calibrate on (never trained on)."""
-        index = self.train.index_at(0, rows=min(self.fit.init_rows, self.train.n_rows), seed=seed_of(self.seed, "init"))
+        index = self.train.index_at(0, rows=min(self.fit.init_rows, self.train.n_rows), seed=seed_of(self.order, "init"))
         x, y = (self.train.rows(where, index).to(self.device) for where in (read, write))
         return Sample(x, y, self.calibration.rows(read, slice(None)).to(self.device))
 
