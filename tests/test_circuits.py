@@ -17,6 +17,7 @@ from sae_experiments.activations import Site, activations, capture, patched
 from sae_experiments.circuits import check
 from sae_experiments.circuits.attribution import Attribution, Circuit, Prompts, Targets, decoder_of
 from sae_experiments.circuits.comparators import Grams, coactivation, most_specific, weight_directions
+from sae_experiments.circuits.describe import Describer
 from sae_experiments.circuits.graph import GraphSpec, firings_of, trace
 from sae_experiments.circuits.path import Path
 from sae_experiments.circuits.survey import Checker, CheckSpec, drawn
@@ -353,6 +354,46 @@ def test_the_most_specific_latents_are_those_planted_for_a_trigram() -> None:
     assert found[2].f1 < 0.6 and most_specific(sparse.csr_matrix(ends), grams, n=9, least=10**6) == []
     alone = grams.best(sparse.csr_matrix(ends))
     assert alone[4] is None and alone[1].f1 == pytest.approx(2 * ends[:, 1].sum() / (ends[:, 0].sum() + ends[:, 1].sum()))
+
+
+def described(on: np.ndarray, ids: np.ndarray, length: int = 30) -> Describer:
+    return Describer(sparse.csr_matrix(on.astype(np.float32)), ids, "abcdefgh", length, threshold=0.1)
+
+
+def test_n_grams_are_scored_on_text_they_were_not_found_on() -> None:
+    """40 latents that fire by chance: the best of hundreds of n-grams looks good where it was found, and nowhere else."""
+    chance = np.random.default_rng(0)
+    ids, on = chance.integers(0, 8, 3000), chance.random((3000, 40)) < 0.01
+    words = described(on, ids)
+    first, second = words.halves
+    assert not (first & second).any() and (first | second).all() and 0.4 < first.mean() < 0.6
+    assert (first.reshape(-1, 30).all(1) | second.reshape(-1, 30).all(1)).all(), "windows stay whole"
+    found = [words.specific(3, 5), [s for s in words.best([3]) if s], [s for s in words.rules if s]]
+    inside = np.mean([s.f1 for s in Grams(ids, 30, 3).best(sparse.csr_matrix(on)) if s])
+    for specifics in found:
+        assert len(specifics) > 5 and np.mean([s.f1 for s in specifics]) < 0.3 * inside
+
+
+def test_what_is_found_does_not_depend_on_the_text_it_is_scored_on() -> None:
+    chance = np.random.default_rng(1)
+    ids, on = chance.integers(0, 4, 3000), chance.random((3000, 12)) < 0.05
+    words = described(on, ids)
+    other = described(np.where(words.halves[1][:, None], ~on, on), np.where(words.halves[1], 3 - ids, ids))
+    for find in (lambda w: w.specific(3, 5), lambda w: w.best([2]), lambda w: w.rules):
+        assert [(s.latent, s.gram) for s in find(words)] == [(s.latent, s.gram) for s in find(other)]
+        assert [s.f1 for s in find(words)] != [s.f1 for s in find(other)]
+
+
+def test_the_held_out_f1_of_an_n_gram_is_counted_right() -> None:
+    ids = np.random.default_rng(2).integers(0, 3, 2400)
+    ends = np.array([r % 30 >= 2 and tuple(ids[r - 2 : r + 1]) == (0, 1, 2) for r in range(2400)])
+    on = np.stack([ends, ends & (np.arange(2400) % 2 == 0), ids == 1, np.zeros(2400, bool)], 1)
+    words = described(on, ids)
+    found, second = words.best([3]), words.halves[1]
+    assert found[0].f1 == 1 and found[3] is None
+    assert found[1].f1 == pytest.approx(2 * on[second, 1].sum() / (ends[second].sum() + on[second, 1].sum())) and found[1].gram == (0, 1, 2)
+    alone = described(on[:30], ids[:30]).best([1])
+    assert all(s is None or np.isnan(s.f1) for s in alone), "one window: nothing to score on"
 
 
 def test_orders_and_curves() -> None:

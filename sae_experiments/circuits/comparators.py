@@ -5,6 +5,7 @@ Shape letters: F, G upstream and downstream latents, C width of the residual str
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +85,7 @@ def firing(codes: sparse.csr_matrix) -> sparse.csr_matrix:
 
 
 class Specific(NamedTuple):
-    """A latent and the n-gram it answers to: its ids, the F1 of firing where the text ends in it, how often the latent fires."""
+    """A latent and the n-gram it answers to: its ids, the F1 of firing where the text ends in it, how often the latent fires there."""
 
     latent: int
     gram: tuple[int, ...]
@@ -110,6 +111,13 @@ class Grams:
         both = (self.one_hot @ on[self.rows]).tocoo()
         f1 = 2 * both.data / (self.counts[both.row] + fires[both.col])
         return sparse.csc_matrix((f1, (both.row, both.col)), shape=both.shape)
+
+    def scored(self, on: sparse.csr_matrix, found: Sequence[Specific]) -> list[Specific]:
+        """The same latents and n-grams with their F1 on this text, which may be another than the one they were found on."""
+        scores, fires = self.scores(on).tocsr(), np.asarray(on.sum(0)).ravel()
+        number = {tuple(kind): i for i, kind in enumerate(self.kinds.tolist())}
+        at = [number.get(s.gram) for s in found]
+        return [s._replace(f1=0.0 if i is None else float(scores[i, s.latent]), fires=int(fires[s.latent])) for s, i in zip(found, at, strict=True)]
 
     def best(self, on: sparse.csr_matrix) -> list[Specific | None]:
         """For every latent its best n-gram (None where it never fires)."""

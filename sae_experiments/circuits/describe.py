@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from sae_experiments.circuits.comparators import Grams, Specific
+from sae_experiments.circuits.comparators import Grams, Specific, most_specific
 from sae_experiments.metrics.rules import binarised
 
 ORDERS = (1, 2, 3)
+DOCUMENT = 8  # neighbouring windows that stay together when the text is halved
 
 
 class Describer:
@@ -26,15 +28,43 @@ class Describer:
         self.values = abs(codes[: len(ids)].tocsc())
         self.on = binarised(self.values, threshold)[0].tocsr()
 
-    def grams(self, order: int) -> Grams:
-        """The n-grams of the text."""
-        return Grams(self.ids, self.length, order)
+    @cached_property
+    def halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (bool, (N,)) of every second document, which n-grams are found on, and of the others, which they are scored on."""
+        windows = len(self.ids) // self.length
+        block = self.length * max(1, min(DOCUMENT, windows // 2))
+        even = np.arange(len(self.ids)) // block % 2 == 0
+        return even, ~even
+
+    def specific(self, order: int, least: int) -> list[Specific]:
+        """Latents most specific to one n-gram, no two to the same; found on one half of the text, in the order of the F1 there, scored on the other."""
+        first = self.halves[0]
+        return self.scored(most_specific(self.on[first], self._grams(order, 0), n=self.on.shape[1], least=least))
+
+    def best(self, orders: Sequence[int]) -> list[Specific | None]:
+        """For each latent its best n-gram of one of the orders, found on one half of the text and scored on the other; None: it never fires there."""
+        by_order = [self._grams(order, 0).best(self.on[self.halves[0]]) for order in orders]
+        found = [max((s for s in options if s), key=lambda s: s.f1, default=None) for options in zip(*by_order, strict=True)]
+        scored = iter(self.scored([s for s in found if s]))
+        return [next(scored) if s else None for s in found]
+
+    def scored(self, found: Sequence[Specific]) -> list[Specific]:
+        """F1 on the half of the text that n-grams are not found on; NaN where the text is a single window."""
+        second, known = self.on[self.halves[1]], {}
+        if not second.shape[0]:
+            return [s._replace(f1=math.nan) for s in found]
+        for order in sorted({len(s.gram) for s in found}):
+            here = [i for i, s in enumerate(found) if len(s.gram) == order]
+            known |= dict(zip(here, self._grams(order, 1).scored(second, [found[i] for i in here]), strict=True))
+        return [known[i] for i in range(len(found))]
+
+    def _grams(self, order: int, half: int) -> Grams:
+        return Grams(self.ids[self.halves[half]], self.length, order)
 
     @cached_property
     def rules(self) -> list[Specific | None]:
-        """For each latent the n-gram of one to three symbols whose F1 is best."""
-        by_order = [self.grams(order).best(self.on) for order in ORDERS]
-        return [max((s for s in options if s), key=lambda s: s.f1, default=None) for options in zip(*by_order, strict=True)]
+        """For each latent its best n-gram of one to three symbols."""
+        return self.best(ORDERS)
 
     def spell(self, gram: Iterable[int]) -> str:
         """The text of ids, with spaces and line ends made visible."""

@@ -36,7 +36,7 @@ def infos(nudges: Sequence[float]) -> list[MetricInfo]:
         _info("attribution_targets_per_second", "targets/s", "targets attributed to all upstream latents at all positions", "up", "1/s"),
         _info("integrated_gap", "IG gap", "sum |sum of integrated gradients - effect of removing all| / sum |effect|", "down"),
         _info("joint_ablation_pearson", "r(joint)", "Pearson of the sum of attributions and the effect of removing all upstream latents", "up"),
-        _info("ngram_f1", "n-gram F1", "mean F1 of the chosen downstream latents with their n-gram", "none"),
+        _info("ngram_f1", "n-gram F1", "mean F1 of the chosen downstream latents with their n-gram, chosen on other text", "none"),
     ]
     found += [_info(f"completeness_{k}", f"share of {k}", f"sum of {k} gradient terms / sum of A", "none", shown=False) for k in PARTS]
     for step in nudges:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_experiments.activations import Site, as_sites, parse_site
 from sae_experiments.circuits.attribution import Circuit, Prompts
 from sae_experiments.circuits.blocks import check_order
-from sae_experiments.circuits.comparators import Specific, coactivation, most_specific, weight_directions
+from sae_experiments.circuits.comparators import Specific, coactivation, weight_directions
 from sae_experiments.circuits.describe import Describer
 from sae_experiments.circuits.graph import GraphSpec, Traced, as_dict, trace
 from sae_experiments.circuits.info import infos
@@ -188,9 +188,12 @@ class Circuits:
                 traced.append(trace(circuit, prompts, specific.latent, self.graph, steps=self.steps))
                 tick(i + 1, len(chosen))
         outcome = self._checked(circuit, prompts, up, down, cell, ctx)
-        outcome.metrics |= lm.metrics | {"ngram_f1": float(np.mean([s.f1 for s in chosen])) if chosen else None}
-        if not chosen:
-            outcome.why_null["ngram_f1"] = f"no downstream latent fires {self.graph.least} times"
+        f1 = float(np.mean([s.f1 for s in chosen])) if chosen else np.nan
+        outcome.metrics |= lm.metrics | {"ngram_f1": f1 if np.isfinite(f1) else None}
+        if chosen and not np.isfinite(f1):
+            outcome.why_null["ngram_f1"] = "the held-out text is one window: nothing is left to score n-grams on"
+        elif not chosen:
+            outcome.why_null["ngram_f1"] = f"no downstream latent fires {self.graph.least} times on the half of the text that n-grams are found on"
         outcome.curves = [(s, f"lm/{n}", v) for s, n, v in lm.history]
         outcome.seconds |= {"lm": lm.seconds, "collect": stores.seconds}
         outcome.cut = lm.cut or any(look.fitted is not None and look.fitted.cut for look in (up, down))
@@ -248,12 +251,12 @@ class Circuits:
         """The downstream latents that get a graph: those asked for, or of those that fire in the prompts the most specific to one n-gram."""
         if self.graph.latents is None:
             here = set(prompts.active.latent.tolist())
-            best = most_specific(down.words.on, down.words.grams(self.graph.order), n=down.sae.d_sae, least=self.graph.least)
+            best = down.words.specific(self.graph.order, self.graph.least)
             return [s for s in best if s.latent in here][: self.graph.count]
         wrong = [j for j in self.graph.latents if not 0 <= j < down.sae.d_sae]
         if wrong:
             raise UserError(f"study.graph.latents={list(self.graph.latents)}: the downstream SAE has latents 0 to {down.sae.d_sae - 1}")
-        best = down.words.grams(self.graph.order).best(down.words.on)
+        best = down.words.best([self.graph.order])
         return [best[j] or Specific(j, (), 0.0, 0) for j in self.graph.latents]
 
     def _checked(self, circuit: Circuit, prompts: Prompts, up: Look, down: Look, cell: Cell, ctx: Context) -> Outcome:
