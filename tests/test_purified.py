@@ -23,6 +23,7 @@ from sae_experiments.saes import ops, perturb, purified
 from sae_experiments.saes.base import Batch, Codes
 from sae_experiments.saes.perturb import SHARED
 from sae_experiments.saes.selection import Pattern
+from sae_experiments.sampling import spread
 
 HOSTS = ["topk", "standard", "jumprelu", "gated", "matryoshka", "tied", "lista", "abs_topk"]
 
@@ -227,7 +228,8 @@ def test_dead_latents_are_revived_from_as_many_rows_as_are_perturbed():
     x = batch(256)
     for one, n in ((sae, 64), (plain, 256)):
         fwd, moment = one.training_forward(x), replace(step(one), dead=dead)
-        expected = one.aux_coeff * one.explain(x.x[:n], (x.y - fwd.recon)[:n], dead.nonzero().squeeze(1))
+        seen = spread(256, n)
+        expected = one.aux_coeff * one.explain(x.x[seen], (x.y - fwd.recon)[seen], dead.nonzero().squeeze(1))
         assert one.revive(fwd, moment)["aux_k"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 

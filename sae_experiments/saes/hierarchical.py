@@ -15,6 +15,7 @@ from sae_experiments.saes.base import SAE, Batch, Step
 from sae_experiments.saes.levels import Controllers, Joined, Level, Weights, active_of, product, signed_directions, widths_of
 from sae_experiments.saes.mutual_information import Coherence, Information
 from sae_experiments.saes.sparsity import ramp
+from sae_experiments.sampling import spread_rows
 from sae_experiments.training import Group, Loss, Phase
 
 PHASES = ("bottom", "top", "both")
@@ -69,7 +70,7 @@ class Hierarchical(SAE):
         fractions: share of the steps in each phase.
         rank: of the gate A B; ``gate_bias`` is b at the start.
         drop_bottom, drop_top: share of the rows in training with g = 0, with g = 1.
-        rows: rows of a batch that the phases with both levels use (null: all).
+        rows: rows of a batch that the phases with both levels use, spread over it (null: all).
         weights: of the loss terms.
         information, coherence: sizes of the two redundancy terms.
         aim, start_coeff, start_l0, warmup: of each level's L1 (:class:`.Standard`); warmup is a share of the phase that trains a level first.
@@ -206,7 +207,7 @@ class Hierarchical(SAE):
             self.variance.copy_((y - y.mean(0)).square().sum(1).mean().clamp_min(1e-12))
         if phase != "bottom" and self.levels != "bottom" and not self.joined:
             self.joined.fill_(True)
-            self._begin_top(phase, x[: 2 * CHUNK])
+            self._begin_top(phase, spread_rows(x, 2 * CHUNK))
 
     def _begin_top(self, phase: str, x: Tensor) -> None:
         u = torch.cat(list(self._codes(x)))
@@ -223,7 +224,7 @@ class Hierarchical(SAE):
     def loss(self, batch: Batch, step: Step) -> Loss:
         if step.phase == "bottom" or self.levels == "bottom":
             return self._loss_of_bottom(batch, step)
-        batch = Batch(batch.x[: self.rows], batch.y[: self.rows])
+        batch = Batch(spread_rows(batch.x, self.rows), spread_rows(batch.y, self.rows))
         passed = self._pass(batch.x, step)
         recon = self.bottom_decode(passed.mixed)
         w, whole = self.weights, step.phase != "top"
