@@ -356,7 +356,7 @@ class Purified(SAE):
         if kind == "pgd":
             return perturb.pgd(self.encode, x, reach, self.purification.attack_steps, g)
         values, pattern = self.taken(fwd.codes.detach(), rows)  # fgsm: the gradient of the sum of the code, over what is active
-        on = torch.ones_like(values) if pattern is not None else (values != 0).to(values.dtype)
+        on = (values != 0).to(values.dtype)
         return perturb.unit(ops.decode(on, pattern, self.W_enc)) * perturb.signs(len(x), g)[:, None] * reach
 
     def targets(self, codes: Codes, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
