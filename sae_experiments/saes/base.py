@@ -243,6 +243,18 @@ class SAE(nn.Module):
         """Reconstruction (B, O) of dense codes (B, F)."""
         return acts @ self.W_dec + self.b_dec
 
+    def contributions(self, acts: Tensor, direction: Tensor) -> Tensor:
+        """How far each latent moves the reconstruction along a direction of the output.
+
+        Args:
+            acts: dense codes (B, F).
+            direction: (O,), of any length.
+
+        Returns:
+            (B, F), in units of the activations; a row's sum is its reconstruction along the direction, less what biases put there.
+        """
+        return acts * (self.W_dec @ direction)
+
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction (B, O) of rows (B, D): ``decode(encode(x))``, plus the direct path where there is one."""
         return self.reconstruct(x, self.encode(x))

@@ -132,8 +132,8 @@ class Hierarchical(SAE):
 
     @property
     def W_dec(self) -> Tensor:  # noqa: N802
-        """What a latent writes, as unit directions (F, D): rows of D1, and the atoms t_i of the top."""
-        return torch.cat([self.bottom.W_dec] if self.levels == "bottom" else [self.bottom.W_dec, self.atoms()])
+        """What one unit of a latent writes where its path is open (F, D): rows of D1, and those of ``D2 s D1``, in the same units."""
+        return torch.cat([self.bottom.W_dec] if self.levels == "bottom" else [self.bottom.W_dec, self._writes()])
 
     @property
     def b_enc(self) -> Tensor:
@@ -152,8 +152,21 @@ class Hierarchical(SAE):
 
     def atoms(self, latents: Tensor | None = None) -> Tensor:
         """Unit directions ``t_i`` of top latents in x, (n, D); ``latents`` None: all."""
+        return ops.unit_rows(self._writes(latents))
+
+    def _writes(self, latents: Tensor | None = None) -> Tensor:
+        """What one unit of a top latent adds with the gate closed, ``D1^T (s d2_i)``, (n, D)."""
         rows = self.top.W_dec if latents is None else self.top.W_dec[latents]
-        return ops.unit_rows(product(rows * self.scale, self.bottom.W_dec))
+        return product(rows * self.scale, self.bottom.W_dec)
+
+    def contributions(self, acts: Tensor, direction: Tensor) -> Tensor:
+        if self.levels == "bottom" or not self.joined:
+            reach = self.bottom.W_dec @ direction
+            return torch.nn.functional.pad(acts[:, : self.widths[0]] * reach, (0, self.d_sae - self.widths[0]))
+        z1, z2 = self.split(acts)
+        gate, reach = self.gates(z2), self.bottom.W_dec @ direction
+        passed = (1 - gate) * (self.predict(z2) > 0) * (self.scale * reach)  # a bottom latent that the top says is off carries nothing
+        return torch.cat([gate * z1 * reach, z2 * (passed @ self.top.W_dec.t())], 1)
 
     def pre_acts(self, x: Tensor) -> Tensor:
         a1 = self.bottom.pre_acts(x)
