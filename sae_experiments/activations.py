@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.io import NonFinite, UserError, cached, read_json, source_digest, write_json
+from sae_experiments.layouts import layout_of_model
 
 STREAMS = ("resid", "mlp_in", "mlp_act", "mlp_out")
 
@@ -54,11 +55,8 @@ def parse_site(text: str, n_layer: int) -> Site:
 
 
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
-    """The transformer blocks of a causal language model (GPT-2 and GPT-Neo layouts)."""
-    body = getattr(model, "transformer", None)
-    if body is None or not hasattr(body, "h"):
-        raise UserError(f"{type(model).__name__} has no blocks at transformer.h: only GPT-2 and GPT-Neo layouts are known")
-    return body.h
+    """The transformer blocks of a causal language model whose layout is known."""
+    return model.get_submodule(layout_of_model(model).blocks)
 
 
 class _Stop(Exception):
@@ -81,10 +79,11 @@ def _hook(model: nn.Module, site: Site, fn: Callable[[Tensor], Tensor | None]) -
 
     if site.stream == "resid":
         return blocks[0].register_forward_pre_hook(on_input) if site.layer == 0 else blocks[site.layer - 1].register_forward_hook(on_output)
-    mlp = blocks[site.layer - 1].mlp
-    if site.stream == "mlp_act":
-        return mlp.c_proj.register_forward_pre_hook(on_input)  # what the output matrix reads is the hidden activation
-    return mlp.register_forward_pre_hook(on_input) if site.stream == "mlp_in" else mlp.register_forward_hook(on_output)
+    layout, block = layout_of_model(model), blocks[site.layer - 1]
+    if site.stream == "mlp_in":
+        return block.get_submodule(layout.up).register_forward_pre_hook(on_input)
+    down = block.get_submodule(layout.down)  # what it reads is the hidden activation
+    return down.register_forward_pre_hook(on_input) if site.stream == "mlp_act" else down.register_forward_hook(on_output)
 
 
 @contextmanager

@@ -7,25 +7,34 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 from torch import nn
 
 from sae_experiments.io import UserError, read_json, sha256_file
+from sae_experiments.layouts import layout_of
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder is a folder: nothing is looked up on a hub
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
 
 CONFIG, SYMBOLS = "config.json", "symbols.json"
 WEIGHTS = (".safetensors", ".bin")
+#: What wrappers put into the names of weights, and what it is read as where every weight then has its place.
+WRAPPED = {r"^((_orig_mod|module|model)\.)+": "", r"\._orig_mod\.": "."}
+#: Causal masks that older versions of transformers stored beside the weights; they are not read.
+MASKS = re.compile(r"\.attn(\.attention)?\.(masked_)?bias$")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 #: What transformers and safetensors raise for a folder that they cannot read.
-LOADING = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, SafetensorError)
+LOADING = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, SafetensorError,
+           getattr(hub_errors, "StrictDataclassError", OSError))  # fmt: skip
 
 
 class Sizes(NamedTuple):
@@ -39,10 +48,14 @@ class Sizes(NamedTuple):
 
 
 class LocalLM(NamedTuple):
-    """A model in float32 and in eval mode, and what names it: a digest of every file that decides what it computes."""
+    """A model in float32 and in eval mode, and what names it: a digest of every file that decides what it computes.
+
+    ``notes``: what had to be mended while it was read, a line each.
+    """
 
     model: nn.Module
     key: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,8 +84,9 @@ def sizes_of(folder: Path) -> Sizes:
         raise UserError(f"local.folder={folder} is not a model directory: it has no {CONFIG}")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        layout = layout_of(config, f"local.folder={folder}")
         width, n_layer = int(config.hidden_size), int(config.num_hidden_layers)
-        inner = getattr(config, "n_inner", None) or getattr(config, "intermediate_size", None) or 4 * width
+        inner = getattr(config, layout.inner) or 4 * width
         return Sizes(n_layer, width, int(inner), int(config.max_position_embeddings), int(config.vocab_size))
     except LOADING as error:
         raise UserError(f"local.folder={folder}: {CONFIG} is not that of a language model ({_line(error)})") from error
@@ -86,13 +100,58 @@ def load_local(folder: Path, *, context: int, device: torch.device) -> LocalLM:
     weights = [p for p in folder.iterdir() if p.suffix in WEIGHTS]
     if not weights:
         raise UserError(f"local.folder={folder} is not a model directory: it has no weights ({' or '.join('*' + s for s in WEIGHTS)})")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, attn_implementation="eager")
-    except LOADING as error:
-        raise UserError(f"local.folder={folder} cannot be loaded as a causal language model ({_line(error)})") from error
+    model, notes = _loaded(folder)
     model.config.n_positions = context  # under GPT-2's name, whatever the architecture calls it: how long the windows are
     files = {p.name: sha256_file(p) for p in sorted([folder / CONFIG, *weights])}
-    return LocalLM(model.to(device).eval().requires_grad_(False), {"what": "local lm", "files": files, "context": context})
+    return LocalLM(model.to(device).eval().requires_grad_(False), {"what": "local lm", "files": files, "context": context}, notes)
+
+
+def _loaded(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model with every weight from the files, and what was mended.
+
+    Raises:
+        UserError: a weight of the model is not in the files, or the files hold one it has no place for.
+    """
+    model, missing, unexpected = _read(folder)
+    plain = {k: _plain(k) for k in unexpected if _plain(k) in missing}
+    if not plain:
+        _refuse_misplaced(folder, missing, unexpected)
+        return model, ()
+    model, *misplaced = _read(folder, key_mapping=WRAPPED)
+    _refuse_misplaced(folder, *misplaced)
+    key, name = next(iter(plain.items()))
+    return model, (f"local.folder={folder}: the names of {len(plain)} weights carry a prefix, which is left out ({key} is {name})",)
+
+
+def _read(folder: Path, **more: Any) -> tuple[nn.Module, list[str], list[str]]:
+    """The model, names of weights that the files lack, and of those in the files without a place in the model."""
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True, **more}
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # what is missing is said here, in one line
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+    except LOADING as error:
+        raise UserError(f"local.folder={folder} cannot be loaded as a causal language model ({_line(error)})") from error
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    return model, sorted(info["missing_keys"]), sorted(k for k in info["unexpected_keys"] if not MASKS.search(k))
+
+
+def _plain(key: str) -> str:
+    for pattern, name in WRAPPED.items():
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def _refuse_misplaced(folder: Path, missing: list[str], unexpected: list[str]) -> None:
+    told = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for names, what in ((missing, "missing"), (unexpected, "without a place in it")) if names
+    ]  # fmt: skip
+    if told:
+        raise UserError(
+            f"local.folder={folder}: its weights are not those of the model in {CONFIG}: {' and '.join(told)}; save the model whole again"
+        )
 
 
 def read_text(path: Path) -> str:
@@ -133,11 +192,9 @@ def _tokenized(text: str, folder: Path, vocabulary: int) -> tuple[np.ndarray, li
         ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
     except LOADING as error:
         raise UserError(f"local.folder={folder} has a tokenizer that cannot be read ({_line(error)}): put its files there") from error
-    used = np.unique(ids)
-    pieces = [""] * max(vocabulary, int(used.max(initial=0)) + 1)
-    for i in used.tolist():
-        pieces[i] = tokenizer.decode([i], clean_up_tokenization_spaces=False)
-    return ids, pieces, 0.0
+    known = min(len(tokenizer), vocabulary)  # a model may have more rows than its tokenizer has tokens
+    pieces = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in range(known)]
+    return ids, pieces + [""] * (vocabulary - known), 0.0
 
 
 def _line(error: BaseException) -> str:

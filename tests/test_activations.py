@@ -178,7 +178,7 @@ def test_hooks_are_gone_after_exceptions(model, tokens, site):
 
 
 def test_a_model_of_another_layout_is_named():
-    with pytest.raises(UserError, match=r"Linear has no blocks"):
+    with pytest.raises(UserError, match=r"Linear: model_type=None is not a known layout"):
         activations(nn.Linear(2, 2), torch.zeros(1, 2), [Site("resid", 1)])
 
 

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +148,27 @@ def words_tokenizer(folder: Path, text: str) -> int:
     return len(vocabulary)
 
 
-def directory(folder: Path, kind: str, text: str) -> Path:
+def byte_pairs(folder: Path, text: str) -> int:
+    """A byte-level byte-pair tokenizer in a model's folder; how many tokens it knows."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False)
+    made.train_from_iterator([text], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<|endoftext|>").save_pretrained(folder)
+    return made.get_vocab_size()
+
+
+def directory(folder: Path, kind: str, text: str, tokenizer: Callable[[Path, str], int] = words_tokenizer) -> Path:
     """A tiny random model of a kind with its tokenizer, as ``save_pretrained`` leaves it."""
     from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
     folder.mkdir()
-    n = words_tokenizer(folder, text)
+    n = tokenizer(folder, text)
     torch.manual_seed(0)
     names = {"vocab_size": n, "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.3}
     if kind == "gpt_neo":
@@ -166,18 +182,26 @@ def directory(folder: Path, kind: str, text: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["gpt_neo", "gpt2"])
-def test_a_local_directory_with_its_own_tokenizer(kind: str, tmp_path: Path) -> None:
+#: The study's own metrics, as a user who names none gets them.
+DEFAULTS = next(d["override /metric"] for d in yaml.safe_load((CONF / "study" / "circuits.yaml").read_text())["defaults"] if "override /metric" in d)
+
+
+@pytest.mark.parametrize(("kind", "tokenizer"), [("gpt_neo", words_tokenizer), ("gpt2", words_tokenizer), ("gpt_neo", byte_pairs)])
+def test_a_local_directory_with_its_own_tokenizer_and_the_default_metrics(kind: str, tokenizer: Callable[[Path, str], int], tmp_path: Path) -> None:
     text = tmp_path / "some words.txt"
     text.write_text(english(24_000, seed=1))
-    folder = directory(tmp_path / "model", kind, text.read_text())
+    folder = directory(tmp_path / "model", kind, text.read_text(), tokenizer)
     local = [f"study.local.folder={folder}", f"study.local.text='{text}'", "study.local.context=16", "study.graph.order=1"]
+    local.append(f"metric=[{','.join(DEFAULTS)}]")
     found = run(tmp_path, None, "run_0", *local)
     metrics = load(found / "cells" / "some_words_0.json")["metrics"]
     assert metrics["attribution_ablation_pearson"] > 0.8 and metrics["n_pairs"] > 20
     manifest = load(found / "manifest.json")
     assert manifest["corpora"]["some_words.upstream"]["symbols"] > 20
     features = load(found / "features" / "some_words.downstream_0.json")
+    alive = [f for f in features if f["density"]]
+    assert alive and all(piece for f in alive for piece, _ in f["promotes"] + f["suppresses"])
+    assert any(len(piece) > 1 for f in alive for piece, _ in f["promotes"]), "a token is more than a character"
     described = [f for f in features if f.get("rule")]
     assert described and all(len(c["acts"]) == len(c["before"] + c["at"] + c["after"]) for f in described for c in f["top"])
     graph = load(found / "graphs" / "some_words_0.json")[0]
@@ -192,7 +216,10 @@ def test_a_model_trained_here_is_a_local_directory_too(first: Path, home: Path, 
 
 
 def test_what_is_no_model_directory_is_said_in_one_line(tmp_path: Path) -> None:
-    for name, content in (("empty", None), ("odd", "{}"), ("unknown", '{"model_type": "nothing"}')):
+    for name, content in (
+        ("empty", None), ("odd", "{}"), ("unknown", '{"model_type": "nothing"}'),
+        ("heads", '{"model_type": "gpt_neox", "hidden_size": 16}'),
+    ):  # fmt: skip
         folder = tmp_path / name
         folder.mkdir()
         if content:

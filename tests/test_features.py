@@ -89,6 +89,7 @@ class Tiny(nn.Module):
     def __init__(self, width: int, symbols: int) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.config = types.SimpleNamespace(model_type="gpt2")
         self.embed, self.head = nn.Embedding(symbols, width), nn.Linear(width, symbols, bias=False)
         self.transformer = nn.Module()
         self.transformer.h = nn.ModuleList([nn.Identity(), nn.Identity()])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sae_experiments.activations import Site, blocks_of
 from sae_experiments.io import UserError
+from sae_experiments.layouts import matrix
 
 #: Where in a block a site lies; the residual stream after a block is its end.
 ORDER = {"mlp_in": 0, "mlp_act": 1, "mlp_out": 2, "resid": 3}
@@ -139,12 +140,6 @@ class Block:
     def w_out(self) -> Tensor:
         """The MLP's output matrix (M, C)."""
         return matrix(self.mlp.c_proj)
-
-
-def matrix(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer so that rows are multiplied from the left: (in, out), for ``nn.Linear`` and GPT-2's Conv1D."""
-    weight = layer.weight.detach()
-    return weight.t() if isinstance(layer, nn.Linear) else weight
 
 
 def blocks_between(model: nn.Module, upstream: Site, downstream: Site) -> list[Block]:

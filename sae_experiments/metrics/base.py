@@ -51,8 +51,7 @@ class Spliced(NamedTuple):
 class Bench:
     """A trained SAE and held-out data. Metrics only look; they share nothing but what is here.
 
-    ``held_out`` is a store of the validation split, or ``x`` a plain (N, D) tensor where there is no language model. The first rows, however
-    many, have to be a sample of all of them (the order in which :class:`..studies.stores.Stores` keeps its windows), for metrics take them as one.
+    ``held_out`` is a store of the validation split, or ``rows`` a plain (N, D) tensor where there is no language model.
     """
 
     sae: SAE
@@ -64,6 +63,7 @@ class Bench:
     y: Tensor | None = None
     lm: Spliced | None = None
     symbols: Sequence[str] = ()  # the character of every id, where there is text
+    pieces: Sequence[str] = ()  # the text of every id, where ids are more than characters
     replicas: tuple[SAE, ...] = ()  # the same SAE fitted to the same activations from other seeds
     extras: dict[str, Any] = field(default_factory=dict)
 
@@ -71,6 +71,12 @@ class Bench:
     def n_rows(self) -> int:
         """How many held-out rows there are."""
         return self.held_out.n_rows if self.held_out is not None else len(self.x)
+
+    def spell(self, i: int) -> str:
+        """The text of an id; ``<id>`` where it has none of its own (a part of a character)."""
+        names = self.symbols or self.pieces
+        piece = names[i] if i < len(names) else ""
+        return piece if piece.strip("\N{REPLACEMENT CHARACTER}") else f"<{i}>"
 
     @torch.no_grad()
     def chunks(self, limit: int | None = None, size: int = 4096) -> Iterator[Rows]:

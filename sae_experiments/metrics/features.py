@@ -10,11 +10,11 @@ from scipy import sparse
 from torch import Tensor
 
 from sae_experiments.activations import Site, as_sites, blocks_of, capture
+from sae_experiments.layouts import layout_of_model, matrix
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, Text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.contexts import contexts_of, quantile_rows, top_rows
 from sae_experiments.saes.base import SAE
-from sae_experiments.sampling import spread
 
 INFO = [
     MetricInfo(
@@ -66,7 +66,7 @@ def measure(
     for j in found if effect is not None else ():
         order = np.argsort(-effect[j], kind="stable")
         for name, ids in (("promotes", order[:characters]), ("suppresses", order[::-1][:characters])):
-            found[j][name] = [[bench.symbols[i], _digits(effect[j, i])] for i in ids.tolist()]
+            found[j][name] = [[bench.spell(i), _digits(effect[j, i])] for i in ids.tolist()]
     for j, cosine in zip(found, stability(bench.sae, bench.replicas, np.array(list(found))), strict=False):
         found[j]["stability"] = cosine
     dead = [{"latent": j, "density": 0.0} for j in np.flatnonzero(fires == 0).tolist()]
@@ -144,13 +144,13 @@ def logit_effect(bench: Bench, strength: np.ndarray, windows: int) -> np.ndarray
     if lm is None or lm.model is None or bench.held_out is None or not sites or sites[-1].stream == "mlp_in":
         return None
     site, model = sites[-1], lm.model
-    norm, head, blocks = model.transformer.ln_f, model.get_output_embeddings().weight, blocks_of(model)
-    starts = bench.held_out.starts
-    tokens = lm.tokens(starts[spread(len(starts), windows)])[0].to(bench.device)
+    layout, head, blocks = layout_of_model(model), model.get_output_embeddings().weight, blocks_of(model)
+    norm = model.get_submodule(layout.norm)
+    tokens = lm.tokens(bench.held_out.starts[:windows])[0].to(bench.device)
     with capture(model, [Site("resid", len(blocks))]) as seen:
         model(input_ids=tokens, use_cache=False)
     sigma = next(iter(seen.values())).float().var(-1, correction=0).add(norm.eps).sqrt().mean()
-    through = blocks[site.layer - 1].mlp.c_proj.weight.float() if site.stream == "mlp_act" else None
+    through = matrix(blocks[site.layer - 1].get_submodule(layout.down)).float() if site.stream == "mlp_act" else None
     gamma, unembed, parts = norm.weight.float(), head.float(), []
     eye = torch.diag(torch.as_tensor(strength, dtype=torch.float32, device=bench.device))
     base = bench.sae.decode(torch.zeros_like(eye[:1]))

@@ -103,6 +103,7 @@ class Circuits:
             raise UserError(f"sae=[{','.join(self.arms)}]: a circuit has one kind of SAE; compare kinds in runs of their own")
         object.__setattr__(self, "_fits", None)
         object.__setattr__(self, "_texts", {})
+        object.__setattr__(self, "_given", None)
 
     # --- what there is -------------------------------------------------------------------------------------------------
 
@@ -154,6 +155,8 @@ class Circuits:
             self.fits.prepare(ctx)
         corpora: dict[str, CharCorpus] = self.fits._corpora
         self._texts.update(self.local.texts(corpora) if self.local.folder else corpora)
+        if self.local.folder:  # read before there is a run folder: a broken one leaves none
+            object.__setattr__(self, "_given", self.local.model(ctx.device, ctx.console.say))
         return {report: self._texts[name].provenance for name in self.names() for report in self.reports(name)}
 
     def cells(self) -> list[Cell]:
@@ -214,8 +217,8 @@ class Circuits:
         return self.graph.contexts, self.graph.before, self.graph.after
 
     def _model(self, cell: Cell, ctx: Context) -> TrainedLM:
-        if self.local.folder:
-            return self.local.model(ctx.device)
+        if self._given is not None:
+            return self._given
         with ctx.session("language model", "lm", share=0.6) as session:
             recipe = self.data[cell.dataset].recipe
             lm = train_lm(self.lm, self._texts[cell.dataset], recipe, seed=cell.seed, cache=ctx.cache, device=ctx.device, session=session)
@@ -235,7 +238,9 @@ class Circuits:
                 fitted[role] = load_sae(role, Path(path).expanduser(), cell.dataset, cell.seed, read, self.fits.width(read)).to(ctx.device), None
             sae, report = fitted[role]
             spliced = Spliced(lm.model, write, stores.tokens)
-            bench = Bench(sae=sae, device=ctx.device, read=read, write=write, held_out=stores.held_out, lm=spliced, symbols=text.symbols)
+            bench = Bench(
+                sae=sae, device=ctx.device, read=read, write=write, held_out=stores.held_out, lm=spliced, symbols=text.symbols, pieces=pieces
+            )
             codes = sparse_codes(bench, len(ids))
             if codes is None:
                 raise UserError(f"the codes of the {role} SAE at {read} are not finite: there is nothing to attribute")

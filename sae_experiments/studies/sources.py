@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,10 +71,12 @@ class Local:
         joined = {name: "".join(c.decode(c.splits[s][: self.characters]) for s in ("train", "val")) for name, c in corpora.items()}
         return {name: self.tokens(text, name) for name, text in joined.items()}
 
-    def model(self, device: torch.device) -> TrainedLM:
-        """The model, as if it had been trained here."""
+    def model(self, device: torch.device, say: Callable[[str], None]) -> TrainedLM:
+        """The model, as if it had been trained here; ``say`` gets what had to be mended."""
         folder = Path(str(self.folder)).expanduser()
         found = local_lm.load_local(folder, context=self.context, device=device)
+        for note in found.notes:
+            say(f"  study.{note}")
         return TrainedLM(found.model, {}, [], folder, found.key, 0.0, False)
 
 

@@ -12,29 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_experiments.activations import Site, Sites, Store, as_sites, capture, collect, patched
+from sae_experiments.activations import Site, Sites, Store, as_sites, blocks_of, capture, collect, patched
 from sae_experiments.data import CharCorpus
 from sae_experiments.fit import Sample
 from sae_experiments.io import UserError
 from sae_experiments.lm import TrainedLM
 from sae_experiments.saes.base import Batch
-from sae_experiments.sampling import spread_order
 from sae_experiments.studies.arms import FitSpec
 from sae_experiments.studies.base import Context
 from sae_experiments.training import seed_of
 
 Where = Site | Sites  # one site, or several side by side
-#: Neighbouring held-out windows that stay together.
-DOCUMENT = 8
 
 
 class Stores:
-    """Three stores over one language model; train and calibration windows are disjoint, held-out ones come from the validation split.
-
-    The held-out windows, and so their rows, stand in an order in which the first ones, however many, are spread over the whole split
-    (:func:`.sampling.spread_order`); eight neighbours at a time stay together, which is what metrics take for a document. The rows of the
-    other two follow the text.
-    """
+    """Three stores over one language model; train and calibration windows are disjoint, held-out ones come from the validation split."""
 
     def __init__(self, fit: FitSpec, sites: Sequence[Site], corpus: CharCorpus, lm: TrainedLM, seed: int, ctx: Context) -> None:
         self.fit, self.corpus, self.model, self.seed, self.device = fit, corpus, lm.model, seed, ctx.device
@@ -42,7 +34,7 @@ class Stores:
         length = lm.model.config.n_positions
         began = time.monotonic()
         train, calibration = split_windows(len(corpus.splits["train"]), length, fit.train_rows, fit.calibration_rows, seed_of(seed, "windows"))
-        held = held_out_starts(len(corpus.splits["val"]), length, fit.held_out_rows)
+        held = window_starts(len(corpus.splits["val"]), length)[: max(1, fit.held_out_rows // length)]
 
         def store(split: str, starts: np.ndarray, what: str) -> Store:
             with ctx.console.stage(f"collect {what}", "window") as tick:
@@ -105,7 +97,7 @@ def effect_of(model: nn.Module, site: Site, tokens: Tensor, recon: Tensor) -> di
     """What a reconstruction (B*T, D) at ``site`` does: ``kl``, mean KL(p || p') of the next character, and ``later``, the mean over later
     blocks of the error it causes in the residual stream relative to that stream's variance. Differentiable in ``recon``.
     """
-    n_layer = model.config.n_layer
+    n_layer = len(blocks_of(model))
     first = site.layer + (site.stream == "resid")
     later = [Site("resid", layer) for layer in range(max(first, 1), n_layer + 1)]
     with torch.no_grad(), capture(model, later) as clean:
@@ -124,12 +116,6 @@ def window_starts(n: int, length: int) -> np.ndarray:
     if not len(starts):
         raise UserError(f"a split of {n} characters holds no window of {length}: use a longer text or a smaller lm.n_positions")
     return starts
-
-
-def held_out_starts(n: int, length: int, rows: int) -> np.ndarray:
-    """Starts of the held-out windows in a split of n characters: enough for ``rows`` (at least one), in the order that :class:`Stores` tells of."""
-    starts = window_starts(n, length)
-    return starts[spread_order(len(starts), DOCUMENT)][: max(1, rows // length)]
 
 
 def split_windows(n: int, length: int, train_rows: int, calibration_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
