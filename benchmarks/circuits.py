@@ -22,6 +22,7 @@ from sae_experiments.activations import Site, activations, capture, patched
 from sae_experiments.circuits.attribution import Circuit, Prompts, Targets
 from sae_experiments.lm import LMSpec, build_lm
 from sae_experiments.saes.batch_topk import BatchTopK
+from sae_experiments.sampling import spread_rows
 
 UP, DOWN = Site("mlp_act", 2), Site("mlp_act", 3)
 
@@ -42,7 +43,7 @@ def world(args: argparse.Namespace) -> tuple[Circuit, Prompts]:
     for site in (UP, DOWN):
         torch.manual_seed(site.layer)
         sae = BatchTopK(d_in=4 * args.width, d_sae=args.expansion * 4 * args.width, k=args.l0).eval()
-        sae.calibrate_threshold(activations(model, ids, [site])[site].flatten(0, 1)[:8192], args.l0)
+        sae.calibrate_threshold(spread_rows(activations(model, ids, [site])[site].flatten(0, 1), 8192), args.l0)
         saes.append(sae.requires_grad_(False))
     circuit = Circuit(model, saes[0], UP, UP, saes[1], DOWN, memory_mb=args.memory_mb)
     return circuit, circuit.prompts(ids)

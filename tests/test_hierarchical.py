@@ -317,7 +317,8 @@ def test_directions_and_readers_of_the_top_are_those_of_its_products():
     sae = built()
     sae.scale.copy_(torch.rand(48) + 0.5)
     t = (sae.top.W_dec * sae.scale) @ sae.bottom.W_dec
-    torch.testing.assert_close(sae.W_dec[48:], t / t.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(sae.W_dec[48:], t)
+    torch.testing.assert_close(sae.atoms(), t / t.norm(dim=1, keepdim=True))
     torch.testing.assert_close(sae.W_enc[48:], (sae.top.W_enc / sae.scale) @ sae.bottom.W_enc)
     assert sae.threshold.shape == (WIDTH,) and sae.group.tolist() == [0] * 48 + [1] * 12
 

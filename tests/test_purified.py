@@ -23,6 +23,7 @@ from sae_experiments.saes import ops, perturb, purified
 from sae_experiments.saes.base import Batch, Codes
 from sae_experiments.saes.perturb import SHARED
 from sae_experiments.saes.selection import Pattern
+from sae_experiments.sampling import spread
 
 HOSTS = ["topk", "standard", "jumprelu", "gated", "matryoshka", "tied", "lista", "abs_topk"]
 
@@ -227,8 +228,47 @@ def test_dead_latents_are_revived_from_as_many_rows_as_are_perturbed():
     x = batch(256)
     for one, n in ((sae, 64), (plain, 256)):
         fwd, moment = one.training_forward(x), replace(step(one), dead=dead)
-        expected = one.aux_coeff * one.explain(x.x[:n], (x.y - fwd.recon)[:n], dead.nonzero().squeeze(1))
+        seen = spread(256, n)
+        expected = one.aux_coeff * one.explain(x.x[seen], (x.y - fwd.recon)[seen], dead.nonzero().squeeze(1))
         assert one.revive(fwd, moment)["aux_k"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def as_masks(sae):
+    """Turn every pattern into a mask, so that the same code is held densely."""
+    plain = sae.support
+    sae.support = lambda pre: s.dense(torch.ones_like(s.col, dtype=pre.dtype)) > 0 if isinstance(s := plain(pre), Pattern) else s
+
+
+NOISE = ["gaussian", "mask", "swap", "fgsm", "pgd", "targeted"]
+HELD_DENSE = [h for h in HOSTS if h not in ("matryoshka", "lista")]  # these decode groups from the pattern itself
+
+
+@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("host", HELD_DENSE)
+def test_zeros_that_a_sparse_code_holds_are_not_active_latents(host, noise, monkeypatch):
+    """With biases this low hardly any row has k positive pre-activations, so that a TopK's support is padded with zeros; a JumpReLU's window
+    holds zeros too. A dense code cannot tell such a zero from any other: loss, gradients and the supports' overlap have to be the same.
+    """
+
+    def measured(dense: bool):
+        monkeypatch.setattr(ops, "SPARSE_BELOW", 0.0 if dense else 1.1)
+        options = [*weights(denoise=5.0, stability=18.0, targeted=0.5), *kinds(**{noise: 1.0}), "sae.model.rows=0.5", "sae.model.pool=0"]
+        sae = ready(*options, "sae.model.eps=0.3", host=host)
+        with torch.no_grad():
+            sae.b_enc.sub_(0.6 if host in ("topk", "abs_topk") else 0.0)
+        if dense:
+            as_masks(sae)
+        loss = sae.loss(batch(512), step(sae))
+        loss.total.backward()
+        padded = isinstance(sae.support(sae.pre_acts(batch(512).x)), Pattern) and bool((loss.extra.codes.values == 0).any())
+        return loss.total.item(), {n: p.grad for n, p in sae.named_parameters()}, sae._last.jaccard(256), padded
+
+    sparse, dense = measured(False), measured(True)
+    if host in ("topk", "jumprelu"):
+        assert sparse[3] or host == "jumprelu", "the support is padded"
+    assert sparse[0] == pytest.approx(dense[0], rel=1e-4) and sparse[2] == pytest.approx(dense[2], abs=1e-6)
+    for key, grad in sparse[1].items():
+        assert (grad - dense[1][key]).norm() <= 1e-3 * grad.norm() + 1e-6, key
 
 
 def test_the_clean_code_is_a_constant_only_if_asked():

@@ -44,6 +44,32 @@ def test_forward_is_decode_of_encode_and_the_direct_path(name):
 
 
 @every_sae
+def test_what_latents_contribute_along_a_direction_sums_to_the_reconstruction(name):
+    """In units of the activations: the fit folds its input scale into the weights, so that decoder rows are not of length 1 afterwards."""
+    sae = trained(name, n_train=40)
+    with torch.no_grad():
+        if name == "hierarchical":
+            sae.top.b_dec.zero_()  # what the top's bias writes belongs to no latent
+    acts, direction = sae.encode(rows(64, 1)), torch.randn(D, generator=torch.Generator().manual_seed(0))
+    parts = sae.contributions(acts, direction)
+    assert parts.shape == acts.shape and bool((parts[acts == 0] == 0).all())
+    torch.testing.assert_close(parts.sum(1), (sae.decode(acts) - sae.b_dec) @ direction, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.02, 50.0])
+@every_sae
+def test_decoder_rows_are_all_in_the_units_of_the_activations(name, scale):
+    """What multiplies codes by decoder rows, or compares their lengths, may not find one part of the latents in other units than the rest
+    (tied weights leave their rows as they are, and scale the code).
+    """
+    sae = trained(name, n_train=40)
+    before = sae.W_dec.norm(dim=1)
+    sae.rescale(torch.full((D,), 1 / scale), torch.full((D,), 1 / scale))
+    factor = sae.W_dec.norm(dim=1) / before
+    torch.testing.assert_close(factor, torch.full_like(factor, 1.0 if name == "tied" else scale), rtol=1e-4, atol=0)
+
+
+@every_sae
 def test_in_eval_mode_a_row_does_not_depend_on_its_neighbours(name):
     sae = trained(name, n_train=20)
     x = rows(64, 2)

@@ -10,6 +10,7 @@ from saes import D, M, batch, make, rows, step, trained
 
 from sae_experiments.io import UserError
 from sae_experiments.saes import ops, selection
+from sae_experiments.saes.base import Batch
 from sae_experiments.saes.jumprelu import _Jump, _Step
 from sae_experiments.saes.p_anneal import power_sum
 from sae_experiments.saes.selection import Pattern
@@ -170,6 +171,33 @@ def test_jumprelu_threshold_gradients_match_the_kernel_smoothed_loss(theta):
     t.grad = None
     _Jump.apply(a, t.expand_as(a), eps, False).mean().backward()
     assert t.grad.item() == pytest.approx(theta * step_grad, rel=1e-9)
+
+
+@pytest.mark.parametrize("form", ["step", "tanh"])
+@pytest.mark.parametrize("theta", [0.0, 0.25, 0.5, 1.0, 2.0])  # in bandwidths
+@pytest.mark.parametrize("density", [0.01, 0.05, 0.1, 0.2, 0.3])
+def test_jumprelu_held_densely_has_the_gradients_of_the_same_code_held_sparsely(density, theta, form, monkeypatch):
+    """Also where the threshold lies within half a bandwidth of 0, the value that a dense code has outside its support."""
+    eps, x = 0.3, rows(512, 5)
+
+    def measured(sparse_below: float):
+        monkeypatch.setattr(ops, "SPARSE_BELOW", sparse_below)
+        sae = make("jumprelu", f"sae.model.form={form}", f"sae.model.bandwidth={eps}").train()
+        with torch.no_grad():
+            sae.theta.fill_(theta * eps)
+            sae.b_enc.sub_(torch.quantile(sae.pre_acts(x), 1 - density, dim=0) - theta * eps)  # every latent fires that often
+        fwd = sae.training_forward(Batch(x, x))
+        assert (fwd.codes.pattern is None) == (sparse_below == 0.0)
+        assert fwd.codes.l0 / sae.d_sae == pytest.approx(density, rel=0.2)
+        loss = sae.loss(Batch(x, x), step(sae))
+        loss.total.backward()
+        return loss.total.item(), {n: p.grad for n, p in sae.named_parameters()}
+
+    sparse, dense = measured(1.1), measured(0.0)
+    assert sparse[0] == pytest.approx(dense[0], rel=1e-5)
+    for key, grad in sparse[1].items():
+        assert (grad - dense[1][key]).norm() <= 1e-4 * grad.norm() + 1e-7, key
+    assert sparse[1]["theta"].norm() > 0 or (form == "tanh" and theta == 0), "the kernel's derivative has the factor theta"
 
 
 def test_jumprelu_straight_through_to_a_only_where_asked():

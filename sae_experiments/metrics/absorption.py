@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy import sparse
 from sklearn.metrics import f1_score
 
@@ -149,7 +150,10 @@ def _parent(
         return None
     cosine = atoms @ direction / np.maximum(np.linalg.norm(atoms, axis=1), 1e-12)
     z = codes[rows[kept]].toarray().astype(np.float64)
-    full, fraction = absorbed(z, z * (atoms @ direction), cosine, projection[kept], main)
+    like = bench.sae.W_dec.detach()
+    with torch.no_grad():
+        parts = bench.sae.contributions(torch.from_numpy(z).to(like), torch.from_numpy(direction).to(like))
+    full, fraction = absorbed(z, parts.cpu().double().numpy(), cosine, projection[kept], main)
     recalled = (np.abs(z[:, main]) > 1e-8).any(1)
     parent = Parent(float(full.mean()), float(fraction.mean()), f1, float(recalled.mean()), len(main))
     return parent, Shown(document[rows[kept]], full, fraction, recalled)

@@ -51,7 +51,8 @@ class Spliced(NamedTuple):
 class Bench:
     """A trained SAE and held-out data. Metrics only look; they share nothing but what is here.
 
-    ``held_out`` is a store of the validation split, or ``rows`` a plain (N, D) tensor where there is no language model.
+    ``held_out`` is a store of the validation split, or ``x`` a plain (N, D) tensor where there is no language model. The first rows, however
+    many, have to be a sample of all of them (the order in which :class:`..studies.stores.Stores` keeps its windows), for metrics take them as one.
     """
 
     sae: SAE

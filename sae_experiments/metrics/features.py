@@ -15,6 +15,7 @@ from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, Text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.contexts import contexts_of, quantile_rows, top_rows
 from sae_experiments.saes.base import SAE
+from sae_experiments.sampling import spread
 
 INFO = [
     MetricInfo(
@@ -145,8 +146,8 @@ def logit_effect(bench: Bench, strength: np.ndarray, windows: int) -> np.ndarray
         return None
     site, model = sites[-1], lm.model
     layout, head, blocks = layout_of_model(model), model.get_output_embeddings().weight, blocks_of(model)
-    norm = model.get_submodule(layout.norm)
-    tokens = lm.tokens(bench.held_out.starts[:windows])[0].to(bench.device)
+    norm, starts = model.get_submodule(layout.norm), bench.held_out.starts
+    tokens = lm.tokens(starts[spread(len(starts), windows)])[0].to(bench.device)
     with capture(model, [Site("resid", len(blocks))]) as seen:
         model(input_ids=tokens, use_cache=False)
     sigma = next(iter(seen.values())).float().var(-1, correction=0).add(norm.eps).sqrt().mean()

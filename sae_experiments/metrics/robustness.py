@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from sae_experiments.metrics.robustness_noise import NO_INPUT, NO_MODEL, Noises,
 from sae_experiments.metrics.robustness_sums import Distributions, Sums, structure
 from sae_experiments.metrics.robustness_text import denoising, seeds_agree
 from sae_experiments.saes.perturb import TYPES, Cloud
+from sae_experiments.sampling import spread, spread_rows
 
 
 def _info(name: str, title: str, formula: str, better: str = "none", unit: str = "", shown: bool = False) -> MetricInfo:
@@ -85,8 +87,9 @@ def measure(
     total = _headline(found, noises, x, eps, draws, least, length * block, folds, seed)
     _shapes(found, noises, x[:type_rows], eps, total.alive(least * draws), structure_latents, shown_latents, bins)
     _kinds(found, noises, x[:type_rows], eps)
-    _curves(found, noises, bench, x[:curve_rows], sizes)
-    _margins(found, noises, x[:margin_rows], eps, seed)
+    few = spread(min(type_rows, len(x)), curve_rows)
+    _curves(found, replace(noises, alt=None if alt is None else alt[few]), bench, x, few, sizes)
+    _margins(found, noises, spread_rows(x, margin_rows), eps, seed)
     if alt is not None:
         size, raw = (alt - x[: len(alt)]).norm(dim=1), Sums(sae.d_sae)
         raw.add(sae.encode(x[: len(alt)]), sae.encode(alt))
@@ -216,9 +219,10 @@ def _sums_of(kind: str, noises: Noises, x: torch.Tensor, eps: float) -> Sums:
     return sums
 
 
-def _curves(found: Found, noises: Noises, bench: Bench, x: torch.Tensor, sizes: Sequence[float]) -> None:
-    """FSS, change, SCI, Jaccard index and FVU over sizes for every kind."""
-    y = torch.cat([r.y for r in bench.chunks(len(x))])
+def _curves(found: Found, noises: Noises, bench: Bench, x: torch.Tensor, few: np.ndarray, sizes: Sequence[float]) -> None:
+    """FSS, change, SCI, Jaccard index and FVU over sizes for every kind, on the rows ``few`` of x."""
+    y = torch.cat([r.y for r in bench.chunks(int(few[-1]) + 1)])[few]
+    x = x[few]
     variance = float((y - y.mean(0)).double().square().sum())
     names = ("fss", "change", "sci", "jaccard", "fvu")
     curves = {name: np.full((len(TYPES), len(sizes)), np.nan) for name in names}

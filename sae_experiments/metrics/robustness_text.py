@@ -16,6 +16,7 @@ from sae_experiments.metrics.base import Bench
 from sae_experiments.metrics.robustness_noise import Noises
 from sae_experiments.metrics.robustness_sums import Sums
 from sae_experiments.saes.perturb import Cloud
+from sae_experiments.sampling import spread
 
 
 @torch.no_grad()
@@ -46,12 +47,12 @@ def denoising(bench: Bench, cloud: Cloud, eps: float, windows: int, seed: int) -
 def seeds_agree(bench: Bench, noises: Noises, x: Tensor, total: Sums, eps: float, least: int, match: int) -> dict[str, float | None]:
     """Whether the latents that are stable in this SAE are stable in its replicas too: decoder rows matched one to one (Hungarian), cosine > 0.7."""
     part, ranks, shares = x[:16384], [], []
-    mine = np.flatnonzero(total.alive(least))[:match]
+    mine = _some(np.flatnonzero(total.alive(least)), match)
     for replica in bench.replicas:
         sums = Sums(replica.d_sae)
         for i, rows in enumerate(part.split(4096)):
             sums.add(replica.encode(rows), replica.encode(rows + noises.delta("gaussian", rows, i * 4096, eps)))
-        theirs = np.flatnonzero(sums.alive(least))[:match]
+        theirs = _some(np.flatnonzero(sums.alive(least)), match)
         if len(mine) < 3 or len(theirs) < 3:
             continue
         a, b = (F.normalize(s.W_dec[torch.from_numpy(w).to(x.device)], dim=1) for s, w in ((noises.sae, mine), (replica, theirs)))
@@ -63,3 +64,8 @@ def seeds_agree(bench: Bench, noises: Noises, x: Tensor, total: Sums, eps: float
             ranks.append(spearmanr(total.fss()[mine[i[same]]], sums.fss()[theirs[j[same]]]).statistic)
     ranks = [r for r in ranks if math.isfinite(r)]
     return {"seed_rank": float(np.mean(ranks)) if ranks else None, "seed_matched": float(np.mean(shares)) if shares else None}
+
+
+def _some(latents: np.ndarray, most: int) -> np.ndarray:
+    """At most ``most`` latents: nested dictionaries keep theirs in the order of their groups, so the first ones are no sample."""
+    return latents[spread(len(latents), most)]

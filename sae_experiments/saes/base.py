@@ -69,7 +69,8 @@ class Forward(NamedTuple):
 
     ``pre`` is the (B, F) product without a graph: valid until the next pass, which overwrites it; None where it was never whole. ``at``
     holds the pre-activations where the support is, laid out as the code's values, and carries the graph to the encoder. ``levels``
-    (B, G, O) are the reconstructions of nested parts of the code, the last of them whole, where a variant has such.
+    (B, G, O) are the reconstructions of nested parts of the code, the last of them whole, where a variant has such. ``mask`` (B, F) of 0.0
+    and 1.0 is the support of a dense code: ``at`` is 0 outside it, which is no pre-activation. It is None where the code is sparse.
     """
 
     batch: Batch
@@ -78,6 +79,7 @@ class Forward(NamedTuple):
     recon: Tensor
     at: Tensor
     levels: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +243,18 @@ class SAE(nn.Module):
         """Reconstruction (B, O) of dense codes (B, F)."""
         return acts @ self.W_dec + self.b_dec
 
+    def contributions(self, acts: Tensor, direction: Tensor) -> Tensor:
+        """How far each latent moves the reconstruction along a direction of the output.
+
+        Args:
+            acts: dense codes (B, F).
+            direction: (O,), of any length.
+
+        Returns:
+            (B, F), in units of the activations; a row's sum is its reconstruction along the direction, less what biases put there.
+        """
+        return acts * (self.W_dec @ direction)
+
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction (B, O) of rows (B, D): ``decode(encode(x))``, plus the direct path where there is one."""
         return self.reconstruct(x, self.encode(x))
@@ -272,7 +286,8 @@ class SAE(nn.Module):
         levels = self.nested(codes)
         recon = ops.decode(codes.values, pattern, self.W_dec) + self.b_dec if levels is None else levels[:, -1]
         direct = self.linear_path(batch.x)
-        return Forward(batch, pre, codes, recon if direct is None else recon + direct, at, levels)
+        mask = support if pattern is None else None
+        return Forward(batch, pre, codes, recon if direct is None else recon + direct, at, levels, mask)
 
     @torch.no_grad()
     def _exact(self, x: Tensor, bias: Tensor, pattern: Pattern) -> Tensor:

@@ -15,6 +15,7 @@ from sae_experiments.saes.base import SAE, Batch, Step
 from sae_experiments.saes.levels import Controllers, Joined, Level, Weights, active_of, product, signed_directions, widths_of
 from sae_experiments.saes.mutual_information import Coherence, Information
 from sae_experiments.saes.sparsity import ramp
+from sae_experiments.sampling import spread_rows
 from sae_experiments.training import Group, Loss, Phase
 
 PHASES = ("bottom", "top", "both")
@@ -69,7 +70,7 @@ class Hierarchical(SAE):
         fractions: share of the steps in each phase.
         rank: of the gate A B; ``gate_bias`` is b at the start.
         drop_bottom, drop_top: share of the rows in training with g = 0, with g = 1.
-        rows: rows of a batch that the phases with both levels use (null: all).
+        rows: rows of a batch that the phases with both levels use, spread over it (null: all).
         weights: of the loss terms.
         information, coherence: sizes of the two redundancy terms.
         aim, start_coeff, start_l0, warmup: of each level's L1 (:class:`.Standard`); warmup is a share of the phase that trains a level first.
@@ -131,8 +132,8 @@ class Hierarchical(SAE):
 
     @property
     def W_dec(self) -> Tensor:  # noqa: N802
-        """What a latent writes, as unit directions (F, D): rows of D1, and the atoms t_i of the top."""
-        return torch.cat([self.bottom.W_dec] if self.levels == "bottom" else [self.bottom.W_dec, self.atoms()])
+        """What one unit of a latent writes where its path is open (F, D): rows of D1, and those of ``D2 s D1``, in the same units."""
+        return torch.cat([self.bottom.W_dec] if self.levels == "bottom" else [self.bottom.W_dec, self._writes()])
 
     @property
     def b_enc(self) -> Tensor:
@@ -151,8 +152,21 @@ class Hierarchical(SAE):
 
     def atoms(self, latents: Tensor | None = None) -> Tensor:
         """Unit directions ``t_i`` of top latents in x, (n, D); ``latents`` None: all."""
+        return ops.unit_rows(self._writes(latents))
+
+    def _writes(self, latents: Tensor | None = None) -> Tensor:
+        """What one unit of a top latent adds with the gate closed, ``D1^T (s d2_i)``, (n, D)."""
         rows = self.top.W_dec if latents is None else self.top.W_dec[latents]
-        return ops.unit_rows(product(rows * self.scale, self.bottom.W_dec))
+        return product(rows * self.scale, self.bottom.W_dec)
+
+    def contributions(self, acts: Tensor, direction: Tensor) -> Tensor:
+        if self.levels == "bottom" or not self.joined:
+            reach = self.bottom.W_dec @ direction
+            return torch.nn.functional.pad(acts[:, : self.widths[0]] * reach, (0, self.d_sae - self.widths[0]))
+        z1, z2 = self.split(acts)
+        gate, reach = self.gates(z2), self.bottom.W_dec @ direction
+        passed = (1 - gate) * (self.predict(z2) > 0) * (self.scale * reach)  # a bottom latent that the top says is off carries nothing
+        return torch.cat([gate * z1 * reach, z2 * (passed @ self.top.W_dec.t())], 1)
 
     def pre_acts(self, x: Tensor) -> Tensor:
         a1 = self.bottom.pre_acts(x)
@@ -206,7 +220,7 @@ class Hierarchical(SAE):
             self.variance.copy_((y - y.mean(0)).square().sum(1).mean().clamp_min(1e-12))
         if phase != "bottom" and self.levels != "bottom" and not self.joined:
             self.joined.fill_(True)
-            self._begin_top(phase, x[: 2 * CHUNK])
+            self._begin_top(phase, spread_rows(x, 2 * CHUNK))
 
     def _begin_top(self, phase: str, x: Tensor) -> None:
         u = torch.cat(list(self._codes(x)))
@@ -223,7 +237,7 @@ class Hierarchical(SAE):
     def loss(self, batch: Batch, step: Step) -> Loss:
         if step.phase == "bottom" or self.levels == "bottom":
             return self._loss_of_bottom(batch, step)
-        batch = Batch(batch.x[: self.rows], batch.y[: self.rows])
+        batch = Batch(spread_rows(batch.x, self.rows), spread_rows(batch.y, self.rows))
         passed = self._pass(batch.x, step)
         recon = self.bottom_decode(passed.mixed)
         w, whole = self.weights, step.phase != "top"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.io import UserError
+from sae_experiments.saes import ops
 from sae_experiments.saes.base import Forward, Inference, Step
 from sae_experiments.saes.standard import Standard
 
@@ -91,6 +92,8 @@ class JumpReLU(Standard):
             return out
         theta = self.theta if pattern is None else self.theta[pattern.col]
         active = _Step.apply(fwd.at, theta.expand_as(fwd.at) if pattern is None else theta, self.bandwidth)
+        if fwd.mask is not None:  # the zeros outside the support are no pre-activations, and would lie in the window of a small theta
+            active = ops.masked(active, fwd.mask)
         return {"sparsity": self.coefficient(step) * active.sum() / rows}
 
     def after_step(self, fwd: Forward, step: Step) -> None:

@@ -124,8 +124,7 @@ def choose(codes: Codes, stability: Tensor, w_enc: Tensor, w_dec: Tensor, aim: M
     proportional to ``(1 - stability)^2``, in ``aim.marginal`` the active one nearest to going out (least ``z_j / ||e_j||``), and in
     ``aim.confusable`` the latent whose decoder row is nearest to that of a random active one.
     """
-    pattern = codes.pattern if codes.pattern is not None else Pattern.from_mask(codes.values != 0)
-    values = codes.values.detach() if codes.pattern is not None else pattern.at(codes.values.detach().contiguous())
+    pattern, values = active_entries(codes)
     row, col = pattern.row, pattern.col.long()
     counts = dict(zip(WAYS, _split([aim.get(way, 0.0) for way in WAYS], pattern.n_rows), strict=True))
     weak, edge = counts["weak"], counts["weak"] + counts["marginal"]
@@ -141,6 +140,22 @@ def choose(codes: Codes, stability: Tensor, w_enc: Tensor, w_dec: Tensor, aim: M
         cosines.scatter_(1, near.clamp_min(0)[:, None], -2.0)
         found[edge:] = torch.where(near >= 0, cosines.argmax(1), -1)
     return found
+
+
+def active_entries(codes: Codes) -> tuple[Pattern, Tensor]:
+    """Where a code is not zero, and its values there, without a graph.
+
+    A sparse code may hold zeros: a TopK of a row with fewer than k positive pre-activations, the window around a JumpReLU's threshold.
+    """
+    values = codes.values.detach()
+    if codes.pattern is None:
+        pattern = Pattern.from_mask(values != 0)
+        return pattern, pattern.at(values.contiguous())
+    on = (values != 0).nonzero().squeeze(1)
+    if len(on) == len(values):
+        return codes.pattern, values
+    pattern = Pattern.from_flat(codes.pattern.flat.index_select(0, on), codes.pattern.n_rows, codes.pattern.n_cols)
+    return pattern, values.index_select(0, on)
 
 
 def shares(mixture: Mapping[str, float], rows: int) -> dict[str, int]:
@@ -206,7 +221,9 @@ class Answer(NamedTuple):
 
 
 class Change(NamedTuple):
-    """The change of a code entry by entry, n entries: those active afterwards, then those that went out."""
+    """The change of a code entry by entry, n entries: those in the support afterwards, then those that left it. Entries that are zero both times
+    may be among them: they have no mass, and are active in neither code.
+    """
 
     row: Tensor
     col: Tensor
@@ -216,7 +233,7 @@ class Change(NamedTuple):
 
     def jaccard(self, n_rows: int) -> float:
         """Mean over rows of |S and S~| / |S or S~|; rows without any entry do not count."""
-        union = torch.bincount(self.row, minlength=n_rows)
+        union = torch.bincount(self.row, weights=(self.mass > 0).float(), minlength=n_rows)
         shared = torch.bincount(self.row, weights=self.kept.float(), minlength=n_rows)
         some = union > 0
         return float((shared[some] / union[some]).mean()) if bool(some.any()) else 1.0
@@ -240,7 +257,7 @@ def changed(before: Codes, after: Codes, scratch: dict[str, Tensor]) -> Change:
         torch.cat([after.pattern.row, before.pattern.row.index_select(0, out)]),
         torch.cat([after.pattern.col, before.pattern.col.index_select(0, out)]),
         torch.cat([after.values - old, -gone]),
-        torch.cat([kept, torch.zeros_like(out, dtype=torch.bool)]),
+        torch.cat([(old != 0) & (after.values != 0), torch.zeros_like(out, dtype=torch.bool)]),
         torch.cat([after.values.detach().abs() + old.detach().abs(), gone.detach().abs()]),
     )
 

@@ -23,6 +23,7 @@ from sae_experiments.saes.perturb import Answer, Change, Cloud
 from sae_experiments.saes.selection import Pattern
 from sae_experiments.saes.sparsity import ramp
 from sae_experiments.saes.watch import Watch
+from sae_experiments.sampling import spread_rows
 from sae_experiments.training import Loss
 
 TERMS = ("denoise", "stability", "targeted", "analytic", "decay")
@@ -192,8 +193,9 @@ class Purified(SAE):
         """The host's AuxK, on as many rows as are perturbed: fewer latents fire under noise, and all rows would cost a fifth of a step."""
         if self.purification.samples:
             n = max(1, round(self.purification.rows * len(fwd.batch.x)))
-            batch, levels = fwd.batch._replace(x=fwd.batch.x[:n], y=fwd.batch.y[:n]), fwd.levels
-            fwd = fwd._replace(batch=batch, recon=fwd.recon[:n], levels=None if levels is None else levels[:n])
+            x, y, recon = (spread_rows(t, n) for t in (fwd.batch.x, fwd.batch.y, fwd.recon))
+            levels = None if fwd.levels is None else spread_rows(fwd.levels, n)
+            fwd = fwd._replace(batch=fwd.batch._replace(x=x, y=y), recon=recon, levels=levels)
         return super().revive(fwd, step)
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
@@ -354,7 +356,7 @@ class Purified(SAE):
         if kind == "pgd":
             return perturb.pgd(self.encode, x, reach, self.purification.attack_steps, g)
         values, pattern = self.taken(fwd.codes.detach(), rows)  # fgsm: the gradient of the sum of the code, over what is active
-        on = torch.ones_like(values) if pattern is not None else (values != 0).to(values.dtype)
+        on = (values != 0).to(values.dtype)
         return perturb.unit(ops.decode(on, pattern, self.W_enc)) * perturb.signs(len(x), g)[:, None] * reach
 
     def targets(self, codes: Codes, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

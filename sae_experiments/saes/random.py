@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sae_experiments.io import UserError
 from sae_experiments.saes.batch_topk import BatchTopK
+from sae_experiments.sampling import spread_rows
 from sae_experiments.training import Group, Phase
 
 
@@ -30,7 +31,8 @@ class Random(BatchTopK):
         if self.learn == "nothing":
             was_training = self.training
             self.eval()
-            part, centred = x[:8192] - self.b_dec, self(x[:8192]) - self.b_dec
+            rows = spread_rows(x, 8192)
+            part, centred = rows - self.b_dec, self(rows) - self.b_dec
             self.train(was_training)
             factor = (part * centred).sum() / centred.square().sum().clamp_min(1e-12)
             for t in (self.W_enc.data, self.b_enc.data, self.threshold):

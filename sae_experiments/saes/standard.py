@@ -11,6 +11,7 @@ from sae_experiments.io import UserError
 from sae_experiments.saes import sparsity
 from sae_experiments.saes.base import SAE, Forward, Inference, Step
 from sae_experiments.saes.sparsity import L0Controller
+from sae_experiments.sampling import spread_rows
 
 
 class Standard(SAE):
@@ -49,7 +50,7 @@ class Standard(SAE):
         super().begin(phase, x, y)
         if self.start_l0 is None:
             return
-        rows = x[:8192]
+        rows = spread_rows(x, 8192)
         kept = max(round(min(self.start_l0 * self.controller.target / self.d_sae, 1.0) * len(rows)), 1)
         rows, levels = self.encoder_input(rows), []
         for weight, bias in zip(self.W_enc.split(256), self.bias().split(256), strict=True):  # all latents at once would be the peak of training

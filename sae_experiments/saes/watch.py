@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sae_experiments.io import UserError
 from sae_experiments.saes.base import SAE, Batch, Codes, Forward, Step
 from sae_experiments.saes.perturb import Cloud
+from sae_experiments.sampling import spread
 from sae_experiments.training import Loss
 
 SEED = 20_101  # of the noise, the same at every look
@@ -24,7 +25,7 @@ class Watch(nn.Module):
     with ``FVU_0`` the number ``fvu`` (that of the host), or else the least FVU seen so far, by which older scores are judged anew. FSS is
     pooled, ``100 (1 - sum |z~ - z| / sum (z~ + z))``, under Gaussian noise of size ``eps``. The best state is put back in the end.
 
-    The rows are the first ``rows`` of those that SAEs are initialised from: their share of the training rows is so small that fitting them
+    The rows are ``rows`` of those that SAEs are initialised from, spread over them: their share of the training rows is so small that fitting them
     is no concern. A stopped SAE leaves the remaining steps almost free (batches are still read for the SAEs beside it).
     """
 
@@ -63,7 +64,8 @@ class Watch(nn.Module):
 
     def begin(self, x: Tensor, y: Tensor) -> None:
         """Take the rows."""
-        part = torch.arange(len(self.x), device=x.device) % len(x)
+        few = torch.from_numpy(spread(len(x), len(self.x))).to(x.device)
+        part = few[torch.arange(len(self.x), device=x.device) % len(few)]
         self.x.copy_(x[part])
         self.y.copy_(y[part])
         self.state.fill_(torch.nan)

@@ -21,6 +21,7 @@ from sae_experiments.lm import LMLearner, LMSpec, build_lm
 from sae_experiments.metrics.info import MetricInfo
 from sae_experiments.progress import listed
 from sae_experiments.saes.base import SAE, Batch
+from sae_experiments.sampling import spread_rows
 from sae_experiments.studies import selectivity, strings
 from sae_experiments.studies.arms import Arm, FitSpec, modules_of
 from sae_experiments.studies.base import Cell, Context, Outcome
@@ -128,7 +129,7 @@ class Palindrome:
         ctx.console.say(
             f"  transformer: excess {scored['excess_loss']:.4f} nats, mirrored half {scored['mirror_accuracy']:.2%} in {info['seconds']:.0f} s"
         )
-        looked = selectivity.look(model, parts[1][: self.analysis.samples], parts[1])
+        looked = selectivity.look(model, spread_rows(parts[1], self.analysis.samples), parts[1])
         x_train, x_test = (flattened(model, split_ids(ids)[0]) for ids in parts)
         if self.center:
             mean = x_train.mean(0)
@@ -194,7 +195,7 @@ class Palindrome:
             return Batch(rows, rows)
 
         def make(part: Path) -> bool:
-            few = learned[: self.fit.init_rows]
+            few = spread_rows(learned, self.fit.init_rows)
             with ctx.session(f"fit {listed(list(saes))}", "sae") as session:
                 session.checkpoint = part / "checkpoint.safetensors"
                 configs = {name: arm.config(cfg) for name, arm in self.arms.items()}

@@ -18,15 +18,23 @@ from sae_experiments.fit import Sample
 from sae_experiments.io import UserError
 from sae_experiments.lm import TrainedLM
 from sae_experiments.saes.base import Batch
+from sae_experiments.sampling import spread_order
 from sae_experiments.studies.arms import FitSpec
 from sae_experiments.studies.base import Context
 from sae_experiments.training import seed_of
 
 Where = Site | Sites  # one site, or several side by side
+#: Neighbouring held-out windows that stay together.
+DOCUMENT = 8
 
 
 class Stores:
-    """Three stores over one language model; train and calibration windows are disjoint, held-out ones come from the validation split."""
+    """Three stores over one language model; train and calibration windows are disjoint, held-out ones come from the validation split.
+
+    The held-out windows, and so their rows, stand in an order in which the first ones, however many, are spread over the whole split
+    (:func:`.sampling.spread_order`); eight neighbours at a time stay together, which is what metrics take for a document. The rows of the
+    other two follow the text.
+    """
 
     def __init__(self, fit: FitSpec, sites: Sequence[Site], corpus: CharCorpus, lm: TrainedLM, seed: int, ctx: Context) -> None:
         self.fit, self.corpus, self.model, self.seed, self.device = fit, corpus, lm.model, seed, ctx.device
@@ -34,7 +42,7 @@ class Stores:
         length = lm.model.config.n_positions
         began = time.monotonic()
         train, calibration = split_windows(len(corpus.splits["train"]), length, fit.train_rows, fit.calibration_rows, seed_of(seed, "windows"))
-        held = window_starts(len(corpus.splits["val"]), length)[: max(1, fit.held_out_rows // length)]
+        held = held_out_starts(len(corpus.splits["val"]), length, fit.held_out_rows)
 
         def store(split: str, starts: np.ndarray, what: str) -> Store:
             with ctx.console.stage(f"collect {what}", "window") as tick:
@@ -116,6 +124,12 @@ def window_starts(n: int, length: int) -> np.ndarray:
     if not len(starts):
         raise UserError(f"a split of {n} characters holds no window of {length}: use a longer text or a smaller lm.n_positions")
     return starts
+
+
+def held_out_starts(n: int, length: int, rows: int) -> np.ndarray:
+    """Starts of the held-out windows in a split of n characters: enough for ``rows`` (at least one), in the order that :class:`Stores` tells of."""
+    starts = window_starts(n, length)
+    return starts[spread_order(len(starts), DOCUMENT)][: max(1, rows // length)]
 
 
 def split_windows(n: int, length: int, train_rows: int, calibration_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

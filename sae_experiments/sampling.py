@@ -1,0 +1,61 @@
+"""Samples of ordered things: a few rows of a batch, a few windows of a text, spread over the whole of it.
+
+Rows of batches and windows of stores stand in the order of the text, so that the first n of them are no sample of it. Everything that looks
+at a part of such rows takes the part from here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: 2^32 over the golden ratio: its multiples, taken modulo 2^32, spread evenly, and so does every second, third, ... of them.
+GOLDEN = 2654435769
+MASK = (1 << 32) - 1
+
+
+def spread(n: int, k: int | None) -> np.ndarray:
+    """Numbers of ``k`` of ``n`` rows, one from each of k stretches of nearly equal length.
+
+    The place within the stretch differs from stretch to stretch: a plain stride could keep step with a period of the rows (the positions of a
+    window) and see the same phase of it every time.
+
+    Args:
+        n: rows there are.
+        k: rows wanted (None, or more than there are: all).
+
+    Returns:
+        Ascending row numbers, (min(k, n),) int64. They depend on n and k alone.
+    """
+    if k is None or k >= n:
+        return np.arange(n, dtype=np.int64)
+    i = np.arange(k + 1, dtype=np.int64)
+    ends = i * n // max(k, 1)
+    places = (i[:-1] * GOLDEN & MASK) * np.diff(ends) >> 32
+    return ends[:-1] + places
+
+
+def spread_rows(x: Tensor, k: int | None) -> Tensor:
+    """``k`` rows of ``x`` (N, ...) as :func:`spread` chooses them; ``x`` itself where that is all of them."""
+    if k is None or k >= len(x):
+        return x
+    return x.index_select(0, torch.from_numpy(spread(len(x), k)).to(x.device))
+
+
+def spread_order(n: int, run: int = 1) -> np.ndarray:
+    """An order of ``n`` things in which the first k of them, for any k, are spread over the whole; so is every second or third of these.
+
+    Args:
+        n: how many there are.
+        run: that many neighbours stay together, in their order (what is left over at the end stays at the end).
+
+    Returns:
+        A permutation of 0..n-1, (n,) int64.
+    """
+    runs = n // run
+    keys = np.arange(runs, dtype=np.int64) * GOLDEN & MASK
+    places = np.empty(runs, np.int64)
+    places[np.argsort(keys)] = np.arange(runs)
+    whole = (places[:, None] * run + np.arange(run)).reshape(-1)
+    return np.concatenate([whole, np.arange(runs * run, n, dtype=np.int64)])
