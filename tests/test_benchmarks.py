@@ -8,7 +8,10 @@ import sys
 import pytest
 from conftest import ROOT
 
+from sae_experiments.results import Record, write_record
+
 sys.path.append(str(ROOT / "benchmarks"))
+hierarchy_table = pytest.importorskip("hierarchy_table")
 tables = pytest.importorskip("tables")
 workers = pytest.importorskip("workers")
 
@@ -101,3 +104,15 @@ def test_quality_takes_a_peers_best_rate_at_about_the_asked_l0(tmp_path):
     about = tables.machine() | {"threads": 1, "rounds": 1, "versions": {}}
     tables.write(tmp_path, "quality", {"m": 8, "l0": 32, "batch": 4, "steps": 9, "variants": found, "about": about})
     assert "| topk | sae-lens (0.002, 0.005) | 0.005 | 32.0 | 0.0250 | 0.000 | 1 |" in (tmp_path / "quality.md").read_text()
+
+
+def test_the_tables_of_the_hierarchy_hold_what_its_runs_measured(tmp_path):
+    """Means with standard errors, changes paired by seed, and a gap for what is missing."""
+    values = {"run_1": {0: 0.02, 1: 0.04}, "run_2": {0: 0.022, 1: 0.042}, "run_0": {0: 0.01}}
+    for run, seeds in values.items():
+        for seed, fvu in seeds.items():
+            write_record(tmp_path / run, Record(dataset="shakespeare_char", seed=seed, metrics={"sae_fvu": fvu, "bottom_sparsity": 0.9}))
+    lines = hierarchy_table.tables(tmp_path).splitlines()
+    fvu = next(line for line in lines if line.startswith("| FVU |"))
+    assert fvu == "| FVU | 0.0300 ± 0.0100 | 0.0320 ± 0.0100 | +7.5 ± 2.5 % | - | - | - | - |"
+    assert next(line for line in lines if line.startswith("| run_0 |")).startswith("| run_0 | 0.0100 | - |")
