@@ -97,6 +97,12 @@ class Loaded(SAE):
     def decode(self, acts: Tensor) -> Tensor:
         return (acts / self.norms.clamp_min(1e-12) if self.architecture == "topk" else acts) @ self.W_dec + self.b_dec
 
+    def contributions(self, acts: Tensor, direction: Tensor) -> Tensor:
+        return super().contributions(acts, direction) / (self.norms.clamp_min(1e-12) if self.architecture == "topk" else 1.0)
+
+    def reach(self) -> Tensor:
+        return super().reach() / (self.norms.clamp_min(1e-12) if self.architecture == "topk" else 1.0)
+
     def inference(self) -> Inference:
         names = ("W_enc", "W_dec", "b_dec", *TENSORS[self.architecture])
         values = {n: self.b_enc if n == "b_gate" else getattr(self, n) for n in names} | {"W_enc": self.W_enc.t().contiguous()}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from saes import M, rows, trained
+from saes import D, M, rows, trained
 from safetensors.torch import load_file, save_file
 
-from sae_experiments import load_sae, save_sae
+from sae_experiments import interop, load_sae, save_sae
 from sae_experiments.io import UserError
+from sae_experiments.saes.base import Inference
 
 EXPORTABLE = ["standard", "tied", "gated", "jumprelu", "topk", "batch_topk", "matryoshka", "p_anneal", "kl", "orthogonal", "end_to_end", "random"]
 
@@ -124,3 +126,15 @@ def test_what_is_no_sae_directory_or_no_whole_file_is_one_line(tmp_path):
     (folder / "sae_weights.safetensors").write_bytes((folder / "sae_weights.safetensors").read_bytes()[:-50])
     with pytest.raises(UserError, match="not a whole safetensors file"):
         load_sae(folder)
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_what_a_loaded_latent_writes_follows_its_decoder(rescaled):
+    """SAELens' TopK may divide the code by the lengths of the decoder's rows before it decodes."""
+    g = torch.Generator().manual_seed(0)
+    rows_dec = torch.randn(M, D, generator=g) * torch.rand(M, 1, generator=g).mul(5)
+    tensors = {"W_enc": torch.randn(D, M, generator=g), "W_dec": rows_dec, "b_enc": torch.zeros(M), "b_dec": torch.zeros(D)}
+    sae = interop.Loaded(Inference("topk", tensors, {"k": 4, "rescale_acts_by_decoder_norm": rescaled}), Path("somewhere"))
+    acts, direction = sae.encode(torch.randn(32, D, generator=g)), torch.randn(D, generator=g)
+    torch.testing.assert_close(sae.contributions(acts, direction).sum(1), (sae.decode(acts) - sae.b_dec) @ direction, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sae.reach(), (sae.decode(torch.eye(M)) - sae.b_dec).norm(dim=1), rtol=1e-4, atol=1e-6)

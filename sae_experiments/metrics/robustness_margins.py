@@ -8,6 +8,7 @@ from torch import Tensor
 from sae_experiments.metrics.robustness_noise import Noises
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.jumprelu import JumpReLU
+from sae_experiments.saes.perturb import unit
 from sae_experiments.saes.topk import TopK
 
 NO_CLOSED_FORM = "no closed form for this encoder"
@@ -94,8 +95,8 @@ def crosstalk(noises: Noises, x: Tensor, eps: float) -> tuple[float | None, floa
     latents, sign = noises.aimed(x, torch.Generator(x.device).manual_seed(noises.seed))
     some = latents >= 0
     x, latents, sign = x[some], latents[some], sign[some]
-    rows, sizes = sae.W_dec[latents], sae.W_dec.norm(dim=1)  # a latent is worth z_j ||d_j|| in the units of the activations
-    z, after = sae.encode(x), sae.encode(x + rows / sizes[latents, None] * (sign * reach)[:, None])
+    rows, sizes = unit(sae.W_dec[latents]), sae.reach()  # a latent is worth z_j ||d_j|| in the units of the activations
+    z, after = sae.encode(x), sae.encode(x + rows * (sign * reach)[:, None])
     change = (after - z) * sizes
     own = change.gather(1, latents[:, None])[:, 0]
     kept = (after.gather(1, latents[:, None])[:, 0] != 0) & (own != 0)

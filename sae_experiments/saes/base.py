@@ -255,6 +255,10 @@ class SAE(nn.Module):
         """
         return acts * (self.W_dec @ direction)
 
+    def reach(self) -> Tensor:
+        """How far one unit of each latent moves the reconstruction, (F,), in units of the activations."""
+        return self.W_dec.norm(dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction (B, O) of rows (B, D): ``decode(encode(x))``, plus the direct path where there is one."""
         return self.reconstruct(x, self.encode(x))
