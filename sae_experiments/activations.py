@@ -8,7 +8,6 @@ its hidden activations after the non-linearity, ``mlp_out.2`` what it writes. Sh
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sae_experiments.io import NonFinite, UserError, cached, read_json, source_digest, write_json
+from sae_experiments.io import NonFinite, UserError, cached, read_json, write_json
 from sae_experiments.layouts import layout_of_model
+from sae_experiments.source import modules_behind, source_digest
 
 STREAMS = ("resid", "mlp_in", "mlp_act", "mlp_out")
 
@@ -180,7 +180,8 @@ def collect(
     Made in the cache under ``key`` unless it is there. Raises :class:`UserError` when an activation is not finite or too large for ``dtype``.
     """
     full = {"what": "store", "of": dict(key), "sites": [str(s) for s in sites], "length": length, "split": split, "dtype": dtype, "n": len(starts),
-            "starts": hashlib.sha256(np.ascontiguousarray(starts, dtype=np.int64)).hexdigest(), "source": source_digest(sys.modules[__name__])}  # fmt: skip
+            "starts": hashlib.sha256(np.ascontiguousarray(starts, dtype=np.int64)).hexdigest(),
+            "source": source_digest(__name__, alone=modules_behind(tokens_of))}  # fmt: skip
     device = next(model.parameters()).device
 
     def make(folder: Path) -> None:

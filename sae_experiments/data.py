@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sae_experiments import fetch, standin
+from sae_experiments import fetch, io, standin
 from sae_experiments.io import UserError, cached, digest, read_json, write_json
+from sae_experiments.source import source_digest
 
 BLOCK = 1 << 22  # bytes encoded at a time: bounds the memory, whatever the corpus
-LAYOUT = 1  # of the encoded files; raise it when their meaning changes
 CHOICES = {"encoding": ("latin-1", "utf-8"), "stand_in": ("auto", "never", "always"), "stand_in_alphabet": tuple(standin.FORMS)}
 
 
@@ -230,7 +230,8 @@ def _pointer(spec: CorpusSpec, cache: Path) -> Path:
 
 
 def _key(spec: CorpusSpec, sha256: str, cut: bool) -> dict[str, Any]:
-    return {"layout": LAYOUT, "text": sha256, "cut": cut, "encoding": spec.encoding, "val_frac": spec.val_frac, "test_frac": spec.test_frac}
+    code = source_digest(io, alone=[__name__])  # where the text came from does not matter
+    return {"code": code, "text": sha256, "cut": cut, "encoding": spec.encoding, "val_frac": spec.val_frac, "test_frac": spec.test_frac}
 
 
 def _open(spec: CorpusSpec, folder: Path, origin: dict[str, Any]) -> CharCorpus:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import errno
 import hashlib
 import json
@@ -13,7 +12,6 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -109,27 +107,6 @@ def sha256_file(path: Path, block: int = 1 << 20) -> str:
         while data := f.read(block):
             found.update(data)
     return found.hexdigest()
-
-
-def source_digest(*modules: ModuleType) -> str:
-    """Name the code of ``modules``; comments, docstrings and layout do not count, so editing them keeps caches valid."""
-    return digest([_code(Path(m.__file__)) for m in modules if m.__file__])
-
-
-def package_digest(root: Path) -> str:
-    """Name the code below ``root``, Python and C (what a finished result depends on)."""
-    sources = {str(p.relative_to(root)): _code(p) for p in sorted(root.rglob("*.py"))}
-    return digest(sources | {str(p.relative_to(root)): p.read_text(encoding="utf-8") for p in sorted(root.rglob("*.c"))})
-
-
-def _code(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-                node.body = node.body[1:]
-    return ast.dump(tree)
 
 
 @contextmanager

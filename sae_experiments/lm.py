@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_experiments import data as data_module
-from sae_experiments import training
 from sae_experiments.data import CharCorpus
-from sae_experiments.io import UserError, cached, read_json, source_digest, write_json
+from sae_experiments.io import UserError, cached, read_json, write_json
 from sae_experiments.metrics.info import MetricInfo
-from sae_experiments.training import At, Group, Learner, Loss, Phase, Session, TrainConfig, seed_of, train
+from sae_experiments.source import source_digest
+from sae_experiments.training import At, Group, History, Learner, Loss, Phase, Session, TrainConfig, seed_of, train
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from here or from a local folder, never from a hub
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GPT2Config, GPT2LMHeadModel
@@ -116,7 +115,7 @@ class TrainedLM(NamedTuple):
 
     model: GPT2LMHeadModel
     metrics: dict[str, float | None]
-    history: training.History
+    history: History
     folder: Path
     key: dict[str, Any]
     seconds: float
@@ -285,7 +284,7 @@ def train_lm(
     cfg = spec.train_config(recipe)
     key = {
         "what": "lm", "spec": _plain(spec) | {"train": _plain(cfg)}, "corpus": corpus.key, "seed": seed, "device": device.type,
-        "source": source_digest(sys.modules[__name__], training, data_module), "torch": torch.__version__,
+        "source": source_digest(__name__), "torch": torch.__version__,
     }  # fmt: skip
     folder = cached(cache, "lms", key, lambda part: _make(part, spec, corpus, cfg, seed, device, session))
     info = read_json(folder / "info.json")

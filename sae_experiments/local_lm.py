@@ -20,6 +20,7 @@ from torch import nn
 
 from sae_experiments.io import UserError, read_json, sha256_file
 from sae_experiments.layouts import layout_of
+from sae_experiments.source import source_digest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder is a folder: nothing is looked up on a hub
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -103,7 +104,8 @@ def load_local(folder: Path, *, context: int, device: torch.device) -> LocalLM:
     model, notes = _loaded(folder)
     model.config.n_positions = context  # under GPT-2's name, whatever the architecture calls it: how long the windows are
     files = {p.name: sha256_file(p) for p in sorted([folder / CONFIG, *weights])}
-    return LocalLM(model.to(device).eval().requires_grad_(False), {"what": "local lm", "files": files, "context": context}, notes)
+    key = {"what": "local lm", "files": files, "context": context, "source": source_digest(__name__)}
+    return LocalLM(model.to(device).eval().requires_grad_(False), key, notes)
 
 
 def _loaded(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:

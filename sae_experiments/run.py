@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sae_experiments import memory
-from sae_experiments.io import NonFinite, UserError, digest, locked, package_digest, read_json, remove_stale, write_json
+from sae_experiments.io import NonFinite, UserError, digest, locked, read_json, remove_stale, write_json
 from sae_experiments.metrics.info import describe
 from sae_experiments.progress import Console
 from sae_experiments.results import (
@@ -33,6 +33,7 @@ from sae_experiments.results import (
     write_final_info,
     write_record,
 )
+from sae_experiments.source import outside_digest, package_digest
 from sae_experiments.stopping import OutOfTime, Stopped, limited
 from sae_experiments.studies.base import Cell, Context, Outcome, Study
 from sae_experiments.track import Tracker
@@ -100,7 +101,7 @@ class _Run:
     ) -> None:
         self.study, self.settings, self.tracker, self.console, self.closing = study, settings, tracker, console, closing
         self.device = torch.device(settings.device)
-        self.hashes = {"config_hash": digest(config), "source_hash": package_digest(Path(__file__).parent)}
+        self.hashes = {"config_hash": digest(config), "source_hash": _source(study)}
         self.deadline = None if settings.time_limit_s is None else time.monotonic() + settings.time_limit_s
         self.manifest: dict[str, Any] = {}
         self.cut = False
@@ -274,6 +275,12 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
     return out
+
+
+def _source(study: Study) -> str:
+    """Name the code that results come from: the package, and what the study uses of a user's own."""
+    package, outside = package_digest(Path(__file__).parent), outside_digest(study)
+    return digest([package, outside]) if outside else package
 
 
 def _text(provenance: Mapping[str, Any]) -> dict[str, Any]:

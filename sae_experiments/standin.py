@@ -13,7 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from sae_experiments.io import cached, source_digest, write_bytes
+from sae_experiments.io import cached, write_bytes
+from sae_experiments.source import source_digest
 
 LIMIT = 4_000_000  # bytes: about what the standard library has to say
 # Left out: what differs between installations of one version, what is tables rather than text, and what the topics say already.
@@ -27,7 +28,7 @@ def stand_in(cache: Path, name: str, alphabet: str, asked: int, *, reason: str, 
     """The file in ``cache`` with ``asked`` bytes (:data:`LIMIT` at most) in place of the corpus ``name``, said loudly."""
     size = min(asked, LIMIT)
     # Another Python version has another text, so it has another file.
-    key = {"alphabet": alphabet, "bytes": size, "python": sys.version.split()[0], "code": source_digest(sys.modules[__name__])}
+    key = {"alphabet": alphabet, "bytes": size, "python": sys.version.split()[0], "code": source_digest(__name__)}
     path = cached(cache, "stand_in", key, lambda folder: write_bytes(folder / "text", text(alphabet, size))) / "text"
     have = path.stat().st_size
     made = f"{have:,} bytes made from the documentation and sources of Python" + (f" in place of {asked:,}" if have < asked else "")

@@ -18,10 +18,11 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from sae_experiments.config import axes_of, build, compose_checked, configuring, key_of, options_of, run_folder
-from sae_experiments.io import UserError, digest, locked, package_digest, sha256_file, write_json
+from sae_experiments.io import UserError, digest, locked, sha256_file, write_json
 from sae_experiments.launchers import Exit, Here, Job, Launcher
 from sae_experiments.results import read_records, try_json
 from sae_experiments.search import Search
+from sae_experiments.source import package_digest, targets_digest
 from sae_experiments.stopping import Stopped
 
 WORDS = ("sweep", "launcher", "search")  # what describes the sweep and no job
@@ -125,7 +126,9 @@ class Jobs:
     def __post_init__(self) -> None:
         script = self.conf.parent / "experiment.py"
         yaml = {str(p.relative_to(self.conf)): sha256_file(p) for p in sorted(self.conf.rglob("*.yaml"))}
-        self.made_by = digest([package_digest(Path(__file__).parent), yaml, script.read_text()])
+        texts = [p.read_text(encoding="utf-8") for p in sorted(self.conf.rglob("*.yaml"))]
+        outside = targets_digest([*texts, *self.asked.overrides])
+        self.made_by = digest([package_digest(Path(__file__).parent), yaml, script.read_text(), outside])
         self.script = script
 
     def job(self, number: int, values: Sequence[str], name: str | None = None) -> Job:

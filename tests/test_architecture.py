@@ -18,26 +18,27 @@ TABLE: dict[str, set[str]] = {
     "": set(),
     "io": set(),
     "help": set(),
+    "source": {"io"},
     "memory": set(),
     "progress": set(),
     "metrics.info": set(),
     "track": {"io"},
     "fetch": {"io"},
-    "standin": {"io"},
+    "standin": {"io", "source"},
     "checkpoint": {"io"},
     "finite": {"io"},
     "training": {"io", "checkpoint", "finite", "memory"},
     "layouts": {"io"},
-    "activations": {"io", "layouts"},
+    "activations": {"io", "source", "layouts"},
     "results": {"io"},
-    "data": {"io", "fetch", "standin"},
+    "data": {"io", "source", "fetch", "standin"},
     "saes": {"io", "training"},
-    "lm": {"io", "data", "training", "metrics.info"},
+    "lm": {"io", "source", "data", "training", "metrics.info"},
     "fit": {"io", "saes", "training"},
     "saelens": {"io", "saes"},
     "interop": {"io", "saes", "saelens"},
     "metrics": {"io", "saes", "activations", "layouts", "metrics.info"},
-    "local_lm": {"io", "layouts"},
+    "local_lm": {"io", "source", "layouts"},
     "circuits": {"io", "saes", "activations", "layouts", "metrics", "metrics.info"},
     "run_table": {"io", "results"},
     "compare": {"io", "results", "run_table"},
@@ -46,6 +47,7 @@ TABLE: dict[str, set[str]] = {
     "figures": {"io", "results", "run_table", "compare", "plots", "report"},
     "studies": {
         "io",
+        "source",
         "data",
         "lm",
         "activations",
@@ -63,12 +65,12 @@ TABLE: dict[str, set[str]] = {
         "saelens",
     },
     "notebook": {"io", "config", "fit", "metrics", "saes", "studies", "training"},
-    "run": {"io", "memory", "studies", "results", "track", "training", "progress", "stopping", "metrics.info"},
+    "run": {"io", "source", "memory", "studies", "results", "track", "training", "progress", "stopping", "metrics.info"},
     "config": {"io", "results"},
     "stopping": set(),
     "launchers": {"io"},
     "search": {"io", "config", "results"},
-    "sweeps": {"io", "config", "launchers", "results", "search", "stopping"},
+    "sweeps": {"io", "source", "config", "launchers", "results", "search", "stopping"},
     "cli": {"io", "config", "figures", "help", "launchers", "stopping", "sweeps", "run"},
 }
 #: Only these parts may import these packages.
@@ -85,7 +87,7 @@ ONLY = {
     "pandas": {"run_table", "compare", "plots", "figures", "report"},
 }
 #: Parts that work where there is no torch, so that tables and figures come at once.
-WITHOUT_TORCH = {"results", "run_table", "compare", "plots", "report", "figures", "io", "help", "track", "progress", "metrics.info"}
+WITHOUT_TORCH = {"results", "run_table", "compare", "plots", "report", "figures", "io", "source", "help", "track", "progress", "metrics.info"}
 BANNED = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}
 
 

@@ -10,12 +10,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from sae_experiments import io
-from sae_experiments.io import DONE, UserError, cached, digest, discard, locked, package_digest, read_json, source_digest, write_bytes, write_json
+from sae_experiments.io import DONE, UserError, cached, digest, discard, locked, read_json, write_bytes, write_json
+from sae_experiments.source import package_digest, source_digest
 
 
 def python(code: str, *args: object) -> subprocess.Popen[str]:
@@ -113,11 +113,11 @@ def test_digest_depends_on_content_and_not_on_key_order():
 
 
 def code(folder: Path, text: str) -> str:
-    module = ModuleType("m")
-    module.__file__ = str(folder / "m.py")
     (folder / "m.py").write_text(text)
     assert package_digest(folder) == package_digest(folder)
-    return source_digest(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        return source_digest("m")
 
 
 PLAIN = "def f(x):\n    return x + 1\n\nclass A:\n    y = 'text'\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from sae_experiments.activations import Site, Sites, parse_site
 from sae_experiments.io import UserError
 from sae_experiments.saes.base import SAE
+from sae_experiments.source import modules_behind
 from sae_experiments.training import TrainConfig, seed_of
 
 #: Numbers of the fit that an SAE may have for itself; the others are shared by all SAEs of one pass.
@@ -110,9 +110,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def modules_of(sae: SAE) -> set[Any]:
-    """The modules of this package whose code decides what ``sae`` computes."""
-    return {sys.modules[c.__module__] for part in sae.modules() for c in type(part).__mro__ if c.__module__.startswith("sae_experiments")}
+def code_of(arms: Mapping[str, Arm], saes: Mapping[str, SAE]) -> list[str]:
+    """The modules, wherever they lie, whose code builds SAEs and decides what they compute.
+
+    Args:
+        arms: what builds them.
+        saes: the SAEs, whose parts may come from modules that the builder does not import.
+    """
+    models = [arm.model for arm in arms.values()]
+    return modules_behind(*models, *{type(part) for sae in saes.values() for part in sae.modules()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

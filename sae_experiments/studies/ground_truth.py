@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save
 
 from sae_experiments import fit, training
 from sae_experiments.fit import FitReport, Sample, fit_saes
-from sae_experiments.io import UserError, cached, read_json, source_digest, write_bytes, write_json
+from sae_experiments.io import UserError, cached, read_json, write_bytes, write_json
 from sae_experiments.metrics.base import Bench, Metric, MetricInfo
 from sae_experiments.metrics.recovery import Truth
 from sae_experiments.progress import listed
 from sae_experiments.saes.base import SAE, Batch
-from sae_experiments.studies import planted
-from sae_experiments.studies.arms import Arm, modules_of
+from sae_experiments.source import source_digest
+from sae_experiments.studies import arms, planted
+from sae_experiments.studies.arms import Arm, code_of
 from sae_experiments.studies.base import Cell, Context, Outcome
 from sae_experiments.studies.planted import Planted, World
 from sae_experiments.training import TrainConfig, seed_of
@@ -86,11 +87,11 @@ class GroundTruth:
         """The SAEs of a cell: from the cache, or all of them fitted now in one pass."""
         width = self.world.width
         saes = {name: arm.seeded(width, width, cell.seed).to(ctx.device) for name, arm in self.arms.items()}
-        modules = set().union(*map(modules_of, saes.values())) | {training, fit, planted, sys.modules[__name__]}
+        source = source_digest(*code_of(self.arms, saes), training, fit, planted, arms, alone=[__name__])
         key = {
             "what": "planted", "world": asdict(self.world), "train": asdict(self.train), "seed": cell.seed, "torch": torch.__version__,
             "rows": [self.calibration_rows, self.dead_after_frac], "arms": {n: a.describe() for n, a in self.arms.items()},
-            "device": ctx.device.type, "source": source_digest(*sorted(modules, key=lambda m: m.__name__)),
+            "device": ctx.device.type, "source": source,
         }  # fmt: skip
         folder = cached(ctx.cache, "fits", key, lambda part: self._fit(part, saes, world, cell, ctx))
         reports = read_json(folder / "fits.json")

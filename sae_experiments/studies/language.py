@@ -17,15 +17,16 @@ from sae_experiments import activations, checkpoint, fit, interop, training
 from sae_experiments.activations import Site, Sites, as_sites
 from sae_experiments.data import CharCorpus, CorpusSpec, load_corpus
 from sae_experiments.fit import FitReport, fit_saes
-from sae_experiments.io import UserError, cached, discard, is_cached, read_json, source_digest, write_bytes, write_json
+from sae_experiments.io import UserError, cached, discard, is_cached, read_json, write_bytes, write_json
 from sae_experiments.lm import INFO as LM_INFO
 from sae_experiments.lm import LMSpec, TrainedLM, train_lm
 from sae_experiments.metrics.base import Bench, Metric, MetricInfo, Spliced
 from sae_experiments.progress import listed
 from sae_experiments.saes.base import SAE, NotExportable
+from sae_experiments.source import source_digest
 from sae_experiments.studies import second_view
 from sae_experiments.studies import stores as stores_module
-from sae_experiments.studies.arms import Arm, FitSpec, modules_of
+from sae_experiments.studies.arms import Arm, FitSpec, code_of
 from sae_experiments.studies.base import Cell, Context, Outcome
 from sae_experiments.studies.second_view import SecondView
 from sae_experiments.studies.stores import Stores, Where
@@ -136,12 +137,13 @@ class Language:
 
     def _fit_key(self, name: str, sae: SAE, stores: Stores, cell: Cell, ctx: Context) -> dict[str, Any]:
         """What decides about one fit: nothing of what is fitted beside it."""
-        modules = modules_of(sae) | {training, checkpoint, fit, activations, stores_module}
-        modules |= {second_view} if getattr(sae, "second_view", 0.0) else set()
         arm = self.arms[name]
+        modules = [*code_of({name: arm}, {name: sae}), training, checkpoint, fit, activations, stores_module]
+        modules += [second_view] if getattr(sae, "second_view", 0.0) else []
         return {
             "what": "fit", "rows": stores.identity(*self.sites(arm)), "fit": asdict(self.fit), "seed": cell.seed, "arm": arm.describe(),
-            "torch": torch.__version__, "device": ctx.device.type, "source": source_digest(*sorted(modules, key=lambda m: m.__name__)),
+            "sizes": [sae.d_in, sae.d_sae, sae.d_out],
+            "torch": torch.__version__, "device": ctx.device.type, "source": source_digest(*modules, alone=[__name__]),
         }  # fmt: skip
 
     def _fit(self, part: Path, saes: dict[str, SAE], stores: Stores, cell: Cell, ctx: Context) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,14 +15,15 @@ from torch import Tensor
 from sae_experiments import fit, lm, training
 from sae_experiments.activations import Site, activations
 from sae_experiments.fit import FitReport, Sample, fit_saes
-from sae_experiments.io import UserError, cached, read_json, source_digest, write_bytes, write_json
+from sae_experiments.io import UserError, cached, read_json, write_bytes, write_json
 from sae_experiments.lm import LMLearner, LMSpec, build_lm
 from sae_experiments.metrics.info import MetricInfo
 from sae_experiments.progress import listed
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.sampling import spread_rows
-from sae_experiments.studies import selectivity, strings
-from sae_experiments.studies.arms import Arm, FitSpec, modules_of
+from sae_experiments.source import source_digest
+from sae_experiments.studies import arms, selectivity, strings
+from sae_experiments.studies.arms import Arm, FitSpec, code_of
 from sae_experiments.studies.base import Cell, Context, Outcome
 from sae_experiments.studies.strings import FLOOR, LENGTH, MIRROR, SYMBOLS, Strings, rows_at
 from sae_experiments.training import Session, TrainConfig, seed_of, train
@@ -156,7 +156,7 @@ class Palindrome:
     def trained(self, parts: tuple[Tensor, ...], seed: int, ctx: Context) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:
         """The transformer: from the cache, or trained now, continuing where a killed process stopped."""
         key = {"what": "palindrome", "data": asdict(self.data), "lm": asdict(self.lm), "train": asdict(self.train), "seed": seed,
-               "device": ctx.device.type, "torch": torch.__version__, "source": source_digest(sys.modules[__name__], strings, lm, training)}  # fmt: skip
+               "device": ctx.device.type, "torch": torch.__version__, "source": source_digest(strings, lm, training, alone=[__name__])}  # fmt: skip
         model = build_lm(self.lm, len(SYMBOLS), seed=seed_of(seed, "lm")).to(ctx.device)
 
         def make(part: Path) -> bool:
@@ -184,9 +184,8 @@ class Palindrome:
     def fitted(self, x: Tensor, key: Mapping[str, Any], seed: int, ctx: Context) -> tuple[dict[str, SAE], dict[str, FitReport]]:
         """The SAEs: from the cache, or fitted now in one pass over the training strings but for those kept to calibrate on."""
         saes = {name: arm.seeded(self.width, self.width, seed).to(ctx.device) for name, arm in self.arms.items()}
-        modules = sorted({m for sae in saes.values() for m in modules_of(sae)}, key=lambda m: m.__name__)
         full = {"what": "palindrome SAEs", "of": dict(key), "center": self.center, "arms": {n: arm.describe() for n, arm in self.arms.items()}, "fit": asdict(self.fit),
-                "source": source_digest(*modules, fit, training)}  # fmt: skip
+                "source": source_digest(*code_of(self.arms, saes), fit, training, arms)}  # fmt: skip
         cfg = self.fit.train
         learned, held = self.split(x, seed)
 

@@ -48,7 +48,7 @@ class Stores:
             with ctx.console.stage(f"collect {what}", "window") as tick:
                 return collect(
                     lm.model, lambda s: corpus.windows(split, s, length), starts, list(sites), length=length, split=split, cache=ctx.cache,
-                    key=lm.key, dtype=fit.store_dtype, batch=fit.collect_batch, tick=tick,
+                    key={"lm": lm.key, "text": corpus.key}, dtype=fit.store_dtype, batch=fit.collect_batch, tick=tick,
                 )  # fmt: skip
 
         self.train, self.calibration, self.held_out = (

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from sae_experiments import training
 from sae_experiments.fit import FitReport, Sample, fit_saes
-from sae_experiments.io import UserError, cached, digest, read_json, source_digest, write_bytes, write_json
+from sae_experiments.io import UserError, cached, digest, read_json, write_bytes, write_json
 from sae_experiments.metrics.info import MetricInfo
 from sae_experiments.saes.base import SAE, Batch
+from sae_experiments.source import source_digest
 from sae_experiments.studies import toy, toy_step, trees
 from sae_experiments.studies.arms import Arm
 from sae_experiments.studies.base import Cell, Context, Outcome
@@ -138,7 +139,8 @@ class Superposition:
         shapes = self.shapes(features)
         key = {"what": "toys", "features": asdict(features), "shapes": shapes, "instances": self.instances, "init": self.init, "train": asdict(self.train),
                "eval_rows": self.eval_rows, "seed": seed, "device": ctx.device.type, "torch": torch.__version__,
-               "source": source_digest(toy, toy_step, trees, training), "step": digest(toy_step.SOURCE.read_text(encoding="utf-8"))}  # fmt: skip
+               "source": source_digest(toy, toy_step, trees, training, alone=[__name__]),
+               "step": digest(toy_step.SOURCE.read_text(encoding="utf-8"))}  # fmt: skip
         learner = toy.make(shapes, features, self.train, instances=self.instances, init=self.init, seed=seed, device=ctx.device)
 
         def make(part: Path) -> bool:
