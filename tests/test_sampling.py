@@ -80,12 +80,17 @@ def shuffled(x: torch.Tensor) -> torch.Tensor:
     return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
 
 
-def variants() -> list[tuple[str, SAE]]:
-    """Every SAE of conf/sae and every host with purification around it; batches larger than what the hierarchy reads of them."""
-    special = {"hierarchical": ["sae.model.rows=64"]}
-    found = [(name, make(name, *special.get(name, []))) for name in NAMES]
-    hosts = [(f"purified-{host}", plainly(*kinds(gaussian=1.0), host=host)) for host in HOSTS]
-    return found + hosts + [("stopped", plainly("sae.model.stop.patience=3", "sae.model.stop.rows=4096", host="topk"))]
+#: Every SAE of conf/sae and every host with purification around it.
+VARIANTS = [*NAMES, *(f"purified-{host}" for host in HOSTS), "stopped"]
+
+
+def variant(name: str) -> SAE:
+    """One of them; batches are larger than what a hierarchy reads of them, and than what is watched for early stopping."""
+    if name == "stopped":
+        return plainly("sae.model.stop.patience=3", "sae.model.stop.rows=4096", host="topk").train()
+    if name.startswith("purified-"):
+        return plainly(*kinds(gaussian=1.0), host=name.removeprefix("purified-")).train()
+    return make(name, *(["sae.model.rows=64"] if name == "hierarchical" else [])).train()
 
 
 def begun(sae: SAE, x: torch.Tensor) -> None:
@@ -96,12 +101,13 @@ def begun(sae: SAE, x: torch.Tensor) -> None:
             sae.finish(phase.name, x)
 
 
-@pytest.mark.parametrize("name", [name for name, _ in variants()])
+@torch.no_grad()
+@pytest.mark.parametrize("name", VARIANTS)
 def test_the_order_of_the_rows_does_not_matter_to_beginnings_and_calibrations(name):
     x = two_texts(MANY)
     found = []
     for part in (x, shuffled(x)):
-        sae = dict(variants())[name].train()
+        sae = variant(name)
         sae.begin("bottom" if name == "hierarchical" else "train", part, part)
         start = (sae.pre_acts(x) > 0).float().mean()
         begun(sae, part)
@@ -111,11 +117,11 @@ def test_the_order_of_the_rows_does_not_matter_to_beginnings_and_calibrations(na
         assert float(ordered) == pytest.approx(float(mixed), rel=0.06)
 
 
-@pytest.mark.parametrize("name", [name for name, _ in variants()])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_term_of_a_loss_depends_on_rows_from_every_part_of_the_batch(name):
     """A term that depends on the rows at all (decay, say, does not) changes with any eighth of them."""
     start, x = rows(2048, 10), rows(512, 11)
-    sae = dict(variants())[name].train()
+    sae = variant(name)
     phases = [phase.name for phase in sae.phases()]
     with torch.no_grad():
         begun(sae, start)
