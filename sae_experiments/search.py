@@ -11,21 +11,26 @@ import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from sae_experiments.config import Axis
+from sae_experiments.config import Axis, key_of
 from sae_experiments.io import UserError, read_json, write_json
 from sae_experiments.results import number, try_json
 
 SAMPLERS = ("tpe", "random")
 
 
+#: What the trials of a search are evaluated on, and what its winner is reported on.
+SEARCHED, REPORTED = "held_out=search", "held_out=test"
+
+
 class Trial(NamedTuple):
-    """One proposal: the values of what is searched over, as overrides."""
+    """One proposal: the values of what is searched over, as overrides; ``value``: what it gave."""
 
     number: int
     name: str
     overrides: list[str]
+    value: float | None = None
 
 
 class Search:
@@ -39,10 +44,13 @@ class Search:
         for key in ("n_trials", "at_once"):
             if not isinstance(spec[key], int) or spec[key] < 1:
                 raise UserError(f"search.{key}={spec[key]} must be a whole number of at least 1")
+        if any(key_of(o) == "held_out" for o in [*fixed, *(a.key for a in axes)]):
+            raise UserError("held_out: a search chooses by validation text and reports its winner on test text, so it sets this itself: leave it out")
         self.root, self.axes, self.fixed = root, list(axes), list(fixed)
         self.metric, self.better = str(spec["metric"]), ""
         self.n_trials, self.at_once, self.sampler, self.seed = spec["n_trials"], spec["at_once"], spec["sampler"], int(spec["seed"])
         self.same = {"axes": [list(a) for a in self.axes], "fixed": sorted(self.fixed), "metric": self.metric, "seed": self.seed, "by": self.sampler}
+        self.same |= {"text": SEARCHED}
         self._study: Any = None
 
     def check_metric(self, infos_of: Callable[[list[str]], Sequence[Any]]) -> None:
@@ -101,7 +109,7 @@ class Search:
 
     def _trial(self, found: Any) -> Trial:
         values = [f"{a.key}={_text(found.params[a.key], a.whole)}" for a in self.axes if a.key in found.params]
-        return Trial(found.number, f"trial_{found.number:03d}", values)
+        return Trial(found.number, f"trial_{found.number:03d}", values, found.value if found.state.is_finished() else None)
 
     def tell(self, trial: Trial, folder: Path, done: bool) -> None:
         """Give the study what a job found: the mean of the metric over its reports; a failed job has no value."""
@@ -114,16 +122,26 @@ class Search:
         values = [number(entry.get("means", {}).get(f"{self.metric}_mean")) for entry in final.values()]
         return statistics.mean(values) if values and None not in values else None  # pyright: ignore[reportArgumentType]
 
-    def summary(self) -> str:
-        """The best trial, in one line."""
+    def _told(self) -> list[Trial]:
         state = _optuna().trial.TrialState
-        told = [t for t in self.study.trials if t.state == state.COMPLETE]
-        if not told:
+        return [self._trial(t) for t in self.study.trials if t.state == state.COMPLETE]
+
+    def best(self) -> Trial | None:
+        """The trial with the best value on the text that the search sees; None where none gave a value."""
+        return (min if self.better == "down" else max)(self._told(), key=lambda t: cast(float, t.value), default=None)
+
+    def summary(self, reported: Path | None = None) -> str:
+        """The best trial, in one line, and what it gives on the test text: its run folder for that, where there is one."""
+        best = self.best()
+        if best is None:
             return f"search: no trial gave a {self.metric}"
-        best = (min if self.better == "down" else max)(told, key=lambda t: t.value)
-        return (
-            f"search: best {self.metric} {best.value:.6g} of {len(told)} trials: {self._trial(best).name} ({' '.join(self._trial(best).overrides)})"
-        )
+        found = f"search: best {self.metric} {best.value:.6g} of {len(self._told())} trials: {best.name} ({' '.join(best.overrides)})"
+        value = None if reported is None else self._value(reported)
+        if reported is None or value is None:
+            return f"{found}; not yet reported on test text"
+        if value == best.value:
+            return f"{found}; {self.metric} does not depend on the held-out text: see {reported.name} for what does"
+        return f"{found}; on test text {value:.6g} ({reported.name})"
 
 
 def _text(value: Any, whole: bool) -> str:

@@ -21,7 +21,7 @@ from sae_experiments.config import axes_of, build, compose_checked, configuring,
 from sae_experiments.io import UserError, digest, locked, sha256_file, write_json
 from sae_experiments.launchers import Exit, Here, Job, Launcher
 from sae_experiments.results import read_records, try_json
-from sae_experiments.search import Search
+from sae_experiments.search import REPORTED, SEARCHED, Search
 from sae_experiments.source import package_digest, targets_digest
 from sae_experiments.stopping import Stopped
 
@@ -246,19 +246,25 @@ def job_table(records: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _search(search: Search, jobs: Jobs, here: Here) -> int:
-    """Ask for trials, run them, tell what they gave, until there are enough."""
+    """Ask for trials, run them, tell what they gave, until there are enough; then report the best on text that no trial was evaluated on."""
     search.claim()
-    known = {trial.number: jobs.job(trial.number, trial.overrides, trial.name) for trial in search.trials()}
+    trial_job = lambda t: jobs.job(t.number, [*t.overrides, SEARCHED], t.name)  # noqa: E731
+    known, reported = {trial.number: trial_job(trial) for trial in search.trials()}, None
     try:
         while trials := search.next():
-            batch = [jobs.job(t.number, t.overrides, t.name) for t in trials]
+            batch = [trial_job(t) for t in trials]
             known |= {job.number: job for job in batch}
             jobs.run(batch, here)
             for trial, job in zip(trials, batch, strict=True):
                 search.tell(trial, jobs.asked.root / job.name, jobs.record(job)["status"] in ("done", "cut"))
+        if (best := search.best()) is not None:  # chosen by one text, reported on another
+            winner = jobs.job(len(known), [*best.overrides, REPORTED], f"{best.name}_test")
+            known[winner.number] = winner
+            jobs.run([winner], here)
+            reported = jobs.asked.root / winner.name if jobs.record(winner)["status"] in ("done", "cut") else None
     finally:
         status = job_table([jobs.record(job) for _, job in sorted(known.items())])
-        print(search.summary(), flush=True)
+        print(search.summary(reported), flush=True)
     return status
 
 

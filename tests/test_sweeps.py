@@ -125,6 +125,8 @@ def test_a_job_that_somebody_stops_stops_an_inline_sweep_and_the_rest_is_told_as
         (["search.metric=sae_l0", "sae=topk,gated"], "search.metric=sae_l0"),
         (["search.sampler=nosuch", "sae=topk,gated"], "search.sampler=nosuch"),
         (["search.n_trials=0", "sae=topk,gated"], "search.n_trials=0"),
+        (["search.metric=sae_fvu", "sae=topk,gated", "held_out=val"], "leave it out"),
+        (["search.metric=sae_fvu", "sae=topk", "held_out=val,test"], "leave it out"),
         (["sae=topk", "fit.train.lr=tag(log,interval(0,1))", "search.metric=sae_fvu"], "positive"),
         (["sae=topk,gated", "out_dir=../elsewhere"], "runs_root"),
     ],
@@ -428,13 +430,13 @@ def test_a_search_finds_the_best_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     status, bowl = search(tmp_path, "search.n_trials=25")
     said = capsys.readouterr().out
-    assert status == 0 and len(bowl.ran) == 25 == len(set(bowl.ran))
+    assert status == 0 and len(bowl.ran) == 26 == len(set(bowl.ran)), "25 trials and the report of the best"
     best = min(bowl.tried, key=lambda lr: abs(__import__("math").log10(lr) + 2))
     assert f"fit.train.lr={best!r}" in said.splitlines()[-1] and 0.007 < best < 0.014
     assert all(1e-4 <= lr <= 1e-1 for lr in bowl.tried)
     again = search(tmp_path, "search.n_trials=25")
     assert again[0] == 0 and not again[1].ran, "enough is enough"
-    assert len(search(tmp_path, "search.n_trials=27")[1].ran) == 2
+    assert [name for name in search(tmp_path, "search.n_trials=27")[1].ran if not name.endswith("_test")] == ["trial_025", "trial_026"]
 
 
 @optuna_here
@@ -450,6 +452,43 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monke
 
 
 @optuna_here
+@pytest.mark.parametrize("better_on_test", [True, False])
+def test_trials_see_the_validation_text_and_the_winner_is_reported_on_the_test_text(tmp_path, monkeypatch, capsys, better_on_test):
+    """On the test text everything is another 0.5 better, or worse: the choice must not know."""
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+
+    class Texts(Made):
+        def __call__(self, argv: list[str]) -> int:
+            values = dict(o.split("=", 1) for o in argv)
+            seen[Path(values["out_dir"].strip('"')).name] = values
+            shift = {"search": 0, "test": -0.5 if better_on_test else 0.5}[values["held_out"]]
+            return super().__call__([*argv, f"sae.target_l0={1 / (lr_of(argv) + 1 + shift)}"])
+
+    made = Texts(tmp_path / "runs")
+    typed = [*SMALL, "out_dir=s", "sae=topk", LR, "search.metric=sae_fvu", "search=random", "search.n_trials=6"]
+    assert sweep(CONF, typed, made) == 0
+    trials = {name: values for name, values in seen.items() if not name.endswith("_test")}
+    assert len(trials) == 6 and {v["held_out"] for v in trials.values()} == {"search"}
+    best = min(trials, key=lambda name: float(trials[name]["fit.train.lr"]))
+    assert [n for n in seen if n.endswith("_test")] == [f"{best}_test"], "one look at the test text"
+    winner = seen[f"{best}_test"]
+    assert winner["held_out"] == "test" and winner["fit.train.lr"] == trials[best]["fit.train.lr"]
+    value = float(winner["fit.train.lr"]) + 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"{value:.6g} of 6 trials: {best}" in last and f"on test text {value + (-0.5 if better_on_test else 0.5):.6g} ({best}_test)" in last
+    sweep(CONF, typed, made)
+    assert len(made.ran) == 7, "nothing is repeated"
+
+
+@optuna_here
+def test_a_metric_that_no_text_moves_is_not_sold_as_measured_on_test_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert search(tmp_path, "search.n_trials=2")[0] == 0
+    assert "does not depend on the held-out text" in capsys.readouterr().out.splitlines()[-1]
+
+
+@optuna_here
 def test_another_search_in_the_same_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert search(tmp_path, "search.n_trials=2")[0] == 0
@@ -462,7 +501,7 @@ def test_a_trial_without_a_value_counts_as_failed_and_the_search_goes_on(tmp_pat
     monkeypatch.chdir(tmp_path)
     status, made = (0, Made(tmp_path / "runs", lambda folder: "broken" if folder.endswith("001") else None))
     status = sweep(CONF, [*SMALL, "out_dir=s", "search.metric=sae_fvu", "search.n_trials=4", "search=random", "sae=topk,gated"], made)
-    assert status == 1 and len(made.ran) == 4 and "of 3 trials" in capsys.readouterr().out
+    assert status == 1 and len(made.ran) == 5 and "of 3 trials" in capsys.readouterr().out
 
 
 def test_a_search_without_optuna_says_how_to_get_it(tmp_path, monkeypatch):

@@ -14,11 +14,31 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from sae_experiments.io import UserError
 from sae_experiments.metrics.info import MetricInfo
 from sae_experiments.progress import Console
 from sae_experiments.saes.ops import fast_products
 from sae_experiments.stopping import OutOfTime
-from sae_experiments.training import Session
+from sae_experiments.training import Session, seed_of
+
+#: What SAEs are evaluated on: the validation text (or rows); what of it a search may look at; what its winner is reported on.
+HELD_OUT = ("val", "search", "test")
+
+
+def check_held_out(held_out: str) -> None:
+    """Raise :class:`UserError` for a held-out part that does not exist."""
+    if held_out not in HELD_OUT:
+        raise UserError(f"held_out={held_out} is not one of {', '.join(HELD_OUT)}")
+
+
+def part_of(held_out: str) -> dict[str, str]:
+    """What provenance says of the held-out part, where it is not the usual one: results on other text are other results."""
+    return {} if held_out == "val" else {"held_out": held_out}
+
+
+def rows_seed(seed: int, held_out: str) -> int:
+    """Seed of the held-out rows where rows are drawn afresh: the winner of a search is reported on others than the search has seen."""
+    return seed_of(seed, "held out", *(["test"] if held_out == "test" else []))
 
 
 class Cell(NamedTuple):

@@ -30,7 +30,7 @@ from sae_experiments.metrics.base import Bench, Metric, MetricInfo, Spliced
 from sae_experiments.metrics.codes import sparse_codes
 from sae_experiments.saes.base import SAE
 from sae_experiments.studies.arms import Arm, FitSpec
-from sae_experiments.studies.base import Cell, Context, Outcome, merged
+from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, merged, part_of
 from sae_experiments.studies.language import Language, export, headline
 from sae_experiments.studies.sources import Local, Role, load_sae
 from sae_experiments.studies.stores import Stores
@@ -78,6 +78,7 @@ class Circuits:
     fit: FitSpec
     seeds: Sequence[int] | None
     offline: bool
+    held_out: str
     upstream: Role
     downstream: Role
     local: Local
@@ -136,6 +137,7 @@ class Circuits:
         return Where(read, write, to)
 
     def check(self) -> None:
+        check_held_out(self.held_out)
         self.fits.check()
         for role in ROLES:
             path = getattr(self, role).sae
@@ -157,7 +159,7 @@ class Circuits:
         self._texts.update(self.local.texts(corpora) if self.local.folder else corpora)
         if self.local.folder:  # read before there is a run folder: a broken one leaves none
             object.__setattr__(self, "_given", self.local.model(ctx.device, ctx.console.say))
-        return {report: self._texts[name].provenance for name in self.names() for report in self.reports(name)}
+        return {report: self._texts[name].provenance | part_of(self.held_out) for name in self.names() for report in self.reports(name)}
 
     def cells(self) -> list[Cell]:
         seeds = {name: [0] if self.local.folder else self.data[name].seeds for name in self.names()}
@@ -172,7 +174,7 @@ class Circuits:
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
         text, lm = self._texts[cell.dataset], self._model(cell, ctx)
         where = self.where(self.fits.lm.n_layer)
-        stores = Stores(self.fit, list(dict.fromkeys(where)), text, lm, cell.seed, ctx)
+        stores = Stores(self.fit, list(dict.fromkeys(where)), text, lm, cell.seed, ctx, held_out=self.held_out)
         up, down = self._looks(cell, where, text, lm, stores, ctx)
         circuit = Circuit(lm.model, up.sae, where.read, where.write, down.sae, where.to, memory_mb=self.memory_mb)
         tokens = self._tokens(stores).to(ctx.device)

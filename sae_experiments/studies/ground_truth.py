@@ -22,7 +22,7 @@ from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.source import source_digest
 from sae_experiments.studies import arms, planted
 from sae_experiments.studies.arms import Arm, code_of
-from sae_experiments.studies.base import Cell, Context, Outcome
+from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of, rows_seed
 from sae_experiments.studies.planted import Planted, World
 from sae_experiments.training import TrainConfig, seed_of
 
@@ -41,8 +41,10 @@ class GroundTruth:
     calibration_rows: int
     held_out_rows: int
     dead_after_frac: float
+    held_out: str = "val"
 
     def check(self) -> None:
+        check_held_out(self.held_out)
         for name in ("calibration_rows", "held_out_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"study.{name}={getattr(self, name)} must be at least 1")
@@ -53,7 +55,7 @@ class GroundTruth:
                     raise UserError(f"sae={name} needs a language model, and study=ground_truth has none")
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
-        return {self.report(arm): {"corpus": DATASET, "stand_in": False, **asdict(self.world)} for arm in self.arms}
+        return {self.report(arm): {"corpus": DATASET, "stand_in": False, **asdict(self.world), **part_of(self.held_out)} for arm in self.arms}
 
     def report(self, arm: str) -> str:
         """The name results appear under: with the SAE's label where several are fitted."""
@@ -127,7 +129,7 @@ class GroundTruth:
 
     def evaluate(self, sae: SAE, world: World, cell: Cell, ctx: Context) -> Outcome:
         """All metrics of one SAE on rows that no SAE was fitted to."""
-        x, acts = self.rows(world, self.held_out_rows, seed_of(cell.seed, "held out"))
+        x, acts = self.rows(world, self.held_out_rows, rows_seed(cell.seed, self.held_out))
         bench = Bench(sae=sae, device=ctx.device, x=x, extras={"truth": Truth(world.directions, acts)})
         outcome = Outcome()
         outcome.measure(self.metrics, bench, ctx.ends)

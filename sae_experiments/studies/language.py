@@ -27,7 +27,7 @@ from sae_experiments.source import source_digest
 from sae_experiments.studies import second_view
 from sae_experiments.studies import stores as stores_module
 from sae_experiments.studies.arms import Arm, FitSpec, code_of
-from sae_experiments.studies.base import Cell, Context, Outcome
+from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of
 from sae_experiments.studies.second_view import SecondView
 from sae_experiments.studies.stores import Stores, Where
 
@@ -50,11 +50,13 @@ class Language:
     seeds: Sequence[int] | None
     replicas: int = 0  # further fits of every SAE to the same activations, from other seeds (weights and order of the batches): what seed stability is measured with
     offline: bool = False
+    held_out: str = "val"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_corpora", {})
 
     def check(self) -> None:
+        check_held_out(self.held_out)
         if not self.data:
             raise UserError("data=[] names no corpus: use for example data=[shakespeare_char]")
         if self.seeds is not None and (isinstance(self.seeds, int) or not self.seeds or any(not isinstance(s, int) or s < 0 for s in self.seeds)):
@@ -76,7 +78,7 @@ class Language:
     def prepare(self, ctx: Context) -> dict[str, Any]:
         for name, spec in self.data.items():
             self._corpora[name] = load_corpus(spec, cache=ctx.cache, offline=self.offline, say=ctx.console.say)
-        return {self.report(name, arm): self._corpora[name].provenance for name in self.data for arm in self.arms}
+        return {self.report(name, arm): self._corpora[name].provenance | part_of(self.held_out) for name in self.data for arm in self.arms}
 
     def report(self, dataset: str, arm: str) -> str:
         """The name results appear under: the corpus, and the SAE's label where several are fitted."""
@@ -100,7 +102,7 @@ class Language:
             lm = train_lm(self.lm, corpus, self.data[cell.dataset].recipe, seed=cell.seed, cache=ctx.cache, device=ctx.device, session=session)
         ctx.console.say(f"  language model: val loss {lm.metrics['best_val_loss']:.4f} after {lm.seconds:.0f} s of training")
         sites = list(dict.fromkeys(s for arm in self.arms.values() for where in self.sites(arm) for s in as_sites(where)))
-        stores = Stores(self.fit, sites, corpus, lm, cell.seed, ctx)
+        stores = Stores(self.fit, sites, corpus, lm, cell.seed, ctx, held_out=self.held_out)
         seeds = [cell.seed + 1000 * (i + 1) for i in range(self.replicas)]
         twins = [self.fitted(stores.ordered(seed), cell._replace(seed=seed), ctx) for seed in seeds]
         outcomes = {}

@@ -24,7 +24,7 @@ from sae_experiments.sampling import spread_rows
 from sae_experiments.source import source_digest
 from sae_experiments.studies import arms, selectivity, strings
 from sae_experiments.studies.arms import Arm, FitSpec, code_of
-from sae_experiments.studies.base import Cell, Context, Outcome
+from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of
 from sae_experiments.studies.strings import FLOOR, LENGTH, MIRROR, SYMBOLS, Strings, rows_at
 from sae_experiments.training import Session, TrainConfig, seed_of, train
 
@@ -85,6 +85,7 @@ class Palindrome:
     center: bool  # take the training strings' mean out of the vectors first: nearly all of their square is the mean
     analysis: Analysis
     seeds: Sequence[int] | None
+    held_out: str = "val"
 
     @property
     def width(self) -> int:
@@ -96,7 +97,8 @@ class Palindrome:
             raise UserError(f"study.lm.n_layer={self.lm.n_layer}: this study reads a model of one layer")
         if self.lm.n_positions < LENGTH - 1:
             raise UserError(f"study.lm.n_positions={self.lm.n_positions} must be at least {LENGTH - 1}")
-        n_train, n_test = map(len, self.data.parts(0))
+        check_held_out(self.held_out)
+        n_train, n_test = len(self.data.parts(0)[0]), len(self.shown(self.data.parts(0)[1]))
         left, batch = n_train - self.fit.calibration_rows, self.fit.train.batch_size
         if left < batch:
             raise UserError(
@@ -109,8 +111,15 @@ class Palindrome:
         for arm in self.arms.values():
             arm.check(self.width, self.width, self.fit.train)
 
+    def shown(self, strings: Tensor) -> Tensor:
+        """Those of the test strings that are evaluated on; a search sees every second one, and its winner is reported on the others."""
+        return strings if self.held_out == "val" else strings[self.held_out == "test" :: 2]
+
     def prepare(self, ctx: Context) -> dict[str, Any]:
-        return {self.report(arm): {"corpus": f"palindromes-{self.data.split}", "stand_in": False, "symbols": len(SYMBOLS)} for arm in self.arms}
+        return {
+            self.report(arm): {"corpus": f"palindromes-{self.data.split}", "stand_in": False, "symbols": len(SYMBOLS), **part_of(self.held_out)}
+            for arm in self.arms
+        }
 
     def report(self, arm: str) -> str:
         """The name results appear under."""
@@ -125,6 +134,7 @@ class Palindrome:
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
         parts = tuple(ids.to(ctx.device) for ids in self.data.parts(seed_of(cell.seed, "split")))
         model, info, key = self.trained(parts, cell.seed, ctx)
+        parts = parts[0], self.shown(parts[1])
         scored = score(model, parts[1])
         ctx.console.say(
             f"  transformer: excess {scored['excess_loss']:.4f} nats, mirrored half {scored['mirror_accuracy']:.2%} in {info['seconds']:.0f} s"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,16 @@ class Stores:
     other two follow the text.
     """
 
-    def __init__(self, fit: FitSpec, sites: Sequence[Site], corpus: CharCorpus, lm: TrainedLM, seed: int, ctx: Context) -> None:
+    def __init__(
+        self, fit: FitSpec, sites: Sequence[Site], corpus: CharCorpus, lm: TrainedLM, seed: int, ctx: Context, *, held_out: str = "val"
+    ) -> None:
         self.fit, self.corpus, self.model, self.seed, self.device = fit, corpus, lm.model, seed, ctx.device
         self.order = seed  # of the batches; the windows are those of ``seed``
         length = lm.model.config.n_positions
         began = time.monotonic()
         train, calibration = split_windows(len(corpus.splits["train"]), length, fit.train_rows, fit.calibration_rows, seed_of(seed, "windows"))
-        held = held_out_starts(len(corpus.splits["val"]), length, fit.held_out_rows)
+        sizes = {name: len(ids) for name, ids in corpus.splits.items()}
+        self.split, held = held_out_starts(sizes, held_out, length, fit.held_out_rows)
 
         def store(split: str, starts: np.ndarray, what: str) -> Store:
             with ctx.console.stage(f"collect {what}", "window") as tick:
@@ -54,7 +57,7 @@ class Stores:
         self.train, self.calibration, self.held_out = (
             store("train", train, "train"),
             store("train", calibration, "calibration"),
-            store("val", held, "held-out"),
+            store(self.split, held, "held-out"),
         )
         self.seconds = time.monotonic() - began
 
@@ -65,7 +68,7 @@ class Stores:
 
     def tokens(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Ids of held-out windows and of the characters that follow each position, (n, T) both."""
-        return tuple(self.corpus.windows("val", starts + shift, self.held_out.length) for shift in (0, 1))
+        return tuple(self.corpus.windows(self.split, starts + shift, self.held_out.length) for shift in (0, 1))
 
     def ordered(self, order: int) -> Stores:
         """The same stores, with batches and initial rows in the order of another seed: what a fit from another seed sees."""
@@ -126,10 +129,34 @@ def window_starts(n: int, length: int) -> np.ndarray:
     return starts
 
 
-def held_out_starts(n: int, length: int, rows: int) -> np.ndarray:
-    """Starts of the held-out windows in a split of n characters: enough for ``rows`` (at least one), in the order that :class:`Stores` tells of."""
-    starts = window_starts(n, length)
-    return starts[spread_order(len(starts), DOCUMENT)][: max(1, rows // length)]
+def held_out_starts(sizes: Mapping[str, int], held_out: str, length: int, rows: int) -> tuple[str, np.ndarray]:
+    """The split and the starts of the windows that SAEs are evaluated on, in the order that :class:`Stores` tells of.
+
+    What a search sees and what its winner is reported on have no character in common: they are the validation and the test split, or the
+    two halves of the validation split where there is no test split.
+
+    Args:
+        sizes: characters of each split, by name.
+        held_out: "val", "search" or "test".
+        length: characters of a window.
+        rows: how many rows the windows should have (at least one window, at most all).
+
+    Raises:
+        UserError: the text is too short for a window, or for one in each half.
+    """
+    own = "test" in sizes
+    split = "test" if held_out == "test" and own else "val"
+    starts = window_starts(sizes[split], length)
+    if held_out != "val" and not own:
+        if len(starts) < 3:
+            raise UserError(
+                f"held_out={held_out}: there is no test split, and the validation split of {sizes['val']:,} characters has fewer than three "
+                f"windows of {length}: use a longer text, a test_frac or a smaller lm.n_positions"
+            )
+        # The window between the halves is in neither: its first character is what the last window before it predicts.
+        half = len(starts) // 2
+        starts = starts[:half] if held_out == "search" else starts[half + 1 :]
+    return split, starts[spread_order(len(starts), DOCUMENT)][: max(1, rows // length)]
 
 
 def split_windows(n: int, length: int, train_rows: int, calibration_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

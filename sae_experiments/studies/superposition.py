@@ -24,7 +24,7 @@ from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.source import source_digest
 from sae_experiments.studies import toy, toy_step, trees
 from sae_experiments.studies.arms import Arm
-from sae_experiments.studies.base import Cell, Context, Outcome
+from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of, rows_seed
 from sae_experiments.studies.toy import ToyLearner
 from sae_experiments.studies.trees import Features
 from sae_experiments.training import Session, TrainConfig, seed_of, train
@@ -60,8 +60,10 @@ class Superposition:
     probe: Probe
     arms: Mapping[str, Arm]
     seeds: Sequence[int] | None
+    held_out: str = "val"
 
     def check(self) -> None:
+        check_held_out(self.held_out)
         if not self.families:
             raise UserError("study.families names no family of features")
         for name, values in (("depths", self.depths), ("hidden", self.hidden)):
@@ -97,7 +99,7 @@ class Superposition:
         return [(d, h) for d in self.depths for h in self.hidden if h <= features.n_features(d)]
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
-        return {self.report(name, arm): {"corpus": f"tree-{features.mode}", "stand_in": False, "branching": features.branching}
+        return {self.report(name, arm): {"corpus": f"tree-{features.mode}", "stand_in": False, "branching": features.branching, **part_of(self.held_out)}
                 for name, features in self.families.items() for arm in self.arms}  # fmt: skip
 
     def report(self, family: str, arm: str) -> str:
@@ -189,7 +191,7 @@ class Superposition:
     @torch.no_grad()
     def evaluate(self, outcome: Outcome, sae: SAE, features: Features, weights: Tensor, seed: int) -> None:
         """How well the SAE rebuilds held-out rows, and how much of the tree its decoder holds."""
-        x = self.hidden_rows(features, weights, self.probe.rows, seed_of(seed, "held out"))
+        x = self.hidden_rows(features, weights, self.probe.rows, rows_seed(seed, self.held_out))
         acts = sae.encode(x)
         alive = (acts != 0).any(0)
         error = (x - sae.decode(acts)).square().sum() / (x - x.mean(0)).square().sum()
