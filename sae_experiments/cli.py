@@ -9,16 +9,19 @@ import os
 import re
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
+from sae_experiments import warned
 from sae_experiments.config import build, complete, compose_checked, configuring, first_line, run_folder
 from sae_experiments.help import help_page
 from sae_experiments.io import UserError, read_json
 from sae_experiments.launchers import JOB
+from sae_experiments.results import read_records
 from sae_experiments.stopping import Stopped, end_with_parent, listening
 from sae_experiments.sweeps import is_sweep, run_hydra, sweep
 
@@ -210,6 +213,9 @@ def print_summary(folder: Path, status: str) -> None:
         print("\n" + " " * width + "".join(f"{n[-17:]:>18}" for n in part))
         for metric in shown:
             print(f"{metric:<{width}}" + "".join(f"{_mean_and_error(final[n], metric):>18}" for n in part))
+    cells = [(record.dataset, record.seed, record.warnings) for record in read_records(folder)]
+    for i, line in enumerate(warned.lines(cells)):
+        print(("" if i else "\n") + textwrap.fill(f"warning: {line}", 100, subsequent_indent="  "))
     print(f"\n{status}: {folder / 'final_info.json'}", flush=True)
 
 

@@ -1,6 +1,7 @@
 """Runs against the baseline: deltas with their standard errors, what differs in configuration, and the tables that show both.
 
-A run is never subtracted from one of another preset or corpus, nor real text from stand-in text: the table says why instead.
+A metric of a run is never subtracted from one that was measured under other conditions (preset, text, and what the metric says it depends
+on): the table says why instead.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from sae_experiments import warned
 from sae_experiments.results import EDGES, Stat, mean_stderr
 from sae_experiments.run_table import Run, RunTable
 
 WIDTH = 100
 NAME_WIDTH = 32
 ABSENT = "(absent)"
+WARNING = "Warning:"
 DIRECTION = {"up": "higher is better", "down": "lower is better", "target": "has a target", "none": ""}
 COLOURS = {"better": "\033[32m", "worse": "\033[31m"}
 NUMBERS = ("mean", "stderr", "baseline_mean", "baseline_stderr", "baseline_n", "delta", "delta_stderr", "pairs", "believable")
@@ -86,7 +89,7 @@ def compare(table: RunTable) -> pd.DataFrame:
 def _row(table: RunTable, run: Run, dataset: str, metric: str) -> dict[str, Any]:
     info, stat, baseline = table.info(metric), run.stats[dataset][metric], table.baseline
     base = baseline.stats.get(dataset, {}).get(metric) if baseline else None
-    why_not = "" if run is baseline else "baseline has no value" if baseline and base is None else table.why_not(run, dataset)
+    why_not = "" if run is baseline else "baseline has no value" if baseline and base is None else table.why_not(run, dataset, metric)
     found = delta(stat, base) if base and run is not baseline and not why_not else Delta(None, None, "", 0)
     scale = max(abs(stat.mean or 0), abs(base.mean or 0)) if base else 0
     believable = smallest_believable([run, baseline], dataset, metric) if baseline and found.value is not None else None
@@ -235,9 +238,21 @@ def notes(table: RunTable, rows: pd.DataFrame) -> list[str]:
     states = [f"{run.name} {run.status}" for run in table.runs if run.status not in ("done", "")]
     hidden = rows.loc[~rows["shown"], "metric"].nunique() if len(rows) else 0
     found += [f"Not finished in good order: {', '.join(states)}."] if states else []
+    found += warning_lines(table)
     devices = {str(run.manifest.get("device") or "unknown") for run in [*table.runs, *filter(None, [table.baseline])]}
     found += [f"Times and speeds are from different devices ({', '.join(sorted(devices))}): do not compare them."] if len(devices) > 1 else []
     return found + ([f"In comparison.csv only: {hidden} more metric{'s' * (hidden > 1)}."] if hidden else [])
+
+
+def warning_lines(table: RunTable) -> list[str]:
+    """``Warning: ...`` for each kind of warning of each run, the baseline's first."""
+    runs = list({id(run): run for run in [*filter(None, [table.baseline]), *table.runs]}.values())
+    found = []
+    for run in runs:
+        cells = [(record.dataset, record.seed, record.warnings) for record in run.records]
+        name = f"{run.name}, " if len(runs) > 1 else ""
+        found += [f"{WARNING} {name}{line}" for line in warned.lines(cells)]
+    return found
 
 
 def value_text(row: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sae_experiments.conditions import OF_MODEL, OF_MODEL_TIME
 from sae_experiments.data import CharCorpus
 from sae_experiments.io import UserError, cached, read_json, write_json
 from sae_experiments.metrics.info import MetricInfo
@@ -40,11 +41,24 @@ INFO = [
         formula="mean cross-entropy of random training batches after the last step",
         unit="nat/char",
         better="down",
+        depends=OF_MODEL,
     ),
     MetricInfo(
-        name="best_val_loss", title="val loss", formula="least mean cross-entropy of random validation batches", unit="nat/char", better="down"
+        name="best_val_loss",
+        title="val loss",
+        formula="least mean cross-entropy of random validation batches",
+        unit="nat/char",
+        better="down",
+        depends=OF_MODEL,
     ),
-    MetricInfo(name="total_train_time", title="LM time", formula="seconds of language-model training, evaluations included", unit="s", better="down"),
+    MetricInfo(
+        name="total_train_time",
+        title="LM time",
+        formula="seconds of language-model training, evaluations included",
+        unit="s",
+        better="down",
+        depends=OF_MODEL_TIME,
+    ),
     MetricInfo(
         name="avg_inference_tokens_per_second",
         title="chars/s",
@@ -52,6 +66,7 @@ INFO = [
         unit="1/s",
         better="up",
         shown=False,
+        depends=OF_MODEL_TIME,
     ),
 ]
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_experiments import warned
 from sae_experiments.io import UserError, check_readable, read_json, read_sealed, sha256_file, write_bytes, write_json, write_sealed
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class Record:
     why_null: dict[str, str] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)  # standard error of a metric over resampled text, where it is known
     seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)  # under which conditions it was measured (see conditions)
+    warnings: list[dict[str, Any]] = field(default_factory=list)  # key, value, says, do: what is worse than it looks (see warned)
     config_hash: str = ""
     source_hash: str = ""
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the cell's other files, by their path in the run folder
@@ -58,6 +61,8 @@ class Record:
         why = {name: self.why_null.get(name) or (NOT_GIVEN if given[name] is None else NOT_FINITE) for name in nulls}
         object.__setattr__(self, "metrics", metrics)
         object.__setattr__(self, "why_null", why)
+        object.__setattr__(self, "facts", self.facts if isinstance(self.facts, dict) else {})
+        object.__setattr__(self, "warnings", warned.checked(self.warnings))
         for name in ("noise", "seconds"):
             object.__setattr__(self, name, {key: value for key, v in getattr(self, name).items() if (value := number(v)) is not None})
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sae_experiments import memory
+from sae_experiments import memory, warned
 from sae_experiments.io import NonFinite, UserError, digest, locked, read_json, remove_stale, write_json
 from sae_experiments.metrics.info import describe
 from sae_experiments.progress import Console
@@ -105,6 +105,7 @@ class _Run:
         self.deadline = None if settings.time_limit_s is None else time.monotonic() + settings.time_limit_s
         self.manifest: dict[str, Any] = {}
         self.cut = False
+        self.said: set[warned.Warned] = set()
 
     def go(self) -> str:
         s = self.settings
@@ -210,6 +211,7 @@ class _Run:
         # A cell that was cut short keeps its numbers but not its hash, so that the same command without the limit makes it whole.
         hashes = {k: f"{v}{'-cut' if outcome.cut else ''}" for k, v in self.hashes.items()}
         seconds = outcome.seconds | {"cell": total}
+        warnings = self._warned(report, cell, outcome)
         files = checksums(folder, report, cell.seed)
         write_record(
             folder,
@@ -221,10 +223,22 @@ class _Run:
                 noise=outcome.noise,
                 seconds=seconds,
                 files=files,
+                facts=outcome.facts,
+                warnings=[one._asdict() for one in warnings],
                 **hashes,
             ),
         )
         self.tracker.summary(report, cell.seed, outcome.metrics)
+
+    def _warned(self, report: str, cell: Cell, outcome: Outcome) -> list[warned.Warned]:
+        """What is worse than it looks, said once each in the log."""
+        found = warned.of_text(self.manifest["corpora"].get(report) or {}) + outcome.warnings
+        found += warned.of_metrics(outcome.metrics, outcome.facts.get("asked_l0"))
+        for one in found:
+            if one not in self.said:
+                self.said.add(one)
+                self.console.say(f"  warning: {report} seed {cell.seed}: {one.says}")
+        return found
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sae_experiments import conditions
 from sae_experiments.io import UserError, read_json
 from sae_experiments.results import (
     FINAL_INFO,
@@ -70,6 +71,15 @@ class Run:
     def provenance(self, dataset: str) -> dict[str, Any]:
         """Where the text of ``dataset`` came from; {} where the manifest does not say."""
         return _mapping(_mapping(self.manifest.get("corpora")).get(dataset))
+
+    def facts(self, dataset: str) -> dict[int, dict[str, Any]]:
+        """The conditions under which ``dataset`` was measured, by seed; {} where a seed does not record them."""
+        found = {r.seed: r.facts | {"device": self.device} for r in self.records if r.dataset == dataset and r.facts}
+        return found if len(found) == sum(r.dataset == dataset for r in self.records) else {}
+
+    @property
+    def device(self) -> str:
+        return str(self.manifest.get("device") or "unknown")
 
     def stand_in(self, dataset: str) -> bool:
         """Whether ``dataset`` was stood in for by other text."""
@@ -176,13 +186,58 @@ class RunTable:
             "order": float("inf") if order is None else order,
         }
 
-    def why_not(self, run: Run, dataset: str) -> str:
-        """Why ``run`` must not be subtracted from the baseline on ``dataset``; '' where it may be."""
-        return "no baseline" if self.baseline is None else why_not_comparable(run, self.baseline, dataset)
+    def why_not(self, run: Run, dataset: str, metric: str) -> str:
+        """Why ``metric`` of ``run`` must not be subtracted from the baseline's on ``dataset``; '' where it may be."""
+        if self.baseline is None:
+            return "no baseline"
+        return why_not_comparable(run, self.baseline, dataset, metric, self.depends(metric))
+
+    def depends(self, metric: str) -> tuple[str, ...]:
+        """What the value of a metric depends on, from the first manifest that says it; else what numbers of SAEs depend on."""
+        return next((d for run in self.runs if (d := _depends(run.manifest, metric))), conditions.ON_ACTIVATIONS)
 
 
-def why_not_comparable(run: Run, other: Run, dataset: str) -> str:
-    """The first of preset, stand-in text, corpus and its size that differs or is not recorded; '' where the runs may be compared."""
+def why_not_comparable(run: Run, other: Run, dataset: str, metric: str, depends: Sequence[str]) -> str:
+    """What keeps one metric of two runs from being subtracted, in a few words; '' where nothing does.
+
+    Preset and text come first, then every condition that the metric depends on (``depends``). Where
+    a run does not record its conditions, both are judged by their configurations.
+    """
+    why = _other_text(run, other, dataset)
+    if why:
+        return why
+    mine, theirs = run.facts(dataset), other.facts(dataset)
+    if mine and theirs:
+        return "; ".join(conditions.differences(metric, depends, mine, theirs))
+    return "; ".join(conditions.known_differences(depends, _configured(run), _configured(other)))
+
+
+#: Numbers of a language model's configuration that do not change the model.
+NOT_THE_MODEL = {"n_positions", "eval_batches", "curve_batches", "samples", "sample_length", "prompt", "temperature", "top_k", "compile"}
+
+
+def _configured(run: Run) -> dict[str, Any]:
+    """The conditions that a configuration names, for runs that do not record those of their cells."""
+    lm, fit, sae = (_mapping(run.config.get(name)) for name in ("lm", "fit", "sae"))
+    site = [str(sae.get(way) or run.config.get("site") or "") for way in ("read", "write")]
+    found = {
+        "language model": {k: v for k, v in lm.items() if k not in NOT_THE_MODEL},
+        "context": lm.get("n_positions"),
+        "held-out rows": fit.get("held_out_rows"),
+        "site": " -> ".join(dict.fromkeys(site)) or None,
+        "device": run.device,
+    }
+    return found | _mapping(run.manifest.get("facts"))
+
+
+def _depends(manifest: Mapping[str, Any], metric: str) -> tuple[str, ...]:
+    """What a manifest says a metric depends on; () where it says nothing."""
+    given = _mapping(_mapping(manifest.get("metrics")).get(metric)).get("depends")
+    return tuple(name for name in given if name in conditions.CONDITIONS) if isinstance(given, list) else ()
+
+
+def _other_text(run: Run, other: Run, dataset: str) -> str:
+    """The first of preset, stand-in text, corpus, its size and its content that differs or is not recorded; '' where none does."""
     if dataset not in other.stats:
         return f"{other.name} lacks it"
     if not run.preset or not other.preset:
@@ -196,7 +251,15 @@ def why_not_comparable(run: Run, other: Run, dataset: str) -> str:
         return f"corpus {mine.get('corpus') or 'unknown'} vs {theirs.get('corpus') or 'unknown'}"
     if mine.get("counts") and theirs.get("counts") and mine["counts"] != theirs["counts"]:
         return "corpus sizes differ"
-    return ""
+    if mine.get("sha256") and theirs.get("sha256") and mine["sha256"] != theirs["sha256"]:
+        return "texts of other content"
+    return "; ".join(conditions.known_differences(["made by"], {"made by": _recipe(mine)}, {"made by": _recipe(theirs)}))
+
+
+def _recipe(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What made rows are made by: everything that the provenance of a real text does not have."""
+    named = ("corpus", "source", "sha256", "bytes", "stand_in", "verified", "symbols", "counts", "dropped_frac")
+    return {key: value for key, value in provenance.items() if key not in named}
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:

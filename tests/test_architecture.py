@@ -19,9 +19,12 @@ TABLE: dict[str, set[str]] = {
     "io": set(),
     "help": set(),
     "source": {"io"},
+    "sampling": set(),
     "memory": set(),
     "progress": set(),
-    "metrics.info": set(),
+    "conditions": set(),
+    "warned": set(),
+    "metrics.info": {"conditions"},
     "track": {"io"},
     "fetch": {"io"},
     "standin": {"io", "source"},
@@ -30,18 +33,18 @@ TABLE: dict[str, set[str]] = {
     "training": {"io", "checkpoint", "finite", "memory"},
     "layouts": {"io"},
     "activations": {"io", "source", "layouts"},
-    "results": {"io"},
+    "results": {"io", "warned"},
     "data": {"io", "source", "fetch", "standin"},
     "saes": {"io", "training"},
-    "lm": {"io", "source", "data", "training", "metrics.info"},
+    "lm": {"io", "source", "data", "training", "metrics.info", "conditions"},
     "fit": {"io", "saes", "training"},
     "saelens": {"io", "saes"},
     "interop": {"io", "saes", "saelens"},
-    "metrics": {"io", "saes", "activations", "layouts", "metrics.info"},
+    "metrics": {"io", "saes", "activations", "layouts", "metrics.info", "conditions", "warned"},
     "local_lm": {"io", "source", "layouts"},
-    "circuits": {"io", "saes", "activations", "layouts", "metrics", "metrics.info"},
-    "run_table": {"io", "results"},
-    "compare": {"io", "results", "run_table"},
+    "circuits": {"io", "saes", "activations", "layouts", "metrics", "metrics.info", "conditions"},
+    "run_table": {"io", "results", "conditions"},
+    "compare": {"io", "results", "run_table", "warned"},
     "plots": {"io", "results", "run_table", "compare"},
     "report": {"io", "results", "run_table", "compare"},
     "figures": {"io", "results", "run_table", "compare", "plots", "report"},
@@ -57,6 +60,8 @@ TABLE: dict[str, set[str]] = {
         "interop",
         "metrics",
         "metrics.info",
+        "conditions",
+        "warned",
         "progress",
         "stopping",
         "checkpoint",
@@ -65,13 +70,13 @@ TABLE: dict[str, set[str]] = {
         "saelens",
     },
     "notebook": {"io", "config", "fit", "metrics", "saes", "studies", "training"},
-    "run": {"io", "source", "memory", "studies", "results", "track", "training", "progress", "stopping", "metrics.info"},
+    "run": {"io", "source", "memory", "studies", "results", "track", "training", "progress", "stopping", "metrics.info", "warned"},
     "config": {"io", "results"},
     "stopping": set(),
     "launchers": {"io"},
     "search": {"io", "config", "results"},
     "sweeps": {"io", "source", "config", "launchers", "results", "search", "stopping"},
-    "cli": {"io", "config", "figures", "help", "launchers", "stopping", "sweeps", "run"},
+    "cli": {"io", "config", "figures", "help", "launchers", "results", "stopping", "sweeps", "run", "warned"},
 }
 #: Only these parts may import these packages.
 ONLY = {
@@ -87,7 +92,7 @@ ONLY = {
     "pandas": {"run_table", "compare", "plots", "figures", "report"},
 }
 #: Parts that work where there is no torch, so that tables and figures come at once.
-WITHOUT_TORCH = {"results", "run_table", "compare", "plots", "report", "figures", "io", "source", "help", "track", "progress", "metrics.info"}
+WITHOUT_TORCH = {"conditions", "warned", "results", "run_table", "compare", "plots", "report", "figures", "io", "source", "help", "track", "progress", "metrics.info"}
 BANNED = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}
 
 

@@ -62,12 +62,14 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
         "checksum",
         "config_hash",
         "dataset",
+        "facts",
         "files",
         "metrics",
         "noise",
         "seconds",
         "seed",
         "source_hash",
+        "warnings",
         "why_null",
     ]  # type: ignore[call-overload]
 

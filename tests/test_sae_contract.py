@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -266,3 +267,14 @@ def test_what_is_fitted_beside_an_sae_does_not_change_it():
         alone = fit([name])[name]
         for key, value in alone.state_dict().items():
             assert same(value, together[name].state_dict()[key]), (name, key)
+
+
+@every_sae
+def test_an_l0_at_or_above_the_width_is_refused(name: str) -> None:
+    """Every variant knows what it was asked for, so that it can be refused, and missed aloud."""
+    asked = replace(arm(name), d_sae=M)
+    with torch.device("meta"):
+        assert asked.build(D, D).asked_l0 == (None if name == "kl_rate" else pytest.approx(L0))
+        for d_sae in (L0, L0 - 1):
+            with pytest.raises(UserError, match="target_l0|k=|k_start|latents"):
+                replace(asked, d_sae=d_sae).build(D, D)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sae_experiments.conditions import ON_ACTIVATIONS
 from sae_experiments.metrics.info import MetricInfo
 
 WHAT = "A(clean) - A(without one upstream latent)"
@@ -33,7 +34,14 @@ def infos(nudges: Sequence[float]) -> list[MetricInfo]:
         _info("deletion_gain_over_cosine", "gain over cosine", "deletion area by attribution less that by cosine", "up"),
         _info("deletion_gain_over_coactivation", "gain over co-activation", "deletion area by attribution less that by co-activation", "up"),
         _info("n_pairs", "pairs", "pairs at the same position whose effect was measured", "none"),
-        _info("attribution_targets_per_second", "targets/s", "targets attributed to all upstream latents at all positions", "up", "1/s"),
+        _info(
+            "attribution_targets_per_second",
+            "targets/s",
+            "targets attributed to all upstream latents at all positions",
+            "up",
+            "1/s",
+            depends=(*ON_ACTIVATIONS, "device"),
+        ),
         _info("integrated_gap", "IG gap", "sum |sum of integrated gradients - effect of removing all| / sum |effect|", "down"),
         _info("joint_ablation_pearson", "r(joint)", "Pearson of the sum of attributions and the effect of removing all upstream latents", "up"),
         _info("ngram_f1", "n-gram F1", "mean F1 of the chosen downstream latents with their n-gram, chosen on other text", "none"),
@@ -76,5 +84,7 @@ OTHERS = {
 }
 
 
-def _info(name: str, title: str, formula: str, better: Any, unit: str = "", *, shown: bool = True) -> MetricInfo:
-    return MetricInfo(name=name, title=title, formula=formula, unit=unit, better=better, shown=shown)
+def _info(
+    name: str, title: str, formula: str, better: Any, unit: str = "", *, shown: bool = True, depends: tuple[str, ...] = ON_ACTIVATIONS
+) -> MetricInfo:
+    return MetricInfo(name=name, title=title, formula=formula, unit=unit, better=better, shown=shown, depends=depends)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sae_experiments.activations import Site, Sites, Store
 from sae_experiments.metrics.info import MetricInfo
 from sae_experiments.saes.base import SAE
+from sae_experiments.warned import Warned
 
 __all__ = ["Bench", "Measured", "Metric", "MetricInfo", "Rows", "Spliced"]
 
@@ -34,6 +35,7 @@ class Measured(NamedTuple):
     why_null: dict[str, str] = {}
     noise: dict[str, float] = {}  # standard error over resampled text: 2 sqrt(2) of it is the least difference worth believing
     features: list[dict[str, Any]] | None = None  # one JSON-able dict a latent, for the feature browser
+    warnings: tuple[Warned, ...] = ()  # what is worse than it looks
 
 
 Metric = Callable[["Bench"], Measured]

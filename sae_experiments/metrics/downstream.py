@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sae_experiments.activations import Site, as_sites, capture, patched
+from sae_experiments.conditions import OF_MODEL_ON_ROWS
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.noise import noise_of
 
@@ -22,6 +24,7 @@ INFO = [
         unit="nat",
         better="none",
         shown=False,
+        depends=OF_MODEL_ON_ROWS,
     ),
     MetricInfo(
         name="ce_spliced",
@@ -40,6 +43,14 @@ INFO = [
 ]
 
 
+MEAN_ROWS = 1 << 16  # held-out rows that mean ablation takes its mean over
+
+
+def rows_read(settings: dict[str, Any], length: int) -> int:
+    """Held-out rows that decide the values: the first windows, and those of the mean."""
+    return max(settings["windows"] * length, MEAN_ROWS)
+
+
 @torch.no_grad()
 def measure(bench: Bench, *, windows: int, batch: int) -> Measured:
     """Cross-entropy clean, spliced, with the activation's mean and with zero in its place, and the KL divergence of spliced from clean.
@@ -52,7 +63,7 @@ def measure(bench: Bench, *, windows: int, batch: int) -> Measured:
     if lm is None or store is None:
         return Measured(dict.fromkeys(i.name for i in INFO), why_null=dict.fromkeys((i.name for i in INFO), "there is no language model"))
     model, reads, writes = lm.model, as_sites(bench.read), as_sites(bench.write)
-    mean = {s: store.rows(s, slice(0, min(store.n_rows, 1 << 16))).mean(0).to(bench.device) for s in writes}
+    mean = {s: store.rows(s, slice(0, min(store.n_rows, MEAN_ROWS))).mean(0).to(bench.device) for s in writes}
     sums: dict[str, list[Tensor]] = {name: [] for name in ("clean", "mean", "zero", "spliced", "kl")}  # a sum a window
     starts = store.starts[:windows]
     for begin in range(0, len(starts), batch):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from sae_experiments.conditions import WITH_REPLICAS
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, sparse_codes
 from sae_experiments.saes.base import SAE
@@ -81,7 +83,7 @@ ACROSS = [
         shown=False,
     ),
 ]
-INFO = [*WITHIN, *ACROSS]
+INFO = [*WITHIN, *(replace(info, depends=WITH_REPLICAS) for info in ACROSS)]
 
 
 def measure(bench: Bench, *, rows: int | None, match: int, block: int, twin: float, found_again: float, seed: int) -> Measured:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from sae_experiments.conditions import CONDITIONS, ON_ACTIVATIONS
+
 Better = Literal["up", "down", "none", "target"]
 
 
@@ -13,7 +15,8 @@ Better = Literal["up", "down", "none", "target"]
 class MetricInfo:
     """One metric of ``final_info.json``; ``target`` means that neither end is good, ``none`` that it only describes.
 
-    ``shown`` metrics stand in the printed and Markdown tables; the CSV table holds all.
+    ``shown`` metrics stand in the printed and Markdown tables; the CSV table holds all. ``depends`` names what must be the same in two
+    runs whose values are subtracted, beside the text's name and the preset: all that the value depends on but what it measures.
     """
 
     name: str
@@ -22,10 +25,14 @@ class MetricInfo:
     unit: str
     better: Better
     shown: bool = True
+    depends: tuple[str, ...] = ON_ACTIVATIONS
 
     def __post_init__(self) -> None:
         if self.better not in get_args(Better):
             raise ValueError(f"better={self.better!r} of metric {self.name} is not one of {', '.join(get_args(Better))}")
+        unknown = set(self.depends) - set(CONDITIONS)
+        if unknown or not self.depends:
+            raise ValueError(f"depends={self.depends} of metric {self.name} must name some of {', '.join(CONDITIONS)}")
 
 
 def describe(infos: Iterable[MetricInfo]) -> dict[str, dict[str, Any]]:

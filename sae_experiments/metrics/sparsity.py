@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_experiments import warned
 from sae_experiments.io import UserError
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 
@@ -65,7 +66,10 @@ def measure(bench: Bench, *, rows: int | None, entropy_latents: int) -> Measured
     }
     counts, _ = np.histogram(np.log10(density[alive]).clip(-7, 0), DENSITY_EDGES)
     arrays = {"density": density, "density_hist": counts, "density_edges": DENSITY_EDGES}
-    return Measured(values, arrays, {} if entropies else {"sae_latent_entropy": "no latent fires"})
+    once, twice = (int((fires == i).sum()) for i in (1, 2))
+    warnings = warned.of_dead(n, values["sae_l0"], bench.sae.d_sae, once, twice)
+    why = {} if entropies else {"sae_latent_entropy": "no latent fires"}
+    return Measured(values, arrays, why, warnings=tuple(warnings))
 
 
 def latent_entropy(values: np.ndarray) -> float:

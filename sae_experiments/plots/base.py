@@ -130,21 +130,22 @@ def short_list(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def not_comparable(table: RunTable, runs: Iterable[Run], datasets: Sequence[str]) -> list[str]:
+def not_comparable(table: RunTable, runs: Iterable[Run], datasets: Sequence[str], metrics: Sequence[str]) -> list[str]:
     """The caption line for hollow markers: which runs must not be compared with the baseline, and why."""
     reasons: dict[str, dict[str, None]] = {}
     for run in runs:
         for dataset in datasets:
-            if dataset in run.stats and hollow(table, run, dataset):
-                reasons.setdefault(table.why_not(run, dataset), {})[run.name] = None
+            for metric in metrics:
+                if metric in run.stats.get(dataset, {}) and hollow(table, run, dataset, metric):
+                    reasons.setdefault(table.why_not(run, dataset, metric), {})[run.name] = None
     texts = [f"{short_list(list(names))} ({why})" for why, names in reasons.items()]
     return [f"Hollow: not comparable with the baseline: {'; '.join(texts)}."] if texts else []
 
 
-def hollow(table: RunTable, run: Run, dataset: str) -> bool:
-    """Whether a run's marker is drawn hollow: the baseline has this dataset too, but they must not be compared."""
+def hollow(table: RunTable, run: Run, dataset: str, *metrics: str) -> bool:
+    """Whether a run's marker is drawn hollow: the baseline has this dataset too, but one of the metrics must not be compared with its own."""
     base = table.baseline
-    return base is not None and run is not base and dataset in base.stats and bool(table.why_not(run, dataset))
+    return base is not None and run is not base and dataset in base.stats and any(table.why_not(run, dataset, metric) for metric in metrics)
 
 
 def limit(items: Sequence[Any], most: int, what: str, notes: list[str]) -> list[Any]:

@@ -59,7 +59,7 @@ def draw(table: RunTable, *, title: str, metrics: Sequence[str], max_metrics: in
         ax.set_visible(False)
     axes[0, 0].set_ylim(len(runs) - 0.4, -0.6)
     axes[0, 0].set_yticks(range(len(runs)), [clip(run.title, 34) for run in runs])
-    notes += not_comparable(table, runs, datasets)
+    notes += not_comparable(table, runs, datasets, names)
     lines = caption(table, runs, datasets, error="error bars: ±1 standard error of the mean (none where n = 1); small dots: single seeds")
     if table.baseline:
         band = "; band: ±1 standard error" if table.baseline.path else " figures (no standard errors known)"
@@ -78,7 +78,7 @@ def _draw_panel(ax: Axes, table: RunTable, runs: Sequence[Run], dataset: str, me
         if len(seeds) > 1:
             ax.plot(seeds, np.full(len(seeds), y + 0.27), ".", color=GREY, markersize=3, zorder=2)
         kind = look[run.name]
-        face = "white" if hollow(table, run, dataset) else kind.color
+        face = "white" if hollow(table, run, dataset, metric) else kind.color
         size = 9 if kind.marker == "*" else 5.5
         dot = {"fmt": kind.marker, "color": kind.color, "markerfacecolor": face, "markersize": size, "capsize": 3}
         ax.errorbar(stat.mean, y, xerr=stat.stderr, zorder=3, label=run.name, **dot)

@@ -79,7 +79,7 @@ def draw(table: RunTable, *, title: str, x: str, y: Sequence[str], group_by: Seq
     _x_axes(axes[-1], runs, datasets, x, metrics, metric_label(table, x, direction=False))
     handles = _variant_handles(table, groups, look) if by_variant else [handle(run, look[run.name], line=False) for run in runs]
     notes += ["Lines join runs of the same variant."] if joined else []
-    notes += not_comparable(table, runs, datasets)
+    notes += not_comparable(table, runs, datasets, [x, *metrics])
     return finish(fig, title, notes + caption(table, runs, datasets, error="error bars: ±1 standard error of the mean (none where n = 1)"), handles)
 
 
@@ -121,7 +121,7 @@ def _draw_group(ax: Axes, table: RunTable, members: Sequence[Run], dataset: str,
         right = point.x_error
         left = min(right, 0.99 * point.x) if right else None  # a bar cannot reach 0 on a logarithmic axis
         size = 10 if kind.marker == "*" else 6
-        face = "white" if hollow(table, run, dataset) else kind.color
+        face = "white" if hollow(table, run, dataset, x, metric) else kind.color
         bars: dict[str, Any] = {"xerr": [[left], [right]] if right else None, "yerr": point.y_error, "capsize": 2.5, "elinewidth": 1}
         ax.errorbar(point.x, point.y, fmt=kind.marker, color=kind.color, markerfacecolor=face, markersize=size, label=run.name, zorder=3, **bars)
     return joined

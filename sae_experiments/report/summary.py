@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from sae_experiments.compare import DIRECTION, config_diff, corpus_lines, delta_text, flat_config, notes, value_text
+from sae_experiments.compare import DIRECTION, WARNING, config_diff, corpus_lines, delta_text, flat_config, notes, value_text, warning_lines
 from sae_experiments.report.markup import Markup, join, table, tag
 from sae_experiments.results import mean_stderr
 from sae_experiments.run_table import Run, RunTable
@@ -20,7 +20,7 @@ TALL = 6  # more runs than this are rows, not columns
 
 def header(runs: RunTable, title: str) -> Markup:
     """Title, and for each run its state in a few words."""
-    return tag("header", tag("h1", title), [_about(run, len(runs.runs) > 1) for run in runs.runs[:12]], _alarm(runs), id="top")
+    return tag("header", tag("h1", title), [_about(run, len(runs.runs) > 1) for run in runs.runs[:12]], _alarm(runs), _warnings(runs), id="top")
 
 
 def _about(run: Run, named: bool) -> Markup:
@@ -45,6 +45,12 @@ def _alarm(runs: RunTable) -> Markup | None:
     return tag("p", f"STAND-IN TEXT, not the real corpus: {', '.join(stand_in)}. Compare these numbers with nothing published.", class_="alarm")
 
 
+def _warnings(runs: RunTable) -> Markup | None:
+    """What is worse than its number looks, of every run."""
+    found = [tag("li", line.removeprefix(WARNING).strip()) for line in warning_lines(runs)]
+    return tag("div", tag("strong", "Warnings"), tag("ul", found), class_="alarm") if found else None
+
+
 def final_numbers(runs: RunTable, rows: pd.DataFrame) -> Markup:
     """The shown metrics: for one run a column each dataset, for several a table each dataset; deltas below the values."""
     found: list[dict[str, Any]] = rows.to_dict("records")
@@ -54,7 +60,7 @@ def final_numbers(runs: RunTable, rows: pd.DataFrame) -> Markup:
     parts = _tables(runs, cells, shown)
     more = _tables(runs, cells, hidden) if len(shown) < len(runs.metrics) else []
     folded = tag("details", tag("summary", f"{len(hidden)} more metric{'s' * (len(hidden) > 1)}"), more) if more else None
-    texts = [tag("li", text) for text in notes(runs, rows) if not text.startswith("In comparison.csv")]
+    texts = [tag("li", text) for text in notes(runs, rows) if not text.startswith(("In comparison.csv", WARNING))]
     return join(parts, folded, tag("ul", texts, class_="notes"))
 
 

@@ -154,6 +154,11 @@ class SAE(nn.Module):
         self.register_buffer("threshold", torch.zeros(()))
         self._scratch: dict[str, Tensor] = {}
 
+    @property
+    def asked_l0(self) -> float | None:
+        """Active latents a row that were asked for; None where the L0 follows from other settings."""
+        return None
+
     # --- what a variant overrides -------------------------------------------------------------------------------------
 
     def support(self, pre: Tensor) -> Pattern | Tensor:

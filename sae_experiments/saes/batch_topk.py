@@ -28,6 +28,10 @@ class BatchTopK(SAE):
         self.k = k
         self._guess: dict[tuple[str, int], float] = {}  # by code and number of rows; speeds the selection up, never changes it
 
+    @property
+    def asked_l0(self) -> float | None:
+        return float(self.k)
+
     def support(self, pre: Tensor) -> Pattern | Tensor:
         if not self.training:
             return super().support(pre)

@@ -117,6 +117,10 @@ class Hierarchical(SAE):
         for phase in PHASES if levels != "bottom" else PHASES[:1]:
             self.register_buffer(f"end_of_{phase}", self._packed())
 
+    @property
+    def asked_l0(self) -> float | None:
+        return float(sum(self.active))
+
     # --- what others see ----------------------------------------------------------------------------------------------
 
     @property

@@ -45,6 +45,10 @@ class Standard(SAE):
             self.W_dec.data.mul_(0.1)
             self.W_enc.data.mul_(0.1)
 
+    @property
+    def asked_l0(self) -> float | None:
+        return None if self.controller.fixed else float(self.controller.target)
+
     @torch.no_grad()
     def begin(self, phase: str, x: Tensor, y: Tensor) -> None:
         super().begin(phase, x, y)

@@ -25,6 +25,10 @@ class TopK(SAE):
             raise UserError(f"sae.model.k={k} must be a whole number from 1 to d_sae={self.d_sae}")
         self.k = int(k)
 
+    @property
+    def asked_l0(self) -> float | None:
+        return float(self.k)
+
     def support(self, pre: Tensor) -> Pattern:
         return selection.top_k(pre.detach(), self.k)
 

@@ -49,6 +49,9 @@ class Arm:
         if self.product not in PRODUCTS:
             raise UserError(f"sae.product={self.product!r} is not one of {', '.join(PRODUCTS)}")
         sae = self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **self._asked(d_sae))
+        asked = self.target_l0 if sae.asked_l0 is None else sae.asked_l0
+        if asked is not None and asked >= d_sae:
+            raise UserError(f"sae.target_l0={asked:g} must be below d_sae={d_sae}: ask for fewer, or raise sae.expansion or sae.d_sae")
         sae.product_dtype = PRODUCTS[self.product]
         if not sae.coarse and sae.product_dtype != torch.float32:
             raise UserError(f"sae.product={self.product} is not for this SAE, which makes its products in its own way: use fp32")

@@ -19,7 +19,9 @@ from sae_experiments.metrics.info import MetricInfo
 from sae_experiments.progress import Console
 from sae_experiments.saes.ops import fast_products
 from sae_experiments.stopping import OutOfTime
+from sae_experiments.studies import facts as facts_module
 from sae_experiments.training import Session, seed_of
+from sae_experiments.warned import Warned
 
 #: What SAEs are evaluated on: the validation text (or rows); what of it a search may look at; what its winner is reported on.
 HELD_OUT = ("val", "search", "test")
@@ -61,6 +63,8 @@ class Outcome:
     noise: dict[str, float] = field(default_factory=dict)  # standard error of a metric that samples, over resampled text
     features: list[dict[str, Any]] | None = None  # one JSON-able dict a latent, for the feature browser
     graphs: list[dict[str, Any]] | None = None  # attribution graphs: title, nodes, edges (see circuits.graph)
+    facts: dict[str, Any] = field(default_factory=dict)  # under which conditions it was measured (see conditions)
+    warnings: list[Warned] = field(default_factory=list)
     cut: bool = False
 
     def measure(
@@ -88,6 +92,8 @@ class Outcome:
             self.why_null |= measured.why_null
             self.arrays |= measured.arrays
             self.noise |= measured.noise
+            self.warnings += measured.warnings
+            self.facts.setdefault("evaluations", []).append(facts_module.of_evaluation(metric, bench, measured.scalars))
             self.features = merged(self.features, measured.features)
             self.seconds[f"metric.{label}"] = time.monotonic() - began
             if tick:

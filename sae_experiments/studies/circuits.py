@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from sae_experiments.local_lm import TokenText
 from sae_experiments.metrics.base import Bench, Metric, MetricInfo, Spliced
 from sae_experiments.metrics.codes import sparse_codes
 from sae_experiments.saes.base import SAE
+from sae_experiments.studies import facts
 from sae_experiments.studies.arms import Arm, FitSpec
 from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, merged, part_of
 from sae_experiments.studies.language import Language, export, headline
@@ -193,6 +194,8 @@ class Circuits:
                 traced.append(trace(circuit, prompts, specific.latent, self.graph, steps=self.steps))
                 tick(i + 1, len(chosen))
         outcome = self._checked(circuit, prompts, up, down, cell, ctx)
+        told = facts.of_language(lm, text) | {"store": self.fit.store_dtype}
+        outcome.facts, outcome.warnings = told | self._conditions(where, stores), stores.short()
         f1 = float(np.mean([s.f1 for s in chosen])) if chosen else np.nan
         outcome.metrics |= lm.metrics | {"ngram_f1": f1 if np.isfinite(f1) else None}
         if chosen and not np.isfinite(f1):
@@ -206,7 +209,7 @@ class Circuits:
         nodes = [sorted({e.latent for _, t in kept for e in t.edges}), [t.latent for _, t in kept]]
         found = {cell.dataset: outcome}
         for role, look, latents in zip(ROLES, (up, down), nodes, strict=True):
-            found[f"{cell.dataset}.{role}"] = self._evaluated(role, look, latents, outcome.cut, ctx)
+            found[f"{cell.dataset}.{role}"] = self._evaluated(role, look, latents, outcome.cut, told, ctx)
             export(look.sae, ctx.folder / "saes" / f"{cell.dataset}.{role}_{cell.seed}", stores, look.bench.read, ctx)
         features = [{f["latent"]: f for f in found[f"{cell.dataset}.{role}"].features or []} for role in ROLES]
         sides = [look.words.about(n, f, *self._contexts) for look, n, f in zip((up, down), nodes, features, strict=True)]
@@ -296,7 +299,15 @@ class Circuits:
         )
         return outcome
 
-    def _evaluated(self, role: str, look: Look, latents: Sequence[int], cut: bool, ctx: Context) -> Outcome:
+    def _conditions(self, where: Where, stores: Stores) -> dict[str, Any]:
+        """What the numbers of the circuit itself depend on beside the language model and its text."""
+        names = ("error", "baseline", "steps", "prompts", "threshold")
+        settings = {name: getattr(self, name) for name in names}
+        path = f"{facts.of_sites(where.read, where.write)} -> {where.to}"
+        rows = min(self.rows or stores.held_out.n_rows, stores.held_out.n_rows)
+        return {"site": path, "held-out rows": rows, "settings": settings | facts.flat(asdict(self.checks))}
+
+    def _evaluated(self, role: str, look: Look, latents: Sequence[int], cut: bool, told: Mapping[str, Any], ctx: Context) -> Outcome:
         """The metrics of one of the SAEs; the latents of the graphs are described whatever else is."""
         outcome, names = Outcome(cut=cut), ("sae_train_time", "sae_tokens_per_second")
         if look.fitted is None:
@@ -306,6 +317,8 @@ class Circuits:
             outcome.metrics |= dict(zip(names, (look.fitted.seconds, look.fitted.rows_per_second), strict=True))
             outcome.curves = [(s, f"sae/{n}", v) for s, n, v in look.fitted.history]
             outcome.seconds["fit"] = look.fitted.seconds
+        outcome.facts = {**told, "evaluations": list(told["evaluations"])}
+        outcome.facts |= facts.of_sae(look.sae, facts.of_sites(look.bench.read, look.bench.write))
         look.bench.extras["latents"] = list(latents)
         outcome.measure(self.metrics, look.bench)
         if not look.bench.symbols:  # tokens of more than a character: the metrics have no words for them

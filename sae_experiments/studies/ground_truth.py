@@ -20,7 +20,7 @@ from sae_experiments.metrics.recovery import Truth
 from sae_experiments.progress import listed
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.source import source_digest
-from sae_experiments.studies import arms, planted
+from sae_experiments.studies import arms, facts, planted
 from sae_experiments.studies.arms import Arm, code_of
 from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of, rows_seed
 from sae_experiments.studies.planted import Planted, World
@@ -131,6 +131,6 @@ class GroundTruth:
         """All metrics of one SAE on rows that no SAE was fitted to."""
         x, acts = self.rows(world, self.held_out_rows, rows_seed(cell.seed, self.held_out))
         bench = Bench(sae=sae, device=ctx.device, x=x, extras={"truth": Truth(world.directions, acts)})
-        outcome = Outcome()
+        outcome = Outcome(facts=facts.of_sae(sae))
         outcome.measure(self.metrics, bench, ctx.ends)
         return outcome

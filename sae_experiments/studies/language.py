@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 
 from sae_experiments import activations, checkpoint, fit, interop, training
 from sae_experiments.activations import Site, Sites, as_sites
+from sae_experiments.conditions import OF_SAE_TIME
 from sae_experiments.data import CharCorpus, CorpusSpec, load_corpus
 from sae_experiments.fit import FitReport, fit_saes
 from sae_experiments.io import UserError, cached, discard, is_cached, read_json, write_bytes, write_json
@@ -24,7 +25,7 @@ from sae_experiments.metrics.base import Bench, Metric, MetricInfo, Spliced
 from sae_experiments.progress import listed
 from sae_experiments.saes.base import SAE, NotExportable
 from sae_experiments.source import source_digest
-from sae_experiments.studies import second_view
+from sae_experiments.studies import facts, second_view
 from sae_experiments.studies import stores as stores_module
 from sae_experiments.studies.arms import Arm, FitSpec, code_of
 from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of
@@ -32,8 +33,18 @@ from sae_experiments.studies.second_view import SecondView
 from sae_experiments.studies.stores import Stores, Where
 
 FIT_INFO = [
-    MetricInfo(name="sae_train_time", title="SAE time", formula="seconds of the SAE's training", unit="s", better="down", shown=False),
-    MetricInfo(name="sae_tokens_per_second", title="SAE rows/s", formula="rows that its steps used, a second", unit="1/s", better="up", shown=False),
+    MetricInfo(
+        name="sae_train_time", title="SAE time", formula="seconds of the SAE's training", unit="s", better="down", shown=False, depends=OF_SAE_TIME
+    ),
+    MetricInfo(
+        name="sae_tokens_per_second",
+        title="SAE rows/s",
+        formula="rows that its steps used, a second",
+        unit="1/s",
+        better="up",
+        shown=False,
+        depends=OF_SAE_TIME,
+    ),
 ]
 
 
@@ -190,7 +201,9 @@ class Language:
             symbols=corpus.symbols,
             replicas=replicas,
         )
-        outcome = Outcome(metrics=dict(lm.metrics), cut=lm.cut or fitted.cut)
+        outcome = Outcome(metrics=dict(lm.metrics), cut=lm.cut or fitted.cut, warnings=stores.short())
+        outcome.facts = facts.of_language(lm, corpus) | facts.of_sae(sae, facts.of_sites(read, write))
+        outcome.facts |= {"store": self.fit.store_dtype, "replicas": len(replicas)}
         outcome.metrics |= {"sae_train_time": fitted.seconds, "sae_tokens_per_second": fitted.rows_per_second}
         outcome.curves = [(s, f"lm/{n}", v) for s, n, v in lm.history] + [(s, f"sae/{n}", v) for s, n, v in fitted.history]
         outcome.seconds = {"lm": lm.seconds, "collect": stores.seconds, "fit": fitted.seconds}

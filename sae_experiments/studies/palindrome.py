@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_experiments import fit, lm, training
 from sae_experiments.activations import Site, activations
+from sae_experiments.conditions import OF_MODEL_ON_ROWS, OF_MODEL_TIME, OF_SAE_TIME, ON_ACTIVATIONS
 from sae_experiments.fit import FitReport, Sample, fit_saes
 from sae_experiments.io import UserError, cached, read_json, write_bytes, write_json
 from sae_experiments.lm import LMLearner, LMSpec, build_lm
@@ -22,7 +23,7 @@ from sae_experiments.progress import listed
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.sampling import spread_rows
 from sae_experiments.source import source_digest
-from sae_experiments.studies import arms, selectivity, strings
+from sae_experiments.studies import arms, facts, selectivity, strings
 from sae_experiments.studies.arms import Arm, FitSpec, code_of
 from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of
 from sae_experiments.studies.strings import FLOOR, LENGTH, MIRROR, SYMBOLS, Strings, rows_at
@@ -153,6 +154,7 @@ class Palindrome:
             outcome.metrics["sae_train_time"] = reports[name].seconds
             measured = selectivity.measure(sae, torch.cat([x_train, x_test]), torch.cat(parts), len(x_test), self.analysis)
             outcome.metrics |= measured.scalars
+            outcome.facts = self._facts(key, len(x_test)) | facts.of_sae(sae, str(SITE))
             outcome.why_null |= measured.why_null
             outcome.arrays |= measured.arrays
             outcome.features = measured.browser
@@ -162,6 +164,16 @@ class Palindrome:
             )
             outcomes[self.report(name)] = outcome
         return outcomes
+
+    def _facts(self, key: Mapping[str, Any], rows: int) -> dict[str, Any]:
+        """What the numbers depend on beside the SAE."""
+        recipe = {k: key[k] for k in ("lm", "train", "cut") if k in key}
+        return {
+            "language model": facts.flat(recipe) | {"code": key["source"]},
+            "text": facts.flat(key["data"]),
+            "held-out rows": rows,
+            "settings": {"center": self.center, "selective": self.analysis.selective},
+        }
 
     def trained(self, parts: tuple[Tensor, ...], seed: int, ctx: Context) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:
         """The transformer: from the cache, or trained now, continuing where a killed process stopped."""
@@ -236,14 +248,23 @@ def flattened(model: torch.nn.Module, x: Tensor, rows: int = 2048) -> Tensor:
         return torch.cat([activations(model, part, [SITE])[SITE].flatten(1) for part in x.split(rows)])
 
 
-def _info(name: str, title: str, formula: str, unit: str, better: Any, *, shown: bool = True) -> MetricInfo:
-    return MetricInfo(name=name, title=title, formula=formula, unit=unit, better=better, shown=shown)
+def _info(
+    name: str, title: str, formula: str, unit: str, better: Any, *, shown: bool = True, depends: tuple[str, ...] = ON_ACTIVATIONS
+) -> MetricInfo:
+    return MetricInfo(name=name, title=title, formula=formula, unit=unit, better=better, shown=shown, depends=depends)
 
 
 INFO = [
-    _info("excess_loss", "excess loss", "test_loss - 3 log(26) / 8, the least that is possible", "nat/char", "down"),
-    _info("mirror_accuracy", "mirrored half", "share of the mirrored letters of the test strings that the model ranks first", "", "up"),
-    _info("test_loss", "test loss", "mean cross-entropy of the characters of the test strings", "nat/char", "down"),
-    _info("lm_train_time", "LM time", "seconds of training the transformer", "s", "down", shown=False),
-    _info("sae_train_time", "SAE time", "seconds of the SAE's training", "s", "down", shown=False),
+    _info("excess_loss", "excess loss", "test_loss - 3 log(26) / 8, the least that is possible", "nat/char", "down", depends=OF_MODEL_ON_ROWS),
+    _info(
+        "mirror_accuracy",
+        "mirrored half",
+        "share of the mirrored letters of the test strings that the model ranks first",
+        "",
+        "up",
+        depends=OF_MODEL_ON_ROWS,
+    ),
+    _info("test_loss", "test loss", "mean cross-entropy of the characters of the test strings", "nat/char", "down", depends=OF_MODEL_ON_ROWS),
+    _info("lm_train_time", "LM time", "seconds of training the transformer", "s", "down", shown=False, depends=OF_MODEL_TIME),
+    _info("sae_train_time", "SAE time", "seconds of the SAE's training", "s", "down", shown=False, depends=OF_SAE_TIME),
 ]

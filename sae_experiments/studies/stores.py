@@ -22,6 +22,7 @@ from sae_experiments.sampling import spread_order
 from sae_experiments.studies.arms import FitSpec
 from sae_experiments.studies.base import Context
 from sae_experiments.training import seed_of
+from sae_experiments.warned import Warned, of_rows
 
 Where = Site | Sites  # one site, or several side by side
 #: Neighbouring held-out windows that stay together.
@@ -60,6 +61,11 @@ class Stores:
             store(self.split, held, "held-out"),
         )
         self.seconds = time.monotonic() - began
+
+    def short(self) -> list[Warned]:
+        """Where the text holds fewer rows than were asked for."""
+        asked = {"train_rows": self.train, "held_out_rows": self.held_out}
+        return [w for name, store in asked.items() for w in of_rows(f"fit.{name}", store.n_rows, getattr(self.fit, name))]
 
     def identity(self, read: Where, write: Where) -> dict[str, Any]:
         """What the rows of two sites depend on, for cache keys (not on what else the stores hold)."""

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sae_experiments import training
+from sae_experiments.conditions import OF_MODEL, OF_MODEL_TIME, ON_ACTIVATIONS
 from sae_experiments.fit import FitReport, Sample, fit_saes
 from sae_experiments.io import UserError, cached, digest, read_json, write_bytes, write_json
 from sae_experiments.metrics.info import MetricInfo
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.source import source_digest
-from sae_experiments.studies import toy, toy_step, trees
+from sae_experiments.studies import facts, toy, toy_step, trees
 from sae_experiments.studies.arms import Arm
 from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of, rows_seed
 from sae_experiments.studies.toy import ToyLearner
@@ -131,10 +132,24 @@ class Superposition:
             own = replace(outcome, metrics=dict(m), why_null=dict(outcome.why_null), arrays=dict(outcome.arrays), seconds=dict(outcome.seconds))
             own.cut, own.curves = own.cut or reports[name].cut, [*outcome.curves, *((s, f"sae/{n}", v) for s, n, v in reports[name].history)]
             own.seconds["fit"] = reports[name].seconds
+            own.facts = self._facts(features) | facts.of_sae(sae, f"hidden {self.probe.hidden} of depth {self.probe.depth}")
             self.evaluate(own, sae, features, weights, cell.seed)
             ctx.console.say(f"  {name}: MMCS {own.metrics['sae_mmcs'] or 0:.3f}, {own.metrics['sae_recovered_frac']:.0%} of the tree found")
             outcomes[self.report(cell.dataset, name)] = own
         return outcomes
+
+    def _facts(self, features: Features) -> dict[str, Any]:
+        """What the numbers depend on beside the models (of those about the models) and the SAE."""
+        shapes = self.shapes(features)
+        return {
+            "text": facts.flat(asdict(features)),
+            "toy models": facts.flat({"train": asdict(self.train)}) | {"init": self.init, "instances": self.instances},
+            "held-out rows": self.probe.rows,
+            "settings": {
+                "depths": sorted({d for d, _ in shapes}), "hidden": sorted({h for _, h in shapes}), "instances": self.instances,
+                "threshold": self.threshold, "eval_rows": self.eval_rows, "match": self.probe.match, "min_norm": self.probe.min_norm,
+            },
+        }  # fmt: skip
 
     def trained(self, features: Features, seed: int, ctx: Context) -> tuple[ToyLearner, Losses, dict[str, Any]]:
         """All models of a family: from the cache, or trained now, continuing where a killed process stopped."""
@@ -265,28 +280,34 @@ def measures(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return norms, total - own, torch.where(total > 1e-12, own / total.clamp_min(1e-12), 0.0)
 
 
-def _info(name: str, title: str, formula: str, unit: str, better: Any, *, shown: bool = True) -> MetricInfo:
-    return MetricInfo(name=name, title=title, formula=formula, unit=unit, better=better, shown=shown)
+def _info(
+    name: str, title: str, formula: str, unit: str, better: Any, *, shown: bool = True, depends: tuple[str, ...] = ON_ACTIVATIONS
+) -> MetricInfo:
+    return MetricInfo(name=name, title=title, formula=formula, unit=unit, better=better, shown=shown, depends=depends)
 
 
 def smallest_info(depth: int, threshold: float) -> MetricInfo:
     """The metric of one depth."""
     formula = f"least hidden size of the sweep at which the best instance of depth {depth} has a loss below {threshold:g}; null where there is none"
-    return _info(f"smallest_hidden_depth_{depth}", f"smallest hidden, depth {depth}", formula, "units", "none")
+    return _info(f"smallest_hidden_depth_{depth}", f"smallest hidden, depth {depth}", formula, "units", "none", depends=OF_MODEL)
 
 
 INFO = [
-    _info("loss_min", "loss, best instance", "least expected loss of the instances, mean over the configurations", "", "down"),
-    _info("loss_mean", "loss, mean", "expected loss, mean over instances and configurations", "", "down"),
-    _info("smallest_hidden", "smallest hidden", "as smallest_hidden_depth_<d>, for the deepest tree of the sweep", "units", "none"),
-    _info("solved_depths", "depths solved", "depths at which some hidden size brings the best instance below the threshold", "", "up"),
-    _info("feature_norm", "feature norm", "|w_i|, mean over features and configurations (best instance)", "", "none", shown=False),
-    _info("interference", "interference", "sum_{j != i} (w_i/|w_i| . w_j)^2, mean as above", "", "down", shown=False),
-    _info("dimensionality", "dimensions per feature", "|w_i|^2 / sum_j (w_i/|w_i| . w_j)^2, mean as above", "", "none", shown=False),
+    _info("loss_min", "loss, best instance", "least expected loss of the instances, mean over the configurations", "", "down", depends=OF_MODEL),
+    _info("loss_mean", "loss, mean", "expected loss, mean over instances and configurations", "", "down", depends=OF_MODEL),
+    _info("smallest_hidden", "smallest hidden", "as smallest_hidden_depth_<d>, for the deepest tree of the sweep", "units", "none", depends=OF_MODEL),
+    _info(
+        "solved_depths", "depths solved", "depths at which some hidden size brings the best instance below the threshold", "", "up", depends=OF_MODEL
+    ),
+    _info("feature_norm", "feature norm", "|w_i|, mean over features and configurations (best instance)", "", "none", shown=False, depends=OF_MODEL),
+    _info("interference", "interference", "sum_{j != i} (w_i/|w_i| . w_j)^2, mean as above", "", "down", shown=False, depends=OF_MODEL),
+    _info(
+        "dimensionality", "dimensions per feature", "|w_i|^2 / sum_j (w_i/|w_i| . w_j)^2, mean as above", "", "none", shown=False, depends=OF_MODEL
+    ),
     _info("sae_mmcs", "SAE MMCS", "mean over represented features of the largest cosine with a live latent's decoder row", "", "up"),
     _info("sae_mmcs_chance", "MMCS by chance", "the same with as many random directions as the SAE has latents", "", "none", shown=False),
     _info("sae_recovered_frac", "tree found", "share of all nodes that are represented and have a latent of cosine >= match", "", "up"),
     _info("sae_l0", "SAE L0", "latents active a held-out row", "", "target"),
     _info("sae_fvu", "SAE FVU", "||x - xhat||^2 / ||x - mean||^2 over held-out rows of the hidden layer", "", "down"),
-    _info("toy_train_time", "toy time", "seconds of training all configurations together", "s", "down", shown=False),
+    _info("toy_train_time", "toy time", "seconds of training all configurations together", "s", "down", shown=False, depends=OF_MODEL_TIME),
 ]

@@ -1,0 +1,126 @@
+"""Results that are worse than they look: what is noticed about a cell, and how it is said.
+
+A warning never changes a number. It stands in the log, in ``cells/*.json``, in the report and
+under the closing table, and in no mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+OFF_TARGET = 0.05  # of an L0, relative
+SHORT = 0.01  # share of the rows asked for that may be missing: windows are whole
+UNSEEN = 0.01  # share of the latents that may be alive and unseen
+FIRINGS = 10  # of an average latent, with fewer of which nothing can be called dead
+
+
+class Warned(NamedTuple):
+    """One thing to know before a number is believed."""
+
+    key: str  # the metric or setting that it is about
+    value: float
+    says: str  # what is wrong, with its numbers
+    do: str  # what to change
+
+
+def of_metrics(metrics: Mapping[str, float | None], asked_l0: float | None) -> list[Warned]:
+    """What the numbers of a cell say: a reconstruction worse than the mean, an L0 off its target.
+
+    Args:
+        metrics: values by name.
+        asked_l0: active latents a row that were asked for; None where none were.
+    """
+    found = []
+    fvu, explained, l0 = (metrics.get(n) for n in ("sae_fvu", "explained_variance", "sae_l0"))
+    worse = "the SAE rebuilds its rows worse than their mean would"
+    do = "train longer or at another rate (fit.train.steps, fit.train.lr), and look at its curves"
+    if fvu is not None and fvu > 1:
+        found.append(Warned("sae_fvu", fvu, f"sae_fvu is {fvu:.4g}: {worse}", do))
+    if explained is not None and explained < 0:
+        says = f"explained_variance is {explained:.4g}: {worse}"
+        found.append(Warned("explained_variance", explained, says, do))
+    if l0 is not None and asked_l0 and abs(l0 / asked_l0 - 1) > OFF_TARGET:
+        side = "above" if l0 > asked_l0 else "below"
+        off = f"{abs(l0 / asked_l0 - 1):.0%} {side}"
+        says = f"sae_l0 is {l0:.4g}, {off} the {asked_l0:.4g} asked for"
+        do = "train longer (fit.train.steps), or compare at the L0 that was reached"
+        found.append(Warned("sae_l0", l0, says, do))
+    return found
+
+
+def of_text(provenance: Mapping[str, Any]) -> list[Warned]:
+    """What became of the text: the share of its characters that the model has no symbol for."""
+    dropped = provenance.get("dropped_frac")
+    if not isinstance(dropped, (int, float)) or not dropped > 0:
+        return []
+    says = f"{dropped:.2%} of the text was dropped: the language model has no symbols for it"
+    return [Warned("dropped_frac", dropped, says, "use a text in the model's own symbols")]
+
+
+def of_rows(key: str, rows: int, asked: int) -> list[Warned]:
+    """Fewer rows than ``key`` asks for.
+
+    Args:
+        key: the setting, for example ``fit.held_out_rows``.
+        rows: rows there are.
+        asked: rows that were asked for.
+    """
+    if rows >= (1 - SHORT) * asked:
+        return []
+    says = f"{key}: {rows:,} rows instead of the {asked:,} asked for, which is all the text has"
+    return [Warned(key, rows, says, f"use a longer text, or ask for at most {rows:,}")]
+
+
+def of_dead(rows: int, l0: float, d_sae: int, once: int, twice: int) -> list[Warned]:
+    """A share of dead latents from too few rows to tell the dead from the rare.
+
+    The number of latents that are alive and did not fire is estimated after Chao (1984) as
+    ``once (once - 1) / (2 (twice + 1))``.
+
+    Args:
+        rows: held-out rows looked at.
+        l0: mean number of active latents a row.
+        d_sae: number of latents.
+        once, twice: latents that fired once, and twice.
+    """
+    unseen = min(once * (once - 1) / (2 * (twice + 1)), d_sae) / d_sae
+    each = rows * l0 / d_sae
+    do = "raise fit.held_out_rows (and metric.sparsity.rows)"
+    if unseen > UNSEEN:
+        why = f"an estimated {unseen:.0%} of the latents are alive and did not happen to fire"
+    elif 0 < each < FIRINGS:
+        why = f"a latent of average frequency fires {each:.1f} times in them"
+    else:
+        return []
+    says = f"sae_dead_frac is from {rows:,} rows, too few: {why}"
+    return [Warned("sae_dead_frac", rows, says, do)]
+
+
+def checked(given: Any) -> list[dict[str, Any]]:
+    """Warnings as a record keeps them; what is none is left out (a file may hold anything)."""
+    found = []
+    for one in given if isinstance(given, Sequence) else ():
+        one = one._asdict() if isinstance(one, Warned) else one
+        if isinstance(one, Mapping) and all(isinstance(one.get(k), str) for k in ("key", "says", "do")):
+            found.append({k: one.get(k) for k in Warned._fields})
+    return found
+
+
+def lines(cells: Iterable[tuple[str, int, Sequence[Mapping[str, Any]]]]) -> list[str]:
+    """One line for each kind of warning: what the first cell says, and how many others say it too.
+
+    Args:
+        cells: dataset, seed and warnings of each.
+    """
+    groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for dataset, seed, warnings in cells:
+        for one in warnings:
+            groups.setdefault(one["key"], []).append((f"{dataset} seed {seed}", one))
+    found = []
+    for same in groups.values():
+        where, first = same[0]
+        others = len(same) - 1
+        more = f" and {others} more cell{'s' * (others > 1)}" if others else ""
+        found.append(f"{where}{more}: {first['says']}; {first['do']}")
+    return found
