@@ -196,7 +196,10 @@ def _tokenized(text: str, folder: Path, vocabulary: int) -> tuple[np.ndarray, li
         raise UserError(f"local.folder={folder} has a tokenizer that cannot be read ({_line(error)}): put its files there") from error
     known = min(len(tokenizer), vocabulary)  # a model may have more rows than its tokenizer has tokens
     pieces = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in range(known)]
-    return ids, pieces + [""] * (vocabulary - known), 0.0
+    unknown = tokenizer.unk_token_id
+    # GPT-2's tokenizer names its end-of-text token here too, though it has a token for every byte.
+    lost = 0.0 if unknown in (None, tokenizer.eos_token_id) or not len(ids) else float((ids == unknown).mean())
+    return ids, pieces + [""] * (vocabulary - known), lost
 
 
 def _line(error: BaseException) -> str:

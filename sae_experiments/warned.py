@@ -50,11 +50,11 @@ def of_metrics(metrics: Mapping[str, float | None], asked_l0: float | None) -> l
 
 
 def of_text(provenance: Mapping[str, Any]) -> list[Warned]:
-    """What became of the text: the share of its characters that the model has no symbol for."""
+    """What became of the text: the share of its symbols that the model does not have."""
     dropped = provenance.get("dropped_frac")
     if not isinstance(dropped, (int, float)) or not dropped > 0:
         return []
-    says = f"{dropped:.2%} of the text was dropped: the language model has no symbols for it"
+    says = f"{dropped:.2%} of the text was dropped or unknown: the language model has no symbols for it"
     return [Warned("dropped_frac", dropped, says, "use a text in the model's own symbols")]
 
 

@@ -182,6 +182,13 @@ def directory(folder: Path, kind: str, text: str, tokenizer: Callable[[Path, str
     return folder
 
 
+def test_words_that_a_tokenizer_does_not_know_are_counted(tmp_path: Path) -> None:
+    n = words_tokenizer(tmp_path, "one two")
+    for text, share in (("one two two two", 0.0), ("one three two three", 0.5)):
+        found = cut(text, tmp_path, name="t", val_frac=0.5, vocabulary=n)
+        assert found.provenance["dropped_frac"] == share
+
+
 #: The study's own metrics, as a user who names none gets them.
 DEFAULTS = next(d["override /metric"] for d in yaml.safe_load((CONF / "study" / "circuits.yaml").read_text())["defaults"] if "override /metric" in d)
 

@@ -54,7 +54,7 @@ def test_numbers_beyond_their_limits(metrics: Any, asked: float | None, expected
 
 def test_text_that_was_dropped() -> None:
     assert of_text({"dropped_frac": 0.0}) == of_text({}) == of_text({"dropped_frac": None}) == []
-    assert "83.00% of the text was dropped" in of_text({"dropped_frac": 0.83})[0].says
+    assert "83.00% of the text was dropped or unknown" in of_text({"dropped_frac": 0.83})[0].says
 
 
 @pytest.mark.parametrize(("rows", "asked", "short"), [(512, 512, 0), (508, 512, 0), (500, 512, 1)])
@@ -63,9 +63,11 @@ def test_fewer_rows_than_asked_but_for_a_broken_window(rows: int, asked: int, sh
 
 
 def test_stores_that_a_text_cannot_fill() -> None:
-    stores = SimpleNamespace(train=SimpleNamespace(n_rows=900), held_out=SimpleNamespace(n_rows=50))
-    stores.fit = SimpleNamespace(train_rows=1000, held_out_rows=50)
-    assert keys(Stores.short(stores)) == ["fit.train_rows"]  # type: ignore[arg-type]
+    rows = {"train": 900, "calibration": 30, "held_out": 50}
+    stores = SimpleNamespace(**{k: SimpleNamespace(n_rows=n) for k, n in rows.items()})
+    stores.fit = SimpleNamespace(train_rows=1000, calibration_rows=40, held_out_rows=50)
+    short = Stores.short(stores)  # type: ignore[arg-type]
+    assert keys(short) == ["fit.train_rows", "fit.calibration_rows"]
 
 
 @pytest.mark.parametrize("rows", [8, 64, 20_000])
@@ -96,7 +98,7 @@ def test_a_run_says_it_everywhere_but_in_the_means(tmp_path: Path, capsys: pytes
     go(study, folder)
     log = capsys.readouterr().out
     says = ["sae_fvu is 1.5", "sae_l0 is 40, 25% above the 32 asked for", "5 rows instead of 9"]
-    says.append("25.00% of the text was dropped")
+    says.append("25.00% of the text was dropped or unknown")
     for text in says:
         assert log.count(f"{text}") == 1, "once, though two seeds say it"
     for record in read_records(folder):

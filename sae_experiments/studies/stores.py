@@ -64,7 +64,7 @@ class Stores:
 
     def short(self) -> list[Warned]:
         """Where the text holds fewer rows than were asked for."""
-        asked = {"train_rows": self.train, "held_out_rows": self.held_out}
+        asked = {"train_rows": self.train, "calibration_rows": self.calibration, "held_out_rows": self.held_out}
         return [w for name, store in asked.items() for w in of_rows(f"fit.{name}", store.n_rows, getattr(self.fit, name))]
 
     def identity(self, read: Where, write: Where) -> dict[str, Any]:
