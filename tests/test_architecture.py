@@ -35,12 +35,12 @@ TABLE: dict[str, set[str]] = {
     "activations": {"io", "source", "layouts"},
     "results": {"io", "warned"},
     "data": {"io", "source", "fetch", "standin"},
-    "saes": {"io", "training"},
+    "saes": {"io", "sampling", "training"},
     "lm": {"io", "source", "data", "training", "metrics.info", "conditions"},
     "fit": {"io", "saes", "training"},
     "saelens": {"io", "saes"},
     "interop": {"io", "saes", "saelens"},
-    "metrics": {"io", "saes", "activations", "layouts", "metrics.info", "conditions", "warned"},
+    "metrics": {"io", "sampling", "saes", "activations", "layouts", "metrics.info", "conditions", "warned"},
     "local_lm": {"io", "source", "layouts"},
     "circuits": {"io", "saes", "activations", "layouts", "metrics", "metrics.info", "conditions"},
     "run_table": {"io", "results", "conditions"},
@@ -68,6 +68,7 @@ TABLE: dict[str, set[str]] = {
         "circuits",
         "local_lm",
         "saelens",
+        "sampling",
     },
     "notebook": {"io", "config", "fit", "metrics", "saes", "studies", "training"},
     "run": {"io", "source", "memory", "studies", "results", "track", "training", "progress", "stopping", "metrics.info", "warned"},
@@ -92,7 +93,22 @@ ONLY = {
     "pandas": {"run_table", "compare", "plots", "figures", "report"},
 }
 #: Parts that work where there is no torch, so that tables and figures come at once.
-WITHOUT_TORCH = {"conditions", "warned", "results", "run_table", "compare", "plots", "report", "figures", "io", "source", "help", "track", "progress", "metrics.info"}
+WITHOUT_TORCH = {
+    "conditions",
+    "warned",
+    "results",
+    "run_table",
+    "compare",
+    "plots",
+    "report",
+    "figures",
+    "io",
+    "source",
+    "help",
+    "track",
+    "progress",
+    "metrics.info",
+}
 BANNED = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}
 
 
