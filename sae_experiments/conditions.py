@@ -17,6 +17,7 @@ CONDITIONS = (
     "toy models",  # the same for the models of study=superposition
     "site",  # where the SAE reads and what it rebuilds
     "context",  # symbols in a window
+    "held-out part",  # of the text, where these rows are: val, search or test
     "held-out rows",  # that the metric looks at
     "store",  # precision in which activations were kept
     "settings",  # the metric's own options
@@ -30,7 +31,7 @@ WITH_REPLICAS = (*ON_ACTIVATIONS, "replicas")
 #: Numbers about a language model: the model is what is measured.
 OF_MODEL = ("vocabulary", "text", "context", "settings")
 #: The same on the rows that SAEs are evaluated on.
-OF_MODEL_ON_ROWS = (*OF_MODEL, "held-out rows")
+OF_MODEL_ON_ROWS = (*OF_MODEL, "held-out part", "held-out rows")
 #: Seconds and speeds: of a language model, and of an SAE.
 OF_MODEL_TIME = ("text", "settings", "device")
 OF_SAE_TIME = ("text", "language model", "toy models", "site", "device")

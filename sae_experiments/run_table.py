@@ -74,8 +74,13 @@ class Run:
 
     def facts(self, dataset: str) -> dict[int, dict[str, Any]]:
         """The conditions under which ``dataset`` was measured, by seed; {} where a seed does not record them."""
-        found = {r.seed: r.facts | {"device": self.device} for r in self.records if r.dataset == dataset and r.facts}
+        around = {"device": self.device, "held-out part": self.held_out(dataset)}
+        found = {r.seed: r.facts | around for r in self.records if r.dataset == dataset and r.facts}
         return found if len(found) == sum(r.dataset == dataset for r in self.records) else {}
+
+    def held_out(self, dataset: str) -> str:
+        """The part of ``dataset`` that SAEs were evaluated on."""
+        return str(self.provenance(dataset).get("held_out") or "val")
 
     @property
     def device(self) -> str:
@@ -209,14 +214,14 @@ def why_not_comparable(run: Run, other: Run, dataset: str, metric: str, depends:
     mine, theirs = run.facts(dataset), other.facts(dataset)
     if mine and theirs:
         return "; ".join(conditions.differences(metric, depends, mine, theirs))
-    return "; ".join(conditions.known_differences(depends, _configured(run), _configured(other)))
+    return "; ".join(conditions.known_differences(depends, _configured(run, dataset), _configured(other, dataset)))
 
 
 #: Numbers of a language model's configuration that do not change the model.
 NOT_THE_MODEL = {"n_positions", "eval_batches", "curve_batches", "samples", "sample_length", "prompt", "temperature", "top_k", "compile"}
 
 
-def _configured(run: Run) -> dict[str, Any]:
+def _configured(run: Run, dataset: str) -> dict[str, Any]:
     """The conditions that a configuration names, for runs that do not record those of their cells."""
     lm, fit, sae = (_mapping(run.config.get(name)) for name in ("lm", "fit", "sae"))
     site = [str(sae.get(way) or run.config.get("site") or "") for way in ("read", "write")]
@@ -226,6 +231,7 @@ def _configured(run: Run) -> dict[str, Any]:
         "held-out rows": fit.get("held_out_rows"),
         "site": " -> ".join(dict.fromkeys(site)) or None,
         "device": run.device,
+        "held-out part": run.held_out(dataset),
     }
     return found | _mapping(run.manifest.get("facts"))
 
@@ -258,7 +264,7 @@ def _other_text(run: Run, other: Run, dataset: str) -> str:
 
 def _recipe(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What made rows are made by: everything that the provenance of a real text does not have."""
-    named = ("corpus", "source", "sha256", "bytes", "stand_in", "verified", "symbols", "counts", "dropped_frac")
+    named = ("corpus", "source", "sha256", "bytes", "stand_in", "verified", "symbols", "counts", "dropped_frac", "held_out")
     return {key: value for key, value in provenance.items() if key not in named}
 
 

@@ -133,9 +133,12 @@ def first(home: Path, corpus_file: Path) -> Path:
     return run(home, corpus_file, "run_0")
 
 
+#: Numbers of a language model on its own random batches.
+LOSSES = ("final_train_loss", "best_val_loss")
 #: Overrides, words that say what differs, and metrics that stay comparable (by the start of their names).
 CHANGES = {
-    "rows": (["fit.held_out_rows=768"], "held-out rows 768 vs 512", ("ngram_", "final_train_loss", "best_val_loss")),
+    "rows": (["fit.held_out_rows=768"], "held-out rows 768 vs 512", ("ngram_", *LOSSES)),
+    "part": (["held_out=search"], "held-out part search vs val", LOSSES),
     "site": (["site=resid.2"], "site resid.2 vs resid.1", MODELS),
     "context": (["lm.n_positions=8"], "context 8 vs 16", ()),
     "model": (["lm.n_embd=32"], "n_embd 32 vs 16", MODELS),
