@@ -17,12 +17,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sae_experiments.io import UserError, read_json, write_bytes, write_json
+from sae_experiments.saelens import CONFIG, TENSORS, WEIGHTS, exported, understood
 from sae_experiments.saes.base import SAE, Inference
 
-CONFIG, WEIGHTS, REFERENCE = "cfg.json", "sae_weights.safetensors", "reference.safetensors"
+REFERENCE = "reference.safetensors"
 CHECKSUM = "sha256"  # in the metadata of a safetensors file that was written here
-#: Tensors of each architecture beside W_enc, W_dec and b_dec.
-TENSORS = {"standard": ("b_enc",), "topk": ("b_enc",), "jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "r_mag", "b_mag")}
 
 
 @torch.no_grad()
@@ -37,7 +36,7 @@ def save_sae(sae: SAE, folder: Path | str, *, reference: Tensor, metadata: Mappi
     architecture, tensors, config = sae.inference()
     full = {
         "architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu",
-        "normalize_activations": "none", "reshape_activations": "none", "metadata": dict(metadata), **config,
+        "normalize_activations": "none", "reshape_activations": "none", "metadata": exported(metadata), **config,
     }  # fmt: skip
     acts = sae.encode(reference)
     write_bytes(folder / WEIGHTS, _bytes(tensors))
@@ -56,14 +55,18 @@ def load_sae(folder: Path | str) -> Loaded:
         raise UserError(f"{folder} is not an SAE directory: it needs {CONFIG} and {WEIGHTS}")
     config = read_json(folder / CONFIG)
     tensors = _tensors(folder / WEIGHTS)
-    sae = Loaded(_checked(config, tensors, folder), folder)
+    inference, notes = understood(config, tensors, folder)
+    sae = Loaded(inference, folder)
+    sae.notes = notes
     if (folder / REFERENCE).is_file():
-        _check_reference(sae, _tensors(folder / REFERENCE), folder)
+        _check_reference(sae, {k: v.float() for k, v in _tensors(folder / REFERENCE).items()}, folder)
     return sae
 
 
 class Loaded(SAE):
-    """An SAE read from a SAELens directory: fixed weights, inference only."""
+    """An SAE read from a SAELens directory: fixed weights, inference only. ``notes``: what its configuration says that was left alone."""
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, inference: Inference, folder: Path) -> None:
         architecture, tensors, config = inference
@@ -117,33 +120,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             written = (f.metadata() or {}).get(CHECKSUM)
         if written is not None and written != _checksum(tensors):
             raise ValueError("its checksum differs")
-        return {k: v.float() for k, v in tensors.items()}
+        return tensors
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error})") from error
-
-
-def _checked(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Inference:
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG} is not a mapping")
-    architecture = config.get("architecture")
-    if architecture not in TENSORS:
-        raise UserError(f"{folder / CONFIG}: architecture={architecture!r} is not one of {', '.join(TENSORS)}")
-    for key, fine in (("normalize_activations", ("none", None)), ("reshape_activations", ("none", None))):
-        if config.get(key) not in fine:
-            raise UserError(f"{folder / CONFIG}: {key}={config[key]!r} is not supported, only none (fold it into the weights first)")
-    try:
-        d_in, d_sae = int(config["d_in"]), int(config["d_sae"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG}: d_in and d_sae must be whole numbers") from error
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)} | dict.fromkeys(TENSORS[architecture], (d_sae,))
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise UserError(f"{folder / WEIGHTS}: tensor {name} is missing (architecture {architecture})")
-        if tuple(tensors[name].shape) != shape:
-            raise UserError(f"{folder / WEIGHTS}: tensor {name} has shape {tuple(tensors[name].shape)}, not {shape}")
-    if architecture == "topk" and not 1 <= int(config.get("k", 0)) <= d_sae:
-        raise UserError(f"{folder / CONFIG}: k={config.get('k')} must be a whole number from 1 to d_sae={d_sae}")
-    return Inference(architecture, {n: tensors[n] for n in shapes}, config)
 
 
 def _check_reference(sae: Loaded, reference: dict[str, Tensor], folder: Path) -> None:

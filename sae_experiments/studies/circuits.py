@@ -240,7 +240,10 @@ class Circuits:
         for role, (read, write) in zip(ROLES, ((where.read, where.write), (where.to, where.to)), strict=True):
             path = getattr(self, role).sae
             if path:
-                fitted[role] = load_sae(role, Path(path).expanduser(), cell.dataset, cell.seed, read, self.fits.width(read)).to(ctx.device), None
+                fitted[role] = (
+                    load_sae(role, Path(path).expanduser(), cell.dataset, cell.seed, read, self.fits.width(read), ctx.console.say).to(ctx.device),
+                    None,
+                )
             sae, report = fitted[role]
             spliced = Spliced(lm.model, write, stores.tokens)
             bench = Bench(

@@ -238,7 +238,9 @@ def headline(metrics: Mapping[str, float | None]) -> str:
 def export(sae: SAE, folder: Path, stores: Stores, read: Where, ctx: Context) -> None:
     """Write the SAE as a SAELens directory, with reference rows, where it has such a form."""
     x = stores.held_out.rows(read, slice(0, 64)).to(ctx.device)
+    hook = ", ".join(str(s) for s in as_sites(read))
+    about = {"hook_name": hook, "context_size": stores.held_out.length, "dataset_path": stores.corpus.name}
     try:
-        interop.save_sae(sae, folder, reference=x, metadata={"hook_name": ", ".join(str(s) for s in as_sites(read))})
+        interop.save_sae(sae, folder, reference=x, metadata=about)
     except NotExportable as reason:
         ctx.console.detail(f"  not exported: {reason}")

@@ -9,16 +9,13 @@ from pathlib import Path
 
 import torch
 
-from sae_experiments import interop, local_lm
+from sae_experiments import interop, local_lm, saelens
 from sae_experiments.activations import Site
 from sae_experiments.data import CharCorpus
 from sae_experiments.io import UserError, read_json
 from sae_experiments.lm import TrainedLM
 from sae_experiments.local_lm import Sizes, TokenText
 from sae_experiments.saes.base import SAE
-
-#: SAELens' names of sites; its blocks are counted from 0.
-HOOKS = {"hook_resid_post": "resid", "mlp.hook_post": "mlp_act", "hook_mlp_out": "mlp_out", "hook_mlp_in": "mlp_in"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,15 +77,35 @@ class Local:
         return TrainedLM(found.model, {}, [], folder, found.key, 0.0, False)
 
 
-def load_sae(role: str, path: Path, dataset: str, seed: int, site: Site, width: int) -> SAE:
-    """The SAE of a role. Raises :class:`UserError`, one line, where there is none, or one of another site or width."""
+def load_sae(role: str, path: Path, dataset: str, seed: int, site: Site, width: int, say: Callable[[str], None] = lambda line: None) -> SAE:
+    """The SAE of a role; ``say`` gets what should be known of it. Raises :class:`UserError`, one line, where there is none, or one of another site
+    or width."""
     folder = path if (path / interop.CONFIG).is_file() else _in_run(role, path, dataset, seed, site)
-    sae, named = interop.load_sae(folder), site_of(folder)
+    sae, hook = interop.load_sae(folder), hook_of(folder)
+    named = saelens.site_of_hook(hook)
+    if hook and not named:
+        raise UserError(
+            f"study.{role}.sae={folder} was fitted at hook_name={hook!r}, which is no site here: choose an SAE of {saelens.hook_of_site(str(site))}"
+        )
     if named and named != str(site):
         raise UserError(f"study.{role}.sae={folder} was fitted at {named}, not at {site}: set study.{role}.site={named}, or choose another SAE")
     if sae.d_in != width:
         raise UserError(f"study.{role}.sae={folder} has d_in={sae.d_in}, but {site} is {width} wide: it belongs to another model or site")
+    for note in _remarks(folder, sae, hook, site):
+        say(f"  study.{role}.sae: {note}")
     return sae
+
+
+def _remarks(folder: Path, sae: interop.Loaded, hook: str, site: Site) -> list[str]:
+    """What does not speak against an SAE but may make it the wrong one."""
+    found = [*sae.notes]
+    if not hook:
+        found.append(f"{folder} names no hook_name: it is taken for one of {site}")
+    elif site.stream in ("resid", "mlp_out") and saelens.centred_in_training(read_json(folder / interop.CONFIG)):
+        found.append(
+            f"{folder} is of sae-lens before 3.19.2 or of no known version: it may expect rows less their mean over the width, which are not taken here"
+        )
+    return found
 
 
 def _in_run(role: str, path: Path, dataset: str, seed: int, site: Site) -> Path:
@@ -102,10 +119,12 @@ def _in_run(role: str, path: Path, dataset: str, seed: int, site: Site) -> Path:
     return next((p for p in here if p.name == f"{dataset}.{role}_{seed}"), here[0])
 
 
+def hook_of(folder: Path) -> str:
+    """The hook point that an SAE directory names, in its own terms; "" where it names none."""
+    path = folder / interop.CONFIG
+    return saelens.hook_name(read_json(path), path) if path.is_file() else ""
+
+
 def site_of(folder: Path) -> str:
-    """The site that an SAE directory names in its metadata, in the terms used here; "" where it names none that is known."""
-    metadata = read_json(folder / interop.CONFIG).get("metadata") if (folder / interop.CONFIG).is_file() else None
-    hook = str((metadata if isinstance(metadata, Mapping) else {}).get("hook_name", ""))
-    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", hook):
-        return f"{HOOKS[match[2]]}.{int(match[1]) + 1}" if match[2] in HOOKS else ""
-    return hook if re.fullmatch(r"(resid|mlp_in|mlp_act|mlp_out)\.\d+", hook) else ""
+    """The site that an SAE directory names, in the terms used here; "" where it names none that is known."""
+    return saelens.site_of_hook(hook_of(folder)) or ""
