@@ -93,31 +93,56 @@ def run_folder(runs_root: str | None, out_dir: str) -> Path:
 def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, str]:
     """The configuration of ``overrides`` with ``arms`` filled in, and a label made of their names. Whatever is wrong is a one-line error.
 
-    ``sae=[a,b]`` and a list for a ``sae.*`` key that holds a single value span a grid of SAEs, all fitted in one run.
+    ``sae=[a,b]`` and a list for a ``sae.*`` key that holds a single value span a grid of SAEs, all fitted in one run. ``sae.<name>.<key>``
+    is for the SAE ``<name>`` of the list alone.
     """
     parsed = _parsed([f"metric=[{','.join(_options(conf, 'metric'))}]" if o == "metric=all" else o for o in overrides])
     _check_groups(conf, parsed)
     names = next((_as_list(o.value()) for o in reversed(parsed) if o.key_or_group == "sae"), None)
     if names == []:
         raise UserError(f"sae=[] names no SAE: choose from {', '.join(_options(conf, 'sae'))}")
+    parsed, alone = _for_one_sae(conf, parsed, [str(name) for name in names or []])
     with _hydra_at(conf):
         groups = [o.input_line for o in parsed if _is_group(conf, o.key_or_group) and o.key_or_group != "sae"]
         names = names or [_default_sae(groups)]
         bases = [_compose([*groups, f"sae={name}"]) for name in names]
         hosts = _hosts(conf, parsed, {str(name): base for name, base in zip(names, bases, strict=True)})
         bases = [_compose([*groups, f"sae={name}", *hosts[str(name)][:1]]) for name in names]
-        grid, plain = _split_grid([o for o in parsed if o.key_or_group not in ("sae", _HOST)], bases[0])
         _check_keys(parsed, bases)
         arms: dict[str, Any] = {}
-        built = [(name, host) for name in names for host in hosts[str(name)] or [None]]
-        for (name, host), *values in itertools.product(built, *([(k, v) for v in vs] for k, vs in grid.items())):
-            cfg = _compose([*plain, f"sae={name}", *([host] if host else []), *(f"{k}={v}" for k, v in values)])
-            around = [host.rsplit("=", 1)[1]] if host and len(hosts[str(name)]) > 1 else []
-            label = "-".join([str(name), *around, *(f"{k.rsplit('.', 1)[1]}_{v}" for k, v in values)])
-            arms[re.sub(r"[^A-Za-z0-9_.-]", "_", label)] = OmegaConf.to_container(cfg.sae, resolve=True)
+        for name, base in zip(names, bases, strict=True):
+            own = alone.get(str(name), [])
+            _check_keys(own, [base])
+            taken = {"sae", _HOST, *(o.key_or_group for o in own)}
+            grid, plain = _split_grid([*(o for o in parsed if o.key_or_group not in taken), *own], base)
+            around = hosts[str(name)] or [None]
+            for host, *values in itertools.product(around, *([(k, v) for v in vs] for k, vs in grid.items())):
+                cfg = _compose([*plain, f"sae={name}", *([host] if host else []), *(f"{k}={v}" for k, v in values)])
+                inside = [host.rsplit("=", 1)[1]] if host and len(around) > 1 else []
+                label = "-".join([str(name), *inside, *(f"{k.rsplit('.', 1)[1]}_{v}" for k, v in values)])
+                arms[re.sub(r"[^A-Za-z0-9_.-]", "_", label)] = OmegaConf.to_container(cfg.sae, resolve=True)
     OmegaConf.set_struct(cfg, False)
     cfg.arms = arms
     return cfg, ", ".join(arms)
+
+
+def _for_one_sae(conf: Path, parsed: Sequence[Override], names: Sequence[str]) -> tuple[list[Override], dict[str, list[Override]]]:
+    """What is for all SAEs, and by name what ``sae.<name>.<key>=value`` says about one of ``names``, as ``sae.<key>=value``.
+
+    Raises :class:`UserError` where that SAE is not among those of the run.
+    """
+    known, common, alone = set(_options(conf, "sae")), [], {}
+    for o in parsed:
+        _, _, rest = o.key_or_group.partition("sae.")
+        name, _, key = rest.partition(".")
+        if not o.key_or_group.startswith("sae.") or not key or name not in known:
+            common.append(o)
+        elif name not in names:
+            these = ", ".join(names) or "the study's own"
+            raise UserError(f"{o.key_or_group}: sae={name} is not among the SAEs of this run ({these})")
+        else:
+            alone.setdefault(name, []).extend(_parsed([o.input_line.replace(f"sae.{name}.", "sae.", 1)]))
+    return common, alone
 
 
 def _hosts(conf: Path, parsed: Sequence[Override], bases: Mapping[str, DictConfig]) -> dict[str, list[str]]:

@@ -22,6 +22,7 @@ from sae_experiments import config
 from sae_experiments.cli import main, parse
 from sae_experiments.config import build, complete, compose_checked, planned_overrides
 from sae_experiments.io import UserError
+from sae_experiments.saes.purified import Purified
 from sae_experiments.studies.language import Language
 
 _compose = config._compose
@@ -296,6 +297,36 @@ def test_a_grid_of_one_sae_keeps_other_overrides():
 def test_a_grid_may_span_several_keys():
     study = study_of("sae=topk", "sae.target_l0=[4,8]", "sae.expansion=[2,4]")
     assert [(a.target_l0, a.expansion) for a in study.arms.values()] == [(4, 2), (4, 4), (8, 2), (8, 4)]
+
+
+def test_a_key_may_be_for_one_sae_of_the_list_alone():
+    study = study_of("sae=[topk,batch_topk]", "sae.topk.target_l0=[4,8]", "sae.target_l0=16", "sae.batch_topk.expansion=2")
+    assert {name: (arm.target_l0, arm.expansion) for name, arm in study.arms.items()} == {
+        "topk-target_l0_4": (4, 8), "topk-target_l0_8": (8, 8), "batch_topk": (16, 2),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("sae.gated.target_l0=4", r"sae\.gated\.target_l0: sae=gated is not among the SAEs of this run \(topk, batch_topk\)"),
+        ("sae.topk.no_such_key=4", "sae.no_such_key is not an option"),
+        ("sae.topk.target_l0=many", "sae.target_l0=many must be"),
+    ],
+)
+def test_a_key_for_one_sae_alone_is_checked(wrong, told):
+    with pytest.raises(UserError, match=told):
+        study_of("sae=[topk,batch_topk]", wrong)
+
+
+def test_the_five_runs_of_purification_hold_all_that_the_study_must_show():
+    """Early stopping is in run_3 and the price in time and memory in run_4: an automated caller has no further runs."""
+    third, fourth = (build(values([f"out_dir=run_{i}"], extra=["preset=smoke"], plan="purification")[0].study) for i in (3, 4))
+    patience = {name: arm.model.keywords["stop"]["patience"] for name, arm in third.arms.items()}
+    assert sum(p > 0 for p in patience.values()) == 1 and sum(p == 0 for p in patience.values()) == 10
+    assert len({arm.model.keywords["noise"] for arm in third.arms.values()}) == 10
+    assert {"overhead_time", "overhead_memory"} <= {info.name for info in fourth.infos() if info.shown}
+    assert any(isinstance(arm.build(16, 16), Purified) for arm in fourth.arms.values())
 
 
 def test_null_and_truth_values_may_stand_in_a_grid():
