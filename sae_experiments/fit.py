@@ -86,6 +86,10 @@ class SAELearner(Learner):
         return values | ({"coeff": controller.coeff} if controller is not None else {})
 
 
+#: How activations are scaled in a fit.
+SCALES = ("spread", "none")
+
+
 def fit_saes(
     saes: Mapping[str, SAE],
     batch_at: Callable[[int], Batch],
@@ -94,12 +98,16 @@ def fit_saes(
     *,
     seed: int,
     dead_after: int,
+    scale: str = "spread",
     session: Session | None = None,
 ) -> dict[str, FitReport]:
     """Train ``saes`` side by side on the batches ``batch_at(step)`` (in raw units) and leave them calibrated, in eval mode and raw units.
 
     Inside, inputs and outputs are scaled by one number each to unit mean square, which is folded into the weights at the end, so that
     coefficients and learning rates carry over between models. An SAE's result does not depend on which others are trained beside it.
+
+    Args:
+        scale: one of :data:`SCALES`; with none the SAE sees the rows in their own units.
 
     Raises:
         NonFinite: a loss became NaN or infinite (names SAE, step and term).
@@ -109,7 +117,11 @@ def fit_saes(
     blocks = {sae.blocks for sae in saes.values()}
     if len(blocks) != 1:
         raise UserError("SAEs over different numbers of sites cannot share one pass")
+    if scale not in SCALES:
+        raise UserError(f"scale={scale!r} is not one of {', '.join(SCALES)}")
     s_in, s_out = scale_of(sample.x, "activations", *blocks), scale_of(sample.y, "targets", *blocks)
+    if scale == "none":
+        s_in, s_out = torch.ones_like(s_in), torch.ones_like(s_out)
     scaled = Sample(sample.x * s_in, sample.y * s_out, sample.held * s_in)
     learners = [SAELearner(name, sae, configs[name], scaled, dead_after=dead_after, seed=seed) for name, sae in saes.items()]
     for sae in saes.values():

@@ -79,6 +79,8 @@ class LMSpec:
     enough for that to pay. ``freeze_bias`` keeps every bias of the blocks at zero, which is a GPT-2 without biases.
     With ``train.optimizer=muon``, blocks below number ``muon_writes_from`` leave the matrices that write into the residual stream to AdamW
     at ``adam_writes_lr`` times its rate: Muon gives every direction of the stream equal weight, and an SAE there needs far more latents.
+    ``tied``: the output matrix is the token embedding. ``embedding_std``: standard deviation that the token and position embeddings and the
+    output matrix are drawn with (None: GPT-2's 0.02).
     """
 
     n_layer: int
@@ -100,6 +102,8 @@ class LMSpec:
     prompt: str
     temperature: float
     top_k: int
+    tied: bool = True
+    embedding_std: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "eval_batches", "curve_batches", "sample_length", "top_k"):
@@ -117,6 +121,8 @@ class LMSpec:
             raise UserError(
                 f"lm.activation_function={self.activation_function!r} is not one that transformers knows, for example gelu_pytorch_tanh, gelu, relu"
             )
+        if self.embedding_std is not None and not self.embedding_std > 0:
+            raise UserError(f"lm.embedding_std={self.embedding_std} must be positive, or null for GPT-2's own")
         if not self.temperature > 0:
             raise UserError(f"lm.temperature={self.temperature} must be positive")
 
@@ -142,10 +148,13 @@ def build_lm(spec: LMSpec, vocab_size: int, *, seed: int) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=vocab_size, n_layer=spec.n_layer, n_head=spec.n_head, n_embd=spec.n_embd, n_positions=spec.n_positions,
         resid_pdrop=spec.dropout, embd_pdrop=spec.dropout, attn_pdrop=spec.dropout, activation_function=spec.activation_function,
-        bos_token_id=None, eos_token_id=None, use_cache=False,
+        bos_token_id=None, eos_token_id=None, use_cache=False, tie_word_embeddings=spec.tied,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(config)
+    if spec.embedding_std is not None:
+        for table in (model.transformer.wte, model.transformer.wpe, *([] if spec.tied else [model.lm_head])):
+            nn.init.normal_(table.weight, std=spec.embedding_std)
     use_cheap_paths(model)
     if spec.freeze_bias:
         for name, p in model.named_parameters():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +13,15 @@ from conftest import CONF, Experiment
 from drawing import drawn
 
 from sae_experiments.config import build, compose_checked
+from sae_experiments.fit import Sample, fit_saes
 from sae_experiments.io import UserError
+from sae_experiments.lm import build_lm
 from sae_experiments.progress import Console
+from sae_experiments.saes.base import SAE, Batch, Step
 from sae_experiments.studies import palindrome
 from sae_experiments.studies.base import Context
-from sae_experiments.studies.palindrome import split_ids
-from sae_experiments.studies.selectivity import browser, tables
+from sae_experiments.studies.palindrome import Analysis, split_ids
+from sae_experiments.studies.selectivity import browser, explained, measure, tables
 from sae_experiments.studies.strings import FLOOR, MIRROR, SYMBOLS, Strings, all_strings, rows_at, text_of
 from sae_experiments.training import seed_of
 
@@ -97,6 +102,98 @@ def test_an_sae_is_calibrated_on_training_strings_that_it_was_not_fitted_to(spli
     assert len(first.unique()) == len(train[:, 1].unique()), "strings of every first letter, in either split"
 
 
+def test_two_definitions_of_explained_variance() -> None:
+    x = torch.tensor([[0.0, 10.0], [2.0, 10.0], [4.0, 13.0]])
+    about_vector, about_number = explained(x, x - x.mean(0))
+    assert about_vector == pytest.approx(0), "the mean vector explains nothing ..."
+    assert about_number == pytest.approx(1 - (8 + 6) / float((x - x.mean()).square().sum())) and about_number > 0.8, "... but most of all entries"
+    assert explained(x, torch.ones_like(x)) == pytest.approx((1 - 6 / 14, 1.0)), "a constant error is an error by the first alone"
+    assert explained(x, torch.zeros_like(x)) == (1.0, 1.0)
+    assert explained(torch.ones(3, 2), torch.zeros(3, 2)) == (None, None)
+
+
+class Fixed(SAE):
+    """Codes that are given, and a decoder that gives ``error`` less than the input."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :4]
+
+
+def test_two_definitions_of_alive() -> None:
+    ids = all_strings()
+    codes = torch.full((len(ids), 4), -0.1)
+    codes[-5:, 1] = 0.01  # above zero on a few test strings, below on average
+    codes[:, 2] = 1.0
+    codes[: len(ids) - 100, 3] = 1.0  # never on a test string
+    sae = Fixed(d_in=8 * 16, d_sae=4)
+    x = torch.cat([codes, torch.randn(len(ids), 124)], 1)
+    found = measure(sae, x, ids, 100, Analysis(strongest=2, samples=1, selective=0.5)).scalars
+    assert (found["alive_latents"], found["alive_on_average_latents"], found["sae_l0"]) == pytest.approx((2, 1, 1.05))
+    moved = measure(sae, x, ids, 100, Analysis(strongest=2, samples=1, selective=0.5), mean=torch.linspace(0, 50, 128)).scalars
+    assert moved["explained_variance"] == pytest.approx(found["explained_variance"], abs=1e-4), "about the mean vector: a shift changes nothing"
+    assert moved["explained_variance_entries"] > found["explained_variance_entries"]
+
+
+# ------------------------------------------------------------------------------------------------ as published
+
+
+@pytest.fixture(scope="module")
+def published() -> Any:
+    """The study as ``preset=original`` composes it."""
+    return build(compose_checked(CONF, ["preset=original", "study=palindrome"])[0].study)
+
+
+def test_the_published_language_model_has_embeddings_of_its_own(published: Any) -> None:
+    made = build_lm(published.lm, len(SYMBOLS), seed=0)
+    assert made.lm_head.weight is not made.transformer.wte.weight and not torch.equal(made.lm_head.weight, made.transformer.wte.weight)
+    for table in (made.transformer.wte, made.transformer.wpe, made.lm_head):
+        assert table.weight.std().item() == pytest.approx(0.2, rel=0.15)
+    plain = build(compose_checked(CONF, ["preset=laptop", "study=palindrome"])[0].study)
+    made = build_lm(plain.lm, len(SYMBOLS), seed=0)
+    assert made.lm_head.weight is made.transformer.wte.weight and made.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.15)
+
+
+def test_the_published_sae_loss_is_elementwise_on_raw_vectors_and_raw_codes(published: Any) -> None:
+    """A step of the fit has the gradient of ``mean (x - xhat)^2 + 1e-3 sum KL(0.05 || mean z)``, everything in the vectors' own units."""
+    (arm,) = published.arms.values()
+    assert published.scale == "none" and not published.center
+    x = 0.3 * torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) + 0.2
+    sae = arm.seeded(128, 128, 0)
+    sae.begin("train", x, x)
+    step = Step(phase="train", progress=0.5, dead=torch.zeros(512, dtype=torch.bool), generator=torch.Generator())
+    total = sae.loss(Batch(x, x), step).total
+    z = torch.nn.functional.gelu((x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc)
+    rate = z.mean(0).clamp(1e-6, 1 - 1e-6)
+    kl = 0.05 * torch.log(0.05 / rate) + 0.95 * torch.log(0.95 / (1 - rate))
+    by_hand = torch.nn.functional.mse_loss(z @ sae.W_dec + sae.b_dec, x) + 1e-3 * kl.sum()
+    assert float(total) == pytest.approx(float(by_hand), rel=1e-5)
+    weights = list(sae.parameters())
+    for found, wanted in zip(torch.autograd.grad(total, weights), torch.autograd.grad(by_hand, weights), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-7)
+
+
+def test_the_published_fit_leaves_units_and_decoder_lengths_alone(published: Any) -> None:
+    (arm,) = published.arms.values()
+    x = 0.3 * torch.randn(512, 128, generator=torch.Generator().manual_seed(0)) + 0.2
+    seen = []
+
+    def fitted(scale: str) -> SAE:
+        sae = arm.seeded(128, 128, 0)
+        loss = sae.loss
+        sae.loss = lambda batch, step: (seen.append(batch.x), loss(batch, step))[1]
+        cfg = replace(published.fit.train, steps=30, lr=1e-2)
+        fit_saes({"sae": sae}, lambda _: Batch(x, x), cfg, Sample(x, x, x), seed=0, dead_after=10**9, scale=scale)
+        return sae
+
+    sae = fitted(published.scale)
+    assert all(torch.equal(rows, x) for rows in seen), "the loss sees the vectors themselves"
+    lengths = sae.W_dec.norm(dim=1)
+    assert float((lengths - 1).abs().max()) > 0.02, "decoder rows have the lengths that they learn"
+    seen.clear()
+    fitted("spread")
+    assert not torch.allclose(seen[0], x)
+
+
 SMALL = ("study=palindrome", "preset=smoke", "threads=1", "study.fit.train.steps=30", "study.train.steps=20")
 
 
@@ -122,6 +219,7 @@ def test_the_study_from_start_to_end(experiment: Experiment) -> None:
         ("study.fit.calibration_rows=15800", "use at most"),
         ("study.data.test_frac=0", "empty split"),
         ("study.lm.n_layer=2", "n_layer=2"),
+        ("study.scale=odd", "study.scale='odd'"),
         ("study.data.split=odd", "odd"),
     ],
 )

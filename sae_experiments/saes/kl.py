@@ -21,10 +21,14 @@ class KL(Standard):
     with tau the mean active value; codes have exact zeros and lambda is steered to ``target_l0``. rho is ``target_l0 / (4 d_sae)`` if not given:
     a latent at the target rate must still be pulled down, or no lambda reaches the target. ``start_l0`` acts on relu units only.
     The term equalises how often latents are active: it works against dead and dense latents.
+
+    ``per_entry``: the squared error is a mean over the entries of a row instead of their sum, as in the original. ``unit_decoder`` false leaves
+    the lengths of the decoder's rows free.
     """
 
-    def __init__(self, *, form: str, rho: float | None, **kwargs: Any) -> None:
+    def __init__(self, *, form: str, rho: float | None, per_entry: bool, unit_decoder: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.per_entry, self.unit_decoder = per_entry, unit_decoder
         if form not in ("sigmoid", "gelu", "relu"):
             raise UserError(f"sae.model.form={form!r} is not one of sigmoid, gelu, relu")
         self.form, self.rho = form, rho if rho is not None else self.controller.target / (4 * self.d_sae)
@@ -57,6 +61,10 @@ class KL(Standard):
         else:
             mean = values.new_zeros(self.d_sae).index_add(0, pattern.col, values) / pattern.n_rows
         return mean.clamp(1e-6, 1 - 1e-6)
+
+    def reconstruction(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
+        parts = super().reconstruction(fwd, step)
+        return {k: v / self.d_out for k, v in parts.items()} if self.per_entry else parts
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         rate, rho = self.rates(fwd), self.rho

@@ -84,6 +84,7 @@ class Palindrome:
     arms: Mapping[str, Arm]
     fit: FitSpec
     center: bool  # take the training strings' mean out of the vectors first: nearly all of their square is the mean
+    scale: str  # how the fit scales the vectors (fit.SCALES); none: the SAE sees them in their own units
     analysis: Analysis
     seeds: Sequence[int] | None
     held_out: str = "val"
@@ -94,6 +95,8 @@ class Palindrome:
         return (LENGTH - 1) * self.lm.n_embd
 
     def check(self) -> None:
+        if self.scale not in fit.SCALES:
+            raise UserError(f"study.scale={self.scale!r} is not one of {', '.join(fit.SCALES)}")
         if self.lm.n_layer != 1:
             raise UserError(f"study.lm.n_layer={self.lm.n_layer}: this study reads a model of one layer")
         if self.lm.n_positions < LENGTH - 1:
@@ -142,9 +145,8 @@ class Palindrome:
         )
         looked = selectivity.look(model, spread_rows(parts[1], self.analysis.samples), parts[1])
         x_train, x_test = (flattened(model, split_ids(ids)[0]) for ids in parts)
-        if self.center:
-            mean = x_train.mean(0)
-            x_train, x_test = x_train - mean, x_test - mean
+        mean = x_train.mean(0) if self.center else 0.0
+        x_train, x_test = x_train - mean, x_test - mean
         saes, reports = self.fitted(x_train, key, cell.seed, ctx)
         outcomes = {}
         for name, sae in saes.items():
@@ -152,16 +154,15 @@ class Palindrome:
             outcome.curves = [(s, f"lm/{n}", v) for s, n, v in info["history"]] + [(s, f"sae/{n}", v) for s, n, v in reports[name].history]
             outcome.seconds = {"lm": info["seconds"], "fit": reports[name].seconds}
             outcome.metrics["sae_train_time"] = reports[name].seconds
-            measured = selectivity.measure(sae, torch.cat([x_train, x_test]), torch.cat(parts), len(x_test), self.analysis)
+            measured = selectivity.measure(sae, torch.cat([x_train, x_test]), torch.cat(parts), len(x_test), self.analysis, mean)
             outcome.metrics |= measured.scalars
             outcome.facts = self._facts(key, len(x_test)) | facts.of_sae(sae, str(SITE))
             outcome.why_null |= measured.why_null
             outcome.arrays |= measured.arrays
             outcome.features = measured.browser
             m = outcome.metrics
-            ctx.console.say(
-                f"  {name}: explained variance {m['explained_variance']:.4f}, alive {m['alive_latents']:.0f}/{sae.d_sae}, L0 {m['sae_l0']:.1f}"
-            )
+            explained = "-" if m["explained_variance"] is None else f"{m['explained_variance']:.4f}"
+            ctx.console.say(f"  {name}: explained variance {explained}, alive {m['alive_latents']:.0f}/{sae.d_sae}, L0 {m['sae_l0']:.1f}")
             outcomes[self.report(name)] = outcome
         return outcomes
 
@@ -206,7 +207,8 @@ class Palindrome:
     def fitted(self, x: Tensor, key: Mapping[str, Any], seed: int, ctx: Context) -> tuple[dict[str, SAE], dict[str, FitReport]]:
         """The SAEs: from the cache, or fitted now in one pass over the training strings but for those kept to calibrate on."""
         saes = {name: arm.seeded(self.width, self.width, seed).to(ctx.device) for name, arm in self.arms.items()}
-        full = {"what": "palindrome SAEs", "of": dict(key), "center": self.center, "arms": {n: arm.describe() for n, arm in self.arms.items()}, "fit": asdict(self.fit),
+        full = {"what": "palindrome SAEs", "of": dict(key), "center": self.center, "scale": self.scale,
+                "arms": {n: arm.describe() for n, arm in self.arms.items()}, "fit": asdict(self.fit),
                 "source": source_digest(*code_of(self.arms, saes), fit, training, arms)}  # fmt: skip
         cfg = self.fit.train
         learned, held = self.split(x, seed)
@@ -221,7 +223,7 @@ class Palindrome:
                 session.checkpoint = part / "checkpoint.safetensors"
                 configs = {name: arm.config(cfg) for name, arm in self.arms.items()}
                 sample = Sample(few, few, held)
-                found = fit_saes(saes, batch_at, configs, sample, seed=seed, dead_after=self.fit.dead_after, session=session)
+                found = fit_saes(saes, batch_at, configs, sample, seed=seed, dead_after=self.fit.dead_after, scale=self.scale, session=session)
             for name, sae in saes.items():
                 write_bytes(part / f"{name}.safetensors", tensors_of(sae))
             write_json(part / "fits.json", {name: report._asdict() for name, report in found.items()})

@@ -26,10 +26,12 @@ class Found(NamedTuple):
 
 
 @torch.no_grad()
-def measure(sae: SAE, x: Tensor, ids: Tensor, n_test: int, analysis: Analysis) -> Found:
+def measure(sae: SAE, x: Tensor, ids: Tensor, n_test: int, analysis: Analysis, mean: Tensor | float = 0.0) -> Found:
     """Measure an SAE on the vectors (N, D) of all strings (N, 9), the last ``n_test`` of which it was not trained on.
 
-    A latent is active where z > 0, and alive if it is active on at least one test string. Selectivity (F, 3, 26): ``E[z | letter at position] - E[z]`` in standard
+    ``mean`` (D,): what was taken out of the vectors before the SAE saw them. A latent is active where z > 0. Two definitions of alive: active on
+    at least one test string, and active on average, a mean above zero over the test strings. Two of explained variance: about the mean vector,
+    and about one mean of all entries (:func:`explained`). Selectivity (F, 3, 26): ``E[z | letter at position] - E[z]`` in standard
     deviations of z; a position's share is how much of a latent's variance its letter explains (eta squared).
     """
     acts = sae.encode(x)
@@ -37,13 +39,15 @@ def measure(sae: SAE, x: Tensor, ids: Tensor, n_test: int, analysis: Analysis) -
     active = acts[-n_test:] > 0
     counts = active.sum(0)
     alive = counts > 0
-    error = (test - sae.decode(acts[-n_test:])).square().sum() / (test - test.mean(0)).square().sum()
+    about_vector, about_number = explained(test + mean, test - sae.decode(acts[-n_test:]))
     table, share = tables(acts, ids[:, 1 : 1 + HALF])
     best = share.max(1).values
     any_alive = bool(alive.any())
     scalars: dict[str, float | None] = {
-        "explained_variance": float(1 - error),
+        "explained_variance": about_vector,
+        "explained_variance_entries": about_number,
         "alive_latents": float(alive.sum()),
+        "alive_on_average_latents": float((acts[-n_test:].mean(0) > 0).sum()),
         "alive_frac": float(alive.float().mean()),
         "sae_l0": float(active.float().sum(1).mean()),
         "selective_frac": float((best[alive] >= analysis.selective).float().mean()) if any_alive else None,
@@ -56,7 +60,25 @@ def measure(sae: SAE, x: Tensor, ids: Tensor, n_test: int, analysis: Analysis) -
         "mean_activation": acts.mean(0).cpu().numpy().astype(np.float32),
     }
     why = {} if any_alive else {"selective_frac": "no latent is alive"}
+    why |= {
+        name: "the vectors of the test strings do not vary" for name in ("explained_variance", "explained_variance_entries") if scalars[name] is None
+    }
     return Found(scalars, arrays, why, browser(acts, ids, table, share, counts / n_test, analysis.strongest))
+
+
+def explained(x: Tensor, error: Tensor) -> tuple[float | None, float | None]:
+    """Share of the variance of vectors (N, D) that a reconstruction with ``error`` (N, D) explains, by two definitions.
+
+    The first is ``1 - sum ||e||^2 / sum ||x - mean x||^2`` with the mean vector, so that a constant reconstruction explains nothing. The second is
+    ``1 - Var e / Var x``, the variances over all entries about one mean each: what the coordinates' means differ by counts as variance
+    to be explained, and a constant error is forgiven. None where there is no variance.
+    """
+    x, error = x.double(), error.double()
+    vectors, entries = (x - x.mean(0)).square().sum(), x.var(correction=0)
+    return (
+        float(1 - error.square().sum() / vectors) if vectors > 0 else None,
+        float(1 - error.var(correction=0) / entries) if entries > 0 else None,
+    )
 
 
 def tables(acts: Tensor, letters: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,8 +142,17 @@ def _info(name: str, title: str, formula: str, unit: str, better: Any, *, shown:
 
 
 INFO = [
-    _info("explained_variance", "explained variance", "1 - ||x - xhat||^2 / ||x - mean||^2 over the test strings", "", "up"),
+    _info("explained_variance", "explained variance", "1 - ||x - xhat||^2 / ||x - mean x||^2 over the test strings, about the mean vector", "", "up"),
+    _info(
+        "explained_variance_entries",
+        "explained variance (entries)",
+        "1 - Var(x - xhat) / Var(x) over all entries of the test strings' vectors, about one mean of all entries",
+        "",
+        "up",
+        shown=False,
+    ),
     _info("alive_latents", "alive latents", "latents active (above zero) on at least one test string", "", "up"),
+    _info("alive_on_average_latents", "alive on average", "latents whose mean over the test strings is above zero", "", "up", shown=False),
     _info("alive_frac", "alive (share)", "alive_latents / d_sae", "", "up", shown=False),
     _info("sae_l0", "L0", "latents active on a test string, mean", "", "target"),
     _info(
