@@ -166,7 +166,7 @@ def test_the_published_sae_loss_is_elementwise_on_raw_vectors_and_raw_codes(publ
     rate = z.mean(0).clamp(1e-6, 1 - 1e-6)
     kl = 0.05 * torch.log(0.05 / rate) + 0.95 * torch.log(0.95 / (1 - rate))
     by_hand = torch.nn.functional.mse_loss(z @ sae.W_dec + sae.b_dec, x) + 1e-3 * kl.sum()
-    assert float(total) == pytest.approx(float(by_hand), rel=1e-5)
+    assert total.item() == pytest.approx(by_hand.item(), rel=1e-5)
     weights = list(sae.parameters())
     for found, wanted in zip(torch.autograd.grad(total, weights), torch.autograd.grad(by_hand, weights), strict=True):
         assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-7)
