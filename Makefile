@@ -2,17 +2,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Workers of the tests: `make test WORKERS=1` runs them one after another.
+WORKERS ?= auto
+# The versions that this was tested with, for what is installed and for what builds it.
+LOCKED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
 help:            ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/'
 
-install: $(VENV)/.installed  ## a virtual environment in .venv with the package
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q -e . && touch $@
+install: $(VENV)/.installed  ## a virtual environment in .venv with the package, at the versions in constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV) && $(LOCKED) $(BIN)/python -m pip install -q -e . && touch $@
 
 testing: $(VENV)/.testing  ## the same with the test extra
 $(VENV)/.testing: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -e '.[test]' && touch $@
+	$(LOCKED) $(BIN)/python -m pip install -q -e '.[test]' && touch $@
 
 run: install     ## the baseline run: three corpora, five cells (about eight minutes on two cores)
 	$(BIN)/python experiment.py --out_dir=run_0
@@ -21,7 +25,7 @@ plot: install    ## figures and the comparison of all runs with run_0
 	$(BIN)/python plot.py
 
 test: testing    ## the quick tests
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n $(WORKERS)
 
 slow: testing    ## the slow tests
 	$(BIN)/python -m pytest -q -m slow
@@ -32,4 +36,22 @@ bench: install   ## speed and memory beside the peers (PEERS_PYTHON=... adds the
 check: testing   ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-.PHONY: help install testing run plot test slow bench check
+lock:            ## constraints.txt anew: the newest versions that pyproject.toml allows, for Python 3.10 to 3.13
+	$(PYTHON) -m venv $(VENV)-lock && $(VENV)-lock/bin/python -m pip install -q uv
+	$(VENV)-lock/bin/uv pip compile -q --upgrade --universal --python-version 3.10 --extra test --no-annotate \
+		--custom-compile-command 'make lock' -o constraints.txt pyproject.toml
+	rm -r $(VENV)-lock
+
+newest:          ## the quick tests with the newest versions that pyproject.toml allows, in .venv-newest
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e '.[test]'
+	$(VENV)-newest/bin/python -m pytest -q -n $(WORKERS)
+
+oldest:          ## the quick tests with the oldest versions that pyproject.toml allows, in .venv-oldest
+	$(PYTHON) -m venv $(VENV)-oldest && $(VENV)-oldest/bin/python -m pip install -q uv
+	$(VENV)-oldest/bin/uv pip compile -q --resolution lowest-direct --python $(VENV)-oldest/bin/python --extra test \
+		-o $(VENV)-oldest/oldest.txt pyproject.toml
+	$(VENV)-oldest/bin/python -m pip install -q -c $(VENV)-oldest/oldest.txt -e '.[test]'
+	$(VENV)-oldest/bin/python -m pytest -q -n $(WORKERS)
+
+.PHONY: help install testing run plot test slow bench check lock newest oldest

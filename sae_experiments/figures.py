@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_experiments.compare import compare, markdown, terminal
-from sae_experiments.io import UserError, write_bytes
+from sae_experiments.io import UserError, clearing, write_bytes
 from sae_experiments.plots.base import NothingToDrawError, bare, save
 from sae_experiments.report.page import Picture, write_report
 from sae_experiments.run_table import RunTable, find_runs, load_table, runs_in
@@ -93,9 +93,10 @@ def report(table: RunTable, figures: Figures, out: Path, png_dir: Path | None) -
         raise UserError("no run has results yet; wait for a first cell to finish, or look at the warnings above")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue] (a terminal without ± must not end the program)
-    print(write_tables(table, out), flush=True)
-    written, pictures = draw_all(table, figures, out, png_dir)
-    page = write_report(table, pictures, out / REPORT)
+    with clearing(out):
+        print(write_tables(table, out), flush=True)
+        written, pictures = draw_all(table, figures, out, png_dir)
+        page = write_report(table, pictures, out / REPORT)
     print(f"\n{len(written)} figure files, comparison.csv and comparison.md in {out}\nopen {page} in a browser: tables, figures, features")
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ class NonFinite(UserError):
 def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` so that a reader sees the old file or the whole new one, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
         with open(tmp, "wb") as f:
             f.write(data)
@@ -54,6 +55,23 @@ def remove_stale(folder: Path) -> None:
     """Remove what writers that were killed left half-written below ``folder`` (whose lock is held)."""
     for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def clearing(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that several processes write to, cleared of what killed writers left in it.
+
+    Args:
+        folder: the folder, made if it is not there; folders inside it are left alone.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with locked(folder / ".lock"):
+        for path in folder.glob(".*.tmp"):
+            if path.suffixes[-2:-1] and path.suffixes[-2][1:].isdecimal():  # as write_bytes names them
+                path.unlink(missing_ok=True)
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:

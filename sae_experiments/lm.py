@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -33,6 +34,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as hf_logging
 
 hf_logging.disable_progress_bar()
+#: What the key/value cache is called: transformers renamed the argument and will drop its old name.
+CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
 
 INFO = [
     MetricInfo(
@@ -370,7 +373,7 @@ def generate(model: GPT2LMHeadModel, prompt: Tensor, n: int, *, temperature: flo
     for _ in range(n):
         if past.get_seq_length() + window.shape[1] > limit:
             window, past = out[:, -(limit // 2) :], DynamicCache(config=model.config)
-        logits = model(input_ids=window, past_key_values=past, use_cache=True, logits_to_keep=1).logits[:, -1].float() / temperature
+        logits = model(input_ids=window, **{CACHE: past}, use_cache=True, logits_to_keep=1).logits[:, -1].float() / temperature
         if top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
         window = torch.multinomial(logits.softmax(-1), 1, generator=generator)

@@ -134,7 +134,14 @@ class Experiment:
     def environment(self) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SAE_", "WANDB_", "HYDRA_"))}
         nowhere = "http://127.0.0.1:9"  # nothing listens there
-        return clean | {"SAE_CACHE": str(self.cache), "OMP_NUM_THREADS": "1", "https_proxy": nowhere, "http_proxy": nowhere}
+        warned = ",".join(f"default::{name}Warning" for name in ("Deprecation", "PendingDeprecation", "Future"))
+        return clean | {
+            "SAE_CACHE": str(self.cache),
+            "OMP_NUM_THREADS": "1",
+            "https_proxy": nowhere,
+            "http_proxy": nowhere,
+            "PYTHONWARNINGS": warned,  # so that a call that will be removed shows on stderr, which is to be empty
+        }
 
     def __call__(self, *args: str, tiny: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

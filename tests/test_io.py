@@ -261,6 +261,33 @@ def test_a_make_that_was_cut_short_is_returned_as_it_is_and_continued_next_time(
     assert numbers == [(1, False), (2, False), (3, True), (3, True), (3, True)]
 
 
+def test_a_folder_that_several_write_to_is_cleared_of_what_killed_writers_left_and_of_nothing_else(tmp_path):
+    folder = tmp_path / "shared"
+    killed = python("os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nio.write_bytes(Path(sys.argv[1]), b'half')", folder / "a.json")
+    assert killed.wait(30) == -signal.SIGKILL and len(list(folder.glob(".a.json.*.tmp"))) == 1
+    (folder / "inside").mkdir()
+    others = [folder / ".notes.tmp", folder / "own.12.tmp", folder / "inside" / ".a.json.12.tmp"]
+    for path in others:
+        path.touch()
+    with io.clearing(folder):
+        io.write_bytes(folder / "b.json", b"whole")
+        with pytest.raises(UserError), locked(folder / ".lock", wait_s=0):
+            pass
+    assert {p for p in folder.rglob("*") if p.is_file()} == {*others, folder / "b.json", folder / ".lock"}
+
+
+def test_two_threads_that_write_one_file_do_not_share_a_temporary_one(tmp_path, monkeypatch):
+    names: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (names.append(str(a)), time.sleep(0.1), replace(a, b)))
+    threads = [threading.Thread(target=io.write_bytes, args=(tmp_path / "f", bytes([i]) * 99)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(names)) == 2 and len(set((tmp_path / "f").read_bytes())) == 1
+
+
 def test_a_lock_that_is_held_is_one_line_and_is_free_when_its_holder_dies(tmp_path):
     holder = python("with io.locked(Path(sys.argv[1])):\n print('held', flush=True)\n time.sleep(60)", tmp_path / "lock")
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"

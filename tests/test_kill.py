@@ -168,7 +168,7 @@ def finish_after(killer: Killer, moments: list[dict[str, Any]], undisturbed: dic
         found = left_behind(killer.here)
         different = [k for k, v in found.items() if v != undisturbed[k]]
         assert not different, (moment, different)
-        stale = [str(p) for p in killer.here.rglob(".*.tmp") if "comparison" not in p.parts]  # plot.py has no lock under which to clear up
+        stale = [str(p) for p in killer.here.rglob(".*.tmp")]
         assert not stale and not list(killer.here.rglob("checkpoint*")) and not list((killer.here / "cache").rglob("*.part"))
         killer.clear()
     return kills

@@ -302,7 +302,7 @@ def test_plot_py_from_start_to_end(tmp_path: Path) -> None:
     assert "== shakespeare_char ==" in done.stdout
     out = tmp_path / "runs" / "comparison"
     figures = [f"{name}.{kind}" for name in ("final_metrics", "pareto") for kind in ("png", "svg")]
-    assert sorted(p.name for p in out.iterdir()) == ["comparison.csv", "comparison.md", *figures, "report.html"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "comparison.csv", "comparison.md", *figures, "report.html"]
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["final_metrics.png", "pareto.png"]
 
 
