@@ -16,10 +16,29 @@ import numpy as np
 import torch
 
 from sae_experiments import fetch, io, standin
-from sae_experiments.io import UserError, cached, digest, read_json, write_json
+from sae_experiments.io import UserError, cached, clearing, digest, read_json, write_json
 from sae_experiments.source import source_digest
 
 BLOCK = 1 << 22  # bytes encoded at a time: bounds the memory, whatever the corpus
+#: First bytes of what is no UTF-8 text. UTF-32's mark begins as UTF-16's does and stands before it.
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"\x1f\x8b": "a gzip archive",
+    b"PK\x03\x04": "a zip archive",
+    b"BZh91AY&SY": "a bzip2 archive",
+    b"\xfd7zXZ\x00": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+}
+#: Which of four consecutive bytes are control characters most of the time.
+CONTROLS = {
+    "UTF-16LE": [False, True, False, True],
+    "UTF-16BE": [True, False, True, False],
+    "UTF-32LE": [False, True, True, True],
+    "UTF-32BE": [True, True, True, False],
+}
 CHOICES = {"encoding": ("latin-1", "utf-8"), "stand_in": ("auto", "never", "always"), "stand_in_alphabet": tuple(standin.FORMS)}
 
 
@@ -205,7 +224,9 @@ def _encoded(spec: CorpusSpec, text: Text, cache: Path) -> CharCorpus:
     label += "" if spec.head is None else f"-head-{spec.head}"
     origin = {"corpus": label, "source": text.source, "sha256": sha256, "bytes": size, "stand_in": stand_in, "verified": text.verified or known}
     if not stand_in:
-        write_json(_pointer(spec, cache), origin)
+        pointer = _pointer(spec, cache)
+        with clearing(pointer.parent):
+            write_json(pointer, origin)
     return _open(spec, folder, origin)
 
 
@@ -246,6 +267,8 @@ def _open(spec: CorpusSpec, folder: Path, origin: dict[str, Any]) -> CharCorpus:
 
 def _write(folder: Path, spec: CorpusSpec, path: Path, size: int, sha256: str, cut: bool) -> None:
     """Two passes in blocks: which symbols there are, then their ids, one split after the other, into ``ids.bin``."""
+    if spec.encoding == "utf-8" and (other := other_format(path)):
+        raise UserError(f"data.{spec.name}: {path} is {other}, not a text in UTF-8; {_remedy(path, other)}")
     seen, written, n = np.zeros(0x110000, dtype=bool), hashlib.sha256(), 0
     for points in _blocks(path, size, spec, cut, sha256):
         seen[points] = True
@@ -264,6 +287,40 @@ def _write(folder: Path, spec: CorpusSpec, path: Path, size: int, sha256: str, c
     write_json(folder / "meta.json", {**names, "ids_sha256": written.hexdigest()})
 
 
+def other_format(path: Path) -> str | None:
+    """What a file that is no UTF-8 text shows itself to be by its first bytes.
+
+    Args:
+        path: the file.
+
+    Returns:
+        ``UTF-16``, ``a gzip archive`` and the like; None where nothing speaks against a text.
+    """
+    with open(path, "rb") as f:
+        head = f.read(1 << 16)
+    for mark, name in MARKS.items():
+        if head.startswith(mark):
+            return name
+    # Without a mark: the high bytes of characters up to U+1FFF read as control characters.
+    read = np.frombuffer(head, dtype=np.uint8)
+    control = (read < 0x20) & ~np.isin(read, np.frombuffer(b"\t\n\r\f", dtype=np.uint8))
+    often = [bool(control[i::4].mean() > 0.5) for i in range(4)] if len(head) >= 4 else []
+    return next((name for name, pattern in CONTROLS.items() if often == pattern), None)
+
+
+def _remedy(path: Path, found: str) -> str:
+    if found.startswith("UTF"):
+        return f"convert it: iconv -f {found} -t UTF-8 {path} > {path}.utf8"
+    return "unpack it"
+
+
+def _remedy_for_bytes(name: str, data: bytes) -> str:
+    """What to do about bytes that are no UTF-8: a zero byte stands in no text, whatever its encoding."""
+    if 0 in data:
+        return "it holds zero bytes: name a file of text"
+    return f"convert it, or make each byte a symbol with data.{name}.encoding=latin-1"
+
+
 def _blocks(path: Path, size: int, spec: CorpusSpec, cut: bool, sha256: str) -> Iterator[np.ndarray]:
     """Code points of the first ``size`` bytes; a character that a ``cut`` text breaks off in its middle is left out."""
     decoder, read, left = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), size
@@ -278,7 +335,7 @@ def _blocks(path: Path, size: int, spec: CorpusSpec, cut: bool, sha256: str) -> 
                 text = decoder.decode(data, final=not left and not cut)
             except UnicodeDecodeError as error:
                 where = f"{path} is not UTF-8 at byte {at - pending + error.start:,} ({error.reason})"
-                raise UserError(f"data.{spec.name}: {where}; convert it, or set data.{spec.name}.encoding=latin-1") from None
+                raise UserError(f"data.{spec.name}: {where}; {_remedy_for_bytes(spec.name, data)}") from None
             yield np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     if read.hexdigest() != sha256:
         raise UserError(f"data.{spec.name}: {path} changed while it was read; start again")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import http.server
 import io
+import lzma
 import os
 import re
 import signal
@@ -100,6 +102,34 @@ def test_many_symbols_and_characters_across_blocks(tmp_path, monkeypatch):
         of_file(tmp_path / "t", text.encode()[:904], tmp_path / "b")
     with pytest.raises(UserError, match=r"not UTF-8 at byte 10 "):  # in the block after the one that began its last character
         of_file(tmp_path / "t", "é".encode() * 5 + b"\xff", tmp_path / "b")
+
+
+WESTERN, CYRILLIC = "the quick brown fox \n" * 40, "съешь ещё этих мягких французских булок\n" * 20
+
+
+@pytest.mark.parametrize("text", [WESTERN, CYRILLIC], ids=["western", "cyrillic"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_a_text_in_a_wide_encoding_is_named_and_latin_1_is_not_advised(tmp_path, text, encoding):
+    """Without its mark such a text can be valid UTF-8, one control character beside each letter: it must not pass."""
+    with pytest.raises(UserError, match=r"data\.fox: .*t is UTF-(16|32)") as told:
+        of_file(tmp_path / "t", text.encode(encoding), tmp_path)
+    family, iconv = encoding[:6].upper(), re.search(r"iconv -f (\S+) ", str(told.value))
+    assert iconv and iconv[1].startswith(family) and "latin-1" not in str(told.value)
+    assert text.encode(encoding).decode(iconv[1]) == text, "what is advised works"
+
+
+@pytest.mark.parametrize("packed", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bzip2", "xz"])
+def test_an_archive_is_named_and_latin_1_is_not_advised(tmp_path, packed):
+    with pytest.raises(UserError, match=r"t is an? \w+ archive, .*; unpack it") as told:
+        of_file(tmp_path / "t", packed(TEXT), tmp_path)
+    assert "latin-1" not in str(told.value)
+
+
+def test_zero_bytes_in_what_is_no_utf_8_are_no_text(tmp_path):
+    with pytest.raises(UserError, match="holds zero bytes: name a file of text"):
+        of_file(tmp_path / "t", TEXT + b"\xff\x00" + TEXT, tmp_path)
+    separated = TEXT.replace(b" ", b"\x00")  # in a valid text it is a character like others
+    assert "\x00" in of_file(tmp_path / "t", separated, tmp_path).symbols
 
 
 def test_what_cannot_be_encoded_is_named(tmp_path):
@@ -626,6 +656,19 @@ def test_killed_while_encoding(tmp_path):
     corpus = load_corpus(wanted, cache=cache)
     assert corpus.key == load_corpus(wanted, cache=tmp_path / "fresh").key
     assert "".join(map(corpus.decode, corpus.splits.values())) == TEXT.decode()
+
+
+def test_killed_while_it_is_written_down_where_the_text_came_from(tmp_path):
+    """The folder of these notes is every corpus's: what a killed process left there goes with the next note."""
+    (tmp_path / "own").write_bytes(TEXT)
+    wanted, cache = spec(file=str(tmp_path / "own")), tmp_path / "c"
+    load_corpus(wanted, cache=cache)
+    (note,) = cache.glob("corpora/last/*.json")
+    half = note.with_name(f".{note.name}.4194305.tmp")
+    half.write_bytes(b"{")
+    note.unlink()
+    load_corpus(wanted, cache=cache)
+    assert note.exists() and not half.exists()
 
 
 def test_killed_while_downloading(tmp_path, server):
