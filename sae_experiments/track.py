@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import netrc
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from sae_experiments.io import read_json
+from sae_experiments.io import UserError, read_json
+
+MODES = ("auto", "online", "offline", "disabled")
+#: Where wandb looks for a key of its own server, whatever its newest address is.
+HOST = "api.wandb.ai"
 
 
 class Tracker(Protocol):
@@ -42,10 +47,13 @@ class NoTracker:
 class Wandb:
     """Mirror to Weights & Biases: offline without an API key, and silent for good after its first error.
 
+    With mode auto, the variable WANDB_MODE and wandb's own settings decide, where they say something.
     Every point carries its own step (``<dataset>/<seed>/step``), so that resumed and parallel stages never run backwards.
     """
 
     def __init__(self, *, project: str, group: str | None, mode: str, say: Callable[[str], None] = print) -> None:
+        if mode not in MODES:
+            raise UserError(f"track.mode={mode} is not one of {', '.join(MODES)}")
         self.project, self.group, self.mode, self.say, self.run = project, group, mode, say, None
 
     def start(self, folder: Path, config: Mapping[str, Any], label: str, plan: str | None) -> None:
@@ -54,8 +62,7 @@ class Wandb:
         def begin() -> None:
             import wandb
 
-            has_key = bool(os.environ.get("WANDB_API_KEY")) or bool(wandb.api.api_key)
-            mode = self.mode if self.mode != "auto" else "online" if has_key else "offline"
+            mode = self.mode if self.mode != "auto" else mode_of(wandb)
             self.run = wandb.init(project=self.project, group=self.group or plan, name=f"{folder.name}: {label}", dir=str(folder), config=dict(config), mode=mode,
                                   settings=wandb.Settings(silent=True, console="off", init_timeout=20))  # fmt: skip
             self.say(f"wandb: {mode}, project {self.project}, run {label}")
@@ -105,3 +112,33 @@ class Wandb:
         except Exception as error:  # a tracker is a mirror: whatever breaks in it must not break the run
             self.run = None
             self.say(f"wandb: {what} failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); going on without it")
+
+
+def mode_of(wandb: Any) -> str:
+    """How wandb is to run where ``track.mode=auto`` leaves it open.
+
+    Args:
+        wandb: the module.
+
+    Returns:
+        What WANDB_MODE says, or ``wandb offline`` and ``wandb disabled`` said;
+        else online with an API key and offline without one.
+    """
+    settings = wandb.setup().settings
+    asked = os.environ.get("WANDB_MODE") or settings.mode
+    if asked and (asked != "online" or os.environ.get("WANDB_MODE")):
+        return asked
+    return "online" if _has_key(settings) else "offline"
+
+
+def _has_key(settings: Any) -> bool:
+    """Whether wandb has an API key: in its settings, which know WANDB_API_KEY, or in the netrc file."""
+    if settings.api_key or os.environ.get("WANDB_API_KEY"):
+        return True
+    server = (settings.base_url or "").removeprefix("https://").removeprefix("http://").strip("/")
+    named = os.environ.get("NETRC")
+    files = [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    for file in (path for path in files if path.is_file()):
+        known = netrc.netrc(str(file)).hosts
+        return any(host in known for host in (server, HOST))
+    return False

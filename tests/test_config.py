@@ -499,6 +499,12 @@ def test_a_mistake_is_one_line_with_key_value_and_remedy_status_2_and_no_folder(
     assert all(word in said for word in MISTAKES[typo]), said
 
 
+def test_a_mode_of_tracking_that_does_not_exist_is_a_mistake(typed):
+    status, said = typed("track=wandb", "track.mode=foo")
+    assert status == 2 and "track.mode=foo is not one of auto, online, offline, disabled" in said
+    assert said.count("\n") == 1
+
+
 def test_a_number_too_large_for_the_dictionary_names_both(typed):
     status, said = typed("sae=topk", "sae.target_l0=100000")
     assert status == 2 and "k=100000" in said and "d_sae=256" in said

@@ -21,7 +21,7 @@ from sae_experiments.metrics.info import MetricInfo
 from sae_experiments.results import load_arrays, read_curves, read_records
 from sae_experiments.run import RunFailed, RunSettings, run
 from sae_experiments.studies.base import Cell, Context, Outcome
-from sae_experiments.track import NoTracker, Wandb
+from sae_experiments.track import MODES, NoTracker, Wandb
 
 INFO = [MetricInfo(name="loss", title="loss", formula="f", unit="nat", better="down")]
 
@@ -407,9 +407,10 @@ def test_a_cell_that_is_busy_when_the_limit_is_over_is_left_for_another_time(fol
 class FakeWandb(ModuleType):
     """A wandb that raises where it is told to."""
 
-    def __init__(self, broken: str = "", key: str | None = None) -> None:
+    def __init__(self, broken: str = "", key: str | None = None, mode: str = "online") -> None:
         super().__init__("wandb")
-        self.broken, self.calls, self.api = broken, [], SimpleNamespace(api_key=key)
+        self.broken, self.calls = broken, []
+        self.known = SimpleNamespace(api_key=key, mode=mode, base_url="https://wandb.example")
         self.summary = SimpleNamespace(update=lambda values: self.call("summary", values))
 
     def call(self, what: str, *args: Any, **kwargs: Any) -> Any:
@@ -417,6 +418,9 @@ class FakeWandb(ModuleType):
         if what == self.broken:
             raise ConnectionError(f"{what} broke\nwith a second line")
         return self
+
+    def setup(self) -> Any:
+        return SimpleNamespace(settings=self.known)
 
     def init(self, **kwargs: Any) -> Any:
         return self.call("init", **kwargs)
@@ -440,9 +444,14 @@ class FakeWandb(ModuleType):
         return page
 
 
-def with_wandb(monkeypatch: pytest.MonkeyPatch, folder: Path, wandb: Any, act: Any = None, mode: str = "auto") -> tuple[str, list[str]]:
+def with_wandb(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, wandb: Any, act: Any = None, mode: str = "auto", **variables: str
+) -> tuple[str, list[str]]:
     said: list[str] = []
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"NETRC": str(folder / "no netrc")} | variables).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     study = Fake(act=act or (lambda cell, ctx: ctx.log(3, {"lm/loss": 1.5})))
     return go(study, folder, Wandb(project="p", group=None, mode=mode, say=said.append)), said
@@ -471,6 +480,49 @@ def test_wandb_is_offline_without_a_key_and_online_with_one(folder, tmp_path, mo
     wandb = FakeWandb(key="secret")
     with_wandb(monkeypatch, tmp_path / "disabled", wandb, mode="disabled")
     assert wandb.calls[0][2]["mode"] == "disabled"
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+@pytest.mark.parametrize("variable", [None, "online", "offline", "disabled"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_that_was_asked_for_is_kept(folder, monkeypatch, mode, variable, key):
+    """The configuration first, then WANDB_MODE, then what there is a key for."""
+    wandb = FakeWandb(key=key)
+    with_wandb(monkeypatch, folder, wandb, mode=mode, **({"WANDB_MODE": variable} if variable else {}))
+    expected = mode if mode != "auto" else variable or ("online" if key else "offline")
+    assert wandb.calls[0][2]["mode"] == expected
+
+
+def test_auto_knows_wandb_s_own_settings_and_the_keys_of_a_netrc_file(folder, tmp_path, monkeypatch):
+    wandb = FakeWandb(key="secret", mode="disabled")  # as after `wandb disabled`
+    with_wandb(monkeypatch, tmp_path / "disabled", wandb)
+    assert wandb.calls[0][2]["mode"] == "disabled"
+    for host, mode in (("wandb.example", "online"), ("api.wandb.ai", "online"), ("elsewhere", "offline")):
+        (tmp_path / "netrc").write_text(f"machine {host} login user password secret\n")
+        (tmp_path / "netrc").chmod(0o600)
+        wandb = FakeWandb()
+        with_wandb(monkeypatch, tmp_path / host, wandb, NETRC=str(tmp_path / "netrc"))
+        assert wandb.calls[0][2]["mode"] == mode, host
+
+
+def test_a_mode_that_wandb_does_not_have_is_one_line():
+    with pytest.raises(UserError, match=r"track\.mode=foo is not one of auto, online, offline, disabled"):
+        Wandb(project="p", group=None, mode="foo")
+
+
+@pytest.mark.parametrize("variable", ["offline", "disabled"])
+def test_the_real_wandb_does_not_go_online_against_wandb_mode(folder, monkeypatch, variable):
+    """With a key and track.mode=auto; whatever else it needs of wandb is still there."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_MODE", variable)
+    wandb.teardown()  # its settings are read once
+    said: list[str] = []
+    tracker = Wandb(project="p", group=None, mode="auto", say=said.append)
+    assert go(Fake(act=lambda cell, ctx: ctx.log(3, {"lm/loss": 1.5})), folder, tracker) == "done"
+    wandb.teardown()
+    assert [line for line in said if line.startswith(f"wandb: {variable}, ")] == said
+    assert any(folder.glob("wandb/offline-run-*")) == (variable == "offline")
 
 
 def test_wandb_gets_the_curves_the_metrics_and_the_status(folder, monkeypatch):
