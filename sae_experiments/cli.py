@@ -22,7 +22,7 @@ from sae_experiments.help import help_page
 from sae_experiments.io import UserError, read_json
 from sae_experiments.launchers import JOB
 from sae_experiments.results import read_records
-from sae_experiments.stopping import Stopped, end_with_parent, listening
+from sae_experiments.stopping import Stopped, end_with_parent, farewell, listening, wait_for_children
 from sae_experiments.sweeps import is_sweep, run_hydra, sweep
 
 # Threads that wait give their core away soon: on a machine that does something else too, spinning costs a training step four times its time,
@@ -60,7 +60,7 @@ def main(argv: Sequence[str], *, plan: str, extra: Sequence[str], conf: Path) ->
             raise
         return _failed(f"out of memory ({first_line(error)}): use smaller sizes (fit.train.batch_size, sae.expansion, lm.*) or another machine", 1)
     except (KeyboardInterrupt, Stopped) as stopped:
-        return _failed(f"stopped by {stopped or 'SIGINT'}: the same command continues where this one ended", getattr(stopped, "exit_status", 130))
+        return _failed(farewell(str(stopped) or "SIGINT"), getattr(stopped, "exit_status", 130))
 
 
 def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> int:
@@ -70,7 +70,8 @@ def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> in
     command = parse(argv)
     if command.multirun or is_sweep(command.overrides):
         here = functools.partial(main, plan=plan, extra=extra, conf=conf)
-        return sweep(conf, [*extra, *command.overrides], here)
+        with wait_for_children():
+            return sweep(conf, [*extra, *command.overrides], here)
     with configuring():
         overrides, about = complete(command.overrides, plan=plan, extra=extra, conf=conf)
     if command.flags:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, TextIO
 from sae_experiments.io import UserError
 
 POLL_S = 0.1
-GRACE_S = 60.0  # a job that was asked to end may take this long to do so
+GRACE_S = 15.0  # a job that was asked to end has ended by then (stopping.GRACE_S), unless it cannot
 JOB = "SAE_SWEEP_JOB"  # set in the environment of a job: it ends when the process that started it dies
 
 

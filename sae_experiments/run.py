@@ -34,7 +34,7 @@ from sae_experiments.results import (
     write_record,
 )
 from sae_experiments.source import outside_digest, package_digest
-from sae_experiments.stopping import OutOfTime, Stopped, limited
+from sae_experiments.stopping import OutOfTime, Stopped, last_words, limited
 from sae_experiments.studies.base import Cell, Context, Outcome, Study
 from sae_experiments.track import Tracker
 
@@ -124,7 +124,8 @@ class _Run:
         self.tracker.start(s.folder, s.config, s.label, s.about.get("plan"))
         status, failures = "failed", []
         try:
-            failures = self._cells(ctx)
+            with last_words(lambda: self._write_manifest(self.manifest | {"status": "stopped", "ended": _now(), "cause": "Stopped: in haste"})):
+                failures = self._cells(ctx)
             status = "failed" if failures else "cut" if self.cut else "done"
         except BaseException as error:
             stopped = isinstance(error, (Stopped, KeyboardInterrupt))
@@ -266,8 +267,8 @@ class _Run:
             for path in folder.glob("final_info*.json"):
                 path.unlink()
 
-    def _write_manifest(self) -> None:
-        write_json(self.settings.folder / "manifest.json", self.manifest)
+    def _write_manifest(self, manifest: Mapping[str, Any] | None = None) -> None:
+        write_json(self.settings.folder / "manifest.json", self.manifest if manifest is None else manifest)
 
 
 def _refuse_other_configuration(folder: Path, config: Mapping[str, Any], overwrite: bool) -> None:

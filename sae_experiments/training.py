@@ -22,6 +22,7 @@ from sae_experiments import memory
 from sae_experiments.checkpoint import read_checkpoint, write_checkpoint
 from sae_experiments.finite import Watch
 from sae_experiments.io import UserError
+from sae_experiments.stopping import asked, at_boundaries, leave
 
 History = list[tuple[int, str, float]]
 
@@ -299,11 +300,12 @@ class _Running:
                     optimizer.state[params[int(j)]][name] = value.clone()
 
 
+@at_boundaries()
 def train(learners: Sequence[Learner], batch_at: Callable[[int], Any], cfg: TrainConfig, session: Session) -> Progress:
     """Train ``learners`` side by side on the same batches for ``cfg.steps`` steps.
 
     ``batch_at(step)`` must depend on the step alone. A checkpoint is written every ``cfg.checkpoint_every_s`` seconds and at the end;
-    if ``session.checkpoint`` exists, training continues from it. Stops early, in good order, when ``session.deadline`` has passed.
+    if ``session.checkpoint`` exists, training continues from it. Stops early, in good order, at ``session.deadline`` and after a signal.
 
     Raises:
         NonFinite: a loss or gradient is not finite; the message names the step, the term and the tensor.
@@ -344,9 +346,10 @@ def train(learners: Sequence[Learner], batch_at: Callable[[int], Any], cfg: Trai
         progress.step, progress.seconds = step + 1, time.monotonic() - _mark
         session.tick(step + 1, cfg.steps)
         progress.cut = not last and session.deadline is not None and time.monotonic() > session.deadline
-        if session.checkpoint and not last and (progress.cut or time.monotonic() - saved > cfg.checkpoint_every_s):
+        if session.checkpoint and not last and (progress.cut or asked() or time.monotonic() - saved > cfg.checkpoint_every_s):
             save_checkpoint(session.checkpoint, running, progress)
             saved = time.monotonic()
+        leave()
         if progress.cut:
             break
     for r in running:

@@ -30,7 +30,7 @@ TABLE: dict[str, set[str]] = {
     "standin": {"io", "source"},
     "checkpoint": {"io"},
     "finite": {"io"},
-    "training": {"io", "checkpoint", "finite", "memory"},
+    "training": {"io", "checkpoint", "finite", "memory", "stopping"},
     "layouts": {"io"},
     "activations": {"io", "source", "layouts"},
     "results": {"io", "warned"},

@@ -26,6 +26,7 @@ from sae_experiments import activations, fit, lm
 from sae_experiments.interop import load_sae
 from sae_experiments.io import NonFinite, UserError, cached
 from sae_experiments.results import Record, checksums, load_arrays, read_curves, read_records, write_record
+from sae_experiments.stopping import GRACE_S
 
 RUN = ("--out_dir=k", "sae=batch_topk", "metric=[reconstruction,sparsity,downstream]", "lm.train.eval_every=100")
 WRITING = ("os.rename", "os.mkdir", "os.truncate")
@@ -459,7 +460,7 @@ def test_a_run_that_is_asked_to_end_does_so_in_good_order(experiment, undisturbe
     asked = time.monotonic()
     process.send_signal(number)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and time.monotonic() - asked < 25, "it did not train to the end"
+    assert process.returncode == 128 + number and time.monotonic() - asked < GRACE_S + 4, "it did not train to the end"
     assert said.count("\n") == 1 and f"stopped by {signal.Signals(number).name}" in said and "continues" in said
     manifest = experiment.json("k", "manifest.json")
     assert manifest["status"] == "stopped" and signal.Signals(number).name in manifest["cause"]
