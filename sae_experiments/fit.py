@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.io import UserError
-from sae_experiments.saes.base import SAE, Batch, Forward, Step
+from sae_experiments.saes.base import SAE, Batch, Forward, Step, Units
 from sae_experiments.training import At, History, Learner, Loss, Phase, Session, TrainConfig, train
 
 
@@ -50,7 +50,8 @@ class SAELearner(Learner):
         return self.sae.phases()
 
     def begin(self, phase: str) -> None:
-        self.sae.begin(phase, self.sample.x, self.sample.y)
+        begin = self.sae.begin_again if self.sae.fitted else self.sae.begin
+        begin(phase, self.sample.x, self.sample.y)
 
     def finish(self, phase: str) -> None:
         with torch.no_grad():
@@ -86,10 +87,6 @@ class SAELearner(Learner):
         return values | ({"coeff": controller.coeff} if controller is not None else {})
 
 
-#: How activations are scaled in a fit.
-SCALES = ("spread", "none")
-
-
 def fit_saes(
     saes: Mapping[str, SAE],
     batch_at: Callable[[int], Batch],
@@ -103,26 +100,31 @@ def fit_saes(
 ) -> dict[str, FitReport]:
     """Train ``saes`` side by side on the batches ``batch_at(step)`` (in raw units) and leave them calibrated, in eval mode and raw units.
 
-    Inside, inputs and outputs are scaled by one number each to unit mean square, which is folded into the weights at the end, so that
-    coefficients and learning rates carry over between models. An SAE's result does not depend on which others are trained beside it.
+    Inside, inputs and outputs are centred and scaled by one number each (:func:`units_of`), which is folded into the weights at the end, so
+    that coefficients and learning rates carry over between models, and neither the unit of the data nor its mean matters. An SAE's result
+    does not depend on which others are trained beside it. A fitted SAE goes on from where it is, if it can.
 
     Args:
         scale: one of :data:`SCALES`; with none the SAE sees the rows in their own units.
 
     Raises:
         NonFinite: a loss became NaN or infinite (names SAE, step and term).
-        UserError: the sample holds a non-finite value, or nothing but zeros.
+        UserError: the sample holds a non-finite value, or nothing but zeros; an SAE cannot be
+            trained on, or rebuilds something else than it has to read.
     """
     configs = cfg if isinstance(cfg, Mapping) else dict.fromkeys(saes, cfg)
     blocks = {sae.blocks for sae in saes.values()}
     if len(blocks) != 1:
         raise UserError("SAEs over different numbers of sites cannot share one pass")
-    if scale not in SCALES:
-        raise UserError(f"scale={scale!r} is not one of {', '.join(SCALES)}")
-    s_in, s_out = scale_of(sample.x, "activations", *blocks), scale_of(sample.y, "targets", *blocks)
-    if scale == "none":
-        s_in, s_out = torch.ones_like(s_in), torch.ones_like(s_out)
-    scaled = Sample(sample.x * s_in, sample.y * s_out, sample.held * s_in)
+    same = sample.y is sample.x or torch.equal(sample.x, sample.y)
+    inputs = units_of(sample.x, "activations", *blocks, scale=scale)
+    outputs = inputs if same else units_of(sample.y, "targets", *blocks, scale=scale)
+    for name, sae in saes.items():
+        _check_start(name, sae, same)
+        if sae.fitted:
+            sae.rescale(inputs.inverse(), outputs.inverse())
+    x = inputs.apply(sample.x)
+    scaled = Sample(x, x if same else outputs.apply(sample.y), inputs.apply(sample.held))
     learners = [SAELearner(name, sae, configs[name], scaled, dead_after=dead_after, seed=seed) for name, sae in saes.items()]
     for sae in saes.values():
         controller = getattr(sae, "controller", None)
@@ -131,20 +133,21 @@ def fit_saes(
 
     def scaled_batch(step: int) -> Batch:
         batch = batch_at(step)
-        x = batch.x * s_in
+        x = inputs.apply(batch.x)
         rest = batch.downstream
         return Batch(
             x,
-            x if batch.y is batch.x else batch.y * s_out,
-            None if batch.alt is None else batch.alt * s_in,
-            None if rest is None else lambda recon: rest(recon / s_out),
+            x if batch.y is batch.x else outputs.apply(batch.y),
+            None if batch.alt is None else inputs.apply(batch.alt),
+            None if rest is None else lambda recon: rest(outputs.undo(recon)),
         )
 
     first = next(iter(configs.values()))
     progress = train(learners, scaled_batch, first, session or Session())
     reports = {}
     for (name, sae), learner in zip(saes.items(), learners, strict=True):
-        sae.rescale(s_in, s_out)
+        sae.rescale(inputs, outputs)
+        sae.fitted = True
         sae.eval()
         sae.requires_grad_(False)
         seconds = progress.seconds_of(name)
@@ -154,9 +157,61 @@ def fit_saes(
     return reports
 
 
-def scale_of(x: Tensor, what: str, blocks: int = 1) -> Tensor:
-    """``1 / sqrt(mean ||x||^2)`` over rows (N, D), as (D,): brings activations to unit mean square (each of ``blocks`` equal parts by itself)."""
-    mean = x.double().square().view(len(x), blocks, -1).sum(2).mean(0)
-    if not bool((mean > 0).all()) or not bool(torch.isfinite(mean).all()):
-        raise UserError(f"{what} cannot be scaled: their mean square is {mean.tolist()} (constant zero or non-finite values in the store)")
-    return mean.rsqrt().to(x.dtype).repeat_interleave(x.shape[1] // blocks)
+def _check_start(name: str, sae: SAE, same: bool) -> None:
+    """Raise :class:`UserError` for an SAE that cannot be fitted here."""
+    if sae.same_units and not same:
+        raise UserError(f"{name}: a {type(sae).__name__} SAE rebuilds what it reads: set sae.write=null")
+    if sae.fitted and not sae.trains_on:
+        raise UserError(
+            f"{name} is fitted already, and its weights are in the data's units: build it anew, or save it "
+            "with save_sae and train what load_sae gives on"
+        )
+    if (dtype := next(sae.parameters()).dtype) != torch.float32:
+        raise UserError(f"{name} has weights in {dtype}, and training needs float32: call .float() on it first")
+
+
+#: How the centre and the scale of activations are found.
+SCALES = ("spread", "robust", "none")
+#: Share of the rows that ``robust`` looks at, those nearest to the medians of the columns.
+ORDINARY = 0.95
+#: Float32 holds seven digits: what varies by less than this share of its size is constant.
+RESOLUTION = 1e-7
+
+
+def units_of(x: Tensor, what: str, blocks: int = 1, *, scale: str = "spread") -> Units:
+    """The units in which rows (N, D) have mean 0 and mean squared length 1.
+
+    Args:
+        x: rows; each of ``blocks`` equal parts of the columns gets a scale of its own.
+        what: the name of the rows in messages.
+        scale: ``spread`` looks at all rows; ``robust`` at the 95 % nearest to the medians of the
+            columns, so that a few huge rows change nothing; ``none`` leaves rows as they are.
+
+    Raises:
+        UserError: values that are not finite, or nothing but zeros in a block.
+    """
+    if scale not in SCALES:
+        raise UserError(f"fit.scale={scale!r} is not one of {', '.join(SCALES)}")
+    centre, factor = [], []
+    for part in x.double().tensor_split(blocks, 1):
+        size = part.square().sum(1).mean()
+        if not bool(size > 0) or not bool(torch.isfinite(size)):
+            raise UserError(f"{what} cannot be scaled: their mean square is {size.item():g} (constant zero or non-finite values in the store)")
+        middle, spread = _middle(part, robust=scale == "robust")
+        if not bool(spread > RESOLUTION**2 * size):  # constant rows, which only their size can scale
+            middle, spread = torch.zeros_like(middle), size
+        centre.append(middle)
+        factor.append(spread.rsqrt().expand_as(middle))
+    if scale == "none":
+        return Units(x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]))
+    return Units(torch.cat(centre).to(x), torch.cat(factor).to(x))
+
+
+def _middle(x: Tensor, *, robust: bool) -> tuple[Tensor, Tensor]:
+    """The mean of rows (N, D), and their mean squared distance from it."""
+    if robust:
+        distance = (x - x.median(0).values).square().sum(1)
+        near = x[distance <= distance.kthvalue(max(round(ORDINARY * len(x)), 1)).values]
+        x = near if len(near) > 1 else x
+    middle = x.mean(0)
+    return middle, (x - middle).square().sum(1).mean()

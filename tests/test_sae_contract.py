@@ -13,7 +13,7 @@ from torch import nn
 from sae_experiments.fit import Sample, fit_saes
 from sae_experiments.io import UserError
 from sae_experiments.saes import base, ops
-from sae_experiments.saes.base import SAE
+from sae_experiments.saes.base import SAE, Units
 from sae_experiments.saes.selection import Pattern
 
 
@@ -201,7 +201,7 @@ def test_same_seed_same_bits(name):
 
 @every_sae
 def test_the_asked_for_l0_is_met_on_rows_never_seen(name):
-    sae = trained(name)
+    sae = trained(name, n_train=600 if name == "crosscoder" else 300)  # its L0 is 2 to 9 % low after 300
     if getattr(getattr(sae, "controller", None), "fixed", False):
         pytest.skip("this configuration fixes the coefficient and asks for no L0")
     l0 = (sae.encode(rows(16384, 77)) != 0).sum(1).float().mean().item()
@@ -221,9 +221,10 @@ def test_a_fit_beats_predicting_the_mean(name):
 def test_folding_the_scale_changes_nothing_but_units(name):
     sae = make(name).eval()
     x = rows(64, 4)
-    s = torch.tensor(0.37)
-    before_acts, before = sae.encode(x * s), sae(x * s) / s
-    sae.rescale(s.expand(D), s.expand(D))
+    units = Units(torch.linspace(-3, 3, D), torch.full((D,), 0.37))
+    scaled = units.apply(x)
+    before_acts, before = sae.encode(scaled), units.undo(sae(scaled))
+    sae.rescale(units, units)
     after_acts = sae.encode(x)
     assert ((before_acts != 0) == (after_acts != 0)).all()
     torch.testing.assert_close(sae(x), before, rtol=1e-4, atol=1e-5)

@@ -356,10 +356,12 @@ def test_a_crosscoder_of_one_site_is_the_norm_weighted_standard_sae():
 
 
 def test_a_crosscoder_scales_every_site_by_itself():
-    from sae_experiments.fit import scale_of
+    from sae_experiments.fit import units_of
 
-    x = torch.cat([torch.full((5, 2), 2.0), torch.full((5, 2), 10.0)], 1)
-    assert scale_of(x, "x", 2).tolist() == pytest.approx([1 / math.sqrt(8)] * 2 + [1 / math.sqrt(200)] * 2)
+    x = torch.tensor([[1.0, 1.0, 4.0, 4.0], [3.0, 3.0, 8.0, 8.0]])
+    units = units_of(x, "x", 2)
+    assert units.centre.tolist() == [2.0, 2.0, 6.0, 6.0]
+    assert units.scale.tolist() == pytest.approx([1 / math.sqrt(2)] * 2 + [1 / math.sqrt(8)] * 2)
 
 
 # --- controller and mistakes ------------------------------------------------------------------------------------------

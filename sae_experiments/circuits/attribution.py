@@ -89,14 +89,13 @@ class Circuit:
         self.bias, self.atoms = decoder_of(upstream)
         self.directions = self.path.carried(self.atoms)
         self._plain = type(downstream).pre_acts is SAE.pre_acts
-        with torch.no_grad():
-            self._encoder_bias = downstream.bias().detach() if self._plain else None
 
     def pre_activation(self, x: Tensor, latent: Tensor) -> Tensor:
         """``A_i`` (R,) of rows (R, D) of the downstream site for one latent (R,) each; differentiable in ``x``."""
         if not self._plain:
             return self.downstream.pre_acts(x).gather(1, latent[:, None])[:, 0]
-        return (self.downstream.encoder_input(x) * self.downstream.W_enc[latent]).sum(-1) + self._encoder_bias[latent]
+        seen = self.downstream.shifted(self.downstream.encoder_input(x))
+        return (seen * self.downstream.W_enc[latent]).sum(-1) + self.downstream.b_enc.detach()[latent]
 
     @torch.no_grad()
     def prompts(self, tokens: Tensor, *, baseline: Tensor | None = None, keep_error: bool = True) -> Prompts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -92,12 +92,58 @@ class Step:
     generator: torch.Generator
 
 
+class Units(NamedTuple):
+    """The units an SAE is trained in: ``scale (x - centre)``; both (D,).
+
+    The scale is the same number throughout a block of the input (a site of a crosscoder).
+    """
+
+    centre: Tensor
+    scale: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Rows (N, D) in these units."""
+        return (x - self.centre).mul_(self.scale)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Rows (N, D) in these units, back in their own."""
+        return x / self.scale + self.centre
+
+    def inverse(self) -> Units:
+        """The units, as seen from these, in which rows have their own values."""
+        centre, scale = self.centre.double(), self.scale.double()
+        return Units(-centre * scale, 1 / scale)
+
+
 class Inference(NamedTuple):
     """What remains of an SAE when training is over: a plain encoder and decoder under a known architecture name."""
 
     architecture: str
     tensors: dict[str, Tensor]
     config: dict[str, Any]
+
+
+def by_rows(width: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A method of rows (N, W) that takes any number of leading dimensions, (W,) included.
+
+    Rows of another type (NumPy, half precision) are brought to that of the SAE's weights.
+
+    Args:
+        width: the SAE's attribute that holds W.
+    """
+
+    def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def taken(self: SAE, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            x = self.accepted(x, width)
+            if x.ndim == 2:
+                return method(self, x, *args, **kwargs)
+            out = method(self, x.reshape(-1, x.shape[-1]), *args, **kwargs)
+            return None if out is None else out.reshape(*x.shape[:-1], out.shape[-1])
+
+        return taken
+
+    return wrap
 
 
 class SAE(nn.Module):
@@ -111,6 +157,10 @@ class SAE(nn.Module):
         aux_coeff, k_aux: weight of AuxK and how many dead latents it uses a row (None: d_in // 2). 0 turns it off.
         unit_decoder: keep every decoder row at length 1 (radial gradient removed before each step, renormalised after).
         pre_bias: subtract b_dec from the input (needs d_out == d_in; None: where the widths allow it).
+
+    ``centre`` (D,) is subtracted from the input as well: 0 in training, and afterwards what b_dec
+    does not hold of the mean of the data. It is kept apart because ``W_enc x + bias`` loses digits
+    where the mean is much larger than the spread; see :meth:`rescale`.
     """
 
     #: Inputs and targets that consist of this many equal blocks (the sites of a crosscoder) are scaled block by block.
@@ -123,6 +173,12 @@ class SAE(nn.Module):
     coarse = True
     #: What the encoder's product is made from in training. In bfloat16 it only decides which latents are active: their values are made anew.
     product_dtype = torch.float32
+    #: Whether the SAE rebuilds what it reads, in the same units (tied weights, a refined code).
+    same_units = False
+    #: Whether the SAE has been fitted: its weights are in the data's own units.
+    fitted = False
+    #: Whether a fitted SAE can be trained on from where it is.
+    trains_on = False
 
     def __init__(
         self,
@@ -152,6 +208,7 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("centre", torch.zeros(d_in))
         self._scratch: dict[str, Tensor] = {}
 
     @property
@@ -195,6 +252,9 @@ class SAE(nn.Module):
         if not self.pre_bias:  # pre-activations centred, as subtracting a bias would make them
             self.b_enc.data.copy_(-self.W_enc.data @ x.mean(0))
 
+    def begin_again(self, phase: str, x: Tensor, y: Tensor) -> None:
+        """What takes the place of :meth:`begin` for a fitted SAE that is trained on."""
+
     def after_step(self, fwd: Forward, step: Step) -> None:
         """The only method that may write buffers during training."""
 
@@ -211,9 +271,12 @@ class SAE(nn.Module):
 
     def plain_tensors(self) -> dict[str, Tensor]:
         """Weights under SAELens' names and orientation: W_enc (D, F), W_dec (F, O)."""
+        b_enc = self.b_enc.detach()
+        if bool(self.centre.any()):  # the format has no place for it
+            b_enc = (b_enc.double() - self.W_enc.detach().double() @ self.centre.double()).to(b_enc)
         return {
             "W_enc": self.W_enc.detach().t().contiguous(),
-            "b_enc": self.b_enc.detach(),
+            "b_enc": b_enc,
             "W_dec": self.W_dec.detach(),
             "b_dec": self.b_dec.detach(),
         }
@@ -225,13 +288,32 @@ class SAE(nn.Module):
 
     # --- the shared machinery -----------------------------------------------------------------------------------------
 
-    def bias(self) -> Tensor:
-        """Encoder bias with the subtraction of b_dec folded in: ``b_enc - W_enc b_dec`` (saves a product over the batch)."""
-        return self.b_enc - self.W_enc @ self.b_dec if self.pre_bias else self.b_enc
+    def accepted(self, x: Tensor, width: str) -> Tensor:
+        """Rows (..., W) as a tensor of the weights' type; :class:`UserError` for another width."""
+        x = x if isinstance(x, Tensor) else torch.as_tensor(x)
+        if not x.ndim or x.shape[-1] != getattr(self, width):
+            raise UserError(f"rows of shape {tuple(x.shape)} do not fit {width}={getattr(self, width)} of this SAE")
+        return x.to(next(self.parameters()).dtype)
 
+    def origin(self) -> Tensor:
+        """What the encoder subtracts from its input (D,)."""
+        return self.centre + self.b_dec if self.pre_bias else self.centre
+
+    def shifted(self, x: Tensor) -> Tensor:
+        """Rows (..., D) less :meth:`origin`: exact however large the mean of the data is."""
+        return x - self.origin()
+
+    def bias(self) -> Tensor:
+        """Encoder bias with the origin folded in, ``b_enc - W_enc origin``: for training, where
+
+        rows are centred, it saves a pass over the batch.
+        """
+        return self.b_enc - self.W_enc @ self.origin()
+
+    @by_rows("d_in")
     def pre_acts(self, x: Tensor) -> Tensor:
-        """Pre-activations (B, F) of rows (B, D), differentiable."""
-        return nn.functional.linear(self.encoder_input(x), self.W_enc, self.bias())
+        """Pre-activations (..., F) of rows (..., D), differentiable."""
+        return nn.functional.linear(self.shifted(self.encoder_input(x)), self.W_enc, self.b_enc)
 
     def activate(self, pre: Tensor) -> Codes:
         """The code of pre-activations (B, F), without a graph."""
@@ -240,12 +322,14 @@ class SAE(nn.Module):
             return Codes(self.shape(support.at(pre), support.col), support)
         return Codes(self.shape(pre, None) * support)
 
+    @by_rows("d_in")
     def encode(self, x: Tensor) -> Tensor:
-        """Dense codes (B, F) of rows (B, D)."""
+        """Dense codes (..., F) of rows (..., D)."""
         return self.activate(self.pre_acts(x)).dense()
 
+    @by_rows("d_sae")
     def decode(self, acts: Tensor) -> Tensor:
-        """Reconstruction (B, O) of dense codes (B, F)."""
+        """Reconstruction (..., O) of dense codes (..., F)."""
         return acts @ self.W_dec + self.b_dec
 
     def contributions(self, acts: Tensor, direction: Tensor) -> Tensor:
@@ -264,8 +348,9 @@ class SAE(nn.Module):
         """How far one unit of each latent moves the reconstruction, (F,), in units of the activations."""
         return self.W_dec.norm(dim=1)
 
+    @by_rows("d_in")
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction (B, O) of rows (B, D): ``decode(encode(x))``, plus the direct path where there is one."""
+        """The reconstruction (..., O) of rows (..., D): ``decode(encode(x))``, plus the direct path where there is one."""
         return self.reconstruct(x, self.encode(x))
 
     def reconstruct(self, x: Tensor, acts: Tensor) -> Tensor:
@@ -352,8 +437,7 @@ class SAE(nn.Module):
     def explain(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         """How much of ``residual`` (B, O) the latents ``dead`` leave unexplained (:func:`.ops.aux_k`); no live parameter gets a gradient."""
         w_enc, bias = self.W_enc.index_select(0, dead), self.b_enc.index_select(0, dead)
-        if self.pre_bias:
-            bias = bias - w_enc @ self.b_dec.detach()
+        bias = bias - w_enc @ self.origin().detach()
         return ops.aux_k(self.encoder_input(x), residual, w_enc, bias, self.W_dec.index_select(0, dead), self.k_aux)
 
     def before_update(self) -> None:
@@ -367,12 +451,23 @@ class SAE(nn.Module):
             self.W_dec.data.div_(self.W_dec.data.norm(dim=1, keepdim=True).clamp_min_(1e-8))
         self.after_step(fwd, step)
 
-    def rescale(self, s_in: Tensor, s_out: Tensor) -> None:
-        """Turn an SAE of ``s_in * x`` and ``s_out * y`` into one of x and y, codes unchanged. Scales are (D,) and (O,)."""
-        with torch.no_grad():
-            self.W_enc.mul_(s_in)
-            self.W_dec.div_(s_out)
-            self.b_dec.div_(s_out)
+    @torch.no_grad()
+    def rescale(self, inputs: Units, outputs: Units) -> None:
+        """Turn an SAE of ``inputs.apply(x)`` and ``outputs.apply(y)`` into one of x and y.
+
+        Codes are unchanged. Folded in float64. Where b_dec is subtracted from the input it takes
+        the mean of the outputs along; ``centre`` is what the mean of the inputs differs by.
+        """
+        self.W_enc.copy_(self.W_enc.double() * inputs.scale.double())
+        self.W_dec.copy_(self.W_dec.double() / outputs.scale.double())
+        self._move_origin(inputs, outputs)
+
+    def _move_origin(self, inputs: Units, outputs: Units) -> None:
+        b_dec = outputs.undo(self.b_dec.double())
+        centre = self.centre.double() + self.b_dec.double() if self.pre_bias else self.centre.double()
+        centre = inputs.undo(centre)
+        self.centre.copy_(centre - b_dec if self.pre_bias else centre)
+        self.b_dec.copy_(b_dec)
 
     @torch.no_grad()
     def calibrate_threshold(self, x: Tensor, target_l0: float, rows: int = 4096) -> None:
@@ -383,9 +478,9 @@ class SAE(nn.Module):
         """
         n = round(x.shape[0] * target_l0)
         kept = x.new_zeros(0)
-        bias = self.bias()
         for chunk in x.split(rows):
-            strength = self.strength(self.product(self.encoder_input(chunk), bias)).reshape(-1)
+            seen = self.shifted(self.encoder_input(chunk))
+            strength = self.strength(self.product(seen, self.b_enc)).reshape(-1)
             least = kept.min() if kept.numel() == n and n else strength.new_zeros(())
             kept = torch.cat([kept, strength[strength > least]])
             if kept.numel() > n:

@@ -39,5 +39,8 @@ class Gated(Standard):
 
     def inference(self) -> Inference:
         tensors = self.plain_tensors()
-        tensors["b_gate"] = tensors.pop("b_enc") - self.threshold  # pi > threshold is pi - threshold > 0; magnitudes do not see it
-        return Inference("gated", tensors | {"r_mag": self.r_mag.detach(), "b_mag": self.b_mag.detach()}, {"apply_b_dec_to_input": self.pre_bias})
+        gate = tensors.pop("b_enc")
+        tensors["b_gate"] = gate - self.threshold  # pi > threshold is pi - threshold > 0; magnitudes do not see it
+        folded = (gate - self.b_enc).detach()  # the centre, which the magnitudes read as well
+        tensors |= {"r_mag": self.r_mag.detach(), "b_mag": (self.b_mag + self.r_mag.exp() * folded).detach()}
+        return Inference("gated", tensors, {"apply_b_dec_to_input": self.pre_bias})

@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector
 
 from sae_experiments.io import UserError
 from sae_experiments.saes import ops
-from sae_experiments.saes.base import SAE, Batch, Step
+from sae_experiments.saes.base import SAE, Batch, Step, Units, by_rows
 from sae_experiments.saes.levels import Controllers, Joined, Level, Weights, active_of, product, signed_directions, widths_of
 from sae_experiments.saes.mutual_information import Coherence, Information
 from sae_experiments.saes.sparsity import ramp
@@ -77,6 +77,7 @@ class Hierarchical(SAE):
     """
 
     coarse = False  # both levels make their products themselves
+    same_units = True
 
     def __init__(
         self, *, d_in: int, d_sae: int, d_out: int | None = None, target_l0: float | None, sparsity: Sequence[float], top_frac: float, levels: str,
@@ -172,6 +173,7 @@ class Hierarchical(SAE):
         passed = (1 - gate) * (self.predict(z2) > 0) * (self.scale * reach)  # a bottom latent that the top says is off carries nothing
         return torch.cat([gate * z1 * reach, z2 * (passed @ self.top.W_dec.t())], 1)
 
+    @by_rows("d_in")
     def pre_acts(self, x: Tensor) -> Tensor:
         a1 = self.bottom.pre_acts(x)
         if self.levels == "bottom":
@@ -192,6 +194,7 @@ class Hierarchical(SAE):
         """The bottom's code in units of its scale, as the top says it is: ``v`` (B, m1)."""
         return torch.relu(product(z2, self.top.W_dec) + self.top.b_dec)
 
+    @by_rows("d_sae")
     def decode(self, acts: Tensor, gate: float | None = None) -> Tensor:
         """Reconstruction of dense codes (B, F). ``gate`` 1 gives the bottom's, 0 the top's, None lets the gates decide."""
         if self.levels == "bottom" or gate == 1 or (gate is None and not self.joined):
@@ -397,13 +400,13 @@ class Hierarchical(SAE):
         self._take(getattr(self, f"end_of_{phase}"))
         self.joined.fill_(phase != "bottom")
 
-    def rescale(self, s_in: Tensor, s_out: Tensor) -> None:
+    @torch.no_grad()
+    def rescale(self, inputs: Units, outputs: Units) -> None:
         """Units are folded into the bottom, now and in what is kept of earlier phases; the codes of both levels stay as they are."""
-        with torch.no_grad():
-            now, kept = self._packed(), [n for n, _ in self.named_buffers() if n.startswith("end_of_")]
-            for name in kept:
-                self._take(getattr(self, name))
-                self.bottom.rescale(s_in, s_out)
-                getattr(self, name).copy_(self._packed())
-            self._take(now)
-            self.bottom.rescale(s_in, s_out)
+        now = self._packed()
+        for name in [n for n, _ in self.named_buffers() if n.startswith("end_of_")]:
+            self._take(getattr(self, name))
+            self.bottom.rescale(inputs, outputs)
+            getattr(self, name).copy_(self._packed())
+        self._take(now)
+        self.bottom.rescale(inputs, outputs)

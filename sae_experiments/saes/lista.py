@@ -21,6 +21,8 @@ class Lista(Matryoshka):
     with the centred input).
     """
 
+    same_units = True
+
     def __init__(self, *, eta: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if eta < 0:
@@ -32,14 +34,14 @@ class Lista(Matryoshka):
     def encoder_input(self, x: Tensor) -> Tensor:
         if not self._refining or not self.eta:
             return x
-        bias = self.bias()
-        pre = self.product(x, bias)
+        centred = self.shifted(x)
+        pre = self.product(centred, self.b_enc)
         if self.training:
             pattern = self.largest(pre, "first")
         else:
             pattern = selection.Pattern.from_mask(pre > self.first_threshold)
-        first = ops.decode(ops.entries(x, self.W_enc, bias, pre, pattern), pattern, self.W_dec)
-        return self.b_dec + (1 + self.eta) * (x - self.b_dec) - self.eta * first
+        values = ops.entries(centred, self.W_enc, self.b_enc, pre, pattern)
+        return x + self.eta * (centred - ops.decode(values, pattern, self.W_dec))
 
     def finish(self, phase: str, x: Tensor) -> None:
         self._refining = False

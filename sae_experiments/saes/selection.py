@@ -106,7 +106,7 @@ def top_k(pre: Tensor, k: int) -> Pattern:
     size = 1
     while n_cols // (2 * size) >= 4 * k:
         size *= 2
-    if size == 1:
+    if size == 1 or not n_rows:
         return _selected(pre, k)
     chunk = max(1, TILE // n_cols)
     flat = torch.cat([_candidates(part, k, size).add_(i * chunk * n_cols) for i, part in enumerate(pre.split(chunk))])

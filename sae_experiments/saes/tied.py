@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from sae_experiments.saes.base import Units
 from sae_experiments.saes.standard import Standard
 
 
@@ -16,13 +16,16 @@ class Tied(Standard):
     Half the parameters; the best linear encoder under interference is not the transpose, so reconstruction is worse at equal L0.
     """
 
+    same_units = True
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.W_enc = self.W_dec
 
-    def rescale(self, s_in: Tensor, s_out: Tensor) -> None:
+    @torch.no_grad()
+    def rescale(self, inputs: Units, outputs: Units) -> None:
         # One matrix cannot take a factor and its inverse: the codes shrink instead (ReLU is homogeneous).
-        scale = s_in[0]
-        with torch.no_grad():
-            for t in (self.b_enc, self.b_dec, self.threshold):
-                t.div_(scale)
+        scale = inputs.scale[0].double()
+        for t in (self.b_enc, self.threshold):
+            t.copy_(t.double() / scale)
+        self._move_origin(inputs, outputs)

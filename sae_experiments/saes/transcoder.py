@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_experiments.saes.base import Inference, NotExportable
+from sae_experiments.saes.base import Inference, NotExportable, Units, by_rows
 from sae_experiments.saes.batch_topk import BatchTopK
 
 
@@ -21,13 +21,16 @@ class Transcoder(BatchTopK):
         super().__init__(pre_bias=False, **kwargs)
         self.W_skip = nn.Parameter(torch.zeros(self.d_out, self.d_in)) if skip else None
 
+    @by_rows("d_in")
     def linear_path(self, x: Tensor) -> Tensor | None:
-        return None if self.W_skip is None else x @ self.W_skip.t()
+        return None if self.W_skip is None else (x - self.centre) @ self.W_skip.t()
 
-    def rescale(self, s_in: Tensor, s_out: Tensor) -> None:
-        super().rescale(s_in, s_out)
+    @torch.no_grad()
+    def rescale(self, inputs: Units, outputs: Units) -> None:
+        super().rescale(inputs, outputs)
         if self.W_skip is not None:
-            self.W_skip.data.mul_(s_in).div_(s_out[:, None])
+            weight = self.W_skip.double() * inputs.scale.double()
+            self.W_skip.copy_(weight / outputs.scale.double()[:, None])
 
     def inference(self) -> Inference:
         raise NotExportable("SAELens' transcoder formats have no threshold of the calibrated kind")
