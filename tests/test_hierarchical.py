@@ -142,10 +142,10 @@ def test_the_phases_say_who_learns():
 def test_the_frozen_bottom_keeps_every_bit_through_the_second_phase(watched):
     _, seen = watched
     frozen = [k for k in seen["bottom"] if k.startswith("bottom.") and "controller" not in k]
-    assert {"bottom.W_enc", "bottom.W_dec", "bottom.b_enc", "bottom.b_dec", "bottom.threshold"} == set(frozen)
+    assert {"bottom.W_enc", "bottom.W_dec", "bottom.b_enc", "bottom.b_dec", "bottom.threshold", "bottom.centre"} == set(frozen)
     for key in [*frozen, "scale"]:
         assert torch.equal(seen["bottom"][key], seen["top"][key]), key
-        assert key == "scale" or not torch.equal(seen["top"][key], seen["both"][key]), f"{key} learns again in the last phase"
+        assert key in ("scale", "bottom.centre") or not torch.equal(seen["top"][key], seen["both"][key]), f"{key} learns again in the last phase"
     assert not torch.equal(seen["bottom"]["top.W_enc"], seen["top"]["top.W_enc"])
 
 

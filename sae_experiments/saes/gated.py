@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.saes import ops
-from sae_experiments.saes.base import Forward, Inference, Step
+from sae_experiments.saes.base import SAE, Forward, Inference, Step
 from sae_experiments.saes.standard import Standard
 
 
@@ -38,9 +38,14 @@ class Gated(Standard):
         return {"sparsity": self.coefficient(step) * gate.sum() / len(fwd.batch.x), "gate_mse": ops.squared_error(rebuilt, fwd.batch.y)}
 
     def inference(self) -> Inference:
-        tensors = self.plain_tensors()
-        gate = tensors.pop("b_enc")
-        tensors["b_gate"] = gate - self.threshold  # pi > threshold is pi - threshold > 0; magnitudes do not see it
-        folded = (gate - self.b_enc).detach()  # the centre, which the magnitudes read as well
-        tensors |= {"r_mag": self.r_mag.detach(), "b_mag": (self.b_mag + self.r_mag.exp() * folded).detach()}
-        return Inference("gated", tensors, {"apply_b_dec_to_input": self.pre_bias})
+        return as_gated(self)
+
+
+def as_gated(sae: SAE) -> Inference:
+    """A gated SAE (with ``r_mag`` and ``b_mag``) in SAELens' terms."""
+    tensors = sae.plain_tensors()
+    gate, scale = tensors.pop("b_enc"), sae.r_mag.detach().exp()
+    folded = gate - sae.b_enc.detach()  # the centre, which the magnitudes read as well
+    tensors["b_gate"] = gate - sae.threshold  # magnitudes do not see the threshold
+    tensors |= {"r_mag": sae.r_mag.detach(), "b_mag": sae.b_mag.detach() + scale * folded}
+    return Inference("gated", tensors, {"apply_b_dec_to_input": sae.pre_bias})

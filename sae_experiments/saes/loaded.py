@@ -1,0 +1,127 @@
+"""An SAE that was read from a directory: it computes what its file says, and can be trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sae_experiments.saes import selection
+from sae_experiments.saes.base import Inference
+from sae_experiments.saes.batch_topk import BatchTopK
+from sae_experiments.saes.gated import as_gated
+from sae_experiments.saes.selection import Pattern
+
+#: Weight of AuxK, which brings dead latents back, as in ``conf/sae/topk.yaml``.
+AUX_COEFF = 1 / 32
+#: Rows on which the number of active latents is counted before training goes on.
+COUNTED = 8192
+
+
+class Loaded(BatchTopK):
+    """One of four architectures, ``a = W_enc (x - b_dec) + b_enc`` in each::
+
+        standard  z = ReLU(a)                   topk   z = ReLU(TopK_k(a))
+        jumprelu  z = ReLU(a) 1[a > theta]      gated  z = 1[a > 0] ReLU(e^r (a - b_enc) + b_mag)
+
+    Trained on, it keeps its L0. ``topk`` selects as before. For the others that L0 is counted on
+    the first rows; in training the entries of a batch that lie furthest above their thresholds
+    are active (all that are positive, where these are too few), and at the end all thresholds
+    move by one number, so that the L0 is exact. Decoder rows may have any length.
+
+    Args:
+        inference: architecture, tensors under SAELens' names, settings.
+        notes: what its configuration says that was left alone.
+    """
+
+    fitted = True
+    trains_on = True
+
+    theta: Tensor
+    wanted: Tensor
+
+    def __init__(self, inference: Inference, notes: tuple[str, ...] = ()) -> None:
+        architecture, tensors, config = inference
+        d_in, d_sae = tensors["W_enc"].shape
+        pre_bias = bool(config.get("apply_b_dec_to_input", True))
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced at once
+            super().__init__(d_in=d_in, d_sae=d_sae, k=d_sae, unit_decoder=False, pre_bias=pre_bias, aux_coeff=AUX_COEFF)
+        self.architecture, self.config, self.notes = architecture, config, notes
+        gated = self.architecture == "gated"
+        self.rowwise = self.architecture == "topk"
+        if self.rowwise:
+            self.k = int(config["k"])
+        norms = torch.ones(d_sae)
+        if self.rowwise and config.get("rescale_acts_by_decoder_norm"):
+            norms = tensors["W_dec"].norm(dim=1)  # codes are in units of these: fold them in
+        self.W_enc = nn.Parameter((tensors["W_enc"].t() * norms[:, None]).contiguous())
+        self.b_enc = nn.Parameter(tensors["b_gate" if gated else "b_enc"] * norms)
+        self.W_dec = nn.Parameter(tensors["W_dec"] / norms.clamp_min(1e-12)[:, None])
+        self.b_dec = nn.Parameter(tensors["b_dec"].clone())
+        if gated:
+            self.r_mag = nn.Parameter(tensors["r_mag"].clone())
+            self.b_mag = nn.Parameter(tensors["b_mag"].clone())
+        theta = tensors["threshold"] if self.architecture == "jumprelu" else torch.zeros(d_sae)
+        self.register_buffer("theta", theta.clone())
+        self.register_buffer("wanted", torch.tensor(torch.nan, dtype=torch.float64))
+        self.eval().requires_grad_(False)
+
+    def support(self, pre: Tensor) -> Pattern | Tensor:
+        if self.architecture == "topk":
+            return selection.top_k(pre.detach(), int(self.k))
+        if self.training:
+            return self.largest(self.strength(pre.detach()))
+        return super().support(pre)
+
+    def strength(self, pre: Tensor) -> Tensor:
+        if self.architecture == "gated":
+            return torch.where(self.shape(pre, None) > 0, pre, 0)
+        return torch.where(pre > 0, pre - self.theta, 0) if self.architecture == "jumprelu" else pre
+
+    def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+        if self.architecture != "gated":
+            return torch.relu(entries)
+        parts = (self.b_enc, self.r_mag.exp(), self.b_mag)
+        gate, scale, bias = (p if col is None else p[col] for p in parts)
+        return torch.relu(scale * (entries - gate) + bias)
+
+    def budget(self) -> float:
+        return self.wanted.item()
+
+    @torch.no_grad()
+    def begin_again(self, phase: str, x: Tensor, y: Tensor) -> None:
+        """Count the L0 on rows (N, D), and leave thresholds room to fall."""
+        if self.architecture == "topk":
+            return
+        rows, was_training = x[:COUNTED], self.training
+        self.eval()
+        active = sum(int((self.encode(part) != 0).sum()) for part in rows.split(1024))
+        self.train(was_training)
+        self.wanted.fill_(max(active, 1) / len(rows))
+        room = self.theta.clamp_min(0).median()
+        self.theta.sub_(room)
+        self.threshold.add_(room)
+
+    @torch.no_grad()
+    def finish(self, phase: str, x: Tensor) -> None:
+        if self.architecture == "topk":
+            return
+        self.calibrate_threshold(x, self.budget())
+        if self.architecture == "gated":
+            self.b_enc.sub_(self.threshold)
+        else:
+            self.theta.add_(self.threshold)
+            self.architecture = "jumprelu" if bool(self.theta.any()) else self.architecture
+        self.threshold.zero_()
+
+    def inference(self) -> Inference:
+        settings: dict[str, Any] = {"apply_b_dec_to_input": self.pre_bias}
+        if self.architecture == "topk":
+            settings |= {"k": self.k, "rescale_acts_by_decoder_norm": False}
+        if self.architecture == "gated":
+            return as_gated(self)
+        tensors = self.plain_tensors()
+        if self.architecture == "jumprelu":
+            tensors["threshold"] = self.theta + self.threshold
+        return Inference(self.architecture, tensors, settings)
