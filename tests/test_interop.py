@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -134,7 +133,7 @@ def test_what_a_loaded_latent_writes_follows_its_decoder(rescaled):
     g = torch.Generator().manual_seed(0)
     rows_dec = torch.randn(M, D, generator=g) * torch.rand(M, 1, generator=g).mul(5)
     tensors = {"W_enc": torch.randn(D, M, generator=g), "W_dec": rows_dec, "b_enc": torch.zeros(M), "b_dec": torch.zeros(D)}
-    sae = interop.Loaded(Inference("topk", tensors, {"k": 4, "rescale_acts_by_decoder_norm": rescaled}), Path("somewhere"))
+    sae = interop.Loaded(Inference("topk", tensors, {"k": 4, "rescale_acts_by_decoder_norm": rescaled}))
     acts, direction = sae.encode(torch.randn(32, D, generator=g)), torch.randn(D, generator=g)
     torch.testing.assert_close(sae.contributions(acts, direction).sum(1), (sae.decode(acts) - sae.b_dec) @ direction, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sae.reach(), (sae.decode(torch.eye(M)) - sae.b_dec).norm(dim=1), rtol=1e-4, atol=1e-6)

@@ -65,7 +65,8 @@ def test_decoder_rows_are_all_in_the_units_of_the_activations(name, scale):
     """
     sae = trained(name, n_train=40)
     before = sae.W_dec.norm(dim=1)
-    sae.rescale(torch.full((D,), 1 / scale), torch.full((D,), 1 / scale))
+    units = Units(torch.zeros(D), torch.full((D,), 1 / scale))
+    sae.rescale(units, units)
     factor = sae.W_dec.norm(dim=1) / before
     torch.testing.assert_close(factor, torch.full_like(factor, 1.0 if name == "tied" else scale), rtol=1e-4, atol=0)
 

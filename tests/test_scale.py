@@ -123,8 +123,11 @@ def test_any_number_of_leading_dimensions(name):
         torch.testing.assert_close(sae.encode(there), acts.view(*shape, -1), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(sae.pre_acts(there), sae.pre_acts(x).view(*shape, -1), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(sae.decode(acts.view(*shape, -1)), sae.decode(acts).view(there.shape), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            sae.contributions(there_acts := sae.encode(there), x[0]).view(24, -1), sae.contributions(acts, x[0]), rtol=1e-4, atol=1e-5
+        )
         torch.testing.assert_close(sae(there), sae(x).view(there.shape), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(sae.reconstruct(there, sae.encode(there)), sae(there), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(sae.reconstruct(there, there_acts), sae(there), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(sae(x[0]), sae(x[:1])[0], rtol=1e-5, atol=1e-6)
     assert sae.decode(acts[0]).shape == (D,)
     assert sae.encode(x[:0]).shape == (0, sae.d_sae) and sae(x[:0].view(2, 0, D)).shape == (2, 0, D)

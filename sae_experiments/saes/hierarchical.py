@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn.utils import parameters_to_vector
 from sae_experiments.io import UserError
 from sae_experiments.saes import ops
 from sae_experiments.saes.base import SAE, Batch, Step, Units, by_rows
-from sae_experiments.saes.levels import Controllers, Joined, Level, Weights, active_of, product, signed_directions, widths_of
+from sae_experiments.saes.levels import Controllers, Joined, Level, Passed, Seen, Weights, active_of, product, signed_directions, widths_of
 from sae_experiments.saes.mutual_information import Coherence, Information
 from sae_experiments.saes.sparsity import ramp
 from sae_experiments.sampling import spread_rows
@@ -22,25 +22,6 @@ PHASES = ("bottom", "top", "both")
 #: What the running record of a fit holds: a row for each of its equal parts.
 TRACE, TRACED = 250, ("progress", "bottom_sparsity", "top_sparsity", "bottom_coeff", "top_coeff", "gate")
 CHUNK = 4096
-
-
-class Passed(NamedTuple):
-    """One training pass through both levels: their codes, and what the top says about the bottom's."""
-
-    z: tuple[Tensor, Tensor]
-    code: Tensor  # u, the bottom code as the top reads it (B, m1)
-    predicted: Tensor  # v, what the top says it is
-    gate: Tensor | None
-    mixed: Tensor
-
-
-class Seen(NamedTuple):
-    """What a step leaves for the controllers and the record, detached; ``gate`` (B, m1) is None where there was none."""
-
-    batch: Batch
-    codes: Joined
-    recon: Tensor
-    gate: Tensor | None
 
 
 class Hierarchical(SAE):
@@ -164,6 +145,7 @@ class Hierarchical(SAE):
         rows = self.top.W_dec if latents is None else self.top.W_dec[latents]
         return product(rows * self.scale, self.bottom.W_dec)
 
+    @by_rows("d_sae")
     def contributions(self, acts: Tensor, direction: Tensor) -> Tensor:
         if self.levels == "bottom" or not self.joined:
             reach = self.bottom.W_dec @ direction

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_experiments.io import UserError
 from sae_experiments.saes import ops
-from sae_experiments.saes.base import SAE, Codes
+from sae_experiments.saes.base import SAE, Batch, Codes
 from sae_experiments.saes.standard import Standard
 
 #: Bins of the histogram that brackets a quantile.
@@ -125,6 +125,25 @@ class Joined(Codes):
 
     def detach(self) -> Joined:
         return Joined([p.values.detach() for p in self.parts], [p.values.shape[1] for p in self.parts])
+
+
+class Passed(NamedTuple):
+    """One training pass through both levels: their codes, and what the top says about the bottom's."""
+
+    z: tuple[Tensor, Tensor]
+    code: Tensor  # u, the bottom code as the top reads it (B, m1)
+    predicted: Tensor  # v, what the top says it is
+    gate: Tensor | None
+    mixed: Tensor
+
+
+class Seen(NamedTuple):
+    """What a step leaves for the controllers and the record, detached; ``gate`` (B, m1) is None where there was none."""
+
+    batch: Batch
+    codes: Joined
+    recon: Tensor
+    gate: Tensor | None
 
 
 class Weights(NamedTuple):

@@ -12,6 +12,7 @@ from sae_experiments.saes.base import Inference
 from sae_experiments.saes.batch_topk import BatchTopK
 from sae_experiments.saes.gated import as_gated
 from sae_experiments.saes.selection import Pattern
+from sae_experiments.sampling import spread_rows
 
 #: Weight of AuxK, which brings dead latents back, as in ``conf/sae/topk.yaml``.
 AUX_COEFF = 1 / 32
@@ -94,7 +95,7 @@ class Loaded(BatchTopK):
         """Count the L0 on rows (N, D), and leave thresholds room to fall."""
         if self.architecture == "topk":
             return
-        rows, was_training = x[:COUNTED], self.training
+        rows, was_training = spread_rows(x, COUNTED), self.training
         self.eval()
         active = sum(int((self.encode(part) != 0).sum()) for part in rows.split(1024))
         self.train(was_training)
