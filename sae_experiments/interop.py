@@ -17,8 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sae_experiments.io import UserError, read_json, write_bytes, write_json
-from sae_experiments.saelens import CONFIG, TENSORS, WEIGHTS, exported, understood
-from sae_experiments.saes.base import SAE, Inference
+from sae_experiments.saelens import CONFIG, WEIGHTS, exported, understood
+from sae_experiments.saes.base import SAE
 from sae_experiments.saes.loaded import Loaded
 
 REFERENCE = "reference.safetensors"
