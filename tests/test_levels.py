@@ -9,6 +9,7 @@ import pytest
 import torch
 from drawing import drawn
 from metric_worlds import CPU, Given, bench, play
+from saes import batch, make
 from scipy import sparse
 
 from sae_experiments.metrics import levels, levels_effect, levels_meaning
@@ -204,6 +205,34 @@ def test_a_latents_effect_is_the_length_of_what_it_adds():
 def test_without_a_language_model_effects_are_null_with_a_reason():
     found = levels_effect.measure(Bench(sae=Grouped([0, 1]), device=CPU, x=torch.eye(2)), windows=4, batch=2, mean_rows=4)
     assert set(found.scalars.values()) == {None} and set(found.why_null) == {i.name for i in levels_effect.INFO}
+
+
+def test_a_level_is_taken_out_in_three_ways_and_the_honest_ones_are_shown():
+    sae = make("hierarchical", "sae.target_l0=null", d_sae=60)
+    sae.joined.fill_(True)
+    sae.gate_bias.data.normal_(0, 2)
+    acts = sae.encode(batch(32).x)
+    z1, z2 = sae.split(acts)
+    mean = acts.mean(0)
+    bottom, top = mean.split(list(sae.widths))
+    changes = levels_effect._changes(sae, mean)
+
+    def mixed(below, above, gates):
+        return sae.bottom.decode(gates * below + (1 - gates) * sae.predict(above) * sae.scale)
+
+    nothing, usual = torch.zeros_like(z2), torch.ones(len(z2), 1) * top
+    wanted = {
+        "ablate_top_frozen": mixed(z1, nothing, sae.gates(z2)),
+        "ablate_top_mean": mixed(z1, usual, sae.gates(usual)),
+        "ablate_top": mixed(z1, nothing, sae.gates(nothing)),
+        "ablate_bottom_mean": mixed(torch.ones(len(z1), 1) * bottom, z2, sae.gates(z2)),
+    }
+    for name, recon in wanted.items():
+        assert torch.allclose(changes[name](acts), recon, atol=1e-5), name
+    assert not torch.allclose(wanted["ablate_top_frozen"], wanted["ablate_top"], atol=1e-3), "the gates matter"
+    shown = {info.name for info in levels_effect.INFO if info.shown}
+    assert {f"{name}_ce_delta_bits" for name in ("ablate_bottom_mean", "ablate_top_mean", "ablate_top_frozen")} <= shown
+    assert not {"ablate_bottom_ce_delta_bits", "ablate_top_ce_delta_bits"} & shown
 
 
 # ------------------------------------------------------------------------------------------------------------ all of it

@@ -21,12 +21,14 @@ SPLICES = {
     "splice_bottom": ("the bottom's reconstruction (gate 1) in place of the activation", True),
     "splice_top": ("the top's reconstruction (gate 0) in place of the activation", True),
 }
+#: What is shown takes away what a level says of this text and leaves the rest in a state that training has seen. A code of zeros
+#: is none: gates that follow an empty top, say, pass a mixture that no row ever had, and what breaks then is no measure of need.
 ABLATIONS = {
-    "ablate_bottom": ("the bottom's code is set to zero (gates as they are)", True),
-    "ablate_top": ("the top's code is set to zero (gates follow)", True),
-    "ablate_bottom_mean": ("the bottom's code is set to its mean", False),
-    "ablate_top_mean": ("the top's code is set to its mean (gates follow)", False),
-    "ablate_top_frozen": ("the top's code is set to zero, the gates kept as they were", False),
+    "ablate_bottom_mean": ("the bottom's code is set to its mean", True),
+    "ablate_top_mean": ("the top's code is set to its mean (gates follow)", True),
+    "ablate_top_frozen": ("the top's code is set to zero, the gates kept as they were", True),
+    "ablate_bottom": ("the bottom's code is set to zero, a state that training never saw (gates as they are)", False),
+    "ablate_top": ("the top's code is set to zero, a state that training never saw (gates follow)", False),
 }
 INFO = [
     MetricInfo(

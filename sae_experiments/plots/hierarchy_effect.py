@@ -41,7 +41,9 @@ def draw(table: RunTable, *, title: str, bars: dict[str, str], kinds: dict[str, 
                 plain_log(ax, "y", 0.7 * min(values), max(values))
         axes[row, 0].set_ylabel(kinds[kind] + (", logarithmic" if values and max(values) > 10 * min(values) else ""))
     handles = [Patch(color=look[run.name].color, label=run.title) for run in runs]
-    notes += ["Alone: that reconstruction in place of the activation. Without: that level's code at zero, the SAE's error kept in."]
+    notes += [
+        "Alone: that reconstruction in place of the activation. At its mean or at zero: that level's code replaced in the whole, the SAE's error kept in."
+    ]
     return finish(fig, title, notes + caption(table, runs, datasets, error="error bars: ±1 standard error over seeds (none where n = 1)"), handles)
 
 
