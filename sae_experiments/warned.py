@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 OFF_TARGET = 0.05  # of an L0, relative
 SHORT = 0.01  # share of the rows asked for that may be missing: windows are whole
 UNSEEN = 0.01  # share of the latents that may be alive and unseen
+GAP = 0.01  # of the effect of removing everything, that integrated gradients may miss
 FIRINGS = 10  # of an average latent, with fewer of which nothing can be called dead
 
 
@@ -95,6 +96,22 @@ def of_dead(rows: int, l0: float, d_sae: int, once: int, twice: int) -> list[War
         return []
     says = f"sae_dead_frac is from {rows:,} rows, too few: {why}"
     return [Warned("sae_dead_frac", rows, says, do)]
+
+
+def of_gap(gap: float | None, jumps: str | None) -> list[Warned]:
+    """Integrated gradients that do not add up to the effect of removing everything.
+
+    Args:
+        gap: ``integrated_gap``, relative; None where it was not measured.
+        jumps: the kind of a downstream SAE whose pre-activations may jump; None for the others.
+    """
+    if gap is None or not gap > GAP:
+        return []
+    says = f"integrated_gap is {gap:.2g}: integrated gradients miss that share of what removing everything does"
+    if jumps is None:
+        return [Warned("integrated_gap", gap, says, "raise study.checks.nodes")]
+    why = f"{says}, since pre-activations of {jumps} jump where a latent of its first code goes on or off"
+    return [Warned("integrated_gap", gap, why, "trust the removals, or choose another downstream SAE")]
 
 
 def checked(given: Any) -> list[dict[str, Any]]:

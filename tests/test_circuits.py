@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from circuit_worlds import C, F, T, circuit, model, sae, tokens
-from saes import NAMES, make
+from saes import NAMES, arm, make, unsettled
 from scipy import sparse
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +23,7 @@ from sae_experiments.circuits.path import Path
 from sae_experiments.circuits.survey import Checker, CheckSpec, drawn
 from sae_experiments.io import UserError
 from sae_experiments.saes.base import SAE
+from sae_experiments.warned import of_gap
 
 PAIRS = [
     ("mlp_act.2", "mlp_act.3"), ("mlp_act.1", "mlp_act.4"), ("resid.0", "mlp_act.1"), ("resid.2", "resid.3"), ("mlp_out.1", "mlp_in.3"),
@@ -273,10 +274,47 @@ def test_variants_of_every_kind_have_a_pre_activation_and_a_decoder(name: str) -
     assert torch.allclose(made.decode(code), code @ rows + bias, atol=1e-5)
     lm = model("gpt2").float()
     other = sae(C, 1).float()
-    if made.d_in == C:
-        x, latent = torch.randn(6, made.d_in), torch.arange(6)
-        c = Circuit(lm, other, Site("resid", 1), Site("resid", 1), made, Site("resid", 2), memory_mb=1)
-        assert torch.allclose(c.pre_activation(x, latent), made.pre_acts(x)[torch.arange(6), latent], atol=1e-5)
+    wide = downstream(name).float()
+    x, latent = torch.randn(6, C), torch.arange(6)
+    c = Circuit(lm, other, Site("resid", 1), Site("resid", 1), wide, Site("resid", 2), memory_mb=1)
+    assert torch.allclose(c.pre_activation(x, latent), wide.pre_acts(x)[torch.arange(6), latent], atol=1e-5)
+
+
+def downstream(name: str) -> SAE:
+    """A variant as wide as the residual stream, random, for inference."""
+    made = unsettled(arm(name).model(d_in=C, d_sae=F, d_out=C)).double()
+    return made.eval().requires_grad_(False)
+
+
+def gap_of(c: Circuit, ids: Tensor, nodes: int) -> float:
+    """What integrated gradients miss of the effect of removing everything, relative."""
+    prompts, targets = some(c, ids, 40)
+    effect = check.joint_effects(c, prompts, targets, lambda part: check.reachable(prompts, targets[part], same=False).to(prompts.amount.dtype))
+    path = joined(list(c.attribute(prompts, targets, steps=nodes)), "attribution").flatten(1).sum(1)
+    return float((path - effect).abs().sum() / effect.abs().sum())
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "crosscoder"])
+def test_integrated_gradients_add_up_for_every_variant_whose_pre_activation_is_continuous(name: str) -> None:
+    lm, ids, sites = model("gpt2", layers=2), tokens(3), (Site("resid", 1), Site("resid", 2))
+    found, up, made = activations(lm, ids, sites), sae(C, 1), downstream(name)
+    up.calibrate_threshold(found[sites[0]].flatten(0, 1), 6)
+    made.b_dec.copy_(found[sites[1]].flatten(0, 1).mean(0))
+    made.finish("train", found[sites[1]].flatten(0, 1))
+    c = Circuit(lm, up, sites[0], sites[0], made.eval(), sites[1], memory_mb=4)
+    few, many = (gap_of(c, ids, n) for n in (12, 40))
+    assert c.continuous == (name not in ("lista", "hierarchical"))
+    assert (few < 1e-2 and many < 1e-6) if c.continuous else (few > 0.05 and many > 0.05)
+    if name == "lista":  # with every latent in its first code nothing jumps, and they add up
+        made.first_threshold.fill_(-torch.inf)
+        assert gap_of(c, ids, 40) < 1e-6
+
+
+def test_a_gap_is_a_warning_with_its_reason() -> None:
+    assert of_gap(None, None) == of_gap(1e-6, "Lista") == []
+    (few,), (jumps,) = of_gap(0.2, None), of_gap(0.317, "Lista")
+    assert "study.checks.nodes" in few.do and "jump" not in few.says
+    assert "0.32" in jumps.says and "Lista jump" in jumps.says
 
 
 def test_what_cannot_be_a_circuit_is_said_in_one_line() -> None:

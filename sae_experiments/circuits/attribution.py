@@ -90,6 +90,11 @@ class Circuit:
         self.directions = self.path.carried(self.atoms)
         self._plain = type(downstream).pre_acts is SAE.pre_acts
 
+    @property
+    def continuous(self) -> bool:
+        """Whether pre-activations of the downstream SAE are linear in its rows. Others read a code with a threshold, at which they jump."""
+        return self._plain and type(self.downstream).encoder_input is SAE.encoder_input
+
     def pre_activation(self, x: Tensor, latent: Tensor) -> Tensor:
         """``A_i`` (R,) of rows (R, D) of the downstream site for one latent (R,) each; differentiable in ``x``."""
         if not self._plain:
@@ -166,7 +171,7 @@ class Circuit:
 
         ``steps`` > 0: integrated gradients instead (Sundararajan et al. 2017). The gradient is averaged over that many Gauss-Legendre points of
         the straight way from all active latents removed to none, which makes the attributions of a target add up to the effect of
-        removing all of them, ``A_i - A_i(removed)``, as the number of points grows.
+        removing all of them, ``A_i - A_i(removed)``, as the number of points grows (if the SAE is :attr:`continuous`: no gradient sees a jump).
         """
         targets = targets[torch.argsort(targets.prompt, stable=True)]
         nodes, weights = np.polynomial.legendre.leggauss(max(steps, 1))

@@ -36,6 +36,7 @@ from sae_experiments.studies.language import Language, export, headline
 from sae_experiments.studies.sources import Local, Role, load_sae
 from sae_experiments.studies.stores import Stores
 from sae_experiments.training import seed_of
+from sae_experiments.warned import of_gap
 
 ROLES = ("upstream", "downstream")
 
@@ -295,6 +296,7 @@ class Circuits:
             _add(outcome, found)
         outcome.seconds["removal"] = time.monotonic() - began
         m = outcome.metrics
+        outcome.warnings += of_gap(m["integrated_gap"], None if circuit.continuous else type(circuit.downstream).__name__)
         ctx.console.say(
             f"  {m['n_attributed_pairs']:,.0f} pairs at {m['attribution_targets_per_second']:,.0f} targets/s; {m['n_pairs']:,.0f} removed: "
             f"r {_show(m['attribution_ablation_pearson'])} (cosine {_show(m['cosine_ablation_pearson'])}, "
