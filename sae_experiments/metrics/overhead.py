@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sae_experiments.conditions import ON_ACTIVATIONS
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import nulls
 from sae_experiments.saes.base import SAE, Batch
@@ -24,7 +25,8 @@ from sae_experiments.saes.purified import Purification, Purified
 
 
 def _info(name: str, title: str, formula: str, unit: str, *, shown: bool = False) -> MetricInfo:
-    return MetricInfo(name=name, title=title, formula=formula, unit=unit, better="down", shown=shown)
+    depends = (*ON_ACTIVATIONS, "device")
+    return MetricInfo(name=name, title=title, formula=formula, unit=unit, better="down", shown=shown, depends=depends)
 
 
 WITHOUT = "the same without purification"

@@ -20,8 +20,6 @@ NOT_THE_MODEL = (
     "temperature", "top_k", "compile", "train.log_every", "train.eval_every",
     "train.checkpoint_every_s",
 )  # fmt: skip
-#: Options of a metric that change its speed and memory only.
-NOT_THE_VALUE = ("batch",)
 SAMPLED = ("samples", "sample_length", "prompt", "temperature", "top_k")
 WEIGHTS = "model.safetensors"
 
@@ -76,7 +74,7 @@ def of_evaluation(metric: Callable[..., Any], bench: Bench, names: Iterable[str]
     module has no ``rows_read`` that says otherwise.
     """
     partial = metric if isinstance(metric, functools.partial) else functools.partial(metric)
-    given = {k: plain(v) for k, v in partial.keywords.items() if k not in NOT_THE_VALUE}
+    given = {k: plain(v) for k, v in partial.keywords.items()}
     length = bench.held_out.length if bench.held_out is not None else 1
     module = sys.modules[partial.func.__module__]
     rows_read = getattr(module, "rows_read", None)
