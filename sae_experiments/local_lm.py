@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +86,8 @@ def sizes_of(folder: Path) -> Sizes:
     if not (folder / CONFIG).is_file():
         raise UserError(f"local.folder={folder} is not a model directory: it has no {CONFIG}")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with _quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
         layout = layout_of(config, f"local.folder={folder}")
         width, n_layer = int(config.hidden_size), int(config.num_hidden_layers)
         inner = getattr(config, layout.inner) or 4 * width
@@ -128,15 +131,23 @@ def _loaded(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
 def _read(folder: Path, **more: Any) -> tuple[nn.Module, list[str], list[str]]:
     """The model, names of weights that the files lack, and of those in the files without a place in the model."""
     options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True, **more}
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # what is missing is said here, in one line
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+        with _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     except LOADING as error:
         raise UserError(f"local.folder={folder} cannot be loaded as a causal language model ({_line(error)})") from error
+    return model, sorted(info["missing_keys"]), sorted(k for k in info["unexpected_keys"] if not MASKS.search(k))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it transformers says errors only: what matters is said here, in one line."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
     finally:
         hf_logging.set_verbosity(verbosity)
-    return model, sorted(info["missing_keys"]), sorted(k for k in info["unexpected_keys"] if not MASKS.search(k))
 
 
 def _plain(key: str) -> str:
