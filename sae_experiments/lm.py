@@ -23,6 +23,7 @@ from sae_experiments.conditions import OF_MODEL, OF_MODEL_TIME
 from sae_experiments.data import CharCorpus
 from sae_experiments.io import UserError, cached, read_json, write_json
 from sae_experiments.metrics.info import MetricInfo
+from sae_experiments.needs import Need
 from sae_experiments.source import source_digest
 from sae_experiments.training import At, Group, History, Learner, Loss, Phase, Session, TrainConfig, seed_of, train
 
@@ -144,6 +145,30 @@ class TrainedLM(NamedTuple):
     key: dict[str, Any]
     seconds: float
     cut: bool
+
+
+#: Bytes of activations that training keeps for each position, block and unit of width; for each pair of positions that attention keeps, by
+#: (bf16, dropout). Measured at the peak of a step.
+STREAM_BYTES, PAIR_BYTES = 84, {(True, False): 5, (True, True): 12, (False, True): 18, (False, False): 0}
+
+
+def training_need(spec: LMSpec, cfg: TrainConfig, vocab_size: int, device: torch.device) -> Need:
+    """What training will need at its peak, to about a third, and the operations of all steps.
+
+    Attention keeps its weights for every pair of positions where it is worked out as plain products (on a CPU in bf16 or with dropout).
+    """
+    rows = cfg.batch_size * spec.n_positions
+    n_params = 12 * spec.n_layer * spec.n_embd**2 + (spec.n_positions + vocab_size) * spec.n_embd
+    bf16 = autocast(device, spec.precision, spec.n_embd) is not nullcontext
+    each = PAIR_BYTES[bf16, spec.dropout > 0] if device.type == "cpu" else 0
+    memory = {
+        "attention": each * spec.n_layer * spec.n_head * rows * (spec.n_positions / 2),
+        "activations": STREAM_BYTES * spec.n_layer * spec.n_embd * rows,
+        "logits": 12 * vocab_size * rows,
+        "weights and optimiser": 16 * n_params,
+    }
+    step = 6 * rows * (12 * spec.n_layer * spec.n_embd**2 + vocab_size * spec.n_embd + spec.n_layer * spec.n_embd * spec.n_positions)
+    return Need(memory, work=float(cfg.steps * step))
 
 
 def build_lm(spec: LMSpec, vocab_size: int, *, seed: int) -> GPT2LMHeadModel:

@@ -65,6 +65,10 @@ class Fits(Language):
 
     inner: int | None = None
 
+    def announce(self, ctx: Context) -> None:
+        if self.inner is None:  # a model from a local directory is not trained
+            super().announce(ctx)
+
     def width(self, where: Any) -> int:
         return sum((self.inner or 4 * self.lm.n_embd) if s.stream == "mlp_act" else self.lm.n_embd for s in as_sites(where))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from sae_experiments.fit import FitReport, Sample, fit_saes
 from sae_experiments.io import UserError, cached, read_json, write_bytes, write_json
 from sae_experiments.metrics.base import Bench, Metric, MetricInfo
 from sae_experiments.metrics.recovery import Truth
+from sae_experiments.needs import Need, announce
 from sae_experiments.progress import listed
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.source import source_digest
@@ -27,6 +29,8 @@ from sae_experiments.studies.planted import Planted, World
 from sae_experiments.training import TrainConfig, seed_of
 
 DATASET = "planted"
+#: Feature activations drawn in a fit above which drawing is timed beforehand: some minutes' worth.
+NOTABLE_DRAWS = 3e10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,22 @@ class GroundTruth:
                 if arm.build(self.world.width, self.world.width).needs_model:
                     raise UserError(f"sae={name} needs a language model, and study=ground_truth has none")
 
+    def announce(self, ctx: Context) -> None:
+        """Say what drawing rows will need. Raises :class:`UserError` where the largest sample does not fit."""
+        sizes = {"study.held_out_rows": self.held_out_rows, "study.calibration_rows": self.calibration_rows, "batch_size": self.train.batch_size}
+        key = max(sizes, key=sizes.__getitem__)
+        what, fix = f"a world of study.world.features={self.world.features} with {key}={sizes[key]}", "use fewer features or rows"
+        need = Need(self.world.memory(sizes[key]))
+        announce(what, need, fix, device=ctx.device, say=ctx.console.say)
+        if self.world.features * self.train.batch_size * self.train.steps < NOTABLE_DRAWS:
+            return
+        world, began = World(self.world, seed_of(0, "world"), ctx.device), time.monotonic()
+        self.rows(world, self.train.batch_size, 0)
+        seconds = (time.monotonic() - began) * self.train.steps * len(self.cells())
+        announce(what, need._replace(seconds=seconds), fix, device=ctx.device, say=ctx.console.say)
+
     def prepare(self, ctx: Context) -> dict[str, Any]:
+        self.announce(ctx)
         return {self.report(arm): {"corpus": DATASET, "stand_in": False, **asdict(self.world), **part_of(self.held_out)} for arm in self.arms}
 
     def report(self, arm: str) -> str:

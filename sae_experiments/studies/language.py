@@ -20,8 +20,9 @@ from sae_experiments.data import CharCorpus, CorpusSpec, load_corpus
 from sae_experiments.fit import FitReport, fit_saes
 from sae_experiments.io import UserError, cached, discard, is_cached, read_json, write_bytes, write_json
 from sae_experiments.lm import INFO as LM_INFO
-from sae_experiments.lm import LMSpec, TrainedLM, train_lm
+from sae_experiments.lm import LMSpec, TrainedLM, train_lm, training_need
 from sae_experiments.metrics.base import Bench, Metric, MetricInfo, Spliced
+from sae_experiments.needs import Need, announce
 from sae_experiments.progress import listed
 from sae_experiments.saes.base import SAE, NotExportable
 from sae_experiments.source import source_digest
@@ -31,6 +32,9 @@ from sae_experiments.studies.arms import Arm, FitSpec, code_of
 from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of
 from sae_experiments.studies.second_view import SecondView
 from sae_experiments.studies.stores import Stores, Where
+
+#: Symbols of a corpus, before it is read: as many as there are bytes.
+SYMBOLS = 256
 
 FIT_INFO = [
     MetricInfo(
@@ -86,7 +90,22 @@ class Language:
         """Width of a site of this language model, or of several side by side."""
         return sum(4 * self.lm.n_embd if s.stream == "mlp_act" else self.lm.n_embd for s in as_sites(where))
 
+    def announce(self, ctx: Context) -> None:
+        """Say what the largest language model and its activations will need. Raises :class:`UserError` where they do not fit."""
+        lm, device = self.lm, ctx.device
+        recipes = {name: lm.train_config(spec.recipe) for name, spec in self.data.items()}
+        needs = {name: training_need(lm, cfg, SYMBOLS, device) for name, cfg in recipes.items()}
+        name = max(needs, key=lambda n: sum(needs[n].memory.values()))
+        what = f"a language model with lm.n_positions={lm.n_positions}, lm.n_embd={lm.n_embd} and lm.train.batch_size={recipes[name].batch_size}"
+        work = sum(needs[cell.dataset].work for cell in self.cells())
+        fix = "use fewer positions, a smaller batch or a smaller model"
+        announce(what, needs[name]._replace(work=work), fix, device=device, say=ctx.console.say)
+        reading = Need({"activations": (60 * lm.n_embd + 8 * SYMBOLS) * self.fit.collect_batch * lm.n_positions})
+        what = f"reading activations of fit.collect_batch={self.fit.collect_batch} windows of lm.n_positions={lm.n_positions}"
+        announce(what, reading, "use fewer windows or positions", device=device, say=ctx.console.say)
+
     def prepare(self, ctx: Context) -> dict[str, Any]:
+        self.announce(ctx)
         for name, spec in self.data.items():
             self._corpora[name] = load_corpus(spec, cache=ctx.cache, offline=self.offline, say=ctx.console.say)
         return {self.report(name, arm): self._corpora[name].provenance | part_of(self.held_out) for name in self.data for arm in self.arms}

@@ -54,6 +54,10 @@ class Planted:
         if self.trees * self.tree_size > self.features:
             raise UserError(f"study.world.trees={self.trees} of {self.tree_size} features each exceed features={self.features}")
 
+    def memory(self, rows: int) -> dict[str, float]:
+        """Bytes at the peak of drawing ``rows`` rows: five numbers a feature and row are held at once, and the directions."""
+        return {"feature activations": 20.0 * rows * self.features, "rows and directions": 4.0 * self.width * (2 * rows + 3 * self.features)}
+
     @property
     def tree_size(self) -> int:
         return sum(self.branching**level for level in range(self.levels))
@@ -87,7 +91,11 @@ class World:
         self.loadings = (math.sqrt(recipe.correlation) * loadings / loadings.norm(dim=1, keepdim=True)).to(device)
         directions = torch.randn(recipe.features, recipe.width, generator=g)
         self.directions = (directions / directions.norm(dim=1, keepdim=True)).to(device)
-        self.children = torch.tensor([[c for c, p in enumerate(self.structure.parent) if p == i] for i in self.inner()], device=device)
+        children: dict[int, list[int]] = {i: [] for i in self.inner()}
+        for child, parent in enumerate(self.structure.parent):
+            if parent >= 0:
+                children[parent].append(child)
+        self.children = torch.tensor(list(children.values()), device=device)
 
     def inner(self) -> list[int]:
         """Features that have children, parents first."""

@@ -21,6 +21,7 @@ from sae_experiments.conditions import OF_MODEL, OF_MODEL_TIME, ON_ACTIVATIONS
 from sae_experiments.fit import FitReport, Sample, fit_saes
 from sae_experiments.io import UserError, cached, digest, read_json, write_bytes, write_json
 from sae_experiments.metrics.info import MetricInfo
+from sae_experiments.needs import Need, announce
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.source import source_digest
 from sae_experiments.studies import facts, toy, toy_step, trees
@@ -99,7 +100,17 @@ class Superposition:
         """The configurations of the sweep: (depth, hidden) with hidden <= features."""
         return [(d, h) for d in self.depths for h in self.hidden if h <= features.n_features(d)]
 
+    def announce(self, ctx: Context) -> None:
+        """Say what the deepest tree will need. Raises :class:`UserError` where it does not fit."""
+        depth = max(self.depths)
+        for name, features in self.families.items():
+            sizes = {"instances": self.instances, "batch": self.train.batch_size, "eval_rows": self.eval_rows}
+            need = Need(toy.memory(self.shapes(features), features, **sizes))
+            what = f"family {name}: {features.n_features(depth):,} features of study.depths={depth}, study.instances={self.instances}"
+            announce(what, need, "use smaller depths or branching, or fewer instances", device=ctx.device, say=ctx.console.say)
+
     def prepare(self, ctx: Context) -> dict[str, Any]:
+        self.announce(ctx)
         return {self.report(name, arm): {"corpus": f"tree-{features.mode}", "stand_in": False, "branching": features.branching, **part_of(self.held_out)}
                 for name, features in self.families.items() for arm in self.arms}  # fmt: skip
 
@@ -274,10 +285,9 @@ def measures(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     norms = w.norm(dim=0)
     unit = torch.where(norms > 1e-6, w / norms.clamp_min(1e-6), 0.0)
-    overlap = (unit.t() @ w).square()
-    own = overlap.diagonal()
-    total = overlap.sum(1)
-    return norms, total - own, torch.where(total > 1e-12, own / total.clamp_min(1e-12), 0.0)
+    own = (unit * w).sum(0).square()
+    total = (unit * (w @ w.t() @ unit)).sum(0)  # sum_j (u_i . w_j)^2 = u_i^T W W^T u_i, without a table of all pairs
+    return norms, (total - own).clamp_min(0), torch.where(total > 1e-12, own / total.clamp_min(1e-12), 0.0)
 
 
 def _info(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.studies.toy_step import compiled
-from sae_experiments.studies.trees import Features, padded
+from sae_experiments.studies.trees import TREES, Features, padded
 from sae_experiments.training import At, Learner, Loss, TrainConfig, seed_of
 
 INITS = ("matrix", "stacked")
@@ -175,6 +175,22 @@ def _initial(group: Group, instances: int, init: str, seed: int) -> nn.Parameter
             std = math.sqrt(2 / (hidden + group.n_features if init == "matrix" else (hidden + instances) * group.n_features))
             theta[i, c, :hidden, : group.n_features] = std * torch.randn(hidden, group.n_features, generator=generator)
     return nn.Parameter(theta)
+
+
+def memory(shapes: Sequence[tuple[int, int]], features: Features, *, instances: int, batch: int, eval_rows: int) -> dict[str, float]:
+    """Bytes at the peak of training the models of ``shapes`` and evaluating them, by what they are for, to about a third. Builds nothing."""
+    training = evaluation = models = paths = 0.0
+    for depth in dict.fromkeys(depth for depth, _ in shapes):
+        hidden, width = [h for d, h in shapes if d == depth], padded(features.n_features(depth))
+        models += 16.0 * instances * width * sum(h + ROWS for h in hidden)
+        tree, ends = features.mode in TREES, features.branching**depth
+        distinct = ends if features.mode == "exclusive" else features.n_features(depth) + 1
+        counted = tree and distinct <= batch
+        training += 5.0 * distinct * width if counted else (DRAWN + 4.0) * instances * batch * width
+        codes = 4.0 * instances * sum(h + ROWS for h in hidden) * eval_rows
+        evaluation += 0.0 if counted else 14.0 * eval_rows * width + codes
+        paths = max(paths, 3.0 * width**2 if tree else 1e3 * width)  # every path of a tree, a block for every other feature
+    return {"weights and optimiser": models, "samples": training + evaluation, "paths of the tree": paths}
 
 
 def _per_model(shares: Tensor | None, n_c: int, sets: int) -> Tensor | None:
