@@ -41,7 +41,7 @@ def options(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Draw and write everything. Exit status 2 for a mistake in the options, or where there is nothing to compare."""
+    """Draw and write everything. Exit status 2 for a mistake or where no run has results, 1 where all runs failed."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     logging.getLogger("sae_experiments").setLevel(logging.INFO)
     try:
@@ -49,11 +49,11 @@ def main(argv: list[str]) -> int:
         files = {path.stem: path for path in sorted((HOME / "conf" / "plot").glob("*.yaml"))}
         figures = {name: partial(lambda path: instantiate(OmegaConf.load(path)), files[name]) for name in choose(chosen.figures, list(files))}
         runs = found_runs(chosen.runs, Path.cwd(), HOME)
-        report(load_table(runs, baseline=chosen.baseline, labels=LABELS), figures, chosen.out or default_out(runs), chosen.png_dir)
+        table = load_table(runs, baseline=chosen.baseline, labels=LABELS)
+        return report(table, figures, chosen.out or default_out(runs), chosen.png_dir, runs)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

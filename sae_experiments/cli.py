@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from sae_experiments import warned
-from sae_experiments.config import build, complete, compose_checked, configuring, first_line, run_folder
+from sae_experiments.config import build, compose_checked, configuring, first_line
 from sae_experiments.help import help_page
 from sae_experiments.io import UserError, read_json
 from sae_experiments.launchers import JOB
+from sae_experiments.plans import complete
 from sae_experiments.results import read_records
 from sae_experiments.stopping import Stopped, end_with_parent, farewell, listening, wait_for_children
 from sae_experiments.sweeps import is_sweep, run_hydra, sweep
+from sae_experiments.typed import for_hydra, run_folder
 
 # Threads that wait give their core away soon: on a machine that does something else too, spinning costs a training step four times its time,
 # and on an idle one this changes nothing (two cores, a small GPT-2: 61 ms a step both ways). Read when torch is imported.
@@ -75,7 +77,7 @@ def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> in
     with configuring():
         overrides, about = complete(command.overrides, plan=plan, extra=extra, conf=conf)
     if command.flags:
-        run_hydra(conf, [*command.flags, *overrides], lambda cfg: None)
+        run_hydra(conf, [*command.flags, *map(for_hydra, overrides)], lambda cfg: None)
         return 0
     with configuring():
         cfg, label = compose_checked(conf, overrides)

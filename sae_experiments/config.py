@@ -5,11 +5,10 @@ Hydra and OmegaConf stay in this module, ``sweeps`` and ``cli``: below them noth
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,69 +24,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sae_experiments.io import UserError
-from sae_experiments.results import EDGES
+from sae_experiments.typed import REQUIRED, TEXTS, checked, choices_of, did_you_mean, for_hydra, is_text, key_of, value_of
 
 _LISTS = ("sae.train.betas", "sae.read")  # null in the YAML, but a list where they are given
 _GROUPS = ("preset", "data", "lm", "fit", "sae", "metric", "track", "study")
 #: The SAE that another one is built around, as users write it, and Hydra's name of the same choice.
 _HOST, _HYDRA_HOST = "sae/host", "sae@sae.host"
-
-
-def key_of(override: str) -> str:
-    """``sae.target_l0`` of ``sae.target_l0=32`` (also with a leading + or ++)."""
-    return override.lstrip("+~").split("=", 1)[0]
-
-
-def complete(user: Sequence[str], *, plan: str, extra: Sequence[str], conf: Path) -> tuple[list[str], dict[str, Any]]:
-    """The whole list of overrides: preset, then the plan's for this out_dir, then the file's, then the user's (later ones win)."""
-    for o in user:
-        if o.startswith("~"):
-            raise UserError(f"{o}: options cannot be deleted; give {key_of(o)} another value (null where it may be none)")
-    out_dir = next((o.split("=", 1)[1] for o in reversed(user) if key_of(o) == "out_dir"), "run_0")
-    planned, note = planned_overrides(conf, plan, out_dir)
-    study = next((o.split("=", 1)[1] for o in reversed([*extra, *user]) if key_of(o) == "study"), None)
-    if study and planned and f"study={study}" not in (planned if any(key_of(o) == "study" for o in planned) else ["study=language"]):
-        planned, note = [], f"plan {plan} is not about study={study}: plain configuration"
-    changed = {key_of(o) for o in [*extra, *user]} - {"out_dir", *EDGES}
-    if changed:  # the plan's name for the run would lie about what it is now
-        planned = [o for o in planned if key_of(o) != "label"]
-    merged = {key_of(o): o for o in [*planned, *extra, *user]}
-    preset, reason = choose_preset(merged.pop("preset", "preset=auto").split("=", 1)[1])
-    return [f"preset={preset}", *merged.values()], {"preset": preset, "preset_reason": reason, "plan": plan, "plan_note": note}
-
-
-def choose_preset(asked: str) -> tuple[str, str]:
-    """``auto`` is full where there is a CUDA device and laptop elsewhere."""
-    if asked != "auto":
-        return asked, "asked for"
-    import torch
-
-    return ("full", "auto: there is a CUDA device") if torch.cuda.is_available() else ("laptop", "auto: there is no CUDA device")
-
-
-def planned_overrides(conf: Path, plan: str, out_dir: str) -> tuple[list[str], str]:
-    """What the active plan says about ``out_dir``, and a note about it for people."""
-    path = conf / "plan" / f"{plan}.yaml"
-    if not path.exists():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise UserError(
-            f"PLAN={plan!r} in experiment.py has no file conf/plan/{plan}.yaml: choose one of {', '.join(known)}{_did_you_mean(plan, known)}"
-        )
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    runs = content["runs"]
-    if out_dir in runs:
-        return [*content.get("common", []), *runs[out_dir]], f"plan {plan}: {out_dir} is {' '.join(runs[out_dir]) or 'the plain configuration'}"
-    return [], f"plan {plan} does not name {out_dir}: plain configuration"
-
-
-def run_folder(runs_root: str | None, out_dir: str) -> Path:
-    """``<runs_root>/<out_dir>``; out_dir cannot leave runs_root."""
-    if not runs_root:
-        raise UserError(f"runs_root={runs_root} must name a folder, for example runs")
-    inside = Path(out_dir)
-    if not out_dir or inside.is_absolute() or ".." in inside.parts or inside == Path("."):
-        raise UserError(f"out_dir={out_dir!r} must name a folder below runs_root={runs_root} (set runs_root to write elsewhere)")
-    return Path(runs_root).expanduser() / inside
 
 
 def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, str]:
@@ -97,6 +39,7 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
     is for the SAE ``<name>`` of the list alone.
     """
     parsed = _parsed([f"metric=[{','.join(_options(conf, 'metric'))}]" if o == "metric=all" else o for o in overrides])
+    _refuse_sweeps(parsed)
     _check_groups(conf, parsed)
     names = next((_as_list(o.value()) for o in reversed(parsed) if o.key_or_group == "sae"), None)
     if names == []:
@@ -121,6 +64,7 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
                 inside = [host.rsplit("=", 1)[1]] if host and len(around) > 1 else []
                 label = "-".join([str(name), *inside, *(f"{k.rsplit('.', 1)[1]}_{v}" for k, v in values)])
                 arms[re.sub(r"[^A-Za-z0-9_.-]", "_", label)] = OmegaConf.to_container(cfg.sae, resolve=True)
+    _check_texts(cfg)
     OmegaConf.set_struct(cfg, False)
     cfg.arms = arms
     return cfg, ", ".join(arms)
@@ -154,7 +98,7 @@ def _hosts(conf: Path, parsed: Sequence[Override], bases: Mapping[str, DictConfi
     known = [name for name in _options(conf, "sae") if "sae@host" not in (conf / "sae" / f"{name}.yaml").read_text()]
     for host in asked:
         if str(host) not in known:
-            raise UserError(f"{_HOST}={host} does not exist: choose from {', '.join(known)}{_did_you_mean(str(host), known)}")
+            raise UserError(f"{_HOST}={host} does not exist: choose from {', '.join(known)}{did_you_mean(str(host), known)}")
     return {name: [f"{_HYDRA_HOST}={host}" for host in asked] if name in wrapping else [] for name in bases}
 
 
@@ -195,9 +139,10 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
     parser, out = OverridesParser.create(), []
     for override in overrides:
         try:
-            out += parser.parse_overrides([override])
+            out += parser.parse_overrides([for_hydra(override)])
         except HydraException as error:
-            raise UserError(f"{override} cannot be read ({first_line(error)}): quote values that hold =, commas or brackets") from error
+            why = first_line(error).split(":")[0].replace("LexerNoViableAltException", "a character that must stand in quotes")
+            raise UserError(f"{override} cannot be read ({why}): put the value in quotes, as in 'key=\"value\"'") from error
     return out
 
 
@@ -216,7 +161,7 @@ def _check_groups(conf: Path, parsed: Sequence[Override]) -> None:
             for name in _as_list(o.value()):
                 if str(name) not in known:
                     shown = ["auto", *known] if o.key_or_group == "preset" else known
-                    raise UserError(f"{o.key_or_group}={name} does not exist: choose from {', '.join(shown)}{_did_you_mean(str(name), shown)}")
+                    raise UserError(f"{o.key_or_group}={name} does not exist: choose from {', '.join(shown)}{did_you_mean(str(name), shown)}")
             if o.key_or_group == "data" and not _as_list(o.value()):
                 raise UserError("data=[] names no corpus: use for example data=[shakespeare_char]")
 
@@ -238,7 +183,13 @@ def axes_of(conf: Path, overrides: Sequence[str]) -> tuple[list[Axis], list[str]
     Raises :class:`UserError` for a choice that does not exist, before any job starts.
     """
     axes, fixed = [], []
-    for o in _parsed(overrides):
+    for typed in (typed for typed in overrides if is_text(key_of(typed))):
+        if (choices := choices_of(typed)) is None:
+            for_hydra(typed)
+            fixed.append(typed)
+        else:
+            axes.append(Axis(key_of(typed), [choice.split("=", 1)[1] for choice in choices]))
+    for o in _parsed([o for o in overrides if not is_text(key_of(o))]):
         if not o.is_sweep_override():
             _check_groups(conf, [o])
             fixed.append(o.input_line)
@@ -258,10 +209,10 @@ def axes_of(conf: Path, overrides: Sequence[str]) -> tuple[list[Axis], list[str]
 
 def options_of(conf: Path, group: str, overrides: Sequence[str]) -> DictConfig:
     """``conf/<group>/<name>.yaml`` by itself, with the overrides ``group=name`` and ``group.key=value`` among ``overrides``."""
-    names = [o.split("=", 1)[1] for o in overrides if key_of(o) == group]
+    names = [value_of(o) for o in overrides if key_of(o) == group]
     known = _options(conf, group)
     if not names or names[-1] not in known:
-        raise UserError(f"{group}={names[-1] if names else ''} does not exist: choose from {', '.join(known)}{_did_you_mean(str(names[-1:]), known)}")
+        raise UserError(f"{group}={names[-1] if names else ''} does not exist: choose from {', '.join(known)}{did_you_mean(str(names[-1:]), known)}")
     cfg = DictConfig(OmegaConf.load(conf / group / f"{names[-1]}.yaml"))
     own = [o for o in overrides if key_of(o).startswith(f"{group}.")]
     _set_checked(cfg, group, _parsed(own))
@@ -272,7 +223,7 @@ def _set_checked(cfg: DictConfig, group: str, parsed: Sequence[Override]) -> Non
     flat = {f"{group}.{k}": v for k, v in _flat_keys(OmegaConf.to_container(cfg)).items()}
     for o in parsed:
         if o.key_or_group not in flat:
-            raise UserError(f"{o.key_or_group} is not an option{_did_you_mean(o.key_or_group, flat)}; see conf/{group}")
+            raise UserError(f"{o.key_or_group} is not an option{did_you_mean(o.key_or_group, flat)}; see conf/{group}")
         key = o.key_or_group.split(".", 1)[1]
         _check_type(o.key_or_group, o.value(), OmegaConf.select(cfg, key))
         OmegaConf.update(cfg, key, o.value())
@@ -302,8 +253,25 @@ def _check_keys(parsed: Sequence[Override], bases: Sequence[DictConfig]) -> None
             if o.is_delete() or o.is_add() or o.is_force_add() or key.startswith("hydra.") or "/" in key or key in _GROUPS:
                 continue
             if key not in known:
-                raise UserError(f"{key} is not an option{_did_you_mean(key, known)}; python experiment.py --help lists the keys")
+                raise UserError(f"{key} is not an option{did_you_mean(key, known)}; python experiment.py --help lists the keys")
             _check_type(key, o.value(), OmegaConf.select(base, key))
+
+
+def _refuse_sweeps(parsed: Sequence[Override]) -> None:
+    for o in parsed:
+        if o.is_sweep_override():
+            listed = f"{o.key_or_group}=[{o.input_line.split('=', 1)[1]}]"
+            raise UserError(f"{o.input_line} gives several values: one run with all of them is {listed}, one run of each a sweep (-m)")
+
+
+def _check_texts(cfg: DictConfig) -> None:
+    """What is text is text in the files as well: YAML, too, reads 2026_11_2 as a number."""
+    for key, value in _flat_keys(OmegaConf.to_container(cfg, resolve=True)).items():
+        if not is_text(key, TEXTS) or (value is None and not is_text(key, REQUIRED)):
+            continue
+        if not isinstance(value, str):
+            raise UserError(f"{key}: {value} in a file of conf/ is not text there: put it in quotes")
+        checked(key, value)
 
 
 def _flat_keys(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -352,16 +320,6 @@ def _check_type(key: str, value: Any, before: Any) -> None:
         if not isinstance(v, kinds) or (isinstance(v, bool) and not isinstance(before, bool)):
             now = OmegaConf.to_container(before) if isinstance(before, (ListConfig, DictConfig)) else before
             raise UserError(f"{key}={v} must be {words} (now {now})")
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, 1, 0.6) or difflib.get_close_matches(
-        name.rsplit(".", 1)[-1], [k for k in known if "." not in k], 1, 0.8
-    )
-    tails = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1] and k != name]
-    guess = (tails[:1] or close) if "." not in name else (close or tails[:1])
-    return f"; did you mean {guess[0]}?" if guess else ""
 
 
 def first_line(error: BaseException | None) -> str:

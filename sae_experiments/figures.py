@@ -87,9 +87,17 @@ def draw_all(table: RunTable, figures: Figures, out: Path | None, png_dir: Path 
     return written, pictures
 
 
-def report(table: RunTable, figures: Figures, out: Path, png_dir: Path | None) -> None:
-    """Write tables, figures and ``report.html`` to ``out`` (PNGs to ``png_dir`` too) and print the comparison."""
-    if not table.runs:
+def report(table: RunTable, figures: Figures, out: Path, png_dir: Path | None, asked: Sequence[Path]) -> int:
+    """Write tables, figures and ``report.html`` to ``out`` (PNGs to ``png_dir`` too) and print the comparison.
+
+    Returns:
+        The exit status: 1 where each of the runs that were ``asked`` for has failed.
+
+    Raises:
+        UserError: none of them has results.
+    """
+    own = [run for run in table.runs if run.path in {path.resolve() for path in asked}]
+    if not own:
         raise UserError("no run has results yet; wait for a first cell to finish, or look at the warnings above")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue] (a terminal without ± must not end the program)
@@ -98,6 +106,10 @@ def report(table: RunTable, figures: Figures, out: Path, png_dir: Path | None) -
         written, pictures = draw_all(table, figures, out, png_dir)
         page = write_report(table, pictures, out / REPORT)
     print(f"\n{len(written)} figure files, comparison.csv and comparison.md in {out}\nopen {page} in a browser: tables, figures, features")
+    failed = all(run.manifest.get("status") == "failed" for run in own)
+    if failed:
+        log.warning("%s failed: these are no finished results", "the only run" if len(own) == 1 else f"all {len(own)} runs")
+    return int(failed)
 
 
 def run_report(folder: Path, figures: Figures) -> Path:

@@ -11,7 +11,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,34 @@ def clearing(folder: Path) -> Iterator[None]:
             if path.suffixes[-2:-1] and path.suffixes[-2][1:].isdecimal():  # as write_bytes names them
                 path.unlink(missing_ok=True)
         yield
+
+
+class NewFolder:
+    """A folder, made with those above it, that can be taken back as if it had never been made.
+
+    Args:
+        folder: made unless it is there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        self.is_new = bool(self.missing) or not any(folder.iterdir())
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def take_back(self) -> None:
+        """Remove what was made here, if the folder was missing or empty. Call it while nobody else can use the folder."""
+        if not self.is_new:
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self.missing[1:]:
+            with suppress(OSError):  # others have made something in it
+                path.rmdir()
+        if not self.missing:
+            self.folder.mkdir(exist_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sae_experiments import memory, warned
-from sae_experiments.io import NonFinite, UserError, digest, locked, read_json, remove_stale, write_json
+from sae_experiments.io import NewFolder, NonFinite, UserError, digest, locked, read_json, remove_stale, write_json
 from sae_experiments.metrics.info import describe
 from sae_experiments.progress import Console
 from sae_experiments.results import (
@@ -75,9 +75,8 @@ def run(study: Study, settings: RunSettings, tracker: Tracker, closing: Callable
     study.check()
     folder = settings.folder
     config = {k: v for k, v in settings.config.items() if k not in EDGES}
-    created = not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        new = NewFolder(folder)
         probe = folder / f".writable.{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
@@ -85,12 +84,21 @@ def run(study: Study, settings: RunSettings, tracker: Tracker, closing: Callable
         raise UserError(f"out_dir={folder} cannot be written ({error.strerror}): choose another out_dir or runs_root") from error
     console = Console(verbosity=settings.verbosity)
     with locked(folder / ".lock", wait_s=0, held=f"{folder} is in use by another process: wait for it or choose another out_dir"):
+        active = None
         try:
             remove_stale(folder)
             _refuse_other_configuration(folder, config, settings.overwrite)
-            return _Run(study, settings, tracker, console, config, closing).go()
+            active = _Run(study, settings, tracker, console, config, closing)
+            return active.go()
+        except UserError as error:
+            if error.exit_status != UserError.exit_status:
+                raise
+            if active is not None and active.manifest and read_records(folder):
+                raise RunFailed(str(error)) from error  # a mistake, but there are results: the run has failed
+            new.take_back()
+            raise
         except BaseException:
-            if created and not (folder / "manifest.json").exists():
+            if new.missing and not (folder / "manifest.json").exists():
                 _remove_if_empty(folder)
             raise
 

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from sae_experiments.config import axes_of, build, compose_checked, configuring, key_of, options_of, run_folder
-from sae_experiments.io import UserError, digest, locked, sha256_file, write_json
+from sae_experiments.config import axes_of, build, compose_checked, configuring, options_of
+from sae_experiments.io import NewFolder, UserError, digest, locked, sha256_file, write_json
 from sae_experiments.launchers import Exit, Here, Job, Launcher
 from sae_experiments.results import read_records, try_json
 from sae_experiments.search import REPORTED, SEARCHED, Search
 from sae_experiments.source import package_digest, targets_digest
 from sae_experiments.stopping import Stopped
+from sae_experiments.typed import folder_of, key_of, last_text, run_folder, value_of, written
 
 WORDS = ("sweep", "launcher", "search")  # what describes the sweep and no job
 IN_USE = "{} is in use by another sweep: wait for it or choose another out_dir"
@@ -76,12 +77,16 @@ def sweep(conf: Path, overrides: Sequence[str], here: Here) -> int:
 
 def _locked(root: Path, go: Callable[[], int]) -> int:
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        new = NewFolder(root)
     except OSError as error:
         raise UserError(f"out_dir={root} cannot be written ({error.strerror}): choose another out_dir or runs_root") from error
     with locked(root / ".lock", wait_s=0, held=IN_USE.format(root)):
         try:
             return go()
+        except UserError as error:
+            if error.exit_status == UserError.exit_status and not any(root.glob("jobs/*.json")):
+                new.take_back()
+            raise
         except (KeyboardInterrupt, Stopped) as stopped:
             print("stopped: the same command continues where this one ended", file=sys.stderr, flush=True)
             return getattr(stopped, "exit_status", 128 + signal.SIGINT)
@@ -95,11 +100,11 @@ def asked_for(conf: Path, overrides: Sequence[str]) -> Asked:
     own = [o for o in overrides if key_of(o).split(".")[0] in WORDS]
     named = options_of(conf, "sweep", own) if any(key_of(o) == "sweep" for o in own) else OmegaConf.create({"overrides": []})
     merged = {key_of(o): o for o in [*named.overrides, *(o for o in overrides if o not in own)]}
-    values = {key: o.split("=", 1)[1] for key, o in merged.items()}
-    out_dir = values.pop("out_dir", None) or next((f"sweep_{o.split('=', 1)[1]}" for o in own if key_of(o) == "sweep"), None)
+    plain = next((f"sweep_{value_of(o)}" for o in own if key_of(o) == "sweep"), None)
+    out_dir = last_text(merged.values(), "out_dir", plain)
     if out_dir is None:
         raise UserError("a sweep needs a folder of its own: add out_dir=sweep_a")
-    runs_root = values.get("runs_root", "runs")
+    root = run_folder(last_text(merged.values(), "runs_root", OmegaConf.load(conf / "config.yaml").runs_root), out_dir)
     searched = [o for o in own if key_of(o).split(".")[0] == "search"]
     given = [f"search.{k}={'null' if v is None else v}" for k, v in (named.get("search") or {}).items()]
     search = options_of(conf, "search", ["search=tpe", *given, *searched])
@@ -109,8 +114,8 @@ def asked_for(conf: Path, overrides: Sequence[str]) -> Asked:
         [o for key, o in merged.items() if key != "out_dir"],
         build(launcher),
         search if searched or "search" in named else None,
-        out_dir,
-        run_folder(runs_root, out_dir),
+        folder_of(out_dir),
+        root,
     )
 
 
@@ -137,7 +142,7 @@ class Jobs:
         label = [] if any(key_of(o) == "label" for o in self.fixed) else [f"label={name}"]
         plain = [] if any(key_of(o) == "report" for o in self.fixed) else ["report=false"]  # one page for the whole sweep: plot.py
         overrides = [*self.fixed, *values, *label, *plain]
-        command = [sys.executable, str(self.script), *overrides, f"out_dir={self.asked.out_dir}/{name}"]
+        command = [sys.executable, str(self.script), *overrides, written("out_dir", f"{self.asked.out_dir}/{name}")]
         return Job(number, name, overrides, command, self.asked.root / "jobs" / f"{name}.log")
 
     def check(self, jobs: Sequence[Job]) -> None:

@@ -20,6 +20,7 @@ TABLE: dict[str, set[str]] = {
     "help": set(),
     "source": {"io"},
     "sampling": set(),
+    "typed": {"io"},
     "memory": set(),
     "progress": set(),
     "conditions": set(),
@@ -72,12 +73,13 @@ TABLE: dict[str, set[str]] = {
     },
     "notebook": {"io", "config", "fit", "metrics", "saes", "studies", "training"},
     "run": {"io", "source", "memory", "studies", "results", "track", "training", "progress", "stopping", "metrics.info", "warned"},
-    "config": {"io", "results"},
+    "plans": {"io", "typed", "results"},
+    "config": {"io", "typed"},
     "stopping": set(),
     "launchers": {"io"},
     "search": {"io", "config", "results"},
-    "sweeps": {"io", "source", "config", "launchers", "results", "search", "stopping"},
-    "cli": {"io", "config", "figures", "help", "launchers", "results", "stopping", "sweeps", "run", "warned"},
+    "sweeps": {"io", "typed", "source", "config", "launchers", "results", "search", "stopping"},
+    "cli": {"io", "typed", "plans", "config", "figures", "help", "launchers", "results", "stopping", "sweeps", "run", "warned"},
 }
 #: Only these parts may import these packages.
 ONLY = {
@@ -104,6 +106,7 @@ WITHOUT_TORCH = {
     "figures",
     "io",
     "source",
+    "typed",
     "help",
     "track",
     "progress",

@@ -20,8 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_experiments import config
 from sae_experiments.cli import main, parse
-from sae_experiments.config import build, complete, compose_checked, planned_overrides
+from sae_experiments.config import build, compose_checked
 from sae_experiments.io import UserError
+from sae_experiments.plans import complete, planned_overrides
 from sae_experiments.saes.purified import Purified
 from sae_experiments.studies.language import Language
 

@@ -320,3 +320,18 @@ def test_plot_py_mistakes_are_one_line(tmp_path: Path) -> None:
         assert told in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
         assert done.stdout == ""
+
+
+def test_plot_py_with_failed_runs_alone_is_no_success(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "run_0", seeds=(0,))
+    make_run(tmp_path / "runs", "run_1", seeds=(0,), status="failed")
+    failed = tmp_path / "runs" / "run_2"
+    failed.mkdir()
+    (failed / "manifest.json").write_text('{"status": "failed", "metrics": {}, "config": {}}')
+    figures = "--figures=final_metrics"
+    nothing = plot(tmp_path, "runs/run_2", figures)
+    assert nothing.returncode == 2 and "no run has results" in nothing.stderr.splitlines()[-1], "the baseline beside it is not what was asked for"
+    partly = plot(tmp_path, "runs/run_1", "runs/run_2", figures)
+    assert partly.returncode == 1 and "failed" in partly.stderr.splitlines()[-1]
+    assert "run_1" in partly.stdout, "what there is is shown all the same"
+    assert plot(tmp_path, "runs/run_0", "runs/run_1", figures).returncode == 0

@@ -107,6 +107,58 @@ def fail_at(dataset: str, seed: int, error: BaseException) -> Callable[[Cell, Co
     return act
 
 
+# ------------------------------------------------------------------------------------------------ mistakes that are found late
+
+
+def raised(name: str, study: Fake) -> Fake:
+    """The study, in which a mistake of the user is found at the stage ``name``."""
+
+    def fail(*args: Any) -> Any:
+        raise UserError(f"found at {name}")
+
+    setattr(study, name, fail)
+    return study
+
+
+@pytest.mark.parametrize("stage", ["check", "prepare", "infos", "cells", "run"])
+@pytest.mark.parametrize("before", ["nothing", "the folder above", "an empty folder"])
+def test_a_mistake_leaves_no_run_folder_whatever_stage_finds_it(tmp_path, stage, before):
+    folder = tmp_path / "runs" / "a" / "r"
+    if before != "nothing":
+        (folder if before == "an empty folder" else folder.parent).mkdir(parents=True)
+    left = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=f"found at {stage}") as caught:
+        go(raised(stage, Fake()), folder)
+    assert caught.value.exit_status == 2
+    assert sorted(tmp_path.rglob("*")) == left
+
+
+def test_a_mistake_that_is_found_after_results_is_a_failure_and_keeps_them(folder):
+    with pytest.raises(RunFailed, match="too short") as caught:
+        go(Fake(act=fail_at("b", 0, UserError("the text is too short"))), folder)
+    assert caught.value.exit_status == 1 and manifest(folder)["status"] == "failed"
+    assert {(r.dataset, r.seed) for r in read_records(folder)} == {("a", 0), ("a", 1)}
+
+
+def test_what_lay_in_the_folder_before_stays_there(folder):
+    folder.mkdir(parents=True)
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="found at run"):
+        go(raised("run", Fake()), folder)
+    assert (folder / "mine.txt").read_text() == "mine"
+
+
+def test_a_mistake_does_not_take_the_folder_of_a_run_that_goes_on(folder):
+    """Two processes that make one folder at once: the one that must not have it leaves it to the other."""
+
+    def meanwhile(cell: Cell, ctx: Context) -> None:
+        with pytest.raises(UserError, match="in use") as caught:
+            go(Fake(), folder)
+        assert caught.value.exit_status == 2 and (folder / "manifest.json").exists()
+
+    assert go(Fake(act=meanwhile), folder) == "done"
+
+
 # ------------------------------------------------------------------------------------------------ what a run leaves behind
 
 

@@ -137,6 +137,17 @@ def test_a_mistake_that_every_job_would_make_is_told_before_any_starts(swept, tm
     assert "\n" not in str(caught.value) and caught.value.exit_status == 2 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("module", "typed"),
+    [("ray", ["launcher=ray"]), ("submitit", ["launcher=submitit"]), ("optuna", ["search.metric=sae_fvu", "search.n_trials=1"])],
+)
+def test_a_sweep_that_lacks_a_package_leaves_no_folder(swept, tmp_path, monkeypatch, module, typed):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match="not installed") as caught:
+        swept("out_dir=a/b", "sae=topk,gated", *typed)
+    assert caught.value.exit_status == 2 and not list(tmp_path.iterdir())
+
+
 def test_a_mistake_of_some_jobs_is_theirs_alone(swept):
     status, made = swept("out_dir=a", "sae=topk", "sae.target_l0=16,100000")
     assert status == 0 and len(made.ran) == 2, "each job says by itself what is wrong with it"
