@@ -6,13 +6,15 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae_experiments.activations import Site, Sites, as_sites
 from sae_experiments.io import sha256_file
 from sae_experiments.lm import TrainedLM
-from sae_experiments.metrics.base import Bench
 from sae_experiments.saes.base import SAE
+
+if TYPE_CHECKING:  # what is fitted must not be fitted anew whenever a metric's code changes
+    from sae_experiments.metrics.base import Bench
 
 #: Numbers of a language model's recipe that do not change the model itself.
 NOT_THE_MODEL = (
