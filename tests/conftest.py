@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import removals
+
+removals.refuse()  # before a library takes hold of warnings.warn
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -134,14 +137,7 @@ class Experiment:
     def environment(self) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SAE_", "WANDB_", "HYDRA_"))}
         nowhere = "http://127.0.0.1:9"  # nothing listens there
-        warned = ",".join(f"default::{name}Warning" for name in ("Deprecation", "PendingDeprecation", "Future"))
-        return clean | {
-            "SAE_CACHE": str(self.cache),
-            "OMP_NUM_THREADS": "1",
-            "https_proxy": nowhere,
-            "http_proxy": nowhere,
-            "PYTHONWARNINGS": warned,  # so that a call that will be removed shows on stderr, which is to be empty
-        }
+        return clean | {"SAE_CACHE": str(self.cache), "OMP_NUM_THREADS": "1", "https_proxy": nowhere, "http_proxy": nowhere}
 
     def __call__(self, *args: str, tiny: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

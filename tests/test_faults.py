@@ -468,6 +468,28 @@ def test_a_run_that_is_asked_to_end_does_so_in_good_order(experiment, undisturbe
     assert any(experiment.cache.glob("lms/*/checkpoint.safetensors")), "what was trained is not lost"
 
 
+@pytest.mark.parametrize(
+    "share", [0.1, 0.5, *(pytest.param(i / 10, marks=pytest.mark.slow) for i in (0, 2, 3, 4, 6, 7, 8, 9))]
+)
+def test_asked_to_end_at_any_file_operation_a_run_ends_at_once_and_the_next_is_as_undisturbed(
+    experiment, undisturbed, disk, share, capsys
+):
+    disk.root, disk.at = str(experiment.here), 1 + int(share * undisturbed["operations"])
+    moment: list[float] = []
+
+    def ask(path: str) -> None:
+        moment.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    disk.act = ask
+    assert in_this_process(experiment, *RUN) == 143
+    assert time.monotonic() - moment[0] < GRACE_S
+    assert "stopped by SIGTERM" in one_line(capsys.readouterr())
+    disk.root = ""
+    assert in_this_process(experiment, *RUN) == 0
+    assert_same(lasting(experiment.runs / "k"), {k: v for k, v in undisturbed.items() if k != "operations"})
+
+
 @pytest.mark.slow
 def test_two_runs_that_want_the_same_at_once_make_it_once_and_get_the_same(experiment, undisturbed):
     logs = {name: experiment.here / f"{name}.txt" for name in ("one", "two", "three")}
