@@ -1,7 +1,8 @@
-"""The concept bank: what a character position can be asked about a text, at the level of characters, words and structure.
+"""Concept bank: yes-or-no questions about a position of a text, on characters, words and structure.
 
-Labels come from one pass over the text, vectorised. A *causal* concept depends on what was read up to and including the position; a
-*predictive* one on the character that comes next. Letters are ASCII letters. Which concepts apply is decided from the symbols of a corpus.
+Labels come from one vectorised pass over the text. A *causal* concept depends on the text up to and
+including the position; a *predictive* one depends on the next character. Letters are ASCII letters.
+The symbols of a corpus decide which concepts apply to it.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 
 LEVELS = ("char", "word", "struct")
-UPPER, LETTERS, DIGITS = string.ascii_uppercase, string.ascii_letters, string.digits
-#: Character classes of patterns and concepts, by name: the symbols below code point 256 that are in them.
+UPPER = string.ascii_uppercase
+LOWER = string.ascii_lowercase
+LETTERS = string.ascii_letters
+DIGITS = string.digits
+VOWELS = "aeiouAEIOU"
+#: Character classes of patterns and concepts: name -> its symbols below code point 256.
 CLASSES = {
-    "vowel": "aeiouAEIOU",
-    "consonant": "".join(c for c in LETTERS if c not in "aeiouAEIOU"),
+    "vowel": VOWELS,
+    "consonant": "".join(c for c in LETTERS if c not in VOWELS),
     "upper": UPPER,
     "letter": LETTERS,
     "digit": DIGITS,
@@ -27,54 +33,74 @@ CLASSES = {
     "space": " \t\r\n\f\v",
     "punctuation": string.punctuation,
 }
+#: Class membership is looked up in a table of this many code points; none above is in a class.
+TABLE_SIZE = 256
 
 
 def member(chars: np.ndarray, symbols: str) -> np.ndarray:
-    """Where the code points (N,) are among ``symbols``."""
-    table = np.zeros(257, dtype=bool)
+    """Mask (N,) of the code points `chars` (N,) that are among `symbols`."""
+    table = np.zeros(TABLE_SIZE + 1, dtype=bool)
     table[[ord(s) for s in symbols]] = True
-    return table[np.minimum(chars, 256)]
+    return table[np.minimum(chars, TABLE_SIZE)]
+
+
+def shift(values: np.ndarray, lag: int, fill: int | bool = 0) -> np.ndarray:
+    """Values (N,) of `lag` positions earlier, and `fill` before the beginning."""
+    shifted = np.full_like(values, fill)
+    shifted[lag:] = values[: max(len(values) - lag, 0)]
+    return shifted
 
 
 class Scan:
-    """The state of a reader at every position of a text of code points (N,): what was read so far, counted and located."""
+    """State of a reader at every position of a text: counts and locations in the text so far.
+
+    Args:
+        chars: Code points of the text, (N,).
+        following: Code point that follows each position, (N,).
+    """
 
     def __init__(self, chars: np.ndarray, following: np.ndarray) -> None:
-        self.chars, self.following = chars, following
-        self.at = np.arange(len(chars))
+        self.chars = chars
+        self.following = following
+        self.positions = np.arange(len(chars))
         self.lower = np.where(member(chars, UPPER), chars + 32, chars)
 
     def of_class(self, name: str) -> np.ndarray:
+        """Positions whose character is in the class `name` of `CLASSES`."""
         return member(self.chars, CLASSES[name])
 
     def ends(self, text: str, *, lower: bool = False) -> np.ndarray:
-        """Where ``text`` has just been read."""
-        chars, found = self.lower if lower else self.chars, np.ones(len(self.chars), dtype=bool)
+        """Positions at which `text` ends; with `lower`, in the text in lower case."""
+        chars = self.lower if lower else self.chars
+        matches = np.ones(len(self.chars), dtype=bool)
         for lag, symbol in enumerate(reversed(text)):
-            found &= shift(chars, lag) == ord(symbol)
-        return found
+            matches &= shift(chars, lag) == ord(symbol)
+        return matches
 
     def last(self, where: np.ndarray) -> np.ndarray:
-        """Position of the latest row up to each one where ``where`` holds; -1 if there is none."""
-        return np.maximum.accumulate(np.where(where, self.at, -1)) if len(self.at) else self.at
+        """Latest position up to and including each one at which `where` holds; -1 before any."""
+        if not len(self.positions):
+            return self.positions
+        return np.maximum.accumulate(np.where(where, self.positions, -1))
 
     def pick(self, values: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """``values[index]``, and 0 where the index lies before the text."""
+        """`values[index]`, and 0 for an index before the text."""
         return np.where(index >= 0, values[np.maximum(index, 0)], 0)
 
     @cached_property
     def letter(self) -> np.ndarray:
+        """Positions of letters."""
         return self.of_class("letter")
 
     @cached_property
     def word_start(self) -> np.ndarray:
-        """Where the current (or latest) word starts; -1 before the first."""
+        """Start of the current or latest word; -1 before the first."""
         return self.last(self.letter & ~shift(self.letter, 1, False))
 
     @cached_property
     def in_word(self) -> np.ndarray:
-        """Number of letters of the current word read so far; 0 outside words."""
-        return np.where(self.letter, self.at - self.word_start + 1, 0)
+        """Number of letters of the current word so far, this one included; 0 outside words."""
+        return np.where(self.letter, self.positions - self.word_start + 1, 0)
 
     @cached_property
     def initial(self) -> np.ndarray:
@@ -83,7 +109,8 @@ class Scan:
 
     @cached_property
     def newline(self) -> np.ndarray:
-        return self.chars == 10
+        """Positions of newlines."""
+        return self.chars == ord("\n")
 
     @cached_property
     def line_start(self) -> np.ndarray:
@@ -92,144 +119,282 @@ class Scan:
 
     @cached_property
     def column(self) -> np.ndarray:
-        """Characters read since the line began, this one included."""
-        return self.at - self.line_start + 1
+        """Number of characters of the line so far, this one included."""
+        return self.positions - self.line_start + 1
 
     @cached_property
     def line_before(self) -> np.ndarray:
-        """Length of the line before (its newline not counted); -1 on the first line."""
+        """Length of the previous line without its newline; -1 on the first line."""
         end = self.line_start - 1
         return np.where(end >= 0, self.pick(self.column, end) - 1, -1)
 
     def after_word(self, *words: str) -> np.ndarray:
-        """At the first character after one of the words."""
-        found, fresh = np.zeros(len(self.at), dtype=bool), ~self.letter & shift(self.letter, 1, False)
+        """Positions of the first character after one of the words."""
+        after = np.zeros(len(self.positions), dtype=bool)
+        just_left_a_word = ~self.letter & shift(self.letter, 1, False)
         for word in words:
-            ended = self.ends(word, lower=True) & (self.in_word == len(word))
-            found |= fresh & shift(ended, 1, False)
-        return found
+            word_ends = self.ends(word, lower=True) & (self.in_word == len(word))
+            after |= just_left_a_word & shift(word_ends, 1, False)
+        return after
 
     def inside(self, opening: str, closing: str) -> np.ndarray:
-        """Since ``opening`` was read and until ``closing`` is; nested brackets count as one."""
+        """Positions from the end of `opening` to that of `closing`; nested pairs count as one."""
         return self.last(self.ends(opening)) > self.last(self.ends(closing))
 
     def unclosed(self) -> np.ndarray:
-        """Inside a quotation or a parenthesis that was opened on this line."""
-        opened, closed, line = self.chars == ord("("), self.chars == ord(")"), np.cumsum(shift(self.newline, 1, False))
-        level = np.cumsum(opened.astype(np.int64) - closed)
-        level -= self.pick(level, self.line_start - 1)
-        far = 2 * len(self.at) + 1  # a step down at each line makes the running minimum start anew there
-        least = np.minimum.accumulate(np.minimum(level, 0) - far * line) + far * line
+        """Positions inside a quotation or a parenthesis that was opened on the same line."""
+        return self._in_parentheses() | self._in_quotes()
+
+    def _in_parentheses(self) -> np.ndarray:
+        line = np.cumsum(shift(self.newline, 1, False))
+        opened = self.chars == ord("(")
+        closed = self.chars == ord(")")
+        depth = np.cumsum(opened.astype(np.int64) - closed)
+        depth -= self.pick(depth, self.line_start - 1)
+        # A closing parenthesis without an opening one lowers the level that counts as closed. That
+        # level is the running minimum of the line; a large step down at each line restarts it.
+        step = 2 * len(self.positions) + 1
+        closed_depth = np.minimum.accumulate(np.minimum(depth, 0) - step * line) + step * line
+        return depth - closed_depth > 0
+
+    def _in_quotes(self) -> np.ndarray:
         quotes = np.cumsum(self.chars == ord('"'))
-        return (level - least > 0) | ((quotes - self.pick(quotes, self.line_start - 1)) % 2 == 1)
+        quotes_on_line = quotes - self.pick(quotes, self.line_start - 1)
+        return quotes_on_line % 2 == 1
 
     def in_url(self) -> np.ndarray:
-        run_start = self.last(shift(self.of_class("space"), 1, True) & ~self.of_class("space"))
-        return ~self.of_class("space") & (self.last(self.ends("://") | self.ends("www.")) >= run_start) & (run_start >= 0)
+        """Positions after `://` or `www.` in the same run of characters other than white space."""
+        space = self.of_class("space")
+        run_start = self.last(shift(space, 1, True) & ~space)
+        latest_marker = self.last(self.ends("://") | self.ends("www."))
+        return ~space & (latest_marker >= run_start) & (run_start >= 0)
 
 
-def shift(values: np.ndarray, lag: int, fill: int | bool = 0) -> np.ndarray:
-    """``values`` of ``lag`` positions earlier, ``fill`` before the beginning."""
-    out = np.full_like(values, fill)
-    out[lag:] = values[: max(len(values) - lag, 0)]
-    return out
+Label: TypeAlias = Callable[[Scan], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
 class Concept:
-    """A yes-or-no question about a position. Concepts of one ``group`` (a letter each, say) count as one in averages over a level."""
+    """A yes-or-no question about a position."""
 
     name: str
     group: str
+    """Concepts of one group (a letter each, for instance) count as one in averages over a level."""
     level: str
-    label: Callable[[Scan], np.ndarray]
+    """One of `LEVELS`."""
+    label: Label
+    """Maps a scan of the text to the answers, bool (N,)."""
     causal: bool = True
-    needs: tuple[str, ...] = ()  # at least one symbol of each must be in the alphabet
+    """False if the answer depends on the next character."""
+    needs: tuple[str, ...] = ()
+    """The concept applies to an alphabet that has at least one symbol of each of these strings."""
 
     @property
     def matched(self) -> bool:
-        """Whether its negatives must have the same characters as its positives, so that knowing the character does not help."""
+        """True if negatives must have the same characters as positives.
+
+        Then knowing the character alone does not help. Concepts about the character itself are the
+        exception.
+        """
         return not (self.level == "char" and self.causal)
 
 
 def bank(symbols: Sequence[str]) -> list[Concept]:
     """The concepts that apply to a corpus with these symbols."""
     known = set(symbols)
-    return [c for c in (*_characters(), *_words(), *_structure()) if all(known & set(need) for need in c.needs)]
+    concepts = [*_character_concepts(), *_word_concepts(), *_structure_concepts()]
+    return [c for c in concepts if all(known & set(need) for need in c.needs)]
 
 
-def label_all(concepts: Iterable[Concept], chars: np.ndarray, following: np.ndarray, breaks: np.ndarray) -> np.ndarray:
-    """Labels (K, N) of a text that starts anew at each row of ``breaks``."""
-    concepts, bounds = list(concepts), [*breaks.tolist(), len(chars)]
-    out = np.zeros((len(concepts), len(chars)), dtype=bool)
+def label_all(
+    concepts: Iterable[Concept], chars: np.ndarray, following: np.ndarray, breaks: np.ndarray
+) -> np.ndarray:
+    """Label every position of a text with every concept.
+
+    Args:
+        concepts: K concepts.
+        chars: Code points of the text, (N,).
+        following: Code point that follows each position, (N,).
+        breaks: Rows at which the text starts anew, 0 among them.
+
+    Returns:
+        Labels, bool (K, N).
+    """
+    concepts = list(concepts)
+    bounds = [*breaks.tolist(), len(chars)]
+    labels = np.zeros((len(concepts), len(chars)), dtype=bool)
     for begin, end in itertools.pairwise(bounds):
         scan = Scan(chars[begin:end], following[begin:end])
-        for row, concept in zip(out, concepts, strict=True):
+        for row, concept in zip(labels, concepts, strict=True):
             row[begin:end] = concept.label(scan)
-    return out
+    return labels
 
 
-def _characters() -> list[Concept]:
-    found = [
-        Concept("vowel", "vowel", "char", lambda s: s.of_class("vowel"), needs=(CLASSES["vowel"],)),
-        Concept("consonant", "consonant", "char", lambda s: s.of_class("consonant"), needs=(CLASSES["consonant"],)),
-        Concept("upper case", "upper case", "char", lambda s: s.of_class("upper"), needs=(UPPER,)),
-        Concept("white space", "white space", "char", lambda s: s.of_class("space"), needs=(CLASSES["space"],)),
-        Concept("digit", "digit", "char", lambda s: s.of_class("digit"), needs=(DIGITS,)),
-        Concept("end of sentence", "end of sentence", "char", lambda s: member(s.chars, ".!?"), needs=(".!?",)),
-    ]
-    found += [Concept(f"letter {c}", "letter", "char", lambda s, c=c: s.lower == ord(c), needs=(c,)) for c in "etq"]
-    for name in ("vowel", "consonant", "space", "punctuation", "upper", "digit", "newline"):
-        found.append(Concept(f"{name} next", "next", "char", lambda s, n=name: member(s.following, CLASSES[n]), causal=False, needs=(CLASSES[name],)))
-    return found
+# ------------------------------------------------------------------------------------- characters
+
+#: Concept -> class of the current character.
+CURRENT_CHARACTER = {
+    "vowel": "vowel",
+    "consonant": "consonant",
+    "upper case": "upper",
+    "white space": "space",
+    "digit": "digit",
+}
+SENTENCE_ENDS = ".!?"
+SINGLE_LETTERS = "etq"
+#: Classes of the next character.
+NEXT_CHARACTER = ("vowel", "consonant", "space", "punctuation", "upper", "digit", "newline")
 
 
-def _words() -> list[Concept]:
-    found = [
+def _character_concepts() -> list[Concept]:
+    concepts = []
+    for name, class_name in CURRENT_CHARACTER.items():
+        label = _current_in(CLASSES[class_name])
+        concepts.append(Concept(name, name, "char", label, needs=(CLASSES[class_name],)))
+    name = "end of sentence"
+    label = _current_in(SENTENCE_ENDS)
+    concepts.append(Concept(name, name, "char", label, needs=(SENTENCE_ENDS,)))
+    for letter in SINGLE_LETTERS:
+        label = _current_letter(letter)
+        concepts.append(Concept(f"letter {letter}", "letter", "char", label, needs=(letter,)))
+    for class_name in NEXT_CHARACTER:
+        members = CLASSES[class_name]
+        label = _next_in(members)
+        name = f"{class_name} next"
+        concepts.append(Concept(name, "next", "char", label, causal=False, needs=(members,)))
+    return concepts
+
+
+def _current_in(symbols: str) -> Label:
+    return lambda scan: member(scan.chars, symbols)
+
+
+def _current_letter(letter: str) -> Label:
+    return lambda scan: scan.lower == ord(letter)
+
+
+def _next_in(symbols: str) -> Label:
+    return lambda scan: member(scan.following, symbols)
+
+
+# ------------------------------------------------------------------------------------------ words
+
+WORD_BEGINNINGS = ("th", "in", "wh")
+TRIGRAMS = ("ing", "the", "and")
+WORDS_BEFORE = (("the",), ("of",), ("and",), ("my", "you"))
+
+
+def _word_concepts() -> list[Concept]:
+    concepts = [
         Concept("word start", "word start", "word", lambda s: s.in_word == 1, needs=(LETTERS,)),
-        Concept("fifth letter or later", "position in word", "word", lambda s: s.in_word >= 5, needs=(LETTERS,)),
-        Concept("word end", "word end", "word", lambda s: s.letter & ~member(s.following, LETTERS), causal=False, needs=(LETTERS,)),
-        Concept("capitalised word", "capitalised", "word", _capitalised, needs=(UPPER, string.ascii_lowercase)),
+        Concept(
+            "fifth letter or later",
+            "position in word",
+            "word",
+            lambda s: s.in_word >= 5,
+            needs=(LETTERS,),
+        ),
+        Concept("word end", "word end", "word", _word_end, causal=False, needs=(LETTERS,)),
+        Concept("capitalised word", "capitalised", "word", _capitalised, needs=(UPPER, LOWER)),
     ]
-    found += [
-        Concept(f"word so far: {p}", "prefix", "word", lambda s, p=p: s.ends(p, lower=True) & (s.in_word == 2), needs=tuple(p))
-        for p in ("th", "in", "wh")
-    ]
-    found += [Concept(f"trigram {g}", "trigram", "word", lambda s, g=g: s.ends(g, lower=True), needs=tuple(g)) for g in ("ing", "the", "and")]
-    for words in (("the",), ("of",), ("and",), ("my", "you")):
-        found.append(
-            Concept(f"after the word {' or '.join(words)}", "after word", "word", lambda s, w=words: s.after_word(*w), needs=tuple(words[0]))
-        )
-    for c in string.ascii_lowercase:
-        label = lambda s, c=c: (s.in_word >= 3) & (s.initial == ord(c))  # noqa: E731
-        found.append(Concept(f"word starts with {c}", "starts with", "word", label, needs=(c + c.upper(),)))
-    return found
+    for text in WORD_BEGINNINGS:
+        label = _word_so_far(text)
+        concepts.append(Concept(f"word so far: {text}", "prefix", "word", label, needs=tuple(text)))
+    for text in TRIGRAMS:
+        label = _just_read(text)
+        concepts.append(Concept(f"trigram {text}", "trigram", "word", label, needs=tuple(text)))
+    for words in WORDS_BEFORE:
+        name = f"after the word {' or '.join(words)}"
+        label = _after_word(words)
+        concepts.append(Concept(name, "after word", "word", label, needs=tuple(words[0])))
+    for letter in LOWER:
+        name = f"word starts with {letter}"
+        label = _word_starts_with(letter)
+        needs = (letter + letter.upper(),)
+        concepts.append(Concept(name, "starts with", "word", label, needs=needs))
+    return concepts
 
 
-def _capitalised(s: Scan) -> np.ndarray:
+def _word_end(scan: Scan) -> np.ndarray:
+    return scan.letter & ~member(scan.following, LETTERS)
+
+
+def _capitalised(scan: Scan) -> np.ndarray:
     """In a word that began with a capital, from its second letter on."""
-    return (s.in_word >= 2) & s.pick(s.of_class("upper"), s.word_start).astype(bool)
+    capital_first = scan.pick(scan.of_class("upper"), scan.word_start).astype(bool)
+    return (scan.in_word >= 2) & capital_first
 
 
-def _structure() -> list[Concept]:
-    line, wiki = ("\n",), ("[", "]", "<")
+def _word_so_far(text: str) -> Label:
+    return lambda scan: scan.ends(text, lower=True) & (scan.in_word == len(text))
+
+
+def _just_read(text: str) -> Label:
+    return lambda scan: scan.ends(text, lower=True)
+
+
+def _after_word(words: Sequence[str]) -> Label:
+    return lambda scan: scan.after_word(*words)
+
+
+def _word_starts_with(letter: str) -> Label:
+    """From the third letter of a word on."""
+    return lambda scan: (scan.in_word >= 3) & (scan.initial == ord(letter))
+
+
+# -------------------------------------------------------------------------------------- structure
+
+#: Symbols of wiki markup: a corpus without them has no headings, lists or numbers worth a concept.
+WIKI = ("[", "]", "<")
+
+
+def _structure_concepts() -> list[Concept]:
+    line = ("\n",)
+    heading_needs = (*WIKI, "\n", "=*")
+
+    def concept(name: str, group: str, label: Label, needs: tuple[str, ...]) -> Concept:
+        return Concept(name, group, "struct", label, needs=needs)
+
     return [
-        Concept("first 3 characters of a line", "line start", "struct", lambda s: (s.column <= 3) & ~s.newline, needs=line),
-        Concept("in quotes or brackets", "in quotes", "struct", lambda s: s.unclosed(), needs=('("', "\n")),
-        Concept("in a tag", "markup", "struct", lambda s: s.inside("<", ">"), needs=("<", ">")),
-        Concept("in a link", "markup", "struct", lambda s: s.inside("[[", "]]"), needs=("[", "]")),
-        Concept("in a template", "markup", "struct", lambda s: s.inside("{{", "}}"), needs=("{", "}")),
-        Concept("in a URL", "markup", "struct", lambda s: s.in_url(), needs=(":", "/")),
-        Concept("in a number", "markup", "struct", lambda s: s.of_class("digit") & shift(s.of_class("digit"), 1, False), needs=(*wiki, DIGITS)),
-        Concept("line after a blank line", "speech", "struct", lambda s: (s.line_before == 0) & ~s.newline, needs=line),
-        Concept("line after a colon", "speech", "struct", _after_colon, needs=(*line, ":")),
-        Concept("after a long line", "verse", "struct", lambda s: s.line_before > 40, needs=line),
-        Concept("column above 40", "column", "struct", lambda s: s.column > 40, needs=line),
-        Concept("line end next", "line end", "struct", lambda s: s.following == 10, causal=False, needs=line),
-        Concept("heading or list", "heading", "struct", lambda s: member(s.chars[s.line_start], "=*#:"), needs=(*wiki, "\n", "=*")),
+        concept("first 3 characters of a line", "line start", _line_start, line),
+        concept("in quotes or brackets", "in quotes", lambda s: s.unclosed(), ('("', "\n")),
+        concept("in a tag", "markup", lambda s: s.inside("<", ">"), ("<", ">")),
+        concept("in a link", "markup", lambda s: s.inside("[[", "]]"), ("[", "]")),
+        concept("in a template", "markup", lambda s: s.inside("{{", "}}"), ("{", "}")),
+        concept("in a URL", "markup", lambda s: s.in_url(), (":", "/")),
+        concept("in a number", "markup", _in_number, (*WIKI, DIGITS)),
+        concept("line after a blank line", "speech", _after_blank_line, line),
+        concept("line after a colon", "speech", _after_colon, (*line, ":")),
+        concept("after a long line", "verse", lambda s: s.line_before > 40, line),
+        concept("column above 40", "column", lambda s: s.column > 40, line),
+        Concept("line end next", "line end", "struct", _line_end_next, causal=False, needs=line),
+        concept("heading or list", "heading", _heading_or_list, heading_needs),
     ]
 
 
-def _after_colon(s: Scan) -> np.ndarray:
-    """On a line whose line before ended with a colon: the first line of a speech."""
-    return (s.pick(s.chars, s.line_start - 2) == ord(":")) & (s.line_start >= 2)
+def _line_start(scan: Scan) -> np.ndarray:
+    return (scan.column <= 3) & ~scan.newline
+
+
+def _in_number(scan: Scan) -> np.ndarray:
+    """From the second digit of a number on."""
+    digit = scan.of_class("digit")
+    return digit & shift(digit, 1, False)
+
+
+def _after_blank_line(scan: Scan) -> np.ndarray:
+    return (scan.line_before == 0) & ~scan.newline
+
+
+def _after_colon(scan: Scan) -> np.ndarray:
+    """On a line whose previous line ended with a colon: the first line of a speech."""
+    last_of_previous_line = scan.pick(scan.chars, scan.line_start - 2)
+    return (last_of_previous_line == ord(":")) & (scan.line_start >= 2)
+
+
+def _line_end_next(scan: Scan) -> np.ndarray:
+    return scan.following == ord("\n")
+
+
+def _heading_or_list(scan: Scan) -> np.ndarray:
+    return member(scan.chars[scan.line_start], "=*#:")

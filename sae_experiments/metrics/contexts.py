@@ -1,4 +1,4 @@
-"""Where a latent fires, as text for people: its top contexts and a sample of all others by strength."""
+"""Text contexts of a latent: where it fires most strongly, and a sample of its other firings."""
 
 from __future__ import annotations
 
@@ -10,31 +10,68 @@ from sae_experiments.metrics.codes import Text
 
 
 def top_rows(text: Text, values: np.ndarray, n: int) -> np.ndarray:
-    """The rows of the ``n`` largest values (N,), strongest first, one a window so that they are different places."""
-    best = values.reshape(-1, text.length).argmax(1) + np.arange(0, len(values), text.length)
+    """Rows of the `n` largest values, at most one per window so that the places differ.
+
+    Args:
+        text: Text of the rows, in whole windows.
+        values: One latent's activations, (N,).
+        n: Largest number of rows.
+
+    Returns:
+        Row numbers, strongest first.
+    """
+    windows = values.reshape(-1, text.length)
+    best = windows.argmax(1) + np.arange(0, len(values), text.length)
     best = best[values[best] > 0]
     return best[np.argsort(-values[best], kind="stable")[:n]]
 
 
 def quantile_rows(values: np.ndarray, n: int) -> np.ndarray:
-    """Rows at ``n`` evenly spaced quantiles of the non-zero values, strongest first."""
+    """Rows at `n` evenly spaced quantiles of the non-zero values (N,), strongest first."""
     active = np.flatnonzero(values)
     order = active[np.argsort(-values[active], kind="stable")]
-    return order[np.unique(np.linspace(0, len(order) - 1, min(n, len(order))).round().astype(int))] if len(order) else order
+    if not len(order):
+        return order
+    places = np.linspace(0, len(order) - 1, min(n, len(order))).round().astype(int)
+    return order[np.unique(places)]
 
 
-def contexts_of(text: Text, values: np.ndarray, rows: np.ndarray, before: int, after: int) -> list[dict[str, Any]]:
-    """``{"before", "at", "after", "acts", "row"}`` for each row: text no further than the window, the value at every character of it (three
-    significant digits), and the row, which tells whether two contexts are from the same place."""
-    found = []
+def contexts_of(
+    text: Text, values: np.ndarray, rows: np.ndarray, before: int, after: int
+) -> list[dict[str, Any]]:
+    """Text around rows, no further than their window, with the activation at each character.
+
+    Args:
+        text: Text of the rows.
+        values: One latent's activations, (N,).
+        rows: Rows to show.
+        before: Characters shown before a row.
+        after: Characters shown after a row.
+
+    Returns:
+        For each row a dict of `before`, `at` and `after` (text), `acts` (activation per character,
+        three significant digits) and `row`, which tells whether two contexts are the same place.
+    """
+    contexts = []
     for row in rows.tolist():
-        start = row - row % text.length
-        begin, end = max(row - before, start), min(row + after + 1, start + text.length)
-        parts = [_string(text.chars[a:b]) for a, b in ((begin, row), (row, row + 1), (row + 1, end))]
-        acts = [float(f"{v:.3g}") if v else 0 for v in values[begin:end].tolist()]
-        found.append({"before": parts[0], "at": parts[1], "after": parts[2], "acts": acts, "row": row})
-    return found
+        window_start = row - row % text.length
+        begin = max(row - before, window_start)
+        end = min(row + after + 1, window_start + text.length)
+        contexts.append(
+            {
+                "before": _to_string(text.chars[begin:row]),
+                "at": _to_string(text.chars[row : row + 1]),
+                "after": _to_string(text.chars[row + 1 : end]),
+                "acts": [_three_digits(value) for value in values[begin:end].tolist()],
+                "row": row,
+            }
+        )
+    return contexts
 
 
-def _string(points: np.ndarray) -> str:
+def _three_digits(value: float) -> float:
+    return float(f"{value:.3g}") if value else 0
+
+
+def _to_string(points: np.ndarray) -> str:
     return "".join(map(chr, points.tolist()))
