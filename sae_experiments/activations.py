@@ -8,6 +8,7 @@ its hidden activations after the non-linearity, ``mlp_out.2`` what it writes. Sh
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -125,6 +126,20 @@ def activations(model: nn.Module, tokens: Tensor, sites: Sequence[Site]) -> dict
     return found
 
 
+class Kept(NamedTuple):
+    """How activations stand in a file of half precision: ``(x - centre) / unit``, so that neither a large mean nor a small unit costs digits."""
+
+    centre: Tensor  # (D,) float32
+    unit: float  # a power of two, which costs none by itself
+
+    @staticmethod
+    def like(x: Tensor) -> Kept:
+        """For rows like ``x`` (N, D): about their mean, in units of about their spread."""
+        centre = x.double().mean(0)
+        spread = float((x.double() - centre).square().mean().sqrt())
+        return Kept(centre.float().cpu(), 2.0 ** round(math.log2(spread)) if spread > 1e-30 else 1.0)
+
+
 class Store:
     """Activations of one split on disk: ``n_windows`` windows of ``length`` characters, one memory-mapped (N, D) file a site.
 
@@ -138,10 +153,14 @@ class Store:
         self.starts = np.load(folder / "starts.npy", allow_pickle=False)
         self.n_rows = len(self.starts) * self.length
         self.sites = {Site(*s["site"]): self._open(s) for s in info["sites"]}
+        self._kept = {Site(*s["site"]): self._kept_as(s) for s in info["sites"] if "centre" in s}
         self._order: tuple[tuple[int, int, int, int], np.ndarray] | None = None
 
     def _open(self, s: dict[str, Any]) -> np.ndarray:
         return np.memmap(self.folder / s["file"], dtype=s["dtype"], mode="r", shape=(self.n_rows, s["width"]))
+
+    def _kept_as(self, s: dict[str, Any]) -> Kept:
+        return Kept(torch.from_numpy(np.load(self.folder / s["centre"], allow_pickle=False)), s["unit"])
 
     def width(self, site: Site | Sites) -> int:
         """Width of a site, or of several side by side."""
@@ -149,8 +168,12 @@ class Store:
 
     def rows(self, site: Site | Sites, index: np.ndarray | slice) -> Tensor:
         """Rows (n, D) as float32; of several sites, side by side."""
-        parts = [torch.from_numpy(_taken(self.sites[s], index)).float() for s in as_sites(site)]
+        parts = [self._rows(s, index) for s in as_sites(site)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _rows(self, site: Site, index: np.ndarray | slice) -> Tensor:
+        x, kept = torch.from_numpy(_taken(self.sites[site], index)).float(), self._kept.get(site)
+        return x if kept is None else torch.add(kept.centre, x, alpha=kept.unit, out=x)
 
     def index_at(self, step: int, *, rows: int, seed: int, first: int = 0, last: int | None = None) -> np.ndarray:
         """Row numbers of batch ``step``: the rows first..last in an order shuffled anew each epoch, a function of (seed, step) alone."""
@@ -188,20 +211,29 @@ def collect(
         # Written as files and not through memory maps: a full disk is then an error with a name, where a map would kill the process.
         files: dict[Site, Any] = {}
         widths: dict[Site, int] = {}
+        kept: dict[Site, Kept] = {}
         with ExitStack() as stack:
-            _collect(folder, files, widths, stack)
+            _collect(folder, files, widths, kept, stack)
         np.save(folder / "starts.npy", starts)
         listed = [{"site": list(s), "file": f"{s}.bin", "dtype": dtype, "width": width} for s, width in widths.items()]
+        for info, site in zip(listed, widths, strict=True):
+            if site in kept:
+                np.save(folder / f"{site}.centre.npy", kept[site].centre.numpy())
+                info |= {"centre": f"{site}.centre.npy", "unit": kept[site].unit}
         write_json(folder / "store.json", {"key": full, "length": length, "split": split, "sites": listed})
 
-    def _collect(folder: Path, files: dict[Site, Any], widths: dict[Site, int], stack: ExitStack) -> None:
+    def _collect(folder: Path, files: dict[Site, Any], widths: dict[Site, int], kept: dict[Site, Kept], stack: ExitStack) -> None:
         for begin in range(0, len(starts), batch):
             part = starts[begin : begin + batch]
             for site, x in activations(model, tokens_of(part).to(device), sites).items():
                 x = x.reshape(-1, x.shape[-1]).float()
                 if not bool(torch.isfinite(x).all()):
                     raise NonFinite(f"activations at {site} are not finite (window at {part[0]} of {split}): the language model is broken")
-                values = x.cpu().numpy().astype(dtype)
+                values = x.cpu()
+                if dtype == "float16":
+                    how = kept[site] = kept.get(site) or Kept.like(x)
+                    values = (values - how.centre) / how.unit
+                values = values.numpy().astype(dtype)
                 if not np.isfinite(values).all():
                     raise UserError(
                         f"activations at {site} reach {float(x.abs().max()):.3g}, too large for fit.store_dtype={dtype}: use fit.store_dtype=float32"

@@ -27,10 +27,6 @@ from sae_experiments.stopping import Stopped, end_with_parent, farewell, listeni
 from sae_experiments.sweeps import is_sweep, run_hydra, sweep
 from sae_experiments.typed import for_hydra, run_folder
 
-# Threads that wait give their core away soon: on a machine that does something else too, spinning costs a training step four times its time,
-# and on an idle one this changes nothing (two cores, a small GPT-2: 61 ms a step both ways). Read when torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 HYDRA_FLAGS = ("--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--shell-completion", "--info", "-i")
 WITH_VALUE = ("--cfg", "-c", "--package", "-p")
 

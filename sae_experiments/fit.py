@@ -120,7 +120,7 @@ def fit_saes(
     inputs = units_of(sample.x, "activations", *blocks, scale=scale)
     outputs = inputs if same else units_of(sample.y, "targets", *blocks, scale=scale)
     for name, sae in saes.items():
-        _check_start(name, sae, same)
+        _check_start(name, sae, same, min(configs[name].batch_size, len(sample.held)))
         if sae.fitted:
             sae.rescale(inputs.inverse(), outputs.inverse())
     x = inputs.apply(sample.x)
@@ -157,8 +157,20 @@ def fit_saes(
     return reports
 
 
-def _check_start(name: str, sae: SAE, same: bool) -> None:
-    """Raise :class:`UserError` for an SAE that cannot be fitted here."""
+def _check_start(name: str, sae: SAE, same: bool, rows: int) -> None:
+    """Raise :class:`UserError` for an SAE that cannot be fitted here.
+
+    Args:
+        name: of the SAE in messages.
+        sae: the SAE.
+        same: whether targets and inputs are the same rows.
+        rows: in a batch, or kept for calibration, whichever is less.
+    """
+    if sae.asked_l0 is not None and round(sae.asked_l0 * rows) < 1:
+        raise UserError(
+            f"{name}: target_l0={sae.asked_l0:g} leaves no latent active in {rows} rows, so nothing could be learnt: "
+            f"ask for more than {0.5 / rows:.2g}, or use larger batches and more calibration rows"
+        )
     if sae.same_units and not same:
         raise UserError(f"{name}: a {type(sae).__name__} SAE rebuilds what it reads: set sae.write=null")
     if sae.fitted and not sae.trains_on:

@@ -5,8 +5,10 @@ What is written here loads in sae-lens 6.x and computes the same; what sae-lens 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,16 +35,35 @@ def save_sae(sae: SAE, folder: Path | str, *, reference: Tensor, metadata: Mappi
     Raises :class:`NotExportable` for a variant that has no counterpart in the format.
     """
     folder = Path(folder)
+    if next(sae.parameters()).dtype != torch.float32:  # the file is in float32, and so its reference rows must be
+        sae = copy.deepcopy(sae).float()
     sae.eval()
     architecture, tensors, config = sae.inference()
+    reference = sae.accepted(reference, "d_in").detach().reshape(-1, sae.d_in)
     full = {
         "architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu",
         "normalize_activations": "none", "reshape_activations": "none", "metadata": exported(metadata), **config,
     }  # fmt: skip
+    full = json.loads(json.dumps(full, default=str))
+    _check_finite(full, "")
     acts = sae.encode(reference)
+    for name, tensor in {**tensors, "reference": reference}.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{folder} is not written: {name} holds a value that is not finite")
     write_bytes(folder / WEIGHTS, _bytes(tensors))
     write_bytes(folder / REFERENCE, _bytes({"x": reference, "acts": acts, "recon": sae.decode(acts)}))
-    write_json(folder / CONFIG, json.loads(json.dumps(full, default=str)))
+    write_json(folder / CONFIG, full)
+
+
+def _check_finite(value: Any, where: str) -> None:
+    """Raise :class:`UserError` for a number in JSON-like ``value`` that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"save_sae: {where}={value} is no number that JSON has: leave it out, or give it as text")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_finite(inner, f"{where}.{key}" if where else key)
+    for i, inner in enumerate(value if isinstance(value, list) else ()):
+        _check_finite(inner, f"{where}[{i}]")
 
 
 def load_sae(folder: Path | str) -> Loaded:

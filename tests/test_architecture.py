@@ -71,7 +71,7 @@ TABLE: dict[str, set[str]] = {
         "saelens",
         "sampling",
     },
-    "notebook": {"io", "config", "fit", "metrics", "saes", "studies", "training"},
+    "notebook": {"", "io", "config", "fit", "metrics", "saes", "studies", "training"},
     "run": {"io", "source", "memory", "studies", "results", "track", "training", "progress", "stopping", "metrics.info", "warned"},
     "plans": {"io", "typed", "results"},
     "config": {"io", "typed"},

@@ -36,6 +36,9 @@ class Stub(SAE):
     def decode(self, acts: Tensor) -> Tensor:
         return self.rebuild(acts)
 
+    def accepted(self, x: Tensor, width: str) -> Tensor:
+        return x  # of any width
+
 
 class Chunked(Bench):
     """A bench that gives ``size`` rows at a time."""
@@ -73,7 +76,8 @@ def reasons(measured: Measured) -> dict[str, str]:
 def test_a_perfect_copy_has_fvu_0_mse_0_cosine_1_and_ratio_1():
     x = gaussian() + 3
     found = rebuilt(x, x)
-    assert found.scalars == pytest.approx({"sae_fvu": 0.0, "sae_mse": 0.0, "sae_cosine": 1.0, "sae_l2_ratio": 1.0}, abs=1e-7)
+    expected = {"sae_fvu": 0.0, "sae_fvu_ordinary": 0.0, "sae_outlier_frac": 0.0, "sae_mse": 0.0, "sae_cosine": 1.0, "sae_l2_ratio": 1.0}
+    assert found.scalars == pytest.approx(expected, abs=1e-7)
     assert not found.why_null
 
 
@@ -86,7 +90,14 @@ def test_the_mean_as_prediction_has_fvu_1_whatever_the_mean():
 def test_zero_as_prediction_of_centred_rows_has_fvu_1_and_finite_cosine_and_ratio():
     x = gaussian()
     x = x - x.mean(0)
-    expected = {"sae_fvu": 1.0, "sae_mse": float(x.square().mean()), "sae_cosine": 0.0, "sae_l2_ratio": 0.0}
+    expected = {
+        "sae_fvu": 1.0,
+        "sae_fvu_ordinary": 1.0,
+        "sae_outlier_frac": 0.0,
+        "sae_mse": float(x.square().mean()),
+        "sae_cosine": 0.0,
+        "sae_l2_ratio": 0.0,
+    }
     assert rebuilt(x, torch.zeros_like(x)).scalars == pytest.approx(expected)
 
 
@@ -117,6 +128,17 @@ def test_reconstruction_does_not_depend_on_the_size_of_chunks(size):
     recon = x + 0.3 * gaussian(seed=1)
     kind = type("Sized", (Chunked,), {"size": size})
     assert rebuilt(x, recon, kind).scalars == pytest.approx(rebuilt(x, recon).scalars, rel=1e-9)
+
+
+def test_ordinary_rows_are_those_near_the_median():
+    x = gaussian(500)
+    x[::50, 1] += 1000.0
+    recon = x + 0.3 * gaussian(500, seed=1)
+    near = torch.arange(500) % 50 != 0
+    found = rebuilt(x, recon).scalars
+    assert found["sae_outlier_frac"] == pytest.approx(0.02)
+    assert found["sae_fvu_ordinary"] == pytest.approx(rebuilt(x[near], recon[near]).scalars["sae_fvu"], rel=1e-9)
+    assert found["sae_fvu"] < 0.01 * found["sae_fvu_ordinary"]
 
 
 @pytest.mark.parametrize("offset", [1e3, 1e5])

@@ -156,7 +156,7 @@ def test_the_published_language_model_has_embeddings_of_its_own(published: Any) 
 def test_the_published_sae_loss_is_elementwise_on_raw_vectors_and_raw_codes(published: Any) -> None:
     """A step of the fit has the gradient of ``mean (x - xhat)^2 + 1e-3 sum KL(0.05 || mean z)``, everything in the vectors' own units."""
     (arm,) = published.arms.values()
-    assert published.scale == "none" and not published.center
+    assert published.fit.scale == "none" and not published.center
     x = 0.3 * torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) + 0.2
     sae = arm.seeded(128, 128, 0)
     sae.begin("train", x, x)
@@ -185,7 +185,7 @@ def test_the_published_fit_leaves_units_and_decoder_lengths_alone(published: Any
         fit_saes({"sae": sae}, lambda _: Batch(x, x), cfg, Sample(x, x, x), seed=0, dead_after=10**9, scale=scale)
         return sae
 
-    sae = fitted(published.scale)
+    sae = fitted(published.fit.scale)
     assert all(torch.equal(rows, x) for rows in seen), "the loss sees the vectors themselves"
     lengths = sae.W_dec.norm(dim=1)
     assert float((lengths - 1).abs().max()) > 0.02, "decoder rows have the lengths that they learn"
@@ -219,7 +219,7 @@ def test_the_study_from_start_to_end(experiment: Experiment) -> None:
         ("study.fit.calibration_rows=15800", "use at most"),
         ("study.data.test_frac=0", "empty split"),
         ("study.lm.n_layer=2", "n_layer=2"),
-        ("study.scale=odd", "study.scale='odd'"),
+        ("study.fit.scale=odd", "fit.scale='odd'"),
         ("study.data.split=odd", "odd"),
     ],
 )

@@ -89,7 +89,12 @@ class Bench:
         for begin in range(0, n, size):
             x, y = self._rows(slice(begin, min(begin + size, n)))
             acts = self.sae.encode(x)
-            yield Rows(x, y, acts, self.sae.reconstruct(x, acts))
+            yield Rows(x, y, acts.float(), self.sae.reconstruct(x, acts).float())
+
+    @torch.no_grad()
+    def targets(self, n: int) -> Tensor:
+        """What the SAE rebuilds in the first n held-out rows, (n, O)."""
+        return self._rows(slice(0, n))[1]
 
     def _rows(self, part: slice) -> tuple[Tensor, Tensor]:
         if self.held_out is None:

@@ -94,6 +94,7 @@ class Hierarchical(SAE):
         self.register_buffer("joined", torch.zeros((), dtype=torch.bool))  # whether the top takes part yet
         self.register_buffer("group", torch.cat([torch.full((w,), i) for i, w in enumerate(widths)]))
         self.register_buffer("trace", torch.full((TRACE, len(TRACED)), torch.nan))
+        self.seed = torch.initial_seed()
         self.information, self.coherence = Information(**information), Coherence(**coherence)
         self.controller = Controllers(self.parts, self.fractions[: len(widths)])
         for phase in PHASES if levels != "bottom" else PHASES[:1]:
@@ -213,7 +214,7 @@ class Hierarchical(SAE):
 
     def _begin_top(self, phase: str, x: Tensor) -> None:
         u = torch.cat(list(self._codes(x)))
-        rows = signed_directions(u, self.widths[1])
+        rows = signed_directions(u, self.widths[1], self.seed)
         for weight in (self.top.W_dec, self.top.W_enc):
             weight.data.copy_(rows)
         self.top.begin(phase, u, u)

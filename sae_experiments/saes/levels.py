@@ -219,9 +219,10 @@ def active_of(widths: Sequence[int], sparsity: Sequence[float], target_l0: float
     return [a * target_l0 / sum(active) for a in active]
 
 
-def signed_directions(u: Tensor, n: int) -> Tensor:
+def signed_directions(u: Tensor, n: int, seed: int) -> Tensor:
     """``n`` unit rows: the directions of largest variance of rows (N, D), each with both signs; random ones where these do not suffice."""
     centred = u - u.mean(0)
     half = torch.linalg.eigh(centred.t() @ centred).eigenvectors.flip(1).t()[: (n + 1) // 2]
     rows = torch.cat([half, -half])[:n]
-    return torch.cat([rows, ops.unit_rows(torch.randn(n - len(rows), u.shape[1]).to(rows))])
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([rows, ops.unit_rows(torch.randn(n - len(rows), u.shape[1], generator=generator).to(rows))])

@@ -68,6 +68,12 @@ class Loaded(BatchTopK):
         self.register_buffer("wanted", torch.tensor(torch.nan, dtype=torch.float64))
         self.eval().requires_grad_(False)
 
+    @property
+    def asked_l0(self) -> float | None:
+        if self.architecture == "topk":
+            return float(self.k)
+        return None if bool(self.wanted.isnan()) else self.budget()
+
     def support(self, pre: Tensor) -> Pattern | Tensor:
         if self.architecture == "topk":
             return selection.top_k(pre.detach(), int(self.k))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sae_experiments.activations import Site, Sites, parse_site
+from sae_experiments.fit import SCALES
 from sae_experiments.io import UserError
 from sae_experiments.saes.base import SAE
 from sae_experiments.source import modules_behind
@@ -68,8 +69,9 @@ class Arm:
 
     def seeded(self, d_in: int, d_out: int, seed: int) -> SAE:
         """The untrained SAE with weights that depend on the seed alone, not on what is fitted beside it."""
-        torch.manual_seed(seed_of(seed, "sae"))
-        return self.build(d_in, d_out)
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+            torch.manual_seed(seed_of(seed, "sae"))
+            return self.build(d_in, d_out)
 
     def check(self, d_in: int, d_out: int, cfg: TrainConfig) -> None:
         """Build on the meta device and read the recipe: bad numbers die before the first second of compute."""
@@ -136,6 +138,7 @@ class FitSpec:
     store_dtype: str
     collect_batch: int
     train: TrainConfig
+    scale: str = "spread"  # how activations are centred and scaled in the fit, see fit.units_of
 
     def __post_init__(self) -> None:
         for name in ("train_rows", "calibration_rows", "held_out_rows", "init_rows", "collect_batch"):
@@ -143,6 +146,8 @@ class FitSpec:
                 raise UserError(f"fit.{name}={getattr(self, name)} must be at least 1")
         if self.store_dtype not in ("float16", "float32"):
             raise UserError(f"fit.store_dtype={self.store_dtype!r} is not one of float16, float32")
+        if self.scale not in SCALES:
+            raise UserError(f"fit.scale={self.scale!r} is not one of {', '.join(SCALES)}")
         if self.train.batch_size > self.train_rows:
             raise UserError(f"fit.train.batch_size={self.train.batch_size} exceeds fit.train_rows={self.train_rows}")
 

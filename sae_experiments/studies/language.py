@@ -195,6 +195,7 @@ class Language:
                     stores.sample(read, write),
                     seed=cell.seed,
                     dead_after=self.fit.dead_after,
+                    scale=self.fit.scale,
                     session=session,
                 )
         for i, (name, sae) in enumerate(saes.items()):  # numbered: a label may hold what no file name should

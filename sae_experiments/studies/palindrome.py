@@ -84,7 +84,6 @@ class Palindrome:
     arms: Mapping[str, Arm]
     fit: FitSpec
     center: bool  # take the training strings' mean out of the vectors first: nearly all of their square is the mean
-    scale: str  # how the fit scales the vectors (fit.SCALES); none: the SAE sees them in their own units
     analysis: Analysis
     seeds: Sequence[int] | None
     held_out: str = "val"
@@ -95,8 +94,6 @@ class Palindrome:
         return (LENGTH - 1) * self.lm.n_embd
 
     def check(self) -> None:
-        if self.scale not in fit.SCALES:
-            raise UserError(f"study.scale={self.scale!r} is not one of {', '.join(fit.SCALES)}")
         if self.lm.n_layer != 1:
             raise UserError(f"study.lm.n_layer={self.lm.n_layer}: this study reads a model of one layer")
         if self.lm.n_positions < LENGTH - 1:
@@ -207,7 +204,7 @@ class Palindrome:
     def fitted(self, x: Tensor, key: Mapping[str, Any], seed: int, ctx: Context) -> tuple[dict[str, SAE], dict[str, FitReport]]:
         """The SAEs: from the cache, or fitted now in one pass over the training strings but for those kept to calibrate on."""
         saes = {name: arm.seeded(self.width, self.width, seed).to(ctx.device) for name, arm in self.arms.items()}
-        full = {"what": "palindrome SAEs", "of": dict(key), "center": self.center, "scale": self.scale,
+        full = {"what": "palindrome SAEs", "of": dict(key), "center": self.center,
                 "arms": {n: arm.describe() for n, arm in self.arms.items()}, "fit": asdict(self.fit),
                 "source": source_digest(*code_of(self.arms, saes), fit, training, arms)}  # fmt: skip
         cfg = self.fit.train
@@ -223,7 +220,7 @@ class Palindrome:
                 session.checkpoint = part / "checkpoint.safetensors"
                 configs = {name: arm.config(cfg) for name, arm in self.arms.items()}
                 sample = Sample(few, few, held)
-                found = fit_saes(saes, batch_at, configs, sample, seed=seed, dead_after=self.fit.dead_after, scale=self.scale, session=session)
+                found = fit_saes(saes, batch_at, configs, sample, seed=seed, dead_after=self.fit.dead_after, scale=self.fit.scale, session=session)
             for name, sae in saes.items():
                 write_bytes(part / f"{name}.safetensors", tensors_of(sae))
             write_json(part / "fits.json", {name: report._asdict() for name, report in found.items()})
