@@ -1,4 +1,4 @@
-"""The levels of any SAE that has some, and what each of them rebuilds on its own."""
+"""Levels of an SAE, and the reconstruction of each level alone."""
 
 from __future__ import annotations
 
@@ -11,20 +11,36 @@ from sae_experiments.saes.hierarchical import Hierarchical
 
 
 def levels_of(sae: SAE) -> dict[str, np.ndarray]:
-    """Latents of each level by name: ``bottom`` and ``top`` of a hierarchical SAE; of a nested one with two groups the inner one is the top.
+    """Latents of each level.
 
-    Any other SAE is one level, ``all``.
+    Returns:
+        Latent indices by level name: `bottom` and `top` of a hierarchical SAE (`bottom` alone if it
+        has no top), or of a nested SAE with two groups, whose inner group is the top. Any other SAE
+        has one level, `all`.
     """
     if isinstance(sae, Hierarchical):
-        return {name: np.flatnonzero(sae.group.cpu().numpy() == i) for i, name in enumerate(("bottom", "top")[: len(sae.widths)])}
+        group = sae.group.cpu().numpy()
+        names = ("bottom", "top")[: len(sae.widths)]
+        return {name: np.flatnonzero(group == i) for i, name in enumerate(names)}
     group = getattr(sae, "group", None)
     if isinstance(group, Tensor) and group.shape == (sae.d_sae,) and int(group.max()) == 1:
-        return {"bottom": np.flatnonzero(group.cpu().numpy() == 1), "top": np.flatnonzero(group.cpu().numpy() == 0)}
+        outer = group.cpu().numpy() == 1
+        return {"bottom": np.flatnonzero(outer), "top": np.flatnonzero(~outer)}
     return {"all": np.arange(sae.d_sae)}
 
 
 def only(sae: SAE, acts: Tensor, level: str) -> Tensor:
-    """The reconstruction (B, O) of dense codes by one level alone: its own path, or the plain decoder with the other latents at zero."""
+    """Reconstruct dense codes by one level alone.
+
+    Args:
+        sae: The SAE.
+        acts: Dense codes, (B, F).
+        level: Name of the level, as in `levels_of`.
+
+    Returns:
+        Reconstruction (B, O): the level's own path through a hierarchical SAE, otherwise the
+        decoder with the latents of other levels at zero.
+    """
     if isinstance(sae, Hierarchical):
         return sae.decode(acts, 1.0 if level == "bottom" else 0.0)
     kept = torch.from_numpy(levels_of(sae)[level]).to(acts.device)
