@@ -11,6 +11,6 @@ PLAN = "variants"
 OVERRIDES: list[str] = []
 
 if __name__ == "__main__":
-    from sae_experiments.cli import main
+    from sae_experiments.cli.main import main
 
     sys.exit(main(sys.argv[1:], plan=PLAN, extra=OVERRIDES, conf=Path(__file__).resolve().parent / "conf"))

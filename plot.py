@@ -16,9 +16,9 @@ from typing import NoReturn
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from sae_experiments.figures import choose, default_out, found_runs, report
-from sae_experiments.io import UserError
-from sae_experiments.run_table import load_table
+from sae_experiments.errors import UserError
+from sae_experiments.report.figures import choose, default_out, found_runs, report
+from sae_experiments.results.table import load_table
 
 LABELS: dict[str, str] = {}  # folder -> name in figures and tables, such as {"run_0": "baseline"}; else the label in the manifest
 HOME = Path(__file__).resolve().parent

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from sae_experiments.activations import Site, activations, capture, patched
-from sae_experiments.circuits.attribution import Circuit, Prompts, Targets
-from sae_experiments.lm import LMSpec, build_lm
+from sae_experiments.models.gpt2 import LMSpec, build_lm
+from sae_experiments.models.hooks import Site, activations, capture, patched
 from sae_experiments.saes.batch_topk import BatchTopK
 from sae_experiments.sampling import spread_rows
+from sae_experiments.studies.circuits.attribution import Circuit, Prompts, Targets
 
 UP, DOWN = Site("mlp_act", 2), Site("mlp_act", 3)
 

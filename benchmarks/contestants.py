@@ -11,8 +11,8 @@ from rows import pool_of, rows
 from torch import nn
 from workers import Turns
 
-from sae_experiments.config import build, compose_checked
-from sae_experiments.fit import Sample, fit_saes
+from sae_experiments.config.compose import build, compose_checked
+from sae_experiments.fitting.fit import Sample, fit_saes
 from sae_experiments.saes import ops
 from sae_experiments.saes.base import Batch
 

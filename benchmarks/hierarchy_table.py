@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from sae_experiments.results import Stat, mean_stderr, read_records, statistics_of
+from sae_experiments.results.records import Stat, mean_stderr, read_records, statistics_of
 
 CORPORA = ("shakespeare_char", "enwik8", "text8")
 #: Rows of the main table: title, metrics (shown side by side), digits, whether the paired change is of interest.

@@ -12,10 +12,10 @@ from contestants import study
 from torch import Tensor, nn
 from workers import Turns
 
-from sae_experiments import lm
-from sae_experiments.activations import activations, parse_site
-from sae_experiments.data import CharCorpus
-from sae_experiments.training import Session, train
+from sae_experiments.corpora.corpus import CharCorpus
+from sae_experiments.models import gpt2 as lm
+from sae_experiments.models.hooks import activations, parse_site
+from sae_experiments.training.loop import Session, train
 
 SYMBOLS = 65
 PROMPT = torch.zeros(1, 1, dtype=torch.long)

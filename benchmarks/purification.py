@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from sae_experiments.notebook import build_sae, fit_saes
+from sae_experiments.api import build_sae, fit_saes
 
 KINDS = {
     "host": {"model__eps": 0.0},

@@ -72,7 +72,7 @@ def ours(turns: Turns, work: str, variant: str, steps: int, l0: float, lr: float
     import torch
     from contestants import study
 
-    from sae_experiments.fit import Sample, fit_saes
+    from sae_experiments.fitting.fit import Sample, fit_saes
     from sae_experiments.saes.base import Batch
 
     turns.next()
@@ -120,10 +120,10 @@ def prepare(work: Path) -> None:
     import torch
     from contestants import study
 
-    from sae_experiments.lm import train_lm
-    from sae_experiments.progress import Console
+    from sae_experiments.console import Console
+    from sae_experiments.models.gpt2 import train_lm
     from sae_experiments.studies.base import Context
-    from sae_experiments.studies.stores import Stores
+    from sae_experiments.studies.language.stores import Stores
 
     work.mkdir(parents=True, exist_ok=True)
     cache = Path(os.environ.get("SAE_CACHE", "~/.cache/sae_experiments")).expanduser()

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from sae_experiments.io import sha256_file
+from sae_experiments.files import sha256_file
 
 SHARED = ("lm", "collect")  # made once for all jobs over one corpus, seed and site
 GB = 1e9

@@ -20,9 +20,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sae_experiments.studies import toy
-from sae_experiments.studies.trees import Features
-from sae_experiments.training import Session, TrainConfig, train
+from sae_experiments.studies.superposition import toy
+from sae_experiments.studies.superposition.trees import Features
+from sae_experiments.training.loop import Session, TrainConfig, train
 
 STEPS, BATCH, INSTANCES = 10_000, 1024, 5
 SHAPES = [(d, h) for d in range(1, 7) for h in range(2, 11) if h <= 2 ** (d + 1) - 2]

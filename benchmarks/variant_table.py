@@ -13,8 +13,8 @@ import re
 import sys
 from pathlib import Path
 
-from sae_experiments.io import read_json
-from sae_experiments.results import Stat, read_records, statistics_of
+from sae_experiments.files import read_json
+from sae_experiments.results.records import Stat, read_records, statistics_of
 
 COLUMNS = (("sae_l0", "L0", 1), ("sae_fvu", "FVU", 4), ("ce_delta_bits", "delta CE", 4), ("sae_dead_frac", "dead", 3))
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from sae_experiments.io import UserError, digest
+from sae_experiments.errors import UserError
+from sae_experiments.files import digest
 
 PACKAGE = __name__.partition(".")[0]
 #: Installed packages whose version decides about numbers that the modules of this package compute.

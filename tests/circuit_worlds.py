@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sae_experiments.activations import Site, activations
-from sae_experiments.circuits.attribution import Circuit
+from sae_experiments.models.hooks import Site, activations
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.batch_topk import BatchTopK
+from sae_experiments.studies.circuits.attribution import Circuit
 
 C, T, VOCABULARY, F = 24, 10, 18, 40
 

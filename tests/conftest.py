@@ -43,7 +43,7 @@ def english(n: int, seed: int = 0) -> str:
 
 def train_config(**changes: Any) -> Any:
     """A TrainConfig with small numbers, but for ``changes``."""
-    from sae_experiments.training import TrainConfig
+    from sae_experiments.training.loop import TrainConfig
 
     plain = {
         "steps": 8, "batch_size": 4, "lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2, "decay": "cosine", "decay_from": 0.0, "optimizer": "adam",
@@ -63,7 +63,7 @@ LM_TRAIN = {
 
 def lm_spec(**changes: Any) -> Any:
     """A tiny LMSpec, but for ``changes``; ``train`` is merged."""
-    from sae_experiments.lm import LMSpec
+    from sae_experiments.models.gpt2 import LMSpec
 
     plain = {
         "n_layer": 3, "n_head": 2, "n_embd": 16, "n_positions": 16, "dropout": 0.0, "activation_function": "gelu_pytorch_tanh",
@@ -75,7 +75,7 @@ def lm_spec(**changes: Any) -> Any:
 
 def corpus_spec(path: Path, **changes: Any) -> Any:
     """A corpus that is the text at ``path``."""
-    from sae_experiments.data import CorpusSpec
+    from sae_experiments.corpora.corpus import CorpusSpec
 
     plain = {"name": "made", "sources": [], "bytes": None, "sha256": None, "local_names": [], "head": None, "file": str(path), "encoding": "utf-8"}
     plain |= {"val_frac": 0.1, "test_frac": 0, "seeds": [0], "stand_in": "never", "stand_in_alphabet": "text8", "recipe": {}}
@@ -93,7 +93,7 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def corpus(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The made text as a CharCorpus."""
-    from sae_experiments.data import load_corpus
+    from sae_experiments.corpora.corpus import load_corpus
 
     return load_corpus(corpus_spec(corpus_file), cache=tmp_path_factory.mktemp("corpora"), offline=True, say=lambda line: None)
 
@@ -108,8 +108,8 @@ def trained(corpus: Any, lm_cache: Path) -> Any:
     """A TrainedLM that has learned enough for an ablation to hurt (about a second)."""
     import torch
 
-    from sae_experiments.lm import train_lm
-    from sae_experiments.training import Session
+    from sae_experiments.models.gpt2 import train_lm
+    from sae_experiments.training.loop import Session
 
     return train_lm(lm_spec(), corpus, {}, seed=0, cache=lm_cache, device=torch.device("cpu"), session=Session())
 
@@ -196,7 +196,9 @@ def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """What costs a run in this process most of its first second is asked once: the state of git, the package's digest, compositions."""
     import copy
 
-    from sae_experiments import config, run, sweeps
+    from sae_experiments.config import compose as config
+    from sae_experiments.runner import run
+    from sae_experiments.sweeps import jobs as sweeps
 
     def once(owner: Any, name: str, key: Callable[..., Any]) -> None:
         plain = getattr(owner, name)

@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from sae_experiments.plots.base import NothingToDrawError, save
-from sae_experiments.run_table import load_table
+from sae_experiments.results.table import load_table
 
 
 def drawn(run: Path, prefix: str, out: Path) -> tuple[list[str], list[str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sae_experiments.results import save_features, save_graphs
+from sae_experiments.results.records import save_features, save_graphs
 
 WORDS = "the and you my of thing where what kind eat tale stone water bring quiet in him win great people island never upon walk".split()  # noqa: SIM905
 LENGTH = 128  # of a window

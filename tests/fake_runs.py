@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from sae_experiments.io import write_json
-from sae_experiments.metrics.info import MetricInfo, describe
-from sae_experiments.results import CurveWriter, Record, save_arrays, write_final_info, write_record
+from sae_experiments.files import write_json
+from sae_experiments.metric_info import MetricInfo, describe
+from sae_experiments.results.records import CurveWriter, Record, save_arrays, write_final_info, write_record
 
 FVU = {"standard": 0.20, "gated": 0.16, "topk": 0.14, "batch_topk": 0.125, "jumprelu": 0.12, "matryoshka": 0.15, "hierarchical": 0.13, "random": 0.60}
 LOSS = {"shakespeare_char": 1.47, "enwik8": 1.005, "text8": 0.98}

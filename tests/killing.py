@@ -49,8 +49,15 @@ def watched(shared: mmap.mmap, stages: list[str], name: str, function: Callable[
 
 
 def watch(shared: mmap.mmap) -> None:
-    from sae_experiments import activations, data, fetch, figures, lm, run
-    from sae_experiments.studies import base, language, stores
+    from sae_experiments.corpora import corpus as data
+    from sae_experiments.corpora import download as fetch
+    from sae_experiments.models import gpt2 as lm
+    from sae_experiments.models import hooks as activations
+    from sae_experiments.report import figures
+    from sae_experiments.runner import run
+    from sae_experiments.studies import base
+    from sae_experiments.studies.language import stores
+    from sae_experiments.studies.language import study as language
 
     stages = ["between stages"]
     write_stage(shared, stages[0])
@@ -83,7 +90,7 @@ def child(request: dict[str, Any], shared: mmap.mmap) -> int:
 
     sys.addaudithook(hook)
     import plot
-    from sae_experiments.cli import main
+    from sae_experiments.cli.main import main
 
     for program, *argv in request["commands"]:
         status = plot.main(argv) if program == "plot" else main(argv, plan="variants", extra=[], conf=ROOT / "conf")
@@ -99,12 +106,12 @@ def serve() -> None:
     import torch
 
     import plot  # noqa: F401
-    import sae_experiments.cli
-    import sae_experiments.figures
+    import sae_experiments.cli.main
     import sae_experiments.plots.pareto
-    import sae_experiments.run
-    import sae_experiments.studies.language  # noqa: F401
-    from sae_experiments import fetch
+    import sae_experiments.report.figures
+    import sae_experiments.runner.run
+    import sae_experiments.studies.language.study  # noqa: F401
+    from sae_experiments.corpora import download as fetch
 
     torch.set_num_threads(1)
     fetch.NETWORK.plain_http, fetch.NETWORK.pause_s = True, 0.01

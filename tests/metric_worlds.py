@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_experiments.activations import Site
 from sae_experiments.metrics.base import Bench, Rows, Spliced
+from sae_experiments.models.hooks import Site
 from sae_experiments.saes.base import SAE
 
 CPU, SITE = torch.device("cpu"), Site("resid", 1)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_experiments.config import build, compose_checked
-from sae_experiments.fit import Sample, fit_saes
+from sae_experiments.config.compose import build, compose_checked
+from sae_experiments.fitting.fit import Sample, fit_saes
 from sae_experiments.saes.base import SAE, Batch, Step
-from sae_experiments.training import TrainConfig
+from sae_experiments.training.loop import TrainConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 NAMES = sorted(p.stem for p in (CONF / "sae").glob("[!_]*.yaml"))

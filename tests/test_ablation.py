@@ -11,9 +11,10 @@ import pytest
 import torch
 from metric_worlds import CPU, Given
 
-from sae_experiments.activations import Site, collect
 from sae_experiments.metrics import ablation, downstream
 from sae_experiments.metrics.base import Bench, Measured, Spliced
+from sae_experiments.models.hooks import Site
+from sae_experiments.models.store import collect
 
 SITE = Site("resid", 1)
 OPTIONS = {"rows": None, "windows": 40, "batch": 8, "latents": 8, "per_latent": 40, "least": 5, "groups": 1, "mean": False, "seed": 0}

@@ -13,10 +13,11 @@ import torch
 from conftest import lm_spec
 from torch import nn
 
-from sae_experiments import activations as activations_module
-from sae_experiments.activations import Site, Store, activations, capture, collect, parse_site, patched
-from sae_experiments.io import UserError
-from sae_experiments.lm import build_lm
+from sae_experiments.errors import UserError
+from sae_experiments.models import hooks as activations_module
+from sae_experiments.models.gpt2 import build_lm
+from sae_experiments.models.hooks import Site, activations, capture, parse_site, patched
+from sae_experiments.models.store import Store, collect
 
 LAYERS, WIDTH, LENGTH, VOCABULARY = 3, 16, 16, 11
 SITES = [Site("resid", layer) for layer in range(LAYERS + 1)] + [Site(s, layer) for s in ("mlp_in", "mlp_act", "mlp_out") for layer in (1, 2, 3)]

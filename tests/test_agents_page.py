@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sae_experiments.config import compose_checked
-from sae_experiments.plans import complete
+from sae_experiments.config.compose import compose_checked
+from sae_experiments.config.plans import complete
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "AGENTS.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from sae_experiments.results import Record, write_record
+from sae_experiments.results.records import Record, write_record
 
 sys.path.append(str(ROOT / "benchmarks"))
 hierarchy_table = pytest.importorskip("hierarchy_table")

@@ -18,13 +18,13 @@ from conftest import CONF, TINY, english
 from drawing import drawn
 from omegaconf import OmegaConf
 
-from sae_experiments.cli import execute
-from sae_experiments.config import build, compose_checked
-from sae_experiments.interop import save_sae
-from sae_experiments.io import UserError
-from sae_experiments.local_lm import cut, load_local, sizes_of
+from sae_experiments.cli.main import execute
+from sae_experiments.config.compose import build, compose_checked
+from sae_experiments.errors import UserError
+from sae_experiments.models.local import cut, load_local, sizes_of
 from sae_experiments.saes.batch_topk import BatchTopK
-from sae_experiments.studies.sources import load_sae, site_of
+from sae_experiments.saes.saelens import save_sae
+from sae_experiments.studies.circuits.sources import load_sae, site_of
 
 SMALL = [
     *(o for o in TINY.split() if not o.startswith(("metric.", "fit.train.steps", "fit.train.batch"))), "study=circuits", "metric=[reconstruction,rules]",
@@ -293,7 +293,7 @@ def check(cfg: Any) -> None:
 
 
 def test_saes_of_another_site_or_width_are_refused(first: Path, tmp_path: Path) -> None:
-    from sae_experiments.activations import Site
+    from sae_experiments.models.hooks import Site
 
     saved = first / "saes" / "text8.upstream_0"
     assert site_of(saved) == "mlp_act.1"

@@ -13,17 +13,17 @@ from scipy import sparse
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_experiments.activations import Site, activations, capture, patched
-from sae_experiments.circuits import check
-from sae_experiments.circuits.attribution import Attribution, Circuit, Prompts, Targets, decoder_of
-from sae_experiments.circuits.comparators import Grams, coactivation, most_specific, weight_directions
-from sae_experiments.circuits.describe import Describer
-from sae_experiments.circuits.graph import GraphSpec, firings_of, trace
-from sae_experiments.circuits.path import Path
-from sae_experiments.circuits.survey import Checker, CheckSpec, drawn
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
+from sae_experiments.models.hooks import Site, activations, capture, patched
+from sae_experiments.quality_warnings import of_gap
 from sae_experiments.saes.base import SAE
-from sae_experiments.warned import of_gap
+from sae_experiments.studies.circuits import check
+from sae_experiments.studies.circuits.attribution import Attribution, Circuit, Prompts, Targets, decoder_of
+from sae_experiments.studies.circuits.comparators import Grams, coactivation, most_specific, weight_directions
+from sae_experiments.studies.circuits.describe import Describer
+from sae_experiments.studies.circuits.graph import GraphSpec, firings_of, trace
+from sae_experiments.studies.circuits.path import Path
+from sae_experiments.studies.circuits.survey import Checker, CheckSpec, drawn
 
 PAIRS = [
     ("mlp_act.2", "mlp_act.3"), ("mlp_act.1", "mlp_act.4"), ("resid.0", "mlp_act.1"), ("resid.2", "resid.3"), ("mlp_out.1", "mlp_in.3"),

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from fake_runs import make_run
 
-from sae_experiments.compare import ABSENT, WIDTH, Delta, compare, config_diff, delta, markdown, terminal, verdict, with_error
-from sae_experiments.io import read_json, write_json
-from sae_experiments.results import Record, Stat, mean_stderr, write_record
-from sae_experiments.run_table import RunTable, load_table
+from sae_experiments.files import read_json, write_json
+from sae_experiments.results.compare import ABSENT, WIDTH, Delta, compare, config_diff, delta, markdown, terminal, verdict, with_error
+from sae_experiments.results.records import Record, Stat, mean_stderr, write_record
+from sae_experiments.results.table import RunTable, load_table
 
 
 def stat(*values: float | None, first_seed: int = 0) -> Stat:

@@ -10,11 +10,12 @@ import torch
 from metric_worlds import CPU, Chunked, Given
 from scipy import sparse
 
-from sae_experiments.activations import Site, collect
 from sae_experiments.metrics import compression
 from sae_experiments.metrics.base import Bench, Spliced
 from sae_experiments.metrics.codes import sparse_codes
 from sae_experiments.metrics.rate_distortion import rise, windows_of
+from sae_experiments.models.hooks import Site
+from sae_experiments.models.store import collect
 
 OPTIONS = {"rows": None, "steps": [4, 2, 1, 0.5, 0.25, 0.125, 0.01], "tolerance": 0.05, "block": 50}
 OPTIONS |= {"entries": 10**9, "keep": [0.5, 1], "limit": 0.1, "windows": 16, "batch": 8}

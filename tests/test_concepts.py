@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from metric_worlds import play, points
 
-from sae_experiments.metrics.concepts import Scan, bank, label_all
+from sae_experiments.metrics.text.concepts import Scan, bank, label_all
 
 WIKI = """<page>
   <title>Fish & chips</title>

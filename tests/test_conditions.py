@@ -13,16 +13,16 @@ from conftest import CONF, TINY
 from fake_runs import make_run
 
 import sae_experiments
-from sae_experiments.circuits.info import infos as circuits
-from sae_experiments.cli import execute
-from sae_experiments.compare import compare
+from sae_experiments.cli.main import execute
 from sae_experiments.conditions import CONDITIONS, ON_ACTIVATIONS, differences
-from sae_experiments.config import compose_checked
-from sae_experiments.io import read_json, sha256_file, write_json
-from sae_experiments.metrics.info import MetricInfo
-from sae_experiments.results import Record, write_record
-from sae_experiments.run_table import load_table
-from sae_experiments.studies.superposition import smallest_info
+from sae_experiments.config.compose import compose_checked
+from sae_experiments.files import read_json, sha256_file, write_json
+from sae_experiments.metric_info import MetricInfo
+from sae_experiments.results.compare import compare
+from sae_experiments.results.records import Record, write_record
+from sae_experiments.results.table import load_table
+from sae_experiments.studies.circuits.info import infos as circuits
+from sae_experiments.studies.superposition.study import smallest_info
 
 #: A value of every condition, and one that differs from it.
 FACTS: dict[str, Any] = dict.fromkeys(CONDITIONS, "one") | {"context": 64, "held-out rows": 4096}

@@ -18,13 +18,13 @@ import torch
 from conftest import CONF, ROOT, Experiment
 from omegaconf import DictConfig, OmegaConf
 
-from sae_experiments import config
-from sae_experiments.cli import main, parse
-from sae_experiments.config import build, compose_checked
-from sae_experiments.io import UserError
-from sae_experiments.plans import complete, planned_overrides
-from sae_experiments.saes.purified import Purified
-from sae_experiments.studies.language import Language
+from sae_experiments.cli.main import main, parse
+from sae_experiments.config import compose as config
+from sae_experiments.config.compose import build, compose_checked
+from sae_experiments.config.plans import complete, planned_overrides
+from sae_experiments.errors import UserError
+from sae_experiments.saes.purified.sae import Purified
+from sae_experiments.studies.language.study import Language
 
 _compose = config._compose
 
@@ -222,7 +222,7 @@ def test_cfg_job_prints_the_configuration_of_the_planned_run(experiment: Experim
 
 
 def test_help_and_mistakes_do_not_wait_for_torch():
-    code = "import sys\nfrom pathlib import Path\nfrom sae_experiments.cli import main\n"
+    code = "import sys\nfrom pathlib import Path\nfrom sae_experiments.cli.main import main\n"
     code += "main(sys.argv[1:], plan='variants', extra=[], conf=Path('conf'))\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.endswith("False\n")
@@ -389,7 +389,7 @@ def typed(tmp_path, monkeypatch, capsys):
         study.check()
         raise ReachedCompute(settings)
 
-    monkeypatch.setattr("sae_experiments.run.run", begin)
+    monkeypatch.setattr("sae_experiments.runner.run.run", begin)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
 

@@ -25,9 +25,11 @@ import pytest
 import torch
 import yaml
 
-from sae_experiments import data, fetch, standin
-from sae_experiments.data import CorpusSpec, load_corpus
-from sae_experiments.io import UserError
+from sae_experiments.corpora import corpus as data
+from sae_experiments.corpora import download as fetch
+from sae_experiments.corpora import standin
+from sae_experiments.corpora.corpus import CorpusSpec, load_corpus
+from sae_experiments.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ("The quick brown fox jumps over the lazy dog; " * 200).encode()[:8000]

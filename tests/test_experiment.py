@@ -16,8 +16,8 @@ import pytest
 from conftest import CONF, TIMED, Experiment
 from omegaconf import OmegaConf
 
-from sae_experiments.cli import main
-from sae_experiments.results import load_arrays
+from sae_experiments.cli.main import main
+from sae_experiments.results.records import load_arrays
 
 PUBLISHED = ("final_train_loss", "best_val_loss", "total_train_time", "avg_inference_tokens_per_second")
 LONGER = ("lm.train.steps=60", "fit.train.steps=60")

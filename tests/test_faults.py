@@ -22,10 +22,13 @@ import torch
 from conftest import Experiment
 from test_experiment import assert_same, in_this_process, lasting
 
-from sae_experiments import activations, fit, lm
-from sae_experiments.interop import load_sae
-from sae_experiments.io import NonFinite, UserError, cached
-from sae_experiments.results import Record, checksums, load_arrays, read_curves, read_records, write_record
+from sae_experiments.cache import cached
+from sae_experiments.errors import NonFinite, UserError
+from sae_experiments.fitting import fit
+from sae_experiments.models import gpt2 as lm
+from sae_experiments.models import hooks as activations
+from sae_experiments.results.records import Record, checksums, load_arrays, read_curves, read_records, write_record
+from sae_experiments.saes.saelens import load_sae
 from sae_experiments.stopping import GRACE_S
 
 RUN = ("--out_dir=k", "sae=batch_topk", "metric=[reconstruction,sparsity,downstream]", "lm.train.eval_every=100")

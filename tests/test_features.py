@@ -13,9 +13,9 @@ from metric_worlds import CPU, LENGTH, Given, bench, play
 from scipy import sparse
 from torch import nn
 
-from sae_experiments.activations import Site
 from sae_experiments.metrics import features
 from sae_experiments.metrics.base import Bench, Measured
+from sae_experiments.models.hooks import Site
 from sae_experiments.studies.base import Outcome, merged
 
 OPTIONS = {

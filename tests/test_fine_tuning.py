@@ -11,8 +11,8 @@ from test_interop import EXPORTABLE
 from test_scale import OFFSET, numbers
 
 from sae_experiments import load_sae, save_sae
-from sae_experiments.fit import Sample, fit_saes
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
+from sae_experiments.fitting.fit import Sample, fit_saes
 from sae_experiments.saes.base import SAE, Batch, Inference
 from sae_experiments.saes.loaded import Loaded
 

@@ -9,9 +9,9 @@ import torch
 from conftest import train_config
 from torch import nn
 
-from sae_experiments.finite import Watch
-from sae_experiments.io import NonFinite
-from sae_experiments.training import At, Learner, Loss, Session, train
+from sae_experiments.errors import NonFinite
+from sae_experiments.training.finite import Watch
+from sae_experiments.training.loop import At, Learner, Loss, Session, train
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="until this machine has a CUDA device")
 DEVICES = ["cpu", "cpu, as an accelerator", pytest.param("cuda", marks=CUDA)]

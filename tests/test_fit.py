@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from saes import NAMES, batch, config, make, rows
 
-from sae_experiments.fit import FitReport, Sample, fit_saes
+from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
 from sae_experiments.saes.base import SAE
 
 STEPS = 10

@@ -13,8 +13,8 @@ import pytest
 from conftest import CONF
 from omegaconf import OmegaConf
 
-from sae_experiments.cli import main
-from sae_experiments.config import _flat_keys, compose_checked
+from sae_experiments.cli.main import main
+from sae_experiments.config.compose import _flat_keys, compose_checked
 
 VALUES = (  # noqa: SIM905 (a list of words)
     "0 1 -1 2 3.5 -0.0 1e-3 1e300 -1e300 99999999999999999999 1e999 nan inf -inf true false null True None yes '' \"\" ' ' abc ü 日本語 🦆 a\u0301 "
@@ -56,8 +56,8 @@ def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     def begin_sweep(self: Any, jobs: Any, here: Any) -> None:
         raise ReachedCompute
 
-    monkeypatch.setattr("sae_experiments.run.run", begin)
-    monkeypatch.setattr("sae_experiments.sweeps.Jobs.run", begin_sweep)
+    monkeypatch.setattr("sae_experiments.runner.run.run", begin)
+    monkeypatch.setattr("sae_experiments.sweeps.jobs.Jobs.run", begin_sweep)
     monkeypatch.chdir(here)
     monkeypatch.setenv("SAE_CACHE", str(here / "cache"))
 

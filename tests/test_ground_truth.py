@@ -11,11 +11,11 @@ from metric_worlds import CPU, Chunked, Given
 from scipy import sparse
 from sklearn.metrics import f1_score
 
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
 from sae_experiments.metrics import recovery
 from sae_experiments.metrics.base import Bench
 from sae_experiments.metrics.recovery import Truth
-from sae_experiments.studies.planted import Planted, World
+from sae_experiments.studies.ground_truth.world import Planted, World
 
 OPTIONS = {"rows": None, "least": 5, "found": 0.9, "seed": 0}
 

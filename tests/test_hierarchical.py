@@ -10,14 +10,14 @@ import torch
 from saes import CONF, D, arm, batch, config, make, rows, step
 from torch import Tensor
 
-from sae_experiments.config import build, compose_checked
-from sae_experiments.fit import Sample, fit_saes
-from sae_experiments.io import NonFinite, UserError
-from sae_experiments.plans import complete
+from sae_experiments.config.compose import build, compose_checked
+from sae_experiments.config.plans import complete
+from sae_experiments.errors import NonFinite, UserError
+from sae_experiments.fitting.fit import Sample, fit_saes
 from sae_experiments.saes.base import Batch
-from sae_experiments.saes.hierarchical import PHASES, Hierarchical
-from sae_experiments.saes.levels import Joined, exact_threshold
-from sae_experiments.training import Session
+from sae_experiments.saes.hierarchical.level import Joined, exact_threshold
+from sae_experiments.saes.hierarchical.sae import PHASES, Hierarchical
+from sae_experiments.training.loop import Session
 
 WIDTH = 60
 

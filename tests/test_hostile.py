@@ -19,10 +19,11 @@ import pytest
 from conftest import ROOT
 from fake_runs import make_run
 
-from sae_experiments.interop import load_sae
-from sae_experiments.io import UserError, read_json, write_json, write_sealed
-from sae_experiments.results import load_arrays, read_curves, read_records
-from sae_experiments.run_table import load_table
+from sae_experiments.errors import UserError
+from sae_experiments.files import read_json, write_json, write_sealed
+from sae_experiments.results.records import load_arrays, read_curves, read_records
+from sae_experiments.results.table import load_table
+from sae_experiments.saes.saelens import load_sae
 
 DEEP = "[" * 200_000 + "]" * 200_000
 

@@ -9,8 +9,9 @@ import torch
 from saes import D, M, rows, trained
 from safetensors.torch import load_file, save_file
 
-from sae_experiments import interop, load_sae, save_sae
-from sae_experiments.io import UserError
+from sae_experiments import load_sae, save_sae
+from sae_experiments.errors import UserError
+from sae_experiments.saes import saelens as interop
 from sae_experiments.saes.base import Inference
 
 EXPORTABLE = ["standard", "tied", "gated", "jumprelu", "topk", "batch_topk", "matryoshka", "p_anneal", "kl", "orthogonal", "end_to_end", "random"]

@@ -11,12 +11,13 @@ import torch
 from metric_worlds import CPU, LENGTH, Chunked, Given, bench, play
 from scipy import sparse
 
-from sae_experiments.metrics import ngrams, rules
+from sae_experiments.metrics import rules
 from sae_experiments.metrics.base import Bench
 from sae_experiments.metrics.codes import Text, read_text
-from sae_experiments.metrics.contexts import contexts_of, quantile_rows, top_rows
-from sae_experiments.metrics.ngrams import simulate
-from sae_experiments.metrics.patterns import LAGS, Matcher, Pattern, count, elements_of, pack, quality, spell, unpack
+from sae_experiments.metrics.text import ngrams
+from sae_experiments.metrics.text.contexts import contexts_of, quantile_rows, top_rows
+from sae_experiments.metrics.text.ngrams import simulate
+from sae_experiments.metrics.text.patterns import LAGS, Matcher, Pattern, count, elements_of, pack, quality, spell, unpack
 
 NGRAMS = {"rows": None, "longest": 4, "least": 10, "min_count": 3, "predictable": 0.1, "block": 4}
 RULES = {

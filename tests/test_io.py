@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from sae_experiments import io
-from sae_experiments.io import DONE, UserError, cached, digest, discard, locked, read_json, write_bytes, write_json
+from sae_experiments.cache import DONE, cached, discard, locked
+from sae_experiments.errors import UserError
+from sae_experiments.files import digest, read_json, write_bytes, write_json
 from sae_experiments.source import package_digest, source_digest
 
 

@@ -26,8 +26,8 @@ import pytest
 from conftest import ROOT, TIMED, TINY
 from safetensors.torch import load_file
 
-from sae_experiments.io import DONE, _damage
-from sae_experiments.results import load_arrays, read_records
+from sae_experiments.cache import DONE, _damage
+from sae_experiments.results.records import load_arrays, read_records
 
 STAGES = ("download", "encode", "language model", "collect", "fit", "metrics", "aggregate", "plot")
 LONGER = "lm.train.steps=60 fit.train.steps=60 sae=batch_topk metric=[reconstruction,sparsity,downstream,geometry]"

@@ -13,14 +13,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sae_experiments.activations import Site, activations, blocks_of, capture, patched
-from sae_experiments.io import UserError
-from sae_experiments.layouts import LAYOUTS, layout_of_model, matrix
-from sae_experiments.local_lm import load_local, sizes_of
+from sae_experiments.errors import UserError
 from sae_experiments.metrics.base import Bench, Spliced
 from sae_experiments.metrics.features import logit_effect
+from sae_experiments.models.hooks import Site, activations, blocks_of, capture, patched
+from sae_experiments.models.layouts import LAYOUTS, layout_of_model, matrix
+from sae_experiments.models.local import load_local, sizes_of
 from sae_experiments.saes.topk import TopK
-from sae_experiments.studies.stores import effect_of
+from sae_experiments.studies.language.stores import effect_of
 
 WIDTH, VOCABULARY, LENGTH = 16, 31, 12
 NAMES = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}

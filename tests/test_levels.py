@@ -12,9 +12,11 @@ from metric_worlds import CPU, Given, bench, play
 from saes import batch, make
 from scipy import sparse
 
-from sae_experiments.metrics import levels, levels_effect, levels_meaning
 from sae_experiments.metrics.base import Bench
-from sae_experiments.metrics.level_paths import levels_of, only
+from sae_experiments.metrics.levels import effect as levels_effect
+from sae_experiments.metrics.levels import meaning as levels_meaning
+from sae_experiments.metrics.levels import measure as levels
+from sae_experiments.metrics.levels.paths import levels_of, only
 from sae_experiments.metrics.probing import Sample, Task
 from sae_experiments.metrics.rate_distortion import Rated, bits_at, effect_sizes, strongest
 

@@ -15,10 +15,10 @@ import yaml
 from conftest import CONF, lm_spec
 from transformers import GPT2LMHeadModel
 
-from sae_experiments import lm
-from sae_experiments.io import UserError
-from sae_experiments.lm import LMLearner, LMSpec, autocast, build_lm, generate, train_lm
-from sae_experiments.training import At, Session, train
+from sae_experiments.errors import UserError
+from sae_experiments.models import gpt2 as lm
+from sae_experiments.models.gpt2 import LMLearner, LMSpec, autocast, build_lm, generate, train_lm
+from sae_experiments.training.loop import At, Session, train
 
 CPU = torch.device("cpu")
 

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_experiments.activations import Site, Store, activations, collect
 from sae_experiments.metrics import downstream, reconstruction, sparsity
 from sae_experiments.metrics.base import Bench, Measured, Rows, Spliced
 from sae_experiments.metrics.sparsity import DENSITY_EDGES, latent_entropy
-from sae_experiments.results import NOT_GIVEN, Record
+from sae_experiments.models.hooks import Site, activations
+from sae_experiments.models.store import Store, collect
+from sae_experiments.results.records import NOT_GIVEN, Record
 from sae_experiments.saes.base import SAE
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_experiments.saes.levels import product
-from sae_experiments.saes.mutual_information import Coherence, Information, entropy, pairwise, redundancy
+from sae_experiments.saes.hierarchical.level import product
+from sae_experiments.saes.hierarchical.redundancy import Coherence, Information, entropy, pairwise, redundancy
 
 N = 200_000
 

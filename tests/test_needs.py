@@ -13,15 +13,15 @@ import torch
 from conftest import CONF, ROOT, Experiment, lm_spec, train_config
 from test_ground_truth import recipe
 
-from sae_experiments import needs
-from sae_experiments.config import build, compose_checked
-from sae_experiments.io import UserError
-from sae_experiments.lm import build_lm, training_need
-from sae_experiments.needs import Need, announce, free_memory, in_bytes, in_time, speed
-from sae_experiments.progress import Console
-from sae_experiments.studies import toy
+from sae_experiments import resources as needs
+from sae_experiments.config.compose import build, compose_checked
+from sae_experiments.console import Console
+from sae_experiments.errors import UserError
+from sae_experiments.models.gpt2 import build_lm, training_need
+from sae_experiments.resources import Need, announce, free_memory, in_bytes, in_time, speed
 from sae_experiments.studies.base import Context
-from sae_experiments.studies.planted import World
+from sae_experiments.studies.ground_truth.world import World
+from sae_experiments.studies.superposition import toy
 
 CPU, GB = torch.device("cpu"), 1e9
 
@@ -83,8 +83,8 @@ def test_a_wide_world_says_how_long_drawing_it_takes(monkeypatch: pytest.MonkeyP
 
 def test_nothing_is_built_before_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_tree", "_blocks"):
-        monkeypatch.setattr(f"sae_experiments.studies.trees.{name}", lambda *a: pytest.fail("built"))
-    monkeypatch.setattr("sae_experiments.studies.ground_truth.World", lambda *a: pytest.fail("built"))
+        monkeypatch.setattr(f"sae_experiments.studies.superposition.trees.{name}", lambda *a: pytest.fail("built"))
+    monkeypatch.setattr("sae_experiments.studies.ground_truth.study.World", lambda *a: pytest.fail("built"))
     for overrides, _ in WIDE[4:]:
         with pytest.raises(UserError):
             said(*overrides)
@@ -144,8 +144,8 @@ def peak(code: str) -> float:
 LM = """
 import torch
 from conftest import lm_spec, train_config
-from sae_experiments.lm import LMLearner, build_lm
-from sae_experiments.training import Session, train
+from sae_experiments.models.gpt2 import LMLearner, build_lm
+from sae_experiments.training.loop import Session, train
 spec, cfg = lm_spec(n_layer=3, n_embd=64, n_positions={n}, precision={precision!r}, dropout={dropout}), train_config(steps=1, batch_size=8, eval_every=9)
 learner = LMLearner(build_lm(spec, 65, seed=0), None, spec, cfg, seed=0)
 learner.evaluate = lambda step: {{}}
@@ -172,7 +172,7 @@ def test_training_needs_about_what_is_foretold(n: int, precision: str, dropout: 
 @pytest.mark.slow
 @linux
 def test_a_world_needs_about_what_is_foretold() -> None:
-    code = "import torch\nfrom test_ground_truth import recipe\nfrom sae_experiments.studies.planted import World\n"
+    code = "import torch\nfrom test_ground_truth import recipe\nfrom sae_experiments.studies.ground_truth.world import World\n"
     code += "world = World(recipe(features=20000, width=64), 0, torch.device('cpu'))\ndef work():\n    world.rows(world.acts(2048, 1), 2)\n"
     foretold = sum(recipe(features=20000, width=64).memory(2048).values())
     assert 0.7 * foretold < peak(code) < 1.3 * foretold
@@ -180,9 +180,9 @@ def test_a_world_needs_about_what_is_foretold() -> None:
 
 TOY = """
 import torch
-from sae_experiments.config import build, compose_checked
+from sae_experiments.config.compose import build, compose_checked
 from sae_experiments.studies import toy
-from sae_experiments.training import Session, train
+from sae_experiments.training.loop import Session, train
 from conftest import CONF
 study = build(compose_checked(CONF, {overrides})[0].study)
 features = study.families[{family!r}]

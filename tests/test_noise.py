@@ -11,10 +11,11 @@ import pytest
 import torch
 from metric_worlds import CPU, LENGTH, Given, bench, play
 
-from sae_experiments.activations import Site, collect
 from sae_experiments.metrics import ablation, absorption, probing, rules
 from sae_experiments.metrics.base import Bench, Measured, Spliced
 from sae_experiments.metrics.noise import Grouped, noise_over, resampled_auc, resampled_means
+from sae_experiments.models.hooks import Site
+from sae_experiments.models.store import collect
 
 BLOCK = 4
 RULES = {

@@ -12,7 +12,7 @@ from conftest import ROOT
 from saes import L0, NAMES, D, rows
 
 from sae_experiments import build_sae, evaluate, fit_saes, load_sae, save_sae
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
 from sae_experiments.saes.base import SAE, NotExportable
 
 

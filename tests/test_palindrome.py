@@ -12,18 +12,18 @@ import torch
 from conftest import CONF, Experiment
 from drawing import drawn
 
-from sae_experiments.config import build, compose_checked
-from sae_experiments.fit import Sample, fit_saes
-from sae_experiments.io import UserError
-from sae_experiments.lm import build_lm
-from sae_experiments.progress import Console
+from sae_experiments.config.compose import build, compose_checked
+from sae_experiments.console import Console
+from sae_experiments.errors import UserError
+from sae_experiments.fitting.fit import Sample, fit_saes
+from sae_experiments.models.gpt2 import build_lm
 from sae_experiments.saes.base import SAE, Batch, Step
-from sae_experiments.studies import palindrome
 from sae_experiments.studies.base import Context
-from sae_experiments.studies.palindrome import Analysis, split_ids
-from sae_experiments.studies.selectivity import browser, explained, measure, tables
-from sae_experiments.studies.strings import FLOOR, MIRROR, SYMBOLS, Strings, all_strings, rows_at, text_of
-from sae_experiments.training import seed_of
+from sae_experiments.studies.palindrome import study as palindrome
+from sae_experiments.studies.palindrome.selectivity import browser, explained, measure, tables
+from sae_experiments.studies.palindrome.strings import FLOOR, MIRROR, SYMBOLS, Strings, all_strings, rows_at, text_of
+from sae_experiments.studies.palindrome.study import Analysis, split_ids
+from sae_experiments.training.loop import seed_of
 
 
 def test_all_strings_and_the_floor() -> None:

@@ -12,15 +12,15 @@ from metric_worlds import CPU, Given, bench, play
 from omegaconf import OmegaConf
 from saes import trained
 
-from sae_experiments.io import UserError
-from sae_experiments.metrics import robustness
+from sae_experiments.errors import UserError
 from sae_experiments.metrics.base import Bench
-from sae_experiments.metrics.robustness_margins import confirmed, crosstalk, has_margins, radii
-from sae_experiments.metrics.robustness_noise import Noises
-from sae_experiments.metrics.robustness_sums import Distributions, Sums
-from sae_experiments.saes import perturb
+from sae_experiments.metrics.robustness import measure as robustness
+from sae_experiments.metrics.robustness.margins import confirmed, crosstalk, has_margins, radii
+from sae_experiments.metrics.robustness.noise import Noises
+from sae_experiments.metrics.robustness.sums import Distributions, Sums
 from sae_experiments.saes.base import Codes
-from sae_experiments.saes.perturb import SHARED, TYPES, Cloud
+from sae_experiments.saes.purified import perturb
+from sae_experiments.saes.purified.perturb import SHARED, TYPES, Cloud
 from sae_experiments.saes.selection import Pattern
 
 D, N = 12, 20_000
@@ -185,7 +185,7 @@ def test_a_wrong_radius_is_not_confirmed(monkeypatch):
     sae = trained("batch_topk", n_train=60)
     from saes import rows as sparse_rows
 
-    from sae_experiments.metrics import robustness_margins
+    from sae_experiments.metrics.robustness import margins as robustness_margins
 
     right = robustness_margins.radii
     monkeypatch.setattr(robustness_margins, "radii", lambda *a: (*right(*a)[:2], right(*a)[2] * 1.2))

@@ -18,11 +18,11 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from sae_experiments.figures import choose, default_out, draw_all
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
 from sae_experiments.plots.base import ALARM, NothingToDrawError, clip, looks, percent, save
-from sae_experiments.results import CurveWriter, Record, read_records, save_arrays, write_record
-from sae_experiments.run_table import load_table, runs_in
+from sae_experiments.report.figures import choose, default_out, draw_all
+from sae_experiments.results.records import CurveWriter, Record, read_records, save_arrays, write_record
+from sae_experiments.results.table import load_table, runs_in
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERAL = ("density", "final_metrics", "pareto", "sae_curves", "training_curves")  # the figures of a study are tested with it

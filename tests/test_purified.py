@@ -14,14 +14,16 @@ from conftest import CONF
 from drawing import drawn
 from saes import D, M, arm, batch, config, make, rows, step, unsettled
 
-from sae_experiments import interop
-from sae_experiments.config import build, compose_checked
-from sae_experiments.fit import Sample, fit_saes
-from sae_experiments.io import NonFinite, UserError
-from sae_experiments.metrics.robustness_sums import Sums
-from sae_experiments.saes import ops, perturb, purified
+from sae_experiments.config.compose import build, compose_checked
+from sae_experiments.errors import NonFinite, UserError
+from sae_experiments.fitting.fit import Sample, fit_saes
+from sae_experiments.metrics.robustness.sums import Sums
+from sae_experiments.saes import ops
+from sae_experiments.saes import saelens as interop
 from sae_experiments.saes.base import Batch, Codes
-from sae_experiments.saes.perturb import SHARED
+from sae_experiments.saes.purified import perturb
+from sae_experiments.saes.purified import sae as purified
+from sae_experiments.saes.purified.perturb import SHARED
 from sae_experiments.saes.selection import Pattern
 from sae_experiments.sampling import spread
 
@@ -469,7 +471,7 @@ def test_places_of_entries_by_hand():
 def test_a_second_view_changes_earlier_characters_only(corpus):
     import numpy as np
 
-    from sae_experiments.studies.second_view import SecondView
+    from sae_experiments.studies.language.second_view import SecondView
 
     starts = np.arange(0, 16 * 64, 16)
     view = SecondView.__new__(SecondView)

@@ -19,14 +19,14 @@ from fake_features import HOSTILE, LENGTH, add_features, contexts, features_of, 
 from fake_runs import make_run
 from matplotlib.figure import Figure
 
-from sae_experiments.cli import draw_report
-from sae_experiments.figures import draw_all, run_report
-from sae_experiments.io import UserError
+from sae_experiments.cli.main import draw_report
+from sae_experiments.errors import UserError
 from sae_experiments.plots.base import bare, finish, panels
 from sae_experiments.report import features, markup, page, summary
+from sae_experiments.report.figures import draw_all, run_report
 from sae_experiments.report.page import Picture
-from sae_experiments.results import Record, read_records, write_record
-from sae_experiments.run_table import RunTable, load_table
+from sae_experiments.results.records import Record, read_records, write_record
+from sae_experiments.results.table import RunTable, load_table
 
 SCRIPT = "".join((page.HERE / name).read_text() for name in page.SCRIPTS)
 

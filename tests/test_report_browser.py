@@ -14,7 +14,7 @@ from fake_runs import make_run
 
 from sae_experiments.plots.base import bare, finish, panels
 from sae_experiments.report.page import Picture, write_report
-from sae_experiments.run_table import load_table
+from sae_experiments.results.table import load_table
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=WHY_NOT)
 SCHEMES = ("file:", "blob:", "data:")

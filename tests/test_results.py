@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from fake_runs import make_run
 
-from sae_experiments.io import UserError, write_json
-from sae_experiments.metrics.info import MetricInfo, describe
-from sae_experiments.results import (
+from sae_experiments.errors import UserError
+from sae_experiments.files import write_json
+from sae_experiments.metric_info import MetricInfo, describe
+from sae_experiments.results.records import (
     NOT_FINITE,
     CurveWriter,
     Record,
@@ -29,7 +30,7 @@ from sae_experiments.results import (
     write_final_info,
     write_record,
 )
-from sae_experiments.run_table import find_runs, load_runs, load_table, published
+from sae_experiments.results.table import find_runs, load_runs, load_table, published
 
 
 def strict(path: Path) -> object:
@@ -263,12 +264,12 @@ def test_fifty_runs_are_read_in_moments(tmp_path: Path) -> None:
 
 def test_nothing_here_imports_torch() -> None:
     code = (
-        "import sys, sae_experiments.results, sae_experiments.compare, sae_experiments.figures, plot;"
+        "import sys, sae_experiments.results.records, sae_experiments.results.compare, sae_experiments.report.figures, plot;"
         "from sae_experiments.plots import density, final_metrics, pareto, training_curves;"
         "print([m for m in ('torch', 'transformers', 'wandb', 'matplotlib.pyplot') if m in sys.modules])"
     )
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    light = "import sys, sae_experiments.results; print([m for m in ('pandas', 'matplotlib') if m in sys.modules])"  # experiment.py pays for neither
+    light = "import sys, sae_experiments.results.records; print([m for m in ('pandas', 'matplotlib') if m in sys.modules])"  # experiment.py pays for neither
     assert subprocess.run([sys.executable, "-c", light], cwd=root, capture_output=True, text=True, check=True).stdout.strip() == "[]"

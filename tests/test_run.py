@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sae_experiments import run as run_module
-from sae_experiments.io import NonFinite, UserError, read_json
-from sae_experiments.metrics.info import MetricInfo
-from sae_experiments.results import load_arrays, read_curves, read_records
-from sae_experiments.run import RunFailed, RunSettings, run
+from sae_experiments.errors import NonFinite, UserError
+from sae_experiments.files import read_json
+from sae_experiments.metric_info import MetricInfo
+from sae_experiments.results.records import load_arrays, read_curves, read_records
+from sae_experiments.runner import run as run_module
+from sae_experiments.runner.run import RunFailed, RunSettings, run
+from sae_experiments.runner.track import MODES, NoTracker, Wandb
 from sae_experiments.studies.base import Cell, Context, Outcome
-from sae_experiments.track import MODES, NoTracker, Wandb
 
 INFO = [MetricInfo(name="loss", title="loss", formula="f", unit="nat", better="down")]
 

@@ -10,8 +10,8 @@ import torch
 from saes import L0, NAMES, D, M, arm, batch, config, make, rows, step, trained
 from torch import nn
 
-from sae_experiments.fit import Sample, fit_saes
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
+from sae_experiments.fitting.fit import Sample, fit_saes
 from sae_experiments.saes import base, ops
 from sae_experiments.saes.base import SAE, Units
 from sae_experiments.saes.selection import Pattern

@@ -8,13 +8,13 @@ import pytest
 import torch
 from saes import D, M, batch, make, rows, step, trained
 
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
 from sae_experiments.saes import ops, selection
 from sae_experiments.saes.base import Batch
+from sae_experiments.saes.controller import L0Controller
 from sae_experiments.saes.jumprelu import _Jump, _Step
 from sae_experiments.saes.p_anneal import power_sum
 from sae_experiments.saes.selection import Pattern
-from sae_experiments.saes.sparsity import L0Controller
 
 # --- selection --------------------------------------------------------------------------------------------------------
 
@@ -356,7 +356,7 @@ def test_a_crosscoder_of_one_site_is_the_norm_weighted_standard_sae():
 
 
 def test_a_crosscoder_scales_every_site_by_itself():
-    from sae_experiments.fit import units_of
+    from sae_experiments.fitting.fit import units_of
 
     x = torch.tensor([[1.0, 1.0, 4.0, 4.0], [3.0, 3.0, 8.0, 8.0]])
     units = units_of(x, "x", 2)

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_experiments import load_sae, save_sae
-from sae_experiments.activations import Site
-from sae_experiments.io import UserError
-from sae_experiments.saelens import ABOUT, READ, hook_name, hook_of_site, site_of_hook
+from sae_experiments.errors import UserError
+from sae_experiments.models.hooks import Site
+from sae_experiments.saes.saelens_config import ABOUT, READ, hook_name, hook_of_site, site_of_hook
 from sae_experiments.saes.topk import TopK
-from sae_experiments.studies import sources
+from sae_experiments.studies.circuits import sources
 
 D, F = 6, 16
 X = torch.randn(40, D, generator=torch.Generator().manual_seed(5))

@@ -9,8 +9,8 @@ import torch
 from saes import L0, NAMES, D, config, effect, make, rows, trained
 from torch import Tensor
 
-from sae_experiments.fit import Sample, fit_saes, units_of
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
+from sae_experiments.fitting.fit import Sample, fit_saes, units_of
 from sae_experiments.saes.base import SAE, Batch
 
 every_sae = pytest.mark.parametrize("name", NAMES)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sae_experiments.cli import parse
-from sae_experiments.config import compose_checked
-from sae_experiments.plans import complete
+from sae_experiments.cli.main import parse
+from sae_experiments.config.compose import compose_checked
+from sae_experiments.config.plans import complete
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,13 +15,23 @@ import pytest
 import torch
 from conftest import CONF, ROOT, TINY, corpus_spec, lm_spec
 
-from sae_experiments import activations, data, fetch, lm, source, standin
-from sae_experiments.config import build, compose_checked
-from sae_experiments.io import UserError, digest
-from sae_experiments.progress import Console
+from sae_experiments import source
+from sae_experiments.config.compose import build, compose_checked
+from sae_experiments.console import Console
+from sae_experiments.corpora import corpus as data
+from sae_experiments.corpora import download as fetch
+from sae_experiments.corpora import standin
+from sae_experiments.errors import UserError
+from sae_experiments.files import digest
+from sae_experiments.models import gpt2 as lm
+from sae_experiments.models import hooks as activations
 from sae_experiments.source import closure, outside_digest, source_digest, targets_digest
-from sae_experiments.studies import ground_truth, language, palindrome, stores, superposition
 from sae_experiments.studies.base import Cell, Context
+from sae_experiments.studies.ground_truth import study as ground_truth
+from sae_experiments.studies.language import stores
+from sae_experiments.studies.language import study as language
+from sae_experiments.studies.palindrome import study as palindrome
+from sae_experiments.studies.superposition import study as superposition
 
 PACKAGE = ROOT / "sae_experiments"
 FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip("."): p for p in sorted(PACKAGE.rglob("*.py"))}
@@ -265,7 +275,7 @@ def texts(value: Any) -> Iterator[str]:
 
 
 #: ``ctx.session`` shows, and says when the time is over; the third names what is cached meanwhile. They compute nothing.
-SHOWN = {"sae_experiments.progress", "sae_experiments.studies.base", "sae_experiments.source"}
+SHOWN = {"sae_experiments.console", "sae_experiments.studies.base", "sae_experiments.source"}
 NOISY = ["sae.model.noise=token", "sae.model.clean=0", "sae.model.warmup=0"]
 
 

@@ -18,9 +18,9 @@ from conftest import ROOT, train_config
 from torch import Tensor, nn
 
 from sae_experiments import stopping
-from sae_experiments.checkpoint import read_checkpoint
 from sae_experiments.stopping import OutOfTime, Stopped, limited, listening
-from sae_experiments.training import At, Learner, Loss, Progress, Session, train
+from sae_experiments.training.checkpoint import read_checkpoint
+from sae_experiments.training.loop import At, Learner, Loss, Progress, Session, train
 
 
 def ask() -> None:

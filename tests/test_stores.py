@@ -9,17 +9,17 @@ import pytest
 import torch
 from conftest import CONF, train_config
 
-from sae_experiments.activations import Site
-from sae_experiments.config import build, compose_checked
-from sae_experiments.io import UserError
-from sae_experiments.lm import train_lm
-from sae_experiments.progress import Console
-from sae_experiments.studies import language
-from sae_experiments.studies.arms import FitSpec
+from sae_experiments.config.compose import build, compose_checked
+from sae_experiments.console import Console
+from sae_experiments.errors import UserError
+from sae_experiments.fitting.spec import FitSpec
+from sae_experiments.models.gpt2 import train_lm
+from sae_experiments.models.hooks import Site
 from sae_experiments.studies.base import Context, rows_seed
-from sae_experiments.studies.second_view import SecondView
-from sae_experiments.studies.stores import Stores, held_out_starts
-from sae_experiments.training import Session
+from sae_experiments.studies.language import study as language
+from sae_experiments.studies.language.second_view import SecondView
+from sae_experiments.studies.language.stores import Stores, held_out_starts
+from sae_experiments.training.loop import Session
 
 SITE = Site("resid", 1)
 

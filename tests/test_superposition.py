@@ -14,13 +14,13 @@ from conftest import Experiment, train_config
 from drawing import drawn
 from torch import Tensor
 
-from sae_experiments.io import UserError
-from sae_experiments.studies import toy, toy_step
+from sae_experiments.errors import UserError
 from sae_experiments.studies.base import Outcome
-from sae_experiments.studies.superposition import best_cosines, measures, summarise
-from sae_experiments.studies.toy import Stream, ToyLearner
-from sae_experiments.studies.trees import MODES, Features, bernoulli, padded
-from sae_experiments.training import Session, train
+from sae_experiments.studies.superposition import toy, toy_step
+from sae_experiments.studies.superposition.study import best_cosines, measures, summarise
+from sae_experiments.studies.superposition.toy import Stream, ToyLearner
+from sae_experiments.studies.superposition.trees import MODES, Features, bernoulli, padded
+from sae_experiments.training.loop import Session, train
 
 CPU = torch.device("cpu")
 

@@ -17,12 +17,13 @@ import pytest
 from conftest import CONF, ROOT, Experiment
 from omegaconf import OmegaConf
 
-from sae_experiments.config import Axis, axes_of, build, compose_checked, options_of
-from sae_experiments.io import UserError, write_json
-from sae_experiments.launchers import Exit, Inline, Job, Local, Ray, Submitit, run_command
-from sae_experiments.results import Record, write_final_info, write_record
-from sae_experiments.search import Search
-from sae_experiments.sweeps import asked_for, folder_name, job_table, sweep
+from sae_experiments.config.compose import Axis, axes_of, build, compose_checked, options_of
+from sae_experiments.errors import UserError
+from sae_experiments.files import write_json
+from sae_experiments.results.records import Record, write_final_info, write_record
+from sae_experiments.sweeps.jobs import asked_for, folder_name, job_table, sweep
+from sae_experiments.sweeps.launchers import Exit, Inline, Job, Local, Ray, Submitit, run_command
+from sae_experiments.sweeps.search import Search
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 SMALL = ["preset=smoke", "data=[text8]", "offline=true", "launcher=inline"]
@@ -290,7 +291,7 @@ def test_a_sweep_that_is_told_to_end_tells_its_jobs_and_waits_for_them(tmp_path,
     made = f"""
 import sys, json
 from pathlib import Path
-from sae_experiments.launchers import Job, Local
+from sae_experiments.sweeps.launchers import Job, Local
 from sae_experiments.stopping import Stopped, listening
 jobs = [Job(i, f"job{{i}}", [], {python(slow + "; time.sleep(60)")!r}, Path({str(tmp_path)!r}) / f"job{{i}}.log") for i in range(2)]
 try:
@@ -313,7 +314,7 @@ except Stopped as stopped:
 def test_a_job_ends_when_its_sweep_is_killed(tmp_path):
     child = "import sys; sys.path.insert(0, '.'); from sae_experiments.stopping import end_with_parent; end_with_parent(); "
     child += "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    code = f"from sae_experiments.launchers import run_command; run_command({[sys.executable, '-c', child]!r}, {str(tmp_path / 'log')!r}, {{}}, '.')"
+    code = f"from sae_experiments.sweeps.launchers import run_command; run_command({[sys.executable, '-c', child]!r}, {str(tmp_path / 'log')!r}, {{}}, '.')"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     limit = time.monotonic() + 20
     while not ((tmp_path / "log").exists() and (tmp_path / "log").read_text().endswith("\n")) and time.monotonic() < limit:
@@ -351,7 +352,7 @@ def test_submitit_runs_the_jobs_and_tells_how_each_ended(tmp_path):
 @pytest.mark.slow
 def test_a_job_that_submitit_preempts_ends_in_good_order_and_is_started_again(tmp_path):
     submitit = pytest.importorskip("submitit", reason="until 'pip install submitit'")
-    from sae_experiments.launchers import Requeued
+    from sae_experiments.sweeps.launchers import Requeued
 
     code = f"""
 import os, signal, sys, time

@@ -14,9 +14,9 @@ import torch
 from conftest import train_config
 from torch import Tensor, nn
 
-from sae_experiments import training
-from sae_experiments.io import NonFinite, UserError
-from sae_experiments.training import DECAYS, At, Group, Learner, Loss, Phase, Progress, Session, lr_at, seed_of, train
+from sae_experiments.errors import NonFinite, UserError
+from sae_experiments.training import loop as training
+from sae_experiments.training.loop import DECAYS, At, Group, Learner, Loss, Phase, Progress, Session, lr_at, seed_of, train
 
 STEPS = 9
 OPTIMIZERS = ["adam", "adamw", "muon"]

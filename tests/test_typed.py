@@ -14,12 +14,13 @@ import pytest
 import yaml
 from conftest import CONF, ROOT
 
-from sae_experiments import config, sweeps
-from sae_experiments.cli import main, parse
-from sae_experiments.config import axes_of
-from sae_experiments.io import UserError
-from sae_experiments.launchers import Job, Local
-from sae_experiments.typed import PLACES, TEXTS, choices_of, for_hydra, is_text, last_text, text_of, value_of, written
+from sae_experiments.cli.main import main, parse
+from sae_experiments.config import compose as config
+from sae_experiments.config.compose import axes_of
+from sae_experiments.config.typed import PLACES, TEXTS, choices_of, for_hydra, is_text, last_text, text_of, value_of, written
+from sae_experiments.errors import UserError
+from sae_experiments.sweeps import jobs as sweeps
+from sae_experiments.sweeps.launchers import Job, Local
 
 PLANNED = yaml.safe_load((CONF / "plan" / "variants.yaml").read_text())["runs"]
 #: What people call things, and what Hydra, YAML, shells or file systems may take for something else.
@@ -238,7 +239,7 @@ def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     def begin(study: Any, settings: Any, *rest: Any) -> None:
         raise Began(settings, next(iter(study.arms)))
 
-    monkeypatch.setattr("sae_experiments.run.run", begin)
+    monkeypatch.setattr("sae_experiments.runner.run.run", begin)
     monkeypatch.chdir(here)
     monkeypatch.setenv("SAE_CACHE", "elsewhere")
 

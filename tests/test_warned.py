@@ -12,17 +12,17 @@ import torch
 from fake_runs import make_run
 from test_run import Fake, go, outcome
 
-from sae_experiments.cli import print_summary
-from sae_experiments.compare import compare, markdown, terminal
-from sae_experiments.io import read_json
+from sae_experiments.cli.main import print_summary
+from sae_experiments.files import read_json
 from sae_experiments.metrics import sparsity
 from sae_experiments.metrics.base import Bench
+from sae_experiments.quality_warnings import Warned, checked, lines, of_dead, of_metrics, of_rows, of_text
 from sae_experiments.report.page import page
-from sae_experiments.results import Record, read_records, write_record
-from sae_experiments.run_table import load_table
+from sae_experiments.results.compare import compare, markdown, terminal
+from sae_experiments.results.records import Record, read_records, write_record
+from sae_experiments.results.table import load_table
 from sae_experiments.saes.topk import TopK
-from sae_experiments.studies.stores import Stores
-from sae_experiments.warned import Warned, checked, lines, of_dead, of_metrics, of_rows, of_text
+from sae_experiments.studies.language.stores import Stores
 
 
 def keys(found: Any) -> list[str]:

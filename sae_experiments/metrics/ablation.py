@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_experiments.activations import patched
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, nulls, sparse_codes
 from sae_experiments.metrics.noise import Grouped, noise_of, noise_over, resampled_means
+from sae_experiments.models.hooks import patched
 
 LATENT = [
     MetricInfo(

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sae_experiments.activations import Site, Sites, Store
-from sae_experiments.metrics.info import MetricInfo
+from sae_experiments.metric_info import MetricInfo
+from sae_experiments.models.hooks import Site, Sites
+from sae_experiments.models.store import Store
+from sae_experiments.quality_warnings import Warned
 from sae_experiments.saes.base import SAE
-from sae_experiments.warned import Warned
 
 __all__ = ["Bench", "Measured", "Metric", "MetricInfo", "Rows", "Spliced"]
 

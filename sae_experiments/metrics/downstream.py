@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_experiments.activations import Site, as_sites, capture, patched
 from sae_experiments.conditions import OF_MODEL_ON_ROWS
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.noise import noise_of
+from sae_experiments.models.hooks import Site, as_sites, capture, patched
 
 INFO = [
     MetricInfo(

@@ -9,11 +9,11 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from sae_experiments.activations import Site, as_sites, blocks_of, capture
-from sae_experiments.layouts import layout_of_model, matrix
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, Text, nulls, read_text, sparse_codes
-from sae_experiments.metrics.contexts import contexts_of, quantile_rows, top_rows
+from sae_experiments.metrics.text.contexts import contexts_of, quantile_rows, top_rows
+from sae_experiments.models.hooks import Site, as_sites, blocks_of, capture
+from sae_experiments.models.layouts import layout_of_model, matrix
 from sae_experiments.saes.base import SAE
 from sae_experiments.sampling import spread
 

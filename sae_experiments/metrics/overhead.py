@@ -21,7 +21,7 @@ from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import nulls
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.saes.base import Step as Moment
-from sae_experiments.saes.purified import Purification, Purified
+from sae_experiments.saes.purified.sae import Purification, Purified
 
 
 def _info(name: str, title: str, formula: str, unit: str, *, shown: bool = False) -> MetricInfo:

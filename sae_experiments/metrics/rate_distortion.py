@@ -11,8 +11,8 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from sae_experiments.activations import patched
 from sae_experiments.metrics.base import Bench
+from sae_experiments.models.hooks import patched
 
 #: A code's values (rows of the windows looked at) to a reconstruction.
 Decode = Callable[[Tensor], Tensor]

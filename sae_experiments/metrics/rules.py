@@ -11,10 +11,10 @@ from scipy.stats import chi2
 
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
-from sae_experiments.metrics.concepts import Concept, bank, label_all
-from sae_experiments.metrics.ngrams import Simulated, simulate
 from sae_experiments.metrics.noise import DRAWS, document_weights, noise_over
-from sae_experiments.metrics.patterns import Matcher, Pattern, elements_of, find_rule, literal_at, pack, quality, spell, unpack
+from sae_experiments.metrics.text.concepts import Concept, bank, label_all
+from sae_experiments.metrics.text.ngrams import Simulated, simulate
+from sae_experiments.metrics.text.patterns import Matcher, Pattern, elements_of, find_rule, literal_at, pack, quality, spell, unpack
 
 INFO = [
     MetricInfo(name="rule_f1", title="rule F1", formula="mean over latents of the held-out F1 of the rule for where it fires", unit="", better="up"),

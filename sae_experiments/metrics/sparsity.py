@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_experiments import warned
-from sae_experiments.io import UserError
+from sae_experiments import quality_warnings as warned
+from sae_experiments.errors import UserError
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 
 INFO = [

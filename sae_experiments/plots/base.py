@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from sae_experiments.io import UserError, write_bytes
-from sae_experiments.run_table import Run, RunTable
+from sae_experiments.errors import UserError
+from sae_experiments.files import write_bytes
+from sae_experiments.results.table import Run, RunTable
 
 # Okabe and Ito's palette (without the yellow, too pale on white), then Tol's: told apart with any colour vision; shapes differ as well.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")

@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from sae_experiments.plots.base import GREY, PALETTE, NothingToDrawError, caption, finish, limit, panels, styled
 from sae_experiments.plots.circuits_pairs import found
-from sae_experiments.run_table import RunTable
+from sae_experiments.results.table import RunTable
 
 STYLES = {
     "attribution": (PALETTE[0], "-", "attribution"), "cosine": (PALETTE[1], "-", "cosine of weights"),

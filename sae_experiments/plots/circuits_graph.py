@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sae_experiments.plots.base import GREY, PALETTE, NothingToDrawError, caption, finish, limit, panels, styled
-from sae_experiments.results import read_graphs
-from sae_experiments.run_table import Run, RunTable
+from sae_experiments.results.records import read_graphs
+from sae_experiments.results.table import Run, RunTable
 
 FOR, AGAINST = PALETTE[0], PALETTE[1]
 

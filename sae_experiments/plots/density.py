@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sae_experiments.plots.base import ALARM, GREY, NothingToDrawError, caption, finish, head_panel, limit, looks, panels, percent, styled, tint
-from sae_experiments.run_table import Run, RunTable
+from sae_experiments.results.table import Run, RunTable
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sae_experiments.plots.base import NothingToDrawError, caption, finish, head_panel, limit, panels, styled
-from sae_experiments.run_table import Run, RunTable
+from sae_experiments.results.table import Run, RunTable
 
 
 @styled

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from sae_experiments.plots.base import GREY, PALETTE, NothingToDrawError, caption, finish, head_panel, limit, panels, styled
-from sae_experiments.run_table import Run, RunTable
+from sae_experiments.results.table import Run, RunTable
 
 KINDS = {"char": ("character", PALETTE[5]), "word": ("word", PALETTE[4]), "struct": ("structure", PALETTE[6])}
 LEVELS = ("", "_bottom", "_top")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from sae_experiments.plots.base import NothingToDrawError, caption, finish, limit, panels, styled
 from sae_experiments.plots.palindrome_model import first
-from sae_experiments.run_table import Run, RunTable
+from sae_experiments.results.table import Run, RunTable
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 INPUTS = ["<", "a", "b", "c", "|", "c", "b", "a"]

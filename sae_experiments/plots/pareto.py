@@ -30,7 +30,7 @@ from sae_experiments.plots.base import (
     styled,
     tint,
 )
-from sae_experiments.run_table import Run, RunTable
+from sae_experiments.results.table import Run, RunTable
 
 
 class Point(NamedTuple):

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from sae_experiments.plots.base import NothingToDrawError, caption, clip, finish, limit, panels, styled
 from sae_experiments.plots.purification_runs import Fit, fits_of, handles_of, looks_of
-from sae_experiments.run_table import RunTable
+from sae_experiments.results.table import RunTable
 
 LABELS = {"fss": "FSS (pooled)", "change": "feature change (%)", "sci": "SCI (mean r)", "jaccard": "Jaccard index", "fvu": "FVU under noise"}
 

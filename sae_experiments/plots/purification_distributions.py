@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sae_experiments.plots.base import NothingToDrawError, caption, clip, finish, limit, panels, styled
 from sae_experiments.plots.purification_runs import fits_of
-from sae_experiments.run_table import RunTable
+from sae_experiments.results.table import RunTable
 
 CLEAN, MOVED = "#0072B2", "#D55E00"
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from sae_experiments.plots.base import BASELINE_COLOUR, LINES, MARKERS, PALETTE
-from sae_experiments.run_table import Run, RunTable
+from sae_experiments.results.table import Run, RunTable
 
 Looks = dict[str, tuple[str, str, str]]
 

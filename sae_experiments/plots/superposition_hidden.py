@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from sae_experiments.plots.base import ALARM, GREY, MARKERS, NothingToDrawError, caption, finish, head_panel, limit, looks, panels, styled
 from sae_experiments.plots.superposition_loss import FLOOR, grid
-from sae_experiments.run_table import Run, RunTable
+from sae_experiments.results.table import Run, RunTable
 
 
 @styled

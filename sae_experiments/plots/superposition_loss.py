@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from sae_experiments.plots.base import NothingToDrawError, caption, finish, head_panel, limit, panels, styled
-from sae_experiments.run_table import Run, RunTable
+from sae_experiments.results.table import Run, RunTable
 
 FLOOR = 1e-12  # a loss below this is zero to rounding
 CLIP = 8.0  # powers of two at which the colours of a ratio end

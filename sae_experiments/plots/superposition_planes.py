@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sae_experiments.plots.base import GREY, MARKERS, NothingToDrawError, caption, finish, limit, panels, styled
-from sae_experiments.run_table import Run, RunTable
+from sae_experiments.results.table import Run, RunTable
 
 
 @styled

@@ -14,8 +14,8 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sae_experiments.results import cell_name, number, try_json
-from sae_experiments.run_table import Run
+from sae_experiments.results.records import cell_name, number, try_json
+from sae_experiments.results.table import Run
 
 log = logging.getLogger(__name__)
 FULL = (10, 6)

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_experiments.compare import compare
-from sae_experiments.io import write_bytes
+from sae_experiments.files import write_bytes
 from sae_experiments.report import summary
 from sae_experiments.report.features import Cell, cells_of, graphs_of, packed
 from sae_experiments.report.markup import Markup, join, json_block, tag
-from sae_experiments.run_table import RunTable
+from sae_experiments.results.compare import compare
+from sae_experiments.results.table import RunTable
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent

@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from sae_experiments.compare import DIRECTION, WARNING, config_diff, corpus_lines, delta_text, flat_config, notes, value_text, warning_lines
 from sae_experiments.report.markup import Markup, join, table, tag
-from sae_experiments.results import mean_stderr
-from sae_experiments.run_table import Run, RunTable
+from sae_experiments.results.compare import DIRECTION, WARNING, config_diff, corpus_lines, delta_text, flat_config, notes, value_text, warning_lines
+from sae_experiments.results.records import mean_stderr
+from sae_experiments.results.table import Run, RunTable
 
 MARKS = {"better": "▲ better", "worse": "▼ worse", "differs": "◆ differs"}
 TALL = 6  # more runs than this are rows, not columns

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
 from sae_experiments.saes import ops
-from sae_experiments.saes.parts import Batch, Codes, Forward, Inference, Step, Units, by_rows
 from sae_experiments.saes.selection import Pattern
-from sae_experiments.training import Group, Loss, Phase
+from sae_experiments.saes.types import Batch, Codes, Forward, Inference, Step, Units, by_rows
+from sae_experiments.training.loop import Group, Loss, Phase
 
 #: Entries of the encoder's product that are made at once where rows can be encoded in blocks.
 BLOCK = 1 << 22

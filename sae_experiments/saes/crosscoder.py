@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
 from sae_experiments.saes.base import Inference, NotExportable
 from sae_experiments.saes.standard import Standard
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
 from sae_experiments.saes import ops
 from sae_experiments.saes.base import Forward, Step
 from sae_experiments.saes.batch_topk import BatchTopK

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
 from sae_experiments.saes.base import Forward, Inference, NotExportable, Step
 from sae_experiments.saes.standard import Standard
 

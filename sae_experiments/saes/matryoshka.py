@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
 from sae_experiments.saes import ops
 from sae_experiments.saes.base import Codes, Forward, Step
 from sae_experiments.saes.batch_topk import BatchTopK

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
 from sae_experiments.saes.base import Forward, Step
 from sae_experiments.saes.standard import Standard
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_experiments.io import UserError
+from sae_experiments.errors import UserError
 from sae_experiments.saes.batch_topk import BatchTopK
 from sae_experiments.sampling import spread_rows
-from sae_experiments.training import Group, Phase
+from sae_experiments.training.loop import Group, Phase
 
 
 class Random(BatchTopK):

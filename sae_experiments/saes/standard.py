@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_experiments.io import UserError
-from sae_experiments.saes import sparsity
+from sae_experiments.errors import UserError
+from sae_experiments.saes import controller as sparsity
 from sae_experiments.saes.base import SAE, Forward, Inference, Step
-from sae_experiments.saes.sparsity import L0Controller
+from sae_experiments.saes.controller import L0Controller
 from sae_experiments.sampling import spread_rows
 
 

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from sae_experiments.io import UserError
-from sae_experiments.metrics.info import MetricInfo
-from sae_experiments.progress import Console
+from sae_experiments.console import Console
+from sae_experiments.errors import UserError
+from sae_experiments.metric_info import MetricInfo
+from sae_experiments.quality_warnings import Warned
 from sae_experiments.saes.ops import fast_products
 from sae_experiments.stopping import OutOfTime
-from sae_experiments.studies import facts as facts_module
-from sae_experiments.training import Session, seed_of
-from sae_experiments.warned import Warned
+from sae_experiments.studies import conditions as facts_module
+from sae_experiments.training.loop import Session, seed_of
 
 #: What SAEs are evaluated on: the validation text (or rows); what of it a search may look at; what its winner is reported on.
 HELD_OUT = ("val", "search", "test")

@@ -1,0 +1,163 @@
+"""SAEs on a plain tensor of activations, from any model: no Hydra configuration to write, no run folder."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import sae_experiments
+from sae_experiments.config.compose import build, compose_checked
+from sae_experiments.errors import UserError
+from sae_experiments.fitting import fit
+from sae_experiments.fitting.fit import FitReport, Sample
+from sae_experiments.fitting.spec import Arm
+from sae_experiments.metrics import reconstruction, sparsity
+from sae_experiments.metrics.base import Bench
+from sae_experiments.saes.base import SAE, Batch
+from sae_experiments.training.loop import TrainConfig, seed_of
+
+#: Rows that are looked at at once for values that are not finite.
+CHUNK = 1 << 14
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def build_sae(name: str, d_in: int, *, seed: int = 0, **settings: Any) -> SAE:
+    """An untrained SAE of the family, with the defaults of ``conf/sae/<name>.yaml``.
+
+    ``settings`` are its options without the leading ``sae.``: ``build_sae("jumprelu", 512, target_l0=20, d_sae=4096)``; options of the
+    model itself with two underscores, ``model__bandwidth=0.05``.
+    """
+    arm, _ = _arm(name, settings)
+    sae = arm.seeded(d_in, d_in, seed)
+    if sae.blocks != 1 or sae.needs_model:
+        raise UserError(f"{name} needs more than one tensor of activations: use it in study=language")
+    return sae
+
+
+def fit_saes(
+    saes: SAE | Mapping[str, SAE],
+    activations: Tensor | np.ndarray,
+    *,
+    seed: int = 0,
+    held_out: Tensor | np.ndarray | None = None,
+    scale: str = "spread",
+    **train: Any,
+) -> dict[str, FitReport]:
+    """Fit one SAE, or several in one pass, to rows (..., D) in their own units; afterwards they are calibrated and in eval mode.
+
+    A twentieth of the rows (at least 4,096 where there are five times as many, at most 2^17) is kept from training to calibrate thresholds
+    on, unless ``held_out`` gives such rows. ``train`` changes numbers of ``fit.train``: ``steps=5000, lr=1e-3, batch_size=2048``, say.
+    An SAE from :func:`.interop.load_sae` is trained on from where it is.
+
+    ``scale``: how rows are centred and scaled meanwhile, see :func:`.fit.units_of`; ``robust`` where a few rows are huge.
+
+    Raises:
+        UserError: rows of another width, too few of them, or with values that are not finite; a
+            setting that does not exist.
+        NonFinite: a loss became NaN or infinite.
+    """
+    _tell_late()
+    named = {"sae": saes} if isinstance(saes, SAE) else dict(saes)
+    if not named:
+        raise UserError("there is no SAE to fit")
+    d_in, device = sorted({s.d_in for s in named.values()}), next(iter(named.values())).b_enc.device
+    cfg = _config(train)
+    activations = _rows(activations, d_in, "activations", least=2 if held_out is not None else 3)
+    held_out = None if held_out is None else _rows(held_out, d_in, "held_out")
+    order = torch.randperm(len(activations), generator=torch.Generator().manual_seed(seed_of(seed, "rows")))
+    n_held = 0 if held_out is not None else min(max(len(order) // 20, min(4096, len(order) // 5), 1), 1 << 17)
+    held = (activations[order[:n_held]] if held_out is None else held_out).float().to(device)
+    order = order[n_held:]
+
+    def batch_at(step: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed_of(seed, "batch", step))
+        x = activations[order[torch.randint(len(order), (cfg.batch_size,), generator=generator)]].float().to(device)
+        return Batch(x, x)
+
+    x = activations[order[: 1 << 15]].float().to(device)
+    dead_after = round(0.03 * cfg.steps * cfg.batch_size)
+    return fit.fit_saes(named, batch_at, cfg, Sample(x, x, held), seed=seed, dead_after=dead_after, scale=scale)
+
+
+def evaluate(sae: SAE, activations: Tensor | np.ndarray) -> dict[str, float | None]:
+    """Reconstruction and sparsity of ``sae`` on rows (..., D) that it was not fitted to; None where a number has no value.
+
+    Raises:
+        UserError: rows of another width, none at all, or with values that are not finite.
+    """
+    bench = Bench(sae=sae, device=sae.b_enc.device, x=_rows(activations, [sae.d_in], "activations").float())
+    out: dict[str, float | None] = {}
+    for measured in (reconstruction.measure(bench, rows=None), sparsity.measure(bench, rows=None, entropy_latents=256)):
+        out |= measured.scalars
+    return out
+
+
+def _rows(x: Tensor | np.ndarray, d_in: Sequence[int], what: str, least: int = 1) -> Tensor:
+    """Rows (N, D) from what people have: arrays, any leading dimensions, a graph that is not wanted."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nothing is written
+            x = torch.as_tensor(x).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{what} must be a tensor or an array of numbers, not {type(x).__name__} ({error})") from error
+    if not x.ndim or [x.shape[-1]] != list(d_in) or x.is_complex():
+        raise UserError(
+            f"{what} of shape {tuple(x.shape)} and type {x.dtype} do not fit SAEs with d_in={list(d_in)}: give rows (N, d_in) of real numbers"
+        )
+    x = x.reshape(-1, x.shape[-1])
+    if len(x) < least:
+        raise UserError(f"{what} hold {len(x)} rows: at least {least} are needed")
+    for first, part in zip(range(0, len(x), CHUNK), x.split(CHUNK), strict=True):
+        wrong = (~torch.isfinite(part).all(1)).nonzero()
+        if len(wrong):
+            raise UserError(f"{what} hold a value that is not finite in row {first + int(wrong[0])} of {len(x)}: leave such rows out")
+    return x
+
+
+def _config(train: Mapping[str, Any]) -> TrainConfig:
+    """The settings of ``fit.train`` with some of them changed."""
+    known = [f.name for f in fields(TrainConfig)]
+    for name in train:
+        if name not in known:
+            close = difflib.get_close_matches(name, [*known, "seed", "held_out", "scale"], 1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise UserError(f"fit_saes: {name} is no setting of the training; {hint}")
+    try:
+        return replace(_arm("batch_topk", {})[1], **train)
+    except TypeError as error:
+        raise UserError(f"fit_saes: {', '.join(f'{k}={v!r}' for k, v in train.items())} cannot be used ({error})") from error
+
+
+@functools.cache
+def _tell_late() -> None:
+    """Warn once where torch was imported too early to tell its threads how long to wait."""
+    if sae_experiments.LATE and torch.get_num_threads() > 1 and sys.platform == "linux":
+        warnings.warn(
+            "torch was imported before sae_experiments: beside other work on this machine its waiting threads can make a step ten times as "
+            "long. Import sae_experiments first, or set GOMP_SPINCOUNT=1000 before Python starts.",
+            stacklevel=3,
+        )
+
+
+def _arm(name: str, settings: dict[str, Any]) -> tuple[Arm, TrainConfig]:
+    overrides = [f"sae.{k.replace('__', '.')}={_text(v)}" for k, v in settings.items()]
+    cfg, _ = compose_checked(CONF, ["preset=laptop", f"sae={name}", *overrides])
+    study = build(cfg.study)
+    arm = next(iter(study.arms.values()))
+    return arm, arm.config(study.fit.train)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{','.join(_text(v) for v in value)}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

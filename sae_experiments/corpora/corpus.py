@@ -1,0 +1,357 @@
+"""Character corpora: found or fetched, verified, encoded once into a memory-mapped file, read as windows. The network is in ``fetch``."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from glob import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from sae_experiments import io
+from sae_experiments.cache import cached, clearing
+from sae_experiments.corpora import download as fetch
+from sae_experiments.corpora import standin
+from sae_experiments.errors import UserError
+from sae_experiments.files import digest, read_json, write_json
+from sae_experiments.source import source_digest
+
+BLOCK = 1 << 22  # bytes encoded at a time: bounds the memory, whatever the corpus
+#: First bytes of what is no UTF-8 text. UTF-32's mark begins as UTF-16's does and stands before it.
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"\x1f\x8b": "a gzip archive",
+    b"PK\x03\x04": "a zip archive",
+    b"BZh91AY&SY": "a bzip2 archive",
+    b"\xfd7zXZ\x00": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+}
+#: Which of four consecutive bytes are control characters most of the time.
+CONTROLS = {
+    "UTF-16LE": [False, True, False, True],
+    "UTF-16BE": [True, False, True, False],
+    "UTF-32LE": [False, True, True, True],
+    "UTF-32BE": [True, True, True, False],
+}
+CHOICES = {"encoding": ("latin-1", "utf-8"), "stand_in": ("auto", "never", "always"), "stand_in_alphabet": tuple(standin.FORMS)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusSpec:
+    """Where a corpus comes from, how to know it, and how to split it. Raises :class:`UserError` for values that cannot work."""
+
+    name: str
+    sources: list[dict[str, Any]]  # tried in order: url, bytes, sha256 or md5, archive (null | zip | gz), member
+    bytes: int | None  # of the whole text, as its checksums
+    sha256: str | None
+    md5: str | None = None
+    local_names: list[str]  # of the whole text in the folder SAE_DATA_DIR; "<name>-head-<n>" there holds its first n bytes
+    head: int | None  # use the first n bytes only: a corpus of its own
+    heads: dict[str, int | None] = field(default_factory=dict)  # the sizes that a preset chooses ``head`` from
+    head_sha256: dict[int, str] = field(default_factory=dict)  # of heads that may come as files of their own
+    file: str | None  # taken as it is
+    encoding: str
+    val_frac: float
+    test_frac: float
+    seeds: list[int]
+    stand_in: str
+    stand_in_alphabet: str
+    recipe: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for key, allowed in CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise UserError(f"data.{self.name}.{key}={getattr(self, key)} is not one of {', '.join(allowed)}")
+        if not (self.val_frac > 0 and self.test_frac >= 0 and self.val_frac + self.test_frac < 1):
+            raise UserError(f"data.{self.name}: val_frac={self.val_frac} must be above 0, test_frac={self.test_frac} at least 0, their sum below 1")
+        most = self.bytes if self.file is None else None
+        if self.head is not None and (not isinstance(self.head, int) or self.head < 1 or (most is not None and self.head > most)):
+            raise UserError(f"data.{self.name}.head={self.head} must be a number of bytes{f' up to {most:,}' if most else ''}, or null for all")
+        for source in self.sources:
+            kind = source.get("archive")
+            if not (source.get("url") and source.get("bytes")) or kind not in (None, "gz", "zip") or (kind == "zip" and not source.get("member")):
+                raise UserError(f"data.{self.name}.sources: {dict(source)} needs url, bytes, archive (null, gz or zip) and, for a zip, member")
+            if self.bytes is None or not (source.get("sha256") or source.get("md5") or self.sha256 or self.md5):
+                raise UserError(f"data.{self.name}.sources: {source['url']} cannot be verified; give bytes and a sha256 (or md5) of the text")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Size and checksums of the whole text, as :func:`fetch.verify` takes them."""
+        return {"size": self.bytes, "sha256": self.sha256, "md5": self.md5}
+
+
+class Text(NamedTuple):
+    """A text that was found: where, and what it is."""
+
+    path: Path
+    source: str  # what the provenance says
+    kind: str  # "corpus" | "file" (whatever the user named) | "stand-in"
+    verified: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CharCorpus:
+    """An encoded corpus: ``splits`` are memory maps of symbol ids, ``symbols`` the characters in the order of their code points."""
+
+    name: str
+    splits: dict[str, np.ndarray]
+    symbols: list[str]
+    provenance: dict[str, Any]
+    key: str  # names the ids and the splits, wherever the text came from
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the characters of ``text``. Raises :class:`UserError` for one that the corpus does not have."""
+        known, points = self._points(), np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        ids = np.searchsorted(known, points).clip(max=len(known) - 1)
+        if (wrong := np.flatnonzero(known[ids] != points)).size:
+            raise UserError(f"the corpus {self.name} has no character {text[wrong[0]]!r} (at position {wrong[0]} of the text to encode)")
+        return ids.astype(self.splits["train"].dtype)
+
+    def decode(self, ids: Any) -> str:
+        """The text of ``ids`` (a list, an array or a tensor, flattened). Raises :class:`UserError` for an id out of range."""
+        array = np.asarray(ids.detach().cpu() if isinstance(ids, torch.Tensor) else ids).reshape(-1).astype(np.int64)
+        if array.size and not 0 <= array.min() <= array.max() < len(self.symbols):
+            raise UserError(f"the corpus {self.name} has symbols 0 to {len(self.symbols) - 1}, not {array.min()} to {array.max()}")
+        return self._points()[array].tobytes().decode("utf-32-le", "surrogatepass")
+
+    def batch_at(self, split: str, step: int, *, rows: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (the inputs shifted by one), int64 (rows, length), at offsets drawn from (seed, step) alone."""
+        room = len(self._split(split)) - length
+        if room < 1:
+            raise UserError(f"the {split} split of {self.name} has {room + length:,} characters: too few for windows of {length} and their targets")
+        chance = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step])))
+        both = self.windows(split, chance.integers(0, room, size=rows), length + 1)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+    def windows(self, split: str, starts: np.ndarray, length: int) -> torch.Tensor:
+        """The windows of ``length`` ids that begin at ``starts``, int64 (n, length). Raises :class:`UserError` if one does not fit."""
+        ids, starts = self._split(split), np.asarray(starts, dtype=np.int64)
+        if starts.size and not 0 <= starts.min() <= starts.max() <= len(ids) - length:
+            raise UserError(f"windows of {length} at {starts.min()} to {starts.max()} are not inside the {len(ids):,} characters of {split}")
+        return torch.from_numpy(np.lib.stride_tricks.sliding_window_view(ids, length)[starts].astype(np.int64))
+
+    def _split(self, split: str) -> np.ndarray:
+        if split not in self.splits:
+            raise UserError(f"the corpus {self.name} has no split {split!r}; it has {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def _points(self) -> np.ndarray:
+        return np.array([ord(symbol) for symbol in self.symbols], dtype="<u4")
+
+
+def load_corpus(
+    spec: CorpusSpec, *, cache: Path, offline: bool = False, say: Callable[[str], None] = print, _network: fetch.Network = fetch.NETWORK
+) -> CharCorpus:
+    """The corpus of ``spec`` from, in this order: ``spec.file``, the folder SAE_DATA_DIR, ``cache``, the network, a stand-in.
+
+    Raises :class:`UserError`, in one line, for a file that is missing, too short or not what its checksum says, and where nothing is
+    found and ``spec.stand_in`` is "never".
+    """
+    remedy = standin.remedy(spec.name, (spec.local_names or [spec.name])[0], spec.facts, spec.head)
+
+    def stand_in(reason: str) -> Text:
+        asked = spec.head or spec.bytes or standin.LIMIT
+        path = standin.stand_in(cache, spec.name, spec.stand_in_alphabet, asked, reason=reason, remedy=remedy, say=say)
+        return Text(path, "stand-in", "stand-in", False)
+
+    if spec.stand_in == "always":
+        return _encoded(spec, stand_in("stand_in=always"), cache)
+    if (text := _local(spec)) is not None:
+        return _encoded(spec, text, cache)
+    if (corpus := _remembered(spec, cache)) is not None:
+        return corpus
+    if spec.file is not None:
+        raise UserError(f"data.{spec.name}.file={spec.file} is not a file")
+    try:
+        path, url = fetch.cached_text(cache, spec.name, spec.sources, spec.facts, network=None if offline else _network, say=say)
+        text = Text(path, url, "corpus", True)
+    except fetch.UnreachableError as reason:
+        if spec.stand_in == "never":
+            raise UserError(f"data.{spec.name}.stand_in=never, and the text cannot be had ({reason}): {remedy}") from None
+        text = stand_in(str(reason))
+    except fetch.BrokenError as fault:
+        raise UserError(f"data.{spec.name}: {fault}. Without the network: {remedy}") from None
+    return _encoded(spec, text, cache)
+
+
+def _local(spec: CorpusSpec) -> Text | None:
+    """The file that the user names or keeps in SAE_DATA_DIR; one that is not what it should be is an error, never passed over."""
+    if spec.file is not None:
+        path = Path(spec.file).expanduser()
+        return Text(path, path.name, "file", False) if path.is_file() else None
+    if not (setting := os.environ.get("SAE_DATA_DIR")):
+        return None
+    folder = Path(setting).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"SAE_DATA_DIR={setting} is not a folder; correct it or unset it")
+    for path in (folder / name for name in spec.local_names):
+        if path.is_file():
+            _check(spec, path, **spec.facts)
+            return Text(path, path.name, "corpus", bool(spec.sha256 or spec.md5))
+    found = [path for stem in {spec.name, *spec.local_names} for path in folder.glob(f"{escape(stem)}-head-*")]
+    for size, path in sorted((int(path.name.rpartition("-")[2]), path) for path in found if path.name.rpartition("-")[2].isdecimal()):
+        if spec.head is not None and size >= spec.head:
+            _check(spec, path, size=size, sha256=spec.head_sha256.get(spec.head), head=spec.head)
+            return Text(path, path.name, "corpus", spec.head in spec.head_sha256)
+    return None
+
+
+def _check(spec: CorpusSpec, path: Path, **facts: Any) -> None:
+    try:
+        fetch.verify(path, str(path), **facts)
+    except fetch.BrokenError as error:
+        raise UserError(f"data.{spec.name}: {error}; replace it, or use it as it is with data.{spec.name}.file={path}") from None
+
+
+def _encoded(spec: CorpusSpec, text: Text, cache: Path) -> CharCorpus:
+    """Encode ``text`` unless these very bytes were encoded before, and remember where they came from."""
+    whole, stand_in = text.path.stat().st_size, text.kind == "stand-in"
+    size = whole if stand_in or spec.head is None else spec.head
+    if whole == 0:
+        raise UserError(f"data.{spec.name}: {text.path} is empty")
+    if size > whole:
+        raise UserError(f"data.{spec.name}.head={size} is more than the {whole:,} bytes of {text.path}; ask for fewer, or null for the whole text")
+    sha256, cut = fetch.checksum(text.path, head=None if size == whole else size), stand_in or spec.head is not None
+    folder = cached(cache, "corpora", _key(spec, sha256, cut), lambda f: _write(f, spec, text.path, size, sha256, cut))
+    known = sha256 == (spec.sha256 if spec.head is None else spec.head_sha256.get(spec.head))
+    label = spec.name if text.kind != "file" or known else f"{spec.name}-file-{sha256[:8]}"  # a user's text never passes for the corpus
+    label += "" if spec.head is None else f"-head-{spec.head}"
+    origin = {"corpus": label, "source": text.source, "sha256": sha256, "bytes": size, "stand_in": stand_in, "verified": text.verified or known}
+    if not stand_in:
+        pointer = _pointer(spec, cache)
+        with clearing(pointer.parent):
+            write_json(pointer, origin)
+    return _open(spec, folder, origin)
+
+
+def _remembered(spec: CorpusSpec, cache: Path) -> CharCorpus | None:
+    """What ``spec`` gave the last time that its text was at hand, so that a folder that is gone does not stop a run from going on."""
+
+    def gone(folder: Path) -> None:
+        raise LookupError("the encoded text was deleted or damaged, and its source is not at hand")
+
+    if not _pointer(spec, cache).exists():
+        return None
+    origin = read_json(_pointer(spec, cache))
+    try:
+        return _open(spec, cached(cache, "corpora", _key(spec, origin["sha256"], spec.head is not None), gone), origin)
+    except LookupError:
+        return None
+
+
+def _pointer(spec: CorpusSpec, cache: Path) -> Path:
+    file = None if spec.file is None else str(Path(spec.file).expanduser().absolute())
+    return cache / "corpora" / "last" / f"{digest([spec.name, spec.head, file, spec.facts, spec.encoding, spec.val_frac, spec.test_frac])}.json"
+
+
+def _key(spec: CorpusSpec, sha256: str, cut: bool) -> dict[str, Any]:
+    code = source_digest(io, alone=[__name__])  # where the text came from does not matter
+    return {"code": code, "text": sha256, "cut": cut, "encoding": spec.encoding, "val_frac": spec.val_frac, "test_frac": spec.test_frac}
+
+
+def _open(spec: CorpusSpec, folder: Path, origin: dict[str, Any]) -> CharCorpus:
+    meta = read_json(folder / "meta.json")
+    ids, splits, at = np.memmap(folder / "ids.bin", dtype=meta["dtype"], mode="r"), {}, 0
+    for split, count in meta["counts"]:
+        splits[split] = ids[at : at + count]
+        at += count
+    provenance = {**origin, "symbols": len(meta["symbols"]), "counts": dict(meta["counts"])}
+    return CharCorpus(name=spec.name, splits=splits, symbols=[chr(p) for p in meta["symbols"]], provenance=provenance, key=digest(meta))
+
+
+def _write(folder: Path, spec: CorpusSpec, path: Path, size: int, sha256: str, cut: bool) -> None:
+    """Two passes in blocks: which symbols there are, then their ids, one split after the other, into ``ids.bin``."""
+    if spec.encoding == "utf-8" and (other := other_format(path)):
+        raise UserError(f"data.{spec.name}: {path} is {other}, not a text in UTF-8; {_remedy(path, other)}")
+    seen, written, n = np.zeros(0x110000, dtype=bool), hashlib.sha256(), 0
+    for points in _blocks(path, size, spec, cut, sha256):
+        seen[points] = True
+        n += len(points)
+    symbols, counts = np.flatnonzero(seen), _counts(spec, n)
+    if len(symbols) > 1 << 16:
+        raise UserError(f"data.{spec.name}: {path} has {len(symbols):,} symbols, more than 65,536")
+    table = np.zeros(len(seen), dtype=np.uint8 if len(symbols) <= 256 else np.uint16)
+    table[symbols] = np.arange(len(symbols))
+    with open(folder / "ids.bin", "wb") as f:
+        for points in _blocks(path, size, spec, cut, sha256):
+            ids = table[points].tobytes()
+            written.update(ids)
+            f.write(ids)
+    names = {"dtype": table.dtype.name, "symbols": symbols.tolist(), "counts": list(counts.items())}
+    write_json(folder / "meta.json", {**names, "ids_sha256": written.hexdigest()})
+
+
+def other_format(path: Path) -> str | None:
+    """What a file that is no UTF-8 text shows itself to be by its first bytes.
+
+    Args:
+        path: the file.
+
+    Returns:
+        ``UTF-16``, ``a gzip archive`` and the like; None where nothing speaks against a text.
+    """
+    with open(path, "rb") as f:
+        head = f.read(1 << 16)
+    for mark, name in MARKS.items():
+        if head.startswith(mark):
+            return name
+    # Without a mark: the high bytes of characters up to U+1FFF read as control characters.
+    read = np.frombuffer(head, dtype=np.uint8)
+    control = (read < 0x20) & ~np.isin(read, np.frombuffer(b"\t\n\r\f", dtype=np.uint8))
+    often = [bool(control[i::4].mean() > 0.5) for i in range(4)] if len(head) >= 4 else []
+    return next((name for name, pattern in CONTROLS.items() if often == pattern), None)
+
+
+def _remedy(path: Path, found: str) -> str:
+    if found.startswith("UTF"):
+        return f"convert it: iconv -f {found} -t UTF-8 {path} > {path}.utf8"
+    return "unpack it"
+
+
+def _remedy_for_bytes(name: str, data: bytes) -> str:
+    """What to do about bytes that are no UTF-8: a zero byte stands in no text, whatever its encoding."""
+    if 0 in data:
+        return "it holds zero bytes: name a file of text"
+    return f"convert it, or make each byte a symbol with data.{name}.encoding=latin-1"
+
+
+def _blocks(path: Path, size: int, spec: CorpusSpec, cut: bool, sha256: str) -> Iterator[np.ndarray]:
+    """Code points of the first ``size`` bytes; a character that a ``cut`` text breaks off in its middle is left out."""
+    decoder, read, left = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), size
+    with open(path, "rb") as f:
+        while left and (data := f.read(min(BLOCK, left))):
+            pending, at, left = len(decoder.getstate()[0]), size - left, left - len(data)
+            read.update(data)
+            if spec.encoding == "latin-1":
+                yield np.frombuffer(data, dtype=np.uint8)
+                continue
+            try:
+                text = decoder.decode(data, final=not left and not cut)
+            except UnicodeDecodeError as error:
+                where = f"{path} is not UTF-8 at byte {at - pending + error.start:,} ({error.reason})"
+                raise UserError(f"data.{spec.name}: {where}; {_remedy_for_bytes(spec.name, data)}") from None
+            yield np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    if read.hexdigest() != sha256:
+        raise UserError(f"data.{spec.name}: {path} changed while it was read; start again")
+
+
+def _counts(spec: CorpusSpec, n: int) -> dict[str, int]:
+    """Characters of each split. Exact fractions: n * (1 - .05 - .05) in floating point is one character short of 90 %."""
+    val, test = Fraction(str(spec.val_frac)), Fraction(str(spec.test_frac))
+    counts = {"train": int(n * (1 - val - test)), "val": 0, "test": int(n * test)}
+    counts["val"] = n - counts["train"] - counts["test"]
+    if spec.test_frac == 0:
+        del counts["test"]
+    if min(counts.values()) < 2:
+        raise UserError(f"data.{spec.name}: {n:,} characters are too few to split: {counts} must have at least 2 each")
+    return counts

@@ -1,0 +1,15 @@
+"""Files that are either whole or absent, digests that name them, and a cache that many processes may share."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake the user can mend: shown as one line without a traceback. ``exit_status`` 2: nothing was computed yet."""
+
+    exit_status = 2
+
+
+class NonFinite(UserError):
+    """A loss term, gradient or activation became NaN or infinite: the work stopped there."""
+
+    exit_status = 1

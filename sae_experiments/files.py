@@ -1,0 +1,123 @@
+"""Files that are either whole or absent, digests that name them, and a cache that many processes may share."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sae_experiments.errors import UserError
+
+SEAL = "checksum"
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+MOST_BYTES = 1 << 28  # of a JSON file: results hold numbers and short texts
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` so that a reader sees the old file or the whole new one, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what writers that were killed left half-written below ``folder`` (whose lock is held)."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+class NewFolder:
+    """A folder, made with those above it, that can be taken back as if it had never been made.
+
+    Args:
+        folder: made unless it is there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        self.is_new = bool(self.missing) or not any(folder.iterdir())
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def take_back(self) -> None:
+        """Remove what was made here, if the folder was missing or empty. Call it while nobody else can use the folder."""
+        if not self.is_new:
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self.missing[1:]:
+            with suppress(OSError):  # others have made something in it
+                path.rmdir()
+        if not self.missing:
+            self.folder.mkdir(exist_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys. Raises ``ValueError`` for NaN and infinity, which JSON does not have."""
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a damaged file, or one that is not made for reading, is a :class:`UserError` that names it."""
+    check_readable(path)
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
+
+
+def check_readable(path: Path, most: int = MOST_BYTES) -> None:
+    """Raise :class:`UserError` for what is no regular file (a device, a pipe: reading would never end) or has more than ``most`` bytes."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is not a regular file")
+    if found.st_size > most:
+        raise UserError(f"{path} has {found.st_size:,} bytes, more than the {most:,} that such a file may have")
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON mapping with a checksum of its content inside."""
+    write_json(path, {**value, SEAL: digest(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_sealed` wrote; a :class:`UserError` names a file that holds anything else."""
+    value = read_json(path)
+    if not isinstance(value, dict) or SEAL not in value:
+        raise UserError(f"{path} has no checksum inside; delete it to have it made again")
+    if value.pop(SEAL) != digest(value):
+        raise UserError(f"{path} is not what was written (its checksum differs); delete it to have it made again")
+    return value
+
+
+def digest(value: Any) -> str:
+    """Sixteen hex digits that name a JSON-like value (key order does not matter)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sha256_file(path: Path, block: int = 1 << 20) -> str:
+    """SHA-256 of a file as 64 hex digits, read in blocks."""
+    found = hashlib.sha256()
+    with open(path, "rb") as f:
+        while data := f.read(block):
+            found.update(data)
+    return found.hexdigest()

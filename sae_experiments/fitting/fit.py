@@ -1,0 +1,229 @@
+"""Fit one or many SAEs in one pass over a stream of activations. Needs no Hydra and no run folder.
+
+The policy all variants share sits here, once: input scale, dead-latent tracking, calibration, folding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sae_experiments.errors import UserError
+from sae_experiments.saes.base import SAE, Batch, Forward, Step, Units
+from sae_experiments.training.loop import At, History, Learner, Loss, Phase, Session, TrainConfig, train
+
+
+class FitReport(NamedTuple):
+    """What fitting one SAE took: ``seconds`` of its own steps plus its share of reading batches, rows used a second, curves."""
+
+    seconds: float
+    rows_per_second: float
+    steps: int
+    history: History
+    cut: bool
+
+
+class Sample(NamedTuple):
+    """Rows outside the stream: ``x, y`` to initialise from, ``held`` (N, D) to calibrate thresholds on, never trained on."""
+
+    x: Tensor
+    y: Tensor
+    held: Tensor
+
+
+class SAELearner(Learner):
+    """An SAE as a learner: keeps count of the rows since each latent last fired, and calls the SAE's hooks."""
+
+    def __init__(self, name: str, sae: SAE, cfg: TrainConfig, sample: Sample, *, dead_after: int, seed: int) -> None:
+        module = nn.Module()
+        module.sae = sae
+        module.register_buffer("since_fired", torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.b_enc.device))
+        # A step may use fewer rows than a batch should have: whole windows, a phase on a sample.
+        module.register_buffer("rows_used", torch.zeros((), dtype=torch.int64, device=sae.b_enc.device))
+        super().__init__(name, module, cfg, seed=seed)
+        self.sae, self.sample, self.dead_after = sae, sample, dead_after
+
+    def phases(self) -> list[Phase]:
+        return self.sae.phases()
+
+    def begin(self, phase: str) -> None:
+        begin = self.sae.begin_again if self.sae.fitted else self.sae.begin
+        begin(phase, self.sample.x, self.sample.y)
+
+    def finish(self, phase: str) -> None:
+        with torch.no_grad():
+            self.sae.finish(phase, self.sample.held)
+
+    def moment(self, at: At) -> Step:
+        return Step(phase=at.phase, progress=at.progress, dead=self.module.since_fired > self.dead_after, generator=at.generator)
+
+    def loss(self, batch: Batch, at: At) -> Loss:
+        return self.sae.loss(batch, self.moment(at))
+
+    def before_update(self) -> None:
+        self.sae.before_update()
+
+    @torch.no_grad()
+    def after_update(self, loss: Loss, at: At) -> None:
+        fwd: Forward = loss.extra
+        moment = self.moment(at)
+        self.module.rows_used.add_(fwd.batch.x.shape[0])
+        self.module.since_fired.add_(fwd.batch.x.shape[0]).masked_fill_(fwd.codes.fires > 0, 0)
+        self.sae.after_update(fwd, moment)
+
+    @torch.no_grad()
+    def observe(self, loss: Loss, at: At) -> dict[str, float]:
+        fwd: Forward = loss.extra
+        variance = (fwd.batch.y - fwd.batch.y.mean(0)).square().sum()
+        values = {
+            "l0": fwd.codes.l0,
+            "fvu": float((fwd.batch.y - fwd.recon).square().sum() / variance.clamp_min(1e-12)),
+            "dead_frac": float((self.module.since_fired > self.dead_after).float().mean()),
+        }
+        controller = getattr(self.sae, "controller", None)
+        return values | ({"coeff": controller.coeff} if controller is not None else {})
+
+
+def fit_saes(
+    saes: Mapping[str, SAE],
+    batch_at: Callable[[int], Batch],
+    cfg: TrainConfig | Mapping[str, TrainConfig],
+    sample: Sample,
+    *,
+    seed: int,
+    dead_after: int,
+    scale: str = "spread",
+    session: Session | None = None,
+) -> dict[str, FitReport]:
+    """Train ``saes`` side by side on the batches ``batch_at(step)`` (in raw units) and leave them calibrated, in eval mode and raw units.
+
+    Inside, inputs and outputs are centred and scaled by one number each (:func:`units_of`), which is folded into the weights at the end, so
+    that coefficients and learning rates carry over between models, and neither the unit of the data nor its mean matters. An SAE's result
+    does not depend on which others are trained beside it. A fitted SAE goes on from where it is, if it can.
+
+    Args:
+        scale: one of :data:`SCALES`; with none the SAE sees the rows in their own units.
+
+    Raises:
+        NonFinite: a loss became NaN or infinite (names SAE, step and term).
+        UserError: the sample holds a non-finite value, or nothing but zeros; an SAE cannot be
+            trained on, or rebuilds something else than it has to read.
+    """
+    configs = cfg if isinstance(cfg, Mapping) else dict.fromkeys(saes, cfg)
+    blocks = {sae.blocks for sae in saes.values()}
+    if len(blocks) != 1:
+        raise UserError("SAEs over different numbers of sites cannot share one pass")
+    same = sample.y is sample.x or torch.equal(sample.x, sample.y)
+    inputs = units_of(sample.x, "activations", *blocks, scale=scale)
+    outputs = inputs if same else units_of(sample.y, "targets", *blocks, scale=scale)
+    for name, sae in saes.items():
+        _check_start(name, sae, same, min(configs[name].batch_size, len(sample.held)))
+        if sae.fitted:
+            sae.rescale(inputs.inverse(), outputs.inverse())
+    x = inputs.apply(sample.x)
+    scaled = Sample(x, x if same else outputs.apply(sample.y), inputs.apply(sample.held))
+    learners = [SAELearner(name, sae, configs[name], scaled, dead_after=dead_after, seed=seed) for name, sae in saes.items()]
+    for sae in saes.values():
+        controller = getattr(sae, "controller", None)
+        if controller is not None:
+            controller.horizon = next(iter(configs.values())).steps
+
+    def scaled_batch(step: int) -> Batch:
+        batch = batch_at(step)
+        x = inputs.apply(batch.x)
+        rest = batch.downstream
+        return Batch(
+            x,
+            x if batch.y is batch.x else outputs.apply(batch.y),
+            None if batch.alt is None else inputs.apply(batch.alt),
+            None if rest is None else lambda recon: rest(outputs.undo(recon)),
+        )
+
+    first = next(iter(configs.values()))
+    progress = train(learners, scaled_batch, first, session or Session())
+    reports = {}
+    for (name, sae), learner in zip(saes.items(), learners, strict=True):
+        sae.rescale(inputs, outputs)
+        sae.fitted = True
+        sae.eval()
+        sae.requires_grad_(False)
+        seconds = progress.seconds_of(name)
+        mine = [(s, k.removeprefix(f"{name}/"), v) for s, k, v in progress.history if len(saes) == 1 or k.startswith(f"{name}/")]
+        rows_per_second = int(learner.module.rows_used) / max(seconds, 1e-9)
+        reports[name] = FitReport(seconds, rows_per_second, progress.step, mine, progress.cut)
+    return reports
+
+
+def _check_start(name: str, sae: SAE, same: bool, rows: int) -> None:
+    """Raise :class:`UserError` for an SAE that cannot be fitted here.
+
+    Args:
+        name: of the SAE in messages.
+        sae: the SAE.
+        same: whether targets and inputs are the same rows.
+        rows: in a batch, or kept for calibration, whichever is less.
+    """
+    if sae.asked_l0 is not None and round(sae.asked_l0 * rows) < 1:
+        raise UserError(
+            f"{name}: target_l0={sae.asked_l0:g} leaves no latent active in {rows} rows, so nothing could be learnt: "
+            f"ask for more than {0.5 / rows:.2g}, or use larger batches and more calibration rows"
+        )
+    if sae.same_units and not same:
+        raise UserError(f"{name}: a {type(sae).__name__} SAE rebuilds what it reads: set sae.write=null")
+    if sae.fitted and not sae.trains_on:
+        raise UserError(
+            f"{name} is fitted already, and its weights are in the data's units: build it anew, or save it "
+            "with save_sae and train what load_sae gives on"
+        )
+    if (dtype := next(sae.parameters()).dtype) != torch.float32:
+        raise UserError(f"{name} has weights in {dtype}, and training needs float32: call .float() on it first")
+
+
+#: How the centre and the scale of activations are found.
+SCALES = ("spread", "robust", "none")
+#: Share of the rows that ``robust`` looks at, those nearest to the medians of the columns.
+ORDINARY = 0.95
+#: Float32 holds seven digits: what varies by less than this share of its size is constant.
+RESOLUTION = 1e-7
+
+
+def units_of(x: Tensor, what: str, blocks: int = 1, *, scale: str = "spread") -> Units:
+    """The units in which rows (N, D) have mean 0 and mean squared length 1.
+
+    Args:
+        x: rows; each of ``blocks`` equal parts of the columns gets a scale of its own.
+        what: the name of the rows in messages.
+        scale: ``spread`` looks at all rows; ``robust`` at the 95 % nearest to the medians of the
+            columns, so that a few huge rows change nothing; ``none`` leaves rows as they are.
+
+    Raises:
+        UserError: values that are not finite, or nothing but zeros in a block.
+    """
+    if scale not in SCALES:
+        raise UserError(f"fit.scale={scale!r} is not one of {', '.join(SCALES)}")
+    centre, factor = [], []
+    for part in x.double().tensor_split(blocks, 1):
+        size = part.square().sum(1).mean()
+        if not bool(size > 0) or not bool(torch.isfinite(size)):
+            raise UserError(f"{what} cannot be scaled: their mean square is {size.item():g} (constant zero or non-finite values in the store)")
+        middle, spread = _middle(part, robust=scale == "robust")
+        if not bool(spread > RESOLUTION**2 * size):  # constant rows, which only their size can scale
+            middle, spread = torch.zeros_like(middle), size
+        centre.append(middle)
+        factor.append(spread.rsqrt().expand_as(middle))
+    if scale == "none":
+        return Units(x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]))
+    return Units(torch.cat(centre).to(x), torch.cat(factor).to(x))
+
+
+def _middle(x: Tensor, *, robust: bool) -> tuple[Tensor, Tensor]:
+    """The mean of rows (N, D), and their mean squared distance from it."""
+    if robust:
+        distance = (x - x.median(0).values).square().sum(1)
+        near = x[distance <= distance.kthvalue(max(round(ORDINARY * len(x)), 1)).values]
+        x = near if len(near) > 1 else x
+    middle = x.mean(0)
+    return middle, (x - middle).square().sum(1).mean()

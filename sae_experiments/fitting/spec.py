@@ -1,0 +1,157 @@
+"""The SAEs of a run ("arms") and how they are fitted: what every study that trains SAEs shares."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sae_experiments.errors import UserError
+from sae_experiments.fitting.fit import SCALES
+from sae_experiments.models.hooks import Site, Sites, parse_site
+from sae_experiments.saes.base import SAE
+from sae_experiments.source import modules_behind
+from sae_experiments.training.loop import TrainConfig, seed_of
+
+#: Numbers of the fit that an SAE may have for itself; the others are shared by all SAEs of one pass.
+OWN = ("lr", "min_lr", "betas", "eps", "weight_decay", "clip", "warmup_steps", "decay", "decay_from", "optimizer")
+#: Precisions that an encoder's product may have in training.
+PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One SAE to fit: ``model`` builds it from d_in, d_sae and d_out; ``train`` holds numbers of the fit that this variant changes.
+
+    ``read`` and ``write`` name sites (null: the study's; ``read`` may be a list for a crosscoder). ``active_frac`` asks for an L0 as a share
+    of the latents, whatever the width; it takes the place of ``target_l0``. ``host`` is the arm around which an SAE such as ``purified`` is built:
+    its ``model`` is part of this one's. ``product``: fp32 or bf16, see :attr:`.base.SAE.product_dtype`.
+    """
+
+    model: Callable[..., SAE]
+    target_l0: float
+    expansion: float
+    d_sae: int | None
+    read: str | Sequence[str] | None
+    write: str | None
+    train: Mapping[str, Any]
+    active_frac: float | None = None
+    product: str = "fp32"
+    host: Arm | None = None
+
+    def build(self, d_in: int, d_out: int) -> SAE:
+        """The untrained SAE. Raises :class:`UserError` for sizes that cannot work."""
+        if self.d_sae is not None and (not isinstance(self.d_sae, int) or self.d_sae < 1):
+            raise UserError(f"sae.d_sae={self.d_sae} must be a whole number of at least 1")
+        d_sae = self.d_sae if self.d_sae is not None else round(self.expansion * d_in)
+        if self.product not in PRODUCTS:
+            raise UserError(f"sae.product={self.product!r} is not one of {', '.join(PRODUCTS)}")
+        sae = self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **self._asked(d_sae))
+        asked = self.target_l0 if sae.asked_l0 is None else sae.asked_l0
+        if asked is not None and asked >= d_sae:
+            raise UserError(f"sae.target_l0={asked:g} must be below d_sae={d_sae}: ask for fewer, or raise sae.expansion or sae.d_sae")
+        sae.product_dtype = PRODUCTS[self.product]
+        if not sae.coarse and sae.product_dtype != torch.float32:
+            raise UserError(f"sae.product={self.product} is not for this SAE, which makes its products in its own way: use fp32")
+        return sae
+
+    def _asked(self, d_sae: int) -> dict[str, float]:
+        """The L0 that ``active_frac`` means, under the name that the model has for it."""
+        if self.active_frac is None:
+            return {}
+        names = [n for n in ("k", "target_l0") if n in getattr(self.model, "keywords", {})]
+        if not names or not 0 < self.active_frac < 1:
+            raise UserError(f"sae.active_frac={self.active_frac} must lie between 0 and 1, and the SAE take an L0: give null and its own numbers")
+        return {names[0]: self.active_frac * d_sae}
+
+    def seeded(self, d_in: int, d_out: int, seed: int) -> SAE:
+        """The untrained SAE with weights that depend on the seed alone, not on what is fitted beside it."""
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+            torch.manual_seed(seed_of(seed, "sae"))
+            return self.build(d_in, d_out)
+
+    def check(self, d_in: int, d_out: int, cfg: TrainConfig) -> None:
+        """Build on the meta device and read the recipe: bad numbers die before the first second of compute."""
+        self.config(cfg)
+        with torch.device("meta"):
+            self.build(d_in, d_out)
+
+    def sites(self, default: str, n_layer: int) -> tuple[Site | Sites, Site | Sites]:
+        """Where the encoder reads and what the decoder rebuilds."""
+        named = self.read if self.read is not None else default
+        read = tuple(parse_site(s, n_layer) for s in named) if isinstance(named, (list, tuple)) else parse_site(named, n_layer)
+        return read, parse_site(self.write, n_layer) if self.write else read
+
+    def config(self, cfg: TrainConfig) -> TrainConfig:
+        """The fit's numbers with the variant's own on top."""
+        own = {k: v for k, v in self.train.items() if v is not None}
+        for key in own.keys() - set(OWN):
+            raise UserError(f"sae.train.{key} cannot differ between the SAEs of one pass: set fit.train.{key}")
+        return replace(cfg, **own)
+
+    def describe(self) -> dict[str, Any]:
+        """A JSON-like description, for cache keys."""
+        return {
+            "model": _plain(self.model),
+            "d_sae": self.d_sae,
+            "expansion": self.expansion,
+            "read": self.read,
+            "write": self.write,
+            "train": dict(self.train),
+        } | self._unusual()
+
+    def _unusual(self) -> dict[str, Any]:
+        """Settings that came later: fits that leave them alone keep their cache keys."""
+        given = {} if self.active_frac is None else {"active_frac": self.active_frac}
+        return given if self.product == "fp32" else given | {"product": self.product}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, functools.partial):
+        return {"target": f"{value.func.__module__}.{value.func.__qualname__}"} | {k: _plain(v) for k, v in value.keywords.items()}
+    return value
+
+
+def code_of(arms: Mapping[str, Arm], saes: Mapping[str, SAE]) -> list[str]:
+    """The modules, wherever they lie, whose code builds SAEs and decides what they compute.
+
+    Args:
+        arms: what builds them.
+        saes: the SAEs, whose parts may come from modules that the builder does not import.
+    """
+    models = [arm.model for arm in arms.values()]
+    return modules_behind(*models, *{type(part) for sae in saes.values() for part in sae.modules()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitSpec:
+    """How activations are sampled and SAEs fitted. ``dead_after_frac``: silent for this share of the run's rows means dead."""
+
+    train_rows: int
+    calibration_rows: int
+    held_out_rows: int
+    init_rows: int
+    dead_after_frac: float
+    store_dtype: str
+    collect_batch: int
+    train: TrainConfig
+    scale: str = "spread"  # how activations are centred and scaled in the fit, see fit.units_of
+
+    def __post_init__(self) -> None:
+        for name in ("train_rows", "calibration_rows", "held_out_rows", "init_rows", "collect_batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"fit.{name}={getattr(self, name)} must be at least 1")
+        if self.store_dtype not in ("float16", "float32"):
+            raise UserError(f"fit.store_dtype={self.store_dtype!r} is not one of float16, float32")
+        if self.scale not in SCALES:
+            raise UserError(f"fit.scale={self.scale!r} is not one of {', '.join(SCALES)}")
+        if self.train.batch_size > self.train_rows:
+            raise UserError(f"fit.train.batch_size={self.train.batch_size} exceeds fit.train_rows={self.train_rows}")
+
+    @property
+    def dead_after(self) -> int:
+        """Rows without firing after which a latent counts as dead."""
+        return round(self.dead_after_frac * self.train.steps * self.train.batch_size)

@@ -1,0 +1,49 @@
+"""Levels of an SAE, and the reconstruction of each level alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_experiments.saes.base import SAE
+from sae_experiments.saes.hierarchical.sae import Hierarchical
+
+
+def levels_of(sae: SAE) -> dict[str, np.ndarray]:
+    """Latents of each level.
+
+    Returns:
+        Latent indices by level name: `bottom` and `top` of a hierarchical SAE (`bottom` alone if it
+        has no top), or of a nested SAE with two groups, whose inner group is the top. Any other SAE
+        has one level, `all`.
+    """
+    if isinstance(sae, Hierarchical):
+        group = sae.group.cpu().numpy()
+        names = ("bottom", "top")[: len(sae.widths)]
+        return {name: np.flatnonzero(group == i) for i, name in enumerate(names)}
+    group = getattr(sae, "group", None)
+    if isinstance(group, Tensor) and group.shape == (sae.d_sae,) and int(group.max()) == 1:
+        outer = group.cpu().numpy() == 1
+        return {"bottom": np.flatnonzero(outer), "top": np.flatnonzero(~outer)}
+    return {"all": np.arange(sae.d_sae)}
+
+
+def only(sae: SAE, acts: Tensor, level: str) -> Tensor:
+    """Reconstruct dense codes by one level alone.
+
+    Args:
+        sae: The SAE.
+        acts: Dense codes, (B, F).
+        level: Name of the level, as in `levels_of`.
+
+    Returns:
+        Reconstruction (B, O): the level's own path through a hierarchical SAE, otherwise the
+        decoder with the latents of other levels at zero.
+    """
+    if isinstance(sae, Hierarchical):
+        return sae.decode(acts, 1.0 if level == "bottom" else 0.0)
+    kept = torch.from_numpy(levels_of(sae)[level]).to(acts.device)
+    part = torch.zeros_like(acts)
+    part[:, kept] = acts[:, kept]
+    return sae.decode(part)

@@ -1,0 +1,364 @@
+"""A character GPT-2: building, training, evaluation and sampling. The only module that imports transformers."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN
+from transformers.utils import logging as hf_logging
+
+from sae_experiments.cache import cached
+from sae_experiments.conditions import OF_MODEL, OF_MODEL_TIME
+from sae_experiments.corpora.corpus import CharCorpus
+from sae_experiments.errors import UserError
+from sae_experiments.files import read_json, write_json
+from sae_experiments.metric_info import MetricInfo
+from sae_experiments.models.cpu_kernels import use_cheap_paths
+from sae_experiments.resources import Need
+from sae_experiments.source import source_digest
+from sae_experiments.training.loop import At, Group, History, Learner, Loss, Phase, Session, TrainConfig, seed_of, train
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from here or from a local folder, never from a hub
+
+hf_logging.disable_progress_bar()
+#: What the key/value cache is called: transformers renamed the argument and will drop its old name.
+CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
+
+INFO = [
+    MetricInfo(
+        name="final_train_loss",
+        title="train loss",
+        formula="mean cross-entropy of random training batches after the last step",
+        unit="nat/char",
+        better="down",
+        depends=OF_MODEL,
+    ),
+    MetricInfo(
+        name="best_val_loss",
+        title="val loss",
+        formula="least mean cross-entropy of random validation batches",
+        unit="nat/char",
+        better="down",
+        depends=OF_MODEL,
+    ),
+    MetricInfo(
+        name="total_train_time",
+        title="LM time",
+        formula="seconds of language-model training, evaluations included",
+        unit="s",
+        better="down",
+        depends=OF_MODEL_TIME,
+    ),
+    MetricInfo(
+        name="avg_inference_tokens_per_second",
+        title="chars/s",
+        formula="mean over samples made one by one of characters generated a second",
+        unit="1/s",
+        better="up",
+        shown=False,
+        depends=OF_MODEL_TIME,
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LMSpec:
+    """A GPT-2 and its recipe. Entries of ``train`` that are null are taken from the corpus's published recipe.
+
+    ``precision``: fp32, bf16 (autocast) or auto, which is bf16 where the device multiplies bf16 faster and the model is wide
+    enough for that to pay. ``freeze_bias`` keeps every bias of the blocks at zero, which is a GPT-2 without biases.
+    With ``train.optimizer=muon``, blocks below number ``muon_writes_from`` leave the matrices that write into the residual stream to AdamW
+    at ``adam_writes_lr`` times its rate: Muon gives every direction of the stream equal weight, and an SAE there needs far more latents.
+    ``tied``: the output matrix is the token embedding. ``embedding_std``: standard deviation that the token and position embeddings and the
+    output matrix are drawn with (None: GPT-2's 0.02).
+    """
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_positions: int
+    dropout: float
+    activation_function: str
+    freeze_bias: bool
+    train: dict[str, Any]
+    precision: str
+    compile: bool
+    muon_writes_from: int
+    adam_writes_lr: float
+    eval_batches: int
+    curve_batches: int
+    samples: int
+    sample_length: int
+    prompt: str
+    temperature: float
+    top_k: int
+    tied: bool = True
+    embedding_std: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "eval_batches", "curve_batches", "sample_length", "top_k"):
+            if getattr(self, name) < 1:
+                raise UserError(f"lm.{name}={getattr(self, name)} must be at least 1")
+        if self.n_positions < 2:
+            raise UserError(f"lm.n_positions={self.n_positions} must be at least 2: a window needs a context")
+        if self.n_embd % self.n_head:
+            raise UserError(f"lm.n_embd={self.n_embd} must be a multiple of lm.n_head={self.n_head}")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise UserError(f"lm.precision={self.precision!r} is not one of auto, fp32, bf16")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lm.dropout={self.dropout} must lie in [0, 1)")
+        if self.activation_function not in ACT2FN:
+            raise UserError(
+                f"lm.activation_function={self.activation_function!r} is not one that transformers knows, for example gelu_pytorch_tanh, gelu, relu"
+            )
+        if self.embedding_std is not None and not self.embedding_std > 0:
+            raise UserError(f"lm.embedding_std={self.embedding_std} must be positive, or null for GPT-2's own")
+        if not self.temperature > 0:
+            raise UserError(f"lm.temperature={self.temperature} must be positive")
+
+    def train_config(self, recipe: dict[str, Any]) -> TrainConfig:
+        """The training numbers for one corpus: ``recipe`` fills in what ``train`` leaves null."""
+        return TrainConfig(**{**recipe, **{k: v for k, v in self.train.items() if v is not None}})
+
+
+class TrainedLM(NamedTuple):
+    """A trained model, its numbers, its curves, its folder (a ``save_pretrained`` directory) and the key of everything made from it."""
+
+    model: GPT2LMHeadModel
+    metrics: dict[str, float | None]
+    history: History
+    folder: Path
+    key: dict[str, Any]
+    seconds: float
+    cut: bool
+
+
+#: Bytes of activations that training keeps for each position, block and unit of width; for each pair of positions that attention keeps, by
+#: (bf16, dropout). Measured at the peak of a step.
+STREAM_BYTES, PAIR_BYTES = 84, {(True, False): 5, (True, True): 12, (False, True): 18, (False, False): 0}
+
+
+def training_need(spec: LMSpec, cfg: TrainConfig, vocab_size: int, device: torch.device) -> Need:
+    """What training will need at its peak, to about a third, and the operations of all steps.
+
+    Attention keeps its weights for every pair of positions where it is worked out as plain products (on a CPU in bf16 or with dropout).
+    """
+    rows = cfg.batch_size * spec.n_positions
+    n_params = 12 * spec.n_layer * spec.n_embd**2 + (spec.n_positions + vocab_size) * spec.n_embd
+    bf16 = autocast(device, spec.precision, spec.n_embd) is not nullcontext
+    each = PAIR_BYTES[bf16, spec.dropout > 0] if device.type == "cpu" else 0
+    memory = {
+        "attention": each * spec.n_layer * spec.n_head * rows * (spec.n_positions / 2),
+        "activations": STREAM_BYTES * spec.n_layer * spec.n_embd * rows,
+        "logits": 12 * vocab_size * rows,
+        "weights and optimiser": 16 * n_params,
+    }
+    step = 6 * rows * (12 * spec.n_layer * spec.n_embd**2 + vocab_size * spec.n_embd + spec.n_layer * spec.n_embd * spec.n_positions)
+    return Need(memory, work=float(cfg.steps * step))
+
+
+def build_lm(spec: LMSpec, vocab_size: int, *, seed: int) -> GPT2LMHeadModel:
+    """A GPT-2 with GPT-2's initialisation (residual projections scaled by 1/sqrt(2 n_layer)), weights drawn from ``seed``."""
+    config = GPT2Config(
+        vocab_size=vocab_size, n_layer=spec.n_layer, n_head=spec.n_head, n_embd=spec.n_embd, n_positions=spec.n_positions,
+        resid_pdrop=spec.dropout, embd_pdrop=spec.dropout, attn_pdrop=spec.dropout, activation_function=spec.activation_function,
+        bos_token_id=None, eos_token_id=None, use_cache=False, tie_word_embeddings=spec.tied,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(config)
+    if spec.embedding_std is not None:
+        for table in (model.transformer.wte, model.transformer.wpe, *([] if spec.tied else [model.lm_head])):
+            nn.init.normal_(table.weight, std=spec.embedding_std)
+    use_cheap_paths(model)
+    if spec.freeze_bias:
+        for name, p in model.named_parameters():
+            if name.endswith(".bias"):
+                p.requires_grad_(False).zero_()
+    return model
+
+
+def autocast(device: torch.device, precision: str, width: int) -> Callable[[], AbstractContextManager[Any]]:
+    """The mixed-precision context for a model of ``width``; a no-op in fp32."""
+    if precision == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and width >= 256 and _cpu_has_bf16()
+        precision = "bf16" if fast else "fp32"
+    if precision == "fp32":
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 natively (elsewhere it is emulated and slower than fp32)."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return False
+    flags = Path("/proc/cpuinfo").read_text(errors="replace")
+    return any(name in flags for name in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+class LMLearner(Learner):
+    """Next-character cross-entropy in nats, with dropout drawn from (seed, step)."""
+
+    def __init__(self, model: GPT2LMHeadModel, corpus: CharCorpus, spec: LMSpec, cfg: TrainConfig, *, seed: int) -> None:
+        super().__init__("lm", model, cfg, seed=seed)
+        self.corpus, self.spec = corpus, spec
+        device = next(model.parameters()).device
+        self.autocast = autocast(device, spec.precision, spec.n_embd)
+        self.forward = torch.compile(model) if spec.compile else model
+
+    def phases(self) -> list[Phase]:
+        groups: dict[str, list[nn.Parameter]] = {"muon": [], "writes": [], "matrices": [], "vectors": []}
+        for name, p in self.module.named_parameters():
+            if p.requires_grad:
+                block = int(name.split(".h.")[1].split(".")[0]) + 1 if ".h." in name else 0
+                kind = "vectors" if p.ndim < 2 else "matrices" if not block else "muon"
+                if kind == "muon" and ".c_proj." in name and block < self.spec.muon_writes_from:
+                    kind = "writes"
+                groups[kind].append(p)
+        factor = self.spec.adam_writes_lr if self.cfg.optimizer == "muon" else 1.0
+        chosen = [
+            Group(groups["muon"], decay=True, muon=True),
+            Group(groups["writes"], factor, decay=True),
+            Group(groups["matrices"], decay=True),
+            Group(groups["vectors"]),
+        ]
+        return [Phase("train", 1.0, [g for g in chosen if g.params])]
+
+    def loss(self, batch: tuple[Tensor, Tensor], at: At) -> Loss:
+        x, y = batch
+        if self.spec.dropout:
+            torch.manual_seed(seed_of(self.seed, "dropout", at.step))
+        with self.autocast():
+            logits = self.forward(input_ids=x, use_cache=False).logits
+        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), y.view(-1))
+        return Loss(loss, {"train_loss": loss.detach()})
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        batches = self.spec.eval_batches if step == self.cfg.steps else self.spec.curve_batches
+        suffix = "" if batches == self.spec.eval_batches else "_quick"
+        return {f"eval_{s}_loss{suffix}": self.mean_loss(s, batches) for s in ("train", "val")}
+
+    @torch.no_grad()
+    def mean_loss(self, split: str, batches: int) -> float:
+        """Mean loss over ``batches`` random batches of a split, the same ones at every call."""
+        self.module.eval()
+        total = torch.zeros((), dtype=torch.float64)
+        for i in range(batches):
+            x, y = self.batch(split, i, "eval")
+            with self.autocast():
+                logits = self.forward(input_ids=x, use_cache=False).logits
+            total += F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), y.view(-1)).cpu()
+        return (total / batches).item()
+
+    def batch(self, split: str, step: int, purpose: str) -> tuple[Tensor, Tensor]:
+        device = next(self.module.parameters()).device
+        x, y = self.corpus.batch_at(split, step, rows=self.cfg.batch_size, length=self.spec.n_positions, seed=seed_of(self.seed, purpose))
+        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def train_lm(
+    spec: LMSpec, corpus: CharCorpus, recipe: dict[str, Any], *, seed: int, cache: Path, device: torch.device, session: Session
+) -> TrainedLM:
+    """The language model of (spec, corpus, seed): from the cache, or trained now, continuing where a killed process stopped."""
+    cfg = spec.train_config(recipe)
+    key = {
+        "what": "lm", "spec": _plain(spec) | {"train": _plain(cfg)}, "corpus": corpus.key, "seed": seed, "device": device.type,
+        "source": source_digest(__name__), "torch": torch.__version__,
+    }  # fmt: skip
+    folder = cached(cache, "lms", key, lambda part: _make(part, spec, corpus, cfg, seed, device, session))
+    info = read_json(folder / "info.json")
+    if info["cut"]:
+        key = key | {"cut": info["step"]}
+    model = GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
+    history = [tuple(row) for row in info["history"]]
+    return TrainedLM(model, info["metrics"], history, folder, key, info["seconds"], info["cut"])
+
+
+def _make(part: Path, spec: LMSpec, corpus: CharCorpus, cfg: TrainConfig, seed: int, device: torch.device, session: Session) -> bool:
+    model = build_lm(spec, len(corpus.symbols), seed=seed_of(seed, "lm")).to(device)
+    learner = LMLearner(model, corpus, spec, cfg, seed=seed)
+    checkpoint = part / "checkpoint.safetensors"
+    progress = train(
+        [learner], lambda step: learner.batch("train", step, "train"), cfg, Session(session.log, session.tick, checkpoint, session.deadline)
+    )
+    if progress.cut:
+        progress.history += [(progress.step, k, v) for k, v in _final_evaluation(learner).items()]
+    final = {name: value for _, name, value in progress.history}
+    val = [v for _, name, v in progress.history if name == "eval_val_loss"]
+    metrics = {
+        "final_train_loss": final["eval_train_loss"],
+        "best_val_loss": min(val),
+        "total_train_time": progress.seconds,
+        "avg_inference_tokens_per_second": sampling_rate(model, corpus, spec, seed=seed),
+    }
+    model.save_pretrained(part)
+    write_json(part / "symbols.json", corpus.symbols)
+    write_json(
+        part / "info.json", {"metrics": metrics, "history": progress.history, "seconds": progress.seconds, "cut": progress.cut, "step": progress.step}
+    )
+    if not progress.cut:
+        checkpoint.unlink(missing_ok=True)
+    return not progress.cut
+
+
+def _final_evaluation(learner: LMLearner) -> dict[str, float]:
+    return {f"eval_{s}_loss": learner.mean_loss(s, learner.spec.eval_batches) for s in ("train", "val")}
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return json.loads(json.dumps(asdict(value), default=str))
+
+
+@torch.no_grad()
+def generate(model: GPT2LMHeadModel, prompt: Tensor, n: int, *, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """Sample ``n`` characters after ``prompt`` (rows, length); returns (rows, length + n).
+
+    A key/value cache makes each step cost one position. When the context is full, the cache is rebuilt from the last half of it: GPT-2's
+    positions are absolute, so a window that slid by one would have to be recomputed whole at every character.
+    """
+    model.eval()
+    limit = model.config.n_positions
+    out = prompt
+    window, past = prompt[:, -limit:], DynamicCache(config=model.config)
+    for _ in range(n):
+        if past.get_seq_length() + window.shape[1] > limit:
+            window, past = out[:, -(limit // 2) :], DynamicCache(config=model.config)
+        logits = model(input_ids=window, **{CACHE: past}, use_cache=True, logits_to_keep=1).logits[:, -1].float() / temperature
+        if top_k < logits.shape[-1]:
+            logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+        window = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        out = torch.cat([out, window], 1)
+    return out
+
+
+def sampling_rate(model: GPT2LMHeadModel, corpus: CharCorpus, spec: LMSpec, *, seed: int) -> float | None:
+    """Mean over ``spec.samples`` samples, made one by one, of characters generated per second (None when no sample is asked for)."""
+    if not spec.samples:
+        return None
+    device = next(model.parameters()).device
+    prompt = torch.tensor([[corpus.symbols.index(spec.prompt) if spec.prompt in corpus.symbols else 0]], device=device)
+    generator = torch.Generator(device).manual_seed(seed_of(seed, "sample"))
+    rates = []
+    for _ in range(spec.samples):
+        start = time.perf_counter()
+        generate(model, prompt, spec.sample_length, temperature=spec.temperature, top_k=spec.top_k, generator=generator)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        rates.append(spec.sample_length / (time.perf_counter() - start))
+    return sum(rates) / len(rates)

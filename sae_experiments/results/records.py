@@ -1,0 +1,321 @@
+"""The results of one run on disk: the schema of a cell, and the only code that writes or reads it (no torch, no pandas).
+
+A run folder holds ``cells/<dataset>_<seed>.json`` and ``final_info_<dataset>_<seed>.json`` for each finished cell, ``curves/*.jsonl``,
+``arrays/*.npz`` and, aggregated over the seeds, ``final_info.json``. Readers never fail on a damaged or missing file: they log one
+warning line and go on with the rest, so that one bad run cannot hide the others.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import re
+import statistics
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sae_experiments import quality_warnings as warned
+from sae_experiments.errors import UserError
+from sae_experiments.files import check_readable, read_json, read_sealed, sha256_file, write_bytes, write_json, write_sealed
+
+log = logging.getLogger(__name__)
+FINAL_INFO = "final_info.json"
+#: Configuration that does not change results: a run may be continued with other values of these, and comparisons leave them out.
+EDGES = ("out_dir", "runs_root", "cache", "label", "track", "verbosity", "time_limit_s", "overwrite", "report", "threads", "offline", "hydra")
+NOT_FINITE = "not finite"
+MOST_ARRAYS = 1 << 30  # bytes of a cell's arrays, unpacked
+NOT_GIVEN = "no value and no reason given"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What one cell (dataset, seed) measured; ``dataset`` is the report name, the top-level key of ``final_info.json``.
+
+    NaN and infinity become None here, so every None has a reason in ``why_null`` and nothing else has one.
+    """
+
+    dataset: str
+    seed: int
+    metrics: dict[str, float | None]
+    why_null: dict[str, str] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)  # standard error of a metric over resampled text, where it is known
+    seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)  # under which conditions it was measured (see conditions)
+    warnings: list[dict[str, Any]] = field(default_factory=list)  # key, value, says, do: what is worse than it looks (see warned)
+    config_hash: str = ""
+    source_hash: str = ""
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the cell's other files, by their path in the run folder
+
+    def __post_init__(self) -> None:
+        cell_name(self.dataset, self.seed)
+        given = {str(name): None if value is None else float(value) for name, value in self.metrics.items()}
+        metrics = {name: number(value) for name, value in given.items()}
+        nulls = [name for name, value in metrics.items() if value is None]
+        why = {name: self.why_null.get(name) or (NOT_GIVEN if given[name] is None else NOT_FINITE) for name in nulls}
+        object.__setattr__(self, "metrics", metrics)
+        object.__setattr__(self, "why_null", why)
+        object.__setattr__(self, "facts", self.facts if isinstance(self.facts, dict) else {})
+        object.__setattr__(self, "warnings", warned.checked(self.warnings))
+        for name in ("noise", "seconds"):
+            object.__setattr__(self, name, {key: value for key, v in getattr(self, name).items() if (value := number(v)) is not None})
+
+
+def number(value: Any) -> float | None:
+    """A finite float, or None for everything that JSON or a mean cannot hold (NaN, infinity, text)."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def cell_name(dataset: str, seed: int) -> str:
+    """``<dataset>_<seed>``, the stem of every file of a cell. Raises :class:`UserError` for a name no file should have."""
+    if not isinstance(dataset, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", dataset):
+        raise UserError(f"dataset={dataset!r} cannot name a file; use letters, digits, '_', '.' and '-' only")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UserError(f"seed={seed!r} of dataset {dataset} must be a whole number")
+    return f"{dataset}_{seed}"
+
+
+def write_record(run_dir: Path, record: Record) -> None:
+    """Write a finished cell. The file in ``cells/`` comes last: where it is, the cell is done. It carries its own checksum."""
+    name = cell_name(record.dataset, record.seed)
+    write_json(run_dir / f"final_info_{name}.json", record.metrics)
+    write_sealed(run_dir / "cells" / f"{name}.json", asdict(record))
+
+
+def checksums(run_dir: Path, dataset: str, seed: int) -> dict[str, str]:
+    """SHA-256 of every file of a cell but its record, by path in the run folder."""
+    name = cell_name(dataset, seed)
+    found = [*run_dir.glob(f"*/{name}.*"), *(run_dir / "saes" / name).glob("*")]
+    return {p.relative_to(run_dir).as_posix(): sha256_file(p) for p in sorted(found) if p.parent.name != "cells" and p.name[0] != "." and p.is_file()}
+
+
+def damaged_files(run_dir: Path, record: Record) -> list[str]:
+    """The files of a cell that are missing or are not what was written."""
+    paths = {name: run_dir / name for name in record.files}
+    return [name for name, path in paths.items() if not path.is_file() or sha256_file(path) != record.files[name]]
+
+
+def read_records(run_dir: Path) -> list[Record]:
+    """The finished cells of a run by dataset and seed; a damaged file is left out with a warning."""
+    found = [record for path in run_dir.glob("cells/*.json") if (record := _read_record(path))]
+    return sorted(found, key=lambda r: (r.dataset, r.seed))
+
+
+def _is_as_written(run_dir: Path, dataset: str, seed: int, path: Path) -> bool:
+    """False, with a warning, for a file of a finished cell that is not what its record says was written (a flipped bit, an edit)."""
+    cell = run_dir / "cells" / f"{cell_name(dataset, seed)}.json"
+    record = _read_record(cell) if cell.exists() else None
+    written = record.files.get(path.relative_to(run_dir).as_posix()) if record else None
+    if written is not None and sha256_file(path) != written:
+        log.warning("%s is not what its cell wrote (damaged, or the cell is running again); left out", path)
+        return False
+    return True
+
+
+def _read_record(path: Path) -> Record | None:
+    try:
+        value = read_sealed(path)
+    except (UserError, OSError) as error:
+        log.warning("%s; left out", error)
+        return None
+    try:
+        record = Record(**{key: v for key, v in value.items() if key in Record.__dataclass_fields__})
+    except (AttributeError, TypeError, ValueError, OverflowError, UserError) as error:
+        log.warning("%s is not a record of a cell (%s); left out", path, error)
+        return None
+    if path.stem != cell_name(record.dataset, record.seed):  # a copy made by hand: its seed would count twice
+        log.warning("%s holds dataset %s, seed %d, which its name does not say; left out", path, record.dataset, record.seed)
+        return None
+    return record
+
+
+def try_json(path: Path) -> Any:
+    """The content of a JSON file, or None with a warning where it cannot be read."""
+    try:
+        return read_json(path)
+    except UserError as error:
+        log.warning("%s", error)
+    except OSError as error:
+        log.warning("%s cannot be read (%s); left out", path, error.strerror or error)
+    return None
+
+
+class Stat(NamedTuple):
+    """One metric of one dataset over the seeds. ``n`` counts finite values; ``values`` is empty where the seeds are not known."""
+
+    mean: float | None
+    stderr: float | None
+    n: int
+    values: dict[int, float | None]
+
+
+def mean_stderr(values: Iterable[float | None]) -> tuple[float | None, float | None, int]:
+    """Mean, its standard error ``stdev(ddof=1)/sqrt(n)`` and n, over the finite values; None where there are too few (0, below 2)."""
+    finite = [v for v in values if v is not None and math.isfinite(v)]
+    if not finite:
+        return None, None, 0
+    try:
+        spread = statistics.stdev(finite) / math.sqrt(len(finite)) if len(finite) > 1 else None
+    except OverflowError:  # values near 1e308, squared
+        spread = None
+    return statistics.mean(finite), spread, len(finite)
+
+
+def statistics_of(records: Iterable[Record]) -> dict[str, dict[str, Stat]]:
+    """``{dataset: {metric: Stat}}``; a metric that some seed lacks is None for that seed."""
+    seeds: dict[str, dict[int, Record]] = {}
+    for record in sorted(records, key=lambda r: (r.dataset, r.seed)):
+        if record.seed in seeds.setdefault(record.dataset, {}):
+            raise UserError(f"two records of dataset {record.dataset} have seed={record.seed}; give each seed once")
+        seeds[record.dataset][record.seed] = record
+    found: dict[str, dict[str, Stat]] = {}
+    for dataset, by_seed in seeds.items():
+        names = list(dict.fromkeys(name for record in by_seed.values() for name in record.metrics))
+        columns = {name: {seed: record.metrics.get(name) for seed, record in by_seed.items()} for name in names}
+        found[dataset] = {name: Stat(*mean_stderr(column.values()), column) for name, column in columns.items()}
+    return found
+
+
+def aggregate(records: Iterable[Record]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The content of ``final_info.json``: ``{dataset: {"means", "stderrs", "final_info_dict"}}`` and nothing else on top.
+
+    Lists hold one value a seed, in seed order, null where there is none; nulls stay out of means and standard errors.
+    """
+    return {
+        dataset: {
+            "means": {f"{name}_mean": stat.mean for name, stat in stats.items()},
+            "stderrs": {f"{name}_stderr": stat.stderr for name, stat in stats.items()},
+            "final_info_dict": {name: list(stat.values.values()) for name, stat in stats.items()},
+        }
+        for dataset, stats in statistics_of(records).items()
+    }
+
+
+def write_final_info(run_dir: Path, records: Iterable[Record]) -> dict[str, Any]:
+    """Aggregate and write ``final_info.json``; returns what was written."""
+    final_info = aggregate(records)
+    write_json(run_dir / FINAL_INFO, final_info)
+    return final_info
+
+
+class CurveWriter:
+    """Appends ``{"step", "name", "value"}`` lines to ``curves/<dataset>_<seed>.jsonl``.
+
+    With ``resume`` the file goes on where a killed run left it (a torn last line is cut off, and steps that are trained again
+    simply stand there twice: the reader takes the later); without it the file starts anew. Each line is handed to the system at once,
+    so a killed process loses at most one.
+    """
+
+    def __init__(self, run_dir: Path, dataset: str, seed: int, *, resume: bool) -> None:
+        self.path = run_dir / "curves" / f"{cell_name(dataset, seed)}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if resume and self.path.exists():
+            _cut_torn_line(self.path)
+        self._file = open(self.path, "a" if resume else "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
+
+    def write(self, step: int, name: str, value: float | None) -> None:
+        """Add one point; NaN and infinity become null."""
+        self._file.write(json.dumps({"step": int(step), "name": name, "value": number(value)}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> CurveWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _cut_torn_line(path: Path) -> None:
+    with open(path, "rb+") as f:
+        data = f.read()
+        if data and not data.endswith(b"\n"):
+            f.truncate(data.rfind(b"\n") + 1)
+
+
+def read_curves(run_dir: Path, dataset: str, seed: int) -> list[tuple[int, str, float | None]]:
+    """``(step, name, value)`` by name and step; [] where there is no file. Of a step written twice, the later line counts."""
+    path = run_dir / "curves" / f"{cell_name(dataset, seed)}.jsonl"
+    try:
+        check_readable(path)
+        if not _is_as_written(run_dir, dataset, seed, path):
+            return []
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except UserError as error:
+        log.warning("%s; left out", error)
+        return []
+    except OSError as error:
+        log.warning("%s cannot be read (%s); left out", path, error.strerror or error)
+        return []
+    points: dict[tuple[str, int], float | None] = {}
+    bad = 0
+    for i, line in enumerate(lines):
+        try:
+            point = json.loads(line) if line.strip() else None
+            if point is not None:
+                points[str(point["name"]), int(point["step"])] = number(point["value"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            bad += i < len(lines) - 1  # no newline after the last piece: a run that was killed, or still writes
+    if bad:
+        log.warning("%s: %d unreadable lines left out", path, bad)
+    return [(step, name, value) for (name, step), value in sorted(points.items())]
+
+
+def save_arrays(run_dir: Path, dataset: str, seed: int, arrays: Mapping[str, Any]) -> None:
+    """Write ``arrays/<dataset>_<seed>.npz`` whole or not at all. Raises ``ValueError`` for an array that would need pickle."""
+    found = {name: np.asarray(value) for name, value in arrays.items()}
+    for name, array in found.items():
+        if array.dtype.hasobject:
+            raise ValueError(f"array {name} of {dataset} seed {seed} has dtype object; store numbers, booleans or fixed-width text")
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **found)  # pyright: ignore[reportArgumentType]
+    write_bytes(run_dir / "arrays" / f"{cell_name(dataset, seed)}.npz", buffer.getvalue())
+
+
+def load_arrays(run_dir: Path, dataset: str, seed: int) -> dict[str, np.ndarray]:
+    """The arrays of a cell; {} where there are none, and with a warning where they cannot be read."""
+    path = run_dir / "arrays" / f"{cell_name(dataset, seed)}.npz"
+    if not path.exists() or not _is_as_written(run_dir, dataset, seed, path):
+        return {}
+    try:
+        check_readable(path)
+        with zipfile.ZipFile(path) as packed:  # no array unpacks to more than its entry here says
+            if sum(entry.file_size for entry in packed.infolist()) > MOST_ARRAYS:
+                raise ValueError(f"its arrays have more than {MOST_ARRAYS:,} bytes")
+        with np.load(path, allow_pickle=False) as found:
+            return {name: found[name] for name in found.files}
+    except (OSError, ValueError, EOFError, MemoryError, UserError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        log.warning("%s cannot be read (%s); left out", path, error)
+        return {}
+
+
+def save_features(run_dir: Path, dataset: str, seed: int, features: list[dict[str, Any]]) -> None:
+    """Write ``features/<dataset>_<seed>.json``, one dict a latent. Raises ``ValueError`` for NaN and infinity, which JSON does not have."""
+    lines = ",\n".join(json.dumps(feature, allow_nan=False, separators=(",", ":")) for feature in features)
+    write_bytes(run_dir / "features" / f"{cell_name(dataset, seed)}.json", f"[{lines}]\n".encode())
+
+
+def save_graphs(run_dir: Path, dataset: str, seed: int, graphs: list[dict[str, Any]]) -> None:
+    """Write ``graphs/<dataset>_<seed>.json``: dicts of title, nodes and edges. Raises ``ValueError`` for NaN and infinity."""
+    write_json(run_dir / "graphs" / f"{cell_name(dataset, seed)}.json", graphs)
+
+
+def read_graphs(run_dir: Path, dataset: str, seed: int) -> list[dict[str, Any]]:
+    """The graphs of a cell; [] where there are none, and with a warning where they cannot be read."""
+    path = run_dir / "graphs" / f"{cell_name(dataset, seed)}.json"
+    found = try_json(path) if path.exists() else []
+    return found if isinstance(found, list) else []

@@ -1,0 +1,145 @@
+"""Where live numbers go: curves on disk always, a wandb mirror where asked for, which can never make a run fail."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from sae_experiments.errors import UserError
+from sae_experiments.files import read_json
+
+MODES = ("auto", "online", "offline", "disabled")
+#: Where wandb looks for a key of its own server, whatever its newest address is.
+HOST = "api.wandb.ai"
+
+
+class Tracker(Protocol):
+    """Gets the same numbers that the curves get; nothing is ever read back from it."""
+
+    def start(self, folder: Path, config: Mapping[str, Any], label: str, plan: str | None) -> None: ...
+    def log(self, dataset: str, seed: int, step: int, values: Mapping[str, float]) -> None: ...
+    def summary(self, dataset: str, seed: int, metrics: Mapping[str, float | None]) -> None: ...
+    def publish(self, folder: Path) -> None: ...
+    def finish(self, status: str) -> None: ...
+
+
+class NoTracker:
+    """Curves on disk only."""
+
+    def start(self, folder: Path, config: Mapping[str, Any], label: str, plan: str | None) -> None:
+        """Nothing to start."""
+
+    def log(self, dataset: str, seed: int, step: int, values: Mapping[str, float]) -> None:
+        """Nothing to mirror."""
+
+    def summary(self, dataset: str, seed: int, metrics: Mapping[str, float | None]) -> None:
+        """Nothing to mirror."""
+
+    def publish(self, folder: Path) -> None:
+        """Nothing to mirror."""
+
+    def finish(self, status: str) -> None:
+        """Nothing to end."""
+
+
+class Wandb:
+    """Mirror to Weights & Biases: offline without an API key, and silent for good after its first error.
+
+    With mode auto, the variable WANDB_MODE and wandb's own settings decide, where they say something.
+    Every point carries its own step (``<dataset>/<seed>/step``), so that resumed and parallel stages never run backwards.
+    """
+
+    def __init__(self, *, project: str, group: str | None, mode: str, say: Callable[[str], None] = print) -> None:
+        if mode not in MODES:
+            raise UserError(f"track.mode={mode} is not one of {', '.join(MODES)}")
+        self.project, self.group, self.mode, self.say, self.run = project, group, mode, say, None
+
+    def start(self, folder: Path, config: Mapping[str, Any], label: str, plan: str | None) -> None:
+        """Open a wandb run named after the folder and label, grouped by plan; offline where ``mode`` says so or no key is set."""
+
+        def begin() -> None:
+            import wandb
+
+            mode = self.mode if self.mode != "auto" else mode_of(wandb)
+            self.run = wandb.init(project=self.project, group=self.group or plan, name=f"{folder.name}: {label}", dir=str(folder), config=dict(config), mode=mode,
+                                  settings=wandb.Settings(silent=True, console="off", init_timeout=20))  # fmt: skip
+            self.say(f"wandb: {mode}, project {self.project}, run {label}")
+
+        self._guarded(begin, "start")
+
+    def log(self, dataset: str, seed: int, step: int, values: Mapping[str, float]) -> None:
+        """Mirror the values of one step."""
+        place = f"{dataset}/{seed}"
+        if self.run is not None:
+            self._guarded(lambda: self.run.log({f"{place}/{k}": v for k, v in values.items()} | {f"{place}/step": step}), "log")
+
+    def summary(self, dataset: str, seed: int, metrics: Mapping[str, float | None]) -> None:
+        """Mirror the final metrics of a cell."""
+        if self.run is not None:
+            self._guarded(lambda: self.run.summary.update({f"{dataset}/{seed}/{k}": v for k, v in metrics.items()}), "summary")
+
+    def publish(self, folder: Path) -> None:
+        """Mirror the final table, the figures and the report of a run folder, under the names of their files."""
+
+        def send() -> None:
+            import wandb
+
+            final = read_json(folder / "final_info.json")
+            rows = [
+                [name, metric.removesuffix("_mean"), mean, report["stderrs"].get(f"{metric.removesuffix('_mean')}_stderr")]
+                for name, report in final.items()
+                for metric, mean in report["means"].items()
+            ]
+            shown = {"final_info": wandb.Table(columns=["dataset", "metric", "mean", "stderr"], data=rows)}
+            shown |= {f"figures/{png.stem}": wandb.Image(str(png)) for png in sorted((folder / "figures").glob("*.png"))}
+            if (folder / "report.html").exists():
+                shown["report"] = wandb.Html((folder / "report.html").read_text(encoding="utf-8"), inject=False)
+            self.run.log(shown)
+
+        if self.run is not None and (folder / "final_info.json").exists():
+            self._guarded(send, "publish")
+
+    def finish(self, status: str) -> None:
+        """Close the wandb run."""
+        if self.run is not None:
+            self._guarded(lambda: self.run.finish(exit_code=0 if status == "done" else 1), "finish")
+
+    def _guarded(self, action: Callable[[], None], what: str) -> None:
+        try:
+            action()
+        except Exception as error:  # a tracker is a mirror: whatever breaks in it must not break the run
+            self.run = None
+            self.say(f"wandb: {what} failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); going on without it")
+
+
+def mode_of(wandb: Any) -> str:
+    """How wandb is to run where ``track.mode=auto`` leaves it open.
+
+    Args:
+        wandb: the module.
+
+    Returns:
+        What WANDB_MODE says, or ``wandb offline`` and ``wandb disabled`` said;
+        else online with an API key and offline without one.
+    """
+    settings = wandb.setup().settings
+    asked = os.environ.get("WANDB_MODE") or settings.mode
+    if asked and (asked != "online" or os.environ.get("WANDB_MODE")):
+        return asked
+    return "online" if _has_key(settings) else "offline"
+
+
+def _has_key(settings: Any) -> bool:
+    """Whether wandb has an API key: in its settings, which know WANDB_API_KEY, or in the netrc file."""
+    if settings.api_key or os.environ.get("WANDB_API_KEY"):
+        return True
+    server = (settings.base_url or "").removeprefix("https://").removeprefix("http://").strip("/")
+    named = os.environ.get("NETRC")
+    files = [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    for file in (path for path in files if path.is_file()):
+        known = netrc.netrc(str(file)).hosts
+        return any(host in known for host in (server, HOST))
+    return False

@@ -1,0 +1,53 @@
+"""Batches with a second view of their rows: what the model makes of the same positions after some of the earlier characters were replaced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_experiments.models.hooks import as_sites
+from sae_experiments.models.store import collect
+from sae_experiments.saes.base import Batch
+from sae_experiments.studies.base import Context
+from sae_experiments.studies.language.stores import Stores, Where
+from sae_experiments.training.loop import seed_of
+
+
+class SecondView:
+    """A twin of the training store, over the same windows with every character replaced with probability ``share`` by another one.
+
+    ``batch_at`` gives the batches of ``stores`` with ``alt`` filled in. A row whose own character was replaced is its own second view: only
+    what came before a position may differ.
+    """
+
+    def __init__(self, stores: Stores, read: Where, share: float, ctx: Context) -> None:
+        self.stores, self.share, self.seed = stores, share, seed_of(stores.seed, "second view", share)
+        train, model = stores.train, stores.model
+        with ctx.console.stage("collect second view", "window") as tick:
+            self.store = collect(
+                model, lambda starts: self.replaced(starts)[0], train.starts, list(as_sites(read)), length=train.length, split=train.split,
+                cache=ctx.cache, key={"lm": train.key["of"], "replaced": share, "seed": self.seed}, dtype=stores.fit.store_dtype,
+                batch=stores.fit.collect_batch, tick=tick,
+            )  # fmt: skip
+        self.own = torch.cat([self.replaced(part)[1] for part in np.array_split(train.starts, -(-len(train.starts) // 1024))]).flatten()
+
+    def replaced(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Ids (n, T) of the windows at ``starts`` with replacements, and where these are; a function of each window alone."""
+        length = self.stores.train.length
+        ids = self.stores.corpus.windows(self.stores.train.split, starts, length)
+        symbols = max(len(self.stores.corpus.symbols), 2)
+        chance = [np.random.default_rng([self.seed & 0xFFFFFFFF, int(start)]) for start in starts]
+        gone = torch.from_numpy(np.stack([c.random(length) < self.share for c in chance]))
+        shift = torch.from_numpy(np.stack([c.integers(1, symbols, length) for c in chance]))
+        return torch.where(gone, (ids + shift) % symbols, ids), gone
+
+    def batch_at(self, step: int, read: Where, write: Any) -> Batch:
+        """The batch of ``step`` with its second view."""
+        batch = self.stores.batch_at(step, read, write)
+        index = self.stores.index_at(step)
+        alt = self.store.rows(read, index).to(batch.x.device)
+        own = self.own[torch.from_numpy(index).long()].to(batch.x.device)
+        return batch._replace(alt=torch.where(own[:, None], batch.x, alt))

@@ -1,0 +1,176 @@
+"""The activations a cell needs: rows to train on, rows kept for calibration, held-out rows; and the batches made from them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sae_experiments.corpora.corpus import CharCorpus
+from sae_experiments.errors import UserError
+from sae_experiments.fitting.fit import Sample
+from sae_experiments.fitting.spec import FitSpec
+from sae_experiments.models.gpt2 import TrainedLM
+from sae_experiments.models.hooks import Site, Sites, as_sites, blocks_of, capture, patched
+from sae_experiments.models.store import Store, collect
+from sae_experiments.quality_warnings import Warned, of_rows
+from sae_experiments.saes.base import Batch
+from sae_experiments.sampling import spread_order
+from sae_experiments.studies.base import Context
+from sae_experiments.training.loop import seed_of
+
+Where = Site | Sites  # one site, or several side by side
+#: Neighbouring held-out windows that stay together.
+DOCUMENT = 8
+
+
+class Stores:
+    """Three stores over one language model; train and calibration windows are disjoint, held-out ones come from the validation split.
+
+    The held-out windows, and so their rows, stand in an order in which the first ones, however many, are spread over the whole split
+    (:func:`.sampling.spread_order`); eight neighbours at a time stay together, which is what metrics take for a document. The rows of the
+    other two follow the text.
+    """
+
+    def __init__(
+        self, fit: FitSpec, sites: Sequence[Site], corpus: CharCorpus, lm: TrainedLM, seed: int, ctx: Context, *, held_out: str = "val"
+    ) -> None:
+        self.fit, self.corpus, self.model, self.seed, self.device = fit, corpus, lm.model, seed, ctx.device
+        self.order = seed  # of the batches; the windows are those of ``seed``
+        length = lm.model.config.n_positions
+        began = time.monotonic()
+        train, calibration = split_windows(len(corpus.splits["train"]), length, fit.train_rows, fit.calibration_rows, seed_of(seed, "windows"))
+        sizes = {name: len(ids) for name, ids in corpus.splits.items()}
+        self.split, held = held_out_starts(sizes, held_out, length, fit.held_out_rows)
+
+        def store(split: str, starts: np.ndarray, what: str) -> Store:
+            with ctx.console.stage(f"collect {what}", "window") as tick:
+                return collect(
+                    lm.model, lambda s: corpus.windows(split, s, length), starts, list(sites), length=length, split=split, cache=ctx.cache,
+                    key={"lm": lm.key, "text": corpus.key}, dtype=fit.store_dtype, batch=fit.collect_batch, tick=tick,
+                )  # fmt: skip
+
+        self.train, self.calibration, self.held_out = (
+            store("train", train, "train"),
+            store("train", calibration, "calibration"),
+            store(self.split, held, "held-out"),
+        )
+        self.seconds = time.monotonic() - began
+
+    def short(self) -> list[Warned]:
+        """Where the text holds fewer rows than were asked for."""
+        asked = {"train_rows": self.train, "calibration_rows": self.calibration, "held_out_rows": self.held_out}
+        return [w for name, store in asked.items() for w in of_rows(f"fit.{name}", store.n_rows, getattr(self.fit, name))]
+
+    def identity(self, read: Where, write: Where) -> dict[str, Any]:
+        """What the rows of two sites depend on, for cache keys (not on what else the stores hold)."""
+        parts = {k: {n: v for n, v in store.key.items() if n != "sites"} for k, store in (("train", self.train), ("calibration", self.calibration))}
+        return parts | {"read": [str(s) for s in as_sites(read)], "write": [str(s) for s in as_sites(write)]}
+
+    def tokens(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Ids of held-out windows and of the characters that follow each position, (n, T) both."""
+        return tuple(self.corpus.windows(self.split, starts + shift, self.held_out.length) for shift in (0, 1))
+
+    def ordered(self, order: int) -> Stores:
+        """The same stores, with batches and initial rows in the order of another seed: what a fit from another seed sees."""
+        other = copy.copy(self)
+        other.order = order
+        return other
+
+    def index_at(self, step: int) -> np.ndarray:
+        """Numbers of the training rows of one step."""
+        return self.train.index_at(step, rows=self.fit.train.batch_size, seed=seed_of(self.order, "rows"))
+
+    def batch_at(self, step: int, read: Where, write: Where) -> Batch:
+        """Shuffled rows of one step, as raw float32 activations on the device."""
+        return self._batch(self.index_at(step), read, write)
+
+    def windows_at(self, step: int, read: Where, write: Site) -> Batch:
+        """Whole windows of one step with the rest of the language model behind them, about as many rows as a plain batch."""
+        length = self.train.length
+        n = max(1, self.fit.train.batch_size // length)
+        windows = np.random.default_rng([self.order, step]).choice(len(self.train.starts), n, replace=False)
+        batch = self._batch((windows[:, None] * length + np.arange(length)).reshape(-1), read, write)
+        tokens = self.corpus.windows("train", self.train.starts[windows], length).to(self.device)
+        return batch._replace(downstream=lambda recon: effect_of(self.model, write, tokens, recon))
+
+    def _batch(self, index: np.ndarray, read: Where, write: Where) -> Batch:
+        x = self.train.rows(read, index).to(self.device, non_blocking=True)
+        return Batch(x, x if read == write else self.train.rows(write, index).to(self.device, non_blocking=True))
+
+    def sample(self, read: Where, write: Where) -> Sample:
+        """Rows to initialise from (training rows) and to calibrate on (never trained on)."""
+        index = self.train.index_at(0, rows=min(self.fit.init_rows, self.train.n_rows), seed=seed_of(self.order, "init"))
+        x, y = (self.train.rows(where, index).to(self.device) for where in (read, write))
+        return Sample(x, y, self.calibration.rows(read, slice(None)).to(self.device))
+
+
+def effect_of(model: nn.Module, site: Site, tokens: Tensor, recon: Tensor) -> dict[str, Tensor]:
+    """What a reconstruction (B*T, D) at ``site`` does: ``kl``, mean KL(p || p') of the next character, and ``later``, the mean over later
+    blocks of the error it causes in the residual stream relative to that stream's variance. Differentiable in ``recon``.
+    """
+    n_layer = len(blocks_of(model))
+    first = site.layer + (site.stream == "resid")
+    later = [Site("resid", layer) for layer in range(max(first, 1), n_layer + 1)]
+    with torch.no_grad(), capture(model, later) as clean:
+        logits = model(input_ids=tokens, use_cache=False).logits
+        log_p = logits.float().log_softmax(-1)
+    with patched(model, site, lambda x: recon.view_as(x)), capture(model, later) as changed:
+        log_q = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="sum") / tokens.numel()
+    errors = [(changed[s] - clean[s]).square().sum() / (clean[s] - clean[s].mean((0, 1))).square().sum() for s in later]
+    return {"kl": kl, "later": sum(errors) / len(errors) if errors else kl * 0}
+
+
+def window_starts(n: int, length: int) -> np.ndarray:
+    """Starts of the non-overlapping windows of a text of n characters; each has a character after it to predict."""
+    starts = np.arange(0, n - length, length, dtype=np.int64)
+    if not len(starts):
+        raise UserError(f"a split of {n} characters holds no window of {length}: use a longer text or a smaller lm.n_positions")
+    return starts
+
+
+def held_out_starts(sizes: Mapping[str, int], held_out: str, length: int, rows: int) -> tuple[str, np.ndarray]:
+    """The split and the starts of the windows that SAEs are evaluated on, in the order that :class:`Stores` tells of.
+
+    What a search sees and what its winner is reported on have no character in common: they are the validation and the test split, or the
+    two halves of the validation split where there is no test split.
+
+    Args:
+        sizes: characters of each split, by name.
+        held_out: "val", "search" or "test".
+        length: characters of a window.
+        rows: how many rows the windows should have (at least one window, at most all).
+
+    Raises:
+        UserError: the text is too short for a window, or for one in each half.
+    """
+    own = "test" in sizes
+    split = "test" if held_out == "test" and own else "val"
+    starts = window_starts(sizes[split], length)
+    if held_out != "val" and not own:
+        if len(starts) < 3:
+            raise UserError(
+                f"held_out={held_out}: there is no test split, and the validation split of {sizes['val']:,} characters has fewer than three "
+                f"windows of {length}: use a longer text, a test_frac or a smaller lm.n_positions"
+            )
+        # The window between the halves is in neither: its first character is what the last window before it predicts.
+        half = len(starts) // 2
+        starts = starts[:half] if held_out == "search" else starts[half + 1 :]
+    return split, starts[spread_order(len(starts), DOCUMENT)][: max(1, rows // length)]
+
+
+def split_windows(n: int, length: int, train_rows: int, calibration_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Disjoint windows for training and calibration, drawn at random and then sorted; calibration gets at most a tenth of all windows."""
+    starts = np.random.default_rng(seed).permutation(window_starts(n, length))
+    if len(starts) < 2:
+        raise UserError(f"a training split of {n} characters holds fewer than two windows of {length}: use a longer text or a smaller lm.n_positions")
+    n_calibration = max(1, min(calibration_rows // length, len(starts) // 10))
+    n_train = max(1, min(train_rows // length, len(starts) - n_calibration))
+    return np.sort(starts[n_calibration : n_calibration + n_train]), np.sort(starts[:n_calibration])

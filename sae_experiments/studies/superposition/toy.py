@@ -1,0 +1,264 @@
+"""Many toy models of superposition trained at once: ``x -> ReLU(W^T W x + b)`` for every depth, hidden size and instance (Elhage et al. 2022).
+
+Models of one depth and similar hidden size lie in one padded tensor. Padding stays exactly zero and every model's arithmetic is its own,
+so a model's result does not depend on what is trained beside it. Where there are few distinct samples a batch is the number of times
+that each occurs, a multinomial draw: the loss is a weighted sum over the distinct samples, which has the very distribution of one over a batch.
+On a processor with a C compiler a step is compiled code (``toy_step``), else PyTorch's; they differ by rounding alone.
+
+Shape letters: I instances, C configurations of a group, R rows (hidden units, zeros, and last the bias), F features (padded to a multiple
+of 16), S samples, J sets of samples (I, or 1 where all instances share the distinct ones), M = I * C / J models that see the same set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sae_experiments.studies.superposition.toy_step import compiled
+from sae_experiments.studies.superposition.trees import TREES, Features, padded
+from sae_experiments.training.loop import At, Learner, Loss, TrainConfig, seed_of
+
+INITS = ("matrix", "stacked")
+ROWS = 4  # hidden units and the bias are padded to a multiple of this
+DRAWN = 4  # batches drawn at once
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # entries of an output worked on at once: what a core's cache holds
+
+
+class Samples(NamedTuple):
+    """What the models of one depth see in a step: samples (J, S, F) of 0 and 1, bytes, and how often (I, S) each occurs as a share
+    (None: equally often)."""
+
+    x: Tensor
+    shares: Tensor | None
+
+
+class Stream:
+    """The samples of one depth as a function of (seed, step): distinct samples with counts where they are no more than a batch, else batches."""
+
+    def __init__(self, features: Features, depth: int, *, instances: int, batch: int, seed: int, device: torch.device) -> None:
+        self.features, self.depth, self.instances, self.batch, self.device = features, depth, instances, batch, device
+        self.seed = seed_of(seed, "samples", depth)
+        self.counted = features.n_distinct(depth) <= batch
+        self._drawn: tuple[int, Tensor] | None = None
+        if self.counted:
+            rows, self.probs = features.support(depth)
+            x = torch.zeros(1, len(rows), padded(rows.shape[1]), dtype=torch.uint8, device=device)
+            x[0, :, : rows.shape[1]] = torch.from_numpy(rows)
+            self.x = x
+
+    def batch_at(self, step: int) -> Samples:
+        """What the models see in step ``step``."""
+        chunk, within = divmod(step, DRAWN)
+        if self._drawn is None or self._drawn[0] != chunk:
+            self._drawn = (chunk, self._draw(np.random.Generator(np.random.SFC64([self.seed & 0xFFFFFFFF, self.seed >> 32, chunk]))))
+        drawn = self._drawn[1][within]
+        return Samples(self.x, drawn) if self.counted else Samples(drawn, None)
+
+    def _draw(self, rng: np.random.Generator) -> Tensor:
+        if self.counted:
+            counts = rng.multinomial(self.batch, self.probs, size=(DRAWN, self.instances))
+            return torch.from_numpy((counts / self.batch).astype(np.float32)).to(self.device)
+        rows = self.features.draw(self.depth, DRAWN * self.instances * self.batch, rng)
+        return torch.from_numpy(rows).view(DRAWN, self.instances, self.batch, -1).to(self.device)
+
+    def everything(self, rows: int) -> Samples:
+        """For evaluation: the whole distribution where it is counted, else ``rows`` fresh samples."""
+        if self.counted:
+            shares = torch.from_numpy(self.probs.astype(np.float32)).to(self.device)
+            return Samples(self.x, shares.expand(self.instances, -1))
+        drawn = self.features.draw(self.depth, rows, np.random.default_rng([self.seed & 0xFFFFFFFF, self.seed >> 32]))
+        return Samples(torch.from_numpy(drawn).to(self.device)[None], None)
+
+
+class Group(NamedTuple):
+    """Models in one tensor: a depth with F features (before padding) and several hidden sizes."""
+
+    depth: int
+    n_features: int
+    hidden: list[int]
+    rows: int
+
+
+class Models(nn.Module):
+    """Every (depth, hidden) pair of ``shapes``, ``instances`` times. A group's parameter (I, C, R, F) holds W and, in its last row, b."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], features: Features, *, instances: int, init: str, seed: int) -> None:
+        super().__init__()
+        members: dict[tuple[int, int], list[int]] = {}
+        for depth, hidden in shapes:
+            members.setdefault((depth, -(-(hidden + 1) // ROWS) * ROWS), []).append(hidden)
+        self.groups = [Group(depth, features.n_features(depth), hidden, rows) for (depth, rows), hidden in members.items()]
+        self.theta = nn.ParameterList(_initial(group, instances, init, seed) for group in self.groups)
+        self.instances = instances
+        self._scratch: dict[tuple[Any, ...], Tensor] = {}
+
+    def weights(self, depth: int, hidden: int) -> tuple[Tensor, Tensor]:
+        """W (I, hidden, F) and b (I, F) of one configuration, without padding."""
+        for group, theta in zip(self.groups, self.theta, strict=True):
+            if group.depth == depth and hidden in group.hidden:
+                found = theta.detach()[:, group.hidden.index(hidden), :, : group.n_features]
+                return found[:, :hidden], found[:, -1]
+        raise KeyError((depth, hidden))
+
+    @torch.no_grad()
+    def losses(self, samples: dict[int, Samples], importances: dict[int, Tensor], grads: list[Tensor] | None = None) -> list[Tensor]:
+        """Loss (I, C) of every model, by group; ``grads`` (like the parameters) receive its gradient where they are given."""
+        found = []
+        step = compiled() if grads is not None and self.theta[0].device.type == "cpu" else None
+        for i, (group, theta) in enumerate(zip(self.groups, self.theta, strict=True)):
+            (x, shares), weight = samples[group.depth], importances[group.depth] / group.n_features
+            if step is not None and grads is not None:
+                found.append(step(theta, grads[i], x, shares, weight.expand(theta.shape[-1]).contiguous()))
+            else:
+                found.append(self._group(theta, samples[group.depth], weight, None if grads is None else grads[i]))
+        return found
+
+    def _group(self, theta: Tensor, samples: Samples, weight: Tensor, grad: Tensor | None) -> Tensor:
+        """Loss and gradient of one group; ``weight`` (F,) is each feature's share of the loss, the same for all where it has one entry."""
+        (n_i, n_c, rows, width), (sets, n) = theta.shape, samples.x.shape[:2]
+        models = theta.view(sets, -1, rows, width)
+        shares = _per_model(samples.shares, n_c, sets)
+        x = samples.x.float()
+        code = self._buffer("code", (sets, models.shape[1], rows, n), theta)
+        torch.bmm(models.view(sets, -1, width), x.transpose(1, 2), out=code.view(sets, -1, n))
+        code[:, :, -1] = 1.0  # the bias is the weight of a unit that is always on
+        back = self._buffer("back", code.shape, theta) if grad is not None else None
+        total = theta.new_empty(sets, models.shape[1])
+        for j, part in self._chunks(sets, models.shape[1], n * width, theta.device):
+            w, h = models[j, part], code[j, part]
+            out = torch.bmm(h.transpose(1, 2), w, out=self._buffer("out", (len(w), n, width), theta)).relu_()
+            error = torch.sub(out, x[j], out=self._buffer("error", out.shape, theta))
+            each = torch.linalg.vector_norm(error, dim=2).square_() * weight if len(weight) == 1 else error.square() @ weight  # (M, S)
+            total[j, part] = each.mean(1) if shares is None else (each * shares[j, part]).sum(1)
+            if grad is None or back is None:
+                continue
+            if len(weight) > 1:
+                error.mul_(weight)
+            if shares is not None:
+                error.mul_(shares[j, part][..., None])
+            slope = torch.ops.aten.threshold_backward.grad_input(error, out, 0, grad_input=error)  # zero where the output is
+            torch.bmm(h, slope, out=grad.view_as(models)[j, part])
+            torch.bmm(w, slope.transpose(1, 2), out=back[j, part])
+        if grad is not None and back is not None:
+            back[:, :, -1] = 0.0  # the unit that is always on does not read x
+            grad.view(sets, -1, width).baddbmm_(back.view(sets, -1, n), x)
+            grad.mul_((2 / n if shares is None else 2.0) * (weight[0] if len(weight) == 1 else 1.0))
+        return total.view(n_i, n_c)
+
+    def _buffer(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Memory that is used again in every step: fresh pages would cost as much as the arithmetic."""
+        key = (name, *shape)
+        if key not in self._scratch:
+            self._scratch[key] = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+        return self._scratch[key]
+
+    @staticmethod
+    def _chunks(sets: int, models: int, entries: int, device: torch.device) -> Iterator[tuple[int, slice]]:
+        size = max(1, CHUNK.get(device.type, CHUNK["cpu"]) // entries)
+        return ((j, slice(begin, begin + size)) for j in range(sets) for begin in range(0, models, size))
+
+
+def _initial(group: Group, instances: int, init: str, seed: int) -> nn.Parameter:
+    """Xavier-normal W and b = 0; a model's draw depends on (seed, depth, hidden, instance) alone.
+
+    The standard deviation is ``sqrt(2 / (hidden + F))`` for a matrix; PyTorch counts ``fan_in = hidden F, fan_out = I F`` for the stacked tensor.
+    """
+    theta = torch.zeros(instances, len(group.hidden), group.rows, padded(group.n_features))
+    for c, hidden in enumerate(group.hidden):
+        for i in range(instances):
+            generator = torch.Generator().manual_seed(seed_of(seed, "init", group.depth, hidden, i))
+            std = math.sqrt(2 / (hidden + group.n_features if init == "matrix" else (hidden + instances) * group.n_features))
+            theta[i, c, :hidden, : group.n_features] = std * torch.randn(hidden, group.n_features, generator=generator)
+    return nn.Parameter(theta)
+
+
+def memory(shapes: Sequence[tuple[int, int]], features: Features, *, instances: int, batch: int, eval_rows: int) -> dict[str, float]:
+    """Bytes at the peak of training the models of ``shapes`` and evaluating them, by what they are for, to about a third. Builds nothing."""
+    training = evaluation = models = paths = 0.0
+    for depth in dict.fromkeys(depth for depth, _ in shapes):
+        hidden, width = [h for d, h in shapes if d == depth], padded(features.n_features(depth))
+        models += 16.0 * instances * width * sum(h + ROWS for h in hidden)
+        tree, ends = features.mode in TREES, features.branching**depth
+        distinct = ends if features.mode == "exclusive" else features.n_features(depth) + 1
+        counted = tree and distinct <= batch
+        training += 5.0 * distinct * width if counted else (DRAWN + 4.0) * instances * batch * width
+        codes = 4.0 * instances * sum(h + ROWS for h in hidden) * eval_rows
+        evaluation += 0.0 if counted else 14.0 * eval_rows * width + codes
+        paths = max(paths, 3.0 * width**2 if tree else 1e3 * width)  # every path of a tree, a block for every other feature
+    return {"weights and optimiser": models, "samples": training + evaluation, "paths of the tree": paths}
+
+
+def _per_model(shares: Tensor | None, n_c: int, sets: int) -> Tensor | None:
+    """Shares (I, S) repeated for the C configurations of an instance, as (J, M, S)."""
+    return None if shares is None else shares[:, None].expand(-1, n_c, -1).reshape(sets, -1, shares.shape[-1])
+
+
+class _Known(torch.autograd.Function):
+    """A scalar whose gradients were computed along with it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grads: list[Tensor], *params: Tensor) -> Tensor:
+        ctx.grads = grads
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
+        return (None, None, *(outer[0] * grad for grad in ctx.grads))
+
+
+class ToyLearner(Learner):
+    """All models as one learner; its loss is the sum over instances and configurations of mean_{batch, features} importance * error^2."""
+
+    module: Models
+
+    def __init__(self, models: Models, streams: dict[int, Stream], features: Features, cfg: TrainConfig, *, seed: int) -> None:
+        super().__init__("toy", models, cfg, seed=seed)
+        self.streams = streams
+        device = next(models.parameters()).device
+        flat = features.importance == 1
+        self.importances = {depth: _importances(features, depth, device, flat=flat) for depth in streams}
+        self._grads = [torch.zeros_like(theta) for theta in models.theta]
+
+    def batch_at(self, step: int) -> dict[int, Samples]:
+        """The samples of every depth."""
+        return {depth: stream.batch_at(step) for depth, stream in self.streams.items()}
+
+    def loss(self, batch: dict[int, Samples], at: At) -> Loss:
+        losses = self.module.losses(batch, self.importances, self._grads)
+        parts: dict[str, Tensor] = {}
+        for group, found in zip(self.module.groups, losses, strict=True):
+            name = f"depth_{group.depth}"
+            parts[name] = parts[name] + found.sum() if name in parts else found.sum()
+        return Loss(_Known.apply(torch.stack(list(parts.values())).sum(), self._grads, *self.module.theta), parts)
+
+    def final(self, rows: int) -> dict[tuple[int, int], np.ndarray]:
+        """Expected loss (I,) of every (depth, hidden): exact where samples are counted, else over ``rows`` fresh samples."""
+        losses: dict[tuple[int, int], np.ndarray] = {}
+        samples = {depth: stream.everything(rows) for depth, stream in self.streams.items()}
+        for group, found in zip(self.module.groups, self.module.losses(samples, self.importances), strict=True):
+            losses |= {(group.depth, hidden): found[:, c].cpu().numpy().astype(float) for c, hidden in enumerate(group.hidden)}
+        return losses
+
+
+def _importances(features: Features, depth: int, device: torch.device, *, flat: bool) -> Tensor:
+    """Weights (F padded,), or a single one where all features weigh the same."""
+    if flat:
+        return torch.ones(1, device=device)
+    found = torch.zeros(padded(features.n_features(depth)), device=device)
+    found[: features.n_features(depth)] = torch.from_numpy(features.importances(depth)).float()
+    return found
+
+
+def make(
+    shapes: Sequence[tuple[int, int]], features: Features, cfg: TrainConfig, *, instances: int, init: str, seed: int, device: torch.device
+) -> ToyLearner:
+    """Models of every (depth, hidden) in ``shapes`` with their samples, ready for :func:`sae_experiments.training.loop.train`."""
+    models = Models(shapes, features, instances=instances, init=init, seed=seed).to(device)
+    depths = dict.fromkeys(depth for depth, _ in shapes)
+    streams = {d: Stream(features, d, instances=instances, batch=cfg.batch_size, seed=seed, device=device) for d in depths}
+    return ToyLearner(models, streams, features, cfg, seed=seed)

@@ -1,0 +1,281 @@
+"""Sweeps: many runs from one command line. Every job has a folder of its own, and no failure stops or hides another.
+
+A sweep's folder holds one run folder a job, ``jobs/<name>.json`` (how each ended) and ``jobs/<name>.log`` (what it said).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from sae_experiments.cache import locked
+from sae_experiments.config.compose import axes_of, build, compose_checked, configuring, options_of
+from sae_experiments.config.typed import folder_of, key_of, last_text, run_folder, value_of, written
+from sae_experiments.errors import UserError
+from sae_experiments.files import NewFolder, digest, sha256_file, write_json
+from sae_experiments.results.records import read_records, try_json
+from sae_experiments.source import package_digest, targets_digest
+from sae_experiments.stopping import Stopped
+from sae_experiments.sweeps.launchers import Exit, Here, Job, Launcher
+from sae_experiments.sweeps.search import REPORTED, SEARCHED, Search
+
+WORDS = ("sweep", "launcher", "search")  # what describes the sweep and no job
+IN_USE = "{} is in use by another sweep: wait for it or choose another out_dir"
+
+
+class Asked(NamedTuple):
+    """A sweep as it was asked for: the overrides of its jobs, who runs them, and what is searched for (None: all are run)."""
+
+    overrides: list[str]
+    launcher: Launcher
+    search: DictConfig | None
+    out_dir: str
+    root: Path
+
+
+def is_sweep(overrides: Sequence[str]) -> bool:
+    """Whether a command line without ``-m`` is a sweep all the same: it names one."""
+    return any(key_of(o).split(".")[0] in WORDS for o in overrides)
+
+
+def sweep(conf: Path, overrides: Sequence[str], here: Here) -> int:
+    """Run every job that is not finished. Prints a table of all of them; returns 0, 1 if any failed, 130 or 143 where it was stopped.
+
+    Raises :class:`UserError`, before any job starts, for a mistake that every job would make.
+    """
+    with configuring():
+        asked = asked_for(conf, overrides)
+        axes, fixed = axes_of(conf, asked.overrides)
+    jobs = Jobs(conf, asked, fixed, [axis.key for axis in axes])
+    if asked.search is not None:
+        search = Search(asked.root, asked.search, axes, fixed)
+        search.check_metric(lambda overrides: build(compose_checked(conf, overrides)[0].study).infos())
+        return _locked(asked.root, lambda: _search(search, jobs, here))
+    if endless := [axis.key for axis in axes if not axis.choices]:
+        raise UserError(f"{endless[0]}: an interval is for a search; add search.metric=sae_fvu, or list the values")
+    every = [jobs.job(i, combination) for i, combination in enumerate(itertools.product(*([f"{a.key}={c}" for c in a.choices] for a in axes)))]
+    if len({job.name for job in every}) < len(every):
+        raise UserError("two jobs would have one folder: their values differ in characters that no file name has")
+    jobs.check(every)
+
+    def go() -> int:
+        try:
+            jobs.run(every, here)
+        finally:
+            status = job_table([jobs.record(job) for job in every])
+        return status
+
+    return _locked(asked.root, go)
+
+
+def _locked(root: Path, go: Callable[[], int]) -> int:
+    try:
+        new = NewFolder(root)
+    except OSError as error:
+        raise UserError(f"out_dir={root} cannot be written ({error.strerror}): choose another out_dir or runs_root") from error
+    with locked(root / ".lock", wait_s=0, held=IN_USE.format(root)):
+        try:
+            return go()
+        except UserError as error:
+            if error.exit_status == UserError.exit_status and not any(root.glob("jobs/*.json")):
+                new.take_back()
+            raise
+        except (KeyboardInterrupt, Stopped) as stopped:
+            print("stopped: the same command continues where this one ended", file=sys.stderr, flush=True)
+            return getattr(stopped, "exit_status", 128 + signal.SIGINT)
+
+
+def asked_for(conf: Path, overrides: Sequence[str]) -> Asked:
+    """Read a command line: ``sweep=name`` brings the overrides of ``conf/sweep/name.yaml``, below the user's own."""
+    for o in overrides:
+        if "=" not in o:
+            raise UserError(f"{o}: a sweep takes key=value, nothing else")
+    own = [o for o in overrides if key_of(o).split(".")[0] in WORDS]
+    named = options_of(conf, "sweep", own) if any(key_of(o) == "sweep" for o in own) else OmegaConf.create({"overrides": []})
+    merged = {key_of(o): o for o in [*named.overrides, *(o for o in overrides if o not in own)]}
+    plain = next((f"sweep_{value_of(o)}" for o in own if key_of(o) == "sweep"), None)
+    out_dir = last_text(merged.values(), "out_dir", plain)
+    if out_dir is None:
+        raise UserError("a sweep needs a folder of its own: add out_dir=sweep_a")
+    root = run_folder(last_text(merged.values(), "runs_root", OmegaConf.load(conf / "config.yaml").runs_root), out_dir)
+    searched = [o for o in own if key_of(o).split(".")[0] == "search"]
+    given = [f"search.{k}={'null' if v is None else v}" for k, v in (named.get("search") or {}).items()]
+    search = options_of(conf, "search", ["search=tpe", *given, *searched])
+    launchers = [o for o in own if key_of(o).split(".")[0] == "launcher"]
+    launcher = options_of(conf, "launcher", [f"launcher={named.get('launcher') or 'serial'}", *launchers])
+    return Asked(
+        [o for key, o in merged.items() if key != "out_dir"],
+        build(launcher),
+        search if searched or "search" in named else None,
+        folder_of(out_dir),
+        root,
+    )
+
+
+@dataclass
+class Jobs:
+    """The jobs of one sweep: their names and commands, which of them are finished, and how each ended."""
+
+    conf: Path
+    asked: Asked
+    fixed: list[str]
+    varied: list[str]
+
+    def __post_init__(self) -> None:
+        script = self.conf.parent / "experiment.py"
+        yaml = {str(p.relative_to(self.conf)): sha256_file(p) for p in sorted(self.conf.rglob("*.yaml"))}
+        texts = [p.read_text(encoding="utf-8") for p in sorted(self.conf.rglob("*.yaml"))]
+        outside = targets_digest([*texts, *self.asked.overrides])
+        self.made_by = digest([package_digest(Path(__file__).parent), yaml, script.read_text(), outside])
+        self.script = script
+
+    def job(self, number: int, values: Sequence[str], name: str | None = None) -> Job:
+        """The job with these values of what varies."""
+        name = name or folder_name(values)
+        label = [] if any(key_of(o) == "label" for o in self.fixed) else [f"label={name}"]
+        plain = [] if any(key_of(o) == "report" for o in self.fixed) else ["report=false"]  # one page for the whole sweep: plot.py
+        overrides = [*self.fixed, *values, *label, *plain]
+        command = [sys.executable, str(self.script), *overrides, written("out_dir", f"{self.asked.out_dir}/{name}")]
+        return Job(number, name, overrides, command, self.asked.root / "jobs" / f"{name}.log")
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Refuse what the first and the last job alike cannot be made of: a mistake in what all share."""
+        faults = []
+        for job in dict.fromkeys((0, len(jobs) - 1)):
+            try:
+                with configuring():
+                    build(compose_checked(self.conf, [o for o in jobs[job].overrides if key_of(o) != "preset"])[0].study).check()
+                return
+            except UserError as error:
+                faults.append(str(error))
+        if len(set(faults)) == 1:
+            raise UserError(faults[0])
+
+    def run(self, jobs: Sequence[Job], here: Here) -> None:
+        """Run those that are not finished, and write down how each ended."""
+        left = [job for job in jobs if not self.finished(job)]
+        if len(left) < len(jobs):
+            print(f"{len(jobs) - len(left)} of {len(jobs)} jobs are already done", flush=True)
+        launcher, total, ended = self.asked.launcher, len(left), []
+
+        def end(job: Job, how: Exit) -> None:
+            ended.append(job)
+            record = self.write(job, how)
+            cause = f": {record['cause']}" if record["cause"] else ""
+            print(f"[{len(ended)}/{total}] {job.name}: {record['status']} after {record['seconds']:.0f} s{cause}", flush=True)
+
+        parts = [left[:1], left[1:]] if launcher.first_alone else [left]
+        for part in parts:
+            if part:
+                launcher.run(part, end, here)
+
+    def path(self, job: Job) -> Path:
+        """Where it is written how the job ended."""
+        return self.asked.root / "jobs" / f"{job.name}.json"
+
+    def fingerprint(self, job: Job) -> str:
+        """Names everything that decides about a job's result but the text of its corpora."""
+        return digest([self.made_by, sorted(o for o in job.overrides if key_of(o) not in ("label", "threads", "verbosity"))])
+
+    def finished(self, job: Job) -> bool:
+        """Whether the job is done, by this code and configuration, and its results are still whole."""
+        if not self.path(job).exists() or self.record(job)["status"] != "done":
+            return False
+        manifest = try_json(self.asked.root / job.name / "manifest.json") if (self.asked.root / job.name / "manifest.json").exists() else None
+        same = self.record(job).get("fingerprint") == self.fingerprint(job) and isinstance(manifest, dict) and manifest.get("status") == "done"
+        return same and len(read_records(self.asked.root / job.name)) == self.record(job).get("results")
+
+    def write(self, job: Job, how: Exit) -> dict[str, Any]:
+        """Write down how a job ended."""
+        status = how.status
+        folder = self.asked.root / job.name
+        manifest = (try_json(folder / "manifest.json") or {}) if (folder / "manifest.json").exists() else {}
+        words = {128 + signal.SIGINT: "stopped", 128 + signal.SIGTERM: "stopped", 0: manifest.get("status", "failed")}
+        record = {
+            "job": job.number, "name": job.name, "overrides": job.overrides, "command": job.command, "exit_status": status,
+            "status": words.get(status, "failed"), "cause": "" if status == 0 else cause_of(job.log, status), "fingerprint": self.fingerprint(job),
+            "seconds": round(how.seconds, 3), "results": len(read_records(folder)),
+        }  # fmt: skip
+        write_json(self.path(job), record)
+        return record
+
+    def record(self, job: Job) -> dict[str, Any]:
+        """How the job ended; a job that has not ended is "not run"."""
+        nothing = {"job": job.number, "name": job.name, "status": "not run", "cause": ""}
+        found = try_json(self.path(job)) if self.path(job).exists() else None
+        return nothing | found | {"job": job.number} if isinstance(found, dict) else nothing
+
+
+def cause_of(log: Path, status: int) -> str:
+    """Why a job failed, in one line: the last error it printed, or the signal that ended it."""
+    if status < 0:
+        hint = " (out of memory?)" if -status == signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-status).name}{hint}"
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()] if log.exists() else []
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return " ".join([*lines[-1:], *errors[-1:]][-1:]) or f"exit status {status}"
+
+
+def folder_name(varied: Sequence[str]) -> str:
+    """A job's folder and its name in figures: what varies, as ``topk+target_l0-16``, in characters that any file system takes.
+
+    Keys are shortened to their last part where that is no other's; long names end in a digest.
+    """
+    tails = [key_of(o).rsplit(".", 1)[-1] for o in varied]
+    words = []
+    for o, tail in zip(varied, tails, strict=True):
+        key, value = key_of(o) if tails.count(tail) > 1 else tail, o.split("=", 1)[1]
+        words.append(value if "." not in key_of(o) and value.isidentifier() else f"{key}-{value.strip('[]')}")
+    name = re.sub(r"[^A-Za-z0-9_.+-]", "_", "+".join(words)) or "plain"
+    return name if len(name) <= 100 else f"{name[:80]}-{digest(list(varied))}"
+
+
+def job_table(records: Sequence[Mapping[str, Any]]) -> int:
+    """Print status and cause of every job; 1 if any failed, else 0."""
+    print(f"\n{'job':>4}  {'status':<7} {'seconds':>8}  name")
+    for r in records:
+        seconds = f"{r['seconds']:.0f}" if "seconds" in r else "-"
+        print(f"{r['job']:>4}  {r['status']:<7} {seconds:>8}  {r['name']}{': ' + r['cause'] if r['cause'] else ''}")
+    sys.stdout.flush()
+    failed = [r for r in records if r["status"] not in ("done", "cut", "not run")]
+    if failed:
+        print(f"error: {len(failed)} of {len(records)} jobs failed; first cause: {failed[0]['cause']}", file=sys.stderr, flush=True)
+    return 1 if failed else 0
+
+
+def _search(search: Search, jobs: Jobs, here: Here) -> int:
+    """Ask for trials, run them, tell what they gave, until there are enough; then report the best on text that no trial was evaluated on."""
+    search.claim()
+    trial_job = lambda t: jobs.job(t.number, [*t.overrides, SEARCHED], t.name)  # noqa: E731
+    known, reported = {trial.number: trial_job(trial) for trial in search.trials()}, None
+    try:
+        while trials := search.next():
+            batch = [trial_job(t) for t in trials]
+            known |= {job.number: job for job in batch}
+            jobs.run(batch, here)
+            for trial, job in zip(trials, batch, strict=True):
+                search.tell(trial, jobs.asked.root / job.name, jobs.record(job)["status"] in ("done", "cut"))
+        if (best := search.best()) is not None:  # chosen by one text, reported on another
+            winner = jobs.job(len(known), [*best.overrides, REPORTED], f"{best.name}_test")
+            known[winner.number] = winner
+            jobs.run([winner], here)
+            reported = jobs.asked.root / winner.name if jobs.record(winner)["status"] in ("done", "cut") else None
+    finally:
+        status = job_table([jobs.record(job) for _, job in sorted(known.items())])
+        print(search.summary(reported), flush=True)
+    return status
+
+
+def run_hydra(conf: Path, args: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
+    """Hand a command line to Hydra itself."""
+    sys.argv = [sys.argv[0], *args]
+    hydra.main(config_path=str(conf), config_name="config", version_base="1.3")(task)()

@@ -1,0 +1,287 @@
+"""Where the jobs of a sweep run: in this process, on this machine, under SLURM, or on a Ray cluster.
+
+A job is a command line, the very one a person would type for that run alone. Nothing of it lives in the launcher: a job that crashes,
+runs out of memory or is killed takes nothing with it, and typing the sweep again goes on where every job stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TextIO
+
+from sae_experiments.errors import UserError
+
+POLL_S = 0.1
+GRACE_S = 15.0  # a job that was asked to end has ended by then (stopping.GRACE_S), unless it cannot
+JOB = "SAE_SWEEP_JOB"  # set in the environment of a job: it ends when the process that started it dies
+
+
+class Job(NamedTuple):
+    """One run of a sweep: ``name`` is its folder below the sweep's, ``command`` what a person would type for it."""
+
+    number: int
+    name: str
+    overrides: list[str]
+    command: list[str]
+    log: Path
+
+
+class Exit(NamedTuple):
+    """How a command ended: its exit status (negative: the signal that killed it) and the seconds it took."""
+
+    status: int
+    seconds: float
+
+
+Ended = Callable[[Job, Exit], None]
+Here = Callable[[list[str]], int]  # runs a command line of experiment.py in this process
+
+
+class Launcher(Protocol):
+    """Runs jobs and tells ``ended`` about each. With ``first_alone``, the first job runs before the others: it makes what they share."""
+
+    first_alone: bool
+
+    def run(self, jobs: Sequence[Job], ended: Ended, here: Here) -> None: ...
+
+
+def run_command(command: Sequence[str], log: str, env: Mapping[str, str], cwd: str, running: set[Any] | None = None, echo: bool = False) -> Exit:
+    """Run a command with its output in the file ``log`` (and shown, with ``echo``).
+
+    If this process is stopped meanwhile, the command is asked to end as well and waited for. ``env`` comes on top of the environment.
+    """
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with open(log, "w", encoding="utf-8", errors="replace") as out:
+        process = subprocess.Popen(
+            command, cwd=cwd, env={**os.environ, **env, JOB: "1"}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if echo else out, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+        )  # fmt: skip
+        running = set() if running is None else running
+        running.add(process)
+
+        def copy() -> None:
+            for line in process.stdout or ():
+                out.write(line)
+                out.flush()
+                print(line, end="", flush=True)
+
+        try:
+            copy()
+            while process.poll() is None:  # short naps: a signal is answered between them
+                time.sleep(POLL_S)
+        except BaseException:
+            end(running)
+            copy()
+            raise
+        finally:
+            running.discard(process)
+        return Exit(process.returncode, time.monotonic() - began)
+
+
+def end(running: set[Any]) -> None:
+    """Ask processes to end in good order, and kill those that do not."""
+    processes = [p for p in running if p.poll() is None]
+    for p in processes:
+        p.send_signal(signal.SIGTERM)
+    limit = time.monotonic() + GRACE_S
+    for p in processes:
+        try:
+            p.wait(max(limit - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            p.kill()
+
+
+class Inline:
+    """One job after another in this process: no seconds of start-up for each, but a job that crashes it ends the sweep."""
+
+    first_alone = False
+
+    def run(self, jobs: Sequence[Job], ended: Ended, here: Here) -> None:
+        """Run the jobs, their output shown and kept."""
+        for job in jobs:
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            began = time.monotonic()
+            with open(job.log, "w", encoding="utf-8") as log:
+                with redirect_stdout(_Tee(sys.stdout, log)), redirect_stderr(_Tee(None, log)):  # pyright: ignore[reportArgumentType]
+                    status = here(job.command[2:])
+            ended(job, Exit(status, time.monotonic() - began))
+            if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+                raise KeyboardInterrupt
+
+
+class _Tee:
+    """A text stream that writes to a file as well."""
+
+    def __init__(self, shown: TextIO | None, log: TextIO) -> None:
+        self.shown, self.log = shown, log
+
+    def write(self, text: str) -> int:
+        if self.shown is not None:
+            self.shown.write(text)
+        self.log.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        if self.shown is not None:
+            self.shown.flush()
+        self.log.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+
+class Local:
+    """Processes of this machine, ``jobs`` at a time (null: what the cores allow at ``threads`` each), by joblib.
+
+    The cores are divided among the jobs that run at once. ``devices`` ([0,1,2]): each job gets one of these CUDA devices for itself.
+    """
+
+    def __init__(self, *, jobs: int | None, threads: int | None, devices: Sequence[int] | None, first_alone: bool) -> None:
+        for name, value in (("jobs", jobs), ("threads", threads)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UserError(f"launcher.{name}={value} must be a whole number of at least 1, or null")
+        self.jobs, self.threads, self.devices, self.first_alone = jobs, threads, list(devices or []), first_alone
+
+    def width(self, n: int, cores: int) -> tuple[int, int]:
+        """Jobs at a time and threads for each, of ``n`` jobs on ``cores`` cores."""
+        at_once = self.jobs or len(self.devices) or max(1, cores // (self.threads or 1))
+        at_once = max(1, min(at_once, n))
+        return at_once, self.threads or max(1, cores // at_once)
+
+    def run(self, jobs: Sequence[Job], ended: Ended, here: Here) -> None:
+        """Run the jobs; with one at a time, their output is shown."""
+        import joblib
+
+        at_once, threads = self.width(len(jobs), joblib.cpu_count())
+        free: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for i in range(at_once):
+            free.put(str(self.devices[i % len(self.devices)]) if self.devices else "")
+        running: set[Any] = set()
+        cwd = os.getcwd()
+
+        def one(job: Job) -> tuple[Job, Exit]:
+            device = free.get()
+            try:
+                env = {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
+                return job, run_command(job.command, str(job.log), env, cwd, running, echo=self.jobs == 1)
+            finally:
+                free.put(device)
+
+        if at_once == 1:
+            for job in jobs:
+                ended(*one(job))
+            return
+        parallel = joblib.Parallel(at_once, backend="threading", return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1)
+        try:
+            for job, how in parallel(joblib.delayed(one)(job) for job in jobs):
+                ended(job, how)
+        except BaseException:
+            end(running)
+            raise
+
+
+class Submitit:
+    """SLURM jobs by submitit, one array for all; ``cluster=local`` runs the same on this machine.
+
+    A job that is preempted, or reaches ``timeout_min``, is queued again and goes on from its checkpoint; of time-outs, ``requeues`` at most.
+    ``parameters`` are those of submitit's ``update_parameters`` (null ones are left out).
+    """
+
+    def __init__(self, *, cluster: str | None, requeues: int, parameters: Mapping[str, Any], first_alone: bool) -> None:
+        self.cluster, self.requeues, self.first_alone = cluster, requeues, first_alone
+        self.parameters = {k: v for k, v in parameters.items() if v is not None}
+
+    def run(self, jobs: Sequence[Job], ended: Ended, here: Here) -> None:
+        """Queue the jobs and wait for them; if this process ends before they do, typing the sweep again goes on."""
+        submitit = _imported("submitit")
+        folder = jobs[0].log.parent / "submitit"
+        executor = submitit.AutoExecutor(folder=folder, cluster=self.cluster, slurm_max_num_timeout=self.requeues)
+        executor.update_parameters(**self.parameters)
+        threads = str(self.parameters.get("cpus_per_task", 1))
+        tasks = [Requeued(job.command, str(job.log), {"OMP_NUM_THREADS": threads}, os.getcwd()) for job in jobs]
+        with executor.batch():
+            handles = [executor.submit(task) for task in tasks]
+        pending = dict(zip(handles, jobs, strict=True))
+        try:
+            while pending:
+                for handle in [h for h in pending if h.done()]:
+                    ended(pending.pop(handle), _exit_of(handle, submitit))
+                time.sleep(POLL_S if self.cluster == "local" else 5.0)
+        except BaseException:
+            for handle in pending:
+                handle.cancel()
+            raise
+
+
+class Requeued:
+    """A command that submitit may interrupt and queue again: it is asked to end, and the same command then continues."""
+
+    def __init__(self, command: Sequence[str], log: str, env: Mapping[str, str], cwd: str) -> None:
+        self.command, self.log, self.env, self.cwd = list(command), log, dict(env), cwd
+        self.running: set[Any] = set()
+
+    def __call__(self) -> Exit:
+        return run_command(self.command, self.log, self.env, self.cwd, self.running)
+
+    def checkpoint(self) -> Any:
+        """Called by submitit at a time-out or before preemption."""
+        end(self.running)
+        return _imported("submitit").helpers.DelayedSubmission(Requeued(self.command, self.log, self.env, self.cwd))
+
+
+def _exit_of(handle: Any, submitit: Any) -> Exit:
+    try:
+        return Exit(*handle.result())
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        print(f"submitit: job {handle.job_id}: {str(error).splitlines()[0]}", flush=True)
+        return Exit(1, 0.0)
+
+
+class Ray:
+    """A Ray cluster: ``address`` null starts one on this machine, ``auto`` or ``ray://host:10001`` joins one that runs.
+
+    Every node needs the checkout at the same path, and shares the run and cache folders. A job whose node dies is started again elsewhere.
+    """
+
+    def __init__(self, *, address: str | None, num_cpus: float, num_gpus: float, retries: int, first_alone: bool) -> None:
+        self.address, self.num_cpus, self.num_gpus, self.retries, self.first_alone = address, num_cpus, num_gpus, retries, first_alone
+
+    def run(self, jobs: Sequence[Job], ended: Ended, here: Here) -> None:
+        """Hand the jobs to the cluster and wait for them."""
+        ray = _imported("ray")
+        if not ray.is_initialized():
+            ray.init(address=self.address, log_to_driver=False, include_dashboard=False if self.address is None else None)
+        remote = ray.remote(num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=self.retries)(run_command)
+        env = {k: v for k, v in os.environ.items() if k.startswith("SAE_")} | {"OMP_NUM_THREADS": str(max(1, int(self.num_cpus)))}
+        pending = {remote.remote(job.command, str(job.log.resolve()), env, os.getcwd()): job for job in jobs}
+        try:
+            while pending:
+                for reference in ray.wait(list(pending), num_returns=1, timeout=1.0)[0]:
+                    job = pending.pop(reference)
+                    try:
+                        how = Exit(*ray.get(reference))
+                    except ray.exceptions.RayError as error:
+                        print(f"ray: {job.name}: {str(error).splitlines()[0]}", flush=True)
+                        how = Exit(1, 0.0)
+                    ended(job, how)
+        finally:
+            for reference in pending:
+                ray.cancel(reference)
+
+
+def _imported(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"launcher={name} needs a package that is not installed: pip install 'sae-experiments[{name}]'") from error

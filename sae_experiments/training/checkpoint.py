@@ -1,0 +1,48 @@
+"""Checkpoints: tensors and JSON in one checksummed safetensors file that is whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sae_experiments.files import write_bytes
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Write ``tensors`` and JSON-able ``info``. Tied weights share storage, which the format refuses: every tensor is written as a copy."""
+    text = json.dumps(info)
+    copies = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    write_bytes(path, save(copies, {"info": text, "sha256": _checksum(copies, text)}))
+
+
+def read_checkpoint(path: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors (on the CPU) and info; None where there is no file. A damaged one is removed and said: it costs time, never a wrong number."""
+    if path is None or not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open is not a mapping)
+            written = f.metadata()
+        if written["sha256"] != _checksum(tensors, written["info"]):
+            raise ValueError("its checksum differs")
+        return tensors, json.loads(written["info"])
+    except Exception as error:  # whatever is wrong with the file, this stage can start again
+        path.unlink()
+        print(f"checkpoint {path.name} is damaged ({error}): starting this stage again", flush=True)
+        return None
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    found = hashlib.sha256(text.encode())
+    for key in sorted(tensors):
+        found.update(key.encode())
+        found.update(tensors[key].reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
