@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 import sae_experiments
 from sae_experiments.config.compose import build, compose_checked
 from sae_experiments.errors import UserError
+from sae_experiments.files import conf_folder
 from sae_experiments.fitting import fit
 from sae_experiments.fitting.fit import FitReport, Sample
 from sae_experiments.fitting.spec import Arm
@@ -28,7 +28,6 @@ from sae_experiments.training.loop import TrainConfig, seed_of
 
 #: Rows that are looked at at once for values that are not finite.
 CHUNK = 1 << 14
-CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 def build_sae(name: str, d_in: int, *, seed: int = 0, **settings: Any) -> SAE:
@@ -151,7 +150,7 @@ def _tell_late() -> None:
 
 def _arm(name: str, settings: dict[str, Any]) -> tuple[Arm, TrainConfig]:
     overrides = [f"sae.{k.replace('__', '.')}={_text(v)}" for k, v in settings.items()]
-    cfg, _ = compose_checked(CONF, ["preset=laptop", f"sae={name}", *overrides])
+    cfg, _ = compose_checked(conf_folder(), ["preset=laptop", f"sae={name}", *overrides])
     study = build(cfg.study)
     arm = next(iter(study.arms.values()))
     return arm, arm.config(study.fit.train)

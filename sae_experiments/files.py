@@ -16,9 +16,16 @@ from typing import Any
 
 from sae_experiments.errors import UserError
 
+PACKAGE = Path(__file__).resolve().parent
 SEAL = "checksum"
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 MOST_BYTES = 1 << 28  # of a JSON file: results hold numbers and short texts
+
+
+def conf_folder() -> Path:
+    """The YAML files: inside an installed package, beside the package in a checkout."""
+    installed = PACKAGE / "conf"
+    return installed if installed.is_dir() else PACKAGE.parent / "conf"
 
 
 def write_bytes(path: Path, data: bytes) -> None:

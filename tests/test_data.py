@@ -386,7 +386,7 @@ def test_code_fills_up_a_stand_in_and_is_mixed_in(monkeypatch):
 
 
 def test_a_stand_in_is_the_same_in_every_process(tmp_path):
-    code = "from sae_experiments import standin; import hashlib; print(hashlib.sha256(standin.text('wiki', 700_000)).hexdigest())"
+    code = "from sae_experiments.corpora import standin; import hashlib; print(hashlib.sha256(standin.text('wiki', 700_000)).hexdigest())"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == sha(standin.text("wiki", 700_000))
@@ -622,7 +622,8 @@ def test_progress_is_a_bar_for_a_person_and_two_lines_for_a_log(tmp_path, server
 CHILD = """
 import sys, time; sys.path.insert(0, {root!r})
 from pathlib import Path
-from sae_experiments import data, fetch
+from sae_experiments.corpora import corpus as data
+from sae_experiments.corpora import download as fetch
 def slow(*a, _blocks=data._blocks):
     for block in _blocks(*a): yield block; time.sleep({nap})
 data._blocks, data.BLOCK = slow, 500

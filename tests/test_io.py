@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_experiments import io
+from sae_experiments import cache, errors, files
 from sae_experiments.cache import DONE, cached, discard, locked
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest, read_json, write_bytes, write_json
@@ -21,8 +21,8 @@ from sae_experiments.source import package_digest, source_digest
 
 
 def python(code: str, *args: object) -> subprocess.Popen[str]:
-    """Another process that has imported ``sae_experiments.io``."""
-    start = "import os, signal, sys, time\nfrom pathlib import Path\nfrom sae_experiments import io\n"
+    """Another process that has imported the modules under test."""
+    start = "import os, signal, sys, time\nfrom pathlib import Path\nfrom sae_experiments import cache, files\n"
     return subprocess.Popen([sys.executable, "-c", start + code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -66,7 +66,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path, monkey
 def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path, moment):
     path = tmp_path / "f"
     write_bytes(path, b"old")
-    killed = python(f"os.{moment} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nio.write_bytes(Path(sys.argv[1]), b'new')", path)
+    killed = python(f"os.{moment} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nfiles.write_bytes(Path(sys.argv[1]), b'new')", path)
     assert killed.wait(30) == -signal.SIGKILL
     assert path.read_bytes() == b"old"
     write_bytes(path, b"next")
@@ -194,8 +194,8 @@ def test_cached_goes_on_in_the_same_folder_after_an_exception(tmp_path):
 
 
 def test_cached_goes_on_in_the_same_folder_after_a_kill_and_nobody_waits_for_the_dead(tmp_path):
-    make = "def make(f):\n io.write_bytes(f / 'checkpoint', b'half')\n os.kill(os.getpid(), signal.SIGKILL)\n"
-    killed = python(make + "io.cached(Path(sys.argv[1]), 'kind', {'a': 1}, make)", tmp_path)
+    make = "def make(f):\n files.write_bytes(f / 'checkpoint', b'half')\n os.kill(os.getpid(), signal.SIGKILL)\n"
+    killed = python(make + "cache.cached(Path(sys.argv[1]), 'kind', {'a': 1}, make)", tmp_path)
     assert killed.wait(30) == -signal.SIGKILL
     found = []
     cached(tmp_path, "kind", {"a": 1}, lambda f: found.append((f / "checkpoint").read_bytes()))
@@ -240,8 +240,8 @@ def make(f):
     with open(root / "calls", "a") as out:
         out.write("made\\n")
     time.sleep(0.4)
-    io.write_bytes(f / "x", b"x")
-print((io.cached(root, "kind", {"a": 1}, make) / "x").read_bytes())
+    files.write_bytes(f / "x", b"x")
+print((cache.cached(root, "kind", {"a": 1}, make) / "x").read_bytes())
 """
     both = [python(code, tmp_path) for _ in range(2)]
     said = [p.communicate(timeout=30) for p in both]
@@ -265,14 +265,14 @@ def test_a_make_that_was_cut_short_is_returned_as_it_is_and_continued_next_time(
 
 def test_a_folder_that_several_write_to_is_cleared_of_what_killed_writers_left_and_of_nothing_else(tmp_path):
     folder = tmp_path / "shared"
-    killed = python("os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nio.write_bytes(Path(sys.argv[1]), b'half')", folder / "a.json")
+    killed = python("os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nfiles.write_bytes(Path(sys.argv[1]), b'half')", folder / "a.json")
     assert killed.wait(30) == -signal.SIGKILL and len(list(folder.glob(".a.json.*.tmp"))) == 1
     (folder / "inside").mkdir()
     others = [folder / ".notes.tmp", folder / "own.12.tmp", folder / "inside" / ".a.json.12.tmp"]
     for path in others:
         path.touch()
-    with io.clearing(folder):
-        io.write_bytes(folder / "b.json", b"whole")
+    with cache.clearing(folder):
+        files.write_bytes(folder / "b.json", b"whole")
         with pytest.raises(UserError), locked(folder / ".lock", wait_s=0):
             pass
     assert {p for p in folder.rglob("*") if p.is_file()} == {*others, folder / "b.json", folder / ".lock"}
@@ -282,7 +282,7 @@ def test_two_threads_that_write_one_file_do_not_share_a_temporary_one(tmp_path, 
     names: list[str] = []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (names.append(str(a)), time.sleep(0.1), replace(a, b)))
-    threads = [threading.Thread(target=io.write_bytes, args=(tmp_path / "f", bytes([i]) * 99)) for i in range(2)]
+    threads = [threading.Thread(target=files.write_bytes, args=(tmp_path / "f", bytes([i]) * 99)) for i in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -291,7 +291,7 @@ def test_two_threads_that_write_one_file_do_not_share_a_temporary_one(tmp_path, 
 
 
 def test_a_lock_that_is_held_is_one_line_and_is_free_when_its_holder_dies(tmp_path):
-    holder = python("with io.locked(Path(sys.argv[1])):\n print('held', flush=True)\n time.sleep(60)", tmp_path / "lock")
+    holder = python("with cache.locked(Path(sys.argv[1])):\n print('held', flush=True)\n time.sleep(60)", tmp_path / "lock")
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match="somebody has it"), locked(tmp_path / "lock", wait_s=0, held="somebody has it"):
         pass
@@ -306,7 +306,7 @@ def test_this_module_imports_neither_torch_nor_numpy():
     """The command line answers a mistake at once because what it needs for that is light."""
     probe = python("print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])")
     assert probe.communicate(timeout=30)[0] == "[]\n"
-    assert io.UserError.exit_status == 2
+    assert errors.UserError.exit_status == 2
 
 
 def test_a_folder_is_discarded_only_when_nobody_is_making_it(tmp_path):

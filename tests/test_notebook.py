@@ -185,8 +185,8 @@ def test_an_l0_that_leaves_no_latent_in_a_batch_is_one_line(name):
 
 @pytest.mark.parametrize(("first", "told"), [("import sae_experiments, torch", False), ("import torch, sae_experiments", True)])
 def test_threads_are_told_how_long_to_wait_or_it_is_said_that_it_is_too_late(first, told):
-    code = f"{first}; import os, warnings; torch.set_num_threads(2); from sae_experiments import notebook\n"
-    code += "warnings.simplefilter('error'); notebook._tell_late(); print(os.environ['GOMP_SPINCOUNT'])"
+    code = f"{first}; import os, warnings; torch.set_num_threads(2); from sae_experiments import api\n"
+    code += "warnings.simplefilter('error'); api._tell_late(); print(os.environ['GOMP_SPINCOUNT'])"
     env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
     if told:

@@ -377,7 +377,7 @@ def test_an_error_before_the_first_cell_leaves_no_folder(folder):
 
 def test_a_folder_in_use_by_another_process_is_one_line(folder):
     folder.mkdir(parents=True)
-    code = "import sys, time\nfrom pathlib import Path\nfrom sae_experiments.io import locked\n"
+    code = "import sys, time\nfrom pathlib import Path\nfrom sae_experiments.cache import locked\n"
     code += "with locked(Path(sys.argv[1])):\n print('held', flush=True)\n time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(folder / ".lock")], stdout=subprocess.PIPE, text=True)
     try:

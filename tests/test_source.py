@@ -24,7 +24,7 @@ from sae_experiments.corpora import standin
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest
 from sae_experiments.models import gpt2 as lm
-from sae_experiments.models import hooks as activations
+from sae_experiments.models import store as activations
 from sae_experiments.source import closure, outside_digest, source_digest, targets_digest
 from sae_experiments.studies.base import Cell, Context
 from sae_experiments.studies.ground_truth import study as ground_truth
@@ -51,35 +51,35 @@ _small = functools.cache(small)
 
 # ------------------------------------------------------------------------------ which keys move for which modules
 
-TRAIN = {"", "io", "training", "checkpoint", "finite", "memory"}
-LM = TRAIN | {"lm", "data", "fetch", "standin", "metrics.info"}
+TRAIN = {"", "files", "errors", "training.loop", "training.checkpoint", "training.finite", "memory"}
+LM = TRAIN | {"cache", "models.gpt2", "corpora.corpus", "corpora.download", "corpora.standin", "metric_info"}
 SAE = TRAIN | {"saes.base", "saes.ops", "saes.selection"}
-ARMS = SAE | {"fit", "activations", "studies.arms"}
-FIT = LM | ARMS | {"studies.stores", "studies.base", "studies.language"}
+ARMS = SAE | {"fitting.fit", "models.hooks", "fitting.spec"}
+FIT = LM | ARMS | {"studies.language.stores", "studies.base", "studies.language.study"}
 #: What each kind of cached thing depends on, at least: a change of one of these modules makes it anew.
 MOVES = {
-    "corpora": {"io", "data"},
-    "stand_in": {"io", "standin"},
+    "corpora": {"files", "cache", "errors", "corpora.corpus"},
+    "stand_in": {"files", "cache", "errors", "corpora.standin"},
     "lms": LM,
-    "stores": {"io", "activations", "studies.stores"},  # and with the language model, whose key is part of theirs
+    "stores": {"files", "cache", "errors", "models.store", "studies.language.stores"},  # and with the language model, whose key is part of theirs
     "fits of topk": FIT | {"saes.topk"},
-    "fits of gated": FIT | {"saes.gated", "saes.standard", "saes.sparsity"},
-    "fits of purified": FIT | {"saes.batch_topk", "saes.purified", "saes.perturb", "saes.watch", "studies.second_view"},
-    "palindromes": LM | {"studies.strings", "studies.palindrome"},  # in the keys of the next too
+    "fits of gated": FIT | {"saes.gated", "saes.standard", "saes.controller"},
+    "fits of purified": FIT | {"saes.batch_topk", "saes.purified.sae", "saes.purified.perturb", "saes.purified.early_stopping", "studies.language.second_view"},
+    "palindromes": LM | {"studies.palindrome.strings", "studies.palindrome.study"},  # in the keys of the next too
     "fits of palindromes": ARMS | {"saes.topk"},
-    "fits of planted": ARMS | {"saes.topk", "studies.planted", "studies.ground_truth"},
-    "toys": TRAIN | {"studies.toy", "studies.toy_step", "studies.trees", "studies.superposition"},
+    "fits of planted": ARMS | {"saes.topk", "studies.ground_truth.world", "studies.ground_truth.study"},
+    "toys": TRAIN | {"studies.superposition.toy", "studies.superposition.toy_step", "studies.superposition.trees", "studies.superposition.study"},
 }
 #: What nothing that is cached depends on: what measures, draws, tells or reads the command line.
-NEVER = {n for n in FILES if n.split(".")[0] in ("plots", "report", "circuits", "metrics") and n.count(".")} - {"metrics.info"}
-NEVER |= {"cli", "config", "sweeps", "search", "launchers", "help", "run", "results", "run_table", "compare", "figures", "track"}
-NEVER |= {"notebook", "interop", "studies.circuits", "studies.selectivity", "source"}
+NEVER = {n for n in FILES if n.startswith(("plots.", "report.", "metrics.", "studies.circuits."))}
+NEVER |= {"cli.main", "config.compose", "sweeps.jobs", "sweeps.search", "sweeps.launchers", "cli.help", "runner.run", "results.records", "results.table", "results.compare", "report.figures", "runner.track"}
+NEVER |= {"api", "saes.saelens", "studies.circuits.study", "studies.palindrome.selectivity", "source"}
 
 
 def others(kind: str) -> set[str]:
     """The SAEs and studies that are not a kind's own."""
     known = {n for names in MOVES.values() for n in names if n.startswith(("saes.", "studies."))}
-    shared = {"studies.arms", "studies.base", "studies.stores", "saes.standard", "saes.sparsity"} | SAE
+    shared = {"fitting.spec", "studies.base", "studies.language.stores", "saes.standard", "saes.controller"} | SAE
     return known - MOVES[kind] - shared
 
 
@@ -216,7 +216,7 @@ def test_everything_that_is_cached_has_its_line_in_the_table():
     for path in PACKAGE.rglob("*.py"):
         for part in path.read_text().split("cached(")[1:]:
             words = part.split('"')
-            if path.name != "io.py" and len(words) > 1 and words[1].isidentifier() and "\n" not in words[0]:
+            if path.name != "cache.py" and len(words) > 1 and words[1].isidentifier() and "\n" not in words[0]:
                 found.add(words[1])
     assert found == kinds, "a new kind of cached thing needs a key with its code, and its line in MOVES"
 

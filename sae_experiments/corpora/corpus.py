@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sae_experiments import io
+from sae_experiments import cache, errors, files
 from sae_experiments.cache import cached, clearing
 from sae_experiments.corpora import download as fetch
 from sae_experiments.corpora import standin
@@ -255,7 +255,7 @@ def _pointer(spec: CorpusSpec, cache: Path) -> Path:
 
 
 def _key(spec: CorpusSpec, sha256: str, cut: bool) -> dict[str, Any]:
-    code = source_digest(io, alone=[__name__])  # where the text came from does not matter
+    code = source_digest(files, errors, cache, alone=[__name__])  # where the text came from does not matter
     return {"code": code, "text": sha256, "cut": cut, "encoding": spec.encoding, "val_frac": spec.val_frac, "test_frac": spec.test_frac}
 
 

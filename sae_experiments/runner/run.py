@@ -21,7 +21,7 @@ from sae_experiments import quality_warnings as warned
 from sae_experiments.cache import locked
 from sae_experiments.console import Console
 from sae_experiments.errors import NonFinite, UserError
-from sae_experiments.files import NewFolder, digest, read_json, remove_stale, write_json
+from sae_experiments.files import PACKAGE, NewFolder, digest, read_json, remove_stale, write_json
 from sae_experiments.metric_info import describe
 from sae_experiments.results.records import (
     EDGES,
@@ -305,7 +305,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _source(study: Study) -> str:
     """Name the code that results come from: the package, and what the study uses of a user's own."""
-    package, outside = package_digest(Path(__file__).parent), outside_digest(study)
+    package, outside = package_digest(PACKAGE), outside_digest(study)
     return digest([package, outside]) if outside else package
 
 
@@ -328,7 +328,7 @@ def _now() -> str:
 
 def _git() -> dict[str, Any]:
     """Commit and whether the tree differs from it; empty outside a checkout."""
-    root = Path(__file__).parent.parent
+    root = PACKAGE.parent
     try:
         commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         dirty = subprocess.run(

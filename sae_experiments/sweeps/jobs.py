@@ -21,7 +21,7 @@ from sae_experiments.cache import locked
 from sae_experiments.config.compose import axes_of, build, compose_checked, configuring, options_of
 from sae_experiments.config.typed import folder_of, key_of, last_text, run_folder, value_of, written
 from sae_experiments.errors import UserError
-from sae_experiments.files import NewFolder, digest, sha256_file, write_json
+from sae_experiments.files import PACKAGE, NewFolder, digest, sha256_file, write_json
 from sae_experiments.results.records import read_records, try_json
 from sae_experiments.source import package_digest, targets_digest
 from sae_experiments.stopping import Stopped
@@ -135,7 +135,7 @@ class Jobs:
         yaml = {str(p.relative_to(self.conf)): sha256_file(p) for p in sorted(self.conf.rglob("*.yaml"))}
         texts = [p.read_text(encoding="utf-8") for p in sorted(self.conf.rglob("*.yaml"))]
         outside = targets_digest([*texts, *self.asked.overrides])
-        self.made_by = digest([package_digest(Path(__file__).parent), yaml, script.read_text(), outside])
+        self.made_by = digest([package_digest(PACKAGE), yaml, script.read_text(), outside])
         self.script = script
 
     def job(self, number: int, values: Sequence[str], name: str | None = None) -> Job:

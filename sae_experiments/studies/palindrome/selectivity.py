@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +13,14 @@ from sae_experiments.metric_info import MetricInfo
 from sae_experiments.saes.base import SAE
 from sae_experiments.studies.palindrome.strings import HALF, LENGTH, LETTERS, text_of
 
-if TYPE_CHECKING:
-    from sae_experiments.studies.palindrome.study import Analysis
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Analysis:
+    """What is kept of every latent: its ``strongest`` strings; attention and log-probabilities of ``samples`` test strings."""
+
+    strongest: int
+    samples: int
+    selective: float  # a latent is selective if one (position, letter) explains this share of its variance
 
 
 class Found(NamedTuple):

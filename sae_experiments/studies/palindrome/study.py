@@ -31,6 +31,7 @@ from sae_experiments.source import source_digest
 from sae_experiments.studies import conditions as facts
 from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of
 from sae_experiments.studies.palindrome import selectivity, strings
+from sae_experiments.studies.palindrome.selectivity import Analysis
 from sae_experiments.studies.palindrome.strings import FLOOR, LENGTH, MIRROR, SYMBOLS, Strings, rows_at
 from sae_experiments.training import loop as training
 from sae_experiments.training.loop import Session, TrainConfig, seed_of, train
@@ -38,13 +39,6 @@ from sae_experiments.training.loop import Session, TrainConfig, seed_of, train
 SITE = Site("mlp_out", 1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Analysis:
-    """What is kept of every latent: its ``strongest`` strings; attention and log-probabilities of ``samples`` test strings."""
-
-    strongest: int
-    samples: int
-    selective: float  # a latent is selective if one (position, letter) explains this share of its variance
 
 
 class PalindromeLearner(LMLearner):
