@@ -1,4 +1,4 @@
-"""What a metric is called, how it is computed and which way is better: data only, next to each metric's code."""
+"""Description of a metric: name, formula, unit and direction, declared beside its code."""
 
 from __future__ import annotations
 
@@ -13,32 +13,52 @@ Better = Literal["up", "down", "none", "target"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricInfo:
-    """One metric of ``final_info.json``; ``target`` means that neither end is good, ``none`` that it only describes.
-
-    ``shown`` metrics stand in the printed and Markdown tables; the CSV table holds all. ``depends`` names what must be the same in two
-    runs whose values are subtracted, beside the text's name and the preset: all that the value depends on but what it measures.
-    """
+    """Description of one metric of `final_info.json`."""
 
     name: str
+    """Key in `final_info.json`."""
     title: str
+    """Heading of its column or axis."""
     formula: str
-    unit: str
+    """Definition in one line."""
+    unit: str = ""
+    """Unit; empty for a pure number."""
     better: Better
+    """Direction of improvement; `target`: neither end is good, `none`: descriptive only."""
     shown: bool = True
+    """Part of the printed and Markdown tables; the CSV table holds every metric."""
     depends: tuple[str, ...] = ON_ACTIVATIONS
+    """Conditions that two runs must share for their values to be comparable.
+
+    These are all of the conditions that the value depends on besides what the metric measures;
+    the name of the text and the preset are always compared.
+    """
 
     def __post_init__(self) -> None:
         if self.better not in get_args(Better):
-            raise ValueError(f"better={self.better!r} of metric {self.name} is not one of {', '.join(get_args(Better))}")
+            raise ValueError(
+                f"better={self.better!r} of metric {self.name} is not one of "
+                f"{', '.join(get_args(Better))}"
+            )
         unknown = set(self.depends) - set(CONDITIONS)
         if unknown or not self.depends:
-            raise ValueError(f"depends={self.depends} of metric {self.name} must name some of {', '.join(CONDITIONS)}")
+            raise ValueError(
+                f"depends={self.depends} of metric {self.name} must name some of "
+                f"{', '.join(CONDITIONS)}"
+            )
 
 
 def describe(infos: Iterable[MetricInfo]) -> dict[str, dict[str, Any]]:
-    """What the manifest stores under ``metrics``; ``order`` keeps the given order, which sorted JSON keys would lose."""
-    found: dict[str, dict[str, Any]] = {}
-    for i, info in enumerate(infos):
-        fields = asdict(info)
-        found[fields.pop("name")] = fields | {"order": i}
-    return found
+    """Build the `metrics` entry of the manifest.
+
+    Args:
+        infos: Descriptions in the order in which tables show them.
+
+    Returns:
+        The fields of each metric by name. `order` keeps the given order, which sorted JSON keys
+        would lose.
+    """
+    described: dict[str, dict[str, Any]] = {}
+    for order, info in enumerate(infos):
+        described[info.name] = asdict(info) | {"order": order}
+    return described

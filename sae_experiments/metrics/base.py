@@ -1,17 +1,17 @@
-"""What a metric may look at (:class:`Bench`) and what it gives back (:class:`Measured`)."""
+"""Evaluation context of the metrics (`Bench`) and the form of their results (`Measured`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sae_experiments.metric_info import MetricInfo
-from sae_experiments.models.hooks import Site, Sites
+from sae_experiments.models.hooks import Site, Sites, as_sites
 from sae_experiments.models.store import Store
 from sae_experiments.quality_warnings import Warned
 from sae_experiments.saes.base import SAE
@@ -20,86 +20,140 @@ __all__ = ["Bench", "Measured", "Metric", "MetricInfo", "Rows", "Spliced"]
 
 
 class Rows(NamedTuple):
-    """Held-out rows in order: input (B, D), target (B, O), dense inference codes (B, F), reconstruction (B, O), all float32."""
+    """Consecutive held-out rows with their codes and reconstructions, all float32."""
 
     x: Tensor
+    """Inputs of the SAE, (B, D)."""
     y: Tensor
+    """Targets of the SAE, (B, O)."""
     acts: Tensor
+    """Dense codes in inference mode, (B, F)."""
     recon: Tensor
+    """Reconstructions, (B, O)."""
 
 
 class Measured(NamedTuple):
-    """Numbers for ``final_info.json`` (None where there is none, with the reason in ``why_null``) and arrays for plots."""
+    """Result of one metric on one SAE."""
 
     scalars: dict[str, float | None]
+    """Values for `final_info.json` by metric name; None if undefined (see `why_null`)."""
     arrays: dict[str, np.ndarray] = {}
+    """Arrays for plots by name."""
     why_null: dict[str, str] = {}
-    noise: dict[str, float] = {}  # standard error over resampled text: 2 sqrt(2) of it is the least difference worth believing
-    features: list[dict[str, Any]] | None = None  # one JSON-able dict a latent, for the feature browser
-    warnings: tuple[Warned, ...] = ()  # what is worse than it looks
+    """The reason for each scalar that is None."""
+    noise: dict[str, float] = {}
+    """Standard errors over resampled text; see `noise.smallest_difference`."""
+    features: list[dict[str, Any]] | None = None
+    """One JSON-serialisable dict per latent, for the feature browser."""
+    warnings: tuple[Warned, ...] = ()
+    """Results that are worse than they look."""
 
 
 Metric = Callable[["Bench"], Measured]
 
 
 class Spliced(NamedTuple):
-    """The language model around the SAE: where its reconstruction goes and the held-out text."""
+    """The language model into which reconstructions are spliced, and its held-out text."""
 
     model: nn.Module
+    """The language model."""
     site: Site | Sites
-    tokens: Callable[[np.ndarray], tuple[Tensor, Tensor]]  # window starts -> ids and next ids, (n, T) each
+    """Where the reconstruction replaces the activation."""
+    tokens: Callable[[np.ndarray], tuple[Tensor, Tensor]]
+    """Maps window starts (n,) to token ids and next token ids, (n, T) each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A trained SAE and held-out data. Metrics only look; they share nothing but what is here.
+    """A trained SAE with the held-out data on which metrics evaluate it.
 
-    ``held_out`` is a store of the validation split, or ``x`` a plain (N, D) tensor where there is no language model. The first rows, however
-    many, have to be a sample of all of them (the order in which :class:`..studies.stores.Stores` keeps its windows), for metrics take them as one.
+    Metrics read this and change nothing, except for values that they cache in `extras`.
+
+    Metrics evaluate the first n held-out rows as a sample of all of them, so these rows must be
+    a sample for any n (`studies.stores.Stores` orders its windows accordingly).
     """
 
     sae: SAE
+    """The SAE under evaluation."""
     device: torch.device
+    """Device on which rows are encoded."""
     read: Site | Sites | None = None
+    """Where the SAE reads its input; None without a language model."""
     write: Site | Sites | None = None
+    """The activation that the SAE reconstructs; None without a language model."""
     held_out: Store | None = None
+    """Activations of the validation split; None without a language model (then `x` is given)."""
     x: Tensor | None = None
+    """Inputs (N, D) if there is no store."""
     y: Tensor | None = None
+    """Targets (N, O) if there is no store; None if the SAE reconstructs its input."""
     lm: Spliced | None = None
-    symbols: Sequence[str] = ()  # the character of every id, where there is text
-    pieces: Sequence[str] = ()  # the text of every id, where ids are more than characters
-    replicas: tuple[SAE, ...] = ()  # the same SAE fitted to the same activations from other seeds
+    """The language model, if any."""
+    symbols: Sequence[str] = ()
+    """The character of every token id, if tokens are characters."""
+    pieces: Sequence[str] = ()
+    """The text of every token id, if tokens are longer than characters."""
+    replicas: tuple[SAE, ...] = ()
+    """The same SAE fitted to the same activations with other seeds."""
     extras: dict[str, Any] = field(default_factory=dict)
+    """What only some studies provide (`"truth"`, `"latents"`), and values shared by metrics."""
 
     @property
     def n_rows(self) -> int:
-        """How many held-out rows there are."""
-        return self.held_out.n_rows if self.held_out is not None else len(self.x)
+        """Number of held-out rows."""
+        return len(cast("Tensor", self.x)) if self.held_out is None else self.held_out.n_rows
+
+    @property
+    def read_sites(self) -> Sites:
+        """Sites that the SAE reads, concatenated; empty without a language model."""
+        return () if self.read is None else as_sites(self.read)
+
+    @property
+    def write_sites(self) -> Sites:
+        """Sites that the SAE reconstructs, concatenated; empty without a language model."""
+        return () if self.write is None else as_sites(self.write)
+
+    @property
+    def reconstructs_input(self) -> bool:
+        """True if the targets are the inputs, false for a transcoder."""
+        return self.y is None if self.held_out is None else self.write == self.read
+
+    def inputs(self, rows: slice) -> Tensor:
+        """Inputs of some held-out rows, (n, D), on the device that stores them."""
+        if self.held_out is None:
+            return cast("Tensor", self.x)[rows]
+        return self.held_out.rows(self.read_sites, rows)
+
+    def targets(self, rows: slice) -> Tensor:
+        """Targets of some held-out rows, (n, O), on the device that stores them."""
+        if self.reconstructs_input:
+            return self.inputs(rows)
+        if self.held_out is None:
+            return cast("Tensor", self.y)[rows]
+        return self.held_out.rows(self.write_sites, rows)
 
     def spell(self, i: int) -> str:
-        """The text of an id; ``<id>`` where it has none of its own (a part of a character)."""
+        """Text of token id `i`, or `<i>` if it has none (a token that is part of a character)."""
         names = self.symbols or self.pieces
         piece = names[i] if i < len(names) else ""
         return piece if piece.strip("\N{REPLACEMENT CHARACTER}") else f"<{i}>"
 
     @torch.no_grad()
     def chunks(self, limit: int | None = None, size: int = 4096) -> Iterator[Rows]:
-        """The first ``limit`` held-out rows (None: all), at most ``size`` at a time, with codes in inference mode."""
+        """Encode and reconstruct held-out rows in order.
+
+        Args:
+            limit: Number of rows, from the first on; None for all.
+            size: Rows per chunk at most.
+
+        Yields:
+            One chunk after the other, with codes in inference mode.
+        """
         self.sae.eval()
         n = min(limit or self.n_rows, self.n_rows)
         for begin in range(0, n, size):
-            x, y = self._rows(slice(begin, min(begin + size, n)))
+            part = slice(begin, min(begin + size, n))
+            x = self.inputs(part).to(self.device)
+            y = x if self.reconstructs_input else self.targets(part).to(self.device)
             acts = self.sae.encode(x)
             yield Rows(x, y, acts.float(), self.sae.reconstruct(x, acts).float())
-
-    @torch.no_grad()
-    def targets(self, n: int) -> Tensor:
-        """What the SAE rebuilds in the first n held-out rows, (n, O)."""
-        return self._rows(slice(0, n))[1]
-
-    def _rows(self, part: slice) -> tuple[Tensor, Tensor]:
-        if self.held_out is None:
-            x = self.x[part].to(self.device)
-            return x, x if self.y is None else self.y[part].to(self.device)
-        x = self.held_out.rows(self.read, part).to(self.device)
-        return x, x if self.write == self.read else self.held_out.rows(self.write, part).to(self.device)

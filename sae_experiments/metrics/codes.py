@@ -1,7 +1,9 @@
-"""What several metrics start from: the held-out codes as one sparse matrix, the text they belong to, a random dictionary to compare with."""
+"""Inputs shared by several metrics: sparse codes, the text of the rows, a random dictionary."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,72 +18,115 @@ NOT_FINITE = "the codes or activations are not finite"
 
 
 class Text(NamedTuple):
-    """The held-out text, row by row as the activations: character and the one after it (N,), as code points, and whole windows of ``length``."""
+    """Held-out text aligned with the activations: whole windows, one character per row."""
 
     chars: np.ndarray
+    """Code point of the character of every row, (N,)."""
     following: np.ndarray
+    """Code point of the character after it, (N,)."""
     length: int
-    breaks: np.ndarray  # rows at which the text does not go on from the row before (0 among them)
+    """Rows per window."""
+    breaks: np.ndarray
+    """Rows at which the text does not continue from the row before; row 0 is one of them."""
 
     @property
     def offset(self) -> np.ndarray:
-        """Position of every row in its window: how much the model has read before it."""
+        """Position of every row in its window, (N,): the characters that the model saw before."""
         return np.arange(len(self.chars)) % self.length
 
     def blocks(self, windows: int) -> np.ndarray:
-        """Number of the document of every row: ``windows`` neighbouring windows are one document."""
+        """Document number of every row, (N,), with `windows` neighbouring windows per document."""
         return np.arange(len(self.chars)) // (self.length * windows)
 
 
 def read_text(bench: Bench, rows: int | None) -> Text | None:
-    """The text of the first ``rows`` held-out rows, cut to whole windows; None where there is none."""
+    """Text of the held-out rows.
+
+    Args:
+        bench: Evaluation context.
+        rows: Number of rows, from the first on, rounded down to whole windows (at least one);
+            None for all.
+
+    Returns:
+        The text, or None if there is no language model over characters.
+    """
     if bench.lm is None or bench.held_out is None or not bench.symbols:
         return None
     store = bench.held_out
-    starts = store.starts[: max(1, min(rows or store.n_rows, store.n_rows) // store.length)]
-    ids, following = (t.cpu().numpy().reshape(-1) for t in bench.lm.tokens(starts))
-    points = np.array([ord(s) for s in bench.symbols], dtype=np.uint32)
-    breaks = np.flatnonzero(np.diff(starts, prepend=starts[0] - 1) != store.length) * store.length
-    return Text(points[ids], points[following], store.length, breaks)
+    windows = max(1, min(rows or store.n_rows, store.n_rows) // store.length)
+    starts = store.starts[:windows]
+    ids, next_ids = bench.lm.tokens(starts)
+    code_points = np.array([ord(symbol) for symbol in bench.symbols], dtype=np.uint32)
+    gaps = np.diff(starts, prepend=starts[0] - 1)
+    return Text(
+        chars=code_points[ids.cpu().numpy().reshape(-1)],
+        following=code_points[next_ids.cpu().numpy().reshape(-1)],
+        length=store.length,
+        breaks=np.flatnonzero(gaps != store.length) * store.length,
+    )
 
 
-def sparse_codes(bench: Bench, rows: int | None, sae: SAE | None = None) -> sparse.csr_matrix | None:
-    """Codes of the first ``rows`` held-out rows as (N, F) float32 in CSR form, made once a bench; None where one is not finite.
+def sparse_codes(
+    bench: Bench, rows: int | None, sae: SAE | None = None
+) -> sparse.csr_matrix | None:
+    """Codes of held-out rows as a sparse matrix, computed once per bench and number of rows.
 
-    ``sae``: another SAE on the same rows, not kept.
+    Args:
+        bench: Evaluation context.
+        rows: Number of rows, from the first on; None for all.
+        sae: Another SAE to encode the same rows with (not cached); None for the bench's own.
+
+    Returns:
+        Codes (N, F) in float32, or None if one of them is not finite.
     """
     n = min(rows or bench.n_rows, bench.n_rows)
+    if sae is not None:
+        return _encode_sparse(replace(bench, sae=sae), n)
     key = f"codes of {n} rows"
-    if sae is None and key in bench.extras:
-        return bench.extras[key]
-    of = bench if sae is None else Bench(sae=sae, device=bench.device, read=bench.read, write=bench.write, held_out=bench.held_out, x=bench.x)
-    counts, cols, values, finite = [np.zeros(1, np.int64)], [], [], True
-    for r in of.chunks(n):
-        active = r.acts.nonzero()
-        value = r.acts[active[:, 0], active[:, 1]]
-        finite = finite and bool(torch.isfinite(value).all())
-        counts.append(torch.bincount(active[:, 0], minlength=len(r.acts)).cpu().numpy())
-        cols.append(active[:, 1].int().cpu().numpy())
-        values.append(value.float().cpu().numpy())
-    shape = (n, of.sae.d_sae)
-    found = sparse.csr_matrix((np.concatenate(values), np.concatenate(cols), np.concatenate(counts).cumsum()), shape=shape) if finite else None
-    if sae is None:
-        bench.extras[key] = found
-    return found
+    if key not in bench.extras:
+        bench.extras[key] = _encode_sparse(bench, n)
+    return bench.extras[key]
+
+
+def _encode_sparse(bench: Bench, n: int) -> sparse.csr_matrix | None:
+    counts = [np.zeros(1, np.int64)]
+    columns = []
+    values = []
+    for chunk in bench.chunks(n):
+        row, column = chunk.acts.nonzero().unbind(1)
+        active = chunk.acts[row, column]
+        if not torch.isfinite(active).all():
+            return None
+        counts.append(torch.bincount(row, minlength=len(chunk.acts)).cpu().numpy())
+        columns.append(column.int().cpu().numpy())
+        values.append(active.float().cpu().numpy())
+    row_starts = np.concatenate(counts).cumsum()
+    entries = np.concatenate(values), np.concatenate(columns), row_starts
+    return sparse.csr_matrix(entries, shape=(n, bench.sae.d_sae))
 
 
 def raw_rows(bench: Bench, rows: int | None) -> np.ndarray:
-    """What the encoder reads, (N, D) float32."""
-    part = slice(0, min(rows or bench.n_rows, bench.n_rows))
-    return (bench.x[part] if bench.held_out is None else bench.held_out.rows(bench.read, part)).cpu().numpy()
+    """Inputs of the encoder for the first `rows` held-out rows (None: all), (N, D) float32."""
+    return bench.inputs(slice(0, min(rows or bench.n_rows, bench.n_rows))).cpu().numpy()
 
 
 @torch.no_grad()
 def random_sae(bench: Bench, l0: float, *, rows: int, seed: int) -> SAE:
-    """An untrained SAE of the same size: random unit rows, tied, one threshold that leaves ``l0`` latents active on the first ``rows`` rows."""
+    """Build an untrained SAE of the same size as a reference.
+
+    Its decoder rows are random unit vectors, its encoder is tied to them, and one threshold is
+    calibrated for all latents.
+
+    Args:
+        bench: Evaluation context with the SAE to match in size.
+        l0: Mean number of active latents per row (capped at the number of latents).
+        rows: Held-out rows on which the threshold is calibrated.
+        seed: Seed of the random directions; the global generator is left as it was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sae = SAE(d_in=bench.sae.d_in, d_sae=bench.sae.d_sae, d_out=bench.sae.d_out).to(bench.device)
+        sae = SAE(d_in=bench.sae.d_in, d_sae=bench.sae.d_sae, d_out=bench.sae.d_out)
+        sae = sae.to(bench.device)
     x = torch.from_numpy(raw_rows(bench, rows)).to(bench.device)
     if sae.pre_bias:
         sae.b_dec.copy_(x.mean(0))
@@ -89,6 +134,7 @@ def random_sae(bench: Bench, l0: float, *, rows: int, seed: int) -> SAE:
     return sae.eval()
 
 
-def nulls(infos: list[MetricInfo], why: str) -> Measured:
-    """Every metric of ``infos`` as None for one reason."""
-    return Measured(dict.fromkeys((i.name for i in infos), None), why_null=dict.fromkeys((i.name for i in infos), why))
+def nulls(infos: Iterable[MetricInfo], why: str) -> Measured:
+    """Result in which every metric of `infos` is None for the same reason."""
+    names = [info.name for info in infos]
+    return Measured(dict.fromkeys(names), why_null=dict.fromkeys(names, why))

@@ -1,8 +1,9 @@
-"""What the language model loses when the SAE's reconstruction takes the place of the activation."""
+"""Loss of the language model when the SAE's reconstruction replaces the activation."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sae_experiments.conditions import OF_MODEL_ON_ROWS
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import Bench, Measured, MetricInfo, Spliced
+from sae_experiments.metrics.codes import nulls
 from sae_experiments.metrics.noise import noise_of
-from sae_experiments.models.hooks import Site, as_sites, capture, patched
+from sae_experiments.models.hooks import Site, capture, patched
 
 INFO = [
     MetricInfo(
@@ -34,90 +36,172 @@ INFO = [
         better="down",
         shown=False,
     ),
-    MetricInfo(name="ce_delta_bits", title="delta CE", formula="(ce_spliced - ce_clean) / ln 2", unit="bit/char", better="down"),
     MetricInfo(
-        name="loss_recovered", title="loss recovered", formula="(CE_mean - CE_spliced) / (CE_mean - CE_clean), mean ablation", unit="", better="up"
+        name="ce_delta_bits",
+        title="delta CE",
+        formula="(ce_spliced - ce_clean) / ln 2",
+        unit="bit/char",
+        better="down",
     ),
-    MetricInfo(name="loss_recovered_zero", title="loss recovered (zero)", formula="the same with zero ablation", unit="", better="up", shown=False),
-    MetricInfo(name="kl", title="KL", formula="mean KL(p_clean || p_spliced)", unit="nat", better="down", shown=False),
+    MetricInfo(
+        name="loss_recovered",
+        title="loss recovered",
+        formula="(CE_mean - CE_spliced) / (CE_mean - CE_clean), mean ablation",
+        better="up",
+    ),
+    MetricInfo(
+        name="loss_recovered_zero",
+        title="loss recovered (zero)",
+        formula="the same with zero ablation",
+        better="up",
+        shown=False,
+    ),
+    MetricInfo(
+        name="kl",
+        title="KL",
+        formula="mean KL(p_clean || p_spliced)",
+        unit="nat",
+        better="down",
+        shown=False,
+    ),
 ]
 
+#: Held-out rows over which mean ablation takes its mean.
+MEAN_ROWS = 1 << 16
 
-MEAN_ROWS = 1 << 16  # held-out rows that mean ablation takes its mean over
+#: Metrics as functions of the mean loss in nats of the clean, spliced, mean-ablated and
+#: zero-ablated model, and of the mean KL divergence.
+FORMULAS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "ce_clean": lambda s: s["clean"],
+    "ce_spliced": lambda s: s["spliced"],
+    "ce_delta_bits": lambda s: (s["spliced"] - s["clean"]) / math.log(2),
+    "kl": lambda s: s["kl"],
+    "loss_recovered": lambda s: (s["mean"] - s["spliced"]) / (s["mean"] - s["clean"]),
+    "loss_recovered_zero": lambda s: (s["zero"] - s["spliced"]) / (s["zero"] - s["clean"]),
+}
 
 
 def rows_read(settings: dict[str, Any], length: int) -> int:
-    """Held-out rows that decide the values: the first windows, and those of the mean."""
+    """Number of held-out rows that the values depend on: the windows, and the rows of the mean.
+
+    Args:
+        settings: Options of `measure`.
+        length: Rows per window.
+    """
     return max(settings["windows"] * length, MEAN_ROWS)
 
 
 @torch.no_grad()
 def measure(bench: Bench, *, windows: int, batch: int) -> Measured:
-    """Cross-entropy clean, spliced, with the activation's mean and with zero in its place, and the KL divergence of spliced from clean.
+    """Cross-entropy with the reconstruction spliced in, and the KL divergence from the clean model.
 
-    Over the first ``windows`` held-out windows; the reconstruction is spliced in at every position (of every site, for an SAE over several),
-    the first position of a window is left out of the averages (it has no context). Loss recovered is null where the ablation costs less
+    The reconstruction replaces the activation at every position, and at every site for an SAE over
+    several; mean and zero ablation are the references. The first position of each window is left
+    out of the averages, as it has no context. Loss recovered is null if the ablation costs less
     than 0.01 bit.
+
+    Args:
+        bench: Evaluation context.
+        windows: Number of held-out windows, from the first on.
+        batch: Windows per forward pass.
     """
-    lm, store = bench.lm, bench.held_out
+    lm = bench.lm
+    store = bench.held_out
     if lm is None or store is None:
-        return Measured(dict.fromkeys(i.name for i in INFO), why_null=dict.fromkeys((i.name for i in INFO), "there is no language model"))
-    model, reads, writes = lm.model, as_sites(bench.read), as_sites(bench.write)
-    mean = {s: store.rows(s, slice(0, min(store.n_rows, MEAN_ROWS))).mean(0).to(bench.device) for s in writes}
-    sums: dict[str, list[Tensor]] = {name: [] for name in ("clean", "mean", "zero", "spliced", "kl")}  # a sum a window
+        return nulls(INFO, "there is no language model")
+    length = store.length
     starts = store.starts[:windows]
-    for begin in range(0, len(starts), batch):
-        x, y = (t.to(bench.device) for t in lm.tokens(starts[begin : begin + batch]))
-        targets = y[:, 1:].reshape(-1)
-        with capture(model, reads) as seen:
-            clean = _log_probs(model, x)
-        recon = bench.sae(torch.cat([seen[s].flatten(0, 1) for s in reads], 1)).view(*x.shape, -1)
-        rebuilt = dict(zip(writes, recon.split([len(mean[s]) for s in writes], -1), strict=True))
-        spliced = _changed(model, x, rebuilt)
-        for name, log_p in (
-            ("clean", clean),
-            ("mean", _changed(model, x, {s: m.expand(*x.shape, -1) for s, m in mean.items()})),
-            ("zero", _changed(model, x, {s: torch.zeros_like(r) for s, r in rebuilt.items()})),
-            ("spliced", spliced),
-        ):
-            sums[name].append(F.nll_loss(log_p, targets, reduction="none").view(len(x), -1).double().sum(1).cpu())
-        divergence = F.kl_div(spliced, clean, log_target=True, reduction="none").sum(1)
-        sums["kl"].append(divergence.view(len(x), -1).double().sum(1).cpu())
-    windows_of = {name: torch.cat(parts).numpy() / (store.length - 1) for name, parts in sums.items()}
-    found = _summary({name: float(means.mean()) for name, means in windows_of.items()})
-    return found._replace(noise=_noise(windows_of, found))
-
-
-def _noise(means: dict[str, np.ndarray], found: Measured) -> dict[str, float]:
-    """Standard errors over resampled windows, from the mean of each: differences are taken within a window, so most of its noise cancels."""
-    formulas = {
-        "ce_clean": lambda s: s["clean"],
-        "ce_spliced": lambda s: s["spliced"],
-        "ce_delta_bits": lambda s: (s["spliced"] - s["clean"]) / math.log(2),
-        "kl": lambda s: s["kl"],
-        "loss_recovered": lambda s: (s["mean"] - s["spliced"]) / (s["mean"] - s["clean"]),
-        "loss_recovered_zero": lambda s: (s["zero"] - s["spliced"]) / (s["zero"] - s["clean"]),
+    part = slice(0, min(store.n_rows, MEAN_ROWS))
+    means = {s: store.rows(s, part).mean(0).to(bench.device) for s in bench.write_sites}
+    batches = [
+        _window_sums(bench, lm, means, starts[begin : begin + batch])
+        for begin in range(0, len(starts), batch)
+    ]
+    window_means = {
+        name: torch.cat([sums[name] for sums in batches]).numpy() / (length - 1)
+        for name in batches[0]
     }
-    known = {n: f for n, f in formulas.items() if found.scalars[n] is not None and math.isfinite(found.scalars[n])}
-    n = len(means["clean"])
+    result = _summary({name: float(values.mean()) for name, values in window_means.items()})
+    return result._replace(noise=_noise(window_means, result.scalars))
+
+
+def _window_sums(
+    bench: Bench, lm: Spliced, means: dict[Site, Tensor], starts: np.ndarray
+) -> dict[str, Tensor]:
+    """Sum over positions of each loss and of the KL divergence, (windows,) float64.
+
+    Args:
+        bench: Evaluation context.
+        lm: Its language model.
+        means: Mean activation (D,) at each site that the SAE reconstructs.
+        starts: Starts of the windows.
+    """
+    model = lm.model
+    reads = bench.read_sites
+    x, y = (ids.to(bench.device) for ids in lm.tokens(starts))
+    with capture(model, reads) as seen:
+        clean = _log_probs(model, x)
+    inputs = torch.cat([seen[site].flatten(0, 1) for site in reads], 1)
+    recon = bench.sae(inputs).view(*x.shape, -1)
+    widths = [len(mean) for mean in means.values()]
+    by_site = dict(zip(means, recon.split(widths, -1), strict=True))
+    averages = {site: mean.expand(*x.shape, -1) for site, mean in means.items()}
+    zeros = {site: torch.zeros_like(part) for site, part in by_site.items()}
+    spliced = _replaced_log_probs(model, x, by_site)
+    log_probs = {
+        "clean": clean,
+        "mean": _replaced_log_probs(model, x, averages),
+        "zero": _replaced_log_probs(model, x, zeros),
+        "spliced": spliced,
+    }
+    targets = y[:, 1:].reshape(-1)
+    losses = {
+        name: F.nll_loss(log_p, targets, reduction="none") for name, log_p in log_probs.items()
+    }
+    losses["kl"] = F.kl_div(spliced, clean, log_target=True, reduction="none").sum(1)
+    return {name: loss.view(len(x), -1).double().sum(1).cpu() for name, loss in losses.items()}
+
+
+def _noise(
+    window_means: dict[str, np.ndarray], scalars: dict[str, float | None]
+) -> dict[str, float]:
+    """Standard errors over resampled windows.
+
+    Differences are taken within a window, so most of the noise of the two losses cancels.
+    """
+    n = len(window_means["clean"])
     if n < 2:
         return {}
-    return {name: noise_of(means, lambda s, f=f: f({k: v / n for k, v in s.items()}), draws=200, seed=0) for name, f in known.items()}
+    noise = {}
+    for name, formula in FORMULAS.items():
+        value = scalars[name]
+        if value is None or not math.isfinite(value):
+            continue
+        noise[name] = noise_of(
+            window_means,
+            lambda totals, formula=formula: formula({k: v / n for k, v in totals.items()}),
+        )
+    return noise
 
 
-def _summary(ce: dict[str, float]) -> Measured:
-    why, recovered = {}, {}
-    for key, ablation in (("loss_recovered", "mean"), ("loss_recovered_zero", "zero")):
-        span = ce[ablation] - ce["clean"]
-        recovered[key] = (ce[ablation] - ce["spliced"]) / span if span >= 0.01 * math.log(2) else None
-        if recovered[key] is None:
-            why[key] = f"{ablation} ablation costs only {span:.4g} nats"
-    values = {"ce_clean": ce["clean"], "ce_spliced": ce["spliced"], "ce_delta_bits": (ce["spliced"] - ce["clean"]) / math.log(2), "kl": ce["kl"]}
-    return Measured(values | recovered, why_null=why)
+def _summary(losses: dict[str, float]) -> Measured:
+    """Metrics from mean losses in nats; loss recovered is null where the ablation costs nothing."""
+    values: dict[str, float | None] = {}
+    why_null = {}
+    ablation_of = {"loss_recovered": "mean", "loss_recovered_zero": "zero"}
+    for name, formula in FORMULAS.items():
+        ablation = ablation_of.get(name)
+        span = math.inf if ablation is None else losses[ablation] - losses["clean"]
+        if span >= 0.01 * math.log(2):
+            values[name] = formula(losses)
+        else:
+            values[name] = None
+            why_null[name] = f"{ablation} ablation costs only {span:.4g} nats"
+    return Measured(values, why_null=why_null)
 
 
-def _changed(model: nn.Module, x: Tensor, by_site: dict[Site, Tensor]) -> Tensor:
-    """Log-probabilities with the activations at some sites replaced, (n, V)."""
+def _replaced_log_probs(model: nn.Module, x: Tensor, by_site: dict[Site, Tensor]) -> Tensor:
+    """Log-probabilities (n, V) with the activations at some sites replaced."""
     with ExitStack() as stack:
         for site, value in by_site.items():
             stack.enter_context(patched(model, site, lambda _old, value=value: value))
@@ -125,6 +209,6 @@ def _changed(model: nn.Module, x: Tensor, by_site: dict[Site, Tensor]) -> Tensor
 
 
 def _log_probs(model: nn.Module, x: Tensor) -> Tensor:
-    """Log-probabilities of the next character at all positions but the first, (n, V) in float32."""
+    """Log-probabilities (n, V), float32, of the next character at all positions but the first."""
     logits = model(input_ids=x, use_cache=False).logits[:, 1:]
     return logits.reshape(-1, logits.shape[-1]).float().log_softmax(-1)

@@ -1,9 +1,9 @@
-"""Can a concept be read off a few latents? k-sparse probes (Gurnee et al. 2023) on the concept bank, with ceilings and floors."""
+"""k-sparse probes on the concept bank (Gurnee et al. 2023), with ceilings and floors."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,42 +11,55 @@ import numpy as np
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
+from sae_experiments.metric_info import Better
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
-from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, nulls, random_sae, raw_rows, read_text, sparse_codes
+from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, random_sae, raw_rows, read_text, sparse_codes
 from sae_experiments.metrics.noise import auc, resampled_auc
 from sae_experiments.metrics.text.concepts import LEVELS, Concept, bank, label_all
 
 KS = ("1", "2", "5", "16", "all")
 FAMILIES = (*LEVELS, "predictive")
-SOURCES = {
+#: Features that probes read: source -> (words, better).
+SOURCES: dict[str, tuple[str, Better]] = {
     "sae": ("latents", "up"),
     "random": ("latents of a random SAE of the same size and L0", "none"),
     "pca": ("principal components", "none"),
     "raw": ("dimensions of the activation", "none"),
 }
+#: Rows on which the threshold of the random SAE is set.
+CALIBRATION_ROWS = 1 << 14
 
 
-def _name(source: str, family: str, k: str) -> str:
-    return f"probe_auc_{family}_k{k}" if source == "sae" else f"probe_{source}_{family}_k{k}"
+def _metric_name(source: str, family: str, k: int | str) -> str:
+    if source == "sae":
+        return f"probe_auc_{family}_k{k}"
+    return f"probe_{source}_{family}_k{k}"
 
 
-INFO = [
-    MetricInfo(
-        name=_name(source, family, k),
-        title=f"probe {family} k={k}" + ("" if source == "sae" else f" ({source})"),
-        formula=f"mean over {family} concepts of the held-out AUC of a logistic probe on {'all' if k == 'all' else k} {words}",
+def _info(source: str, family: str, k: str) -> MetricInfo:
+    words, better = SOURCES[source]
+    title = f"probe {family} k={k}"
+    if source != "sae":
+        title += f" ({source})"
+    return MetricInfo(
+        name=_metric_name(source, family, k),
+        title=title,
+        formula=f"mean over {family} concepts of the held-out AUC of a logistic probe on "
+        f"{k} {words}",
         unit="",
         better=better,
         shown=source == "sae" and k in ("1", "5") and family in LEVELS,
     )
-    for source, (words, better) in SOURCES.items()
-    for k in KS
-    for family in FAMILIES
-]
+
+
+INFO = [_info(source, family, k) for source in SOURCES for k in KS for family in FAMILIES]
+
+
+# ------------------------------------------------------------------------------------------- tasks
 
 
 class Sample(NamedTuple):
-    """Rows of one probe and their labels, balanced."""
+    """Rows of one probe and their labels, half of them positive."""
 
     rows: np.ndarray
     labels: np.ndarray
@@ -54,7 +67,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A concept with its training and test rows, from different documents."""
+    """A concept with training and test rows from different documents."""
 
     concept: Concept
     train: Sample
@@ -62,52 +75,59 @@ class Task:
 
     @property
     def family(self) -> str:
+        """The level of a causal concept, or `predictive`."""
         return self.concept.level if self.concept.causal else "predictive"
 
 
-class Score(NamedTuple):
-    """A probe on the test rows. ``threshold``ed at probability one half for accuracy and F1; ``noise`` of the AUC over documents."""
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Sizes of the samples of a task, and the split of the text into documents."""
 
-    auc: float
-    accuracy: float
-    f1: float
-    resampled: np.ndarray
+    n_train: int
+    """Largest number of training rows per concept, half of them positive."""
+    n_test: int
+    """Largest number of test rows per concept."""
+    least: int
+    """A concept with fewer positives, or matching negatives, is left out."""
+    skip: int
+    """Characters at the start of a window that are left out: the model has read little yet."""
+    block: int
+    """Windows per document; documents are disjoint between training and test."""
+    test_frac: float
+    """Share of the documents that are for testing."""
+    seed: int
+    """Seed of the split and the samples."""
 
 
-def measure(
-    bench: Bench, *, rows: int | None, k: Sequence[int | str], floors: Sequence[int | str], ceilings: Sequence[int | str], n_train: int, n_test: int,
-    least: int, skip: int, block: int, test_frac: float, strengths: Sequence[float], bootstrap: int, seed: int,
-) -> Measured:  # fmt: skip
-    """Scores of each level: AUC of the concepts in it (concepts of one group count as one), for ``k`` latents and their baselines.
+class TaskSet(NamedTuple):
+    """Tasks, and the documents they are sampled from."""
 
-    Latents are chosen on training documents by |mean over positives - mean over negatives| over their mean non-zero value (sae-probes).
-    Negatives have the same characters as the positives, except for concepts that are about the character itself. ``floors``: k for the
-    random SAE, PCA and single dimensions; ``ceilings``: k for all dimensions of the activation ("all"). ``block`` windows are a document;
-    the first ``skip`` characters of a window are left out (the model has read nothing yet). A concept needs ``least`` rows of each label.
+    tasks: list[Task]
+    document: np.ndarray
+    """Document of every row, (N,)."""
+    tested: np.ndarray
+    """Documents that test rows may come from."""
+
+
+def draw_tasks(
+    concepts: Sequence[Concept], labels: np.ndarray, text: Text, sampling: Sampling
+) -> TaskSet:
+    """Split the documents into training and test ones, and sample rows for every concept.
+
+    Args:
+        concepts: K concepts.
+        labels: Their labels, bool (K, N).
+        text: The text of the rows.
+        sampling: Sizes and split.
     """
-    text, codes = read_text(bench, rows), sparse_codes(bench, rows)
-    infos = [i for i in INFO if i.name in {_name("sae", f, str(n)) for f in FAMILIES for n in k}]
-    if text is None:
-        return nulls(infos, NO_TEXT)
-    x = raw_rows(bench, len(text.chars))
-    if codes is None or not np.isfinite(x).all():
-        return nulls(infos, NOT_FINITE)
-    concepts = bank(bench.symbols)
-    labels = label_all(concepts, text.chars, text.following, text.breaks)
-    document = text.blocks(block)
-    usable, chance = text.offset >= skip, np.random.default_rng(seed)
-    test = chance.random(document[-1] + 1)[document] < test_frac
-    sizes = (n_train, n_test)
-    tasks = tasks_of(concepts, labels, text.chars, (usable & ~test, usable & test), sizes, least, chance)
-    fit = Fitter(document, strengths, bootstrap, seed, np.unique(document[test]))
-    values = sparse_features(codes.tocsc()[: len(text.chars)])
-    found = {("sae", str(n)): fit.all(tasks, values, n) for n in k}
-    if floors:
-        random = sparse_codes(bench, len(text.chars), random_sae(bench, codes.nnz / codes.shape[0], rows=1 << 14, seed=seed))
-        for source, features in (("random", sparse_features(random.tocsc())), ("pca", dense_features(principal(x))), ("raw", dense_features(x))):
-            found |= {(source, str(n)): fit.all(tasks, features, n) for n in floors}
-    found |= {("raw", str(n)): fit.all(tasks, dense_features(x), n) for n in ceilings}
-    return _report(tasks, found)
+    document = text.blocks(sampling.block)
+    usable = text.offset >= sampling.skip
+    rng = np.random.default_rng(sampling.seed)
+    test = rng.random(document[-1] + 1)[document] < sampling.test_frac
+    parts = (usable & ~test, usable & test)
+    sizes = (sampling.n_train, sampling.n_test)
+    tasks = tasks_of(concepts, labels, text.chars, parts, sizes, sampling.least, rng)
+    return TaskSet(tasks, document, np.unique(document[test]))
 
 
 def tasks_of(
@@ -117,124 +137,325 @@ def tasks_of(
     parts: tuple[np.ndarray, np.ndarray],
     sizes: tuple[int, int],
     least: int,
-    chance: np.random.Generator,
+    rng: np.random.Generator,
 ) -> list[Task]:
-    """The concepts that have at least ``least`` positives and as many fitting negatives in both parts."""
-    found = []
+    """Tasks of the concepts that occur often enough.
+
+    Args:
+        concepts: K concepts.
+        labels: Their labels, bool (K, N).
+        chars: Code points of the rows, (N,).
+        parts: Masks (N,) of the rows for training and for testing.
+        sizes: Largest numbers of rows for training and for testing.
+        least: Positives, and matching negatives, that a concept needs in both parts.
+        rng: Source of the samples.
+    """
+    tasks = []
     for concept, label in zip(concepts, labels, strict=True):
-        drawn = [balanced(label, chars if concept.matched else None, part, n, chance) for part, n in zip(parts, sizes, strict=True)]
-        if min(int(s.labels.sum()) for s in drawn) >= least:
-            found.append(Task(concept, *drawn))
-    return found
+        matched_chars = chars if concept.matched else None
+        train, test = (
+            balanced(label, matched_chars, part, size, rng)
+            for part, size in zip(parts, sizes, strict=True)
+        )
+        if min(train.labels.sum(), test.labels.sum()) >= least:
+            tasks.append(Task(concept, train, test))
+    return tasks
 
 
-def balanced(label: np.ndarray, chars: np.ndarray | None, usable: np.ndarray, n: int, chance: np.random.Generator) -> Sample:
-    """At most ``n`` rows, half positive; with ``chars`` the negatives have exactly as many of each character as the positives."""
-    groups = [usable] if chars is None else [usable & (chars == c) for c in np.unique(chars[label & usable])]
+def balanced(
+    label: np.ndarray,
+    chars: np.ndarray | None,
+    usable: np.ndarray,
+    n: int,
+    rng: np.random.Generator,
+) -> Sample:
+    """Sample rows of which half are positive.
+
+    Args:
+        label: Labels, bool (N,).
+        chars: Code points (N,): the negatives get exactly as many of each character as the
+            positives. None: negatives may have any character.
+        usable: Mask of the rows to sample from, (N,).
+        n: Largest number of rows.
+        rng: Source of the sample.
+    """
+    groups = [usable]
+    if chars is not None:
+        groups = [usable & (chars == c) for c in np.unique(chars[label & usable])]
     pairs = []
     for group in groups:
-        both = [chance.permutation(np.flatnonzero(group & (label == wanted))) for wanted in (True, False)]
-        least = min(map(len, both))
-        pairs.append(np.stack([rows[:least] for rows in both]))
+        positives = rng.permutation(np.flatnonzero(group & label))
+        negatives = rng.permutation(np.flatnonzero(group & ~label))
+        size = min(len(positives), len(negatives))
+        pairs.append(np.stack([positives[:size], negatives[:size]]))
     rows = np.concatenate(pairs, axis=1) if pairs else np.zeros((2, 0), np.int64)
-    rows = rows[:, chance.permutation(rows.shape[1])[: n // 2]]
+    rows = rows[:, rng.permutation(rows.shape[1])[: n // 2]]
     return Sample(rows.reshape(-1), np.repeat([True, False], rows.shape[1]))
 
 
+# ---------------------------------------------------------------------------------------- features
+
+
 class Features(NamedTuple):
-    """Numbers to probe: rows (n, F) by index, scales (F,) that differences of means are divided by."""
+    """F features of N rows, accessible by row."""
 
     rows: Callable[[np.ndarray], Any]
+    """Maps row numbers (n,) to features (n, F), dense or sparse."""
     columns: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    """Maps row numbers (n,) and feature numbers (k,) to dense features (n, k)."""
     scale: np.ndarray
+    """Scale of each feature (F,), by which differences of means are divided."""
 
 
 def sparse_features(codes: sparse.csc_matrix) -> Features:
-    """Latents; a latent's scale is its mean non-zero value."""
-    by_row, counts = codes.tocsr(), np.diff(codes.indptr)
+    """Latents (N, F); the scale of a latent is its mean non-zero value."""
+    by_row = codes.tocsr()
+    counts = np.diff(codes.indptr)
     scale = np.asarray(abs(codes).sum(0)).ravel() / np.maximum(counts, 1)
-    return Features(lambda i: by_row[i], lambda i, j: by_row[i][:, j].toarray(), np.where(counts > 0, scale, np.inf))
+    return Features(
+        rows=lambda rows: by_row[rows],
+        columns=lambda rows, features: by_row[rows][:, features].toarray(),
+        scale=np.where(counts > 0, scale, np.inf),
+    )
 
 
 def dense_features(x: np.ndarray) -> Features:
-    """Dimensions; a dimension's scale is its standard deviation."""
-    spread = x.std(0, dtype=np.float64)
-    return Features(lambda i: x[i], lambda i, j: x[np.ix_(i, j)], np.where(spread > 0, spread, np.inf))
+    """Dimensions (N, D); the scale of a dimension is its standard deviation."""
+    deviation = x.std(0, dtype=np.float64)
+    return Features(
+        rows=lambda rows: x[rows],
+        columns=lambda rows, features: x[np.ix_(rows, features)],
+        scale=np.where(deviation > 0, deviation, np.inf),
+    )
 
 
 def principal(x: np.ndarray) -> np.ndarray:
-    """The rows in the basis of their principal components, largest first."""
+    """Rows (N, D) in the basis of their principal components, largest first."""
     centred = x - x.mean(0, dtype=np.float64).astype(x.dtype)
-    return centred @ np.linalg.eigh(centred.T @ centred)[1][:, ::-1].astype(x.dtype)
+    components = np.linalg.eigh(centred.T @ centred)[1][:, ::-1]
+    return centred @ components.astype(x.dtype)
+
+
+def select(features: Features, sample: Sample, k: int | str, *, signed: bool = False) -> np.ndarray:
+    """The `k` features whose scaled means differ most between positives and negatives.
+
+    Args:
+        features: The features.
+        sample: Rows and labels.
+        k: Number of features, or "all".
+        signed: Rank by how much larger a feature is on positives, instead of by the size of the
+            difference.
+
+    Returns:
+        Feature numbers, best first ("all": in their order).
+    """
+    if k == "all":
+        return np.arange(len(features.scale))
+    positives = np.asarray(features.rows(sample.rows[sample.labels]).mean(0)).ravel()
+    negatives = np.asarray(features.rows(sample.rows[~sample.labels]).mean(0)).ravel()
+    difference = (positives - negatives) / features.scale
+    rank = difference if signed else np.abs(difference)
+    return np.argsort(-rank, kind="stable")[: int(k)]
+
+
+# ------------------------------------------------------------------------------------------ probes
+
+
+class Score(NamedTuple):
+    """Score of a probe on its test rows; accuracy and F1 are at probability one half."""
+
+    auc: float
+    accuracy: float
+    f1: float
+    resampled: np.ndarray
+    """AUC in bootstrap samples of the test documents, (draws,)."""
 
 
 @dataclass(frozen=True)
 class Fitter:
-    """Fits probes. ``strengths`` are inverse regularisation strengths, chosen between on a quarter of the training documents."""
+    """Fits and scores logistic probes."""
 
     document: np.ndarray
+    """Document of every row, (N,)."""
     strengths: Sequence[float]
+    """Inverse regularisation strengths, chosen between on a quarter of the training documents."""
     bootstrap: int
+    """Bootstrap samples of the documents per probe."""
     seed: int
-    tested: np.ndarray  # documents that test rows may come from
+    """Seed of the bootstrap samples."""
+    tested: np.ndarray
+    """Documents that test rows may come from."""
 
     def all(self, tasks: Iterable[Task], features: Features, k: int | str) -> list[Score]:
+        """Score a probe on `k` features for every task."""
         return [self.one(task, features, k) for task in tasks]
 
     def one(self, task: Task, features: Features, k: int | str) -> Score:
+        """Score a probe on `k` features, chosen on the training rows of a task."""
         chosen = select(features, task.train, k)
-        train, test = (features.columns(s.rows, chosen).astype(np.float64) for s in (task.train, task.test))
-        centre, spread = train.mean(0), train.std(0)
-        train, test = ((v - centre) / np.where(spread > 0, spread, 1) for v in (train, test))
-        probe = self.fitted(train, task.train.labels, self.document[task.train.rows] % 4 == 0)
-        score, y = probe.decision_function(test), task.test.labels
-        said = score > 0
-        hits = int((said & y).sum())
-        f1 = 2 * hits / max(int(said.sum() + y.sum()), 1)
-        resampled = resampled_auc(score, y, self.document[task.test.rows], self.bootstrap, self.seed, among=self.tested)
-        return Score(auc(score, y), float((said == y).mean()), f1, resampled)
+        train = features.columns(task.train.rows, chosen).astype(np.float64)
+        test = features.columns(task.test.rows, chosen).astype(np.float64)
+        centre, deviation = train.mean(0), train.std(0)
+        scale = np.where(deviation > 0, deviation, 1)
+        held_out = self.document[task.train.rows] % 4 == 0
+        probe = self.fitted((train - centre) / scale, task.train.labels, held_out)
+        score = probe.decision_function((test - centre) / scale)
+        labels = task.test.labels
+        predicted = score > 0
+        hits = int((predicted & labels).sum())
+        documents = self.document[task.test.rows]
+        return Score(
+            auc=auc(score, labels),
+            accuracy=float((predicted == labels).mean()),
+            f1=2 * hits / max(int(predicted.sum() + labels.sum()), 1),
+            resampled=resampled_auc(
+                score, labels, documents, self.bootstrap, self.seed, among=self.tested
+            ),
+        )
 
-    def fitted(self, x: np.ndarray, y: np.ndarray, held: np.ndarray) -> LogisticRegression:
+    def fitted(self, x: np.ndarray, y: np.ndarray, held_out: np.ndarray) -> LogisticRegression:
+        """Fit a probe, at the strength that does best on held-out training rows.
+
+        Args:
+            x: Standardised features, (n, k).
+            y: Labels, bool (n,).
+            held_out: Mask of the rows between which strengths are chosen, (n,).
+        """
         strength = self.strengths[0]
-        if len(self.strengths) > 1 and x.shape[1] > 1 and min(y[held].sum(), (~y[held]).sum(), y[~held].sum(), (~y[~held]).sum()) > 0:
-            tried = {c: auc(logistic(x[~held], y[~held], c).decision_function(x[held]), y[held]) for c in self.strengths}
-            strength = max(tried, key=tried.__getitem__)
+        if len(self.strengths) > 1 and x.shape[1] > 1 and _both_labels_in_both(y, held_out):
+            scores = {}
+            for c in self.strengths:
+                probe = logistic(x[~held_out], y[~held_out], c)
+                scores[c] = auc(probe.decision_function(x[held_out]), y[held_out])
+            strength = max(scores, key=scores.__getitem__)
         return logistic(x, y, strength)
 
 
+def _both_labels_in_both(y: np.ndarray, part: np.ndarray) -> bool:
+    """True if both labels occur inside and outside of a part of the rows."""
+    counts = (y[part].sum(), (~y[part]).sum(), y[~part].sum(), (~y[~part]).sum())
+    return min(counts) > 0
+
+
 def logistic(x: np.ndarray, y: np.ndarray, strength: float) -> LogisticRegression:
-    """A logistic probe; Newton's method is several times faster than L-BFGS as long as the Hessian is small."""
+    """Fit a logistic probe.
+
+    Newton's method is several times faster than L-BFGS as long as the Hessian is small.
+
+    Args:
+        x: Features, (n, k).
+        y: Labels, bool (n,).
+        strength: Inverse regularisation strength.
+    """
     solver = "newton-cholesky" if x.shape[1] <= 512 else "lbfgs"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # separable classes have no finite optimum without a limit on the iterations
+        # Separable classes have no finite optimum without a limit on the iterations.
+        warnings.simplefilter("ignore")
         return LogisticRegression(C=strength, max_iter=100, solver=solver).fit(x, y)
 
 
-def select(features: Features, sample: Sample, k: int | str, *, signed: bool = False) -> np.ndarray:
-    """The ``k`` features (or "all") whose scaled means over positives and negatives differ most; ``signed``: that are larger on positives."""
-    if k == "all":
-        return np.arange(len(features.scale))
-    means = [np.asarray(features.rows(sample.rows[sample.labels == wanted]).mean(0)).ravel() for wanted in (True, False)]
-    difference = (means[0] - means[1]) / features.scale
-    return np.argsort(-difference if signed else -np.abs(difference), kind="stable")[: int(k)]
+# ------------------------------------------------------------------------------------- measurement
 
 
-def _report(tasks: Sequence[Task], found: dict[tuple[str, str], list[Score]]) -> Measured:
+@dataclass(frozen=True, kw_only=True)
+class Options(Sampling):
+    """Options of the metric."""
+
+    rows: int | None
+    """Held-out rows used, from the first (None: all)."""
+    k: Sequence[int | str]
+    """Numbers of latents that a probe reads; "all" for every one of them."""
+    floors: Sequence[int | str]
+    """k of the baselines: a random SAE, principal components and single dimensions."""
+    ceilings: Sequence[int | str]
+    """k of the activation's dimensions ("all": the whole activation)."""
+    strengths: Sequence[float]
+    """Inverse regularisation strengths, chosen between on training documents."""
+    bootstrap: int
+    """Bootstrap samples of the documents for the noise."""
+
+
+def measure(bench: Bench, **options: Any) -> Measured:
+    """AUC of sparse probes per concept family, for latents and baselines.
+
+    Latents are chosen on training documents by |mean over positives - mean over negatives| over
+    their mean non-zero value (as sae-probes does). Negatives have the same characters as the
+    positives, except for concepts about the character itself. Concepts of one group count as one in
+    the mean over a family.
+
+    Args:
+        bench: The SAE and its held-out text.
+        **options: Fields of `Options`.
+    """
+    opts = Options(**options)
+    text, codes = read_text(bench, opts.rows), sparse_codes(bench, opts.rows)
+    names = {_metric_name("sae", family, k) for family in FAMILIES for k in opts.k}
+    infos = [i for i in INFO if i.name in names]
+    if text is None:
+        return nulls(infos, NO_TEXT)
+    x = raw_rows(bench, len(text.chars))
+    if codes is None or not np.isfinite(x).all():
+        return nulls(infos, NOT_FINITE)
+    concepts = bank(bench.symbols)
+    labels = label_all(concepts, text.chars, text.following, text.breaks)
+    drawn = draw_tasks(concepts, labels, text, opts)
+    fitter = Fitter(drawn.document, opts.strengths, opts.bootstrap, opts.seed, drawn.tested)
+    latents = sparse_features(codes.tocsc()[: len(text.chars)])
+    dimensions = dense_features(x)
+    scores: dict[tuple[str, str], list[Score]] = {}
+    for k in opts.k:
+        scores["sae", str(k)] = fitter.all(drawn.tasks, latents, k)
+    if opts.floors:
+        l0 = codes.nnz / codes.get_shape()[0]
+        baselines = {
+            "random": _random_latents(bench, len(text.chars), l0, opts.seed),
+            "pca": dense_features(principal(x)),
+            "raw": dimensions,
+        }
+        for source, features in baselines.items():
+            for k in opts.floors:
+                scores[source, str(k)] = fitter.all(drawn.tasks, features, k)
+    for k in opts.ceilings:
+        scores["raw", str(k)] = fitter.all(drawn.tasks, dimensions, k)
+    return _report(drawn.tasks, scores)
+
+
+def _random_latents(bench: Bench, rows: int, l0: float, seed: int) -> Features:
+    sae = random_sae(bench, l0, rows=CALIBRATION_ROWS, seed=seed)
+    codes = sparse_codes(bench, rows, sae)
+    assert codes is not None, "a random SAE of finite activations has finite codes"
+    return sparse_features(sparse.csc_matrix(codes))
+
+
+def _report(tasks: Sequence[Task], scores: Mapping[tuple[str, str], list[Score]]) -> Measured:
     values: dict[str, float | None] = {}
-    why, noise, arrays = {}, {}, {}
-    for (source, k), scores in found.items():
+    why: dict[str, str] = {}
+    noise: dict[str, float] = {}
+    arrays: dict[str, np.ndarray] = {}
+    for (source, k), by_task in scores.items():
         for family in FAMILIES:
-            name, groups = _name(source, family, k), {}
-            for task, score in zip(tasks, scores, strict=True):
-                if task.family == family:
-                    groups.setdefault(task.concept.group, []).append(score)
+            name = _metric_name(source, family, k)
+            groups = _by_group(tasks, by_task, family)
             if not groups:
-                values[name], why[name] = None, f"no {family} concept applies to this text and occurs often enough"
+                values[name] = None
+                why[name] = f"no {family} concept applies to this text and occurs often enough"
                 continue
-            values[name] = float(np.mean([np.mean([s.auc for s in g]) for g in groups.values()]))
-            noise[name] = float(np.mean([np.mean([s.resampled for s in g], axis=0) for g in groups.values()], axis=0).std(ddof=1))
-        for part in ("auc", "accuracy", "f1"):
-            arrays[f"probe_{source}_k{k}_{part}"] = np.array([getattr(s, part) for s in scores])
+            values[name] = float(np.mean([np.mean([s.auc for s in group]) for group in groups]))
+            resampled = [np.mean([s.resampled for s in group], axis=0) for group in groups]
+            noise[name] = float(np.mean(resampled, axis=0).std(ddof=1))
+        prefix = f"probe_{source}_k{k}"
+        arrays[f"{prefix}_auc"] = np.array([s.auc for s in by_task])
+        arrays[f"{prefix}_accuracy"] = np.array([s.accuracy for s in by_task])
+        arrays[f"{prefix}_f1"] = np.array([s.f1 for s in by_task])
     arrays["probe_concepts"] = np.array([t.concept.name for t in tasks], dtype=str)
     arrays["probe_families"] = np.array([t.family for t in tasks], dtype=str)
     return Measured(values, arrays, why, noise)
+
+
+def _by_group(tasks: Sequence[Task], scores: Sequence[Score], family: str) -> list[list[Score]]:
+    """Scores of the tasks of one family, grouped by the group of their concepts."""
+    groups: dict[str, list[Score]] = {}
+    for task, score in zip(tasks, scores, strict=True):
+        if task.family == family:
+            groups.setdefault(task.concept.group, []).append(score)
+    return list(groups.values())

@@ -1,4 +1,4 @@
-"""How well the SAE rebuilds held-out activations."""
+"""Reconstruction error on held-out activations."""
 
 from __future__ import annotations
 
@@ -9,101 +9,188 @@ import torch
 from torch import Tensor
 
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
-from sae_experiments.metrics.noise import document_weights
+from sae_experiments.metrics.noise import DRAWS, document_weights
 
-FAR = 5.0  # times the median distance from the median: rows beyond are outliers
-FEW = 4096  # rows that tell which are ordinary
-WINDOW = 128  # rows that are resampled together where there are no windows of text
+#: Rows further from the median row than this many times the median distance are outliers.
+FAR = 5.0
+#: Number of rows that the median row and the median distance are taken over.
+FEW = 4096
+#: Rows that are resampled together if the rows are not windows of text.
+WINDOW = 128
 
 INFO = [
-    MetricInfo(name="sae_fvu", title="FVU", formula="sum ||y - yhat||^2 / sum ||y - mean y||^2", unit="", better="down"),
+    MetricInfo(
+        name="sae_fvu",
+        title="FVU",
+        formula="sum ||y - yhat||^2 / sum ||y - mean y||^2",
+        better="down",
+    ),
     MetricInfo(
         name="sae_fvu_ordinary",
         title="FVU of ordinary rows",
         formula="FVU of the rows at most 5 times as far from the median as half of them are",
-        unit="",
         better="down",
         shown=False,
     ),
-    MetricInfo(name="sae_outlier_frac", title="outliers", formula="share of the other rows", unit="", better="none", shown=False),
-    MetricInfo(name="sae_mse", title="MSE", formula="sum ||y - yhat||^2 / (N d)", unit="", better="down", shown=False),
-    MetricInfo(name="sae_cosine", title="cosine", formula="mean y.yhat / (||y|| ||yhat||)", unit="", better="up", shown=False),
-    MetricInfo(name="sae_l2_ratio", title="L2 ratio", formula="mean ||yhat|| / ||y||", unit="", better="none", shown=False),
+    MetricInfo(
+        name="sae_outlier_frac",
+        title="outliers",
+        formula="share of the other rows",
+        better="none",
+        shown=False,
+    ),
+    MetricInfo(
+        name="sae_mse",
+        title="MSE",
+        formula="sum ||y - yhat||^2 / (N d)",
+        better="down",
+        shown=False,
+    ),
+    MetricInfo(
+        name="sae_cosine",
+        title="cosine",
+        formula="mean y.yhat / (||y|| ||yhat||)",
+        better="up",
+        shown=False,
+    ),
+    MetricInfo(
+        name="sae_l2_ratio",
+        title="L2 ratio",
+        formula="mean ||yhat|| / ||y||",
+        better="none",
+        shown=False,
+    ),
 ]
 
 
 def measure(bench: Bench, *, rows: int | None) -> Measured:
-    """Fraction of variance unexplained (pooled: a ratio of sums over all rows about their own mean), MSE, cosine and norm ratio.
+    """Fraction of variance unexplained (FVU), MSE, cosine similarity and norm ratio.
 
-    FVU is 1 for a constant prediction of the mean and 0 for a perfect copy; it is null where the rows do not vary. A few huge rows, such as
-    a language model's first position, can be nearly all of the variance: the ordinary rows have an FVU of their own, about their own mean.
+    The FVU is pooled: a ratio of sums over all rows, with the variance about their own mean. It is
+    1 for the mean as a constant prediction and 0 for a perfect copy, and null if the rows do not
+    vary. A few huge rows, such as the first position of a language model's windows, can make up
+    nearly all of the variance, so the ordinary rows also have an FVU of their own, about their own
+    mean. Rows are ordinary if their distance from the median row is at most `FAR` times the median
+    distance.
+
+    Args:
+        bench: Evaluation context.
+        rows: Number of held-out rows, from the first on; None for all.
     """
-    n = error = cosine = ratio = squares = 0.0
-    total, ordinary = None, Sums()
-    few = bench.targets(min(rows or bench.n_rows, bench.n_rows, FEW)).double()
-    shift = few.median(0).values  # keeps the one-pass variance exact where the mean is much larger than the spread
-    limit = FAR**2 * (few - shift).square().sum(1).median()
-    parts: list[tuple[np.ndarray, np.ndarray]] = []  # per row: squared error and shifted squares; per chunk: shifted sums of its windows
+    n_rows = min(rows or bench.n_rows, bench.n_rows)
+    sample = bench.targets(slice(0, min(n_rows, FEW))).to(bench.device).double()
+    # Shifting by the median keeps the one-pass variance exact if the mean is much larger than the
+    # spread.
+    shift = sample.median(0).values
+    limit = FAR**2 * (sample - shift).square().sum(1).median()
+    every_row = _Sums()
+    ordinary = _Sums()
     length = bench.held_out.length if bench.held_out is not None else WINDOW
-    sums = torch.zeros(-(-min(rows or bench.n_rows, bench.n_rows) // length), bench.sae.d_out, dtype=torch.float64)
-    for r in bench.chunks(rows):
-        y, yhat = r.y.double(), r.recon.double()
-        total = (y - shift).sum(0) if total is None else total + (y - shift).sum(0)
-        squares += float((y - shift).square().sum())
-        error += float((y - yhat).square().sum())
-        window = (torch.arange(len(y)) + int(n)) // length
-        sums.index_add_(0, window, (y - shift).cpu())
-        ordinary.add(y - shift, y - yhat, (y - shift).square().sum(1) <= limit)
-        parts.append(((y - yhat).square().sum(1).cpu().numpy(), (y - shift).square().sum(1).cpu().numpy()))
-        norm, norm_hat = y.norm(dim=1), yhat.norm(dim=1)
-        cosine += float(((y * yhat).sum(1) / (norm.clamp_min(1e-8) * norm_hat.clamp_min(1e-8))).sum())
-        ratio += float((norm_hat / norm.clamp_min(1e-8)).sum())
-        n += len(y)
-    variance = squares - float(total.square().sum()) / n
-    finite = math.isfinite(error) and math.isfinite(variance)
-    constant = finite and not variance > 1e-12 * n
-    values = {
-        "sae_fvu": error / variance if finite and not constant else None,
-        "sae_fvu_ordinary": ordinary.fvu() if finite and not constant else None,
+    windows = _Windows(n_rows, bench.sae.d_out, length)
+    cosine = 0.0
+    ratio = 0.0
+    for chunk in bench.chunks(rows):
+        y = chunk.y.double()
+        recon = chunk.recon.double()
+        shifted = y - shift
+        residual = y - recon
+        is_ordinary = shifted.square().sum(1) <= limit
+        every_row.add(shifted, residual)
+        ordinary.add(shifted[is_ordinary], residual[is_ordinary])
+        windows.add(shifted, residual)
+        norm = y.norm(dim=1).clamp_min(1e-8)
+        recon_norm = recon.norm(dim=1)
+        cosine += float(((y * recon).sum(1) / (norm * recon_norm.clamp_min(1e-8))).sum())
+        ratio += float((recon_norm / norm).sum())
+    n = every_row.n
+    values = _fvus(every_row, ordinary)
+    reasons = _why_null(values, every_row)
+    values |= {
         "sae_outlier_frac": 1 - ordinary.n / n,
-        "sae_mse": error / n / len(total),
+        "sae_mse": every_row.error / n / bench.sae.d_out,
         "sae_cosine": cosine / n,
         "sae_l2_ratio": ratio / n,
     }
-    noise = {} if values["sae_fvu"] is None else {"sae_fvu": _noise(parts, sums.numpy(), length)}
-    reason = "the held-out rows do not vary" if constant else "an activation or a reconstruction is not finite"
-    why = {name: reason for name in ("sae_fvu", "sae_fvu_ordinary") if values[name] is None}
-    if finite and not constant and "sae_fvu_ordinary" in why:
-        why["sae_fvu_ordinary"] = "the ordinary held-out rows do not vary"
-    return Measured(values, why_null=why, noise=noise)
+    noise = {} if values["sae_fvu"] is None else {"sae_fvu": windows.fvu_noise()}
+    return Measured(values, why_null=reasons, noise=noise)
 
 
-class Sums:
-    """Squared error and variance of some of the rows, summed chunk by chunk."""
+def _fvus(every_row: _Sums, ordinary: _Sums) -> dict[str, float | None]:
+    """FVU of all rows and of the ordinary ones; both None if the first is undefined."""
+    fvu = every_row.fvu()
+    return {"sae_fvu": fvu, "sae_fvu_ordinary": None if fvu is None else ordinary.fvu()}
+
+
+def _why_null(fvus: dict[str, float | None], every_row: _Sums) -> dict[str, str]:
+    """The reason for each FVU that is None."""
+    if not every_row.finite():
+        return dict.fromkeys(fvus, "an activation or a reconstruction is not finite")
+    if fvus["sae_fvu"] is None:
+        return dict.fromkeys(fvus, "the held-out rows do not vary")
+    if fvus["sae_fvu_ordinary"] is None:
+        return {"sae_fvu_ordinary": "the ordinary held-out rows do not vary"}
+    return {}
+
+
+class _Sums:
+    """Squared error and variance of some rows, summed chunk by chunk in float64."""
 
     def __init__(self) -> None:
-        self.n, self.error, self.squares, self.total = 0, 0.0, 0.0, torch.zeros(())
+        self.n = 0
+        self.error = 0.0
+        self.squares = 0.0
+        self.total = torch.zeros(())
 
-    def add(self, y: Tensor, residual: Tensor, some: Tensor) -> None:
-        """Add the rows (B, O) where ``some`` (B,) holds; y may be shifted by a constant."""
-        y, residual = y[some], residual[some]
+    def add(self, y: Tensor, residual: Tensor) -> None:
+        """Add rows: targets (B, O), which may be shifted by a constant, and residuals (B, O)."""
         self.n += len(y)
         self.error += float(residual.square().sum())
         self.squares += float(y.square().sum())
         self.total = self.total.to(y) + y.sum(0)
 
+    def variance(self) -> float:
+        """Sum of squared distances of the targets from their mean."""
+        return self.squares - float(self.total.square().sum()) / max(self.n, 1)
+
+    def finite(self) -> bool:
+        """Return true if all targets and residuals were finite."""
+        return math.isfinite(self.error) and math.isfinite(self.variance())
+
     def fvu(self) -> float | None:
-        """The fraction of variance unexplained; None where the rows do not vary."""
-        variance = self.squares - float(self.total.square().sum()) / max(self.n, 1)
-        return self.error / variance if variance > 1e-12 * self.n else None
+        """Fraction of variance unexplained; None if not finite or if the rows do not vary."""
+        variance = self.variance()
+        if not self.finite() or not variance > 1e-12 * self.n:
+            return None
+        return self.error / variance
 
 
-def _noise(parts: list[tuple[np.ndarray, np.ndarray]], sums: np.ndarray, length: int) -> float:
-    """Standard error of FVU over resampled windows."""
-    error, squares = (np.concatenate(p) for p in zip(*parts, strict=True))
-    first = np.arange(0, len(error), length)
-    weights = document_weights(len(first), 200, 0)
-    counts = np.add.reduceat(np.ones(len(error)), first)
-    drawn = [weights @ column for column in (np.add.reduceat(error, first), np.add.reduceat(squares, first), counts, sums)]
-    variance = drawn[1] - np.square(drawn[3]).sum(1) / drawn[2]
-    return float(np.std(drawn[0] / np.maximum(variance, 1e-300), ddof=1))
+class _Windows:
+    """Sums per window, from which the error of the FVU over resampled windows follows."""
+
+    def __init__(self, n_rows: int, d_out: int, length: int) -> None:
+        self.n = 0
+        self.length = length
+        self.row_errors: list[np.ndarray] = []
+        self.row_squares: list[np.ndarray] = []
+        self.totals = torch.zeros(math.ceil(n_rows / length), d_out, dtype=torch.float64)
+
+    def add(self, y: Tensor, residual: Tensor) -> None:
+        """Add the next rows: targets (B, O), which may be shifted, and residuals (B, O)."""
+        window = (torch.arange(len(y)) + self.n) // self.length
+        self.totals.index_add_(0, window, y.cpu())
+        self.row_errors.append(residual.square().sum(1).cpu().numpy())
+        self.row_squares.append(y.square().sum(1).cpu().numpy())
+        self.n += len(y)
+
+    def fvu_noise(self) -> float:
+        """Standard error of the FVU over resampled windows."""
+        row_errors = np.concatenate(self.row_errors)
+        row_squares = np.concatenate(self.row_squares)
+        first = np.arange(0, len(row_errors), self.length)
+        weights = document_weights(len(first), DRAWS, 0)
+        error = weights @ np.add.reduceat(row_errors, first)
+        squares = weights @ np.add.reduceat(row_squares, first)
+        n = weights @ np.add.reduceat(np.ones(len(row_errors)), first)
+        totals = weights @ self.totals.numpy()
+        variance = squares - np.square(totals).sum(1) / n
+        return float(np.std(error / np.maximum(variance, 1e-300), ddof=1))

@@ -1,4 +1,4 @@
-"""How many latents are active, how often each one is, and what their values carry."""
+"""Number of active latents, firing density of each latent, and entropy of its values."""
 
 from __future__ import annotations
 
@@ -6,21 +6,36 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sae_experiments import quality_warnings as warned
 from sae_experiments.errors import UserError
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 
 INFO = [
-    MetricInfo(name="sae_l0", title="L0", formula="mean number of latents with z != 0 a character", unit="latents", better="target"),
-    MetricInfo(name="sae_sparsity", title="sparsity", formula="1 - L0 / d_sae", unit="", better="none", shown=False),
-    MetricInfo(name="sae_dead_frac", title="dead", formula="share of latents that never fire on the held-out rows", unit="", better="down"),
+    MetricInfo(
+        name="sae_l0",
+        title="L0",
+        formula="mean number of latents with z != 0 a character",
+        unit="latents",
+        better="target",
+    ),
+    MetricInfo(
+        name="sae_sparsity",
+        title="sparsity",
+        formula="1 - L0 / d_sae",
+        better="none",
+        shown=False,
+    ),
+    MetricInfo(
+        name="sae_dead_frac",
+        title="dead",
+        formula="share of latents that never fire on the held-out rows",
+        better="down",
+    ),
     MetricInfo(
         name="sae_dense_frac",
         title="dense",
         formula="share of latents that fire on more than a tenth of the rows",
-        unit="",
         better="none",
         shown=False,
     ),
@@ -35,30 +50,41 @@ INFO = [
 ]
 
 BINS = 64
-DENSITY_EDGES = np.linspace(-7.0, 0.0, 29)  # log10 density, bins of width 0.25
+#: Edges of the histogram of log10 density: bins of width 0.25.
+DENSITY_EDGES = np.linspace(-7.0, 0.0, 29)
 
 
 def measure(bench: Bench, *, rows: int | None, entropy_latents: int) -> Measured:
-    """L0, sparsity, dead and dense shares, the histogram of log10 densities and the mean entropy of a latent.
+    """L0, sparsity, dead and dense shares, mean entropy of a latent, and the density histogram.
 
-    The entropy is taken over at most ``entropy_latents`` latents, evenly spaced, to bound memory.
+    Args:
+        bench: Evaluation context.
+        rows: Number of held-out rows, from the first on; None for all.
+        entropy_latents: Number of latents, evenly spaced, that the mean entropy is taken over at
+            most; bounds the memory.
+
+    Raises:
+        UserError: `entropy_latents` is less than 1.
     """
     if entropy_latents < 1:
         raise UserError(f"metric.sparsity.entropy_latents={entropy_latents} must be at least 1")
-    fires: Tensor | None = None
-    kept, n = [], 0
-    picked = torch.arange(0, bench.sae.d_sae, max(1, math.ceil(bench.sae.d_sae / entropy_latents)), device=bench.device)
-    for r in bench.chunks(rows):
-        now = (r.acts != 0).sum(0)
-        fires = now if fires is None else fires + now
-        kept.append(r.acts[:, picked].cpu())
-        n += len(r.acts)
+    stride = max(1, math.ceil(bench.sae.d_sae / entropy_latents))
+    picked = torch.arange(0, bench.sae.d_sae, stride, device=bench.device)
+    fires = torch.zeros(bench.sae.d_sae, dtype=torch.int64, device=bench.device)
+    picked_acts = []
+    n = 0
+    for chunk in bench.chunks(rows):
+        fires += (chunk.acts != 0).sum(0)
+        picked_acts.append(chunk.acts[:, picked].cpu())
+        n += len(chunk.acts)
     density = (fires.double() / n).cpu().numpy()
     alive = density > 0
-    columns = torch.cat(kept).t()
-    entropies = [latent_entropy(c.numpy()) for c, a in zip(columns, alive[picked.cpu().numpy()], strict=True) if a]
+    columns = torch.cat(picked_acts).t().numpy()
+    picked_alive = alive[picked.cpu().numpy()]
+    entropies = [latent_entropy(column) for column in columns[picked_alive]]
+    l0 = float(density.sum())
     values = {
-        "sae_l0": float(density.sum()),
+        "sae_l0": l0,
         "sae_sparsity": float(1 - density.mean()),
         "sae_dead_frac": float((~alive).mean()),
         "sae_dense_frac": float((density > 0.1).mean()),
@@ -66,17 +92,28 @@ def measure(bench: Bench, *, rows: int | None, entropy_latents: int) -> Measured
     }
     counts, _ = np.histogram(np.log10(density[alive]).clip(-7, 0), DENSITY_EDGES)
     arrays = {"density": density, "density_hist": counts, "density_edges": DENSITY_EDGES}
-    once, twice = (int((fires == i).sum()) for i in (1, 2))
-    warnings = warned.of_dead(n, values["sae_l0"], bench.sae.d_sae, once, twice)
-    why = {} if entropies else {"sae_latent_entropy": "no latent fires"}
-    return Measured(values, arrays, why, warnings=tuple(warnings))
+    once = int((fires == 1).sum())
+    twice = int((fires == 2).sum())
+    warnings = warned.of_dead(n, l0, bench.sae.d_sae, once, twice)
+    why_null = {} if entropies else {"sae_latent_entropy": "no latent fires"}
+    return Measured(values, arrays, why_null, warnings=tuple(warnings))
 
 
 def latent_entropy(values: np.ndarray) -> float:
-    """Entropy in bits of one latent's values (N,): whether it fires, plus which of 64 bins its value falls in where it does.
+    """Entropy of one latent's values in bits: firing or not, plus the bin of the value if firing.
 
-    ``h2(f) + f (H_bins + (K - 1)/(2 n ln 2))`` with K non-empty bins between the 0.1 % and 99.9 % quantiles of the n non-zero values
-    (Miller-Madow), capped at 6 bits. Non-finite values are left out; constant or empty input has entropy 0 beyond h2.
+    With f the firing frequency, n the number of non-zero values, and K non-empty ones of 64 bins
+    between the 0.1 % and 99.9 % quantiles of these values,
+
+        H = h2(f) + f * min(H_bins + (K - 1) / (2 n ln 2), 6)
+
+    where the second term in the minimum is the Miller-Madow correction.
+
+    Args:
+        values: Values of the latent, (N,). Non-finite ones are left out.
+
+    Returns:
+        H; for values that do not vary where non-zero, h2(f) only; 0 for empty input.
     """
     values = values[np.isfinite(values)]
     if not len(values):
@@ -91,5 +128,6 @@ def latent_entropy(values: np.ndarray) -> float:
         return firing
     counts = np.histogram(on.clip(low, high), BINS, (low, high))[0]
     p = counts[counts > 0] / len(on)
-    value_bits = float(-(p * np.log2(p)).sum()) + (len(p) - 1) / (2 * len(on) * math.log(2))
+    bias = (len(p) - 1) / (2 * len(on) * math.log(2))
+    value_bits = float(-(p * np.log2(p)).sum()) + bias
     return firing + f * min(value_bits, math.log2(BINS))

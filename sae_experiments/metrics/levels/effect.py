@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, nulls
-from sae_experiments.metrics.levels.paths import levels_of, only
+from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of, only
 from sae_experiments.metrics.noise import DRAWS, noise_of
 from sae_experiments.models.hooks import Site, capture, patched
 from sae_experiments.saes.base import SAE
@@ -95,7 +95,7 @@ def measure(bench: Bench, *, windows: int, batch: int, mean_rows: int) -> Measur
     if not isinstance(site, Site) or bench.read != site:
         return nulls(INFO, "the SAE does not rebuild the one site it reads")
     if len(levels_of(sae)) < 2:
-        return nulls(INFO, "the SAE has one level")
+        return nulls(INFO, ONE_LEVEL)
     sae.eval()
     changes = _changes(sae, _mean_code(bench, mean_rows))
     starts = _evenly_spaced(store.starts, windows)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_experiments.metric_info import Better
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, sparse_codes
-from sae_experiments.metrics.levels.paths import levels_of
+from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.hierarchical import redundancy as mutual_information
 from sae_experiments.saes.hierarchical.sae import PHASES, TRACED, Hierarchical
@@ -25,7 +25,6 @@ from sae_experiments.saes.hierarchical.sae import PHASES, TRACED, Hierarchical
 REGRESSORS = (1, 5, 20)
 #: Pearson correlation above which a bottom latent counts to the fan-in of a top latent.
 FAN_IN_MIN_R = 0.3
-ONE_LEVEL = "the SAE has one level"
 NOT_HIERARCHICAL = "the SAE is not hierarchical"
 TOO_FEW = "too few latents fire"
 #: Bin edges of the histograms of correlations.

@@ -9,6 +9,9 @@ from torch import Tensor
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.hierarchical.sae import Hierarchical
 
+#: Reason for metrics that compare levels and have none to compare.
+ONE_LEVEL = "the SAE has one level"
+
 
 def levels_of(sae: SAE) -> dict[str, np.ndarray]:
     """Latents of each level.
