@@ -13,4 +13,8 @@ OVERRIDES: list[str] = []
 if __name__ == "__main__":
     from sae_experiments.cli.main import main
 
-    sys.exit(main(sys.argv[1:], plan=PLAN, extra=OVERRIDES, conf=Path(__file__).resolve().parent / "conf"))
+    sys.exit(
+        main(
+            sys.argv[1:], plan=PLAN, extra=OVERRIDES, conf=Path(__file__).resolve().parent / "conf"
+        )
+    )

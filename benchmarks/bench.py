@@ -44,7 +44,10 @@ VARIANTS = (
 )
 LIBRARIES = ("sae-lens", "dictionary-learning", "eai-sparsify")
 OFFERED = {  # which peers have a variant, and under which name (the same table is in peers.py, which this Python need not be able to import)
-    **{v: [(p, v) for p in LIBRARIES[:2]] for v in ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka")},
+    **{
+        v: [(p, v) for p in LIBRARIES[:2]]
+        for v in ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka")
+    },
 }
 OFFERED["topk"] = [*OFFERED["topk"], ("eai-sparsify", "topk"), ("eai-sparsify", "groupmax")]
 
@@ -73,10 +76,14 @@ class Arena:
             side, _, tuned = name.partition("+")
             modules = ["contestants", "language_contestants"] if side == "ours" else ["peers"]
             python = sys.executable if side == "ours" else self.python
-            self.hosts[name] = Host(modules, python=python, threads=self.threads, keep_memory=bool(tuned))
+            self.hosts[name] = Host(
+                modules, python=python, threads=self.threads, keep_memory=bool(tuned)
+            )
         return self.hosts[name]
 
-    def compare(self, contestants: Mapping[str, Contestant], say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    def compare(
+        self, contestants: Mapping[str, Contestant], say: Callable[[str], None]
+    ) -> dict[str, dict[str, Any]]:
         """Rounds in which every contestant makes a few steps. Of each: ``ms`` (median), ``rounds`` (median of each), ``peak`` bytes, ``info``."""
         workers: dict[str, Worker] = {}
         found: dict[str, dict[str, Any]] = {}
@@ -92,13 +99,25 @@ class Arena:
             which = 1 if self.threads == 1 else 0
             for _ in range(self.rounds):
                 for name, worker in workers.items():
-                    times[name].append(1e3 * median(t[which] for t in worker.run(contestants[name].n)))
+                    times[name].append(
+                        1e3 * median(t[which] for t in worker.run(contestants[name].n))
+                    )
             for name, worker in workers.items():
-                found[name] = {"ms": median(times[name]), "rounds": times[name], "peak": worker.peak, "info": worker.info}
+                found[name] = {
+                    "ms": median(times[name]),
+                    "rounds": times[name],
+                    "peak": worker.peak,
+                    "info": worker.info,
+                }
         finally:
             for worker in workers.values():
                 worker.stop()
-        say("; ".join(f"{name} {f['ms']:.3g} ms" if "ms" in f else f"{name} failed" for name, f in found.items()))
+        say(
+            "; ".join(
+                f"{name} {f['ms']:.3g} ms" if "ms" in f else f"{name} failed"
+                for name, f in found.items()
+            )
+        )
         return {name: found[name] for name in contestants}
 
     def close(self) -> None:
@@ -109,7 +128,12 @@ class Arena:
     def about(self) -> dict[str, Any]:
         """What a result must say about where it comes from."""
         known = {name: host.versions for name, host in self.hosts.items()}
-        return tables.machine() | {"threads": self.threads, "rounds": self.rounds, "versions": known, "peers": bool(self.python)}
+        return tables.machine() | {
+            "threads": self.threads,
+            "rounds": self.rounds,
+            "versions": known,
+            "peers": bool(self.python),
+        }
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------------
@@ -125,32 +149,64 @@ def steps(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
         for chosen in args.variants:
             variant, *overrides = chosen.split("@")
             contestants = {
-                f"product, {lib}": Contestant("ours", "contestants:encoder_product", {**size, "batch": BATCH, "library": lib})
+                f"product, {lib}": Contestant(
+                    "ours", "contestants:encoder_product", {**size, "batch": BATCH, "library": lib}
+                )
                 for lib in ("default", "onednn", "bf16")
             }
             mine = {**full, "variant": variant, "overrides": tuple(overrides)}
-            contestants["ours"] = Contestant("ours", "contestants:ours", mine, n=3, warm=5 if large else 12)
+            contestants["ours"] = Contestant(
+                "ours", "contestants:ours", mine, n=3, warm=5 if large else 12
+            )
             if variant in ("topk", "standard") and not args.quick:
-                contestants["plain torch"] = Contestant("ours", "contestants:plain_sae", {**full, "variant": variant}, n=1 if large else 2)
+                contestants["plain torch"] = Contestant(
+                    "ours",
+                    "contestants:plain_sae",
+                    {**full, "variant": variant},
+                    n=1 if large else 2,
+                )
             for library, name in OFFERED.get(variant, []) if arena.python else []:
                 label = library if name == variant else f"{library} {name}"
-                call = Contestant("peers", "peers:steps", {**full, "library": library, "variant": name}, n=1 if large else 2, warm=1)
+                call = Contestant(
+                    "peers",
+                    "peers:steps",
+                    {**full, "library": library, "variant": name},
+                    n=1 if large else 2,
+                    warm=1,
+                )
                 contestants[label] = call
                 if arena.tuned:
                     contestants[f"{label}, tuned"] = call._replace(host="peers+tuned")
             print(f"d {d}, m {m}, {chosen}", flush=True)
             groups.append(
-                {**size, "variant": " ".join([variant, *(o.rsplit(".")[-1] for o in overrides)]), "results": arena.compare(contestants, print)}
+                {
+                    **size,
+                    "variant": " ".join([variant, *(o.rsplit(".")[-1] for o in overrides)]),
+                    "results": arena.compare(contestants, print),
+                }
             )
     rate = arena.compare(
-        {lib: Contestant("ours", "contestants:matrix_rate", {"size": 2048, "library": lib}, n=2) for lib in ("default", "onednn", "bf16")}, print
+        {
+            lib: Contestant("ours", "contestants:matrix_rate", {"size": 2048, "library": lib}, n=2)
+            for lib in ("default", "onednn", "bf16")
+        },
+        print,
     )
-    return {"groups": groups, "gflops": {lib: 2 * 2048**3 / (f["ms"] * 1e6) for lib, f in rate.items() if "ms" in f}}
+    return {
+        "groups": groups,
+        "gflops": {lib: 2 * 2048**3 / (f["ms"] * 1e6) for lib, f in rate.items() if "ms" in f},
+    }
 
 
 def together(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
     """One, two, four and eight batch_topk SAEs in one pass."""
-    call = Contestant("ours", "contestants:ours", {"variant": "batch_topk", "d": 128, "m": 1024, "k": K, "batch": BATCH}, n=4, warm=6)
+    call = Contestant(
+        "ours",
+        "contestants:ours",
+        {"variant": "batch_topk", "d": 128, "m": 1024, "k": K, "batch": BATCH},
+        n=4,
+        warm=6,
+    )
     contestants = {str(n): call._replace(args={**call.args, "copies": n}) for n in (1, 2, 4, 8)}
     return {"groups": [{"d": 128, "m": 1024, "results": arena.compare(contestants, print)}]}
 
@@ -159,9 +215,17 @@ def scaling(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
     """Time and memory of a batch_topk and a standard step as width and batch grow."""
     groups = []
     for variant in ("batch_topk", "standard"):
-        points = {f"m {m}": (128, m, BATCH) for m in (512, 1024, 2048, 4096, 8192, 16384)} | {f"batch {b}": (128, 2048, b) for b in (512, 2048, 8192)}
+        points = {f"m {m}": (128, m, BATCH) for m in (512, 1024, 2048, 4096, 8192, 16384)} | {
+            f"batch {b}": (128, 2048, b) for b in (512, 2048, 8192)
+        }
         contestants = {
-            name: Contestant("ours", "contestants:ours", {"variant": variant, "d": d, "m": m, "k": K, "batch": b}, n=2, warm=4)
+            name: Contestant(
+                "ours",
+                "contestants:ours",
+                {"variant": variant, "d": d, "m": m, "k": K, "batch": b},
+                n=2,
+                warm=4,
+            )
             for name, (d, m, b) in points.items()
         }
         groups.append({"variant": variant, "results": arena.compare(contestants, print)})
@@ -177,55 +241,112 @@ def lm(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
         large = preset == "full"
         few = {"n": 1, "warm": 1} if large else {"n": 3, "warm": 2}
         names = {
-            "ours": Contestant("ours", "language_contestants:train_ours", {"preset": preset}, **few),
-            "ours, fp32": Contestant("ours", "language_contestants:train_ours", {"preset": preset, "overrides": fp32}, **few),
-            "plain loop, fp32": Contestant("ours", "language_contestants:train_plain", {"preset": preset}, **few),
+            "ours": Contestant(
+                "ours", "language_contestants:train_ours", {"preset": preset}, **few
+            ),
+            "ours, fp32": Contestant(
+                "ours",
+                "language_contestants:train_ours",
+                {"preset": preset, "overrides": fp32},
+                **few,
+            ),
+            "plain loop, fp32": Contestant(
+                "ours", "language_contestants:train_plain", {"preset": preset}, **few
+            ),
         }
         if not large:
-            names["ours, AdamW"] = Contestant("ours", "language_contestants:train_ours", {"preset": preset, "overrides": adamw}, **few)
+            names["ours, AdamW"] = Contestant(
+                "ours",
+                "language_contestants:train_ours",
+                {"preset": preset, "overrides": adamw},
+                **few,
+            )
         if arena.tuned:
             names["plain loop, fp32, tuned"] = names["plain loop, fp32"]._replace(host="ours+tuned")
-        groups.append({"what": "training step", "preset": preset, "results": arena.compare(names, print)})
+        groups.append(
+            {"what": "training step", "preset": preset, "results": arena.compare(names, print)}
+        )
         for rows in (1, 10):
-            length = 250  # the context is nearly full at the end, and what a cache saves grows with it
+            length = (
+                250  # the context is nearly full at the end, and what a cache saves grows with it
+            )
             work = {"preset": preset, "rows": rows, "length": length}
             names = {
                 "ours": Contestant("ours", "language_contestants:generate_ours", work, n=1, warm=1),
-                "no cache": Contestant("ours", "language_contestants:generate_plain", work, n=1, warm=0 if large else 1),
+                "no cache": Contestant(
+                    "ours", "language_contestants:generate_plain", work, n=1, warm=0 if large else 1
+                ),
             }
-            groups.append({"what": f"generation, {rows} at once", "preset": preset, "tokens": rows * length, "results": arena.compare(names, print)})
+            groups.append(
+                {
+                    "what": f"generation, {rows} at once",
+                    "preset": preset,
+                    "tokens": rows * length,
+                    "results": arena.compare(names, print),
+                }
+            )
         for batch in (32, 256) if not large else (32,):
             work = {"preset": preset, "batch": batch}
             names = {
                 "ours": Contestant("ours", "language_contestants:collect_ours", work, n=1, warm=1),
-                "whole model with a hook": Contestant("ours", "language_contestants:collect_plain", work, n=1, warm=1),
+                "whole model with a hook": Contestant(
+                    "ours", "language_contestants:collect_plain", work, n=1, warm=1
+                ),
             }
             tokens = batch * (256 if large else 128)
-            groups.append({"what": f"collection, {batch} windows", "preset": preset, "tokens": tokens, "results": arena.compare(names, print)})
+            groups.append(
+                {
+                    "what": f"collection, {batch} windows",
+                    "preset": preset,
+                    "tokens": tokens,
+                    "results": arena.compare(names, print),
+                }
+            )
     return {"groups": groups}
 
 
 def jobs(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
     """Where the time of a finished run went: what every cell recorded of its stages and metrics."""
-    return {"run": args.run.name, "cells": tables.stages(args.run)} if args.run else {"run": None, "cells": {}}
+    return (
+        {"run": args.run.name, "cells": tables.stages(args.run)}
+        if args.run
+        else {"run": None, "cells": {}}
+    )
 
 
 SECTIONS: dict[str, Callable[[Arena, argparse.Namespace], dict[str, Any]]] = {
-    "steps": steps, "together": together, "scaling": scaling, "lm": lm, "jobs": jobs,
-}  # fmt: skip
+    "steps": steps,
+    "together": together,
+    "scaling": scaling,
+    "lm": lm,
+    "jobs": jobs,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", nargs="+", default=[f"{d}x{m}" for d, m in SIZES], help="for steps, such as 128x1024")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        default=[f"{d}x{m}" for d, m in SIZES],
+        help="for steps, such as 128x1024",
+    )
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="for steps")
     parser.add_argument("--presets", nargs="+", default=["laptop", "full"], help="for lm")
-    parser.add_argument("--tuned", action="store_true", help="also with malloc settings that spare page faults")
+    parser.add_argument(
+        "--tuned", action="store_true", help="also with malloc settings that spare page faults"
+    )
     parser.add_argument("--quick", action="store_true", help="no plain loops")
-    parser.add_argument("--run", type=Path, default=Path("runs/run_0"), help="a finished run, for jobs")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/run_0"), help="a finished run, for jobs"
+    )
     parser.add_argument("--note", default="", help="what else is to be said about the machine")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -236,7 +357,9 @@ def main() -> None:
         parser.error(f"no section {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
     arena = Arena(args.threads, args.rounds, args.tuned)
     if not arena.python:
-        print("PEERS_PYTHON is not set: no peers in these tables (docs/speed.md says how to get them)")
+        print(
+            "PEERS_PYTHON is not set: no peers in these tables (docs/speed.md says how to get them)"
+        )
     try:
         for name in chosen:
             found = SECTIONS[name](arena, args)

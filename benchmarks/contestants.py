@@ -24,10 +24,25 @@ def study(*overrides: str) -> Any:
     return build(compose_checked(CONF, ["preset=laptop", *overrides])[0].study)
 
 
-def ours(turns: Turns, variant: str, d: int, m: int, k: int, batch: int, overrides: tuple[str, ...] = (), copies: int = 1) -> None:
+def ours(
+    turns: Turns,
+    variant: str,
+    d: int,
+    m: int,
+    k: int,
+    batch: int,
+    overrides: tuple[str, ...] = (),
+    copies: int = 1,
+) -> None:
     """``fit_saes`` of one variant as a run calls it (``copies`` of it in one pass)."""
     torch.manual_seed(0)
-    chosen = study(f"sae={variant}", f"sae.target_l0={k}", f"sae.d_sae={m}", f"fit.train.batch_size={batch}", *overrides)
+    chosen = study(
+        f"sae={variant}",
+        f"sae.target_l0={k}",
+        f"sae.d_sae={m}",
+        f"fit.train.batch_size={batch}",
+        *overrides,
+    )
     pool = pool_of(d, batch)
     arm = next(iter(chosen.arms.values()))
     cfg = arm.config(chosen.fit.train)
@@ -40,8 +55,13 @@ def ours(turns: Turns, variant: str, d: int, m: int, k: int, batch: int, overrid
     def observed(b: Batch, step: Any) -> Any:
         found = loss(b, step)
         codes = found.extra.codes
-        turns.info = {"active": len(codes.pattern.col) / batch if codes.pattern is not None else float((codes.values != 0).sum() / batch),
-                      "sparse": codes.pattern is not None, "loss": float(found.total.detach())}  # fmt: skip
+        turns.info = {
+            "active": len(codes.pattern.col) / batch
+            if codes.pattern is not None
+            else float((codes.values != 0).sum() / batch),
+            "sparse": codes.pattern is not None,
+            "loss": float(found.total.detach()),
+        }
         return found
 
     first.loss = observed
@@ -87,7 +107,9 @@ def plain_sae(turns: Turns, variant: str, d: int, m: int, k: int, batch: int) ->
             top = z.topk(k, dim=1)
             z = torch.zeros_like(z).scatter(1, top.indices, top.values)
         recon = z @ w_dec + b_dec
-        loss = (x - recon).square().sum(1).mean() + (1e-3 * z.sum(1).mean() if variant == "standard" else 0)
+        loss = (x - recon).square().sum(1).mean() + (
+            1e-3 * z.sum(1).mean() if variant == "standard" else 0
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

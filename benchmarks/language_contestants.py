@@ -25,7 +25,13 @@ def corpus() -> CharCorpus:
     """A text without meaning; only its length and alphabet matter here."""
     ids = np.random.default_rng(0).integers(0, SYMBOLS, 1_000_000).astype(np.uint8)
     symbols = [chr(32 + i) for i in range(SYMBOLS)]
-    return CharCorpus(name="noise", splits={"train": ids, "val": ids[:100_000]}, symbols=symbols, provenance={}, key="noise")
+    return CharCorpus(
+        name="noise",
+        splits={"train": ids, "val": ids[:100_000]},
+        symbols=symbols,
+        provenance={},
+        key="noise",
+    )
 
 
 def settings(preset: str, *overrides: str) -> tuple[Any, Any]:
@@ -59,7 +65,14 @@ def generate_ours(turns: Turns, preset: str, rows: int, length: int) -> None:
     turns.prepared()
     while True:
         turns.next()
-        lm.generate(model, PROMPT.expand(rows, 1), length, temperature=spec.temperature, top_k=spec.top_k, generator=generator)
+        lm.generate(
+            model,
+            PROMPT.expand(rows, 1),
+            length,
+            temperature=spec.temperature,
+            top_k=spec.top_k,
+            generator=generator,
+        )
 
 
 def collect_ours(turns: Turns, preset: str, batch: int) -> None:
@@ -71,7 +84,11 @@ def collect_ours(turns: Turns, preset: str, batch: int) -> None:
     step = 0
     while True:
         turns.next()
-        activations(model, text.windows("train", np.arange(batch) * spec.n_positions + step, spec.n_positions), [site])[site].half()
+        activations(
+            model,
+            text.windows("train", np.arange(batch) * spec.n_positions + step, spec.n_positions),
+            [site],
+        )[site].half()
         step += 1
 
 
@@ -84,15 +101,28 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.qkv, self.out = (
+            nn.Linear(width, 3 * width, bias=False),
+            nn.Linear(width, width, bias=False),
+        )
+        self.up, self.down = (
+            nn.Linear(width, 4 * width, bias=False),
+            nn.Linear(4 * width, width, bias=False),
+        )
         self.heads, self.dropout = heads, dropout
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
-        q, k, v = (y.view(b, t, self.heads, -1).transpose(1, 2) for y in self.qkv(self.ln_1(x)).split(d, dim=2))
+        q, k, v = (
+            y.view(b, t, self.heads, -1).transpose(1, 2)
+            for y in self.qkv(self.ln_1(x)).split(d, dim=2)
+        )
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True).transpose(1, 2).reshape(b, t, d)
+        y = (
+            F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+            .transpose(1, 2)
+            .reshape(b, t, d)
+        )
         x = x + F.dropout(self.out(y), p, self.training)
         return x + F.dropout(self.down(F.gelu(self.up(self.ln_2(x)))), p, self.training)
 
@@ -108,10 +138,18 @@ class PlainGPT(nn.Module):
         self.norm = nn.LayerNorm(width, bias=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * layers) if ".out." in name or ".down." in name else 1))
+                nn.init.normal_(
+                    p,
+                    std=0.02
+                    / (math.sqrt(2 * layers) if ".out." in name or ".down." in name else 1),
+                )
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = F.dropout(self.tokens(ids) + self.positions(torch.arange(ids.shape[1])), self.dropout, self.training)
+        x = F.dropout(
+            self.tokens(ids) + self.positions(torch.arange(ids.shape[1])),
+            self.dropout,
+            self.training,
+        )
         for block in self.blocks:
             x = block(x)
         return self.norm(x) @ self.tokens.weight.t()
@@ -119,7 +157,11 @@ class PlainGPT(nn.Module):
 
 def plain(preset: str) -> tuple[PlainGPT, Any, Any]:
     spec, cfg = settings(preset)
-    return PlainGPT(spec.n_layer, spec.n_head, spec.n_embd, spec.n_positions, spec.dropout), spec, cfg
+    return (
+        PlainGPT(spec.n_layer, spec.n_head, spec.n_embd, spec.n_positions, spec.dropout),
+        spec,
+        cfg,
+    )
 
 
 def train_plain(turns: Turns, preset: str) -> None:
@@ -128,15 +170,24 @@ def train_plain(turns: Turns, preset: str) -> None:
     ids = corpus().splits["train"]
     turns.prepared()
     model, spec, cfg = plain(preset)
-    groups = [{"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1},
-              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
     model.train()
     while True:
         turns.next()
         starts = torch.randint(len(ids) - spec.n_positions, (cfg.batch_size,))
-        x = torch.stack([torch.from_numpy(ids[i : i + spec.n_positions].astype(np.int64)) for i in starts])
-        y = torch.stack([torch.from_numpy(ids[i + 1 : i + 1 + spec.n_positions].astype(np.int64)) for i in starts])
+        x = torch.stack(
+            [torch.from_numpy(ids[i : i + spec.n_positions].astype(np.int64)) for i in starts]
+        )
+        y = torch.stack(
+            [
+                torch.from_numpy(ids[i + 1 : i + 1 + spec.n_positions].astype(np.int64))
+                for i in starts
+            ]
+        )
         loss = F.cross_entropy(model(x).view(-1, SYMBOLS), y.view(-1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -170,5 +221,14 @@ def collect_plain(turns: Turns, preset: str, batch: int) -> None:
     turns.prepared()
     while True:
         turns.next()
-        model(torch.stack([torch.from_numpy(ids[i * spec.n_positions : (i + 1) * spec.n_positions].astype(np.int64)) for i in range(batch)]))
+        model(
+            torch.stack(
+                [
+                    torch.from_numpy(
+                        ids[i * spec.n_positions : (i + 1) * spec.n_positions].astype(np.int64)
+                    )
+                    for i in range(batch)
+                ]
+            )
+        )
         found.clear()

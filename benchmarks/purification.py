@@ -26,17 +26,31 @@ KINDS = {
     "shared pool": {},
     "explicit encodes": {"model__pool": 0},
     "explicit, all kinds": {
-        "model__pool": 0, "model__weights__targeted": 0.1, "model__mixture__gaussian": 0.4, "model__mixture__covariance": 0.2,
-        "model__mixture__targeted": 0.3, "model__mixture__fgsm": 0.1,
+        "model__pool": 0,
+        "model__weights__targeted": 0.1,
+        "model__mixture__gaussian": 0.4,
+        "model__mixture__covariance": 0.2,
+        "model__mixture__targeted": 0.3,
+        "model__mixture__fgsm": 0.1,
     },
     "shared pool, all rows": {"model__rows": 1.0},
-}  # fmt: skip
+}
 
 
 def make(kind: str, host: str, d_in: int, d_sae: int, l0: float):
     """An untrained SAE; ``sae/host`` cannot be set by keyword, so the default host stands for all."""
-    settings = {"d_sae": d_sae, "target_l0": l0, "model__clean": 0.0, "model__warmup": 0.0, **KINDS[kind]}
-    return build_sae("purified" if kind != "host" else host, d_in, **({"d_sae": d_sae, "target_l0": l0} if kind == "host" else settings))
+    settings = {
+        "d_sae": d_sae,
+        "target_l0": l0,
+        "model__clean": 0.0,
+        "model__warmup": 0.0,
+        **KINDS[kind],
+    }
+    return build_sae(
+        "purified" if kind != "host" else host,
+        d_in,
+        **({"d_sae": d_sae, "target_l0": l0} if kind == "host" else settings),
+    )
 
 
 def rows(n: int, d_in: int) -> torch.Tensor:
@@ -60,15 +74,28 @@ def resident(what: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("d_in", 128), ("d_sae", 1024), ("batch", 4096), ("l0", 32), ("steps", 60), ("rounds", 5), ("threads", 1)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("d_in", 128),
+        ("d_sae", 1024),
+        ("batch", 4096),
+        ("l0", 32),
+        ("steps", 60),
+        ("rounds", 5),
+        ("threads", 1),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--host", default="batch_topk")
     parser.add_argument("--memory_of", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.memory_of:
-        x, sae = rows(8 * args.batch, args.d_in), make(args.memory_of, args.host, args.d_in, args.d_sae, args.l0)
+        x, sae = (
+            rows(8 * args.batch, args.d_in),
+            make(args.memory_of, args.host, args.d_in, args.d_sae, args.l0),
+        )
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew here
         before = resident("VmRSS")
         fit_saes(sae, x, steps=8, batch_size=args.batch, warmup_steps=1)
@@ -78,19 +105,30 @@ def main() -> None:
     rounds = [train(list(KINDS), args, args.steps) for _ in range(args.rounds)]
     options = [f"--{k}={getattr(args, k)}" for k in ("d_in", "d_sae", "batch", "l0", "threads")]
     memory = {
-        kind: int(subprocess.run([sys.executable, __file__, *options, f"--memory_of={kind}"], capture_output=True, check=True, text=True).stdout)
+        kind: int(
+            subprocess.run(
+                [sys.executable, __file__, *options, f"--memory_of={kind}"],
+                capture_output=True,
+                check=True,
+                text=True,
+            ).stdout
+        )
         / 1024
         for kind in KINDS
     }
     print(
         f"d_in {args.d_in}, d_sae {args.d_sae}, {args.batch} rows, L0 {args.l0}, {args.threads} threads; {args.rounds} rounds of {args.steps} steps"
     )
-    print("| | ms a step | time against the host | peak memory, MiB | against the host |\n|---|---|---|---|---|")
+    print(
+        "| | ms a step | time against the host | peak memory, MiB | against the host |\n|---|---|---|---|---|"
+    )
     for kind in KINDS:
         ratios = [r[kind] / r["host"] for r in rounds]
         ms = 1000 * statistics.median(r[kind] for r in rounds)
-        print(f"| {kind} | {ms:.1f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {memory[kind]:.0f} "
-              f"| {memory[kind] / memory['host']:.2f} |")  # fmt: skip
+        print(
+            f"| {kind} | {ms:.1f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {memory[kind]:.0f} "
+            f"| {memory[kind] / memory['host']:.2f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def _stream(work: str, batch: int) -> Any:
         epoch, within = divmod(step, per_epoch)
         if epoch not in orders:
             orders[epoch] = np.random.default_rng([0, epoch]).permutation(len(rows))
-        return torch.from_numpy(rows[np.sort(orders[epoch][within * batch : (within + 1) * batch])].astype(np.float32))
+        return torch.from_numpy(
+            rows[np.sort(orders[epoch][within * batch : (within + 1) * batch])].astype(np.float32)
+        )
 
     return batch_at, batch_at(10**6)
 
@@ -64,7 +66,11 @@ def measured(answer: Any, work: str) -> dict[str, float]:
             error += float((part - recon).double().square().sum())
             active += float((acts != 0).sum())
             fires = fires + (acts != 0).sum(0)
-    return {"fvu": error / float((x - x.mean(0)).double().square().sum()), "l0": active / len(x), "dead": float((fires == 0).float().mean())}
+    return {
+        "fvu": error / float((x - x.mean(0)).double().square().sum()),
+        "l0": active / len(x),
+        "dead": float((fires == 0).float().mean()),
+    }
 
 
 def ours(turns: Turns, work: str, variant: str, steps: int, l0: float, lr: float | None) -> None:
@@ -77,7 +83,9 @@ def ours(turns: Turns, work: str, variant: str, steps: int, l0: float, lr: float
 
     turns.next()
     own = [] if lr is None else [f"fit.train.lr={lr}"]
-    chosen = study(f"sae={variant}", f"sae.target_l0={l0}", f"sae.d_sae={M}", f"fit.train.steps={steps}", *own)
+    chosen = study(
+        f"sae={variant}", f"sae.target_l0={l0}", f"sae.d_sae={M}", f"fit.train.steps={steps}", *own
+    )
     arm = next(iter(chosen.arms.values()))
     batch_at, first = _stream(work, BATCH)
     sae = arm.seeded(first.shape[1], first.shape[1], 0)
@@ -85,14 +93,30 @@ def ours(turns: Turns, work: str, variant: str, steps: int, l0: float, lr: float
     held = torch.from_numpy(np.load(Path(work) / "calibration.npy").astype(np.float32))
     dead_after = round(chosen.fit.dead_after_frac * steps * BATCH)
     report = fit_saes(
-        {"sae": sae}, lambda i: Batch(x := batch_at(i), x), arm.config(chosen.fit.train), Sample(start, start, held), seed=0, dead_after=dead_after
+        {"sae": sae},
+        lambda i: Batch(x := batch_at(i), x),
+        arm.config(chosen.fit.train),
+        Sample(start, start, held),
+        seed=0,
+        dead_after=dead_after,
     )
-    turns.info = measured(lambda x: (z := sae.encode(x), sae.reconstruct(x, z)), work) | {"seconds": report["sae"].seconds}
+    turns.info = measured(lambda x: (z := sae.encode(x), sae.reconstruct(x, z)), work) | {
+        "seconds": report["sae"].seconds
+    }
     turns.next()
     turns.next()
 
 
-def peer(turns: Turns, work: str, library: str, variant: str, steps: int, lr: float, coeff: float | None, batch: int = BATCH) -> None:
+def peer(
+    turns: Turns,
+    work: str,
+    library: str,
+    variant: str,
+    steps: int,
+    lr: float,
+    coeff: float | None,
+    batch: int = BATCH,
+) -> None:
     """A fit by a peer's trainer."""
     import time
 
@@ -100,7 +124,18 @@ def peer(turns: Turns, work: str, library: str, variant: str, steps: int, lr: fl
 
     turns.next()
     batch_at, first = _stream(work, batch)
-    step, answer = make(library, variant, first.shape[1], M, L0, lr=lr, steps=steps, batch=batch, coeff=coeff, sample=first)
+    step, answer = make(
+        library,
+        variant,
+        first.shape[1],
+        M,
+        L0,
+        lr=lr,
+        steps=steps,
+        batch=batch,
+        coeff=coeff,
+        sample=first,
+    )
     began = time.perf_counter()
     for i in range(steps):
         step(batch_at(i))
@@ -132,11 +167,16 @@ def prepare(work: Path) -> None:
     language.prepare(ctx)
     corpus, recipe = language._corpora["shakespeare_char"], language.data["shakespeare_char"].recipe
     with ctx.session("language model", "lm") as session:
-        lm = train_lm(language.lm, corpus, recipe, seed=0, cache=ctx.cache, device=ctx.device, session=session)
+        lm = train_lm(
+            language.lm, corpus, recipe, seed=0, cache=ctx.cache, device=ctx.device, session=session
+        )
     site = language.sites(next(iter(language.arms.values())))[0]
     stores = Stores(language.fit, [site], corpus, lm, 0, ctx)
     for name in ("train", "calibration", "held_out"):
-        np.save(work / f"{name}.npy", getattr(stores, name).rows(site, slice(None)).numpy().astype(np.float16))
+        np.save(
+            work / f"{name}.npy",
+            getattr(stores, name).rows(site, slice(None)).numpy().astype(np.float16),
+        )
 
 
 class Bench:
@@ -153,7 +193,11 @@ class Bench:
         if not path.exists():
             if host not in self.hosts:
                 python = sys.executable if host == "ours" else self.python
-                self.hosts[host] = Host(["contestants" if host == "ours" else "peers"], python=python, threads=self.threads)
+                self.hosts[host] = Host(
+                    ["contestants" if host == "ours" else "peers"],
+                    python=python,
+                    threads=self.threads,
+                )
             with self.hosts[host].start(call, work=str(self.work), **args) as worker:
                 worker.run(1)
                 path.write_text(json.dumps(worker.info | {"args": args}, indent=1))
@@ -162,30 +206,60 @@ class Bench:
 
     def ours(self, variant: str, l0: float = L0, lr: float | None = None) -> dict[str, Any]:
         rate = "" if lr is None else f"_lr{lr:g}"
-        return self.fit(f"ours_{variant}_{l0:.1f}_{self.steps}{rate}", "ours", "quality:ours", variant=variant, steps=self.steps, l0=l0, lr=lr)
+        return self.fit(
+            f"ours_{variant}_{l0:.1f}_{self.steps}{rate}",
+            "ours",
+            "quality:ours",
+            variant=variant,
+            steps=self.steps,
+            l0=l0,
+            lr=lr,
+        )
 
     def peer(self, library: str, variant: str, lr: float) -> dict[str, Any]:
         name = f"{library}_{variant}_{self.steps}_lr{lr:g}"
         args = {"library": library, "variant": variant, "lr": lr}
-        coeff = None if variant not in STEERED or (self.work / f"{name}.json").exists() else self.coefficient(**args)
+        coeff = (
+            None
+            if variant not in STEERED or (self.work / f"{name}.json").exists()
+            else self.coefficient(**args)
+        )
         return self.fit(name, "peers", "quality:peer", steps=self.steps, coeff=coeff, **args)
 
     def coefficient(self, library: str, variant: str, lr: float, tries: int = 4) -> float:
         """A coefficient that gives about the asked-for L0, by secant steps in logarithms over pilots of a quarter of the rows."""
-        start = {("sae-lens", "standard"): 0.5, ("sae-lens", "gated"): 0.5, ("sae-lens", "jumprelu"): 0.1,
-                 ("dictionary-learning", "standard"): 0.03, ("dictionary-learning", "gated"): 0.03, ("dictionary-learning", "jumprelu"): 1.0}  # fmt: skip
+        start = {
+            ("sae-lens", "standard"): 0.5,
+            ("sae-lens", "gated"): 0.5,
+            ("sae-lens", "jumprelu"): 0.1,
+            ("dictionary-learning", "standard"): 0.03,
+            ("dictionary-learning", "gated"): 0.03,
+            ("dictionary-learning", "jumprelu"): 1.0,
+        }
         coeff, seen = start[library, variant], []
         if (library, variant) == ("dictionary-learning", "jumprelu"):
             return coeff  # takes a target L0 itself
         for i in range(tries):
             name = f"pilot_{library}_{variant}_{self.steps}_lr{lr:g}_{i}"
-            found = self.fit(name, "peers", "quality:peer", library=library, variant=variant, lr=lr, steps=self.steps, coeff=coeff, batch=BATCH // 8)
+            found = self.fit(
+                name,
+                "peers",
+                "quality:peer",
+                library=library,
+                variant=variant,
+                lr=lr,
+                steps=self.steps,
+                coeff=coeff,
+                batch=BATCH // 8,
+            )
             seen.append((math.log(coeff), math.log(max(found["l0"], 0.1) / L0)))
             if abs(seen[-1][1]) < 0.1:
                 break
             slope = -1.0
             if len(seen) > 1 and abs(seen[-1][0] - seen[-2][0]) > 1e-6:
-                slope = min(max((seen[-1][1] - seen[-2][1]) / (seen[-1][0] - seen[-2][0]), -3.0), -0.2)
+                slope = min(
+                    max((seen[-1][1] - seen[-2][1]) / (seen[-1][0] - seen[-2][0]), -3.0), -0.2
+                )
             coeff = math.exp(seen[-1][0] - min(max(seen[-1][1] / slope, -2.0), 2.0))
         return coeff
 
@@ -193,8 +267,12 @@ class Bench:
         """The peer's fit with the least FVU among the learning rates that are finished; of steered ones, those within 30 % of the L0 count first."""
         fits = [(lr, self.work / f"{library}_{variant}_{self.steps}_lr{lr:g}.json") for lr in RATES]
         done = [json.loads(path.read_text()) | {"lr": lr} for lr, path in fits if path.exists()]
-        near = [f for f in done if variant not in STEERED or 0.7 * L0 <= f["l0"] <= 1.3 * L0] or done
-        return min(near, key=lambda f: f["fvu"]) | {"rates": [f["lr"] for f in done]} if near else None
+        near = [
+            f for f in done if variant not in STEERED or 0.7 * L0 <= f["l0"] <= 1.3 * L0
+        ] or done
+        return (
+            min(near, key=lambda f: f["fvu"]) | {"rates": [f["lr"] for f in done]} if near else None
+        )
 
     def match(self) -> None:
         """Train this project's SAE to the L0 at which a peer ended, where a peer cannot be told one."""
@@ -228,11 +306,22 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/bench_quality"), help="where activations and finished fits are kept")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/bench_quality"),
+        help="where activations and finished fits are kept",
+    )
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", nargs="*", help="fits such as ours:topk, sae-lens:gated, sae-lens:topk:0.002 (default: all)")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        help="fits such as ours:topk, sae-lens:gated, sae-lens:topk:0.002 (default: all)",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     prepare(args.work)
@@ -252,9 +341,24 @@ def main() -> None:
             print(f"{what} failed: {error}", flush=True)
     if not args.only:
         bench.match()
-    about = tables.machine() | {"threads": args.threads, "rounds": 1, "versions": {n: h.versions for n, h in bench.hosts.items()}}
+    about = tables.machine() | {
+        "threads": args.threads,
+        "rounds": 1,
+        "versions": {n: h.versions for n, h in bench.hosts.items()},
+    }
     bench.close()
-    tables.write(args.out, "quality", {"m": M, "l0": L0, "batch": BATCH, "steps": args.steps, "variants": bench.found(), "about": about})
+    tables.write(
+        args.out,
+        "quality",
+        {
+            "m": M,
+            "l0": L0,
+            "batch": BATCH,
+            "steps": args.steps,
+            "variants": bench.found(),
+            "about": about,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,10 @@ def kinds(cache: Path) -> dict[str, tuple[int, int]]:
     found = {}
     for kind in sorted(p for p in cache.iterdir() if p.is_dir()):
         files = [p for p in kind.rglob("*") if p.is_file()]
-        found[kind.name] = (len([p for p in kind.iterdir() if p.is_dir()]), sum(p.stat().st_size for p in files))
+        found[kind.name] = (
+            len([p for p in kind.iterdir() if p.is_dir()]),
+            sum(p.stat().st_size for p in files),
+        )
     return found
 
 
@@ -53,8 +56,14 @@ def checking_rate(cache: Path) -> float:
 def report(folders: list[Path], cache: Path, n_jobs: int) -> None:
     """Print what was measured, and the same for ``n_jobs`` jobs over the same language model."""
     seconds = {name: statistics.mean(values) for name, values in stages(folders).items()}
-    first = {"lm": seconds["lm"], "collect": max(stages(folders)["collect"])}  # who comes later only opens and verifies the store
-    print(f"{len(stages(folders)['fit'])} cells; mean seconds by stage: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
+    first = {
+        "lm": seconds["lm"],
+        "collect": max(stages(folders)["collect"]),
+    }  # who comes later only opens and verifies the store
+    print(
+        f"{len(stages(folders)['fit'])} cells; mean seconds by stage: "
+        + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
+    )
     sizes = kinds(cache)
     for kind, (entries, size) in sizes.items():
         print(f"  {kind:<10} {entries:>4} entries {size / 1e6:>10.1f} MB")
@@ -63,33 +72,51 @@ def report(folders: list[Path], cache: Path, n_jobs: int) -> None:
     print(f"verifying what is shared: {rate / 1e6:,.0f} MB/s, {store / rate:.2f} s a job")
     own = seconds["fit"] + seconds["metrics"] + store / rate
     alone, shared = n_jobs * (sum(first.values()) + own), sum(first.values()) + n_jobs * own
-    print(f"{n_jobs:,} jobs: {shared / 3600:.1f} h of one core with the cache, {alone / 3600:.1f} h without ({alone / shared:.1f} times as much)")
+    print(
+        f"{n_jobs:,} jobs: {shared / 3600:.1f} h of one core with the cache, {alone / 3600:.1f} h without ({alone / shared:.1f} times as much)"
+    )
     fit = sizes["fits"][1] / max(sizes["fits"][0], 1)
     print(
         f"  cache {(store + sizes['lms'][1] + n_jobs * fit) / GB:.2f} GB with sharing, {n_jobs * (store + sizes['lms'][1] + fit) / GB:.1f} GB without"
     )
 
 
-def arithmetic(width: int, rows: float, expansion: int, steps: int, batch: int, l0: int, n_sites: int) -> None:
+def arithmetic(
+    width: int, rows: float, expansion: int, steps: int, batch: int, l0: int, n_sites: int
+) -> None:
     """Print bytes and operations for activations of ``width``: the store, one SAE, one fit."""
     d_sae = expansion * width
     weights = (2 * width * d_sae + width + d_sae) * 4
-    print(f"width {width:,}, {rows:,.0f} rows, {d_sae:,} latents, {steps:,} steps of {batch:,} rows, L0 {l0}")
+    print(
+        f"width {width:,}, {rows:,.0f} rows, {d_sae:,} latents, {steps:,} steps of {batch:,} rows, L0 {l0}"
+    )
     print(f"  store: {rows * width * 2 * n_sites / GB:,.1f} GB in float16 for {n_sites} site(s)")
-    print(f"  SAE: {weights / GB:,.2f} GB of float32 weights; training holds four times that (gradient, two moments): {4 * weights / GB:,.2f} GB")
+    print(
+        f"  SAE: {weights / GB:,.2f} GB of float32 weights; training holds four times that (gradient, two moments): {4 * weights / GB:,.2f} GB"
+    )
     product = 2 * batch * width * d_sae
     dense = 5 * product  # encoder: forward, weights; decoder: forward, codes, weights
-    sparse = product + 4 * 2 * batch * l0 * width  # the encoder must see every latent, the rest only those that fire
+    sparse = (
+        product + 4 * 2 * batch * l0 * width
+    )  # the encoder must see every latent, the rest only those that fire
     print(
         f"  one step: {dense / 1e12:,.2f} TFLOP dense, {sparse / 1e12:,.2f} with sparse codes; a fit: {dense * steps / 1e15:,.0f} or {sparse * steps / 1e15:,.0f} PFLOP"
     )
-    print(f"  one fit reads {steps * batch * width * 2 * n_sites / GB:,.0f} GB, or {batch * width * 2 * n_sites / 1e6:,.1f} MB a step")
+    print(
+        f"  one fit reads {steps * batch * width * 2 * n_sites / GB:,.0f} GB, or {batch * width * 2 * n_sites / 1e6:,.1f} MB a step"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="*", type=Path)
-    parser.add_argument("--cache", type=Path, default=Path(os.environ.get("SAE_CACHE", "~/.cache/sae_experiments")).expanduser())
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(os.environ.get("SAE_CACHE", "~/.cache/sae_experiments")).expanduser(),
+    )
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--model", type=int, help="width of the activations of a larger model")
     parser.add_argument("--rows", type=float, default=500e6)
@@ -102,7 +129,15 @@ def main() -> None:
     if asked.folders:
         report(asked.folders, asked.cache, asked.jobs)
     if asked.model:
-        arithmetic(asked.model, asked.rows, asked.expansion, asked.steps, asked.batch, asked.l0, asked.sites)
+        arithmetic(
+            asked.model,
+            asked.rows,
+            asked.expansion,
+            asked.steps,
+            asked.batch,
+            asked.l0,
+            asked.sites,
+        )
 
 
 if __name__ == "__main__":

@@ -26,18 +26,46 @@ from sae_experiments.training.loop import Session, TrainConfig, train
 
 STEPS, BATCH, INSTANCES = 10_000, 1024, 5
 SHAPES = [(d, h) for d in range(1, 7) for h in range(2, 11) if h <= 2 ** (d + 1) - 2]
-PLAIN = Features(mode="exclusive", branching=2, probability=1.0, stop=0.5, importance=1.0, match="exclusive", correlated=0.0, anticorrelated=0.0)
+PLAIN = Features(
+    mode="exclusive",
+    branching=2,
+    probability=1.0,
+    stop=0.5,
+    importance=1.0,
+    match="exclusive",
+    correlated=0.0,
+    anticorrelated=0.0,
+)
 FAMILIES = {
-    name: replace(PLAIN, mode=mode) for name, mode in (("exclusive", "exclusive"), ("early_stopping", "early_stopping"), ("control", "independent"))
+    name: replace(PLAIN, mode=mode)
+    for name, mode in (
+        ("exclusive", "exclusive"),
+        ("early_stopping", "early_stopping"),
+        ("control", "independent"),
+    )
 }
 CPU = torch.device("cpu")
 
 
 def config(steps: int) -> TrainConfig:
     return TrainConfig(
-        steps=steps, batch_size=BATCH, lr=1e-3, min_lr=0.0, warmup_steps=0, decay="constant", decay_from=0.0, optimizer="adam", muon_lr=0.0,
-        betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip=0.0, log_every=100, eval_every=10**9, checkpoint_every_s=1e9,
-    )  # fmt: skip
+        steps=steps,
+        batch_size=BATCH,
+        lr=1e-3,
+        min_lr=0.0,
+        warmup_steps=0,
+        decay="constant",
+        decay_from=0.0,
+        optimizer="adam",
+        muon_lr=0.0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        clip=0.0,
+        log_every=100,
+        eval_every=10**9,
+        checkpoint_every_s=1e9,
+    )
 
 
 # --- the obvious loop: nothing from the package but the definition of the task -----------------------------------------------
@@ -82,7 +110,9 @@ class ObviousLoop:
 
     @torch.no_grad()
     def final(self, rows: int) -> np.ndarray:
-        x = torch.cat([obvious_batch(self.family, self.depth, 1) for _ in range(rows // BATCH)]).expand(-1, self.instances, -1)
+        x = torch.cat(
+            [obvious_batch(self.family, self.depth, 1) for _ in range(rows // BATCH)]
+        ).expand(-1, self.instances, -1)
         return (self.output(x) - x).square().mean((0, 2)).numpy()
 
 
@@ -92,14 +122,31 @@ class ObviousLoop:
 class Sweep:
     """The study's own learner under the shared training loop, a few steps at a time."""
 
-    def __init__(self, family: str, shapes: list[tuple[int, int]], instances: int, steps: int, seed: int = 0) -> None:
-        self.learner = toy.make(shapes, FAMILIES[family], config(steps), instances=instances, init="matrix", seed=seed, device=CPU)
+    def __init__(
+        self, family: str, shapes: list[tuple[int, int]], instances: int, steps: int, seed: int = 0
+    ) -> None:
+        self.learner = toy.make(
+            shapes,
+            FAMILIES[family],
+            config(steps),
+            instances=instances,
+            init="matrix",
+            seed=seed,
+            device=CPU,
+        )
 
         self.done = 0
 
     def steps(self) -> None:
-        train([self.learner], lambda step: self.learner.batch_at(self.done + step), self.learner.cfg, Session())
-        self.done += self.learner.cfg.steps  # fresh samples every time: drawing them is part of the work
+        train(
+            [self.learner],
+            lambda step: self.learner.batch_at(self.done + step),
+            self.learner.cfg,
+            Session(),
+        )
+        self.done += (
+            self.learner.cfg.steps
+        )  # fresh samples every time: drawing them is part of the work
 
 
 def timed(call: Any) -> float:
@@ -117,15 +164,26 @@ def speed(rounds: int, few: int = 4, many: int = 16) -> dict[str, tuple[float, f
         for loop in loops:
             loop.steps(2)
         sweep.steps()
-        times = [(sum(timed(lambda loop=loop: loop.steps(few)) for loop in loops) / few, timed(sweep.steps) / many) for _ in range(rounds)]
-        found[family] = tuple(STEPS * float(np.median(column)) for column in zip(*times, strict=True))
+        times = [
+            (
+                sum(timed(lambda loop=loop: loop.steps(few)) for loop in loops) / few,
+                timed(sweep.steps) / many,
+            )
+            for _ in range(rounds)
+        ]
+        found[family] = tuple(
+            STEPS * float(np.median(column)) for column in zip(*times, strict=True)
+        )
         print(
-            f"{family}: loop {found[family][0]:,.0f} s, sweep {found[family][1]:,.0f} s, ratio {found[family][0] / found[family][1]:.1f}", flush=True
+            f"{family}: loop {found[family][0]:,.0f} s, sweep {found[family][1]:,.0f} s, ratio {found[family][0] / found[family][1]:.1f}",
+            flush=True,
         )
     return found
 
 
-def agreement(steps: int, instances: int, rows: int = 32 * BATCH) -> list[tuple[str, int, int, float, float, float]]:
+def agreement(
+    steps: int, instances: int, rows: int = 32 * BATCH
+) -> list[tuple[str, int, int, float, float, float]]:
     """(family, depth, hidden, median loss of the loop, of the sweep, p of the Mann-Whitney test) for small configurations."""
     found = []
     shapes = [(2, 2), (2, 4), (3, 2), (3, 4), (3, 6)]
@@ -137,41 +195,74 @@ def agreement(steps: int, instances: int, rows: int = 32 * BATCH) -> list[tuple[
             loop = ObviousLoop(family, depth, hidden, instances)
             loop.steps(steps)
             a, b = loop.final(rows), ours[depth, hidden]
-            found.append((family, depth, hidden, float(np.median(a)), float(np.median(b)), float(stats.mannwhitneyu(a, b).pvalue)))
+            found.append(
+                (
+                    family,
+                    depth,
+                    hidden,
+                    float(np.median(a)),
+                    float(np.median(b)),
+                    float(stats.mannwhitneyu(a, b).pvalue),
+                )
+            )
             print(*found[-1], flush=True)
     return found
 
 
-def report(times: dict[str, tuple[float, float]], pairs: list[tuple[str, int, int, float, float, float]], args: argparse.Namespace) -> str:
+def report(
+    times: dict[str, tuple[float, float]],
+    pairs: list[tuple[str, int, int, float, float, float]],
+    args: argparse.Namespace,
+) -> str:
     loop, sweep = (sum(column) for column in zip(*times.values(), strict=True))
     least = min(p for *_, p in pairs)
     combined = stats.combine_pvalues([p for *_, p in pairs]).pvalue
     step = "PyTorch's step (no C compiler)" if args.no_compiler else "the compiled step"
     command = f"--threads {args.threads} --rounds {args.rounds} --steps {args.steps} --instances {args.instances}"
     lines = [
-        "# Superposition: the whole sweep at once against one configuration at a time", "",
-        f"The sweep takes {step}.", "",
-        f"{date.today().isoformat()}; two AMD EPYC cores (AVX-512), no accelerator, torch 2.13 CPU; {args.threads} thread(s) for both sides; {args.note}", "",
-        f"`python benchmarks/superposition.py {command}{' --no-compiler' if args.no_compiler else ''}`", "",
+        "# Superposition: the whole sweep at once against one configuration at a time",
+        "",
+        f"The sweep takes {step}.",
+        "",
+        f"{date.today().isoformat()}; two AMD EPYC cores (AVX-512), no accelerator, torch 2.13 CPU; {args.threads} thread(s) for both sides; {args.note}",
+        "",
+        f"`python benchmarks/superposition.py {command}{' --no-compiler' if args.no_compiler else ''}`",
+        "",
         f"42 configurations (depth 1 to 6, hidden 2 to 10) x {INSTANCES} instances, {STEPS:,} steps of {BATCH:,}; steps of both are measured in turns",
-        f"(median of {args.rounds} rounds) and scaled to {STEPS:,}.", "",
-        "| generator | one by one (s) | sweep (s) | ratio |", "|---|---|---|---|",
+        f"(median of {args.rounds} rounds) and scaled to {STEPS:,}.",
+        "",
+        "| generator | one by one (s) | sweep (s) | ratio |",
+        "|---|---|---|---|",
         *(f"| {name} | {a:,.0f} | {b:,.0f} | {a / b:.1f} |" for name, (a, b) in times.items()),
-        f"| all three | {loop:,.0f} | {sweep:,.0f} | **{loop / sweep:.1f}** |", "",
+        f"| all three | {loop:,.0f} | {sweep:,.0f} | **{loop / sweep:.1f}** |",
+        "",
         f"Agreement: loss after {args.steps:,} steps, {args.instances} instances on each side, Mann-Whitney test for each configuration.",
-        f"Least p of {len(pairs)}: {least:.3f} (Bonferroni {min(1.0, least * len(pairs)):.2f}); combined by Fisher's method: p = {combined:.2f}.", "",
-        "| generator | depth | hidden | median, one by one | median, sweep | p |", "|---|---|---|---|---|---|",
-        *(f"| {f} | {d} | {h} | {a:.4g} | {b:.4g} | {p:.2f} |" for f, d, h, a, b, p in pairs), "",
-    ]  # fmt: skip
+        f"Least p of {len(pairs)}: {least:.3f} (Bonferroni {min(1.0, least * len(pairs)):.2f}); combined by Fisher's method: p = {combined:.2f}.",
+        "",
+        "| generator | depth | hidden | median, one by one | median, sweep | p |",
+        "|---|---|---|---|---|---|",
+        *(f"| {f} | {d} | {h} | {a:.4g} | {b:.4g} | {p:.2f} |" for f, d, h, a, b, p in pairs),
+        "",
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (("threads", 1), ("rounds", 8), ("steps", 1000), ("instances", 30)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--no-compiler", action="store_true", help="the sweep takes PyTorch's step, as on a machine without a C compiler")
-    parser.add_argument("--note", default="other work on the machine not excluded", help="what else is to be said about the machine")
+    parser.add_argument(
+        "--no-compiler",
+        action="store_true",
+        help="the sweep takes PyTorch's step, as on a machine without a C compiler",
+    )
+    parser.add_argument(
+        "--note",
+        default="other work on the machine not excluded",
+        help="what else is to be said about the machine",
+    )
     parser.add_argument("--out", type=Path, help="where the table is written (default: printed)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

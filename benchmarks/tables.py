@@ -29,24 +29,41 @@ def machine() -> dict[str, Any]:
     flags = ""
     if info.exists():
         lines = info.read_text(errors="replace").splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu
+        )
         flags = next((line for line in lines if line.startswith("flags")), "")
     known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {f}" in flags]
-    return {"cpu": cpu, "cores": os.cpu_count(), "features": known, "date": date.today().isoformat()}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "features": known,
+        "date": date.today().isoformat(),
+    }
 
 
 def write(out: Path, name: str, data: dict[str, Any]) -> None:
     """``<name>.json`` and ``<name>.md`` in the folder ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
-    text = "\n".join([f"# {TITLES[name]}", "", *_about(data["about"]), "", *RENDER[name](data)]).rstrip() + "\n"
+    text = (
+        "\n".join(
+            [f"# {TITLES[name]}", "", *_about(data["about"]), "", *RENDER[name](data)]
+        ).rstrip()
+        + "\n"
+    )
     (out / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table."""
-    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    return [
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
 
 
 def ratio(results: dict[str, Any], a: str, b: str) -> float | None:
@@ -57,9 +74,15 @@ def ratio(results: dict[str, Any], a: str, b: str) -> float | None:
 
 
 def _about(about: dict[str, Any]) -> list[str]:
-    kind = "processor time of one thread" if about["threads"] == 1 else f"time on the clock, {about['threads']} threads"
+    kind = (
+        "processor time of one thread"
+        if about["threads"] == 1
+        else f"time on the clock, {about['threads']} threads"
+    )
     features = f" ({', '.join(about['features'])})" if about["features"] else ""
-    lines = [f"{about['date']}; {about['cpu']}{features}, {about['cores']} cores; {kind}; medians of {about['rounds']} rounds in turns."]
+    lines = [
+        f"{about['date']}; {about['cpu']}{features}, {about['cores']} cores; {kind}; medians of {about['rounds']} rounds in turns."
+    ]
     libraries: dict[str, str] = {}
     for found in about["versions"].values():
         libraries |= found
@@ -73,7 +96,13 @@ def _about(about: dict[str, Any]) -> list[str]:
 def _ms(found: dict[str, Any] | None) -> str:
     if not found:
         return "-"
-    return "failed" if "ms" not in found else f"{found['ms']:.3g}" if found["ms"] < 1000 else f"{found['ms']:,.0f}"
+    return (
+        "failed"
+        if "ms" not in found
+        else f"{found['ms']:.3g}"
+        if found["ms"] < 1000
+        else f"{found['ms']:,.0f}"
+    )
 
 
 def _times(value: float | None) -> str:
@@ -84,7 +113,10 @@ def _times(value: float | None) -> str:
 
 
 def _steps(data: dict[str, Any]) -> list[str]:
-    lines = [f"Rows of 4,096, 32 active latents. Matrix rate (2,048 cubed): {_rates(data['gflops'])}.", ""]
+    lines = [
+        f"Rows of 4,096, 32 active latents. Matrix rate (2,048 cubed): {_rates(data['gflops'])}.",
+        "",
+    ]
     if not data["about"]["peers"]:
         lines += ["Peers are left out: `PEERS_PYTHON` was not set.", ""]
     lines += [
@@ -98,21 +130,54 @@ def _steps(data: dict[str, Any]) -> list[str]:
             r = g["results"]
             peers = [n for n in r if n not in BASE and not n.endswith(", tuned") and "ms" in r[n]]
             tuned = [n for n in r if n.endswith(", tuned") and "ms" in r[n]]
-            best, best_tuned = (min(names, key=lambda n: r[n]["ms"], default="") for names in (peers, tuned))
-            product = " / ".join(_ms(r.get(f"product, {lib}")) for lib in ("onednn", "default", "bf16"))
+            best, best_tuned = (
+                min(names, key=lambda n: r[n]["ms"], default="") for names in (peers, tuned)
+            )
+            product = " / ".join(
+                _ms(r.get(f"product, {lib}")) for lib in ("onednn", "default", "bf16")
+            )
             active = r["ours"].get("info", {}).get("active")
-            rows.append([
-                g["variant"], product, _ms(r["ours"]), "-" if active is None else f"{active:.0f}", _ms(r.get("plain torch")),
-                ", ".join(f"{n} {_ms(r[n])}" for n in peers) or "-", f"**{_times(ratio(r, best, 'ours'))}**", _times(ratio(r, best_tuned, "ours")),
-                _times(ratio(r, "ours", "product, onednn")), _times(ratio(r, "ours", "product, default")),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    g["variant"],
+                    product,
+                    _ms(r["ours"]),
+                    "-" if active is None else f"{active:.0f}",
+                    _ms(r.get("plain torch")),
+                    ", ".join(f"{n} {_ms(r[n])}" for n in peers) or "-",
+                    f"**{_times(ratio(r, best, 'ours'))}**",
+                    _times(ratio(r, best_tuned, "ours")),
+                    _times(ratio(r, "ours", "product, onednn")),
+                    _times(ratio(r, "ours", "product, default")),
+                ]
+            )
             least = min((n for n in peers if r[n]["peak"]), key=lambda n: r[n]["peak"], default="")
-            share = f"{r['ours']['peak'] / r[least]['peak']:.2f}" if least and "peak" in r["ours"] else "-"
+            share = (
+                f"{r['ours']['peak'] / r[least]['peak']:.2f}"
+                if least and "peak" in r["ours"]
+                else "-"
+            )
             names = ", ".join(f"{n} {_mb(r[n])}" for n in peers) or "-"
             memory.append([g["variant"], _mb(r["ours"]), names, share])
         lines += [f"## d {d}, m {m}", "", "Median milliseconds of a step."]
-        lines += ["", *table(["variant", "product", "ours", "active", "plain torch", "peers", "fastest peer / ours", "the same, tuned",
-                              "ours / product", "ours / default product"], rows)]  # fmt: skip
+        lines += [
+            "",
+            *table(
+                [
+                    "variant",
+                    "product",
+                    "ours",
+                    "active",
+                    "plain torch",
+                    "peers",
+                    "fastest peer / ours",
+                    "the same, tuned",
+                    "ours / product",
+                    "ours / default product",
+                ],
+                rows,
+            ),
+        ]
         lines += ["Peak memory above what the process held before it built the SAE (MB).", ""]
         lines += table(["variant", "ours", "peers", "ours / leanest peer"], memory)
     return lines
@@ -133,8 +198,16 @@ def _together(data: dict[str, Any]) -> list[str]:
     lines = []
     for g in data["groups"]:
         one = g["results"]["1"]
-        rows = [[n, _ms(f), _times(f["ms"] / one["ms"] / int(n)), _mb(f)] for n, f in g["results"].items() if "ms" in f]
-        lines += [f"batch_topk, d {g['d']}, m {g['m']}.", "", *table(["SAEs", "ms a step", "of as many single steps", "peak MB"], rows)]
+        rows = [
+            [n, _ms(f), _times(f["ms"] / one["ms"] / int(n)), _mb(f)]
+            for n, f in g["results"].items()
+            if "ms" in f
+        ]
+        lines += [
+            f"batch_topk, d {g['d']}, m {g['m']}.",
+            "",
+            *table(["SAEs", "ms a step", "of as many single steps", "peak MB"], rows),
+        ]
     return lines
 
 
@@ -152,7 +225,11 @@ def _lm(data: dict[str, Any]) -> list[str]:
         r = g["results"]
         first = r.get("ours", {})
         for name, found in r.items():
-            rate = f"{g['tokens'] / found['ms'] * 1e3:,.0f}" if "tokens" in g and "ms" in found else "-"
+            rate = (
+                f"{g['tokens'] / found['ms'] * 1e3:,.0f}"
+                if "tokens" in g and "ms" in found
+                else "-"
+            )
             faster = _times(ratio(r, name, "ours")) if name != "ours" and "ms" in first else "1"
             rows.append([g["preset"], g["what"], name, _ms(found), rate, faster, _mb(found)])
     return table(["preset", "work", "who", "ms", "tokens/s", "time / ours", "peak MB"], rows)
@@ -173,26 +250,51 @@ def _jobs(data: dict[str, Any]) -> list[str]:
     if not cells:
         return ["No finished run was given (`--run FOLDER`)."]
     names = list(dict.fromkeys(name for seconds in cells.values() for name in seconds))
-    rows = [[n, *(f"{s[n]:.1f}" if n in s else "-" for s in cells.values()), f"{sum(s.get(n, 0.0) for s in cells.values()):.1f}"] for n in names]
-    return [f"Run `{data['run']}`, seconds. Language models that came from the cache count as they took when they were trained.", "",
-            *table(["stage", *cells, "sum"], rows)]  # fmt: skip
+    rows = [
+        [
+            n,
+            *(f"{s[n]:.1f}" if n in s else "-" for s in cells.values()),
+            f"{sum(s.get(n, 0.0) for s in cells.values()):.1f}",
+        ]
+        for n in names
+    ]
+    return [
+        f"Run `{data['run']}`, seconds. Language models that came from the cache count as they took when they were trained.",
+        "",
+        *table(["stage", *cells, "sum"], rows),
+    ]
 
 
 def _quality(data: dict[str, Any]) -> list[str]:
     lines = [
         f"Residual stream of the laptop preset's language model (d 128); m {data['m']}, batch {data['batch']}, {data['steps']} steps, L0 {data['l0']} asked.",
         "A peer's row is its best learning rate of those in brackets. `ours at that L0`: this project's SAE asked for the L0 that the peer ended with.",
-        "dead: share of latents that fire for none of the held-out rows.", "",
-    ]  # fmt: skip
+        "dead: share of latents that fire for none of the held-out rows.",
+        "",
+    ]
     rows = []
     for variant, found in data["variants"].items():
         for who, r in found.items():
             rates = f" ({', '.join(f'{x:g}' for x in r['rates'])})" if r.get("rates") else ""
-            rows.append([variant, who + rates, f"{r['lr']:g}" if r.get("lr") else "-", f"{r['l0']:.1f}", f"{r['fvu']:.4f}", f"{r['dead']:.3f}",
-                         f"{r['seconds']:.0f}"])  # fmt: skip
+            rows.append(
+                [
+                    variant,
+                    who + rates,
+                    f"{r['lr']:g}" if r.get("lr") else "-",
+                    f"{r['l0']:.1f}",
+                    f"{r['fvu']:.4f}",
+                    f"{r['dead']:.3f}",
+                    f"{r['seconds']:.0f}",
+                ]
+            )
     return lines + table(["variant", "who", "lr", "L0", "FVU", "dead", "s"], rows)
 
 
 RENDER: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "steps": _steps, "together": _together, "scaling": _scaling, "lm": _lm, "jobs": _jobs, "quality": _quality,
-}  # fmt: skip
+    "steps": _steps,
+    "together": _together,
+    "scaling": _scaling,
+    "lm": _lm,
+    "jobs": _jobs,
+    "quality": _quality,
+}

@@ -16,23 +16,36 @@ from pathlib import Path
 from sae_experiments.files import read_json
 from sae_experiments.results.records import Stat, read_records, statistics_of
 
-COLUMNS = (("sae_l0", "L0", 1), ("sae_fvu", "FVU", 4), ("ce_delta_bits", "delta CE", 4), ("sae_dead_frac", "dead", 3))
+COLUMNS = (
+    ("sae_l0", "L0", 1),
+    ("sae_fvu", "FVU", 4),
+    ("ce_delta_bits", "delta CE", 4),
+    ("sae_dead_frac", "dead", 3),
+)
 
 
 #: What a table over several L0s holds of each: metric, title, factor, digits.
-GRID = (("sae_fvu", "FVU x 1000", 1000, 1), ("ce_delta_bits", "delta CE (mbit/char)", 1000, 0), ("sae_dead_frac", "dead (%)", 100, 1))
+GRID = (
+    ("sae_fvu", "FVU x 1000", 1000, 1),
+    ("ce_delta_bits", "delta CE (mbit/char)", 1000, 0),
+    ("sae_dead_frac", "dead (%)", 100, 1),
+)
 
 
 def table(folder: Path) -> str:
     """The run's results as Markdown."""
     stats = statistics_of(read_records(folder))
     if any("-target_l0_" in report for report in stats):
-        return grid(stats, read_json(folder / "manifest.json")["config"]["fit"]["train"]["batch_size"])
+        return grid(
+            stats, read_json(folder / "manifest.json")["config"]["fit"]["train"]["batch_size"]
+        )
     names = list(dict.fromkeys(report.split(".", 1)[1] for report in stats if "." in report))
     corpora = list(dict.fromkeys(report.split(".", 1)[0] for report in stats if "." in report))
     batch = read_json(folder / "manifest.json")["config"]["fit"]["train"]["batch_size"]
     lines = [
-        "| SAE | " + " | ".join(f"{c}: {title}" for c in corpora for _, title, _ in COLUMNS) + " | steps/s |",
+        "| SAE | "
+        + " | ".join(f"{c}: {title}" for c in corpora for _, title, _ in COLUMNS)
+        + " | steps/s |",
         "|---" * (len(corpora) * len(COLUMNS) + 2) + "|",
     ]
     for name in sorted(names, key=lambda n: _order(stats, corpora, n)):
@@ -54,12 +67,26 @@ def grid(stats: dict[str, dict[str, Stat]], batch: int) -> str:
         if match := re.fullmatch(r"[^.]+\.(.+)-target_l0_([\d.]+)", report):
             found.setdefault(match[1], {})[float(match[2])] = values
     sizes = sorted({l0 for rows in found.values() for l0 in rows})
-    lines = ["| SAE | " + " | ".join(f"{title} at L0 {l0:g}" for _, title, *_ in GRID for l0 in sizes) + " | steps/s |"]
+    lines = [
+        "| SAE | "
+        + " | ".join(f"{title} at L0 {l0:g}" for _, title, *_ in GRID for l0 in sizes)
+        + " | steps/s |"
+    ]
     lines.append("|---" * (len(GRID) * len(sizes) + 2) + "|")
     for name in sorted(found, key=lambda n: sum(found[n][l0]["sae_fvu"].mean or 0 for l0 in sizes)):
-        cells = [_text(found[name][l0].get(metric), digits, factor) for metric, _, factor, digits in GRID for l0 in sizes]
+        cells = [
+            _text(found[name][l0].get(metric), digits, factor)
+            for metric, _, factor, digits in GRID
+            for l0 in sizes
+        ]
         rates = [found[name][l0]["sae_tokens_per_second"].mean for l0 in (sizes[0], sizes[-1])]
-        lines.append(f"| {name} | " + " | ".join(cells) + " | " + " to ".join(f"{r / batch:.0f}" for r in rates if r) + " |")
+        lines.append(
+            f"| {name} | "
+            + " | ".join(cells)
+            + " | "
+            + " to ".join(f"{r / batch:.0f}" for r in rates if r)
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -72,7 +99,9 @@ def _order(stats: dict[str, dict[str, Stat]], corpora: list[str], name: str) -> 
 def _text(stat: Stat | None, digits: int, factor: float = 1) -> str:
     if stat is None or stat.mean is None:
         return "-"
-    return f"{factor * stat.mean:.{digits}f}" + (f" ± {factor * stat.stderr:.{digits}f}" if stat.stderr is not None else "")
+    return f"{factor * stat.mean:.{digits}f}" + (
+        f" ± {factor * stat.stderr:.{digits}f}" if stat.stderr is not None else ""
+    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ class Turns:
     def next(self) -> None:
         """Wait for the next step's turn."""
         if self._began is not None:
-            self.times.append((time.perf_counter() - self._began[0], time.process_time() - self._began[1]))
+            self.times.append(
+                (time.perf_counter() - self._began[0], time.process_time() - self._began[1])
+            )
         while not self.left:
             self.tell()
         self.left -= 1
@@ -57,7 +59,9 @@ class Turns:
 
     def tell(self) -> None:
         """Report what was done since the last report, then wait for the next order."""
-        self.conn.send({"times": self.times, "peak": memory("VmHWM") - self._base, "info": self.info})
+        self.conn.send(
+            {"times": self.times, "peak": memory("VmHWM") - self._base, "info": self.info}
+        )
         self.times, self._began = [], None
         try:
             self.left = self.conn.recv()
@@ -67,7 +71,11 @@ class Turns:
 
 def memory(field: str) -> int:
     """Bytes of this process by a field of /proc/self/status (VmRSS: now, VmHWM: at most)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field + ":")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -112,16 +120,35 @@ class Worker:
 class Host:
     """A Python with ``modules`` (of this folder) imported, from which contestants are forked."""
 
-    def __init__(self, modules: list[str], *, python: str = sys.executable, threads: int, keep_memory: bool = False) -> None:
+    def __init__(
+        self,
+        modules: list[str],
+        *,
+        python: str = sys.executable,
+        threads: int,
+        keep_memory: bool = False,
+    ) -> None:
         self.key = secrets.token_bytes(16)
         self.folder = tempfile.TemporaryDirectory()
-        self.listener = Listener(str(Path(self.folder.name) / "s"), family="AF_UNIX", authkey=self.key)
+        self.listener = Listener(
+            str(Path(self.folder.name) / "s"), family="AF_UNIX", authkey=self.key
+        )
         numbers = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        extra = {"BENCH_KEY": self.key.hex(), "SPARSIFY_DISABLE_TRITON": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parent)}
+        extra = {
+            "BENCH_KEY": self.key.hex(),
+            "SPARSIFY_DISABLE_TRITON": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(HERE.parent),
+        }
         if keep_memory:
             extra["GLIBC_TUNABLES"] = KEEP_MEMORY
         command = [python, str(HERE / "workers.py"), self.listener.address, *modules]
-        self.process = subprocess.Popen(command, env=os.environ | numbers | extra, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | numbers | extra,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         self.conn = self._accept()
         if "error" in (ready := self.conn.recv()):
             raise ContestantError(ready["error"])
@@ -133,7 +160,9 @@ class Host:
             return self.listener.accept()
         except TimeoutError:
             self.process.kill()
-            raise ContestantError((self.process.stderr.read() if self.process.stderr else b"").decode()[-2000:]) from None
+            raise ContestantError(
+                (self.process.stderr.read() if self.process.stderr else b"").decode()[-2000:]
+            ) from None
 
     def start(self, call: str, **args: Any) -> Worker:
         """Fork a contestant: ``module:function`` with ``args``. Returns when it is ready for its first step."""

@@ -1,6 +1,6 @@
 """Evaluate an SAE that lies in a SAELens directory (cfg.json and sae_weights.safetensors).
 
-    python examples/evaluate_saelens.py DIRECTORY ACTIVATIONS.npy
+python examples/evaluate_saelens.py DIRECTORY ACTIVATIONS.npy
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Fit an SAE to activations from any model: they only have to be rows of one tensor.
 
-    python examples/fit_any_tensor.py
+python examples/fit_any_tensor.py
 """
 
 import torch

@@ -17,7 +17,13 @@ LATE = "torch" in sys.modules and "GOMP_SPINCOUNT" not in os.environ
 # and on an idle machine this changes nothing (two cores, a small GPT-2: 61 ms a step both ways). Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-_HOME = {"build_sae": "api", "evaluate": "api", "fit_saes": "api", "load_sae": "saes.saelens", "save_sae": "saes.saelens"}
+_HOME = {
+    "build_sae": "api",
+    "evaluate": "api",
+    "fit_saes": "api",
+    "load_sae": "saes.saelens",
+    "save_sae": "saes.saelens",
+}
 __all__ = ["__version__", *_HOME]
 
 

@@ -39,7 +39,9 @@ def build_sae(name: str, d_in: int, *, seed: int = 0, **settings: Any) -> SAE:
     arm, _ = _arm(name, settings)
     sae = arm.seeded(d_in, d_in, seed)
     if sae.blocks != 1 or sae.needs_model:
-        raise UserError(f"{name} needs more than one tensor of activations: use it in study=language")
+        raise UserError(
+            f"{name} needs more than one tensor of activations: use it in study=language"
+        )
     return sae
 
 
@@ -73,19 +75,31 @@ def fit_saes(
     cfg = _config(train)
     activations = _rows(activations, d_in, "activations", least=2 if held_out is not None else 3)
     held_out = None if held_out is None else _rows(held_out, d_in, "held_out")
-    order = torch.randperm(len(activations), generator=torch.Generator().manual_seed(seed_of(seed, "rows")))
-    n_held = 0 if held_out is not None else min(max(len(order) // 20, min(4096, len(order) // 5), 1), 1 << 17)
+    order = torch.randperm(
+        len(activations), generator=torch.Generator().manual_seed(seed_of(seed, "rows"))
+    )
+    n_held = (
+        0
+        if held_out is not None
+        else min(max(len(order) // 20, min(4096, len(order) // 5), 1), 1 << 17)
+    )
     held = (activations[order[:n_held]] if held_out is None else held_out).float().to(device)
     order = order[n_held:]
 
     def batch_at(step: int) -> Batch:
         generator = torch.Generator().manual_seed(seed_of(seed, "batch", step))
-        x = activations[order[torch.randint(len(order), (cfg.batch_size,), generator=generator)]].float().to(device)
+        x = (
+            activations[order[torch.randint(len(order), (cfg.batch_size,), generator=generator)]]
+            .float()
+            .to(device)
+        )
         return Batch(x, x)
 
     x = activations[order[: 1 << 15]].float().to(device)
     dead_after = round(0.03 * cfg.steps * cfg.batch_size)
-    return fit.fit_saes(named, batch_at, cfg, Sample(x, x, held), seed=seed, dead_after=dead_after, scale=scale)
+    return fit.fit_saes(
+        named, batch_at, cfg, Sample(x, x, held), seed=seed, dead_after=dead_after, scale=scale
+    )
 
 
 def evaluate(sae: SAE, activations: Tensor | np.ndarray) -> dict[str, float | None]:
@@ -94,9 +108,14 @@ def evaluate(sae: SAE, activations: Tensor | np.ndarray) -> dict[str, float | No
     Raises:
         UserError: rows of another width, none at all, or with values that are not finite.
     """
-    bench = Bench(sae=sae, device=sae.b_enc.device, x=_rows(activations, [sae.d_in], "activations").float())
+    bench = Bench(
+        sae=sae, device=sae.b_enc.device, x=_rows(activations, [sae.d_in], "activations").float()
+    )
     out: dict[str, float | None] = {}
-    for measured in (reconstruction.measure(bench, rows=None), sparsity.measure(bench, rows=None, entropy_latents=256)):
+    for measured in (
+        reconstruction.measure(bench, rows=None),
+        sparsity.measure(bench, rows=None, entropy_latents=256),
+    ):
         out |= measured.scalars
     return out
 
@@ -105,10 +124,14 @@ def _rows(x: Tensor | np.ndarray, d_in: Sequence[int], what: str, least: int = 1
     """Rows (N, D) from what people have: arrays, any leading dimensions, a graph that is not wanted."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nothing is written
+            warnings.filterwarnings(
+                "ignore", message="The given NumPy array is not writable"
+            )  # nothing is written
             x = torch.as_tensor(x).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{what} must be a tensor or an array of numbers, not {type(x).__name__} ({error})") from error
+        raise UserError(
+            f"{what} must be a tensor or an array of numbers, not {type(x).__name__} ({error})"
+        ) from error
     if not x.ndim or [x.shape[-1]] != list(d_in) or x.is_complex():
         raise UserError(
             f"{what} of shape {tuple(x.shape)} and type {x.dtype} do not fit SAEs with d_in={list(d_in)}: give rows (N, d_in) of real numbers"
@@ -119,7 +142,9 @@ def _rows(x: Tensor | np.ndarray, d_in: Sequence[int], what: str, least: int = 1
     for first, part in zip(range(0, len(x), CHUNK), x.split(CHUNK), strict=True):
         wrong = (~torch.isfinite(part).all(1)).nonzero()
         if len(wrong):
-            raise UserError(f"{what} hold a value that is not finite in row {first + int(wrong[0])} of {len(x)}: leave such rows out")
+            raise UserError(
+                f"{what} hold a value that is not finite in row {first + int(wrong[0])} of {len(x)}: leave such rows out"
+            )
     return x
 
 
@@ -134,7 +159,9 @@ def _config(train: Mapping[str, Any]) -> TrainConfig:
     try:
         return replace(_arm("batch_topk", {})[1], **train)
     except TypeError as error:
-        raise UserError(f"fit_saes: {', '.join(f'{k}={v!r}' for k, v in train.items())} cannot be used ({error})") from error
+        raise UserError(
+            f"fit_saes: {', '.join(f'{k}={v!r}' for k, v in train.items())} cannot be used ({error})"
+        ) from error
 
 
 @functools.cache
@@ -159,4 +186,6 @@ def _arm(name: str, settings: dict[str, Any]) -> tuple[Arm, TrainConfig]:
 def _text(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{','.join(_text(v) for v in value)}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )

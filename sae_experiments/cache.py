@@ -32,7 +32,9 @@ def clearing(folder: Path) -> Iterator[None]:
     """
     with locked(folder / ".lock"):
         for path in folder.glob(".*.tmp"):
-            if path.suffixes[-2:-1] and path.suffixes[-2][1:].isdecimal():  # as write_bytes names them
+            if (
+                path.suffixes[-2:-1] and path.suffixes[-2][1:].isdecimal()
+            ):  # as write_bytes names them
                 path.unlink(missing_ok=True)
         yield
 
@@ -48,21 +50,27 @@ def locked(path: Path, *, wait_s: float = -1, held: str = "") -> Any:
         except Timeout:
             if wait_s >= 0:
                 raise
-            print(f"waiting for another process that makes {path.parent.name}/{path.stem}", flush=True)
+            print(
+                f"waiting for another process that makes {path.parent.name}/{path.stem}", flush=True
+            )
             lock.acquire()
     except Timeout as error:
         raise UserError(held or f"{path} is held by another process") from error
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise UserError(f"{path.parent} cannot be written ({error.strerror}): choose a cache and a runs_root that can be") from error
+        raise UserError(
+            f"{path.parent} cannot be written ({error.strerror}): choose a cache and a runs_root that can be"
+        ) from error
     try:
         yield
     finally:
         lock.release()
 
 
-def cached(root: Path, kind: str, key: Mapping[str, Any], make: Callable[[Path], bool | None]) -> Path:
+def cached(
+    root: Path, kind: str, key: Mapping[str, Any], make: Callable[[Path], bool | None]
+) -> Path:
     """The folder ``root/kind/<digest of key>``, made by ``make(folder)`` unless a whole one is there.
 
     ``make`` may be killed and called again on the same folder: what it finds there is its own unfinished work (a checkpoint,
@@ -77,7 +85,9 @@ def cached(root: Path, kind: str, key: Mapping[str, Any], make: Callable[[Path],
             damaged = _damage(folder)
             if damaged is None:
                 return folder
-            print(f"cache: {kind}/{name}/{damaged} is damaged: making {kind}/{name} again", flush=True)
+            print(
+                f"cache: {kind}/{name}/{damaged} is damaged: making {kind}/{name} again", flush=True
+            )
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with _held(folder) as stays:
@@ -88,11 +98,17 @@ def cached(root: Path, kind: str, key: Mapping[str, Any], make: Callable[[Path],
                 raise
             if not stays():  # whatever lies there now is not all that was made
                 shutil.rmtree(folder, ignore_errors=True)
-                raise UserError(f"{folder} was removed while it was being made: type the same command again")
+                raise UserError(
+                    f"{folder} was removed while it was being made: type the same command again"
+                )
         if whole is False:
             return folder
         remove_stale(folder)
-        files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.rglob("*")) if p.is_file()}
+        files = {
+            str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
+            for p in sorted(folder.rglob("*"))
+            if p.is_file()
+        }
         write_json(folder / DONE, {"key": json.loads(json.dumps(key, default=str)), "files": files})
     return folder
 
@@ -135,6 +151,10 @@ def _damage(folder: Path) -> str | None:
         return DONE
     for name, was in listed.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != was["bytes"] or sha256_file(path) != was["sha256"]:
+        if (
+            not path.is_file()
+            or path.stat().st_size != was["bytes"]
+            or sha256_file(path) != was["sha256"]
+        ):
             return name
     return None

@@ -49,7 +49,9 @@ def of_metric(facts: Facts, metric: str, name: str) -> Any:
     return facts.get(name)
 
 
-def differences(metric: str, depends: Iterable[str], mine: Mapping[int, Facts], theirs: Mapping[int, Facts]) -> list[str]:
+def differences(
+    metric: str, depends: Iterable[str], mine: Mapping[int, Facts], theirs: Mapping[int, Facts]
+) -> list[str]:
     """The conditions of ``metric`` in which two runs differ, each in a few words.
 
     Language models with the same parameters in every seed that both runs have are the same,
@@ -65,7 +67,9 @@ def differences(metric: str, depends: Iterable[str], mine: Mapping[int, Facts], 
     """
     found = []
     for name in depends:
-        both = tuple(_distinct(of_metric(f, metric, name) for f in x.values()) for x in (mine, theirs))
+        both = tuple(
+            _distinct(of_metric(f, metric, name) for f in x.values()) for x in (mine, theirs)
+        )
         if _same(*both) or (name == "language model" and _same_weights(mine, theirs)):
             continue
         found.append(_said(name, *both))

@@ -55,13 +55,22 @@ class Console:
             if self.terminal:
                 if bar is None:
                     bar = tqdm(
-                        total=total, initial=done, desc=f"  {name}", unit=unit, file=sys.stdout, leave=False, dynamic_ncols=True, mininterval=0.2
+                        total=total,
+                        initial=done,
+                        desc=f"  {name}",
+                        unit=unit,
+                        file=sys.stdout,
+                        leave=False,
+                        dynamic_ncols=True,
+                        mininterval=0.2,
                     )
                 bar.update(done - bar.n)
             elif time.monotonic() - told > EVERY_S:
                 told = time.monotonic()
                 rate = (done - state[2]) / max(told - start, 1e-9)
-                self.say(f"  {name}: {done:,}/{total:,} {unit}s, {rate:,.1f} {unit}s/s, {(total - done) / max(rate, 1e-9):,.0f} s left")
+                self.say(
+                    f"  {name}: {done:,}/{total:,} {unit}s, {rate:,.1f} {unit}s/s, {(total - done) / max(rate, 1e-9):,.0f} s left"
+                )
 
         try:
             yield tick

@@ -79,7 +79,9 @@ class NewFolder:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys. Raises ``ValueError`` for NaN and infinity, which JSON does not have."""
-    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+    write_bytes(
+        path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -88,7 +90,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
+        raise UserError(
+            f"{path} is not valid JSON ({error}); delete it to have it made again"
+        ) from error
 
 
 def check_readable(path: Path, most: int = MOST_BYTES) -> None:
@@ -97,7 +101,9 @@ def check_readable(path: Path, most: int = MOST_BYTES) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{path} is not a regular file")
     if found.st_size > most:
-        raise UserError(f"{path} has {found.st_size:,} bytes, more than the {most:,} that such a file may have")
+        raise UserError(
+            f"{path} has {found.st_size:,} bytes, more than the {most:,} that such a file may have"
+        )
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
@@ -111,7 +117,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict) or SEAL not in value:
         raise UserError(f"{path} has no checksum inside; delete it to have it made again")
     if value.pop(SEAL) != digest(value):
-        raise UserError(f"{path} is not what was written (its checksum differs); delete it to have it made again")
+        raise UserError(
+            f"{path} is not what was written (its checksum differs); delete it to have it made again"
+        )
     return value
 
 

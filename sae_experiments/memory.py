@@ -8,7 +8,11 @@ import sys
 from functools import cache
 
 #: ``mallopt`` parameters of glibc (malloc.h) and values: map no block by itself, keep what is freed, grow by 256 MiB at a time.
-SETTINGS = {"M_MMAP_THRESHOLD": (-3, 2**31 - 1), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28)}
+SETTINGS = {
+    "M_MMAP_THRESHOLD": (-3, 2**31 - 1),
+    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
+    "M_TOP_PAD": (-2, 2**28),
+}
 
 
 @cache

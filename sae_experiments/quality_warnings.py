@@ -111,7 +111,9 @@ def of_gap(gap: float | None, jumps: str | None) -> list[Warned]:
     if jumps is None:
         return [Warned("integrated_gap", gap, says, "raise study.checks.nodes")]
     why = f"{says}, since pre-activations of {jumps} jump where a latent of its first code goes on or off"
-    return [Warned("integrated_gap", gap, why, "trust the removals, or choose another downstream SAE")]
+    return [
+        Warned("integrated_gap", gap, why, "trust the removals, or choose another downstream SAE")
+    ]
 
 
 def checked(given: Any) -> list[dict[str, Any]]:
@@ -119,7 +121,9 @@ def checked(given: Any) -> list[dict[str, Any]]:
     found = []
     for one in given if isinstance(given, Sequence) else ():
         one = one._asdict() if isinstance(one, Warned) else one
-        if isinstance(one, Mapping) and all(isinstance(one.get(k), str) for k in ("key", "says", "do")):
+        if isinstance(one, Mapping) and all(
+            isinstance(one.get(k), str) for k in ("key", "says", "do")
+        ):
             found.append({k: one.get(k) for k in Warned._fields})
     return found
 

@@ -30,7 +30,9 @@ class Need(NamedTuple):
     seconds: float | None = None
 
 
-def announce(what: str, need: Need, fix: str, *, device: torch.device, say: Callable[[str], None]) -> None:
+def announce(
+    what: str, need: Need, fix: str, *, device: torch.device, say: Callable[[str], None]
+) -> None:
     """Say what ``what`` will need, if that is much for this machine.
 
     Args:
@@ -41,9 +43,15 @@ def announce(what: str, need: Need, fix: str, *, device: torch.device, say: Call
         UserError: the memory is more than is free on ``device``.
     """
     total, free = sum(need.memory.values()), free_memory(device)
-    parts = ", ".join(f"{name} {in_bytes(size)}" for name, size in sorted(need.memory.items(), key=lambda p: -p[1]) if size > 0.02 * total)
+    parts = ", ".join(
+        f"{name} {in_bytes(size)}"
+        for name, size in sorted(need.memory.items(), key=lambda p: -p[1])
+        if size > 0.02 * total
+    )
     if free is not None and total > free:
-        raise UserError(f"{what} needs about {in_bytes(total)} of memory ({parts}), and {in_bytes(free)} are free: {fix}")
+        raise UserError(
+            f"{what} needs about {in_bytes(total)} of memory ({parts}), and {in_bytes(free)} are free: {fix}"
+        )
     seconds = need.seconds
     if seconds is None and need.work > NOTABLE_WORK:
         seconds = need.work / speed(device)
@@ -51,15 +59,25 @@ def announce(what: str, need: Need, fix: str, *, device: torch.device, say: Call
     if not long and (free is None or total < NOTABLE_SHARE * free):
         return
     of = "" if free is None else f" of the {in_bytes(free)} that are free"
-    say(f"{what} needs about {in_bytes(total)}{of} ({parts})" + (f" and at least {in_time(seconds)}" if seconds is not None and long else ""))
+    say(
+        f"{what} needs about {in_bytes(total)}{of} ({parts})"
+        + (f" and at least {in_time(seconds)}" if seconds is not None and long else "")
+    )
 
 
 def free_memory(device: torch.device) -> float | None:
     """Bytes that can still be had on the device, swap included; None where the system does not say."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+        return float(
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     try:
-        known = {line.split(":")[0]: 1024.0 * int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
+        known = {
+            line.split(":")[0]: 1024.0 * int(line.split()[1])
+            for line in Path("/proc/meminfo").read_text().splitlines()
+        }
     except (OSError, ValueError, IndexError):
         return None
     if "MemAvailable" not in known:
@@ -91,7 +109,9 @@ def in_bytes(size: float) -> str:
     """``12 GB``; two digits are all that an estimate has."""
     for unit, name in ((1e12, "TB"), (1e9, "GB")):
         if size >= unit:
-            return f"{size / unit:.2g} {name}" if size < 99.5 * unit else f"{size / unit:,.0f} {name}"
+            return (
+                f"{size / unit:.2g} {name}" if size < 99.5 * unit else f"{size / unit:,.0f} {name}"
+            )
     return f"{size / 1e6:.0f} MB"
 
 

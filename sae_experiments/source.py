@@ -26,7 +26,16 @@ PACKAGE = __name__.partition(".")[0]
 #: Installed packages whose version decides about numbers that the modules of this package compute.
 COMPUTE = ("torch", "numpy", "transformers")
 #: Packages that are never read as if they were a user's own, wherever they are installed.
-INSTALLED = {*COMPUTE, "scipy", "sklearn", "pandas", "matplotlib", "safetensors", "filelock", "joblib"}
+INSTALLED = {
+    *COMPUTE,
+    "scipy",
+    "sklearn",
+    "pandas",
+    "matplotlib",
+    "safetensors",
+    "filelock",
+    "joblib",
+}
 INSTALLED |= {"tqdm", "wandb", "hydra", "omegaconf", "yaml", "optuna", "ray", "submitit", "pytest"}
 _TARGET = re.compile(r"""_target_["']?\s*[:=]\s*["']?([A-Za-z_]\w*(?:\.\w+)+)""")
 _FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -113,7 +122,11 @@ def _imports(nodes: Iterable[ast.AST], *, inside: bool) -> Iterator[Import]:
             yield Import(node.module or "", names, node.level, inside)
         elif isinstance(node, ast.Call) and (name := _named(node)):
             yield Import(name, (), 0, inside)
-        below = node.orelse if isinstance(node, ast.If) and _is_checking(node.test) else ast.iter_child_nodes(node)
+        below = (
+            node.orelse
+            if isinstance(node, ast.If) and _is_checking(node.test)
+            else ast.iter_child_nodes(node)
+        )
         yield from _imports(below, inside=inside or isinstance(node, _FUNCTION))
 
 
@@ -123,7 +136,9 @@ def _is_checking(test: ast.expr) -> bool:
 
 def _named(call: ast.Call) -> str:
     """The module of ``import_module("a.b")``; "" for all other calls."""
-    called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    called = (
+        call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    )
     first = call.args[0] if call.args else None
     if called in ("import_module", "__import__") and isinstance(first, ast.Constant):
         return first.value if isinstance(first.value, str) else ""
@@ -179,7 +194,9 @@ def _is_installed(name: str) -> bool:
     file = (place.file or next(map(Path, place.folders or ()), None)) if place else None
     if file is None:
         return True
-    return bool({"site-packages", "dist-packages"} & set(file.parts) or set(_library()) & set(file.parents))
+    return bool(
+        {"site-packages", "dist-packages"} & set(file.parts) or set(_library()) & set(file.parents)
+    )
 
 
 # ------------------------------------------------------------------------------ what is imported
@@ -284,7 +301,9 @@ def _walked(modules: Iterable[ModuleType | str]) -> _Walk:
     walk = _Walk(name.partition(".")[0] for name in names)
     for name in names:
         if not walk.add(name) or (not walk.code[name] and _place(name).folders is None):  # type: ignore[union-attr]
-            raise UserError(f"the code of {name} is in no file that can be found: save it as a module")
+            raise UserError(
+                f"the code of {name} is in no file that can be found: save it as a module"
+            )
     return walk
 
 
@@ -330,7 +349,9 @@ def modules_behind(*values: Any) -> list[str]:
     """
     found = {name for value in values for name in _behind(value)}
     left_out = INSTALLED | sys.stdlib_module_names
-    return sorted(name for name in found if name == "__main__" or name.partition(".")[0] not in left_out)
+    return sorted(
+        name for name in found if name == "__main__" or name.partition(".")[0] not in left_out
+    )
 
 
 def _behind(value: Any) -> Iterator[str]:

@@ -17,7 +17,9 @@ from typing import Any
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 PATIENCE_S = 2.0  # how long a step of training may go on after a signal
 GRACE_S = 8.0  # after a signal the process has ended, whatever it was doing: less than the 10 s that containers are given
-NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+NUMBERS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 AGAIN_S = 0.05  # before an exception that was lost is raised again
 
 
@@ -44,7 +46,9 @@ class _Request:
         self.left = False
         self.last_words: list[Callable[[], None]] = []
         # A queue of this kind may be used in signal handlers and in __del__; starting a thread there may not.
-        self._orders: queue.SimpleQueue[tuple[float, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[tuple[float, Callable[[], None]] | None] = (
+            queue.SimpleQueue()
+        )
         self._ears, self._mouth = os.pipe()
         os.set_blocking(self._mouth, False)
         for target in (self._listen, self._watch):

@@ -31,7 +31,9 @@ class Page:
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Ask for one thing and wait for the answer; events on the way are noted."""
         self._next += 1
-        message = {"id": self._next, "method": method, "params": params} | ({"sessionId": self.session} if self.session else {})
+        message = {"id": self._next, "method": method, "params": params} | (
+            {"sessionId": self.session} if self.session else {}
+        )
         os.write(self._send, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._read()
@@ -59,11 +61,21 @@ class Page:
         elif event["method"] == "Log.entryAdded":
             self.messages.append(f"{params['entry']['source']}: {params['entry']['text']}")
         elif event["method"] == "Runtime.consoleAPICalled":
-            self.messages.append("console: " + " ".join(str(a.get("value", a.get("description"))) for a in params["args"]))
+            self.messages.append(
+                "console: "
+                + " ".join(str(a.get("value", a.get("description"))) for a in params["args"])
+            )
         elif event["method"] == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
 
-    def open(self, path: Path, fragment: str = "", *, ready: str = "document.documentElement?.dataset.ready", wait_s: float = 20) -> float:
+    def open(
+        self,
+        path: Path,
+        fragment: str = "",
+        *,
+        ready: str = "document.documentElement?.dataset.ready",
+        wait_s: float = 20,
+    ) -> float:
         """Load a file and wait until ``ready`` holds; the seconds it took."""
         self.messages, self.requests = [], []
         self.call("Page.navigate", url="about:blank")
@@ -77,15 +89,31 @@ class Page:
 
     def __call__(self, script: str) -> Any:
         """The JSON value of an expression (a promise is waited for)."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in answer:
-            raise RuntimeError(answer["exceptionDetails"].get("exception", {}).get("description", answer["exceptionDetails"]["text"]))
+            raise RuntimeError(
+                answer["exceptionDetails"]
+                .get("exception", {})
+                .get("description", answer["exceptionDetails"]["text"])
+            )
         return answer["result"].get("value")
 
     def resize(self, width: int, height: int, *, dark: bool = False, media: str = "") -> None:
         """Size of the window in CSS pixels, colour scheme, and medium."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.call("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        self.call(
+            "Emulation.setEmulatedMedia",
+            media=media,
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
 
     def key(self, key: str) -> None:
         """Press one key where the focus is."""
@@ -93,16 +121,31 @@ class Page:
         codes = {"Enter": 13, "ArrowDown": 40, "ArrowUp": 38, "Tab": 9, "/": 191}
         for kind in ("keyDown", "keyUp"):
             self.call(
-                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes.get(key, 0), **(text if kind == "keyDown" else {})
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=codes.get(key, 0),
+                **(text if kind == "keyDown" else {}),
             )
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """A PNG of the window, or of the whole page."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]))
+        path.write_bytes(
+            base64.b64decode(
+                self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
+            )
+        )
 
     def pdf(self, path: Path) -> None:
         """What printing gives."""
-        path.write_bytes(base64.b64decode(self.call("Page.printToPDF", printBackground=False, paperWidth=8.27, paperHeight=11.69)["data"]))
+        path.write_bytes(
+            base64.b64decode(
+                self.call(
+                    "Page.printToPDF", printBackground=False, paperWidth=8.27, paperHeight=11.69
+                )["data"]
+            )
+        )
 
 
 @contextmanager
@@ -118,7 +161,12 @@ def browser(profile: Path, options: Sequence[str] = ()) -> Iterator[Page]:
         "--no-first-run",
         "--hide-scrollbars",
     ]
-    given += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}", *options]
+    given += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={profile}",
+        *options,
+    ]
     ends = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (to_browser[0], from_browser[1])]
 
     def connect() -> None:  # the protocol is read from descriptor 3 and written to 4
@@ -126,14 +174,21 @@ def browser(profile: Path, options: Sequence[str] = ()) -> Iterator[Page]:
         os.dup2(ends[1], 4)
 
     process = subprocess.Popen(
-        [str(BROWSER), *given], preexec_fn=connect, close_fds=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [str(BROWSER), *given],
+        preexec_fn=connect,
+        close_fds=False,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     for fd in (to_browser[0], from_browser[1], *ends):
         os.close(fd)
     page = Page(to_browser[1], from_browser[0])
     try:
         target = page.call("Target.createTarget", url="about:blank")["targetId"]
-        page.session = page.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        page.session = page.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.call(f"{domain}.enable")
         page.resize(1280, 900)

@@ -18,14 +18,28 @@ def model(kind: str, *, layers: int = 4, scale: float = 0.3) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
     torch.manual_seed(0)
-    names = {"vocab_size": VOCABULARY, "initializer_range": scale, "bos_token_id": None, "eos_token_id": None}
+    names = {
+        "vocab_size": VOCABULARY,
+        "initializer_range": scale,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     if kind == "gpt2":
-        made: nn.Module = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=2, n_embd=C, n_positions=T, **names))
+        made: nn.Module = GPT2LMHeadModel(
+            GPT2Config(n_layer=layers, n_head=2, n_embd=C, n_positions=T, **names)
+        )
     else:
         types = [[["global", "local"], layers // 2]]
         config = GPTNeoConfig(
-            hidden_size=C, num_layers=layers, num_heads=2, attention_types=types, window_size=4, max_position_embeddings=T, intermediate_size=3 * C, **names
-        )  # fmt: skip
+            hidden_size=C,
+            num_layers=layers,
+            num_heads=2,
+            attention_types=types,
+            window_size=4,
+            max_position_embeddings=T,
+            intermediate_size=3 * C,
+            **names,
+        )
         made = GPTNeoForCausalLM(config)
     for p in made.parameters():
         if p.ndim == 1:
@@ -53,7 +67,9 @@ def tokens(n: int, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCABULARY, (n, T), generator=torch.Generator().manual_seed(seed))
 
 
-def circuit(lm: nn.Module, upstream: str, downstream: str, *, n: int = 3, memory_mb: float = 4.0) -> tuple[Circuit, Tensor]:
+def circuit(
+    lm: nn.Module, upstream: str, downstream: str, *, n: int = 3, memory_mb: float = 4.0
+) -> tuple[Circuit, Tensor]:
     """A circuit between two sites, a fifth of the latents active, and prompts for it."""
     sites = [Site(s.split(".")[0], int(s.split(".")[1])) for s in (upstream, downstream)]
     ids, saes = tokens(n), []

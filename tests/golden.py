@@ -56,7 +56,12 @@ def jobs() -> dict[str, list[str]]:
     """Overrides of each golden job, without the folders."""
     # Without `kl_rate`: it belongs to the palindrome study, whose job has it.
     family = ",".join(name for name in variants() if name != "kl_rate")
-    text = ["data=[shakespeare_char]", "corpus_size=smoke", "lm.train.steps=30", "lm.train.log_every=1"]
+    text = [
+        "data=[shakespeare_char]",
+        "corpus_size=smoke",
+        "lm.train.steps=30",
+        "lm.train.log_every=1",
+    ]
     text += ["lm.precision=fp32", "fit.train_rows=6000", "fit.held_out_rows=1024"]
     text += [f"fit.train.steps={STEPS}", "fit.train.log_every=1"]
     return {

@@ -29,7 +29,9 @@ def write_stage(shared: mmap.mmap, stage: str) -> None:
     shared[NAME] = stage.encode().ljust(64, b"\0")
 
 
-def watched(shared: mmap.mmap, stages: list[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def watched(
+    shared: mmap.mmap, stages: list[str], name: str, function: Callable[..., Any]
+) -> Callable[..., Any]:
     """``function``, which says which stage it is while it runs."""
 
     @functools.wraps(function)
@@ -62,10 +64,19 @@ def watch(shared: mmap.mmap) -> None:
     stages = ["between stages"]
     write_stage(shared, stages[0])
     places: list[tuple[Any, str, str]] = [
-        (fetch, "_fetch", "download"), (data, "_write", "encode"), (lm, "_make", "language model"), (activations, "collect", "collect"),
-        (stores, "collect", "collect"), (language.Language, "_fit", "fit"), (base.Outcome, "measure", "metrics"), (language, "export", "export"),
-        (run._Run, "_keep", "aggregate"), (run, "write_final_info", "aggregate"), (figures, "draw_all", "plot"), (figures, "write_tables", "plot"),
-    ]  # fmt: skip
+        (fetch, "_fetch", "download"),
+        (data, "_write", "encode"),
+        (lm, "_make", "language model"),
+        (activations, "collect", "collect"),
+        (stores, "collect", "collect"),
+        (language.Language, "_fit", "fit"),
+        (base.Outcome, "measure", "metrics"),
+        (language, "export", "export"),
+        (run._Run, "_keep", "aggregate"),
+        (run, "write_final_info", "aggregate"),
+        (figures, "draw_all", "plot"),
+        (figures, "write_tables", "plot"),
+    ]
     for owner, attribute, name in places:
         setattr(owner, attribute, watched(shared, stages, name, getattr(owner, attribute)))
 
@@ -82,7 +93,12 @@ def child(request: dict[str, Any], shared: mmap.mmap) -> int:
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal count
-        if event in WRITING or (event == "open" and len(args) > 1 and isinstance(args[1], str) and args[1][:1] in ("w", "a", "x", "r+")):
+        if event in WRITING or (
+            event == "open"
+            and len(args) > 1
+            and isinstance(args[1], str)
+            and args[1][:1] in ("w", "a", "x", "r+")
+        ):
             count += 1
             shared[COUNT] = struct.pack("Q", count)
             if count == at_event:
@@ -93,7 +109,11 @@ def child(request: dict[str, Any], shared: mmap.mmap) -> int:
     from sae_experiments.cli.main import main
 
     for program, *argv in request["commands"]:
-        status = plot.main(argv) if program == "plot" else main(argv, plan="variants", extra=[], conf=ROOT / "conf")
+        status = (
+            plot.main(argv)
+            if program == "plot"
+            else main(argv, plan="variants", extra=[], conf=ROOT / "conf")
+        )
         if status:
             return status
     return 0
@@ -142,7 +162,18 @@ def serve() -> None:
         told = json.loads(shared[SPENT].rstrip(b"\0") or b"{}") if not os.WIFSIGNALED(how) else {}
         killed = os.WIFSIGNALED(how)
         status = -os.WTERMSIG(how) if killed else os.WEXITSTATUS(how)
-        answers.write(json.dumps({"status": status, "stage": stage, "events": count, "seconds": time.monotonic() - began, "spent": told}) + "\n")
+        answers.write(
+            json.dumps(
+                {
+                    "status": status,
+                    "stage": stage,
+                    "events": count,
+                    "seconds": time.monotonic() - began,
+                    "spent": told,
+                }
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

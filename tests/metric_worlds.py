@@ -35,7 +35,13 @@ class TextStore:
 class Given(SAE):
     """An SAE whose encoder is ``ReLU(x W_enc^T + b_enc)`` with weights as given; the identity unless told otherwise."""
 
-    def __init__(self, w_enc: Tensor | None = None, w_dec: Tensor | None = None, b_enc: Tensor | None = None, d_in: int = 4) -> None:
+    def __init__(
+        self,
+        w_enc: Tensor | None = None,
+        w_dec: Tensor | None = None,
+        b_enc: Tensor | None = None,
+        d_in: int = 4,
+    ) -> None:
         rows = torch.eye(d_in) if w_enc is None else w_enc.float()
         super().__init__(d_in=rows.shape[1], d_sae=len(rows))
         self.W_enc.data.copy_(rows)
@@ -70,17 +76,33 @@ def play(n: int, seed: int = 0) -> str:
 
 
 def bench(
-    text: str, features: Callable[[str], Sequence[np.ndarray]], sae: SAE | None = None, *, kind: type[Bench] = Bench, model: Any = None, **kwargs: Any
+    text: str,
+    features: Callable[[str], Sequence[np.ndarray]],
+    sae: SAE | None = None,
+    *,
+    kind: type[Bench] = Bench,
+    model: Any = None,
+    **kwargs: Any,
 ) -> Bench:
     """A bench over ``text`` in windows; ``features(text)`` gives the columns of the activations."""
     symbols = sorted(set(text))
     ids = np.array([symbols.index(c) for c in text])
     starts = np.arange(0, len(text) - LENGTH, LENGTH)
-    x = torch.from_numpy(np.stack(features(text), axis=1).astype(np.float32))[: len(starts) * LENGTH]
+    x = torch.from_numpy(np.stack(features(text), axis=1).astype(np.float32))[
+        : len(starts) * LENGTH
+    ]
 
     def tokens(at: np.ndarray) -> tuple[Tensor, Tensor]:
         found = torch.from_numpy(np.stack([ids[s : s + LENGTH + 1] for s in at]))
         return found[:, :-1], found[:, 1:]
 
-    return kind(sae=sae or Given(d_in=x.shape[1]), device=CPU, read=SITE, write=SITE, held_out=TextStore(x, starts, LENGTH),
-                lm=Spliced(model, SITE, tokens), symbols=symbols, **kwargs)  # fmt: skip
+    return kind(
+        sae=sae or Given(d_in=x.shape[1]),
+        device=CPU,
+        read=SITE,
+        write=SITE,
+        held_out=TextStore(x, starts, LENGTH),
+        lm=Spliced(model, SITE, tokens),
+        symbols=symbols,
+        **kwargs,
+    )

@@ -43,7 +43,9 @@ def refuse() -> None:
     """From now on such a warning about a call of ours is raised as an error."""
     plain = warnings.warn
 
-    def warn(message: Any, category: Any = None, stacklevel: int = 1, source: Any = None, **options: Any) -> None:
+    def warn(
+        message: Any, category: Any = None, stacklevel: int = 1, source: Any = None, **options: Any
+    ) -> None:
         kind = type(message) if isinstance(message, Warning) else category or UserWarning
         if issubclass(kind, KINDS) and is_ours(caller(sys._getframe(1))):
             raise message if isinstance(message, Warning) else kind(message)

@@ -22,7 +22,9 @@ D, M, L0, TRUE = 16, 48, 4, 40
 @functools.cache
 def arm(name: str, *overrides: str) -> Any:
     """The arm of ``conf/sae/<name>.yaml`` with ``target_l0`` L0."""
-    cfg, _ = compose_checked(CONF, ["preset=smoke", f"sae={name}", f"sae.target_l0={L0}", *overrides])
+    cfg, _ = compose_checked(
+        CONF, ["preset=smoke", f"sae={name}", f"sae.target_l0={L0}", *overrides]
+    )
     return next(iter(build(cfg.study).arms.values()))
 
 
@@ -45,7 +47,9 @@ def unsettled(sae: SAE, seed: int = 0) -> SAE:
 
 @functools.cache
 def _features() -> Tensor:
-    return torch.nn.functional.normalize(torch.randn(TRUE, D, generator=torch.Generator().manual_seed(0)), dim=1)
+    return torch.nn.functional.normalize(
+        torch.randn(TRUE, D, generator=torch.Generator().manual_seed(0)), dim=1
+    )
 
 
 def rows(n: int, seed: int) -> Tensor:
@@ -69,16 +73,34 @@ def batch(n: int = 64, seed: int = 0) -> Batch:
 def step(sae: SAE, progress: float = 0.5, dead: Tensor | None = None) -> Step:
     """A moment in the middle of training."""
     none = torch.zeros(sae.d_sae, dtype=torch.bool)
-    return Step(phase="train", progress=progress, dead=none if dead is None else dead, generator=torch.Generator().manual_seed(5))
+    return Step(
+        phase="train",
+        progress=progress,
+        dead=none if dead is None else dead,
+        generator=torch.Generator().manual_seed(5),
+    )
 
 
 def config(**changes: Any) -> TrainConfig:
     """A short fit."""
     plain: dict[str, Any] = {
-        "steps": 300, "batch_size": 256, "lr": 3e-3, "min_lr": 0.0, "warmup_steps": 20, "decay": "linear", "decay_from": 0.7, "optimizer": "adam",
-        "muon_lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0, "log_every": 50, "eval_every": 10**9,
+        "steps": 300,
+        "batch_size": 256,
+        "lr": 3e-3,
+        "min_lr": 0.0,
+        "warmup_steps": 20,
+        "decay": "linear",
+        "decay_from": 0.7,
+        "optimizer": "adam",
+        "muon_lr": 0.0,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip": 1.0,
+        "log_every": 50,
+        "eval_every": 10**9,
         "checkpoint_every_s": 1e9,
-    }  # fmt: skip
+    }
     return TrainConfig(**(plain | changes))
 
 

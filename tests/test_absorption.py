@@ -11,15 +11,30 @@ from sae_experiments.metrics import absorption
 from sae_experiments.metrics.base import Bench
 
 OPTIONS = {
-    "rows": None, "n_train": 1500, "n_test": 800, "least": 20, "skip": 0, "block": 4, "test_frac": 0.5, "strength": 10.0, "min_f1": 0.8,
-    "min_gain": 0.08, "max_main": 10, "min_parents": 1, "seed": 0,
-}  # fmt: skip
+    "rows": None,
+    "n_train": 1500,
+    "n_test": 800,
+    "least": 20,
+    "skip": 0,
+    "block": 4,
+    "test_frac": 0.5,
+    "strength": 10.0,
+    "min_f1": 0.8,
+    "min_gain": 0.08,
+    "max_main": 10,
+    "min_parents": 1,
+    "seed": 0,
+}
 TEXT = play(9000)
 
 
-def by_hand(contribution: list[float], main: list[int], projection: float = 1.0) -> tuple[bool, float]:
+def by_hand(
+    contribution: list[float], main: list[int], projection: float = 1.0
+) -> tuple[bool, float]:
     c = np.array([contribution])
-    full, part = absorption.absorbed(np.abs(c), c, np.full(len(contribution), 0.5), np.array([projection]), np.array(main))
+    full, part = absorption.absorbed(
+        np.abs(c), c, np.full(len(contribution), 0.5), np.array([projection]), np.array(main)
+    )
     return bool(full[0]), float(part[0])
 
 
@@ -50,7 +65,12 @@ def one_hot(text: str) -> list[np.ndarray]:
     """A direction for vowels, one for each vowel, one for the rest, and some chance."""
     low = np.array(list(text.lower()))
     vowel = np.isin(low, list("aeiou"))
-    return [vowel * 1.0, *[(low == v) * 0.3 for v in "aeiou"], (~vowel) * 1.0, np.random.default_rng(0).random(len(text)) * 0.01]
+    return [
+        vowel * 1.0,
+        *[(low == v) * 0.3 for v in "aeiou"],
+        (~vowel) * 1.0,
+        np.random.default_rng(0).random(len(text)) * 0.01,
+    ]
 
 
 def dictionary(absorbs: str) -> Given:
@@ -76,7 +96,9 @@ def test_a_letter_that_is_absorbed_is_counted_and_no_other():
     share = sum(c in "uU" for c in TEXT) / sum(c.lower() in "aeiou" for c in TEXT)
     clean, absorbing = of_vowels(dictionary("")), of_vowels(dictionary("u"))
     assert clean["full"] == 0 and clean["fraction"] < 0.02 and clean["main_recall"] == 1
-    assert absorbing["full"] == pytest.approx(share, abs=0.03) and absorbing["main_recall"] == pytest.approx(1 - share, abs=0.03)
+    assert absorbing["full"] == pytest.approx(share, abs=0.03) and absorbing[
+        "main_recall"
+    ] == pytest.approx(1 - share, abs=0.03)
     assert absorbing["fraction"] == pytest.approx(share, abs=0.03) and absorbing["probe_f1"] > 0.99
 
 
@@ -96,11 +118,18 @@ def test_what_cannot_be_measured_is_null_with_a_reason():
     names = {i.name for i in absorption.INFO}
     no_text = absorption.measure(Bench(sae=Given(), device=CPU, x=torch.randn(9, 4)), **OPTIONS)
     few = absorption.measure(bench(TEXT, one_hot, dictionary("")), **OPTIONS | {"min_parents": 30})
-    broken = absorption.measure(bench(TEXT, lambda t: [np.full(len(t), np.nan)] * 8, dictionary("")), **OPTIONS)
+    broken = absorption.measure(
+        bench(TEXT, lambda t: [np.full(len(t), np.nan)] * 8, dictionary("")), **OPTIONS
+    )
     for found in (no_text, few, broken):
-        assert set(found.scalars) == names == set(found.why_null) and set(found.scalars.values()) == {None}
+        assert set(found.scalars) == names == set(found.why_null) and set(
+            found.scalars.values()
+        ) == {None}
     assert "fewer than 30" in few.why_null["absorption_full"]
-    blind = absorption.measure(bench(TEXT, lambda t: list(np.random.default_rng(0).random((8, len(t)))), dictionary("")), **OPTIONS)
+    blind = absorption.measure(
+        bench(TEXT, lambda t: list(np.random.default_rng(0).random((8, len(t)))), dictionary("")),
+        **OPTIONS,
+    )
     assert set(blind.scalars.values()) == {None}, "the activation shows no parent"
 
 

@@ -20,14 +20,18 @@ from sae_experiments.models.hooks import Site, activations, capture, parse_site,
 from sae_experiments.models.store import Store, collect
 
 LAYERS, WIDTH, LENGTH, VOCABULARY = 3, 16, 16, 11
-SITES = [Site("resid", layer) for layer in range(LAYERS + 1)] + [Site(s, layer) for s in ("mlp_in", "mlp_act", "mlp_out") for layer in (1, 2, 3)]
+SITES = [Site("resid", layer) for layer in range(LAYERS + 1)] + [
+    Site(s, layer) for s in ("mlp_in", "mlp_act", "mlp_out") for layer in (1, 2, 3)
+]
 
 
 @pytest.fixture
 def model() -> Any:
     made = build_lm(lm_spec(), VOCABULARY, seed=0).eval()
     with torch.no_grad():
-        for p in made.parameters():  # at their initial size, what blocks add is lost beside the embeddings
+        for p in (
+            made.parameters()
+        ):  # at their initial size, what blocks add is lost beside the embeddings
             if p.ndim == 2:
                 p.mul_(5)
     return made
@@ -52,21 +56,45 @@ def logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("text", "site"),
-    [("resid.mid", Site("resid", 3)), ("resid.0", Site("resid", 0)), ("resid.6", Site("resid", 6)), ("mlp_in.1", Site("mlp_in", 1)),
-     ("mlp_act.mid", Site("mlp_act", 3)), ("mlp_out.6", Site("mlp_out", 6))],
-)  # fmt: skip
+    [
+        ("resid.mid", Site("resid", 3)),
+        ("resid.0", Site("resid", 0)),
+        ("resid.6", Site("resid", 6)),
+        ("mlp_in.1", Site("mlp_in", 1)),
+        ("mlp_act.mid", Site("mlp_act", 3)),
+        ("mlp_out.6", Site("mlp_out", 6)),
+    ],
+)
 def test_a_site_is_a_stream_and_a_block_counted_from_one(text, site):
     assert parse_site(text, 6) == site
     assert parse_site(str(site), 6) == site
 
 
 @pytest.mark.parametrize(
-    "text", ["resid.7", "resid", "resid.", "mlp_in.0", "mlp_out.7", "attn.2", "resid.-1", "resid.1.5", "resid.two", "", "mlp_act", "resid.²"]
+    "text",
+    [
+        "resid.7",
+        "resid",
+        "resid.",
+        "mlp_in.0",
+        "mlp_out.7",
+        "attn.2",
+        "resid.-1",
+        "resid.1.5",
+        "resid.two",
+        "",
+        "mlp_act",
+        "resid.²",
+    ],
 )
 def test_a_site_that_does_not_exist_is_one_line_that_names_it_and_those_that_do(text):
     with pytest.raises(UserError) as caught:
         parse_site(text, 6)
-    assert repr(text) in str(caught.value) and "resid.6" in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        repr(text) in str(caught.value)
+        and "resid.6" in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_a_model_of_one_block_has_no_middle_of_its_mlps():
@@ -93,10 +121,17 @@ def test_mlp_sites_equal_the_mlp_computed_by_hand(model, tokens):
     found = activations(model, tokens, SITES)
     for layer in range(1, LAYERS + 1):
         block = model.transformer.h[layer - 1]
-        read, act, out, after = (found[Site(s, layer)] for s in ("mlp_in", "mlp_act", "mlp_out", "resid"))
+        read, act, out, after = (
+            found[Site(s, layer)] for s in ("mlp_in", "mlp_act", "mlp_out", "resid")
+        )
         assert act.shape[-1] == 4 * WIDTH and read.shape[-1] == out.shape[-1] == WIDTH
         torch.testing.assert_close(read, block.ln_2(after - out), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(act, nn.functional.gelu(read @ block.mlp.c_fc.weight + block.mlp.c_fc.bias, approximate="tanh"))
+        torch.testing.assert_close(
+            act,
+            nn.functional.gelu(
+                read @ block.mlp.c_fc.weight + block.mlp.c_fc.bias, approximate="tanh"
+            ),
+        )
         torch.testing.assert_close(out, act @ block.mlp.c_proj.weight + block.mlp.c_proj.bias)
 
 
@@ -116,7 +151,9 @@ def test_the_forward_pass_ends_at_the_site(model, tokens, site):
         block.ln_1.register_forward_hook(lambda *_, i=i: ran.append(f"block {i + 1}"))
     model.transformer.ln_f.register_forward_hook(lambda *_: ran.append("ln_f"))
     activations(model, tokens, [site])
-    assert ran == [f"block {i + 1}" for i in range(site.layer)], "later blocks are not run, earlier ones once"
+    assert ran == [f"block {i + 1}" for i in range(site.layer)], (
+        "later blocks are not run, earlier ones once"
+    )
 
 
 def test_several_sites_need_one_pass_that_ends_at_the_last(model, tokens):
@@ -156,12 +193,21 @@ def test_what_is_patched_in_is_what_later_blocks_read(model, tokens, layer):
 
 def test_an_mlp_whose_output_is_zero_adds_nothing(model, tokens):
     site = Site("mlp_out", 2)
-    with patched(model, site, torch.zeros_like), capture(model, [Site("resid", 2), Site("mlp_in", 2)]) as seen:
+    with (
+        patched(model, site, torch.zeros_like),
+        capture(model, [Site("resid", 2), Site("mlp_in", 2)]) as seen,
+    ):
         logits(model, tokens)
-    torch.testing.assert_close(model.transformer.h[1].ln_2(seen[Site("resid", 2)]), seen[Site("mlp_in", 2)])
+    torch.testing.assert_close(
+        model.transformer.h[1].ln_2(seen[Site("resid", 2)]), seen[Site("mlp_in", 2)]
+    )
 
 
-@pytest.mark.parametrize("site", [Site("resid", 0), Site("resid", 2), Site("mlp_in", 1), Site("mlp_act", 3), Site("mlp_out", 2)], ids=str)
+@pytest.mark.parametrize(
+    "site",
+    [Site("resid", 0), Site("resid", 2), Site("mlp_in", 1), Site("mlp_act", 3), Site("mlp_out", 2)],
+    ids=str,
+)
 def test_hooks_are_gone_after_exceptions(model, tokens, site):
     def fail(x):
         raise RuntimeError("inside")
@@ -199,7 +245,9 @@ class Text:
         return torch.stack([self.ids[s : s + LENGTH] for s in starts])
 
 
-def collected(model: nn.Module, cache: Path, *, starts: Any = None, text: Text | None = None, **changes: Any) -> Store:
+def collected(
+    model: nn.Module, cache: Path, *, starts: Any = None, text: Text | None = None, **changes: Any
+) -> Store:
     plain = {"length": LENGTH, "split": "train", "key": {"lm": 1}, "dtype": "float32", "batch": 4}
     starts = np.arange(0, 10 * LENGTH, LENGTH) if starts is None else np.asarray(starts)
     sites = changes.pop("sites", [Site("resid", 1), Site("mlp_act", 2)])
@@ -217,10 +265,16 @@ def test_rows_of_the_store_equal_a_direct_forward_pass(model, tmp_path, dtype, b
         expected = x.reshape(-1, x.shape[-1])
         found = store.rows(site, slice(None))
         assert found.dtype == torch.float32 and store.width(site) == expected.shape[1]
-        off = 1e-3 * float(expected.std()) if dtype == "float16" else 1e-5  # half precision is about the mean
-        torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == "float32" else 1e-3, atol=off)
+        off = (
+            1e-3 * float(expected.std()) if dtype == "float16" else 1e-5
+        )  # half precision is about the mean
+        torch.testing.assert_close(
+            found, expected, rtol=1e-5 if dtype == "float32" else 1e-3, atol=off
+        )
         row = 3 * LENGTH + 7  # position 7 of window 3
-        torch.testing.assert_close(store.rows(site, np.array([row]))[0], x[3, 7], rtol=1e-3, atol=off)
+        torch.testing.assert_close(
+            store.rows(site, np.array([row]))[0], x[3, 7], rtol=1e-3, atol=off
+        )
 
 
 def test_a_store_is_made_once_and_another_text_model_or_site_has_another(model, tmp_path):
@@ -228,8 +282,17 @@ def test_a_store_is_made_once_and_another_text_model_or_site_has_another(model, 
     first = collected(model, tmp_path, text=text)
     asked = len(text.asked)
     assert collected(model, tmp_path, text=text).folder == first.folder and len(text.asked) == asked
-    others = [{"starts": [0, 16, 33]}, {"dtype": "float16"}, {"key": {"lm": 2}}, {"split": "val"}, {"sites": [Site("resid", 1)]}]
-    assert len({collected(model, tmp_path, **o).folder for o in others} | {first.folder}) == len(others) + 1
+    others = [
+        {"starts": [0, 16, 33]},
+        {"dtype": "float16"},
+        {"key": {"lm": 2}},
+        {"split": "val"},
+        {"sites": [Site("resid", 1)]},
+    ]
+    assert (
+        len({collected(model, tmp_path, **o).folder for o in others} | {first.folder})
+        == len(others) + 1
+    )
 
 
 def test_windows_with_the_same_ends_and_the_same_sum_are_different_stores(model, tmp_path):
@@ -251,7 +314,9 @@ def test_a_collection_that_was_interrupted_ends_with_the_same_bytes(model, tmp_p
         collected(model, tmp_path / "b", text=Cut())
     again = collected(model, tmp_path / "b")
     for site in whole.sites:
-        assert (whole.folder / f"{site}.bin").read_bytes() == (again.folder / f"{site}.bin").read_bytes()
+        assert (whole.folder / f"{site}.bin").read_bytes() == (
+            again.folder / f"{site}.bin"
+        ).read_bytes()
 
 
 def bare(folder: Path, n_windows: int, width: int = 8, fill: bool = True) -> Store:
@@ -263,13 +328,18 @@ def bare(folder: Path, n_windows: int, width: int = 8, fill: bool = True) -> Sto
     rows.flush()
     np.save(folder / "starts.npy", np.arange(n_windows) * LENGTH)
     site = {"site": ["resid", 1], "file": "x.bin", "dtype": "float32", "width": width}
-    (folder / "store.json").write_text(json.dumps({"key": {}, "length": LENGTH, "split": "train", "sites": [site]}))
+    (folder / "store.json").write_text(
+        json.dumps({"key": {}, "length": LENGTH, "split": "train", "sites": [site]})
+    )
     return Store(folder)
 
 
 def test_every_epoch_is_a_permutation_of_the_rows(tmp_path):
     store = bare(tmp_path, 10)  # 160 rows
-    epochs = [np.concatenate([store.index_at(step, rows=32, seed=7) for step in range(5 * e, 5 * e + 5)]) for e in range(3)]
+    epochs = [
+        np.concatenate([store.index_at(step, rows=32, seed=7) for step in range(5 * e, 5 * e + 5)])
+        for e in range(3)
+    ]
     assert all(np.array_equal(np.sort(e), np.arange(160)) for e in epochs)
     batches = {tuple(store.index_at(step, rows=32, seed=7)) for step in range(15)}
     assert len(batches) == 15, "another order in each epoch"
@@ -279,7 +349,12 @@ def test_rows_that_do_not_fill_a_batch_are_left_out_of_their_epoch_only(tmp_path
     store = bare(tmp_path, 10)
     seen = np.concatenate([store.index_at(step, rows=50, seed=1) for step in range(3)])
     assert len(np.unique(seen)) == 150
-    assert len(np.unique(np.concatenate([store.index_at(step, rows=50, seed=1) for step in range(30)]))) == 160
+    assert (
+        len(
+            np.unique(np.concatenate([store.index_at(step, rows=50, seed=1) for step in range(30)]))
+        )
+        == 160
+    )
 
 
 def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
@@ -289,13 +364,19 @@ def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
     for step in (11, 0, 7, 3, 5, 10):
         assert np.array_equal(fresh.index_at(step, rows=32, seed=big), in_order[step])
         fresh.index_at(2, rows=16, seed=step)  # something else in between
-    assert not np.array_equal(store.index_at(0, rows=32, seed=big), store.index_at(0, rows=32, seed=big + 1))
-    assert not np.array_equal(store.index_at(0, rows=32, seed=big), store.index_at(0, rows=32, seed=big - 2**61))
+    assert not np.array_equal(
+        store.index_at(0, rows=32, seed=big), store.index_at(0, rows=32, seed=big + 1)
+    )
+    assert not np.array_equal(
+        store.index_at(0, rows=32, seed=big), store.index_at(0, rows=32, seed=big - 2**61)
+    )
 
 
 def test_a_part_of_the_rows_stays_within_its_bounds(tmp_path):
     store = bare(tmp_path, 10)
-    seen = np.concatenate([store.index_at(step, rows=20, seed=3, first=40, last=100) for step in range(3)])
+    seen = np.concatenate(
+        [store.index_at(step, rows=20, seed=3, first=40, last=100) for step in range(3)]
+    )
     assert np.array_equal(np.sort(seen), np.arange(40, 100))
 
 
@@ -330,20 +411,32 @@ def test_memory_is_bounded_by_the_batch_and_not_by_the_store(tmp_path):
 
 
 @pytest.mark.parametrize(("offset", "factor"), [(1000.0, 1.0), (0.0, 1e-7), (-3e5, 100.0)])
-def test_a_store_of_half_precision_keeps_digits_under_any_mean_and_unit(model, tmp_path, offset, factor, monkeypatch):
-    plain = collected(model, tmp_path / "plain", dtype="float32").rows(Site("resid", 1), slice(None))
+def test_a_store_of_half_precision_keeps_digits_under_any_mean_and_unit(
+    model, tmp_path, offset, factor, monkeypatch
+):
+    plain = collected(model, tmp_path / "plain", dtype="float32").rows(
+        Site("resid", 1), slice(None)
+    )
     real = activations_module.activations
-    monkeypatch.setattr(activations_module, "activations", lambda *a: {s: (x + offset) * factor for s, x in real(*a).items()})
+    monkeypatch.setattr(
+        activations_module,
+        "activations",
+        lambda *a: {s: (x + offset) * factor for s, x in real(*a).items()},
+    )
     store = collected(model, tmp_path / "moved", dtype="float16")
     found = store.rows(Site("resid", 1), slice(None)).double() / factor - offset
     rounding = abs(offset) * 2.0**-23  # of float32, which is there before the store
     error = (found - plain).square().mean().sqrt()
     assert error < 1e-3 * plain.std() + rounding
-    assert torch.equal(store.rows(Site("resid", 1), np.arange(5)), store.rows(Site("resid", 1), slice(0, 5)))
+    assert torch.equal(
+        store.rows(Site("resid", 1), np.arange(5)), store.rows(Site("resid", 1), slice(0, 5))
+    )
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
-def test_activations_too_large_for_float16_are_one_line_that_names_site_and_remedy(model, tmp_path, monkeypatch):
+def test_activations_too_large_for_float16_are_one_line_that_names_site_and_remedy(
+    model, tmp_path, monkeypatch
+):
     real, seen = activations_module.activations, []
 
     def growing(*args):
@@ -354,7 +447,9 @@ def test_activations_too_large_for_float16_are_one_line_that_names_site_and_reme
     with pytest.raises(UserError, match=r"resid\.1 .*float16.*store_dtype=float32") as caught:
         collected(model, tmp_path, dtype="float16")
     assert "\n" not in str(caught.value)
-    assert torch.isfinite(collected(model, tmp_path, dtype="float32").rows(Site("resid", 1), slice(None))).all()
+    assert torch.isfinite(
+        collected(model, tmp_path, dtype="float32").rows(Site("resid", 1), slice(None))
+    ).all()
 
 
 def test_activations_that_are_not_finite_are_one_line_that_names_the_site(model, tmp_path):
@@ -366,7 +461,9 @@ def test_activations_that_are_not_finite_are_one_line_that_names_the_site(model,
     assert not list(tmp_path.rglob("done.json")), "a broken store is not kept as a whole one"
 
 
-def test_activations_of_a_broken_model_count_as_a_failure_and_not_as_a_mistake_in_the_options(model, tmp_path):
+def test_activations_of_a_broken_model_count_as_a_failure_and_not_as_a_mistake_in_the_options(
+    model, tmp_path
+):
     with torch.no_grad():
         model.transformer.wte.weight.fill_(float("nan"))
     with pytest.raises(UserError) as caught:

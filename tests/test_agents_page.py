@@ -22,20 +22,26 @@ def test_every_plan_is_named_and_every_named_plan_composes():
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_baseline_of_every_plan_needs_no_further_argument(plan):
-    overrides, _ = complete(["out_dir=run_0"], plan=plan, extra=["preset=smoke"], conf=ROOT / "conf")
+    overrides, _ = complete(
+        ["out_dir=run_0"], plan=plan, extra=["preset=smoke"], conf=ROOT / "conf"
+    )
     compose_checked(ROOT / "conf", overrides)
 
 
 def test_the_two_lines_are_those_of_the_script():
     script = (ROOT / "experiment.py").read_text(encoding="utf-8")
     for line in re.findall(r"^(?:PLAN|OVERRIDES).*?(?=\s+#)", PAGE, re.M):
-        assert line.split("=")[0].strip() in [s.split("=")[0].strip() for s in script.splitlines()], line
+        assert line.split("=")[0].strip() in [
+            s.split("=")[0].strip() for s in script.splitlines()
+        ], line
     assert 'PLAN = "variants"' in script
 
 
 def test_the_example_overrides_compose():
     example = json.loads(re.search(r"as if typed: (\[.*?\])", PAGE).group(1))
-    overrides, _ = complete(["out_dir=x", *example], plan="variants", extra=["preset=smoke"], conf=ROOT / "conf")
+    overrides, _ = complete(
+        ["out_dir=x", *example], plan="variants", extra=["preset=smoke"], conf=ROOT / "conf"
+    )
     compose_checked(ROOT / "conf", overrides)
 
 

@@ -28,7 +28,10 @@ FOUNDATIONS = {
     "metric_info",
     "quality_warnings",
 }
-STUDIES = {f"studies.{name}" for name in ("language", "ground_truth", "palindrome", "superposition", "circuits")}
+STUDIES = {
+    f"studies.{name}"
+    for name in ("language", "ground_truth", "palindrome", "superposition", "circuits")
+}
 _FITTING = FOUNDATIONS | {"training", "models", "saes"}
 _STUDY = _FITTING | {"corpora", "fitting", "metrics", "studies"}
 TABLE: dict[str, set[str]] = {
@@ -73,7 +76,17 @@ ONLY = {
     "omegaconf": {"config", "sweeps", "cli"},
     **{
         name: {"corpora.download"}
-        for name in ("socket", "http", "urllib", "ssl", "ftplib", "requests", "httpx", "aiohttp", "urllib3")
+        for name in (
+            "socket",
+            "http",
+            "urllib",
+            "ssl",
+            "ftplib",
+            "requests",
+            "httpx",
+            "aiohttp",
+            "urllib3",
+        )
     },
     "tqdm": {"console", "corpora.download"},
     "joblib": {"sweeps.launchers"},
@@ -161,8 +174,12 @@ def show(path: Path) -> str:
 def test_a_module_imports_what_the_table_allows_and_nothing_else(path):
     room = room_of(module_of(path))
     assert room in TABLE, f"{show(path)}: give the new room {room!r} its line in TABLE"
-    edges = {room_of(name) for name in imports(path) if name.split(".")[0] == "sae_experiments"} - {room}
-    assert edges <= TABLE[room], f"{show(path)} must not import {', '.join(sorted(edges - TABLE[room]))}"
+    edges = {room_of(name) for name in imports(path) if name.split(".")[0] == "sae_experiments"} - {
+        room
+    }
+    assert edges <= TABLE[room], (
+        f"{show(path)} must not import {', '.join(sorted(edges - TABLE[room]))}"
+    )
 
 
 def test_the_table_has_no_cycle():
@@ -191,14 +208,24 @@ def test_a_heavy_package_has_one_door(path):
 
 @pytest.mark.parametrize("path", [p for p in FILES if is_in(module_of(p), WITHOUT_TORCH)], ids=show)
 def test_tables_figures_and_their_helpers_do_not_import_torch(path):
-    assert not {name.split(".")[0] for name in imports(path)} & {"torch", "safetensors", "transformers"}
+    assert not {name.split(".")[0] for name in imports(path)} & {
+        "torch",
+        "safetensors",
+        "transformers",
+    }
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=show)
 def test_what_a_script_imports_at_its_start_needs_no_torch(script):
     """Not even through what it imports: help, mistakes and figures come at once."""
     by_module = {module_of(p): p for p in FILES}
-    todo, seen, outside = [script, by_module["sae_experiments.cli.main"]] if script.name == "experiment.py" else [script], set(), set()
+    todo, seen, outside = (
+        [script, by_module["sae_experiments.cli.main"]]
+        if script.name == "experiment.py"
+        else [script],
+        set(),
+        set(),
+    )
     while todo:
         path = todo.pop()
         seen.add(path)
@@ -234,11 +261,19 @@ def test_there_is_no_pickle_anywhere(path):
     assert not {name.split(".")[0] for name in imports(path)} & BANNED
     for call in calls(path):
         name = ast.unparse(call.func)
-        assert name not in ("torch.load", "torch.save", "torch.jit.load", "joblib.load", "joblib.dump"), f"{show(path)}:{call.lineno} {name}"
+        assert name not in (
+            "torch.load",
+            "torch.save",
+            "torch.jit.load",
+            "joblib.load",
+            "joblib.dump",
+        ), f"{show(path)}:{call.lineno} {name}"
         options = {k.arg: ast.unparse(k.value) for k in call.keywords}
         assert options.get("allow_pickle", "False") == "False", f"{show(path)}:{call.lineno}"
         if name == "np.load":
-            assert options.get("allow_pickle") == "False", f"{show(path)}:{call.lineno} must say allow_pickle=False"
+            assert options.get("allow_pickle") == "False", (
+                f"{show(path)}:{call.lineno} must say allow_pickle=False"
+            )
 
 
 @pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=show)
@@ -246,7 +281,9 @@ def test_no_error_is_swallowed_unseen_and_no_text_is_executed(path):
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{show(path)}:{node.lineno} bare except"
-            assert not (len(node.body) == 1 and isinstance(node.body[0], ast.Pass)), f"{show(path)}:{node.lineno} silent except"
+            assert not (len(node.body) == 1 and isinstance(node.body[0], ast.Pass)), (
+                f"{show(path)}:{node.lineno} silent except"
+            )
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec"), f"{show(path)}:{node.lineno}"
 
@@ -263,6 +300,10 @@ def test_every_module_and_every_public_name_of_it_says_what_it_is(path):
     if not module.body:
         return  # an empty __init__
     assert ast.get_docstring(module), f"{show(path)} has no docstring"
-    public = [n for n in module.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    public = [
+        n
+        for n in module.body
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")
+    ]
     silent = [n.name for n in public if not ast.get_docstring(n)]
     assert not silent, f"{show(path)}: {silent}"

@@ -27,10 +27,27 @@ from sae_experiments.saes.saelens import save_sae
 from sae_experiments.studies.circuits.sources import load_sae, site_of
 
 SMALL = [
-    *(o for o in TINY.split() if not o.startswith(("metric.", "fit.train.steps", "fit.train.batch"))), "study=circuits", "metric=[reconstruction,rules]",
-    "metric.rules.latents=4", "metric.rules.least=2", "fit.train.steps=20", "fit.train.batch_size=256", "data=[text8]", "study.prompts=12", "study.rows=512",
-    "study.checks.targets=40", "study.checks.checked=12", "study.checks.bootstrap=10", "study.graph.least=2", "study.graph.count=2", "seeds=[0]",
-]  # fmt: skip
+    *(
+        o
+        for o in TINY.split()
+        if not o.startswith(("metric.", "fit.train.steps", "fit.train.batch"))
+    ),
+    "study=circuits",
+    "metric=[reconstruction,rules]",
+    "metric.rules.latents=4",
+    "metric.rules.least=2",
+    "fit.train.steps=20",
+    "fit.train.batch_size=256",
+    "data=[text8]",
+    "study.prompts=12",
+    "study.rows=512",
+    "study.checks.targets=40",
+    "study.checks.checked=12",
+    "study.checks.bootstrap=10",
+    "study.graph.least=2",
+    "study.graph.count=2",
+    "seeds=[0]",
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +58,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(home: Path, text: Path | None, out: str, *more: str) -> Path:
     """A run in this process; ``text`` stands for text8."""
     file = [f"data.text8.file={text}", "data.text8.head=null"] if text else []
-    where = [f"runs_root={home}/runs", f"cache={home}/cache", f"out_dir={out}", "verbosity=quiet", "device=cpu"]
+    where = [
+        f"runs_root={home}/runs",
+        f"cache={home}/cache",
+        f"out_dir={out}",
+        "verbosity=quiet",
+        "device=cpu",
+    ]
     cfg, label = compose_checked(CONF, [*SMALL, *file, *where, *more])
-    about = {"argv": [], "overrides": [], "preset": "smoke", "preset_reason": "asked for", "plan_note": ""}
+    about = {
+        "argv": [],
+        "overrides": [],
+        "preset": "smoke",
+        "preset_reason": "asked for",
+        "plan_note": "",
+    }
     return execute(cfg, about=about, label=label)
 
 
@@ -62,14 +91,25 @@ def test_a_run_measures_draws_and_describes(first: Path, tmp_path: Path) -> None
     assert set(final) == {"text8", "text8.upstream", "text8.downstream"}
     means = final["text8"]["means"]
     assert means["n_pairs_mean"] > 20 and means["earlier_n_pairs_mean"] > 20
-    assert means["attribution_ablation_pearson_mean"] > 0.9 > means["coactivation_ablation_pearson_mean"]
+    assert (
+        means["attribution_ablation_pearson_mean"]
+        > 0.9
+        > means["coactivation_ablation_pearson_mean"]
+    )
     assert means["integrated_gap_mean"] < 1e-3 and means["nudge_0_01_pearson_mean"] > 0.99
     parts = [means[f"completeness_{k}_mean"] for k in ("latents", "error", "bias", "rest")]
     assert sum(parts) == pytest.approx(1)
-    assert means["deletion_area_attribution_mean"] >= max(means[f"deletion_area_{m}_mean"] for m in ("cosine", "coactivation", "random"))
+    assert means["deletion_area_attribution_mean"] >= max(
+        means[f"deletion_area_{m}_mean"] for m in ("cosine", "coactivation", "random")
+    )
     manifest = load(first / "manifest.json")
-    assert set(load(first / "cells" / "text8_0.json")["metrics"]) - {"final_train_loss"} <= set(manifest["metrics"])
-    assert "sae_fvu_mean" in final["text8.upstream"]["means"] and (first / "saes" / "text8.downstream_0").is_dir()
+    assert set(load(first / "cells" / "text8_0.json")["metrics"]) - {"final_train_loss"} <= set(
+        manifest["metrics"]
+    )
+    assert (
+        "sae_fvu_mean" in final["text8.upstream"]["means"]
+        and (first / "saes" / "text8.downstream_0").is_dir()
+    )
     done, empty = drawn(first, "circuits", tmp_path)
     assert len(done) == 6 and not empty
 
@@ -79,28 +119,61 @@ def test_graphs_hold_what_the_report_shows(first: Path) -> None:
     assert len(graphs) == 2
     for graph in graphs:
         names = {n["id"] for n in graph["nodes"]}
-        assert len(names) == len(graph["nodes"]) and {e["from"] for e in graph["edges"]} | {e["to"] for e in graph["edges"]} <= names
+        assert (
+            len(names) == len(graph["nodes"])
+            and {e["from"] for e in graph["edges"]} | {e["to"] for e in graph["edges"]} <= names
+        )
         target = [n for n in graph["nodes"] if n["column"] == 1]
-        assert len(target) == 1 and target[0]["row"] == 0 and target[0]["contexts"] and target[0]["rule"]
+        assert (
+            len(target) == 1
+            and target[0]["row"] == 0
+            and target[0]["contexts"]
+            and target[0]["rule"]
+        )
         for node in graph["nodes"]:
-            assert set(node) >= {"id", "label", "column", "row", "value", "rule", "contexts"} and node["row"] <= 0
+            assert (
+                set(node) >= {"id", "label", "column", "row", "value", "rule", "contexts"}
+                and node["row"] <= 0
+            )
             for context in node["contexts"]:
-                assert len(context["acts"]) == sum(len(context[k]) for k in ("before", "at", "after"))
+                assert len(context["acts"]) == sum(
+                    len(context[k]) for k in ("before", "at", "after")
+                )
         shown = [e["weight"] for e in graph["edges"] if e["from"].startswith("up.")]
         assert shown and all(abs(a) >= abs(b) - 1e-6 for a, b in itertools.pairwise(shown))
-    described = {f["latent"] for f in load(first / "features" / "text8.upstream_0.json") if "rule" in f}
-    wanted = {int(n["id"].split(".")[1].split("@")[0]) for g in graphs for n in g["nodes"] if n["id"].startswith("up.")}
+    described = {
+        f["latent"] for f in load(first / "features" / "text8.upstream_0.json") if "rule" in f
+    }
+    wanted = {
+        int(n["id"].split(".")[1].split("@")[0])
+        for g in graphs
+        for n in g["nodes"]
+        if n["id"].startswith("up.")
+    }
     assert len(described) >= 4 and wanted
 
 
-def test_a_second_run_finds_its_parts_in_the_cache_and_the_saes_of_the_first(first: Path, home: Path, corpus_file: Path) -> None:
+def test_a_second_run_finds_its_parts_in_the_cache_and_the_saes_of_the_first(
+    first: Path, home: Path, corpus_file: Path
+) -> None:
     before = {p: p.stat().st_mtime_ns for p in (home / "cache").rglob("done.json")}
-    again = run(home, corpus_file, "run_1", f"study.upstream.sae={first}", f"study.downstream.sae={first / 'saes' / 'text8.downstream_0'}")
+    again = run(
+        home,
+        corpus_file,
+        "run_1",
+        f"study.upstream.sae={first}",
+        f"study.downstream.sae={first / 'saes' / 'text8.downstream_0'}",
+    )
     assert {p: p.stat().st_mtime_ns for p in (home / "cache").rglob("done.json")} == before
     a, b = (load(p / "cells" / "text8_0.json")["metrics"] for p in (first, again))
     timed = {"attribution_targets_per_second"}
-    assert {k: v for k, v in a.items() if k not in timed} == pytest.approx({k: v for k, v in b.items() if k not in timed}, rel=1e-3, abs=1e-4)
-    assert load(again / "cells" / "text8.upstream_0.json")["why_null"]["sae_train_time"] == "the SAE was loaded"
+    assert {k: v for k, v in a.items() if k not in timed} == pytest.approx(
+        {k: v for k, v in b.items() if k not in timed}, rel=1e-3, abs=1e-4
+    )
+    assert (
+        load(again / "cells" / "text8.upstream_0.json")["why_null"]["sae_train_time"]
+        == "the SAE was loaded"
+    )
 
 
 def test_a_finished_run_is_not_done_again(first: Path, home: Path, corpus_file: Path) -> None:
@@ -111,24 +184,41 @@ def test_a_finished_run_is_not_done_again(first: Path, home: Path, corpus_file: 
 
 def test_options_change_what_is_measured(first: Path, home: Path, corpus_file: Path) -> None:
     plain = load(first / "cells" / "text8_0.json")["metrics"]
-    wanted = ["study.steps=3", "study.baseline=mean", "study.error=drop", "study.graph.latents=[3]", "study.upstream.site=mlp_out.1"]
+    wanted = [
+        "study.steps=3",
+        "study.baseline=mean",
+        "study.error=drop",
+        "study.graph.latents=[3]",
+        "study.upstream.site=mlp_out.1",
+    ]
     other = run(home, corpus_file, "run_2", *wanted, "study.downstream.site=resid.2")
     found = load(other / "cells" / "text8_0.json")["metrics"]
-    assert found["n_pairs"] and found["attribution_ablation_pearson"] != plain["attribution_ablation_pearson"]
+    assert (
+        found["n_pairs"]
+        and found["attribution_ablation_pearson"] != plain["attribution_ablation_pearson"]
+    )
     graphs = load(other / "graphs" / "text8_0.json")
     assert all(n["id"] == "down.3" for g in graphs for n in g["nodes"] if n["column"] == 1)
 
 
 @pytest.mark.parametrize("choice", ["study.steps=3", "study.baseline=mean", "study.error=drop"])
-def test_every_choice_of_how_to_attribute_changes_a_number(choice: str, first: Path, home: Path, corpus_file: Path) -> None:
+def test_every_choice_of_how_to_attribute_changes_a_number(
+    choice: str, first: Path, home: Path, corpus_file: Path
+) -> None:
     plain = load(first / "cells" / "text8_0.json")["metrics"]
-    found = load(run(home, corpus_file, choice.replace("=", "_"), choice) / "cells" / "text8_0.json")["metrics"]
+    found = load(
+        run(home, corpus_file, choice.replace("=", "_"), choice) / "cells" / "text8_0.json"
+    )["metrics"]
     measured = ("attribution_ablation_pearson", "attribution_slope", "deletion_area_attribution")
     assert any(abs(found[name] - plain[name]) > 1e-4 for name in measured)
 
 
-def test_an_upstream_latent_that_does_not_exist_is_one_line(first: Path, home: Path, corpus_file: Path) -> None:
-    with pytest.raises(UserError, match=r"upstream_latent=100000: the upstream SAE has latents 0 to"):
+def test_an_upstream_latent_that_does_not_exist_is_one_line(
+    first: Path, home: Path, corpus_file: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"upstream_latent=100000: the upstream SAE has latents 0 to"
+    ):
         run(home, corpus_file, "run_5", "study.graph.upstream_latent=100000")
 
 
@@ -157,13 +247,22 @@ def byte_pairs(folder: Path, text: str) -> int:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=alphabet,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
     made.train_from_iterator([text], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<|endoftext|>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<|endoftext|>").save_pretrained(
+        folder
+    )
     return made.get_vocab_size()
 
 
-def directory(folder: Path, kind: str, text: str, tokenizer: Callable[[Path, str], int] = words_tokenizer) -> Path:
+def directory(
+    folder: Path, kind: str, text: str, tokenizer: Callable[[Path, str], int] = words_tokenizer
+) -> Path:
     """A tiny random model of a kind with its tokenizer, as ``save_pretrained`` leaves it."""
     from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
@@ -173,12 +272,20 @@ def directory(folder: Path, kind: str, text: str, tokenizer: Callable[[Path, str
     names = {"vocab_size": n, "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.3}
     if kind == "gpt_neo":
         config = GPTNeoConfig(
-            hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=8, max_position_embeddings=32,
-            intermediate_size=48, **names,
-        )  # fmt: skip
+            hidden_size=16,
+            num_layers=2,
+            num_heads=2,
+            attention_types=[[["global", "local"], 1]],
+            window_size=8,
+            max_position_embeddings=32,
+            intermediate_size=48,
+            **names,
+        )
         GPTNeoForCausalLM(config).save_pretrained(folder)
     else:
-        GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **names)).save_pretrained(folder)
+        GPT2LMHeadModel(
+            GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **names)
+        ).save_pretrained(folder)
     return folder
 
 
@@ -190,15 +297,29 @@ def test_words_that_a_tokenizer_does_not_know_are_counted(tmp_path: Path) -> Non
 
 
 #: The study's own metrics, as a user who names none gets them.
-DEFAULTS = next(d["override /metric"] for d in yaml.safe_load((CONF / "study" / "circuits.yaml").read_text())["defaults"] if "override /metric" in d)
+DEFAULTS = next(
+    d["override /metric"]
+    for d in yaml.safe_load((CONF / "study" / "circuits.yaml").read_text())["defaults"]
+    if "override /metric" in d
+)
 
 
-@pytest.mark.parametrize(("kind", "tokenizer"), [("gpt_neo", words_tokenizer), ("gpt2", words_tokenizer), ("gpt_neo", byte_pairs)])
-def test_a_local_directory_with_its_own_tokenizer_and_the_default_metrics(kind: str, tokenizer: Callable[[Path, str], int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "tokenizer"),
+    [("gpt_neo", words_tokenizer), ("gpt2", words_tokenizer), ("gpt_neo", byte_pairs)],
+)
+def test_a_local_directory_with_its_own_tokenizer_and_the_default_metrics(
+    kind: str, tokenizer: Callable[[Path, str], int], tmp_path: Path
+) -> None:
     text = tmp_path / "some words.txt"
     text.write_text(english(24_000, seed=1))
     folder = directory(tmp_path / "model", kind, text.read_text(), tokenizer)
-    local = [f"study.local.folder={folder}", f"study.local.text='{text}'", "study.local.context=16", "study.graph.order=1"]
+    local = [
+        f"study.local.folder={folder}",
+        f"study.local.text='{text}'",
+        "study.local.context=16",
+        "study.graph.order=1",
+    ]
     local.append(f"metric=[{','.join(DEFAULTS)}]")
     found = run(tmp_path, None, "run_0", *local)
     metrics = load(found / "cells" / "some_words_0.json")["metrics"]
@@ -208,25 +329,47 @@ def test_a_local_directory_with_its_own_tokenizer_and_the_default_metrics(kind: 
     features = load(found / "features" / "some_words.downstream_0.json")
     alive = [f for f in features if f["density"]]
     assert alive and all(piece for f in alive for piece, _ in f["promotes"] + f["suppresses"])
-    assert any(len(piece) > 1 for f in alive for piece, _ in f["promotes"]), "a token is more than a character"
+    assert any(len(piece) > 1 for f in alive for piece, _ in f["promotes"]), (
+        "a token is more than a character"
+    )
     described = [f for f in features if f.get("rule")]
-    assert described and all(len(c["acts"]) == len(c["before"] + c["at"] + c["after"]) for f in described for c in f["top"])
+    assert described and all(
+        len(c["acts"]) == len(c["before"] + c["at"] + c["after"])
+        for f in described
+        for c in f["top"]
+    )
     graph = load(found / "graphs" / "some_words_0.json")[0]
-    assert any(len(c["at"]) > 1 for n in graph["nodes"] for c in n["contexts"]), "a token is more than a character"
+    assert any(len(c["at"]) > 1 for n in graph["nodes"] for c in n["contexts"]), (
+        "a token is more than a character"
+    )
 
 
-def test_a_model_trained_here_is_a_local_directory_too(first: Path, home: Path, corpus_file: Path) -> None:
+def test_a_model_trained_here_is_a_local_directory_too(
+    first: Path, home: Path, corpus_file: Path
+) -> None:
     folder = next(p.parent for p in (home / "cache" / "lms").glob("*/symbols.json"))
-    found = cut(corpus_file.read_text(), folder, name="made", val_frac=0.1, vocabulary=sizes_of(folder).vocabulary)
-    assert found.symbols and "".join(found.pieces[i] for i in found.windows("train", np.array([7]), 9)[0]) == corpus_file.read_text()[7:16]
+    found = cut(
+        corpus_file.read_text(),
+        folder,
+        name="made",
+        val_frac=0.1,
+        vocabulary=sizes_of(folder).vocabulary,
+    )
+    assert (
+        found.symbols
+        and "".join(found.pieces[i] for i in found.windows("train", np.array([7]), 9)[0])
+        == corpus_file.read_text()[7:16]
+    )
     assert load_local(folder, context=8, device=torch.device("cpu")).model.config.n_positions == 8
 
 
 def test_what_is_no_model_directory_is_said_in_one_line(tmp_path: Path) -> None:
     for name, content in (
-        ("empty", None), ("odd", "{}"), ("unknown", '{"model_type": "nothing"}'),
+        ("empty", None),
+        ("odd", "{}"),
+        ("unknown", '{"model_type": "nothing"}'),
         ("heads", '{"model_type": "gpt_neox", "hidden_size": 16}'),
-    ):  # fmt: skip
+    ):
         folder = tmp_path / name
         folder.mkdir()
         if content:
@@ -277,7 +420,9 @@ def composed() -> Any:
         ("arms=two", "one kind of SAE"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_is_computed(composed: Any, override: str, told: str) -> None:
+def test_mistakes_are_one_line_before_anything_is_computed(
+    composed: Any, override: str, told: str
+) -> None:
     key, value = override.split("=", 1)
     cfg = copy.deepcopy(composed)
     if key == "arms":
@@ -306,6 +451,11 @@ def test_saes_of_another_site_or_width_are_refused(first: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="neither an SAE directory"):
         load_sae("upstream", tmp_path, "text8", 0, Site("mlp_act", 1), 64)
     made = BatchTopK(d_in=16, d_sae=32, k=4)
-    save_sae(made, tmp_path / "foreign", reference=torch.randn(8, 16), metadata={"hook_name": "blocks.0.hook_resid_post"})
+    save_sae(
+        made,
+        tmp_path / "foreign",
+        reference=torch.randn(8, 16),
+        metadata={"hook_name": "blocks.0.hook_resid_post"},
+    )
     assert site_of(tmp_path / "foreign") == "resid.1", "SAELens counts blocks from 0"
     assert load_sae("upstream", tmp_path / "foreign", "text8", 0, Site("resid", 1), 16).d_sae == 32

@@ -12,7 +12,18 @@ import pytest
 from fake_runs import make_run
 
 from sae_experiments.files import read_json, write_json
-from sae_experiments.results.compare import ABSENT, WIDTH, Delta, compare, config_diff, delta, markdown, terminal, verdict, with_error
+from sae_experiments.results.compare import (
+    ABSENT,
+    WIDTH,
+    Delta,
+    compare,
+    config_diff,
+    delta,
+    markdown,
+    terminal,
+    verdict,
+    with_error,
+)
 from sae_experiments.results.records import Record, Stat, mean_stderr, write_record
 from sae_experiments.results.table import RunTable, load_table
 
@@ -25,9 +36,15 @@ def table_of(root: Path, *names: str, **options: Any) -> RunTable:
     return load_table([root / name for name in names], **options)
 
 
-def row(table: RunTable, run: str, metric: str, dataset: str = "shakespeare_char") -> dict[str, Any]:
+def row(
+    table: RunTable, run: str, metric: str, dataset: str = "shakespeare_char"
+) -> dict[str, Any]:
     found = compare(table)
-    return found[(found["run"] == run) & (found["metric"] == metric) & (found["dataset"] == dataset)].iloc[0].to_dict()
+    return (
+        found[(found["run"] == run) & (found["metric"] == metric) & (found["dataset"] == dataset)]
+        .iloc[0]
+        .to_dict()
+    )
 
 
 def test_paired_where_the_seeds_are_the_same() -> None:
@@ -35,7 +52,9 @@ def test_paired_where_the_seeds_are_the_same() -> None:
     assert found.test == "paired"
     assert found.n == 3
     assert found.value == pytest.approx(0.2)
-    assert found.stderr == pytest.approx(0.1)  # differences 0.1, 0.1, 0.4: stdev 0.1732, over sqrt(3)
+    assert found.stderr == pytest.approx(
+        0.1
+    )  # differences 0.1, 0.1, 0.4: stdev 0.1732, over sqrt(3)
 
 
 def test_welch_where_they_are_not() -> None:
@@ -44,7 +63,9 @@ def test_welch_where_they_are_not() -> None:
     assert found.test == "welch"
     assert found.value == 0.0
     assert found.stderr == pytest.approx(math.hypot(run.stderr or 0, baseline.stderr or 0))
-    assert delta(stat(1.0, None, 3.0), stat(1.0, 2.0, 3.0)).test == "welch"  # a null breaks the pair
+    assert (
+        delta(stat(1.0, None, 3.0), stat(1.0, 2.0, 3.0)).test == "welch"
+    )  # a null breaks the pair
 
 
 @pytest.mark.parametrize("run", [stat(1.0), stat(1.0, None)])
@@ -84,7 +105,9 @@ def test_verdicts(value: float | None, error: float | None, better: str, expecte
         (1e-9, 2e-10, "1e-09 ± 2e-10"),
     ],
 )
-def test_values_are_as_long_as_their_error_allows(value: float, error: float | None, text: str) -> None:
+def test_values_are_as_long_as_their_error_allows(
+    value: float, error: float | None, text: str
+) -> None:
     assert with_error(value, error) == text
 
 
@@ -94,12 +117,17 @@ def test_values_are_as_long_as_their_error_allows(value: float, error: float | N
         ({"preset": "full"}, "preset full vs laptop"),
         ({"stand_in": True}, "stand-in vs real text"),
         ({"corpora": {"enwik8": {"corpus": "enwik8"}}}, "corpus enwik8 vs enwik8-head-4000000"),
-        ({"corpora": {"enwik8": {"corpus": "enwik8-head-4000000", "counts": {"train": 1}}}}, "corpus sizes differ"),
+        (
+            {"corpora": {"enwik8": {"corpus": "enwik8-head-4000000", "counts": {"train": 1}}}},
+            "corpus sizes differ",
+        ),
         ({"corpora": {}}, "corpus unknown vs enwik8-head-4000000"),
         ({"preset": ""}, "preset of run_1 unknown"),
     ],
 )
-def test_what_must_not_be_subtracted_is_not(tmp_path: Path, options: dict[str, Any], why: str) -> None:
+def test_what_must_not_be_subtracted_is_not(
+    tmp_path: Path, options: dict[str, Any], why: str
+) -> None:
     make_run(tmp_path, "run_0", datasets=["enwik8"], curves=False)
     make_run(tmp_path, "run_1", datasets=["enwik8"], sae="topk", curves=False, **options)
     table = table_of(tmp_path, "run_0", "run_1")
@@ -147,9 +175,20 @@ def test_without_a_baseline_there_are_no_deltas(tmp_path: Path) -> None:
 
 def test_nulls_and_missing_metrics(tmp_path: Path) -> None:
     write_record(tmp_path / "run_0", Record(dataset="d", seed=0, metrics={"m": 1.0, "gone": 2.0}))
-    write_record(tmp_path / "run_1", Record(dataset="d", seed=0, metrics={"m": math.nan, "new": 3.0}, why_null={"m": "constant input"}))
+    write_record(
+        tmp_path / "run_1",
+        Record(
+            dataset="d",
+            seed=0,
+            metrics={"m": math.nan, "new": 3.0},
+            why_null={"m": "constant input"},
+        ),
+    )
     for name in ("run_0", "run_1"):
-        write_json(tmp_path / name / "manifest.json", {"preset": "laptop", "corpora": {"d": {"corpus": "d"}}})
+        write_json(
+            tmp_path / name / "manifest.json",
+            {"preset": "laptop", "corpora": {"d": {"corpus": "d"}}},
+        )
     table = table_of(tmp_path, "run_0", "run_1")
     found = compare(table)
     assert row(table, "run_1", "m", "d")["why_null"] == "constant input"
@@ -173,7 +212,10 @@ def test_configuration_differences(tmp_path: Path) -> None:
         "device": ("cpu", "cuda"),
         "runs.0.a": (ABSENT, "1"),
         "sae.aux.coeff": (ABSENT, "0.03"),
-        "sae.model._target_": ("sae_experiments.saes.standard.StandardSAE", "sae_experiments.saes.topk.TopkSAE"),
+        "sae.model._target_": (
+            "sae_experiments.saes.standard.StandardSAE",
+            "sae_experiments.saes.topk.TopkSAE",
+        ),
         "sae.model.k": ("32", "64"),
     }
     text = terminal(table, compare(table))
@@ -186,12 +228,30 @@ def test_tables_are_narrow_aligned_and_whole(tmp_path: Path) -> None:
     for i, name in enumerate(names):
         label = "a label much longer than any column of the table can be, as a sweep would make it"
         preset = "full" if i == 6 else "laptop"
-        make_run(tmp_path, name, sae="topk", k=8 * (i + 1), datasets=("enwik8", "text8"), preset=preset, curves=False, label=label)
+        make_run(
+            tmp_path,
+            name,
+            sae="topk",
+            k=8 * (i + 1),
+            datasets=("enwik8", "text8"),
+            preset=preset,
+            curves=False,
+            label=label,
+        )
     table = table_of(tmp_path, *names)
     found = compare(table)
     lines = terminal(table, found).splitlines()
     assert max(map(len, lines)) <= WIDTH
-    assert len({line.index("±") for line in lines if line.startswith("  run_") and "± 0.00" in line and "(baseline)" in line}) <= 2
+    assert (
+        len(
+            {
+                line.index("±")
+                for line in lines
+                if line.startswith("  run_") and "± 0.00" in line and "(baseline)" in line
+            }
+        )
+        <= 2
+    )
     assert "\033" not in "\n".join(lines)
     assert "\033[3" in terminal(table, found, colour=True)
     assert "sae_mse" not in "\n".join(lines)  # shown: false
@@ -217,9 +277,19 @@ def test_a_delta_below_the_noise_of_the_evaluation_is_not_called_better(tmp_path
         make_run(tmp_path, name)
         for seed in range(3):
             value = 1.0 + shift + 0.001 * seed**2
-            record = Record(dataset="shakespeare_char", seed=seed, metrics={"m": value, "n": value}, noise={"m": 0.01 + 0.001 * seed})
+            record = Record(
+                dataset="shakespeare_char",
+                seed=seed,
+                metrics={"m": value, "n": value},
+                noise={"m": 0.01 + 0.001 * seed},
+            )
             write_record(tmp_path / name, record)
     table = table_of(tmp_path, "run_0", "run_1")
     noisy, exact = (row(table, "run_1", metric) for metric in ("m", "n"))
-    assert noisy["believable"] == pytest.approx(2 * math.sqrt(2) * 0.012) and math.isnan(exact["believable"])
-    assert noisy["delta"] == pytest.approx(0.02) and (noisy["verdict"], exact["verdict"]) == ("", "differs")
+    assert noisy["believable"] == pytest.approx(2 * math.sqrt(2) * 0.012) and math.isnan(
+        exact["believable"]
+    )
+    assert noisy["delta"] == pytest.approx(0.02) and (noisy["verdict"], exact["verdict"]) == (
+        "",
+        "differs",
+    )

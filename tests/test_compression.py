@@ -20,7 +20,13 @@ from sae_experiments.models.store import collect
 OPTIONS = {"rows": None, "steps": [4, 2, 1, 0.5, 0.25, 0.125, 0.01], "tolerance": 0.05, "block": 50}
 OPTIONS |= {"entries": 10**9, "keep": [0.5, 1], "limit": 0.1, "windows": 16, "batch": 8}
 
-WITH_A_MODEL = {"code_bits_ce", "code_ce_delta_bits", "bits_per_char", "bits_per_char_bottom", "bits_per_char_top"}
+WITH_A_MODEL = {
+    "code_bits_ce",
+    "code_ce_delta_bits",
+    "bits_per_char",
+    "bits_per_char_bottom",
+    "bits_per_char_top",
+}
 
 
 def h2(f: float) -> float:
@@ -32,7 +38,10 @@ def coins(n: int, m: int, f: float, seed: int = 0) -> np.ndarray:
 
 
 def measure(x: np.ndarray, sae: Given | None = None, kind: type[Bench] = Bench, **options):
-    return compression.measure(kind(sae=sae or Given(d_in=x.shape[1]), device=CPU, x=torch.from_numpy(x)), **(OPTIONS | options))
+    return compression.measure(
+        kind(sae=sae or Given(d_in=x.shape[1]), device=CPU, x=torch.from_numpy(x)),
+        **(OPTIONS | options),
+    )
 
 
 @pytest.mark.parametrize("f", [0.02, 0.2, 0.5])
@@ -40,7 +49,9 @@ def test_independent_coins_cost_their_entropy_and_nothing_for_values(f):
     found = measure(coins(20_000, 30, f)).scalars
     assert found["code_support_bits"] == pytest.approx(30 * h2(f), rel=0.01)
     assert found["code_support_bits_bernoulli"] == pytest.approx(30 * h2(f), rel=0.01)
-    assert found["code_value_bits"] == pytest.approx(0, abs=0.05) and found["code_fvu"] == pytest.approx(0, abs=1e-9)
+    assert found["code_value_bits"] == pytest.approx(0, abs=0.05) and found[
+        "code_fvu"
+    ] == pytest.approx(0, abs=1e-9)
     assert found["code_bits"] == found["code_support_bits"] + found["code_value_bits"]
 
 
@@ -48,26 +59,38 @@ def test_the_uniform_support_code_is_a_binomial_coefficient():
     codes = np.zeros((10, 12), np.float32)
     codes[:, :3] = 1
     found = compression.support_bits(sparse.csr_matrix(codes), sparse.csr_matrix(codes))
-    assert found["code_support_bits_uniform"] == pytest.approx(math.log2(math.comb(12, 3)) + math.log2(12))
-    assert found["code_support_bits_bernoulli"] == 0, "latents that always or never fire carry nothing"
+    assert found["code_support_bits_uniform"] == pytest.approx(
+        math.log2(math.comb(12, 3)) + math.log2(12)
+    )
+    assert found["code_support_bits_bernoulli"] == 0, (
+        "latents that always or never fire carry nothing"
+    )
 
 
 def test_uniform_values_cost_the_logarithm_of_the_number_of_bins():
-    values = sparse.csr_matrix(np.random.default_rng(0).uniform(0.001, 1.732, (20_000, 1)).astype(np.float32))  # root mean square 1
+    values = sparse.csr_matrix(
+        np.random.default_rng(0).uniform(0.001, 1.732, (20_000, 1)).astype(np.float32)
+    )  # root mean square 1
     bits, rebuilt = compression.quantised(values, values, 1.732 / 8)
     assert bits == pytest.approx(3, abs=0.02)
-    assert float(np.square((values - rebuilt).data).mean()) == pytest.approx((1.732 / 8) ** 2 / 12, rel=0.05)
+    assert float(np.square((values - rebuilt).data).mean()) == pytest.approx(
+        (1.732 / 8) ** 2 / 12, rel=0.05
+    )
 
 
 def test_values_never_seen_in_training_still_cost_finitely_many_bits_and_are_rebuilt_to_half_a_bin():
-    train, test = (sparse.csr_matrix(np.array(v, np.float32)[:, None]) for v in ([1, 1, 1, 1], [5.3, 1, -2, 1]))
+    train, test = (
+        sparse.csr_matrix(np.array(v, np.float32)[:, None]) for v in ([1, 1, 1, 1], [5.3, 1, -2, 1])
+    )
     bits, rebuilt = compression.quantised(train, test, 0.5)
     assert 0 < bits < 20 and np.abs((test - rebuilt).toarray()).max() <= 0.25 + 1e-6
 
 
 def test_water_filling_has_its_closed_forms():
     assert compression.water_filling(np.full(8, 2.0), 0.25) == pytest.approx(8 * 0.5 * math.log2(4))
-    assert compression.water_filling(np.array([4.0, 1.0]), 2 / 5) == pytest.approx(0.5 * math.log2(4 / 1))
+    assert compression.water_filling(np.array([4.0, 1.0]), 2 / 5) == pytest.approx(
+        0.5 * math.log2(4 / 1)
+    )
     assert compression.water_filling(np.array([4.0, 1.0, 0.0]), 1.0) == 0
 
 
@@ -80,13 +103,19 @@ def test_the_dense_code_of_a_gaussian_costs_a_quarter_bit_above_its_bound_at_hig
 
 
 def test_finer_steps_cost_more_and_lose_less():
-    x = np.abs(np.random.default_rng(0).normal(size=(4000, 6))).astype(np.float32) * coins(4000, 6, 0.5)
+    x = np.abs(np.random.default_rng(0).normal(size=(4000, 6))).astype(np.float32) * coins(
+        4000, 6, 0.5
+    )
     found = measure(x)
-    assert (np.diff(found.arrays["code_curve_bits"]) > 0).all() and (np.diff(found.arrays["code_curve_fvu"]) < 0).all()
+    assert (np.diff(found.arrays["code_curve_bits"]) > 0).all() and (
+        np.diff(found.arrays["code_curve_fvu"]) < 0
+    ).all()
 
 
 def test_order_and_unit_of_the_latents_and_the_size_of_chunks_change_nothing():
-    x = np.abs(np.random.default_rng(0).normal(size=(2000, 6))).astype(np.float32) * coins(2000, 6, 0.5)
+    x = np.abs(np.random.default_rng(0).normal(size=(2000, 6))).astype(np.float32) * coins(
+        2000, 6, 0.5
+    )
     sae = Given(torch.eye(6)[[3, 1, 0, 5, 4, 2]] * 7, w_dec=torch.eye(6)[[3, 1, 0, 5, 4, 2]] / 7)
     given = lambda found: {k: v for k, v in found.scalars.items() if v is not None}  # noqa: E731
     plain = given(measure(x))
@@ -94,15 +123,26 @@ def test_order_and_unit_of_the_latents_and_the_size_of_chunks_change_nothing():
     assert given(measure(x, kind=Chunked)) == pytest.approx(plain, rel=1e-9)
 
 
-QUANTISED = {"code_bits", "code_value_bits", "code_step", "code_fvu", "code_bits_pca", "code_bits_dense"}
+QUANTISED = {
+    "code_bits",
+    "code_value_bits",
+    "code_step",
+    "code_fvu",
+    "code_bits_pca",
+    "code_bits_dense",
+}
 
 
-@pytest.mark.parametrize("steps", [[4], [4, 2], [2, 1, 0.5], [0.5, 4, 1], [1, 0.25, 0.125], [0.125, 0.03125]])
+@pytest.mark.parametrize(
+    "steps", [[4], [4, 2], [2, 1, 0.5], [0.5, 4, 1], [1, 0.25, 0.125], [0.125, 0.03125]]
+)
 @pytest.mark.parametrize("tolerance", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize("kept", [3, 5, 6])
 def test_a_code_length_is_that_of_a_quantiser_within_the_tolerance_or_null(steps, tolerance, kept):
     """``kept`` of six dimensions have a latent: the SAE leaves FVU 1/2, 1/6 and 0."""
-    x = np.abs(np.random.default_rng(0).normal(size=(1000, 6))).astype(np.float32) * coins(1000, 6, 0.5)
+    x = np.abs(np.random.default_rng(0).normal(size=(1000, 6))).astype(np.float32) * coins(
+        1000, 6, 0.5
+    )
     sae = Given(torch.eye(6)[:kept])
     found = measure(x, sae, steps=steps, tolerance=tolerance)
     tail = x[np.arange(1000) // OPTIONS["block"] % 2 == 1]
@@ -117,23 +157,46 @@ def test_a_code_length_is_that_of_a_quantiser_within_the_tolerance_or_null(steps
     assert found.scalars["code_support_bits"] is not None, "the support needs no quantiser"
 
 
-@pytest.mark.parametrize(("steps", "tolerance"), [([2], 0.05), ([1, 0.1], 0.05), ([4, 0.5, 0.01], 0.3)])
+@pytest.mark.parametrize(
+    ("steps", "tolerance"), [([2], 0.05), ([1, 0.1], 0.05), ([4, 0.5, 0.01], 0.3)]
+)
 def test_the_same_for_the_cross_entropy(steps, tolerance, trained, corpus, tmp_path):
     site = Site("resid", 1)
-    store = collect(trained.model, lambda s: corpus.windows("val", s, 16), np.arange(0, 40 * 16, 16), [site], length=16, split="val",
-                    cache=tmp_path, key=trained.key, dtype="float32", batch=16)  # fmt: skip
+    store = collect(
+        trained.model,
+        lambda s: corpus.windows("val", s, 16),
+        np.arange(0, 40 * 16, 16),
+        [site],
+        length=16,
+        split="val",
+        cache=tmp_path,
+        key=trained.key,
+        dtype="float32",
+        batch=16,
+    )
     tokens = lambda starts: tuple(corpus.windows("val", starts + shift, 16) for shift in (0, 1))  # noqa: E731
     eye = torch.eye(16)[:12]
     sae = Given(torch.cat([eye, -eye]))
-    bench = Bench(sae=sae, device=CPU, read=site, write=site, held_out=store, lm=Spliced(trained.model, site, tokens))
-    found = compression.measure(bench, **(OPTIONS | {"steps": steps, "tolerance": tolerance, "block": 16}))
+    bench = Bench(
+        sae=sae,
+        device=CPU,
+        read=site,
+        write=site,
+        held_out=store,
+        lm=Spliced(trained.model, site, tokens),
+    )
+    found = compression.measure(
+        bench, **(OPTIONS | {"steps": steps, "tolerance": tolerance, "block": 16})
+    )
     whole = found.arrays["code_ce_keep"] == 1
     test = np.arange(640) // 16 % 2 == 1
     window = windows_of(bench, test, 16, 8)
     exact = rise(bench, window, sparse_codes(bench, None)[test], sae.decode, None, 8)
     fine = found.arrays["code_ce_ce"][whole] <= exact + tolerance * abs(exact)
     if fine.any():
-        assert found.scalars["code_ce_delta_bits"] == found.arrays["code_ce_ce"][whole][fine.argmax()]
+        assert (
+            found.scalars["code_ce_delta_bits"] == found.arrays["code_ce_ce"][whole][fine.argmax()]
+        )
         assert found.scalars["code_bits_ce"] == found.arrays["code_ce_bits"][whole][fine.argmax()]
     else:
         assert found.scalars["code_bits_ce"] is None is found.scalars["code_ce_delta_bits"]
@@ -146,7 +209,9 @@ def test_what_cannot_be_measured_is_null_with_a_reason():
     x = coins(400, 4, 0.5)
     for bad in (np.zeros_like(x), np.full_like(x, np.nan), np.ones_like(x), x[:20]):
         found = measure(bad)
-        assert set(found.scalars) == names == set(found.why_null) and set(found.scalars.values()) == {None}
+        assert set(found.scalars) == names == set(found.why_null) and set(
+            found.scalars.values()
+        ) == {None}
     assert (
         measure(x).why_null.keys()
         == {k for k, v in measure(x).scalars.items() if v is None}

@@ -23,7 +23,13 @@ WIKI = """<page>
 def labels(text: str) -> dict[str, np.ndarray]:
     concepts = bank(sorted(set(text)))
     following = points(text[1:] + "\n")
-    return dict(zip([c.name for c in concepts], label_all(concepts, points(text), following, np.array([0])), strict=True))
+    return dict(
+        zip(
+            [c.name for c in concepts],
+            label_all(concepts, points(text), following, np.array([0])),
+            strict=True,
+        )
+    )
 
 
 def read(text: str) -> dict[str, list[bool]]:
@@ -77,14 +83,18 @@ def read(text: str) -> dict[str, list[bool]]:
     return found
 
 
-@pytest.mark.parametrize("text", [WIKI, play(3000), WIKI[37:] + play(500) + WIKI], ids=["wiki", "play", "mixed"])
+@pytest.mark.parametrize(
+    "text", [WIKI, play(3000), WIKI[37:] + play(500) + WIKI], ids=["wiki", "play", "mixed"]
+)
 def test_labels_are_those_of_a_reader_that_goes_character_by_character(text):
     fast, slow = labels(text), read(text)
     shared = fast.keys() & slow.keys()
     assert len(shared) >= 12
     for name in shared:
         wrong = np.flatnonzero(fast[name] != np.array(slow[name]))
-        assert not len(wrong), f"{name} at {wrong[:5]}: {text[max(wrong[0] - 20, 0) : wrong[0] + 1]!r}"
+        assert not len(wrong), (
+            f"{name} at {wrong[:5]}: {text[max(wrong[0] - 20, 0) : wrong[0] + 1]!r}"
+        )
 
 
 def test_causal_concepts_do_not_look_ahead_and_predictive_ones_do():
@@ -101,16 +111,33 @@ def test_causal_concepts_do_not_look_ahead_and_predictive_ones_do():
 
 def test_only_what_the_alphabet_can_show_is_asked():
     text8 = {c.name: c for c in bank(" " + string.ascii_lowercase)}
-    assert not any(c.level == "struct" for c in text8.values()) and {"upper case", "digit", "capitalised word"}.isdisjoint(text8)
-    assert {"vowel", "white space", "space next", "word start", "word starts with q", "after the word the"} <= set(text8)
-    assert {"in a tag", "in a link", "heading or list", "in a URL"}.isdisjoint(c.name for c in bank(sorted(set(play(5000)))))
-    assert {"in a tag", "in a link", "in a template", "in a URL", "in quotes or brackets"} <= {c.name for c in bank(sorted(set(WIKI)))}
+    assert not any(c.level == "struct" for c in text8.values()) and {
+        "upper case",
+        "digit",
+        "capitalised word",
+    }.isdisjoint(text8)
+    assert {
+        "vowel",
+        "white space",
+        "space next",
+        "word start",
+        "word starts with q",
+        "after the word the",
+    } <= set(text8)
+    assert {"in a tag", "in a link", "heading or list", "in a URL"}.isdisjoint(
+        c.name for c in bank(sorted(set(play(5000))))
+    )
+    assert {"in a tag", "in a link", "in a template", "in a URL", "in quotes or brackets"} <= {
+        c.name for c in bank(sorted(set(WIKI)))
+    }
     assert {c.name for c in bank("~")} == {"punctuation next"}
 
 
 def test_a_text_starts_anew_after_a_break():
     text = 'the "a (b and the'
-    joined = label_all(bank(sorted(set(text + "\n"))), points(text * 2), points(text * 2), np.array([0, len(text)]))
+    joined = label_all(
+        bank(sorted(set(text + "\n"))), points(text * 2), points(text * 2), np.array([0, len(text)])
+    )
     assert np.array_equal(joined[:, : len(text)], joined[:, len(text) :])
 
 

@@ -72,8 +72,11 @@ def test_times_depend_on_the_device_and_nothing_else_does() -> None:
 def test_metrics_of_saes_depend_on_all_that_lies_under_them() -> None:
     for name, info in infos().items():
         about_model = name.startswith((*MODELS, *TOYS)) or name in (
-            "mirror_accuracy", "feature_norm", "interference", "dimensionality",
-        )  # fmt: skip
+            "mirror_accuracy",
+            "feature_norm",
+            "interference",
+            "dimensionality",
+        )
         if about_model:
             assert "language model" not in info.depends and "settings" in info.depends, name
         elif info.unit not in ("s", "1/s"):
@@ -150,12 +153,16 @@ TIMES = ("total_train_time", "avg_inference", "sae_train_time", "sae_tokens")
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_runs_of_other_conditions_are_compared_metric_by_metric(home: Path, corpus_file: Path, first: Path, what: str) -> None:
+def test_runs_of_other_conditions_are_compared_metric_by_metric(
+    home: Path, corpus_file: Path, first: Path, what: str
+) -> None:
     """The same SAE is fitted again but for what changes; whatever its number becomes, no verdict comes of it."""
     overrides, words, kept = CHANGES[what]
     folder = run(home, corpus_file, f"run_{what}", *overrides)
     if what in ("rows", "settings"):
-        both = [sha256_file(f / "saes" / "text8_0" / "sae_weights.safetensors") for f in (first, folder)]
+        both = [
+            sha256_file(f / "saes" / "text8_0" / "sae_weights.safetensors") for f in (first, folder)
+        ]
         assert both[0] == both[1], "the SAE is the same to the byte"
     rows = compare(load_table([first, folder]))
     mine = rows[(rows["run"] == folder.name)].set_index("metric")
@@ -175,7 +182,9 @@ def test_runs_of_other_conditions_are_compared_metric_by_metric(home: Path, corp
         assert mine.loc["sae_fvu", "not_comparable"] == "", "the weights are the same"
 
 
-def test_a_variant_on_the_same_activations_is_compared_in_everything(home: Path, corpus_file: Path, first: Path) -> None:
+def test_a_variant_on_the_same_activations_is_compared_in_everything(
+    home: Path, corpus_file: Path, first: Path
+) -> None:
     folder = run(home, corpus_file, "run_variant", "sae=batch_topk", "sae.expansion=4")
     rows = compare(load_table([first, folder]))
     assert set(rows["not_comparable"]) == {""}
@@ -200,7 +209,9 @@ def test_a_run_with_conditions_and_one_without_are_judged_by_their_configuration
     for name in ("run_0", "run_1"):
         make_run(tmp_path, name, curves=False)
     for seed in range(3):
-        record = Record(dataset="shakespeare_char", seed=seed, metrics={"sae_fvu": 0.5}, facts=FACTS)
+        record = Record(
+            dataset="shakespeare_char", seed=seed, metrics={"sae_fvu": 0.5}, facts=FACTS
+        )
         write_record(tmp_path / "run_1", record)
     rows = compare(load_table([tmp_path / "run_0", tmp_path / "run_1"]))
     assert set(rows["not_comparable"]) == {""}

@@ -34,7 +34,9 @@ def options(group: str) -> list[str]:
 
 
 PRESETS, SAES, PLANS = options("preset"), options("sae"), options("plan")
-PLANNED = [(plan, run) for plan in PLANS for run in OmegaConf.load(CONF / "plan" / f"{plan}.yaml").runs]
+PLANNED = [
+    (plan, run) for plan in PLANS for run in OmegaConf.load(CONF / "plan" / f"{plan}.yaml").runs
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +111,9 @@ def test_every_choice_of_every_group_composes_and_builds(group, name):
     assert study.infos()
 
 
-@pytest.mark.parametrize("saes", [SAES[:3], pytest.param(SAES, marks=pytest.mark.slow)], ids=["three", "all"])
+@pytest.mark.parametrize(
+    "saes", [SAES[:3], pytest.param(SAES, marks=pytest.mark.slow)], ids=["three", "all"]
+)
 def test_saes_of_any_kind_fit_into_one_run(saes):
     assert list(study_of(f"sae=[{','.join(saes)}]").arms) == saes
 
@@ -118,22 +122,54 @@ def test_the_presets_are_a_ladder_of_sizes():
     sizes = [study_of(preset=p) for p in ("smoke", "laptop", "full")]
     rows = [s.fit.train_rows for s in sizes]
     widths = [s.lm.n_embd for s in sizes]
-    assert rows == sorted(rows) and widths == sorted(widths) and len(set(rows)) == len(set(widths)) == 3
+    assert (
+        rows == sorted(rows)
+        and widths == sorted(widths)
+        and len(set(rows)) == len(set(widths)) == 3
+    )
 
 
 def test_the_full_preset_is_the_published_protocol():
     study = study_of(preset="full")
     lm = study.lm
-    assert (lm.n_layer, lm.n_head, lm.n_embd, lm.n_positions, lm.dropout, lm.freeze_bias) == (6, 6, 384, 256, 0.2, True)
-    assert (lm.eval_batches, lm.samples, lm.sample_length, lm.prompt, lm.temperature, lm.top_k) == (200, 10, 500, " ", 0.8, 200)
-    assert {name: list(spec.seeds) for name, spec in study.data.items()} == {"shakespeare_char": [0, 1, 2], "enwik8": [0], "text8": [0]}
+    assert (lm.n_layer, lm.n_head, lm.n_embd, lm.n_positions, lm.dropout, lm.freeze_bias) == (
+        6,
+        6,
+        384,
+        256,
+        0.2,
+        True,
+    )
+    assert (lm.eval_batches, lm.samples, lm.sample_length, lm.prompt, lm.temperature, lm.top_k) == (
+        200,
+        10,
+        500,
+        " ",
+        0.8,
+        200,
+    )
+    assert {name: list(spec.seeds) for name, spec in study.data.items()} == {
+        "shakespeare_char": [0, 1, 2],
+        "enwik8": [0],
+        "text8": [0],
+    }
     assert {name: spec.head for name, spec in study.data.items()} == dict.fromkeys(study.data)
-    assert [(c.dataset, c.seed) for c in study.cells()] == [*(("shakespeare_char", seed) for seed in range(3)), ("enwik8", 0), ("text8", 0)]
-    assert str(study.sites(next(iter(study.arms.values())))[0]) == "resid.3", "the residual stream after block n_layer // 2"
+    assert [(c.dataset, c.seed) for c in study.cells()] == [
+        *(("shakespeare_char", seed) for seed in range(3)),
+        ("enwik8", 0),
+        ("text8", 0),
+    ]
+    assert str(study.sites(next(iter(study.arms.values())))[0]) == "resid.3", (
+        "the residual stream after block n_layer // 2"
+    )
 
 
 def test_the_laptop_preset_uses_heads_of_the_large_corpora():
-    assert {n: s.head for n, s in study_of(preset="laptop").data.items()} == {"shakespeare_char": None, "enwik8": 4_000_000, "text8": 3_000_000}
+    assert {n: s.head for n, s in study_of(preset="laptop").data.items()} == {
+        "shakespeare_char": None,
+        "enwik8": 4_000_000,
+        "text8": 3_000_000,
+    }
 
 
 @pytest.mark.parametrize(("plan", "run"), PLANNED)
@@ -156,12 +192,18 @@ def test_every_plan_has_a_title_a_baseline_and_runs_that_differ(plan):
 
 def test_the_main_script_names_a_plan_that_exists():
     tree = ast.parse((ROOT / "experiment.py").read_text())
-    plan = next(n.value.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "PLAN")
+    plan = next(
+        n.value.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "PLAN"
+    )
     assert plan in PLANS
 
 
 def test_no_yaml_file_is_longer_than_a_screen():
-    long = {str(p.relative_to(CONF)): n for p in CONF.rglob("*.yaml") if (n := len(p.read_text().splitlines())) > 50}
+    long = {
+        str(p.relative_to(CONF)): n
+        for p in CONF.rglob("*.yaml")
+        if (n := len(p.read_text().splitlines())) > 50
+    }
     assert not long
 
 
@@ -180,7 +222,10 @@ def test_no_group_of_the_command_line_has_a_single_option_forever():
         (["--out_dir=run_1"], ["out_dir=run_1"]),
         (["--out_dir", "run_1"], ["out_dir=run_1"]),
         (["out_dir=run_1", "sae=topk"], ["out_dir=run_1", "sae=topk"]),
-        (["--sae.target_l0", "16", "--out_dir=x", "a.b=c=d"], ["sae.target_l0=16", "out_dir=x", "a.b=c=d"]),
+        (
+            ["--sae.target_l0", "16", "--out_dir=x", "a.b=c=d"],
+            ["sae.target_l0=16", "out_dir=x", "a.b=c=d"],
+        ),
         (["--lm.prompt= "], ["lm.prompt= "]),
         (["--shift", "-5"], ["shift=-5"]),
         (["++a=1", "~metric.downstream"], ["++a=1", "~metric.downstream"]),
@@ -193,12 +238,23 @@ def test_dashes_are_a_matter_of_taste(argv, overrides):
 def test_hydras_own_flags_are_set_aside():
     assert parse(["-m", "sae=a,b"]) == (["sae=a,b"], True, [])
     assert parse(["--multirun", "--a=1"]) == (["a=1"], True, [])
-    assert parse(["--cfg", "job", "sae=topk", "--resolve"]) == (["sae=topk"], False, ["--cfg", "job", "--resolve"])
+    assert parse(["--cfg", "job", "sae=topk", "--resolve"]) == (
+        ["sae=topk"],
+        False,
+        ["--cfg", "job", "--resolve"],
+    )
     assert parse(["--cfg=job"]) == ([], False, ["--cfg=job"])
 
 
 @pytest.mark.parametrize(
-    ("argv", "named"), [(["run_1"], "run_1"), (["--out_dir"], "--out_dir"), (["--out_dir", "--sae=topk"], "--out_dir"), (["-x"], "-x"), ([""], "''")]
+    ("argv", "named"),
+    [
+        (["run_1"], "run_1"),
+        (["--out_dir"], "--out_dir"),
+        (["--out_dir", "--sae=topk"], "--out_dir"),
+        (["-x"], "-x"),
+        ([""], "''"),
+    ],
 )
 def test_what_is_no_option_is_named(argv, named):
     with pytest.raises(UserError, match=re.escape(named)):
@@ -208,7 +264,19 @@ def test_what_is_no_option_is_named(argv, named):
 def test_help_is_for_people_and_lists_what_there_is(capsys):
     assert main(["--help"], plan="variants", extra=[], conf=CONF) == 0
     page = capsys.readouterr().out
-    for word in (*SAES, *PRESETS, *PLANS, "auto", "shakespeare_char", "enwik8", "text8", "--out_dir=run_1", "final_info.json", "run_1", "plot.py"):
+    for word in (
+        *SAES,
+        *PRESETS,
+        *PLANS,
+        "auto",
+        "shakespeare_char",
+        "enwik8",
+        "text8",
+        "--out_dir=run_1",
+        "final_info.json",
+        "run_1",
+        "plot.py",
+    ):
         assert word in page
     assert max(map(len, page.splitlines())) <= 110 and "_arm" not in page
 
@@ -217,28 +285,46 @@ def test_cfg_job_prints_the_configuration_of_the_planned_run(experiment: Experim
     done = experiment("--cfg", "job", "--out_dir=run_1", "preset=smoke", tiny=False)
     assert done.returncode == 0, done.stderr
     cfg = OmegaConf.create(done.stdout)
-    assert cfg.sae.model._target_.endswith("TopK") and cfg.out_dir == "run_1" and cfg.corpus_size == "smoke"
+    assert (
+        cfg.sae.model._target_.endswith("TopK")
+        and cfg.out_dir == "run_1"
+        and cfg.corpus_size == "smoke"
+    )
     assert not list(experiment.here.iterdir()), "nothing is written"
 
 
 def test_help_and_mistakes_do_not_wait_for_torch():
     code = "import sys\nfrom pathlib import Path\nfrom sae_experiments.cli.main import main\n"
     code += "main(sys.argv[1:], plan='variants', extra=[], conf=Path('conf'))\nprint('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     assert done.stdout.endswith("False\n")
 
 
 # ------------------------------------------------------------------------------------------------ plans and presets
 
 
-def values(user: list[str], extra: list[str] = [], plan: str = "variants") -> tuple[DictConfig, dict[str, Any]]:  # noqa: B006
+def values(
+    user: list[str], extra: list[str] = [], plan: str = "variants"
+) -> tuple[DictConfig, dict[str, Any]]:  # noqa: B006
     overrides, about = complete(user, plan=plan, extra=extra, conf=CONF)
     return compose_checked(CONF, overrides)[0], about
 
 
 def test_out_dir_chooses_the_planned_run_and_no_out_dir_is_run_0():
-    assert values(["out_dir=run_1"])[0].sae.model._target_.endswith("TopK") and values(["out_dir=run_1"])[0].label == "topk"
-    assert values([])[0].sae.model._target_.endswith("Standard") and values([])[0].out_dir == "run_0"
+    assert (
+        values(["out_dir=run_1"])[0].sae.model._target_.endswith("TopK")
+        and values(["out_dir=run_1"])[0].label == "topk"
+    )
+    assert (
+        values([])[0].sae.model._target_.endswith("Standard") and values([])[0].out_dir == "run_0"
+    )
 
 
 def test_a_run_that_the_plan_does_not_name_is_plain_and_says_so():
@@ -249,8 +335,12 @@ def test_a_run_that_the_plan_does_not_name_is_plain_and_says_so():
 def test_the_users_overrides_win_over_the_file_and_the_file_over_the_plan():
     assert list(values(["out_dir=run_1", "sae=batch_topk"])[0].arms) == ["batch_topk"]
     assert list(values(["out_dir=run_1"], extra=["sae=batch_topk"])[0].arms) == ["batch_topk"]
-    assert list(values(["out_dir=run_1", "sae=standard"], extra=["sae=batch_topk"])[0].arms) == ["standard"]
-    assert values(["sae.target_l0=8", "sae.target_l0=9"])[0].sae.target_l0 == 9, "of a key typed twice the later counts"
+    assert list(values(["out_dir=run_1", "sae=standard"], extra=["sae=batch_topk"])[0].arms) == [
+        "standard"
+    ]
+    assert values(["sae.target_l0=8", "sae.target_l0=9"])[0].sae.target_l0 == 9, (
+        "of a key typed twice the later counts"
+    )
 
 
 def test_a_planned_run_that_the_user_changes_loses_its_label():
@@ -258,7 +348,9 @@ def test_a_planned_run_that_the_user_changes_loses_its_label():
     assert values(["out_dir=run_1"], extra=["sae.target_l0=16"])[0].label is None
     assert values(["out_dir=run_1", "sae=batch_topk", "label=mine"])[0].label == "mine"
     for same in ("verbosity=quiet", "runs_root=/tmp/x", "time_limit_s=5", "threads=2"):
-        assert values(["out_dir=run_1", same])[0].label == "topk", "what changes no result changes no label"
+        assert values(["out_dir=run_1", same])[0].label == "topk", (
+            "what changes no result changes no label"
+        )
 
 
 @pytest.mark.parametrize(("cuda", "preset"), [(True, "full"), (False, "laptop")])
@@ -266,14 +358,25 @@ def test_auto_is_full_where_there_is_a_cuda_device_and_laptop_elsewhere(monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     for user in ([], ["preset=auto"]):
         overrides, about = complete(user, plan="variants", extra=[], conf=CONF)
-        assert f"preset={preset}" in overrides and about["preset"] == preset and "CUDA" in about["preset_reason"]
+        assert (
+            f"preset={preset}" in overrides
+            and about["preset"] == preset
+            and "CUDA" in about["preset_reason"]
+        )
     assert complete(["preset=smoke"], plan="variants", extra=[], conf=CONF)[1] == pytest.approx(
-        {"preset": "smoke", "preset_reason": "asked for", "plan": "variants", "plan_note": planned_overrides(CONF, "variants", "run_0")[1]}
+        {
+            "preset": "smoke",
+            "preset_reason": "asked for",
+            "plan": "variants",
+            "plan_note": planned_overrides(CONF, "variants", "run_0")[1],
+        }
     )
 
 
 def test_a_plan_that_does_not_exist_is_named_with_those_that_do():
-    with pytest.raises(UserError, match=r"PLAN='variant' .*choose one of .*variants.*did you mean variants\?"):
+    with pytest.raises(
+        UserError, match=r"PLAN='variant' .*choose one of .*variants.*did you mean variants\?"
+    ):
         complete([], plan="variant", extra=[], conf=CONF)
 
 
@@ -282,35 +385,66 @@ def test_a_plan_that_does_not_exist_is_named_with_those_that_do():
 
 def test_two_saes_and_two_l0s_are_four_arms_with_the_right_values():
     study = study_of("sae=[topk,batch_topk]", "sae.target_l0=[16,32]")
-    found = {name: (arm.model.func.__name__, arm.target_l0, arm.model.keywords["k"]) for name, arm in study.arms.items()}
+    found = {
+        name: (arm.model.func.__name__, arm.target_l0, arm.model.keywords["k"])
+        for name, arm in study.arms.items()
+    }
     assert len(found) == 4
-    assert sorted(found.values()) == [("BatchTopK", 16, 16), ("BatchTopK", 32, 32), ("TopK", 16, 16), ("TopK", 32, 32)]
+    assert sorted(found.values()) == [
+        ("BatchTopK", 16, 16),
+        ("BatchTopK", 32, 32),
+        ("TopK", 16, 16),
+        ("TopK", 32, 32),
+    ]
     for name, (kind, l0, _) in found.items():
-        assert name.startswith("topk" if kind == "TopK" else "batch_topk") and name.endswith(str(l0))
-    assert [c.reports for c in study.cells() if c.dataset == "text8"] == [tuple(f"text8.{name}" for name in study.arms)]
+        assert name.startswith("topk" if kind == "TopK" else "batch_topk") and name.endswith(
+            str(l0)
+        )
+    assert [c.reports for c in study.cells() if c.dataset == "text8"] == [
+        tuple(f"text8.{name}" for name in study.arms)
+    ]
 
 
 def test_a_grid_of_one_sae_keeps_other_overrides():
-    study = study_of("sae=topk", "sae.target_l0=[4,8,16]", "sae.expansion=4", "sae.model.aux_coeff=0")
-    assert [(a.target_l0, a.expansion, a.model.keywords["aux_coeff"]) for a in study.arms.values()] == [(4, 4, 0), (8, 4, 0), (16, 4, 0)]
+    study = study_of(
+        "sae=topk", "sae.target_l0=[4,8,16]", "sae.expansion=4", "sae.model.aux_coeff=0"
+    )
+    assert [
+        (a.target_l0, a.expansion, a.model.keywords["aux_coeff"]) for a in study.arms.values()
+    ] == [(4, 4, 0), (8, 4, 0), (16, 4, 0)]
 
 
 def test_a_grid_may_span_several_keys():
     study = study_of("sae=topk", "sae.target_l0=[4,8]", "sae.expansion=[2,4]")
-    assert [(a.target_l0, a.expansion) for a in study.arms.values()] == [(4, 2), (4, 4), (8, 2), (8, 4)]
+    assert [(a.target_l0, a.expansion) for a in study.arms.values()] == [
+        (4, 2),
+        (4, 4),
+        (8, 2),
+        (8, 4),
+    ]
 
 
 def test_a_key_may_be_for_one_sae_of_the_list_alone():
-    study = study_of("sae=[topk,batch_topk]", "sae.topk.target_l0=[4,8]", "sae.target_l0=16", "sae.batch_topk.expansion=2")
+    study = study_of(
+        "sae=[topk,batch_topk]",
+        "sae.topk.target_l0=[4,8]",
+        "sae.target_l0=16",
+        "sae.batch_topk.expansion=2",
+    )
     assert {name: (arm.target_l0, arm.expansion) for name, arm in study.arms.items()} == {
-        "topk-target_l0_4": (4, 8), "topk-target_l0_8": (8, 8), "batch_topk": (16, 2),
-    }  # fmt: skip
+        "topk-target_l0_4": (4, 8),
+        "topk-target_l0_8": (8, 8),
+        "batch_topk": (16, 2),
+    }
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ("sae.gated.target_l0=4", r"sae\.gated\.target_l0: sae=gated is not among the SAEs of this run \(topk, batch_topk\)"),
+        (
+            "sae.gated.target_l0=4",
+            r"sae\.gated\.target_l0: sae=gated is not among the SAEs of this run \(topk, batch_topk\)",
+        ),
         ("sae.topk.no_such_key=4", "sae.no_such_key is not an option"),
         ("sae.topk.target_l0=many", "sae.target_l0=many must be"),
     ],
@@ -322,23 +456,49 @@ def test_a_key_for_one_sae_alone_is_checked(wrong, told):
 
 def test_the_five_runs_of_purification_hold_all_that_the_study_must_show():
     """Early stopping is in run_3 and the price in time and memory in run_4: an automated caller has no further runs."""
-    third, fourth = (build(values([f"out_dir=run_{i}"], extra=["preset=smoke"], plan="purification")[0].study) for i in (3, 4))
+    third, fourth = (
+        build(values([f"out_dir=run_{i}"], extra=["preset=smoke"], plan="purification")[0].study)
+        for i in (3, 4)
+    )
     patience = {name: arm.model.keywords["stop"]["patience"] for name, arm in third.arms.items()}
-    assert sum(p > 0 for p in patience.values()) == 1 and sum(p == 0 for p in patience.values()) == 10
+    assert (
+        sum(p > 0 for p in patience.values()) == 1 and sum(p == 0 for p in patience.values()) == 10
+    )
     assert len({arm.model.keywords["noise"] for arm in third.arms.values()}) == 10
-    assert {"overhead_time", "overhead_memory"} <= {info.name for info in fourth.infos() if info.shown}
+    assert {"overhead_time", "overhead_memory"} <= {
+        info.name for info in fourth.infos() if info.shown
+    }
     assert any(isinstance(arm.build(16, 16), Purified) for arm in fourth.arms.values())
 
 
 def test_null_and_truth_values_may_stand_in_a_grid():
     study = study_of("sae=gated", "sae.model.start_l0=[null,3]")
-    assert {name: arm.model.keywords["start_l0"] for name, arm in study.arms.items()} == {"gated-start_l0_null": None, "gated-start_l0_3": 3}
+    assert {name: arm.model.keywords["start_l0"] for name, arm in study.arms.items()} == {
+        "gated-start_l0_null": None,
+        "gated-start_l0_3": 3,
+    }
     study = study_of("sae=matryoshka", "sae.model.detach_inner=[true,false]")
     assert [arm.model.keywords["detach_inner"] for arm in study.arms.values()] == [True, False]
 
 
 @pytest.mark.parametrize(
-    "typed", ["resid.mid", "a\\ b", "'a b'", "'it\\'s'", '"a,b"', "'x=y'", "'[1]'", "'1'", "1", "null", "true", "1e-3", "[1,2]", "'c:\\d'"]
+    "typed",
+    [
+        "resid.mid",
+        "a\\ b",
+        "'a b'",
+        "'it\\'s'",
+        '"a,b"',
+        "'x=y'",
+        "'[1]'",
+        "'1'",
+        "1",
+        "null",
+        "true",
+        "1e-3",
+        "[1,2]",
+        "'c:\\d'",
+    ],
 )
 def test_values_of_a_grid_mean_what_they_mean_alone(typed):
     def read(value):
@@ -349,7 +509,12 @@ def test_values_of_a_grid_mean_what_they_mean_alone(typed):
     for listed, n in ((typed, 1), (f"{typed},2", 2)):
         grid, plain = config._split_grid(config._parsed([f"sae.model.noise=[{listed}]"]), base)
         values = [read(value) for value in grid["sae.model.noise"]]
-        assert len(values) == n and not plain and values[0] == read(typed) and type(values[0]) is type(read(typed))
+        assert (
+            len(values) == n
+            and not plain
+            and values[0] == read(typed)
+            and type(values[0]) is type(read(typed))
+        )
 
 
 def test_a_list_for_a_key_that_holds_a_list_is_one_value_and_no_grid():
@@ -394,7 +559,12 @@ def typed(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
 
     def type_(*argv: str) -> tuple[int, str]:
-        status = main(["preset=smoke", f"runs_root={tmp_path}/runs", *argv], plan="variants", extra=[], conf=CONF)
+        status = main(
+            ["preset=smoke", f"runs_root={tmp_path}/runs", *argv],
+            plan="variants",
+            extra=[],
+            conf=CONF,
+        )
         assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
         return status, capsys.readouterr().err
 
@@ -522,7 +692,16 @@ def test_cuda_that_is_not_there_is_one_line(typed, monkeypatch):
     assert status == 2 and "device=cuda" in said and "device=cpu" in said
 
 
-FINE = ["sae.target_l0=16.5", "seeds=[0,1]", "time_limit_s=10.5", "threads=1", "data.text8.head=1000", "sae.d_sae=100", "out_dir=a/b", "out_dir=nan"]
+FINE = [
+    "sae.target_l0=16.5",
+    "seeds=[0,1]",
+    "time_limit_s=10.5",
+    "threads=1",
+    "data.text8.head=1000",
+    "sae.d_sae=100",
+    "out_dir=a/b",
+    "out_dir=nan",
+]
 
 
 @pytest.mark.parametrize("fine", FINE)
@@ -532,7 +711,11 @@ def test_what_is_no_mistake_is_accepted(typed, fine):
 
 
 def test_nothing_in_the_package_asks_a_configuration_for_a_key_that_may_be_missing():
-    found = [str(p) for p in (ROOT / "sae_experiments").rglob("*.py") if re.search(r"\bcfg\.get\(", p.read_text())]
+    found = [
+        str(p)
+        for p in (ROOT / "sae_experiments").rglob("*.py")
+        if re.search(r"\bcfg\.get\(", p.read_text())
+    ]
     assert not found
 
 

@@ -33,8 +33,17 @@ class Caller:
 
     def __init__(self, home: Path, corpus: Path, experiment: Experiment) -> None:
         self.home, self.experiment = home, experiment
-        shutil.copytree(ROOT, home, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "tests", "*.egg-info"))
-        self.small = [*(o for o in TINY.split() if o != "report=false"), "data=[text8]", f"data.text8.file={corpus}", "data.text8.head=null"]
+        shutil.copytree(
+            ROOT,
+            home,
+            ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "tests", "*.egg-info"),
+        )
+        self.small = [
+            *(o for o in TINY.split() if o != "report=false"),
+            "data=[text8]",
+            f"data.text8.file={corpus}",
+            "data.text8.head=null",
+        ]
         self.small += ["runs_root=.", "metric=[reconstruction,sparsity,downstream]"]
         self.edit()
 
@@ -43,7 +52,12 @@ class Caller:
         path = self.home / "experiment.py"
         kept = [line for line in path.read_text().splitlines() if not line.startswith("OVERRIDES")]
         at = next(i for i, line in enumerate(kept) if line.startswith("PLAN"))
-        path.write_text("\n".join([*kept[: at + 1], f"OVERRIDES = {[*self.small, *overrides]!r}", *kept[at + 1 :]]) + "\n")
+        path.write_text(
+            "\n".join(
+                [*kept[: at + 1], f"OVERRIDES = {[*self.small, *overrides]!r}", *kept[at + 1 :]]
+            )
+            + "\n"
+        )
 
     def __call__(self, run: str, limit_s: float = 120) -> Answer:
         try:
@@ -61,14 +75,24 @@ class Caller:
         folder = self.home / run
         means = None
         if done.returncode == 0:
-            final = json.loads((folder / "final_info.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+            final = json.loads(
+                (folder / "final_info.json").read_text(),
+                parse_constant=lambda c: pytest.fail(f"{c} is not JSON"),
+            )
             means = {dataset: entry["means"] for dataset, entry in final.items()}
         else:
             shutil.rmtree(folder, ignore_errors=True)
         return Answer(done.returncode, means, done.stderr[-1500:], [])
 
     def plot(self) -> list[str]:
-        done = subprocess.run([sys.executable, "plot.py"], cwd=self.home, env=self.environment(), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "plot.py"],
+            cwd=self.home,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
         return sorted(p.name for p in self.home.glob("*.png"))
 
@@ -77,18 +101,29 @@ class Caller:
 
 
 @pytest.fixture(scope="module")
-def caller(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, make_experiment: Callable[[str], Experiment]) -> Caller:
-    return Caller(tmp_path_factory.mktemp("caller") / "repository", corpus_file, make_experiment("contract"))
+def caller(
+    tmp_path_factory: pytest.TempPathFactory,
+    corpus_file: Path,
+    make_experiment: Callable[[str], Experiment],
+) -> Caller:
+    return Caller(
+        tmp_path_factory.mktemp("caller") / "repository", corpus_file, make_experiment("contract")
+    )
 
 
 def test_a_baseline_and_a_planned_run_give_means_of_every_dataset_and_pictures(caller):
     for run in ("run_0", "run_1"):
         answer = caller(run)
         assert answer.status == 0 and answer.tail == "" and answer.means is not None
-        assert set(answer.means) == {"text8"} and all(v is None or isinstance(v, float) for v in answer.means["text8"].values())
-        assert {"final_train_loss_mean", "best_val_loss_mean", "total_train_time_mean", "avg_inference_tokens_per_second_mean"} <= set(
-            answer.means["text8"]
+        assert set(answer.means) == {"text8"} and all(
+            v is None or isinstance(v, float) for v in answer.means["text8"].values()
         )
+        assert {
+            "final_train_loss_mean",
+            "best_val_loss_mean",
+            "total_train_time_mean",
+            "avg_inference_tokens_per_second_mean",
+        } <= set(answer.means["text8"])
     assert caller.plot(), "pictures lie in the folder of the scripts"
 
 
@@ -96,7 +131,11 @@ def test_a_run_that_diverges_says_so_in_what_the_caller_sees_and_the_next_try_wo
     caller.edit("fit.train.lr=1e30")
     answer = caller("run_2")
     assert answer.status == 1 and answer.means is None
-    assert "not finite at step" in answer.tail.splitlines()[-1] and "lr=" in answer.tail and "Traceback" not in answer.tail
+    assert (
+        "not finite at step" in answer.tail.splitlines()[-1]
+        and "lr=" in answer.tail
+        and "Traceback" not in answer.tail
+    )
     caller.edit()
     assert caller("run_2").status == 0
 
@@ -104,7 +143,11 @@ def test_a_run_that_diverges_says_so_in_what_the_caller_sees_and_the_next_try_wo
 def test_a_typo_is_named_with_the_nearest_key(caller):
     caller.edit("sae.taget_l0=4")
     answer = caller("run_3")
-    assert answer.status == 2 and "did you mean sae.target_l0" in answer.tail and not (caller.home / "run_3").exists()
+    assert (
+        answer.status == 2
+        and "did you mean sae.target_l0" in answer.tail
+        and not (caller.home / "run_3").exists()
+    )
     caller.edit("sae=nosuch")
     assert "choose from" in caller("run_3").tail
     caller.edit()
@@ -119,9 +162,15 @@ def test_a_syntax_error_in_a_script_is_the_last_thing_said(caller):
 
 
 def test_a_slow_run_that_knows_the_limit_ends_before_it_with_results(caller):
-    caller.edit("lm.train.steps=1000000", "fit.train.steps=1000000", "seeds=[0,1]", "time_limit_s=15")
+    caller.edit(
+        "lm.train.steps=1000000", "fit.train.steps=1000000", "seeds=[0,1]", "time_limit_s=15"
+    )
     answer = caller("run_4", limit_s=60)
-    assert answer.status == 0 and answer.means is not None and answer.means["text8"]["best_val_loss_mean"] is not None
+    assert (
+        answer.status == 0
+        and answer.means is not None
+        and answer.means["text8"]["best_val_loss_mean"] is not None
+    )
     assert json.loads((caller.home / "run_4" / "manifest.json").read_text())["status"] == "cut"
 
 

@@ -41,8 +41,24 @@ def sha(content: bytes) -> str:
 
 def spec(**changes: object) -> CorpusSpec:
     """A corpus whose whole text is TEXT and which may not be replaced, but for ``changes``."""
-    plain = {"name": "fox", "sources": [], "bytes": len(TEXT), "sha256": sha(TEXT), "local_names": ["fox.txt"], "head": None, "file": None}
-    plain |= {"encoding": "utf-8", "val_frac": 0.05, "test_frac": 0.05, "seeds": [0], "stand_in": "never", "stand_in_alphabet": "text8", "recipe": {}}
+    plain = {
+        "name": "fox",
+        "sources": [],
+        "bytes": len(TEXT),
+        "sha256": sha(TEXT),
+        "local_names": ["fox.txt"],
+        "head": None,
+        "file": None,
+    }
+    plain |= {
+        "encoding": "utf-8",
+        "val_frac": 0.05,
+        "test_frac": 0.05,
+        "seeds": [0],
+        "stand_in": "never",
+        "stand_in_alphabet": "text8",
+        "recipe": {},
+    }
     return CorpusSpec(**(plain | changes))
 
 
@@ -70,12 +86,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("n", "fracs", "counts"),
-    [(1_115_394, (0.1, 0), (1_003_854, 111_540)), (1000, (0.05, 0.05), (900, 50, 50)), (40, (0.05, 0.05), (36, 2, 2))],
+    [
+        (1_115_394, (0.1, 0), (1_003_854, 111_540)),
+        (1000, (0.05, 0.05), (900, 50, 50)),
+        (40, (0.05, 0.05), (36, 2, 2)),
+    ],
 )
 def test_splits_are_exact_and_cover_the_text_in_order(tmp_path, n, fracs, counts):
     text = (b"abcdefghij\n" * (n // 11 + 1))[:n]
     corpus = of_file(tmp_path / "t", text, tmp_path, val_frac=fracs[0], test_frac=fracs[1])
-    assert tuple(corpus.provenance["counts"].values()) == counts == tuple(len(ids) for ids in corpus.splits.values())
+    assert (
+        tuple(corpus.provenance["counts"].values())
+        == counts
+        == tuple(len(ids) for ids in corpus.splits.values())
+    )
     assert list(corpus.splits) == ["train", "val", "test"][: len(counts)]
     assert "".join(corpus.decode(ids) for ids in corpus.splits.values()) == text.decode()
 
@@ -83,7 +107,9 @@ def test_splits_are_exact_and_cover_the_text_in_order(tmp_path, n, fracs, counts
 def test_bytes_are_symbols_sorted_and_memory_mapped(tmp_path):
     corpus = of_file(tmp_path / "t", bytes(range(255, -1, -1)) * 4, tmp_path, encoding="latin-1")
     assert corpus.symbols == [chr(i) for i in range(256)]
-    assert all(isinstance(ids, np.memmap) and ids.dtype == np.uint8 for ids in corpus.splits.values())
+    assert all(
+        isinstance(ids, np.memmap) and ids.dtype == np.uint8 for ids in corpus.splits.values()
+    )
     assert corpus.splits["train"][:3].tolist() == [255, 254, 253]
     every = "".join(corpus.symbols)
     assert corpus.decode(torch.from_numpy(corpus.encode(every))) == every  # the zero byte too
@@ -98,11 +124,17 @@ def test_many_symbols_and_characters_across_blocks(tmp_path, monkeypatch):
     assert len(corpus.symbols) == 302
     assert corpus.splits["val"].dtype == np.uint16
     assert "".join(corpus.decode(ids) for ids in corpus.splits.values()) == text
-    head = of_file(tmp_path / "t", text.encode(), tmp_path / "b", head=904)  # two bytes into a character of four
+    head = of_file(
+        tmp_path / "t", text.encode(), tmp_path / "b", head=904
+    )  # two bytes into a character of four
     assert sum(map(len, head.splits.values())) == 301
-    with pytest.raises(UserError, match=r"not UTF-8 at byte 902 .*unexpected end"):  # the same bytes, but as a whole text they are damaged
+    with pytest.raises(
+        UserError, match=r"not UTF-8 at byte 902 .*unexpected end"
+    ):  # the same bytes, but as a whole text they are damaged
         of_file(tmp_path / "t", text.encode()[:904], tmp_path / "b")
-    with pytest.raises(UserError, match=r"not UTF-8 at byte 10 "):  # in the block after the one that began its last character
+    with pytest.raises(
+        UserError, match=r"not UTF-8 at byte 10 "
+    ):  # in the block after the one that began its last character
         of_file(tmp_path / "t", "é".encode() * 5 + b"\xff", tmp_path / "b")
 
 
@@ -110,7 +142,9 @@ WESTERN, CYRILLIC = "the quick brown fox \n" * 40, "съешь ещё этих �
 
 
 @pytest.mark.parametrize("text", [WESTERN, CYRILLIC], ids=["western", "cyrillic"])
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
 def test_a_text_in_a_wide_encoding_is_named_and_latin_1_is_not_advised(tmp_path, text, encoding):
     """Without its mark such a text can be valid UTF-8, one control character beside each letter: it must not pass."""
     with pytest.raises(UserError, match=r"data\.fox: .*t is UTF-(16|32)") as told:
@@ -120,7 +154,9 @@ def test_a_text_in_a_wide_encoding_is_named_and_latin_1_is_not_advised(tmp_path,
     assert text.encode(encoding).decode(iconv[1]) == text, "what is advised works"
 
 
-@pytest.mark.parametrize("packed", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bzip2", "xz"])
+@pytest.mark.parametrize(
+    "packed", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bzip2", "xz"]
+)
 def test_an_archive_is_named_and_latin_1_is_not_advised(tmp_path, packed):
     with pytest.raises(UserError, match=r"t is an? \w+ archive, .*; unpack it") as told:
         of_file(tmp_path / "t", packed(TEXT), tmp_path)
@@ -148,7 +184,11 @@ def test_what_cannot_be_encoded_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "changes", "message"),
-    [(b"", {}, "is empty"), (TEXT, {"head": 8001}, "head=8001 .* 8,000 bytes"), (b"abc" * 13, {}, "39 characters are too few to split")],
+    [
+        (b"", {}, "is empty"),
+        (TEXT, {"head": 8001}, "head=8001 .* 8,000 bytes"),
+        (b"abc" * 13, {}, "39 characters are too few to split"),
+    ],
     ids=["empty", "shorter than its head", "too short to split"],
 )
 def test_a_text_too_short_is_refused(tmp_path, content, changes, message):
@@ -157,13 +197,28 @@ def test_a_text_too_short_is_refused(tmp_path, content, changes, message):
 
 
 def test_batches_depend_on_seed_and_step_alone(tmp_path):
-    corpus = of_file(tmp_path / "t", np.random.default_rng(0).integers(33, 127, 4000).astype(np.uint8).tobytes(), tmp_path)
+    corpus = of_file(
+        tmp_path / "t",
+        np.random.default_rng(0).integers(33, 127, 4000).astype(np.uint8).tobytes(),
+        tmp_path,
+    )
     x, y = corpus.batch_at("train", 5, rows=8, length=32, seed=1)
     assert x.shape == y.shape == (8, 32)
     assert x.dtype == y.dtype == torch.int64
     assert torch.equal(x[:, 1:], y[:, :-1])
-    starts = np.random.Generator(np.random.Philox(np.random.SeedSequence([1, 5]))).integers(0, 3600 - 32, size=8)
-    assert starts.tolist() == [3287, 1349, 2232, 1231, 3466, 2499, 3278, 123]  # what numpy draws today it must draw tomorrow
+    starts = np.random.Generator(np.random.Philox(np.random.SeedSequence([1, 5]))).integers(
+        0, 3600 - 32, size=8
+    )
+    assert starts.tolist() == [
+        3287,
+        1349,
+        2232,
+        1231,
+        3466,
+        2499,
+        3278,
+        123,
+    ]  # what numpy draws today it must draw tomorrow
     assert torch.equal(x, corpus.windows("train", starts, 32))
     assert torch.equal(y, corpus.windows("train", starts + 1, 32))
     corpus.batch_at("val", 6, rows=8, length=32, seed=1)  # consumes nothing
@@ -175,12 +230,17 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path):
 def test_windows_reach_both_ends_and_no_further(tmp_path):
     corpus = of_file(tmp_path / "t", TEXT, tmp_path)
     val = corpus.splits["val"].astype(np.int64)  # 400 characters
-    assert corpus.windows("val", np.array([0, 390]), 10).tolist() == [val[:10].tolist(), val[390:].tolist()]
+    assert corpus.windows("val", np.array([0, 390]), 10).tolist() == [
+        val[:10].tolist(),
+        val[390:].tolist(),
+    ]
     assert corpus.windows("val", np.array([], dtype=int), 10).shape == (0, 10)
     for start in (-1, 391):
         with pytest.raises(UserError, match="not inside the 400 characters of val"):
             corpus.windows("val", np.array([5, start]), 10)
-    x, y = corpus.batch_at("val", 0, rows=50, length=399, seed=0)  # the one window that has a target
+    x, y = corpus.batch_at(
+        "val", 0, rows=50, length=399, seed=0
+    )  # the one window that has a target
     assert x[:, 0].unique().tolist() == [val[0]]
     assert y[:, -1].unique().tolist() == [val[399]]
     with pytest.raises(UserError, match="too few for windows of 400"):
@@ -206,13 +266,26 @@ def test_encoding_is_bounded_in_memory(tmp_path, monkeypatch, encoding):
 def test_the_order_of_the_sources(tmp_path, folder):
     (folder / "fox.txt").write_bytes(TEXT)
     (tmp_path / "own").write_bytes(TEXT[::-1])
-    assert load_corpus(spec(file=str(tmp_path / "own")), cache=tmp_path).provenance["source"] == "own"
+    assert (
+        load_corpus(spec(file=str(tmp_path / "own")), cache=tmp_path).provenance["source"] == "own"
+    )
     found = load_corpus(spec(), cache=tmp_path)
     assert found.provenance == {
-        "corpus": "fox", "source": "fox.txt", "sha256": sha(TEXT), "bytes": 8000, "symbols": len(set(TEXT)),
-        "counts": {"train": 7200, "val": 400, "test": 400}, "stand_in": False, "verified": True,
-    }  # fmt: skip
-    assert load_corpus(spec(stand_in="always"), cache=tmp_path, say=lambda _: None).provenance["source"] == "stand-in"
+        "corpus": "fox",
+        "source": "fox.txt",
+        "sha256": sha(TEXT),
+        "bytes": 8000,
+        "symbols": len(set(TEXT)),
+        "counts": {"train": 7200, "val": 400, "test": 400},
+        "stand_in": False,
+        "verified": True,
+    }
+    assert (
+        load_corpus(spec(stand_in="always"), cache=tmp_path, say=lambda _: None).provenance[
+            "source"
+        ]
+        == "stand-in"
+    )
 
 
 def test_a_file_the_user_names_is_taken_but_never_passes_for_the_corpus(tmp_path):
@@ -220,8 +293,14 @@ def test_a_file_the_user_names_is_taken_but_never_passes_for_the_corpus(tmp_path
     assert own["corpus"] == f"fox-file-{sha(TEXT[::-1])[:8]}"
     assert own["sha256"] == sha(TEXT[::-1])
     assert not own["verified"]
-    assert of_file(tmp_path / "own", TEXT[::-1], tmp_path, head=100).provenance["corpus"].endswith("-head-100")
-    assert of_file(tmp_path / "own", TEXT, tmp_path).provenance["corpus"] == "fox"  # it is the corpus
+    assert (
+        of_file(tmp_path / "own", TEXT[::-1], tmp_path, head=100)
+        .provenance["corpus"]
+        .endswith("-head-100")
+    )
+    assert (
+        of_file(tmp_path / "own", TEXT, tmp_path).provenance["corpus"] == "fox"
+    )  # it is the corpus
     with pytest.raises(UserError, match=r"data\.fox\.file=.*nothing is not a file"):
         load_corpus(spec(file=str(tmp_path / "nothing")), cache=tmp_path)
 
@@ -236,7 +315,9 @@ def test_heads_are_cut_from_the_whole_or_from_a_longer_head(tmp_path, folder):
     assert head.provenance["sha256"] == sums[2000]
     assert head.provenance["verified"]
     assert head.provenance["source"] == "fox-head-3000"
-    assert not load_corpus(spec(head=2001, head_sha256=sums), cache=tmp_path / "a").provenance["verified"]
+    assert not load_corpus(spec(head=2001, head_sha256=sums), cache=tmp_path / "a").provenance[
+        "verified"
+    ]
     with pytest.raises(UserError, match="stand_in=never"):  # a head does not serve for the whole
         load_corpus(spec(), cache=tmp_path / "a", offline=True)
     (folder / "fox.txt").write_bytes(TEXT)
@@ -253,13 +334,30 @@ def test_heads_are_cut_from_the_whole_or_from_a_longer_head(tmp_path, folder):
         ("fox.txt", TEXT[:-1], {}, "fox.txt has 7,999 bytes, expected 8,000"),
         ("fox.txt", TEXT[::-1], {}, f"SHA-256 {sha(TEXT[::-1])}, expected {sha(TEXT)}"),
         ("fox.txt", TEXT[::-1], {"head": 10}, "expected"),  # the whole is verified before it is cut
-        ("fox.txt", TEXT[::-1], {"sha256": None, "md5": hashlib.md5(TEXT).hexdigest()}, "has MD5 .*, expected"),
-        ("fox-head-3000", TEXT[:2999], {"head": 2000}, "fox-head-3000 has 2,999 bytes, expected 3,000"),
-        ("fox-head-3000", TEXT[1:3001], {"head": 2000, "head_sha256": {2000: sha(TEXT[:2000])}}, "in its first 2,000 bytes, expected"),
+        (
+            "fox.txt",
+            TEXT[::-1],
+            {"sha256": None, "md5": hashlib.md5(TEXT).hexdigest()},
+            "has MD5 .*, expected",
+        ),
+        (
+            "fox-head-3000",
+            TEXT[:2999],
+            {"head": 2000},
+            "fox-head-3000 has 2,999 bytes, expected 3,000",
+        ),
+        (
+            "fox-head-3000",
+            TEXT[1:3001],
+            {"head": 2000, "head_sha256": {2000: sha(TEXT[:2000])}},
+            "in its first 2,000 bytes, expected",
+        ),
     ],
     ids=["size", "SHA-256", "whole before head", "MD5", "size of a head", "SHA-256 of a head"],
 )
-def test_a_wrong_local_file_is_an_error_and_never_passed_over(tmp_path, folder, name, content, changes, message):
+def test_a_wrong_local_file_is_an_error_and_never_passed_over(
+    tmp_path, folder, name, content, changes, message
+):
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         load_corpus(spec(**{"stand_in": "auto"} | changes), cache=tmp_path, offline=True)
@@ -330,23 +428,32 @@ def test_a_stand_in_is_announced_and_recorded(tmp_path, monkeypatch):
     assert corpus.provenance["source"] == "stand-in"
     assert corpus.provenance["bytes"] == 8000
     monkeypatch.setattr(standin, "LIMIT", 5000)
-    capped = load_corpus(spec(stand_in="auto", head=6000), cache=tmp_path, offline=True, say=said.append)
+    capped = load_corpus(
+        spec(stand_in="auto", head=6000), cache=tmp_path, offline=True, say=said.append
+    )
     assert capped.provenance["bytes"] == 5000
     assert "5,000 bytes made from" in said[1]
     assert "in place of 6,000" in said[1]
-    with pytest.raises(UserError, match=r"data\.fox\.stand_in=never.*fox\.txt.* or fox-head-60 \(its first 60 bytes\).*SAE_DATA_DIR.*file=PATH"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.fox\.stand_in=never.*fox\.txt.* or fox-head-60 \(its first 60 bytes\).*SAE_DATA_DIR.*file=PATH",
+    ):
         load_corpus(spec(head=60), cache=tmp_path, offline=True)
 
 
 def test_a_stand_in_is_not_remembered_when_the_corpus_is_there_again(tmp_path, folder):
     said: list[str] = []
     for _ in range(2):
-        assert load_corpus(spec(stand_in="auto", head=6000), cache=tmp_path, offline=True, say=said.append).provenance["stand_in"]
+        assert load_corpus(
+            spec(stand_in="auto", head=6000), cache=tmp_path, offline=True, say=said.append
+        ).provenance["stand_in"]
     assert len(said) == 2  # each time
     with pytest.raises(UserError, match="stand_in=never"):
         load_corpus(spec(head=6000), cache=tmp_path, offline=True)
     (folder / "fox.txt").write_bytes(TEXT)
-    assert not load_corpus(spec(stand_in="auto", head=6000), cache=tmp_path, offline=True).provenance["stand_in"]
+    assert not load_corpus(
+        spec(stand_in="auto", head=6000), cache=tmp_path, offline=True
+    ).provenance["stand_in"]
 
 
 @pytest.mark.parametrize("alphabet", standin.FORMS)
@@ -357,14 +464,18 @@ def test_a_stand_in_has_the_alphabet_and_form_of_its_corpus(alphabet):
     if alphabet == "text8":
         assert re.fullmatch("( [a-z]+)+ ?", text)
     if alphabet == "shakespeare":
-        assert set(text) <= set("\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+        assert set(text) <= set(
+            "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+        )
         assert len(re.findall(r"(?m)^[A-Z][A-Za-z ]*:$", text)) > 500
         assert max(map(len, text.split("\n"))) < 80
     if alphabet == "wiki":
         for mark in ("<page>", "<title>", "[[", "\n== ", "&quot;", "\n* "):
             assert text.count(mark) > 20
     lines = [line for line in text.split("\n") if len(line) > 200]
-    assert len(set(lines)) == len(lines)  # nothing is said twice, so validation text was not trained on
+    assert len(set(lines)) == len(
+        lines
+    )  # nothing is said twice, so validation text was not trained on
 
 
 def test_code_fills_up_a_stand_in_and_is_mixed_in(monkeypatch):
@@ -388,7 +499,14 @@ def test_code_fills_up_a_stand_in_and_is_mixed_in(monkeypatch):
 def test_a_stand_in_is_the_same_in_every_process(tmp_path):
     code = "from sae_experiments.corpora import standin; import hashlib; print(hashlib.sha256(standin.text('wiki', 700_000)).hexdigest())"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.strip() == sha(standin.text("wiki", 700_000))
 
 
@@ -409,7 +527,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def source(self, path: str, content: bytes, **more: object) -> dict[str, object]:
         self.files[path] = content
-        return {"url": f"http://127.0.0.1:{self.server_port}{path}", "bytes": len(content), "sha256": sha(content)} | more
+        return {
+            "url": f"http://127.0.0.1:{self.server_port}{path}",
+            "bytes": len(content),
+            "sha256": sha(content),
+        } | more
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -419,7 +541,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        mode, content, asked = self.server.mode, self.server.files.get(self.path), self.headers.get("Range")
+        mode, content, asked = (
+            self.server.mode,
+            self.server.files.get(self.path),
+            self.headers.get("Range"),
+        )
         self.server.asked.append((self.path, asked))
         if "silent" in mode:
             self.server.over.wait(5)
@@ -450,7 +576,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     made = Server()
-    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     yield made
     made.over.set()
@@ -460,7 +588,9 @@ def server():
 
 
 def network(**changes: object) -> fetch.Network:
-    return fetch.Network(**({"plain_http": True, "pause_s": 0, "connect_s": 2, "stall_s": 0.2} | changes))
+    return fetch.Network(
+        **({"plain_http": True, "pause_s": 0, "connect_s": 2, "stall_s": 0.2} | changes)
+    )
 
 
 def zipped(**members: bytes) -> bytes:
@@ -471,8 +601,15 @@ def zipped(**members: bytes) -> bytes:
     return out.getvalue()
 
 
-def fetched(tmp_path: Path, *sources: dict[str, object], net: fetch.Network | None = None, **changes: object) -> data.CharCorpus:
-    return load_corpus(spec(sources=list(sources), **changes), cache=tmp_path / "c", say=lambda _: None, _network=net or network())
+def fetched(
+    tmp_path: Path, *sources: dict[str, object], net: fetch.Network | None = None, **changes: object
+) -> data.CharCorpus:
+    return load_corpus(
+        spec(sources=list(sources), **changes),
+        cache=tmp_path / "c",
+        say=lambda _: None,
+        _network=net or network(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -481,7 +618,10 @@ def fetched(tmp_path: Path, *sources: dict[str, object], net: fetch.Network | No
         (TEXT, {}),
         (gzip.compress(TEXT), {"archive": "gz", "sha256": None}),
         (zipped(**{"../evil": b"x", "fox": TEXT}), {"archive": "zip", "member": "fox"}),
-        (zipped(**{"../evil": TEXT}), {"archive": "zip", "member": "../evil"}),  # read under its name, written under ours
+        (
+            zipped(**{"../evil": TEXT}),
+            {"archive": "zip", "member": "../evil"},
+        ),  # read under its name, written under ours
     ],
     ids=["plain", "gz", "zip", "zip slip"],
 )
@@ -491,7 +631,9 @@ def test_a_download_is_unpacked_verified_and_kept(tmp_path, server, content, mor
     assert corpus.provenance["source"] == source["url"]
     assert corpus.provenance["sha256"] == sha(TEXT)
     assert corpus.provenance["verified"]
-    head = load_corpus(spec(head=2000, sources=[source]), cache=tmp_path / "c", offline=True)  # another head, without the network
+    head = load_corpus(
+        spec(head=2000, sources=[source]), cache=tmp_path / "c", offline=True
+    )  # another head, without the network
     assert head.provenance["source"] == source["url"]
     assert head.provenance["sha256"] == sha(TEXT[:2000])
     assert len(server.asked) == 1
@@ -500,7 +642,9 @@ def test_a_download_is_unpacked_verified_and_kept(tmp_path, server, content, mor
 
 
 @pytest.mark.parametrize(
-    "mode", [{"piece": 3000}, {"piece": 3000, "no length": 1}, {"piece": 3000, "stall": 1}], ids=["short", "unannounced", "stalled"]
+    "mode",
+    [{"piece": 3000}, {"piece": 3000, "no length": 1}, {"piece": 3000, "stall": 1}],
+    ids=["short", "unannounced", "stalled"],
 )
 def test_a_download_that_breaks_off_is_resumed(tmp_path, server, mode):
     server.mode, began = mode, time.monotonic()
@@ -512,7 +656,9 @@ def test_a_download_that_breaks_off_is_resumed(tmp_path, server, mode):
 def test_a_server_without_ranges_sends_it_all_again(tmp_path, server):
     source = server.source("/fox", TEXT)
     server.mode = {"wall": 3000}
-    with pytest.raises(UserError, match="broke off at 3,000 of 8,000 bytes, 4 times in a row; run again to resume") as error:
+    with pytest.raises(
+        UserError, match="broke off at 3,000 of 8,000 bytes, 4 times in a row; run again to resume"
+    ) as error:
         fetched(tmp_path, source)
     assert "\n" not in str(error.value)
     assert len(server.asked) == 5
@@ -535,27 +681,57 @@ def test_a_stale_beginning_is_thrown_away(tmp_path, server):
 @pytest.mark.parametrize(
     ("content", "more", "mode", "message"),
     [
-        (TEXT[::-1], {"sha256": sha(TEXT)}, {}, f"/fox has SHA-256 {sha(TEXT[::-1])}, expected {sha(TEXT)}"),
+        (
+            TEXT[::-1],
+            {"sha256": sha(TEXT)},
+            {},
+            f"/fox has SHA-256 {sha(TEXT[::-1])}, expected {sha(TEXT)}",
+        ),
         (TEXT[::-1], {}, {}, "the text from .*/fox has SHA-256"),
         (TEXT + b"!", {"bytes": 8000}, {}, "/fox has 8,001 bytes, expected 8,000"),
         (TEXT + b"!", {"bytes": 8000}, {"no length": 1}, "more than the expected 8,000 bytes"),
-        (gzip.compress(TEXT + b"!"), {"archive": "gz"}, {}, "unpacks to more than the expected 8,000 bytes"),
+        (
+            gzip.compress(TEXT + b"!"),
+            {"archive": "gz"},
+            {},
+            "unpacks to more than the expected 8,000 bytes",
+        ),
         (gzip.compress(TEXT)[:-20], {"archive": "gz"}, {}, "cannot be unpacked"),
         (zipped(fox=bytes(10**7)), {"archive": "zip", "member": "fox"}, {}, "unpacks to more than"),
         (zipped(cat=TEXT), {"archive": "zip", "member": "fox"}, {}, "has no member 'fox'"),
         (TEXT, {"archive": "zip", "member": "fox"}, {}, "cannot be unpacked"),
-        (TEXT, {}, {"moved": "ftp://127.0.0.1/fox"}, "ftp://127.0.0.1/fox is not an https:// address"),
+        (
+            TEXT,
+            {},
+            {"moved": "ftp://127.0.0.1/fox"},
+            "ftp://127.0.0.1/fox is not an https:// address",
+        ),
     ],
-    ids=["download", "text", "long", "long, unannounced", "long in gz", "broken gz", "zip bomb", "no member", "no zip", "moved to ftp"],
+    ids=[
+        "download",
+        "text",
+        "long",
+        "long, unannounced",
+        "long in gz",
+        "broken gz",
+        "zip bomb",
+        "no member",
+        "no zip",
+        "moved to ftp",
+    ],
 )
-def test_wrong_bytes_are_an_error_not_a_stand_in_and_the_next_address_is_tried(tmp_path, server, content, more, mode, message):
+def test_wrong_bytes_are_an_error_not_a_stand_in_and_the_next_address_is_tried(
+    tmp_path, server, content, more, mode, message
+):
     source = server.source("/fox", content, **more)
     server.mode = mode
     with pytest.raises(UserError, match=message) as error:
         fetched(tmp_path, source, stand_in="auto")
     assert "\n" not in str(error.value)
     assert "SAE_DATA_DIR" in str(error.value)
-    assert all(path.stat().st_size <= 8001 for path in tmp_path.rglob("*"))  # a bomb does not go off on the disk
+    assert all(
+        path.stat().st_size <= 8001 for path in tmp_path.rglob("*")
+    )  # a bomb does not go off on the disk
     server.mode = {}
     mirror = server.source("/mirror", TEXT)
     if not mode:
@@ -582,7 +758,12 @@ def test_no_network_is_noticed_once_for_all(tmp_path, monkeypatch):
     began = time.monotonic()
     for name in ("a", "a", "b", "c"):
         sources = [{"url": f"https://{name}.invalid/x", "bytes": 1}]
-        corpus = load_corpus(spec(name=name, sources=sources, stand_in="auto"), cache=tmp_path, say=lambda _: None, _network=net)
+        corpus = load_corpus(
+            spec(name=name, sources=sources, stand_in="auto"),
+            cache=tmp_path,
+            say=lambda _: None,
+            _network=net,
+        )
         assert corpus.provenance["stand_in"]
     over.set()
     assert asked == ["a.invalid", "b.invalid"]  # the third is refused by the verdict
@@ -594,21 +775,29 @@ def test_no_network_is_noticed_once_for_all(tmp_path, monkeypatch):
 
 def test_hosts_that_say_no_or_nothing(tmp_path, server):
     with pytest.raises(UserError, match=r"stand_in=never.*answered HTTP 404"):
-        fetched(tmp_path, {**server.source("/fox", TEXT), "url": f"http://127.0.0.1:{server.server_port}/none"})
+        fetched(
+            tmp_path,
+            {**server.source("/fox", TEXT), "url": f"http://127.0.0.1:{server.server_port}/none"},
+        )
     server.mode = {"silent": 1}
     with pytest.raises(UserError, match=r"timed out|no answer in"):
         fetched(tmp_path, server.source("/fox", TEXT))
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         with pytest.raises(UserError, match="refused"):
-            fetched(tmp_path, {"url": f"http://127.0.0.1:{closed.getsockname()[1]}/fox", "bytes": 1})
+            fetched(
+                tmp_path, {"url": f"http://127.0.0.1:{closed.getsockname()[1]}/fox", "bytes": 1}
+            )
 
 
 def test_progress_is_a_bar_for_a_person_and_two_lines_for_a_log(tmp_path, server, monkeypatch):
     said: list[str] = []
     source = server.source("/fox", TEXT)
     load_corpus(spec(sources=[source]), cache=tmp_path / "a", say=said.append, _network=network())
-    assert said == [f"fetching {source['url']} (8,000 bytes)", f"fetched 8,000 of 8,000 bytes of {source['url']}"]
+    assert said == [
+        f"fetching {source['url']} (8,000 bytes)",
+        f"fetched 8,000 of 8,000 bytes of {source['url']}",
+    ]
     screen = io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stdout", screen)
@@ -652,7 +841,12 @@ def fields(wanted: CorpusSpec) -> dict[str, object]:
 def test_killed_while_encoding(tmp_path):
     (tmp_path / "own").write_bytes(TEXT)
     wanted, cache = spec(file=str(tmp_path / "own")), tmp_path / "c"
-    kill_when(lambda: any(ids.stat().st_size for ids in cache.glob("corpora/*/ids.bin")), fields=fields(wanted), cache=str(cache), nap=0.1)
+    kill_when(
+        lambda: any(ids.stat().st_size for ids in cache.glob("corpora/*/ids.bin")),
+        fields=fields(wanted),
+        cache=str(cache),
+        nap=0.1,
+    )
     (ids,) = cache.glob("corpora/*/ids.bin")
     assert 0 < ids.stat().st_size < 8000
     assert not list(cache.rglob("done.json"))
@@ -677,7 +871,12 @@ def test_killed_while_it_is_written_down_where_the_text_came_from(tmp_path):
 def test_killed_while_downloading(tmp_path, server):
     server.mode = {"drip": 500}
     wanted, cache = spec(sources=[server.source("/fox", TEXT)]), tmp_path / "c"
-    kill_when(lambda: any(p.stat().st_size for p in cache.rglob("*.part")), fields=fields(wanted), cache=str(cache), nap=0)
+    kill_when(
+        lambda: any(p.stat().st_size for p in cache.rglob("*.part")),
+        fields=fields(wanted),
+        cache=str(cache),
+        nap=0,
+    )
     (part,) = cache.rglob("*.part")
     have = part.stat().st_size
     server.mode = {}
@@ -697,12 +896,17 @@ def configured(size: str, *overrides: str) -> dict[str, CorpusSpec]:
     from hydra.utils import instantiate
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose(overrides=[f"+data=[{','.join(NAMES)}]", f"+corpus_size={size}", *overrides])
+        config = compose(
+            overrides=[f"+data=[{','.join(NAMES)}]", f"+corpus_size={size}", *overrides]
+        )
     return instantiate(config.data, _convert_="all")
 
 
 def test_every_corpus_composes_with_the_sizes_of_the_presets():
-    sizes = {size: {name: corpus.head for name, corpus in configured(size).items()} for size in ("full", "laptop", "smoke")}
+    sizes = {
+        size: {name: corpus.head for name, corpus in configured(size).items()}
+        for size in ("full", "laptop", "smoke")
+    }
     assert sizes["laptop"] == {"shakespeare_char": None, "enwik8": 4_000_000, "text8": 3_000_000}
     assert set(sizes["full"].values()) == {None}
     assert set(sizes["smoke"].values()) == {200_000}
@@ -711,10 +915,19 @@ def test_every_corpus_composes_with_the_sizes_of_the_presets():
         assert corpus.name == name
         assert type(corpus.sources[0]) is dict
         assert all(s["url"].startswith("https://") for s in corpus.sources)
-        assert set(corpus.recipe) == {"batch_size", "steps", "lr", "min_lr", "warmup_steps", "eval_every"}
+        assert set(corpus.recipe) == {
+            "batch_size",
+            "steps",
+            "lr",
+            "min_lr",
+            "warmup_steps",
+            "eval_every",
+        }
         assert {type(corpus.recipe[key]) for key in ("lr", "min_lr")} == {float}
         raw = yaml.safe_load((ROOT / "conf" / "data" / f"{name}.yaml").read_text())
-        assert set(raw) - {"_target_", "_convert_"} == set(CorpusSpec.__slots__)  # every value is in the YAML
+        assert set(raw) - {"_target_", "_convert_"} == set(
+            CorpusSpec.__slots__
+        )  # every value is in the YAML
 
 
 REAL = [
@@ -732,7 +945,9 @@ FOLDER = os.environ.get("SAE_DATA_DIR")
 def test_golden_facts_of_the_real_corpora(tmp_path, monkeypatch, name, head, symbols, counts):
     monkeypatch.setenv("SAE_DATA_DIR", str(FOLDER))
     wanted = configured("laptop" if head else "full", f"data.{name}.stand_in=never")[name]
-    if not any((Path(str(FOLDER)) / file).exists() for file in (*wanted.local_names, f"{name}-head-{head}")):
+    if not any(
+        (Path(str(FOLDER)) / file).exists() for file in (*wanted.local_names, f"{name}-head-{head}")
+    ):
         pytest.skip(f"SAE_DATA_DIR has no {name}{f' of {head} bytes' if head else ''}")
     corpus = load_corpus(wanted, cache=tmp_path, offline=True)
     assert corpus.provenance["counts"] == counts

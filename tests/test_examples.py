@@ -41,4 +41,8 @@ def test_a_variant_of_ones_own_learns(folder):
 
 
 def test_every_example_has_a_test():
-    assert {p.name for p in EXAMPLES} == {"fit_any_tensor.py", "evaluate_saelens.py", "new_variant.py"}
+    assert {p.name for p in EXAMPLES} == {
+        "fit_any_tensor.py",
+        "evaluate_saelens.py",
+        "new_variant.py",
+    }

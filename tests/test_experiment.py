@@ -19,7 +19,12 @@ from omegaconf import OmegaConf
 from sae_experiments.cli.main import main
 from sae_experiments.results.records import load_arrays
 
-PUBLISHED = ("final_train_loss", "best_val_loss", "total_train_time", "avg_inference_tokens_per_second")
+PUBLISHED = (
+    "final_train_loss",
+    "best_val_loss",
+    "total_train_time",
+    "avg_inference_tokens_per_second",
+)
 LONGER = ("lm.train.steps=60", "fit.train.steps=60")
 
 
@@ -74,15 +79,27 @@ def test_final_info_is_exactly_what_callers_read(first):
     entry = final["text8"]
     assert set(entry) == {"means", "stderrs", "final_info_dict"}
     metrics = set(entry["final_info_dict"])
-    assert set(entry["means"]) == {f"{m}_mean" for m in metrics} and set(entry["stderrs"]) == {f"{m}_stderr" for m in metrics}
-    numbers = [*entry["means"].values(), *entry["stderrs"].values(), *(v for vs in entry["final_info_dict"].values() for v in vs)]
+    assert set(entry["means"]) == {f"{m}_mean" for m in metrics} and set(entry["stderrs"]) == {
+        f"{m}_stderr" for m in metrics
+    }
+    numbers = [
+        *entry["means"].values(),
+        *entry["stderrs"].values(),
+        *(v for vs in entry["final_info_dict"].values() for v in vs),
+    ]
     assert all(v is None or isinstance(v, float) for v in numbers)
-    assert all(isinstance(vs, list) and len(vs) == 1 for vs in entry["final_info_dict"].values()), "one value a seed"
-    assert set(PUBLISHED) <= metrics and all(isinstance(entry["means"][f"{m}_mean"], float) for m in PUBLISHED)
+    assert all(isinstance(vs, list) and len(vs) == 1 for vs in entry["final_info_dict"].values()), (
+        "one value a seed"
+    )
+    assert set(PUBLISHED) <= metrics and all(
+        isinstance(entry["means"][f"{m}_mean"], float) for m in PUBLISHED
+    )
     family = "sae_l0 sae_sparsity sae_fvu sae_mse sae_cosine sae_l2_ratio sae_dead_frac sae_dense_frac sae_latent_entropy sae_train_time"
     downstream = "sae_tokens_per_second ce_clean ce_spliced ce_delta_bits loss_recovered loss_recovered_zero kl"
     assert {*family.split(), *downstream.split()} <= metrics
-    assert experiment.json("first", "final_info_text8_0.json") == {m: vs[0] for m, vs in entry["final_info_dict"].items()}
+    assert experiment.json("first", "final_info_text8_0.json") == {
+        m: vs[0] for m, vs in entry["final_info_dict"].items()
+    }
 
 
 def test_the_run_folder_holds_what_the_design_lists_and_nothing_lies_about_elsewhere(first):
@@ -92,14 +109,23 @@ def test_the_run_folder_holds_what_the_design_lists_and_nothing_lies_about_elsew
     for name in files.split():
         assert (run / name).is_file(), name
     assert {p.name for p in experiment.here.iterdir()} == {"runs", "cache"}
-    assert not [p for p in experiment.here.rglob("*") if p.suffix in (".pt", ".pkl", ".pickle", ".tmp")]
+    assert not [
+        p for p in experiment.here.rglob("*") if p.suffix in (".pt", ".pkl", ".pickle", ".tmp")
+    ]
 
 
 def test_the_manifest_records_the_command_and_where_the_text_came_from(first):
     experiment, _ = first
     manifest = experiment.json("first", "manifest.json")
-    assert manifest["status"] == "done" and manifest["preset"] == "smoke" and "--out_dir=first" in manifest["argv"]
-    assert manifest["corpora"]["text8"]["source"] == experiment.corpus_file.name and manifest["corpora"]["text8"]["stand_in"] is False
+    assert (
+        manifest["status"] == "done"
+        and manifest["preset"] == "smoke"
+        and "--out_dir=first" in manifest["argv"]
+    )
+    assert (
+        manifest["corpora"]["text8"]["source"] == experiment.corpus_file.name
+        and manifest["corpora"]["text8"]["stand_in"] is False
+    )
     assert manifest["config"]["sae"]["target_l0"] == 4 and manifest["label"] == "topk"
 
 
@@ -111,13 +137,24 @@ def test_without_a_terminal_the_output_is_plain_lines_and_stderr_is_empty(first)
     _, done = first
     assert "\r" not in done.stdout and "\x1b" not in done.stdout
     assert done.stderr == ""
-    assert "final_info.json" in done.stdout.splitlines()[-1] and max(map(len, done.stdout.splitlines())) < 250
+    assert (
+        "final_info.json" in done.stdout.splitlines()[-1]
+        and max(map(len, done.stdout.splitlines())) < 250
+    )
 
 
 def test_the_same_command_again_says_already_done_and_changes_nothing(first, here, capsys):
     experiment, _ = first
-    kept = lambda: {p: p.read_bytes() for p in experiment.here.rglob("*") if p.is_file() and p.name != "manifest.json"}  # noqa: E731
-    manifest = lambda: {k: v for k, v in experiment.json("first", "manifest.json").items() if k not in ("started", "ended", "pid")}  # noqa: E731
+    kept = lambda: {
+        p: p.read_bytes()
+        for p in experiment.here.rglob("*")
+        if p.is_file() and p.name != "manifest.json"
+    }  # noqa: E731
+    manifest = lambda: {
+        k: v
+        for k, v in experiment.json("first", "manifest.json").items()
+        if k not in ("started", "ended", "pid")
+    }  # noqa: E731
     before, told = kept(), manifest()
     assert here("--out_dir=first", "sae=topk") == 0
     said = capsys.readouterr()
@@ -131,19 +168,33 @@ def test_another_sae_reuses_the_language_model_and_the_activations(first, here):
     before = {kind: experiment.made(kind) for kind in ("lms", "stores", "corpora", "fits")}
     assert here("--out_dir=second", "sae=standard") == 0
     after = {kind: experiment.made(kind) for kind in before}
-    assert {k: after[k] for k in ("lms", "stores", "corpora")} == {k: before[k] for k in ("lms", "stores", "corpora")}
-    assert len(before["lms"]) == 1 and len(before["stores"]) == 3 and len(after["fits"]) > len(before["fits"])
+    assert {k: after[k] for k in ("lms", "stores", "corpora")} == {
+        k: before[k] for k in ("lms", "stores", "corpora")
+    }
+    assert (
+        len(before["lms"]) == 1
+        and len(before["stores"]) == 3
+        and len(after["fits"]) > len(before["fits"])
+    )
     info = [experiment.json(run, "final_info_text8_0.json") for run in ("first", "second")]
-    assert all(info[0][m] == info[1][m] for m in PUBLISHED), "also its times are those of the one training"
+    assert all(info[0][m] == info[1][m] for m in PUBLISHED), (
+        "also its times are those of the one training"
+    )
 
 
-def test_saes_fitted_side_by_side_are_reported_apart_and_equal_those_fitted_alone_bit_for_bit(first, here):
+def test_saes_fitted_side_by_side_are_reported_apart_and_equal_those_fitted_alone_bit_for_bit(
+    first, here
+):
     experiment, _ = first
     assert here("--out_dir=both", "sae=[topk,batch_topk]") == 0
     assert here("--out_dir=alone", "sae=batch_topk") == 0
     assert list(experiment.json("both", "final_info.json")) == ["text8.batch_topk", "text8.topk"]
-    assert_same(lasting(experiment.runs / "both", "text8.topk_0"), lasting(experiment.runs / "first"))
-    assert_same(lasting(experiment.runs / "both", "text8.batch_topk_0"), lasting(experiment.runs / "alone"))
+    assert_same(
+        lasting(experiment.runs / "both", "text8.topk_0"), lasting(experiment.runs / "first")
+    )
+    assert_same(
+        lasting(experiment.runs / "both", "text8.batch_topk_0"), lasting(experiment.runs / "alone")
+    )
 
 
 def test_a_grid_reports_every_arm(first, here):
@@ -151,7 +202,10 @@ def test_a_grid_reports_every_arm(first, here):
     assert here("--out_dir=grid", "sae=topk", "sae.target_l0=[2,8]", "fit.train.steps=3") == 0
     final = experiment.json("grid", "final_info.json")
     l0 = {name: entry["means"]["sae_l0_mean"] for name, entry in final.items()}
-    assert [name for name, _ in sorted(l0.items(), key=lambda kv: kv[1])] == ["text8.topk-target_l0_2", "text8.topk-target_l0_8"]
+    assert [name for name, _ in sorted(l0.items(), key=lambda kv: kv[1])] == [
+        "text8.topk-target_l0_2",
+        "text8.topk-target_l0_8",
+    ]
     assert sorted(l0.values()) == pytest.approx([2, 8], abs=1)
 
 
@@ -160,7 +214,11 @@ def test_seeds_are_the_seeds_asked_for_and_differ(first, here):
     assert here("--out_dir=seeds", "sae=topk", "seeds=[0,1]", "lm.samples=0") == 0
     final = experiment.json("seeds", "final_info.json")["text8"]
     values = final["final_info_dict"]["sae_fvu"]
-    assert len(values) == 2 and values[0] != values[1] and final["stderrs"]["sae_fvu_stderr"] == pytest.approx(abs(values[0] - values[1]) / 2)
+    assert (
+        len(values) == 2
+        and values[0] != values[1]
+        and final["stderrs"]["sae_fvu_stderr"] == pytest.approx(abs(values[0] - values[1]) / 2)
+    )
     assert final["final_info_dict"]["avg_inference_tokens_per_second"] == [None, None]
 
 
@@ -177,7 +235,10 @@ def test_the_exported_sae_gives_back_its_reference_rows(first):
     from safetensors.torch import load_file
 
     folder = first[0].runs / "first" / "saes" / "text8_0"
-    weights, rows = load_file(folder / "sae_weights.safetensors"), load_file(folder / "reference.safetensors")
+    weights, rows = (
+        load_file(folder / "sae_weights.safetensors"),
+        load_file(folder / "reference.safetensors"),
+    )
     config = json.loads((folder / "cfg.json").read_text())
     assert config["architecture"] == "topk" and config["k"] == 4
     recon = rows["acts"] @ weights["W_dec"] + weights["b_dec"]
@@ -196,7 +257,11 @@ def test_the_exported_sae_gives_back_its_reference_rows(first):
 def test_a_failing_option_is_status_2_one_line_and_no_folder(experiment, typo):
     done = experiment("--out_dir=x", typo)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and typo.split("=")[0] in done.stderr
+    assert (
+        done.stderr.startswith("error: ")
+        and done.stderr.count("\n") == 1
+        and typo.split("=")[0] in done.stderr
+    )
     assert not list(experiment.here.iterdir())
 
 
@@ -214,15 +279,23 @@ def test_a_loss_that_is_not_finite_is_the_last_thing_on_stderr(first):
     done = experiment("--out_dir=broken", "sae=topk", "fit.train.lr=1e30")
     assert done.returncode == 1
     tail = done.stderr[-1500:]
-    assert re.search(r"topk: .*not finite at step \d+", tail.splitlines()[-1]) and "Traceback" not in done.stderr, done.stderr
+    assert (
+        re.search(r"topk: .*not finite at step \d+", tail.splitlines()[-1])
+        and "Traceback" not in done.stderr
+    ), done.stderr
     assert "Warning" not in done.stderr
-    assert experiment.json("broken", "manifest.json")["status"] == "failed" and "not finite" in experiment.json("broken", "manifest.json")["cause"]
+    assert (
+        experiment.json("broken", "manifest.json")["status"] == "failed"
+        and "not finite" in experiment.json("broken", "manifest.json")["cause"]
+    )
     assert experiment.json("broken", "final_info.json") == {}
 
 
 def test_a_sweep_goes_on_after_a_failing_job_names_the_cause_and_exits_with_1(first):
     experiment, _ = first
-    done = experiment("-m", "out_dir=sweep", "sae=topk", "fit.train.lr=1e-3,1e30,1e-2", "launcher=inline")
+    done = experiment(
+        "-m", "out_dir=sweep", "sae=topk", "fit.train.lr=1e-3,1e30,1e-2", "launcher=inline"
+    )
     assert done.returncode == 1
     finals = sorted((experiment.runs / "sweep").glob("*/final_info.json"))
     results = [p for p in finals if json.loads(p.read_text())]
@@ -230,16 +303,28 @@ def test_a_sweep_goes_on_after_a_failing_job_names_the_cause_and_exits_with_1(fi
     table = [line for line in done.stdout.splitlines() if re.match(r" +\d+  (done|failed)", line)]
     assert [line.split()[1] for line in table] == ["done", "failed", "done"]
     assert "1e+30" in table[1].replace("1e30", "1e+30") and "not finite" in table[1]
-    assert "1 of 3 jobs failed" in done.stderr.splitlines()[-1] and "not finite" in done.stderr.splitlines()[-1]
+    assert (
+        "1 of 3 jobs failed" in done.stderr.splitlines()[-1]
+        and "not finite" in done.stderr.splitlines()[-1]
+    )
     names = {p.parent.name for p in finals}
-    assert len(names) == 3 and all("lr-" in name and "offline" not in name and "topk" not in name for name in names), "named by what varies"
-    again = experiment("-m", "out_dir=sweep", "sae=topk", "fit.train.lr=1e-3,1e-2", "launcher=inline")
+    assert len(names) == 3 and all(
+        "lr-" in name and "offline" not in name and "topk" not in name for name in names
+    ), "named by what varies"
+    again = experiment(
+        "-m", "out_dir=sweep", "sae=topk", "fit.train.lr=1e-3,1e-2", "launcher=inline"
+    )
     assert again.returncode == 0 and "2 of 2 jobs are already done" in again.stdout
 
 
 def test_a_sweep_over_a_choice_that_does_not_exist_is_one_line(experiment):
     done = experiment("-m", "out_dir=sweep", "sae=topk,nosuch")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nosuch" in done.stderr and "Traceback" not in done.stdout, done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "nosuch" in done.stderr
+        and "Traceback" not in done.stdout
+    ), done.stderr
     assert not list(experiment.here.iterdir())
 
 
@@ -263,11 +348,16 @@ def undisturbed(make_experiment: Callable[[str], Experiment]) -> dict[str, Any]:
     return lasting(experiment.runs / "k")
 
 
-def finished_after_kills(experiment: Experiment, moments: list[Callable[[Experiment, float], bool]]) -> int:
+def finished_after_kills(
+    experiment: Experiment, moments: list[Callable[[Experiment, float], bool]]
+) -> int:
     """Start the command, kill it at each moment, then let it finish; returns how many kills hit a running process."""
     hits = 0
     for moment in moments:
-        process, began = experiment.start("--out_dir=k", "sae=batch_topk", *LONGER), time.monotonic()
+        process, began = (
+            experiment.start("--out_dir=k", "sae=batch_topk", *LONGER),
+            time.monotonic(),
+        )
         while process.poll() is None and not moment(experiment, time.monotonic() - began):
             time.sleep(0.002)
         hits += kill(process)
@@ -280,18 +370,32 @@ def once(pattern: str) -> Callable[[Experiment, float], bool]:
     return lambda experiment, seconds: any(experiment.cache.glob(pattern))
 
 
-def test_killed_while_each_model_trains_and_started_again_gives_the_same_bytes(experiment, undisturbed):
-    hits = finished_after_kills(experiment, [once("lms/*/checkpoint.safetensors"), once("passes/*/checkpoint_0.safetensors")])
+def test_killed_while_each_model_trains_and_started_again_gives_the_same_bytes(
+    experiment, undisturbed
+):
+    hits = finished_after_kills(
+        experiment,
+        [once("lms/*/checkpoint.safetensors"), once("passes/*/checkpoint_0.safetensors")],
+    )
     assert hits == 2
     assert_same(lasting(experiment.runs / "k"), undisturbed)
-    assert not list(experiment.cache.rglob("checkpoint*")), "checkpoints are gone when their stage is done"
+    assert not list(experiment.cache.rglob("checkpoint*")), (
+        "checkpoints are gone when their stage is done"
+    )
 
 
 @pytest.mark.slow
-def test_killed_at_eight_random_moments_and_started_again_gives_the_same_bytes(experiment, undisturbed):
+def test_killed_at_eight_random_moments_and_started_again_gives_the_same_bytes(
+    experiment, undisturbed
+):
     chance = random.Random(0)
     began = time.monotonic()
-    assert experiment("--out_dir=once", "sae=batch_topk", *LONGER, f"cache={experiment.here}/other").returncode == 0
+    assert (
+        experiment(
+            "--out_dir=once", "sae=batch_topk", *LONGER, f"cache={experiment.here}/other"
+        ).returncode
+        == 0
+    )
     delays = [chance.uniform(0.3, 1.0) * (time.monotonic() - began) for _ in range(8)]
     finished_after_kills(experiment, [lambda _, seconds, d=d: seconds > d for d in delays])
     assert_same(lasting(experiment.runs / "k"), undisturbed)
@@ -299,7 +403,9 @@ def test_killed_at_eight_random_moments_and_started_again_gives_the_same_bytes(e
 
 @pytest.mark.slow
 def test_two_runs_at_once_on_one_cache_train_one_language_model(experiment):
-    processes = [experiment.start(f"--out_dir={sae}", f"sae={sae}") for sae in ("topk", "batch_topk")]
+    processes = [
+        experiment.start(f"--out_dir={sae}", f"sae={sae}") for sae in ("topk", "batch_topk")
+    ]
     assert [p.wait(120) for p in processes] == [0, 0]
     assert len(experiment.made("lms")) == 1 and len(experiment.made("stores")) == 3
     info = [experiment.json(sae, "final_info_text8_0.json") for sae in ("topk", "batch_topk")]

@@ -17,20 +17,28 @@ from sae_experiments.saes.base import SAE, Batch, Inference
 from sae_experiments.saes.loaded import Loaded
 
 
-def train_on(sae: SAE, *, steps: int = 150, offset: Any = 0.0, factor: float = 1.0) -> list[tuple[int, str, float]]:
-    start, held = ((rows(n, seed) + offset) * factor for n, seed in ((4096, 10**6), (16384, 10**6 + 1)))
+def train_on(
+    sae: SAE, *, steps: int = 150, offset: Any = 0.0, factor: float = 1.0
+) -> list[tuple[int, str, float]]:
+    start, held = (
+        (rows(n, seed) + offset) * factor for n, seed in ((4096, 10**6), (16384, 10**6 + 1))
+    )
 
     def batch_at(step: int) -> Batch:
         x = (batch(256, step).x + offset) * factor
         return Batch(x, x)
 
     cfg = config(steps=steps, lr=1e-3, log_every=1)
-    return fit_saes({"sae": sae}, batch_at, cfg, Sample(start, start, held), seed=0, dead_after=4000)["sae"].history
+    return fit_saes(
+        {"sae": sae}, batch_at, cfg, Sample(start, start, held), seed=0, dead_after=4000
+    )["sae"].history
 
 
 @pytest.fixture(params=EXPORTABLE)
 def loaded(request, tmp_path):
-    save_sae(trained(request.param, n_train=60), tmp_path / "sae", reference=rows(64, 3), metadata={})
+    save_sae(
+        trained(request.param, n_train=60), tmp_path / "sae", reference=rows(64, 3), metadata={}
+    )
     return load_sae(tmp_path / "sae")
 
 
@@ -57,8 +65,17 @@ def foreign(architecture: str, **config: Any) -> SAE:
         return torch.randn(*shape, generator=generator)
 
     decoder = draw(M, D)
-    tensors = {"W_enc": (decoder / decoder.norm(dim=1, keepdim=True)).t() * 0.7, "W_dec": 0.2 * decoder, "b_dec": 0.3 + 0.1 * draw(D)}
-    own = {"standard": ["b_enc"], "topk": ["b_enc"], "jumprelu": ["b_enc", "threshold"], "gated": ["b_gate", "r_mag", "b_mag"]}
+    tensors = {
+        "W_enc": (decoder / decoder.norm(dim=1, keepdim=True)).t() * 0.7,
+        "W_dec": 0.2 * decoder,
+        "b_dec": 0.3 + 0.1 * draw(D),
+    }
+    own = {
+        "standard": ["b_enc"],
+        "topk": ["b_enc"],
+        "jumprelu": ["b_enc", "threshold"],
+        "gated": ["b_gate", "r_mag", "b_mag"],
+    }
     tensors |= {name: 0.1 * draw(M) for name in own[architecture]}
     if architecture == "jumprelu":
         tensors["threshold"] = tensors["threshold"] + 0.5
@@ -67,9 +84,18 @@ def foreign(architecture: str, **config: Any) -> SAE:
 
 @pytest.mark.parametrize(
     ("architecture", "config"),
-    [("standard", {}), ("topk", {"k": 5}), ("topk", {"k": 5, "rescale_acts_by_decoder_norm": True}), ("jumprelu", {}), ("gated", {}),
-     *((a, {"apply_b_dec_to_input": False, "k": 5}) for a in ("standard", "topk", "jumprelu", "gated"))],
-)  # fmt: skip
+    [
+        ("standard", {}),
+        ("topk", {"k": 5}),
+        ("topk", {"k": 5, "rescale_acts_by_decoder_norm": True}),
+        ("jumprelu", {}),
+        ("gated", {}),
+        *(
+            (a, {"apply_b_dec_to_input": False, "k": 5})
+            for a in ("standard", "topk", "jumprelu", "gated")
+        ),
+    ],
+)
 def test_those_of_others_train_on_and_can_be_written_again(architecture, config, tmp_path):
     sae = foreign(architecture, **config)
     x = rows(16384, 77)

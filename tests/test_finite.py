@@ -13,7 +13,9 @@ from sae_experiments.errors import NonFinite
 from sae_experiments.training.finite import Watch
 from sae_experiments.training.loop import At, Learner, Loss, Session, train
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="until this machine has a CUDA device")
+CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="until this machine has a CUDA device"
+)
 DEVICES = ["cpu", "cpu, as an accelerator", pytest.param("cuda", marks=CUDA)]
 
 
@@ -34,7 +36,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 class Line(Learner):
     """Fits a line; its loss or its weights break at a step."""
 
-    def __init__(self, device: str, *, loss_at: int = -1, weights_at: int = -1, evaluation_at: int = -1) -> None:
+    def __init__(
+        self, device: str, *, loss_at: int = -1, weights_at: int = -1, evaluation_at: int = -1
+    ) -> None:
         torch.manual_seed(0)
         cfg = train_config(steps=40, log_every=10, eval_every=15, checkpoint_every_s=0.0)
         super().__init__("line", nn.Linear(4, 1).to(device), cfg, seed=0)
@@ -63,19 +67,24 @@ def run(learner: Line, device: str, checkpoint=None) -> None:
 @pytest.mark.parametrize("step", [0, 7, 10, 39])
 def test_the_first_step_that_broke_is_named_and_nothing_of_it_is_written(device, step, tmp_path):
     with pytest.raises(
-        NonFinite, match=rf"^line: loss term mse is not finite at step {step} \(mse=nan.*; first non-finite (gradient|weight): weight; try"
+        NonFinite,
+        match=rf"^line: loss term mse is not finite at step {step} \(mse=nan.*; first non-finite (gradient|weight): weight; try",
     ):
         run(Line(device, loss_at=step), device, tmp_path / "checkpoint")
     again = Line(device)
     run(again, device, tmp_path / "checkpoint")
     whole = Line(device)
     run(whole, device)
-    assert torch.equal(again.module.weight, whole.module.weight), "what was checkpointed before is good"
+    assert torch.equal(again.module.weight, whole.module.weight), (
+        "what was checkpointed before is good"
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_a_weight_that_the_last_update_broke_is_named(device):
-    with pytest.raises(NonFinite, match=r"^line: weight is not finite after step 39; try a smaller lr=0\.01"):
+    with pytest.raises(
+        NonFinite, match=r"^line: weight is not finite after step 39; try a smaller lr=0\.01"
+    ):
         run(Line(device, weights_at=39), device)
 
 

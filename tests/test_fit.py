@@ -15,7 +15,14 @@ def fitted(sae: SAE, given: int) -> FitReport:
     """The report of a short fit to batches of ``given`` rows, which the recipe takes to have 256."""
     start = rows(512, 10**6)
     sample = Sample(start, start, rows(512, 10**6 + 1))
-    return fit_saes({"sae": sae}, lambda s: batch(given, s), config(steps=STEPS), sample, seed=0, dead_after=4000)["sae"]
+    return fit_saes(
+        {"sae": sae},
+        lambda s: batch(given, s),
+        config(steps=STEPS),
+        sample,
+        seed=0,
+        dead_after=4000,
+    )["sae"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -29,4 +36,6 @@ def test_a_phase_on_a_sample_of_the_batch_counts_the_sample_alone() -> None:
     sae = make("hierarchical", "sae.target_l0=null", "sae.model.rows=32")
     report = fitted(sae, 100)
     first = round(STEPS * sae.phases()[0].fraction)
-    assert report.rows_per_second * report.seconds == pytest.approx(100 * first + 32 * (STEPS - first))
+    assert report.rows_per_second * report.seconds == pytest.approx(
+        100 * first + 32 * (STEPS - first)
+    )

@@ -21,7 +21,21 @@ VALUES = (  # noqa: SIM905 (a list of words)
     "[] [1] [1,2] [a,b] [[1]] {} {a:1} {a:{b:c}} [ ] { } [1 1,2 ( ) a=b == = , ; : # \\ / ../x /etc/passwd ~ * ? ${out_dir} ${nosuch} ${oc.env:HOME} "
     "${oc.env:NO_SUCH_VARIABLE} ${ $x range(3) choice(1,2) glob(*) interval(0,1) sort(3,1) int(3) str(1) @x x@y a.b.c 0x10 1_000 1e 1.2.3 +1 %00 \x00 \x7f"
 ).split(" ")
-GROUPS = ("preset", "data", "sae", "metric", "track", "study", "lm", "fit", "launcher", "sweep", "search", "plan", "plot")
+GROUPS = (
+    "preset",
+    "data",
+    "sae",
+    "metric",
+    "track",
+    "study",
+    "lm",
+    "fit",
+    "launcher",
+    "sweep",
+    "search",
+    "plan",
+    "plot",
+)
 FORMS = ("{k}={v}",) * 16 + (
     "--{k}={v}",
     "--{k} {v}",
@@ -43,14 +57,18 @@ class ReachedCompute(Exception):
 
 
 @pytest.fixture
-def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
     """Type a command line; what comes back is "runs", "refused", or what is wrong with the answer."""
     here = tmp_path / "here"
     here.mkdir()
 
     def begin(study: Any, settings: Any, *rest: Any) -> str:
         study.check()
-        assert settings.folder.resolve().is_relative_to(Path(settings.config["runs_root"]).resolve()), settings.folder
+        assert settings.folder.resolve().is_relative_to(
+            Path(settings.config["runs_root"]).resolve()
+        ), settings.folder
         raise ReachedCompute
 
     def begin_sweep(self: Any, jobs: Any, here: Any) -> None:
@@ -76,7 +94,12 @@ def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
             return f"left {left}"
         if status == 0 and not said.err:
             return "runs"
-        fine = status == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1 and "Traceback" not in said.err + said.out
+        fine = (
+            status == 2
+            and said.err.startswith("error: ")
+            and said.err.count("\n") == 1
+            and "Traceback" not in said.err + said.out
+        )
         return "refused" if fine and len(said.err) < 1500 else f"status {status}: {said.err[-500:]}"
 
     return type_
@@ -85,7 +108,13 @@ def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def misspelt(key: str, chance: random.Random) -> str:
     at = chance.randrange(len(key))
     return chance.choice(
-        [key[:at] + key[at + 1 :], key[:at] + chance.choice("xü._ ") + key[at:], key.upper(), f"{key}.{key}", key.rsplit(".", 1)[-1]]
+        [
+            key[:at] + key[at + 1 :],
+            key[:at] + chance.choice("xü._ ") + key[at:],
+            key.upper(),
+            f"{key}.{key}",
+            key.rsplit(".", 1)[-1],
+        ]
     )
 
 
@@ -94,7 +123,9 @@ def near(value: Any, chance: random.Random) -> str:
     if isinstance(value, bool) or value is None:
         return chance.choice(["true", "false", "null", "1"])
     if isinstance(value, int):
-        return str(chance.choice([value, value + 1, value * 2, value // 2, value - 1, value * 1000]))
+        return str(
+            chance.choice([value, value + 1, value * 2, value // 2, value - 1, value * 1000])
+        )
     if isinstance(value, float):
         return repr(chance.choice([value, value * 2, value / 3, value + 1]))
     return str(value).replace(" ", "") if chance.random() < 0.8 else chance.choice(VALUES)
@@ -114,8 +145,18 @@ def command_line(chance: random.Random, keys: dict[str, Any]) -> list[str]:
 
 def all_keys() -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for overrides in (["sae=[topk]"], ["study=palindrome"], ["study=superposition"], ["track=wandb"], ["sae=[matryoshka]"]):
-        found |= _flat_keys(OmegaConf.to_container(compose_checked(CONF, ["preset=smoke", *overrides])[0], resolve=False))
+    for overrides in (
+        ["sae=[topk]"],
+        ["study=palindrome"],
+        ["study=superposition"],
+        ["track=wandb"],
+        ["sae=[matryoshka]"],
+    ):
+        found |= _flat_keys(
+            OmegaConf.to_container(
+                compose_checked(CONF, ["preset=smoke", *overrides])[0], resolve=False
+            )
+        )
     return {key: found[key] for key in sorted(found) if not key.startswith(("arms", "study."))}
 
 
@@ -141,7 +182,9 @@ def test_some_generated_command_lines(typed):
 def test_a_thousand_generated_command_lines(typed, capsys):
     answers = try_many(typed, 1000, seed=2)
     with capsys.disabled():
-        print(f"\ncommand lines tried: {answers.total()}, {answers['runs']} accepted, {answers['refused']} refused in one line")
+        print(
+            f"\ncommand lines tried: {answers.total()}, {answers['runs']} accepted, {answers['refused']} refused in one line"
+        )
     assert answers["runs"] > 50 and answers["refused"] > 500
 
 
@@ -153,20 +196,49 @@ def edit(text: str, chance: random.Random) -> str:
     key = line.split(":")[0] if ":" in line else line
     lines[at : at + 1] = chance.choice(
         [
-            [], [line, line], [f"{key}: {chance.choice(VALUES)}"], [f" {line}"], [f"\t{line}"], [line[: len(line) // 2]], [f"{line} {{"], [f"{line}: x"],
-            [f"{key}:", "  nested: 1"], [line.replace("_target_: ", "_target_: no.such.")], [line.replace("_target_: sae_experiments", "_target_: os")],
-            [f"- {line}"], ["<<<<<<< HEAD", line], [f"{key}: !!python/object:os.system 'true'"], [line[::-1]], ["ü" + line], [f"{key}: [1, 2"],
+            [],
+            [line, line],
+            [f"{key}: {chance.choice(VALUES)}"],
+            [f" {line}"],
+            [f"\t{line}"],
+            [line[: len(line) // 2]],
+            [f"{line} {{"],
+            [f"{line}: x"],
+            [f"{key}:", "  nested: 1"],
+            [line.replace("_target_: ", "_target_: no.such.")],
+            [line.replace("_target_: sae_experiments", "_target_: os")],
+            [f"- {line}"],
+            ["<<<<<<< HEAD", line],
+            [f"{key}: !!python/object:os.system 'true'"],
+            [line[::-1]],
+            ["ü" + line],
+            [f"{key}: [1, 2"],
         ]
-    )  # fmt: skip
+    )
     return "\n".join(lines) + "\n"
 
 
-def try_edits(typed: Callable[..., str], tmp_path: Path, n: int, seed: int) -> collections.Counter[str]:
+def try_edits(
+    typed: Callable[..., str], tmp_path: Path, n: int, seed: int
+) -> collections.Counter[str]:
     chance, conf = random.Random(seed), tmp_path / "conf"
     shutil.copytree(CONF, conf)
     shutil.copy(CONF.parent / "experiment.py", tmp_path)
-    files = [*(conf / "sae").glob("topk.yaml"), *(conf / "data").glob("text8.yaml"), *conf.glob("*.yaml")]
-    files += [conf / name for name in ("preset/smoke.yaml", "lm/gpt2_char.yaml", "fit/default.yaml", "study/language.yaml", "metric/sparsity.yaml")]
+    files = [
+        *(conf / "sae").glob("topk.yaml"),
+        *(conf / "data").glob("text8.yaml"),
+        *conf.glob("*.yaml"),
+    ]
+    files += [
+        conf / name
+        for name in (
+            "preset/smoke.yaml",
+            "lm/gpt2_char.yaml",
+            "fit/default.yaml",
+            "study/language.yaml",
+            "metric/sparsity.yaml",
+        )
+    ]
     files += [conf / name for name in ("sae/_arm.yaml", "plan/variants.yaml", "track/none.yaml")]
     answers: collections.Counter[str] = collections.Counter()
     wrong: list[Any] = []
@@ -174,10 +246,22 @@ def try_edits(typed: Callable[..., str], tmp_path: Path, n: int, seed: int) -> c
         path = chance.choice(files)
         before = path.read_text()
         path.write_text(edit(before, chance))
-        answer = typed(["preset=smoke", "sae=topk", "data=[text8]", "metric=[sparsity]", "out_dir=run_1"], conf)
+        answer = typed(
+            ["preset=smoke", "sae=topk", "data=[text8]", "metric=[sparsity]", "out_dir=run_1"], conf
+        )
         answers[answer if answer in ("runs", "refused") else "wrong"] += 1
         if answer not in ("runs", "refused"):
-            wrong.append((path.name, [line for line in path.read_text().splitlines() if line not in before.splitlines()], answer))
+            wrong.append(
+                (
+                    path.name,
+                    [
+                        line
+                        for line in path.read_text().splitlines()
+                        if line not in before.splitlines()
+                    ],
+                    answer,
+                )
+            )
         path.write_text(before)
     assert not wrong, "\n".join(map(str, wrong[:25]))
     return answers
@@ -191,4 +275,6 @@ def test_some_edits_of_yaml_files(typed, tmp_path):
 def test_three_hundred_edits_of_yaml_files(typed, tmp_path, capsys):
     answers = try_edits(typed, tmp_path, 300, seed=2)
     with capsys.disabled():
-        print(f"\nedits of YAML files tried: {answers.total()}, {answers['runs']} accepted, {answers['refused']} refused in one line")
+        print(
+            f"\nedits of YAML files tried: {answers.total()}, {answers['runs']} accepted, {answers['refused']} refused in one line"
+        )

@@ -20,7 +20,9 @@ def directions(n: int, d: int, seed: int = 0) -> Tensor:
     return rows / rows.norm(dim=1, keepdim=True)
 
 
-def measure(sae: Given, *others: Given, kind: type[Bench] = Bench, x: Tensor | None = None, **options):
+def measure(
+    sae: Given, *others: Given, kind: type[Bench] = Bench, x: Tensor | None = None, **options
+):
     x = torch.randn(500, sae.d_in, generator=torch.Generator().manual_seed(9)) if x is None else x
     return geometry.measure(kind(sae=sae, device=CPU, x=x, replicas=others), **(OPTIONS | options))
 
@@ -31,7 +33,9 @@ def rotation(d: int) -> Tensor:
 
 def test_an_orthonormal_dictionary_has_no_coherence():
     found = measure(Given(torch.eye(8))).scalars
-    assert found["dict_max_cosine"] == pytest.approx(0, abs=1e-9) and found["dict_coherence_ratio"] == pytest.approx(0, abs=1e-9)
+    assert found["dict_max_cosine"] == pytest.approx(0, abs=1e-9) and found[
+        "dict_coherence_ratio"
+    ] == pytest.approx(0, abs=1e-9)
     assert found["dict_twin_frac"] == 0 and found["dict_encoder_cosine"] == pytest.approx(1)
 
 
@@ -58,23 +62,33 @@ def test_blocks_agree_with_brute_force(block):
 
 def test_a_permuted_copy_is_found_again_whole():
     rows = directions(20, 8)
-    found = measure(Given(rows), Given(rows[torch.randperm(20, generator=torch.Generator().manual_seed(1))])).scalars
+    found = measure(
+        Given(rows), Given(rows[torch.randperm(20, generator=torch.Generator().manual_seed(1))])
+    ).scalars
     for name in ("seed_mmcs", "seed_mmcs_back", "seed_matched_cosine", "seed_found_again"):
         assert found[name] == pytest.approx(1)
-    assert found["seed_mmcs_random"] < 0.85 and found["seed_matched_random"] < found["seed_mmcs_random"]
+    assert (
+        found["seed_mmcs_random"] < 0.85
+        and found["seed_matched_random"] < found["seed_mmcs_random"]
+    )
 
 
 def test_a_rotated_copy_is_as_far_as_a_random_dictionary():
     rows = directions(60, 24)
     found = measure(Given(rows), Given(rows @ rotation(24))).scalars
-    assert found["seed_mmcs"] == pytest.approx(found["seed_mmcs_random"], abs=0.05) and found["seed_found_again"] == 0
+    assert (
+        found["seed_mmcs"] == pytest.approx(found["seed_mmcs_random"], abs=0.05)
+        and found["seed_found_again"] == 0
+    )
 
 
 def test_a_part_of_a_dictionary_is_found_one_way_and_not_the_other():
     rows = torch.eye(10)
     found = measure(Given(rows), Given(rows[:5])).scalars
     assert found["seed_mmcs"] == pytest.approx(0.5) and found["seed_mmcs_back"] == pytest.approx(1)
-    assert found["seed_matched_cosine"] == pytest.approx(1) and found["seed_found_again"] == pytest.approx(0.5)
+    assert found["seed_matched_cosine"] == pytest.approx(1) and found[
+        "seed_found_again"
+    ] == pytest.approx(0.5)
 
 
 def test_matching_the_decoder_alone_is_not_enough():
@@ -94,12 +108,18 @@ def test_dead_latents_are_left_out():
     bias = torch.zeros(8)
     bias[4:] = -100.0
     half = measure(Given(torch.cat([torch.eye(4), torch.eye(4)]), b_enc=bias))
-    assert half.scalars["dict_twin_frac"] == 0 and int(torch.from_numpy(half.arrays["dict_max_cosine"]).isnan().sum()) == 4
+    assert (
+        half.scalars["dict_twin_frac"] == 0
+        and int(torch.from_numpy(half.arrays["dict_max_cosine"]).isnan().sum()) == 4
+    )
 
 
 def test_the_size_of_chunks_changes_nothing():
     rows = directions(20, 8)
-    assert measure(Given(rows), Given(rows[:9]), kind=Chunked).scalars == measure(Given(rows), Given(rows[:9])).scalars
+    assert (
+        measure(Given(rows), Given(rows[:9]), kind=Chunked).scalars
+        == measure(Given(rows), Given(rows[:9])).scalars
+    )
 
 
 def test_what_cannot_be_measured_is_null_with_a_reason():
@@ -107,7 +127,13 @@ def test_what_cannot_be_measured_is_null_with_a_reason():
     broken = measure(Given(torch.eye(4) * math.nan))
     alone = measure(Given(torch.eye(4)))
     for found in (dead, broken):
-        assert set(found.scalars.values()) == {None} and set(found.why_null) == set(found.scalars) == {i.name for i in geometry.INFO}
-    assert {k for k, v in alone.scalars.items() if v is None} == {i.name for i in geometry.ACROSS} == set(alone.why_null)
+        assert set(found.scalars.values()) == {None} and set(found.why_null) == set(
+            found.scalars
+        ) == {i.name for i in geometry.INFO}
+    assert (
+        {k for k, v in alone.scalars.items() if v is None}
+        == {i.name for i in geometry.ACROSS}
+        == set(alone.why_null)
+    )
     silent_twin = measure(Given(torch.eye(4)), Given(torch.eye(4), b_enc=torch.full((4,), -100.0)))
     assert silent_twin.why_null["seed_mmcs"] == "a replica is dead"

@@ -26,10 +26,24 @@ def built(*overrides: str, seed: int = 0) -> Hierarchical:
     return make("hierarchical", "sae.target_l0=null", *overrides, seed=seed, d_sae=WIDTH)
 
 
-def fit(sae: Hierarchical, steps: int = 120, batch_at=lambda s: batch(256, s), session: Session | None = None, **changes) -> Hierarchical:
+def fit(
+    sae: Hierarchical,
+    steps: int = 120,
+    batch_at=lambda s: batch(256, s),
+    session: Session | None = None,
+    **changes,
+) -> Hierarchical:
     start = rows(4096, 10**6)
     sample = Sample(start, start, rows(16384, 10**6 + 1))
-    fit_saes({"h": sae}, batch_at, config(steps=steps, **changes), sample, seed=0, dead_after=4000, session=session)
+    fit_saes(
+        {"h": sae},
+        batch_at,
+        config(steps=steps, **changes),
+        sample,
+        seed=0,
+        dead_after=4000,
+        session=session,
+    )
     return sae
 
 
@@ -50,7 +64,9 @@ def watched() -> tuple[Hierarchical, dict[str, dict[str, Tensor]]]:
 
 
 def fvu(sae: Hierarchical, x: Tensor, gate: float | None = None) -> float:
-    return float((x - sae.decode(sae.encode(x), gate)).square().sum() / (x - x.mean(0)).square().sum())
+    return float(
+        (x - sae.decode(sae.encode(x), gate)).square().sum() / (x - x.mean(0)).square().sum()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the forward pass
@@ -58,7 +74,9 @@ def fvu(sae: Hierarchical, x: Tensor, gate: float | None = None) -> float:
 
 def test_the_forward_pass_by_hand():
     """Two bottom latents, one top latent, everything with a number one can follow."""
-    sae = make("hierarchical", "sae.target_l0=null", "sae.model.top_frac=0.34", "sae.model.rank=1", d_sae=3).eval()
+    sae = make(
+        "hierarchical", "sae.target_l0=null", "sae.model.top_frac=0.34", "sae.model.rank=1", d_sae=3
+    ).eval()
     with torch.no_grad():
         for p in sae.parameters():
             p.zero_()
@@ -75,10 +93,15 @@ def test_the_forward_pass_by_hand():
         sae.joined.fill_(True)
     x = torch.zeros(1, D)
     x[0, 0], x[0, 1], x[0, 2] = 3.0, 0.4, 7.0
-    z1, z2 = torch.tensor([[3.0, 0.0]]), torch.tensor([[3.0 / 2.0 - 0.25]])  # 0.4 lies below the threshold
+    z1, z2 = (
+        torch.tensor([[3.0, 0.0]]),
+        torch.tensor([[3.0 / 2.0 - 0.25]]),
+    )  # 0.4 lies below the threshold
     acts = sae.encode(x)
     torch.testing.assert_close(acts, torch.cat([z1, z2], 1))
-    predicted = torch.tensor([[0.6 * 1.25 * 2.0, 0.0]])  # the ReLU cuts what the bias takes below zero
+    predicted = torch.tensor(
+        [[0.6 * 1.25 * 2.0, 0.0]]
+    )  # the ReLU cuts what the bias takes below zero
     gate = torch.tensor([[3.0**1.25 / (1 + 3.0**1.25), 0.5]])
     torch.testing.assert_close(sae.gates(z2), gate)
     mixed = gate * z1 + (1 - gate) * predicted
@@ -93,13 +116,23 @@ def test_a_forced_gate_gives_the_bottom_and_the_top(watched):
     acts = sae.encode(x)
     z1, z2 = sae.split(acts)
     assert torch.equal(sae.decode(acts, 1.0), z1 @ sae.bottom.W_dec + sae.bottom.b_dec)
-    torch.testing.assert_close(sae.decode(acts, 0.0), (sae.predict(z2) * sae.scale) @ sae.bottom.W_dec + sae.bottom.b_dec, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        sae.decode(acts, 0.0),
+        (sae.predict(z2) * sae.scale) @ sae.bottom.W_dec + sae.bottom.b_dec,
+        rtol=1e-5,
+        atol=1e-6,
+    )
     with torch.no_grad():
         free = sae.gate_bias.clone(), sae.gate_out.clone()
         sae.gate_out.zero_()
-        for bias, gate in ((100.0, 1.0), (-100.0, 0.0)):  # the learned gate, pushed to its ends, does the same
+        for bias, gate in (
+            (100.0, 1.0),
+            (-100.0, 0.0),
+        ):  # the learned gate, pushed to its ends, does the same
             sae.gate_bias.fill_(bias)
-            torch.testing.assert_close(sae.decode(acts), sae.decode(acts, gate), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                sae.decode(acts), sae.decode(acts, gate), rtol=1e-4, atol=1e-5
+            )
         sae.gate_bias.copy_(free[0])
         sae.gate_out.copy_(free[1])
 
@@ -120,7 +153,9 @@ def test_without_a_skip_the_reconstruction_is_the_tops():
 
 def test_the_bottom_alone_is_one_level():
     sae = fit(built("sae.model.levels=bottom"), 60)
-    assert sae.d_sae == 48 and [p.name for p in sae.phases()] == ["bottom"] and not hasattr(sae, "top")
+    assert (
+        sae.d_sae == 48 and [p.name for p in sae.phases()] == ["bottom"] and not hasattr(sae, "top")
+    )
     x = rows(4096, 77)
     assert abs(float((sae.encode(x) != 0).float().mean()) - 0.1) < 0.005
     assert fvu(sae, x) < 0.6
@@ -132,7 +167,10 @@ def test_the_bottom_alone_is_one_level():
 def test_the_phases_say_who_learns():
     sae = built()
     names = {id(p): n for n, p in sae.named_parameters()}
-    who = {phase.name: {names[id(p)].split(".")[0] for g in phase.groups for p in g.params} for phase in sae.phases()}
+    who = {
+        phase.name: {names[id(p)].split(".")[0] for g in phase.groups for p in g.params}
+        for phase in sae.phases()
+    }
     assert who["bottom"] == {"bottom"}
     assert who["top"] == {"top", "gate_in", "gate_out", "gate_bias"}
     assert who["both"] == who["bottom"] | who["top"]
@@ -143,10 +181,19 @@ def test_the_phases_say_who_learns():
 def test_the_frozen_bottom_keeps_every_bit_through_the_second_phase(watched):
     _, seen = watched
     frozen = [k for k in seen["bottom"] if k.startswith("bottom.") and "controller" not in k]
-    assert {"bottom.W_enc", "bottom.W_dec", "bottom.b_enc", "bottom.b_dec", "bottom.threshold", "bottom.centre"} == set(frozen)
+    assert {
+        "bottom.W_enc",
+        "bottom.W_dec",
+        "bottom.b_enc",
+        "bottom.b_dec",
+        "bottom.threshold",
+        "bottom.centre",
+    } == set(frozen)
     for key in [*frozen, "scale"]:
         assert torch.equal(seen["bottom"][key], seen["top"][key]), key
-        assert key in ("scale", "bottom.centre") or not torch.equal(seen["top"][key], seen["both"][key]), f"{key} learns again in the last phase"
+        assert key in ("scale", "bottom.centre") or not torch.equal(
+            seen["top"][key], seen["both"][key]
+        ), f"{key} learns again in the last phase"
     assert not torch.equal(seen["bottom"]["top.W_enc"], seen["top"]["top.W_enc"])
 
 
@@ -183,7 +230,9 @@ def test_the_record_of_the_fit_runs_through_all_phases(watched):
     progress, s1, s2 = sae.trace[:, 0], sae.trace[:, 1], sae.trace[:, 2]
     known = ~torch.isnan(progress)
     assert int(known.sum()) == 120 and bool((progress[known].diff() > 0).all())
-    assert bool(torch.isnan(s2[progress < 0.45]).all()) and not bool(torch.isnan(s2[progress >= 0.45]).any())
+    assert bool(torch.isnan(s2[progress < 0.45]).all()) and not bool(
+        torch.isnan(s2[progress >= 0.45]).any()
+    )
     assert abs(float(s1[known][-10:].mean()) - 0.9) < 0.03
 
 
@@ -223,7 +272,9 @@ def test_a_bad_row_in_the_second_phase_names_step_and_term():
 
 def test_a_total_l0_scales_both_levels_alike():
     assert built().active == pytest.approx([4.8, 3.6])
-    assert make("hierarchical", "sae.target_l0=4.2", d_sae=WIDTH).active == pytest.approx([2.4, 1.8])
+    assert make("hierarchical", "sae.target_l0=4.2", d_sae=WIDTH).active == pytest.approx(
+        [2.4, 1.8]
+    )
 
 
 @pytest.mark.parametrize(
@@ -270,11 +321,15 @@ def test_paths_are_dropped_on_the_asked_for_share_of_the_rows():
     sae = built("sae.model.drop_bottom=1.0", "sae.model.drop_top=0")
     sae.begin("train", rows(1024, 0), rows(1024, 0))
     loss = sae.loss(batch(), step(sae))
-    assert loss.parts["mse"].item() == pytest.approx(loss.parts["top_mse"].item() / sae.weights.top, rel=1e-5)
+    assert loss.parts["mse"].item() == pytest.approx(
+        loss.parts["top_mse"].item() / sae.weights.top, rel=1e-5
+    )
     sae = built("sae.model.drop_bottom=0", "sae.model.drop_top=1.0")
     sae.begin("train", rows(1024, 0), rows(1024, 0))
     loss = sae.loss(batch(), step(sae))
-    assert loss.parts["mse"].item() == pytest.approx(loss.parts["bottom_mse"].item() / sae.weights.bottom, rel=1e-5)
+    assert loss.parts["mse"].item() == pytest.approx(
+        loss.parts["bottom_mse"].item() / sae.weights.bottom, rel=1e-5
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the parts
@@ -291,7 +346,9 @@ def test_the_threshold_of_none_or_of_constants_leaves_none():
     assert not (x > exact_threshold(lambda: [x], 0)).any()
     assert exact_threshold(lambda: [torch.ones(10, 10)], 5) == 1
     spread = torch.cat([torch.zeros(5000), torch.arange(10.0), torch.tensor([1e6])])
-    assert int((spread > exact_threshold(lambda: [spread], 4)).sum()) == 4, "all but one value fall into one bin"
+    assert int((spread > exact_threshold(lambda: [spread], 4)).sum()) == 4, (
+        "all but one value fall into one bin"
+    )
 
 
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])
@@ -305,7 +362,10 @@ def test_a_level_that_is_too_sparse_is_lifted_and_one_that_is_too_dense_is_cut(s
 
 
 def test_joined_codes_count_like_one_matrix():
-    a, b = (torch.rand(40, n, generator=torch.Generator().manual_seed(n)).sub(0.5).relu() for n in (6, 3))
+    a, b = (
+        torch.rand(40, n, generator=torch.Generator().manual_seed(n)).sub(0.5).relu()
+        for n in (6, 3)
+    )
     both = Joined([a, b], [6, 3])
     whole = torch.cat([a, b], 1)
     assert torch.equal(both.dense(), whole) and torch.equal(both.fires, (whole != 0).sum(0).int())
@@ -329,9 +389,14 @@ def test_directions_and_readers_of_the_top_are_those_of_its_products():
 
 def test_an_l0_may_be_asked_for_as_a_share_of_the_latents():
     assert arm("batch_topk", "sae.active_frac=0.14").build(16, 16).k == pytest.approx(0.14 * 128)
-    assert arm("standard", "sae.active_frac=0.25", "sae.d_sae=40").build(16, 16).controller.target == 10
+    assert (
+        arm("standard", "sae.active_frac=0.25", "sae.d_sae=40").build(16, 16).controller.target
+        == 10
+    )
     plain, asked = arm("standard"), arm("standard", "sae.active_frac=0.25")
-    assert "active_frac" not in plain.describe() and asked.describe()["active_frac"] == 0.25, "fits that do not use it keep their cache keys"
+    assert "active_frac" not in plain.describe() and asked.describe()["active_frac"] == 0.25, (
+        "fits that do not use it keep their cache keys"
+    )
     for name, share in (("hierarchical", 1.5), ("standard", 0.0), ("kl_rate", 2)):
         with pytest.raises(UserError, match="active_frac"):
             arm(name, f"sae.active_frac={share}").build(16, 16)
@@ -340,10 +405,18 @@ def test_an_l0_may_be_asked_for_as_a_share_of_the_latents():
 def test_the_baselines_of_the_plan_have_the_size_and_the_sparsity_of_the_pair():
     built_for = {}
     for run in ("run_0", "run_2", "run_5", "run_6"):
-        overrides, _ = complete([f"out_dir={run}"], plan="hierarchical", extra=["preset=laptop"], conf=CONF)
-        built_for[run] = next(iter(build(compose_checked(CONF, overrides)[0].study).arms.values())).build(128, 128)
+        overrides, _ = complete(
+            [f"out_dir={run}"], plan="hierarchical", extra=["preset=laptop"], conf=CONF
+        )
+        built_for[run] = next(
+            iter(build(compose_checked(CONF, overrides)[0].study).arms.values())
+        ).build(128, 128)
     pair = built_for["run_2"]
     assert pair.widths == (512, 128)
-    for run, l0 in (("run_0", built_for["run_0"].controller.target), ("run_5", built_for["run_5"].k), ("run_6", built_for["run_6"].k)):
+    for run, l0 in (
+        ("run_0", built_for["run_0"].controller.target),
+        ("run_5", built_for["run_5"].k),
+        ("run_6", built_for["run_6"].k),
+    ):
         assert built_for[run].d_sae == pair.d_sae and l0 == pytest.approx(sum(pair.active))
     assert built_for["run_6"].ends == [128, 640], "the inner group is as wide as the top"

@@ -41,7 +41,9 @@ class Trap:
 def bomb() -> bytes:
     """An array of 8 TB of zeros, as its header says, in a few hundred bytes."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (1 << 40,)})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f8", "fortran_order": False, "shape": (1 << 40,)}
+    )
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as folder:
         folder.writestr("x.npy", header.getvalue() + bytes(1000))
@@ -51,8 +53,13 @@ def bomb() -> bytes:
 def big(n: int = (1 << 30) + 1) -> bytes:
     """An archive that truly unpacks to more than a gigabyte."""
     packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as folder, folder.open("x.npy", "w", force_zip64=True) as out:
-        np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": (n,)})  # pyright: ignore[reportArgumentType]
+    with (
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as folder,
+        folder.open("x.npy", "w", force_zip64=True) as out,
+    ):
+        np.lib.format.write_array_header_1_0(
+            out, {"descr": "|u1", "fortran_order": False, "shape": (n,)}
+        )  # pyright: ignore[reportArgumentType]
         zeros = bytes(1 << 24)
         for _ in range(n // len(zeros)):
             out.write(zeros)
@@ -77,14 +84,39 @@ def text(content: str) -> Callable[[Path], None]:
     return lambda path: path.write_text(content) and None
 
 
-FILES = ["manifest.json", "final_info.json", "cells/shakespeare_char_0.json", "curves/shakespeare_char_0.jsonl", "arrays/shakespeare_char_0.npz"]
+FILES = [
+    "manifest.json",
+    "final_info.json",
+    "cells/shakespeare_char_0.json",
+    "curves/shakespeare_char_0.jsonl",
+    "arrays/shakespeare_char_0.npz",
+]
 CONTENTS: dict[str, Callable[[Path], Any]] = {
-    "deep": text(DEEP), "a list": text("[]"), "a number": text("1e999"), "null": text("null"), "not text": lambda path: path.write_bytes(b"\xff\xfe\x00"),
-    "empty": text(""), "endless": link("/dev/zero"), "another file": link("/etc/passwd"), "loop": lambda path: link(path.name)(path),
-    "a folder": lambda path: (path.unlink(), path.mkdir()), "nothing there": link("/nonexistent"),
-    "strange keys": text(json.dumps({"../../x": {"means": {"../../y": 1}}, "": {}, "a\u0000b": [], "metrics": {"\u202e": None}, "config": 3, "corpora": []})),
+    "deep": text(DEEP),
+    "a list": text("[]"),
+    "a number": text("1e999"),
+    "null": text("null"),
+    "not text": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+    "empty": text(""),
+    "endless": link("/dev/zero"),
+    "another file": link("/etc/passwd"),
+    "loop": lambda path: link(path.name)(path),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "nothing there": link("/nonexistent"),
+    "strange keys": text(
+        json.dumps(
+            {
+                "../../x": {"means": {"../../y": 1}},
+                "": {},
+                "a\u0000b": [],
+                "metrics": {"\u202e": None},
+                "config": 3,
+                "corpora": [],
+            }
+        )
+    ),
     "a huge number": text('{"dataset": "shakespeare_char", "seed": ' + "9" * 5000 + "}"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -117,7 +149,9 @@ def test_plot_py_draws_what_is_left_beside_hostile_runs(tmp_path):
     runs, mark = tmp_path / "runs", tmp_path / "mark"
     evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
     make_run(runs, "run_0", seeds=(0,), label=evil)
-    for i, (what, make) in enumerate([*CONTENTS.items(), ("bomb", None), ("trap", None), ("big", None)]):
+    for i, (what, make) in enumerate(
+        [*CONTENTS.items(), ("bomb", None), ("trap", None), ("big", None)]
+    ):
         folder = make_run(runs, f"run_{i + 1}", seeds=(0,))
         arrays = folder / "arrays" / "shakespeare_char_0.npz"
         if make is not None:
@@ -125,10 +159,18 @@ def test_plot_py_draws_what_is_left_beside_hostile_runs(tmp_path):
                 make(folder / name)
         else:
             arrays.write_bytes({"bomb": bomb, "trap": lambda: trapped(mark), "big": big}[what]())
-    write_json(runs / "run_1" / "features" / "shakespeare_char_0.json", [{"latent": evil, "contexts": DEEP[:100]}, 3, None])
+    write_json(
+        runs / "run_1" / "features" / "shakespeare_char_0.json",
+        [{"latent": evil, "contexts": DEEP[:100]}, 3, None],
+    )
     limited = f"ulimit -v {8 << 20}; exec {sys.executable} {ROOT}/plot.py {runs} --png_dir {tmp_path}/png --figures pareto,density,final_metrics"
     done = subprocess.run(
-        ["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        ["bash", "-c", limited],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr and not mark.exists()
@@ -144,14 +186,18 @@ def weights(header: bytes, length: int | None = None) -> bytes:
 HOSTILE_WEIGHTS = {
     "a pickle": pickle.dumps({"W_enc": [1.0]}),
     "a header longer than the file": weights(b"{}", 1 << 60),
-    "a tensor outside the file": weights(b'{"W_enc":{"dtype":"F32","shape":[9999999,9999999],"data_offsets":[0,399999840000016]}}'),
+    "a tensor outside the file": weights(
+        b'{"W_enc":{"dtype":"F32","shape":[9999999,9999999],"data_offsets":[0,399999840000016]}}'
+    ),
     "tensors that overlap": weights(
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    ) + bytes(4),
-    "a negative shape": weights(b'{"W_enc":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}') + bytes(4),
+    )
+    + bytes(4),
+    "a negative shape": weights(b'{"W_enc":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}')
+    + bytes(4),
     "deep": weights(b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}"),
     "nothing": b"",
-}  # fmt: skip
+}
 HOSTILE_CONFIGS = {
     "deep": DEEP,
     "a list": "[]",
@@ -162,10 +208,17 @@ HOSTILE_CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("what", [*HOSTILE_WEIGHTS, *(f"config: {name}" for name in HOSTILE_CONFIGS)])
+@pytest.mark.parametrize(
+    "what", [*HOSTILE_WEIGHTS, *(f"config: {name}" for name in HOSTILE_CONFIGS)]
+)
 def test_a_hostile_sae_directory_is_one_line(tmp_path, what):
-    (tmp_path / "cfg.json").write_text(HOSTILE_CONFIGS.get(what.removeprefix("config: "), '{"architecture": "topk", "d_in": 4, "d_sae": 8, "k": 2}')
-                                       if what.startswith("config") else '{"architecture": "topk", "d_in": 4, "d_sae": 8, "k": 2}')  # fmt: skip
+    (tmp_path / "cfg.json").write_text(
+        HOSTILE_CONFIGS.get(
+            what.removeprefix("config: "), '{"architecture": "topk", "d_in": 4, "d_sae": 8, "k": 2}'
+        )
+        if what.startswith("config")
+        else '{"architecture": "topk", "d_in": 4, "d_sae": 8, "k": 2}'
+    )
     (tmp_path / "sae_weights.safetensors").write_bytes(HOSTILE_WEIGHTS.get(what, weights(b"{}")))
     with pytest.raises(UserError) as caught:
         load_sae(tmp_path)

@@ -14,7 +14,20 @@ from sae_experiments.errors import UserError
 from sae_experiments.saes import saelens as interop
 from sae_experiments.saes.base import Inference
 
-EXPORTABLE = ["standard", "tied", "gated", "jumprelu", "topk", "batch_topk", "matryoshka", "p_anneal", "kl", "orthogonal", "end_to_end", "random"]
+EXPORTABLE = [
+    "standard",
+    "tied",
+    "gated",
+    "jumprelu",
+    "topk",
+    "batch_topk",
+    "matryoshka",
+    "p_anneal",
+    "kl",
+    "orthogonal",
+    "end_to_end",
+    "random",
+]
 
 
 @pytest.fixture(params=EXPORTABLE)
@@ -35,7 +48,12 @@ def test_a_directory_read_back_computes_the_same(written):
 
 def test_written_again_it_is_the_same_directory(written, tmp_path):
     _, folder = written
-    save_sae(load_sae(folder), tmp_path / "again", reference=rows(64, 3), metadata={"hook_name": "resid.2"})
+    save_sae(
+        load_sae(folder),
+        tmp_path / "again",
+        reference=rows(64, 3),
+        metadata={"hook_name": "resid.2"},
+    )
     one, two = (load_file(f / "sae_weights.safetensors") for f in (folder, tmp_path / "again"))
     assert one.keys() == two.keys()
     for key, value in one.items():
@@ -43,7 +61,10 @@ def test_written_again_it_is_the_same_directory(written, tmp_path):
 
 
 def test_sae_lens_computes_the_same_codes_and_reconstructions(written):
-    sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install -e '.[peers]' in an environment of its own")
+    sae_lens = pytest.importorskip(
+        "sae_lens",
+        reason="sae-lens is not installed: pip install -e '.[peers]' in an environment of its own",
+    )
     sae, folder = written
     x = rows(500, 4)
     theirs = sae_lens.SAE.load_from_disk(str(folder))
@@ -53,7 +74,10 @@ def test_sae_lens_computes_the_same_codes_and_reconstructions(written):
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
 def test_what_sae_lens_writes_loads_here(architecture, tmp_path):
-    sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install -e '.[peers]' in an environment of its own")
+    sae_lens = pytest.importorskip(
+        "sae_lens",
+        reason="sae-lens is not installed: pip install -e '.[peers]' in an environment of its own",
+    )
     kinds = {
         "standard": ("StandardSAE", "StandardSAEConfig", {}),
         "topk": ("TopKSAE", "TopKSAEConfig", {"k": 5}),
@@ -62,7 +86,9 @@ def test_what_sae_lens_writes_loads_here(architecture, tmp_path):
     }
     cls, cfg, extra = kinds[architecture]
     torch.manual_seed(0)
-    theirs = getattr(sae_lens, cls)(getattr(sae_lens, cfg)(d_in=16, d_sae=M, dtype="float32", device="cpu", **extra))
+    theirs = getattr(sae_lens, cls)(
+        getattr(sae_lens, cfg)(d_in=16, d_sae=M, dtype="float32", device="cpu", **extra)
+    )
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(0.1 * torch.rand_like(p))
@@ -109,7 +135,11 @@ def test_swapped_tensors_are_noticed_by_the_reference_rows(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
-    [("architecture", "magic", "architecture='magic'"), ("d_in", "x", "d_in"), ("normalize_activations", "layer_norm", "layer_norm")],
+    [
+        ("architecture", "magic", "architecture='magic'"),
+        ("d_in", "x", "d_in"),
+        ("normalize_activations", "layer_norm", "layer_norm"),
+    ],
 )
 def test_a_setting_that_is_not_known_is_named(key, value, said, tmp_path):
     folder = _saved(tmp_path)
@@ -123,7 +153,9 @@ def test_what_is_no_sae_directory_or_no_whole_file_is_one_line(tmp_path):
     with pytest.raises(UserError, match="is not an SAE directory"):
         load_sae(tmp_path)
     folder = _saved(tmp_path)
-    (folder / "sae_weights.safetensors").write_bytes((folder / "sae_weights.safetensors").read_bytes()[:-50])
+    (folder / "sae_weights.safetensors").write_bytes(
+        (folder / "sae_weights.safetensors").read_bytes()[:-50]
+    )
     with pytest.raises(UserError, match="not a whole safetensors file"):
         load_sae(folder)
 
@@ -133,8 +165,22 @@ def test_what_a_loaded_latent_writes_follows_its_decoder(rescaled):
     """SAELens' TopK may divide the code by the lengths of the decoder's rows before it decodes."""
     g = torch.Generator().manual_seed(0)
     rows_dec = torch.randn(M, D, generator=g) * torch.rand(M, 1, generator=g).mul(5)
-    tensors = {"W_enc": torch.randn(D, M, generator=g), "W_dec": rows_dec, "b_enc": torch.zeros(M), "b_dec": torch.zeros(D)}
-    sae = interop.Loaded(Inference("topk", tensors, {"k": 4, "rescale_acts_by_decoder_norm": rescaled}))
+    tensors = {
+        "W_enc": torch.randn(D, M, generator=g),
+        "W_dec": rows_dec,
+        "b_enc": torch.zeros(M),
+        "b_dec": torch.zeros(D),
+    }
+    sae = interop.Loaded(
+        Inference("topk", tensors, {"k": 4, "rescale_acts_by_decoder_norm": rescaled})
+    )
     acts, direction = sae.encode(torch.randn(32, D, generator=g)), torch.randn(D, generator=g)
-    torch.testing.assert_close(sae.contributions(acts, direction).sum(1), (sae.decode(acts) - sae.b_dec) @ direction, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sae.reach(), (sae.decode(torch.eye(M)) - sae.b_dec).norm(dim=1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        sae.contributions(acts, direction).sum(1),
+        (sae.decode(acts) - sae.b_dec) @ direction,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    torch.testing.assert_close(
+        sae.reach(), (sae.decode(torch.eye(M)) - sae.b_dec).norm(dim=1), rtol=1e-4, atol=1e-6
+    )

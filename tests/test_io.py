@@ -23,14 +23,23 @@ from sae_experiments.source import package_digest, source_digest
 def python(code: str, *args: object) -> subprocess.Popen[str]:
     """Another process that has imported the modules under test."""
     start = "import os, signal, sys, time\nfrom pathlib import Path\nfrom sae_experiments import cache, files\n"
-    return subprocess.Popen([sys.executable, "-c", start + code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", start + code, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ files
 
 
 def test_a_reader_sees_the_old_bytes_or_the_new_ones_and_never_half(tmp_path):
-    path, contents, stop = tmp_path / "sub" / "f", [b"a" * 400_000, b"b" * 300_000], threading.Event()
+    path, contents, stop = (
+        tmp_path / "sub" / "f",
+        [b"a" * 400_000, b"b" * 300_000],
+        threading.Event(),
+    )
     write_bytes(path, contents[0])
 
     def write():
@@ -66,7 +75,10 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path, monkey
 def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path, moment):
     path = tmp_path / "f"
     write_bytes(path, b"old")
-    killed = python(f"os.{moment} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nfiles.write_bytes(Path(sys.argv[1]), b'new')", path)
+    killed = python(
+        f"os.{moment} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nfiles.write_bytes(Path(sys.argv[1]), b'new')",
+        path,
+    )
     assert killed.wait(30) == -signal.SIGKILL
     assert path.read_bytes() == b"old"
     write_bytes(path, b"next")
@@ -106,8 +118,22 @@ def test_damaged_json_is_one_line_that_names_the_file(tmp_path):
 
 
 def test_digest_depends_on_content_and_not_on_key_order():
-    assert digest({"a": 1, "b": [1, 2], "c": {"x": None, "y": "z"}}) == digest({"c": {"y": "z", "x": None}, "b": [1, 2], "a": 1})
-    different = [{"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {"a": [1]}, {"a": None}, {"a": True}, {"a": 1.5}, [1, 2], [2, 1], [[1], 2]]
+    assert digest({"a": 1, "b": [1, 2], "c": {"x": None, "y": "z"}}) == digest(
+        {"c": {"y": "z", "x": None}, "b": [1, 2], "a": 1}
+    )
+    different = [
+        {"a": 1},
+        {"a": 2},
+        {"b": 1},
+        {"a": "1"},
+        {"a": [1]},
+        {"a": None},
+        {"a": True},
+        {"a": 1.5},
+        [1, 2],
+        [2, 1],
+        [[1], 2],
+    ]
     assert len({digest(v) for v in different}) == len(different)
     assert len(digest({})) == 16 and int(digest({}), 16) >= 0
     with pytest.raises(ValueError, match="JSON"):
@@ -142,10 +168,16 @@ def test_source_digest_ignores_comments_docstrings_and_layout(tmp_path, same):
 
 @pytest.mark.parametrize(
     "other",
-    [PLAIN.replace("1", "2"), PLAIN.replace("'text'", "'txt'"), PLAIN.replace("x", "z"), PLAIN + "import os\n", PLAIN.replace("+", "-"),
-     PLAIN.replace("    return x + 1", "    y = 1\n    'not a docstring'\n    return x + 1")],
+    [
+        PLAIN.replace("1", "2"),
+        PLAIN.replace("'text'", "'txt'"),
+        PLAIN.replace("x", "z"),
+        PLAIN + "import os\n",
+        PLAIN.replace("+", "-"),
+        PLAIN.replace("    return x + 1", "    y = 1\n    'not a docstring'\n    return x + 1"),
+    ],
     ids=["number", "string", "name", "statement", "operator", "body"],
-)  # fmt: skip
+)
 def test_source_digest_notices_every_change_of_code(tmp_path, other):
     assert code(tmp_path, other) != code(tmp_path, PLAIN)
 
@@ -174,7 +206,11 @@ def make_of(calls: list[Path], name: str = "f", content: bytes = b"content" * 10
 def test_cached_makes_once_and_names_the_folder_by_its_key(tmp_path):
     calls: list[Path] = []
     folder = cached(tmp_path, "kind", {"a": 1, "b": 2}, make_of(calls))
-    assert cached(tmp_path, "kind", {"b": 2, "a": 1}, make_of(calls)) == folder == tmp_path / "kind" / digest({"a": 1, "b": 2})
+    assert (
+        cached(tmp_path, "kind", {"b": 2, "a": 1}, make_of(calls))
+        == folder
+        == tmp_path / "kind" / digest({"a": 1, "b": 2})
+    )
     assert calls == [folder]
     assert cached(tmp_path, "kind", {"a": 2}, make_of(calls)) != folder
     assert cached(tmp_path, "other", {"a": 1, "b": 2}, make_of(calls)) != folder
@@ -189,7 +225,9 @@ def test_cached_goes_on_in_the_same_folder_after_an_exception(tmp_path):
     with pytest.raises(RuntimeError, match="power cut"):
         cached(tmp_path, "kind", {"a": 1}, fail)
     found = []
-    folder = cached(tmp_path, "kind", {"a": 1}, lambda f: found.append((f / "checkpoint").read_bytes()))
+    folder = cached(
+        tmp_path, "kind", {"a": 1}, lambda f: found.append((f / "checkpoint").read_bytes())
+    )
     assert found == [b"half"] and (folder / DONE).exists()
 
 
@@ -228,7 +266,9 @@ def test_cached_notices_damage_says_so_and_makes_it_again(tmp_path, capsys, dama
     assert cached(tmp_path, "kind", {"a": 1}, make_of(calls)) == folder
     said = capsys.readouterr().out
     assert len(calls) == 2 and named in said and "damaged" in said and said.count("\n") == 1
-    assert (folder / "sub" / "f").read_bytes() == b"content" * 100 and not (folder / "stale").exists()
+    assert (folder / "sub" / "f").read_bytes() == b"content" * 100 and not (
+        folder / "stale"
+    ).exists()
     cached(tmp_path, "kind", {"a": 1}, make_of(calls))
     assert len(calls) == 2 and not capsys.readouterr().out
 
@@ -263,9 +303,14 @@ def test_a_make_that_was_cut_short_is_returned_as_it_is_and_continued_next_time(
     assert numbers == [(1, False), (2, False), (3, True), (3, True), (3, True)]
 
 
-def test_a_folder_that_several_write_to_is_cleared_of_what_killed_writers_left_and_of_nothing_else(tmp_path):
+def test_a_folder_that_several_write_to_is_cleared_of_what_killed_writers_left_and_of_nothing_else(
+    tmp_path,
+):
     folder = tmp_path / "shared"
-    killed = python("os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nfiles.write_bytes(Path(sys.argv[1]), b'half')", folder / "a.json")
+    killed = python(
+        "os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nfiles.write_bytes(Path(sys.argv[1]), b'half')",
+        folder / "a.json",
+    )
     assert killed.wait(30) == -signal.SIGKILL and len(list(folder.glob(".a.json.*.tmp"))) == 1
     (folder / "inside").mkdir()
     others = [folder / ".notes.tmp", folder / "own.12.tmp", folder / "inside" / ".a.json.12.tmp"]
@@ -275,14 +320,23 @@ def test_a_folder_that_several_write_to_is_cleared_of_what_killed_writers_left_a
         files.write_bytes(folder / "b.json", b"whole")
         with pytest.raises(UserError), locked(folder / ".lock", wait_s=0):
             pass
-    assert {p for p in folder.rglob("*") if p.is_file()} == {*others, folder / "b.json", folder / ".lock"}
+    assert {p for p in folder.rglob("*") if p.is_file()} == {
+        *others,
+        folder / "b.json",
+        folder / ".lock",
+    }
 
 
 def test_two_threads_that_write_one_file_do_not_share_a_temporary_one(tmp_path, monkeypatch):
     names: list[str] = []
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (names.append(str(a)), time.sleep(0.1), replace(a, b)))
-    threads = [threading.Thread(target=files.write_bytes, args=(tmp_path / "f", bytes([i]) * 99)) for i in range(2)]
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (names.append(str(a)), time.sleep(0.1), replace(a, b))
+    )
+    threads = [
+        threading.Thread(target=files.write_bytes, args=(tmp_path / "f", bytes([i]) * 99))
+        for i in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -291,9 +345,15 @@ def test_two_threads_that_write_one_file_do_not_share_a_temporary_one(tmp_path, 
 
 
 def test_a_lock_that_is_held_is_one_line_and_is_free_when_its_holder_dies(tmp_path):
-    holder = python("with cache.locked(Path(sys.argv[1])):\n print('held', flush=True)\n time.sleep(60)", tmp_path / "lock")
+    holder = python(
+        "with cache.locked(Path(sys.argv[1])):\n print('held', flush=True)\n time.sleep(60)",
+        tmp_path / "lock",
+    )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match="somebody has it"), locked(tmp_path / "lock", wait_s=0, held="somebody has it"):
+    with (
+        pytest.raises(UserError, match="somebody has it"),
+        locked(tmp_path / "lock", wait_s=0, held="somebody has it"),
+    ):
         pass
     holder.kill()
     holder.wait()
@@ -313,7 +373,9 @@ def test_a_folder_is_discarded_only_when_nobody_is_making_it(tmp_path):
     order: list[str] = []
 
     def make(folder: Path) -> None:
-        other = threading.Thread(target=lambda: (discard(tmp_path, "kind", {"a": 1}), order.append("discarded")))
+        other = threading.Thread(
+            target=lambda: (discard(tmp_path, "kind", {"a": 1}), order.append("discarded"))
+        )
         other.start()
         time.sleep(0.3)
         (folder / "f").write_text("whole")

@@ -40,10 +40,16 @@ class Slow(http.server.BaseHTTPRequestHandler):
     content = b""
 
     def do_GET(self) -> None:
-        start = int(found[1]) if (found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
+        start = (
+            int(found[1])
+            if (found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")))
+            else 0
+        )
         self.send_response(206 if found else 200)
         if found:
-            self.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+            self.send_header(
+                "Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}"
+            )
         self.send_header("Content-Length", str(len(self.content) - start))
         self.end_headers()
         with contextlib.suppress(OSError):  # the reader was killed
@@ -66,23 +72,57 @@ class Killer:
         handler = type("Handler", (Slow,), {"content": packed.getvalue()})
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        source = {"url": f"http://127.0.0.1:{self.server.server_port}/made.zip", "bytes": len(packed.getvalue()), "archive": "zip", "member": "made"}
+        source = {
+            "url": f"http://127.0.0.1:{self.server.server_port}/made.zip",
+            "bytes": len(packed.getvalue()),
+            "archive": "zip",
+            "member": "made",
+        }
         sha = hashlib.sha256(text).hexdigest()
-        listed = "{" + ",".join(f"{k}:'{v}'" if isinstance(v, str) else f"{k}:{v}" for k, v in (source | {"sha256": None}).items()) + "}"
+        listed = (
+            "{"
+            + ",".join(
+                f"{k}:'{v}'" if isinstance(v, str) else f"{k}:{v}"
+                for k, v in (source | {"sha256": None}).items()
+            )
+            + "}"
+        )
         listed = listed.replace("sha256:None", "sha256:null")
         tiny = [o for o in TINY.split() if o != "offline=true"]
-        text8 = ["data=[text8]", f"data.text8.sources=[{listed}]", f"data.text8.bytes={len(text)}", f"data.text8.sha256={sha}", "data.text8.md5=null"]
+        text8 = [
+            "data=[text8]",
+            f"data.text8.sources=[{listed}]",
+            f"data.text8.bytes={len(text)}",
+            f"data.text8.sha256={sha}",
+            "data.text8.md5=null",
+        ]
         text8 += ["data.text8.head=null", "data.text8.stand_in=never"]
-        self.commands = [["experiment", *tiny, *text8, *LONGER.split(), "out_dir=k"], ["plot", "runs", FIGURES]]
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SAE_", "WANDB_", "http", "HTTP"))}
+        self.commands = [
+            ["experiment", *tiny, *text8, *LONGER.split(), "out_dir=k"],
+            ["plot", "runs", FIGURES],
+        ]
+        clean = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("SAE_", "WANDB_", "http", "HTTP"))
+        }
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "killing.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean, cwd=here
+            [sys.executable, str(ROOT / "tests" / "killing.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=clean,
+            cwd=here,
         )
 
     def __call__(self, **moment: Any) -> dict[str, Any]:
         """Run the commands, killed at ``after_s`` seconds or ``at_event``, or not at all."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        request = {"here": str(self.here), "env": {"SAE_CACHE": str(self.here / "cache")}, "said": str(self.here / "said.txt")}
+        request = {
+            "here": str(self.here),
+            "env": {"SAE_CACHE": str(self.here / "cache")},
+            "said": str(self.here / "said.txt"),
+        }
         self.process.stdin.write(json.dumps(request | {"commands": self.commands} | moment) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -111,17 +151,32 @@ def undisturbed(killer: Killer) -> dict[str, Any]:
     began = time.monotonic()
     ended = killer()
     assert ended["status"] == 0, (killer.here / "said.txt").read_text()[-3000:]
-    return left_behind(killer.here) | {"seconds": time.monotonic() - began, "events": ended["events"], "spent": ended["spent"]}
+    return left_behind(killer.here) | {
+        "seconds": time.monotonic() - began,
+        "events": ended["events"],
+        "spent": ended["spent"],
+    }
 
 
 def left_behind(here: Path) -> dict[str, Any]:
     """Everything that no clock has a part in."""
-    run, final = here / "runs" / "k", json.loads((here / "runs" / "k" / "final_info.json").read_text())
+    run, final = (
+        here / "runs" / "k",
+        json.loads((here / "runs" / "k" / "final_info.json").read_text()),
+    )
     (record,) = read_records(run)
-    table = [line for line in (here / "runs" / "comparison" / "comparison.csv").read_text().splitlines() if not any(name in line for name in TIMED)]
+    table = [
+        line
+        for line in (here / "runs" / "comparison" / "comparison.csv").read_text().splitlines()
+        if not any(name in line for name in TIMED)
+    ]
     return {
         "final": {
-            d: {k: {m: v for m, v in part.items() if not any(t in m for t in TIMED)} for k, part in entry.items()} for d, entry in final.items()
+            d: {
+                k: {m: v for m, v in part.items() if not any(t in m for t in TIMED)}
+                for k, part in entry.items()
+            }
+            for d, entry in final.items()
         },
         "metrics": {k: v for k, v in record.metrics.items() if k not in TIMED},
         "why_null": record.why_null,
@@ -135,8 +190,14 @@ def left_behind(here: Path) -> dict[str, Any]:
 
 def torn_files(here: Path) -> list[str]:
     """Files under their final names that are not whole, and cache folders that say they are finished and are not."""
-    torn = [f"{done.parent}/{damaged}" for done in (here / "cache").rglob(DONE) if (damaged := _damage(done.parent))]
-    for path in (p for p in (here / "runs").rglob("*") if p.is_file() and not p.name.startswith(".")):
+    torn = [
+        f"{done.parent}/{damaged}"
+        for done in (here / "cache").rglob(DONE)
+        if (damaged := _damage(done.parent))
+    ]
+    for path in (
+        p for p in (here / "runs").rglob("*") if p.is_file() and not p.name.startswith(".")
+    ):
         try:
             if path.suffix == ".json":
                 json.loads(path.read_text())
@@ -154,7 +215,9 @@ def torn_files(here: Path) -> list[str]:
     return torn
 
 
-def finish_after(killer: Killer, moments: list[dict[str, Any]], undisturbed: dict[str, Any]) -> collections.Counter[str]:
+def finish_after(
+    killer: Killer, moments: list[dict[str, Any]], undisturbed: dict[str, Any]
+) -> collections.Counter[str]:
     """Kill at each moment, starting anew whenever the commands got through; at every end the same is there as undisturbed."""
     kills: collections.Counter[str] = collections.Counter()
     killer.clear()
@@ -169,7 +232,11 @@ def finish_after(killer: Killer, moments: list[dict[str, Any]], undisturbed: dic
         different = [k for k, v in found.items() if v != undisturbed[k]]
         assert not different, (moment, different)
         stale = [str(p) for p in killer.here.rglob(".*.tmp")]
-        assert not stale and not list(killer.here.rglob("checkpoint*")) and not list((killer.here / "cache").rglob("*.part"))
+        assert (
+            not stale
+            and not list(killer.here.rglob("checkpoint*"))
+            and not list((killer.here / "cache").rglob("*.part"))
+        )
         killer.clear()
     return kills
 
@@ -184,9 +251,14 @@ def moments(killer: Killer, undisturbed: dict[str, Any], n: int) -> list[dict[st
     return both
 
 
-def staged(killer: Killer, undisturbed: dict[str, Any], stages: tuple[str, ...] = STAGES) -> list[dict[str, Any]]:
+def staged(
+    killer: Killer, undisturbed: dict[str, Any], stages: tuple[str, ...] = STAGES
+) -> list[dict[str, Any]]:
     """One kill in each stage, in their order, at a moment of it that is anybody's guess."""
-    return [{"in_stage": s, "after_s": killer.chance.uniform(0.0, 0.9 * undisturbed["spent"][s])} for s in stages]
+    return [
+        {"in_stage": s, "after_s": killer.chance.uniform(0.0, 0.9 * undisturbed["spent"][s])}
+        for s in stages
+    ]
 
 
 def test_killed_in_two_stages_and_started_again_gives_the_same_results(killer, undisturbed):
@@ -195,13 +267,17 @@ def test_killed_in_two_stages_and_started_again_gives_the_same_results(killer, u
 
 
 @pytest.mark.slow
-def test_killed_at_a_hundred_random_moments_and_started_again_gives_the_same_results(killer, undisturbed, capsys):
+def test_killed_at_a_hundred_random_moments_and_started_again_gives_the_same_results(
+    killer, undisturbed, capsys
+):
     kills: collections.Counter[str] = collections.Counter()
     while kills.total() < 100 or not set(STAGES) <= set(kills):
         kills += finish_after(killer, staged(killer, undisturbed), undisturbed)
         kills += finish_after(killer, moments(killer, undisturbed, 3), undisturbed)
     with capsys.disabled():
-        print(f"\nkills survived: {kills.total()} ({', '.join(f'{stage} {n}' for stage, n in kills.most_common())})")
+        print(
+            f"\nkills survived: {kills.total()} ({', '.join(f'{stage} {n}' for stage, n in kills.most_common())})"
+        )
 
 
 @pytest.mark.slow
@@ -211,5 +287,7 @@ def test_killed_at_every_single_file_operation_gives_the_same_results(killer, un
     for event in range(1, undisturbed["events"] + 1, max(1, undisturbed["events"] // 60)):
         kills += finish_after(killer, [{"at_event": event}], undisturbed)
     with capsys.disabled():
-        print(f"\nfile operations at which a kill was survived: {kills.total()} of {undisturbed['events']}")
+        print(
+            f"\nfile operations at which a kill was survived: {kills.total()} of {undisturbed['events']}"
+        )
     assert kills.total() > 40

@@ -25,9 +25,14 @@ from sae_experiments.studies.language.stores import effect_of
 WIDTH, VOCABULARY, LENGTH = 16, 31, 12
 NAMES = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
 NEO: dict[str, Any] = {
-    **NAMES, "hidden_size": WIDTH, "num_layers": 2, "num_heads": 2, "window_size": 4,
-    "max_position_embeddings": LENGTH, "attention_types": [[["global", "local"], 1]],
-}  # fmt: skip
+    **NAMES,
+    "hidden_size": WIDTH,
+    "num_layers": 2,
+    "num_heads": 2,
+    "window_size": 4,
+    "max_position_embeddings": LENGTH,
+    "attention_types": [[["global", "local"], 1]],
+}
 GPT: dict[str, Any] = {**NAMES, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": LENGTH}
 #: By model type and width of the MLP: wider than the stream, as wide, and four times as wide.
 MADE = {
@@ -73,7 +78,9 @@ def test_sites_are_what_they_are_called(model: nn.Module) -> None:
         attention = {}
         with capture(model, [Site("resid", 0)]):
             up, down = block.get_submodule(layout.up), block.get_submodule(layout.down)
-            handle = block.ln_2.register_forward_pre_hook(lambda _, args, attention=attention: attention.update(middle=args[0]))
+            handle = block.ln_2.register_forward_pre_hook(
+                lambda _, args, attention=attention: attention.update(middle=args[0])
+            )
             model(input_ids=ids(), use_cache=False)
             handle.remove()
         read, hidden, wrote = (found[Site(s, i + 1)] for s in ("mlp_in", "mlp_act", "mlp_out"))
@@ -94,8 +101,13 @@ def test_writing_what_was_read_changes_nothing_and_zeros_take_a_write_away(
     for stream in ("resid", "mlp_in", "mlp_act", "mlp_out"):
         with patched(model, Site(stream, 2), lambda x: x.clone()):
             assert torch.equal(model(input_ids=ids(), use_cache=False).logits, logits)
-    out, stream = (activations(model, ids(), [Site(s, 2)])[Site(s, 2)] for s in ("mlp_out", "resid"))
-    with patched(model, Site("mlp_out", 2), torch.zeros_like), capture(model, [Site("resid", 2)]) as seen:
+    out, stream = (
+        activations(model, ids(), [Site(s, 2)])[Site(s, 2)] for s in ("mlp_out", "resid")
+    )
+    with (
+        patched(model, Site("mlp_out", 2), torch.zeros_like),
+        capture(model, [Site("resid", 2)]) as seen,
+    ):
         model(input_ids=ids(), use_cache=False)
     torch.testing.assert_close(seen[Site("resid", 2)], stream - out)
 
@@ -107,7 +119,9 @@ def test_the_width_of_the_mlp_is_that_of_its_activations(model: nn.Module, tmp_p
 
 
 @pytest.mark.parametrize("stream", ["mlp_act", "mlp_out", "resid"])
-def test_the_effect_on_logits_is_that_of_the_models_own_modules(model: nn.Module, stream: str) -> None:
+def test_the_effect_on_logits_is_that_of_the_models_own_modules(
+    model: nn.Module, stream: str
+) -> None:
     """A latent's direction is sent through the output projection itself, whatever its weights' layout."""
     site, layout = Site(stream, 2), layout_of_model(model)
     sae = TopK(d_in=activations(model, ids(), [site])[site].shape[-1], d_sae=8, k=2)
@@ -149,14 +163,20 @@ OTHERS = {
     "openai-gpt": transformers.OpenAIGPTConfig(**SMALL),
     "gpt_bigcode": transformers.GPTBigCodeConfig(**SMALL, bos_token_id=0, eos_token_id=0),
     "bloom": transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=1, n_head=2),
-    "opt": transformers.OPTConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
-    "gpt_neox": transformers.GPTNeoXConfig(vocab_size=VOCABULARY, hidden_size=16, num_attention_heads=2),
+    "opt": transformers.OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    ),
+    "gpt_neox": transformers.GPTNeoXConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_attention_heads=2
+    ),
     "llama": transformers.LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, num_attention_heads=2),
 }
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_layout_that_is_not_proven_is_one_line(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_layout_that_is_not_proven_is_one_line(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     OTHERS[kind].save_pretrained(tmp_path)
     capsys.readouterr()
     with pytest.raises(UserError, match=rf"model_type='{kind}' is not a known layout") as told:
@@ -173,7 +193,9 @@ def test_a_layout_that_is_not_proven_is_one_line(kind: str, tmp_path: Path, caps
 
 def checkpoint(folder: Path, kind: str, **more: Any) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A saved model and the tensors of its file."""
-    config = {"gpt2": transformers.GPT2Config(**GPT, **more)}.get(kind) or transformers.GPTNeoConfig(**NEO, **more)
+    config = {"gpt2": transformers.GPT2Config(**GPT, **more)}.get(
+        kind
+    ) or transformers.GPTNeoConfig(**NEO, **more)
     model = made(config)
     model.save_pretrained(folder)
     return model, load_file(folder / "model.safetensors")
@@ -185,7 +207,9 @@ def read(folder: Path, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 @pytest.mark.parametrize("kind", sorted(LAYOUTS))
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."]
+)
 def test_a_known_prefix_is_left_out_and_said(kind: str, prefix: str, tmp_path: Path) -> None:
     model, tensors = checkpoint(tmp_path, kind)
     found = read(tmp_path, {prefix + k: v for k, v in tensors.items()})
@@ -202,7 +226,9 @@ def test_a_prefix_inside_names_is_left_out_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(LAYOUTS))
-def test_a_weight_that_is_missing_or_has_no_place_is_one_line(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_weight_that_is_missing_or_has_no_place_is_one_line(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, tensors = checkpoint(tmp_path, kind)
     gone = next(k for k in sorted(tensors) if ".h.1.mlp" in k)
     less = {k: v for k, v in tensors.items() if k != gone}
@@ -220,7 +246,11 @@ def test_what_transformers_itself_leaves_out_is_no_fault(tmp_path: Path) -> None
     """A tied head is not in the file; old files hold causal masks; a body alone has no first name."""
     model, tensors = checkpoint(tmp_path, "gpt2")
     assert "lm_head.weight" not in tensors
-    masks = {f"transformer.h.{i}.attn.{n}": torch.ones(1) for i in (0, 1) for n in ("bias", "masked_bias")}
+    masks = {
+        f"transformer.h.{i}.attn.{n}": torch.ones(1)
+        for i in (0, 1)
+        for n in ("bias", "masked_bias")
+    }
     body = {k.removeprefix("transformer."): v for k, v in tensors.items()}
     wanted = model(input_ids=ids(), use_cache=False).logits
     for fine in (tensors, tensors | masks, body):

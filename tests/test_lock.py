@@ -9,15 +9,24 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
+LINES = [
+    line
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if line.strip() and not line.startswith("#")
+]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
 def project() -> list[Requirement]:
     """What pyproject.toml asks for, the test extra included (Python 3.10 has no reader of TOML)."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    lists = [re.search(rf"^{name} = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL) for name in ("dependencies", "test")]
-    return [Requirement(each) for found in lists if found for each in re.findall(r'"([^"]+)"', found[1])]
+    lists = [
+        re.search(rf"^{name} = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL)
+        for name in ("dependencies", "test")
+    ]
+    return [
+        Requirement(each) for found in lists if found for each in re.findall(r'"([^"]+)"', found[1])
+    ]
 
 
 def chosen(python: str, system: str = "linux") -> dict[str, str]:
@@ -53,7 +62,11 @@ def test_torch_is_a_version_that_has_no_build_in_its_name():
 def test_the_makefile_installs_with_it_and_makes_it():
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in ("install", "testing"):
-        recipe = re.search(rf"^\$\(VENV\)/\.{target if target == 'testing' else 'installed'}:.*\n\t(.*)", text, re.MULTILINE)
+        recipe = re.search(
+            rf"^\$\(VENV\)/\.{target if target == 'testing' else 'installed'}:.*\n\t(.*)",
+            text,
+            re.MULTILINE,
+        )
         assert recipe and "$(LOCKED)" in recipe[1]
     assert "PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt" in text
     assert re.search(r"^lock:.*\n(\t.*\n)*\t.*--universal", text, re.MULTILINE)

@@ -26,7 +26,12 @@ print(sum(late) // len(late))
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_large_temporaries_cost_no_page_faults_in_the_long_run():
     found = {
-        how: int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout) for how in ("keep", "no")
+        how: int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True
+            ).stdout
+        )
+        for how in ("keep", "no")
     }
     assert found["keep"] < 50
     assert found["no"] > 10 * max(found["keep"], 1)  # else the setting is not needed here any more

@@ -43,7 +43,14 @@ def test_all_metrics_survive_a_run_too_small_for_most_of_them(experiment):
         cell = experiment.json("all", "cells", f"text8.{sae}_0.json")
         assert set(cell["metrics"]) <= set(manifest["metrics"])
         nulls = {name for name, value in cell["metrics"].items() if value is None}
-        assert nulls == set(cell["why_null"]) and "no value and no reason given" not in cell["why_null"].values()
-        assert {f"metric.{name}" for name in NAMES} <= set(cell["seconds"]), "what each metric cost is recorded"
-        with np.load(experiment.runs / "all" / "arrays" / f"text8.{sae}_0.npz", allow_pickle=False) as arrays:
+        assert (
+            nulls == set(cell["why_null"])
+            and "no value and no reason given" not in cell["why_null"].values()
+        )
+        assert {f"metric.{name}" for name in NAMES} <= set(cell["seconds"]), (
+            "what each metric cost is recorded"
+        )
+        with np.load(
+            experiment.runs / "all" / "arrays" / f"text8.{sae}_0.npz", allow_pickle=False
+        ) as arrays:
             assert not any(a.dtype.hasobject for a in arrays.values())

@@ -27,7 +27,12 @@ CPU = torch.device("cpu")
 class Stub(SAE):
     """An SAE whose code is ``code(x)`` and whose reconstruction is ``rebuild(code)``."""
 
-    def __init__(self, code: Callable[[Tensor], Tensor] = lambda x: x, rebuild: Callable[[Tensor], Tensor] = lambda z: z, d_sae: int = 4) -> None:
+    def __init__(
+        self,
+        code: Callable[[Tensor], Tensor] = lambda x: x,
+        rebuild: Callable[[Tensor], Tensor] = lambda z: z,
+        d_sae: int = 4,
+    ) -> None:
         super().__init__(d_in=4, d_sae=d_sae)
         self.code, self.rebuild = code, rebuild
 
@@ -54,7 +59,9 @@ def gaussian(n: int = 200, d: int = 4, seed: int = 0) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-def rebuilt(x: Tensor, recon: Tensor, kind: type[Bench] = Bench, rows: int | None = None) -> Measured:
+def rebuilt(
+    x: Tensor, recon: Tensor, kind: type[Bench] = Bench, rows: int | None = None
+) -> Measured:
     """Reconstruction metrics where row i of ``x`` is rebuilt as row i of ``recon``."""
     at = 0
 
@@ -68,7 +75,9 @@ def rebuilt(x: Tensor, recon: Tensor, kind: type[Bench] = Bench, rows: int | Non
 
 def reasons(measured: Measured) -> dict[str, str]:
     """Metrics that end as null in the record of a cell, with their reasons."""
-    return Record(dataset="d", seed=0, metrics=measured.scalars, why_null=measured.why_null).why_null
+    return Record(
+        dataset="d", seed=0, metrics=measured.scalars, why_null=measured.why_null
+    ).why_null
 
 
 # ------------------------------------------------------------------------------------------------ reconstruction
@@ -77,7 +86,14 @@ def reasons(measured: Measured) -> dict[str, str]:
 def test_a_perfect_copy_has_fvu_0_mse_0_cosine_1_and_ratio_1():
     x = gaussian() + 3
     found = rebuilt(x, x)
-    expected = {"sae_fvu": 0.0, "sae_fvu_ordinary": 0.0, "sae_outlier_frac": 0.0, "sae_mse": 0.0, "sae_cosine": 1.0, "sae_l2_ratio": 1.0}
+    expected = {
+        "sae_fvu": 0.0,
+        "sae_fvu_ordinary": 0.0,
+        "sae_outlier_frac": 0.0,
+        "sae_mse": 0.0,
+        "sae_cosine": 1.0,
+        "sae_l2_ratio": 1.0,
+    }
     assert found.scalars == pytest.approx(expected, abs=1e-7)
     assert not found.why_null
 
@@ -85,7 +101,9 @@ def test_a_perfect_copy_has_fvu_0_mse_0_cosine_1_and_ratio_1():
 def test_the_mean_as_prediction_has_fvu_1_whatever_the_mean():
     for shift in (0.0, 5.0, -1000.0):
         x = gaussian() + shift
-        assert rebuilt(x, x.double().mean(0).expand_as(x)).scalars["sae_fvu"] == pytest.approx(1.0, rel=1e-6)
+        assert rebuilt(x, x.double().mean(0).expand_as(x)).scalars["sae_fvu"] == pytest.approx(
+            1.0, rel=1e-6
+        )
 
 
 def test_zero_as_prediction_of_centred_rows_has_fvu_1_and_finite_cosine_and_ratio():
@@ -111,7 +129,9 @@ def test_a_scaled_copy_has_closed_forms(factor):
     assert found["sae_fvu"] == pytest.approx(expected, rel=1e-6)
     assert found["sae_cosine"] == pytest.approx(math.copysign(1, factor), rel=1e-6)
     assert found["sae_l2_ratio"] == pytest.approx(abs(factor), rel=1e-6)
-    assert found["sae_mse"] == pytest.approx((1 - factor) ** 2 * float(x.double().square().mean()), rel=1e-6)
+    assert found["sae_mse"] == pytest.approx(
+        (1 - factor) ** 2 * float(x.double().square().mean()), rel=1e-6
+    )
 
 
 def test_cosine_and_ratio_are_means_over_rows_computed_by_hand():
@@ -138,7 +158,9 @@ def test_ordinary_rows_are_those_near_the_median():
     near = torch.arange(500) % 50 != 0
     found = rebuilt(x, recon).scalars
     assert found["sae_outlier_frac"] == pytest.approx(0.02)
-    assert found["sae_fvu_ordinary"] == pytest.approx(rebuilt(x[near], recon[near]).scalars["sae_fvu"], rel=1e-9)
+    assert found["sae_fvu_ordinary"] == pytest.approx(
+        rebuilt(x[near], recon[near]).scalars["sae_fvu"], rel=1e-9
+    )
     assert found["sae_fvu"] < 0.01 * found["sae_fvu_ordinary"]
 
 
@@ -146,7 +168,10 @@ def test_ordinary_rows_are_those_near_the_median():
 def test_a_mean_much_larger_than_the_spread_costs_no_accuracy(offset):
     x = gaussian(5000) + offset
     recon = x + 0.1 * gaussian(5000, seed=1)
-    exact = float((recon.double() - x.double()).square().sum() / (x.double() - x.double().mean(0)).square().sum())
+    exact = float(
+        (recon.double() - x.double()).square().sum()
+        / (x.double() - x.double().mean(0)).square().sum()
+    )
     assert rebuilt(x, recon, Chunked).scalars["sae_fvu"] == pytest.approx(exact, rel=1e-9)
 
 
@@ -154,7 +179,9 @@ def test_fvu_does_not_depend_on_the_unit_of_the_activations():
     x = gaussian()
     recon = x + 0.3 * gaussian(seed=1)
     for unit in (1e-4, 1e4):
-        assert rebuilt(x * unit, recon * unit).scalars["sae_fvu"] == pytest.approx(rebuilt(x, recon).scalars["sae_fvu"], rel=1e-4)
+        assert rebuilt(x * unit, recon * unit).scalars["sae_fvu"] == pytest.approx(
+            rebuilt(x, recon).scalars["sae_fvu"], rel=1e-4
+        )
 
 
 def test_rows_that_do_not_vary_have_a_null_fvu_with_a_reason():
@@ -189,7 +216,11 @@ def test_a_transcoder_is_measured_against_its_target_and_not_its_input():
 
 
 def measured(codes: Tensor, kind: type[Bench] = Bench, entropy_latents: int = 256) -> Measured:
-    return sparsity.measure(kind(sae=Stub(d_sae=codes.shape[1]), device=CPU, x=codes), rows=None, entropy_latents=entropy_latents)
+    return sparsity.measure(
+        kind(sae=Stub(d_sae=codes.shape[1]), device=CPU, x=codes),
+        rows=None,
+        entropy_latents=entropy_latents,
+    )
 
 
 def by_hand() -> Tensor:
@@ -208,7 +239,9 @@ def test_l0_sparsity_dead_and_dense_of_codes_made_by_hand():
     assert found.scalars["sae_l0"] == pytest.approx((20 + 1 + 2 + 0 + 3 + 2) / 20)
     assert found.scalars["sae_sparsity"] == pytest.approx(1 - 1.4 / 6)
     assert found.scalars["sae_dead_frac"] == pytest.approx(1 / 6)
-    assert found.scalars["sae_dense_frac"] == pytest.approx(2 / 6), "dense means on more than a tenth of the rows"
+    assert found.scalars["sae_dense_frac"] == pytest.approx(2 / 6), (
+        "dense means on more than a tenth of the rows"
+    )
     np.testing.assert_allclose(found.arrays["density"], np.array([20, 1, 2, 0, 3, 2]) / 20)
 
 
@@ -216,22 +249,40 @@ def test_the_histogram_counts_every_living_latent_at_its_density():
     found = measured(by_hand())
     counts, edges = found.arrays["density_hist"], found.arrays["density_edges"]
     assert len(edges) == len(counts) + 1 and counts.sum() == 5
-    for density, n in ((1.0, 1), (0.05, 1), (0.12, 3)):  # bins are a quarter of a decade wide: 0.1 and 0.15 share one
-        at = min(int(np.searchsorted(edges, math.log10(density), side="right")) - 1, len(counts) - 1)
+    for density, n in (
+        (1.0, 1),
+        (0.05, 1),
+        (0.12, 3),
+    ):  # bins are a quarter of a decade wide: 0.1 and 0.15 share one
+        at = min(
+            int(np.searchsorted(edges, math.log10(density), side="right")) - 1, len(counts) - 1
+        )
         assert counts[at] == n
     assert np.array_equal(edges, DENSITY_EDGES) and edges[0] == -7 and edges[-1] == 0
 
 
 def test_a_dead_dictionary_is_measured_and_its_entropy_is_null_with_a_reason():
     found = measured(torch.zeros(10, 4))
-    assert found.scalars == {"sae_l0": 0.0, "sae_sparsity": 1.0, "sae_dead_frac": 1.0, "sae_dense_frac": 0.0, "sae_latent_entropy": None}
+    assert found.scalars == {
+        "sae_l0": 0.0,
+        "sae_sparsity": 1.0,
+        "sae_dead_frac": 1.0,
+        "sae_dense_frac": 0.0,
+        "sae_latent_entropy": None,
+    }
     assert reasons(found) == {"sae_latent_entropy": "no latent fires"}
     assert found.arrays["density_hist"].sum() == 0
 
 
 def test_a_code_in_which_everything_fires_is_measured():
     found = measured(torch.ones(10, 4)).scalars
-    assert found == {"sae_l0": 4.0, "sae_sparsity": 0.0, "sae_dead_frac": 0.0, "sae_dense_frac": 1.0, "sae_latent_entropy": 0.0}
+    assert found == {
+        "sae_l0": 4.0,
+        "sae_sparsity": 0.0,
+        "sae_dead_frac": 0.0,
+        "sae_dense_frac": 1.0,
+        "sae_latent_entropy": 0.0,
+    }
 
 
 @pytest.mark.parametrize("size", [1, 6, 19])
@@ -256,15 +307,21 @@ def test_codes_that_are_not_finite_do_not_stop_the_measurement(bad):
 @pytest.mark.parametrize("unit", [1e-6, 1e-3, 1e3, 1e6])
 def test_entropy_does_not_depend_on_the_unit_of_the_codes(unit):
     codes = gaussian(500, seed=2).relu()
-    assert measured(codes * unit).scalars["sae_latent_entropy"] == pytest.approx(measured(codes).scalars["sae_latent_entropy"], rel=1e-2)
+    assert measured(codes * unit).scalars["sae_latent_entropy"] == pytest.approx(
+        measured(codes).scalars["sae_latent_entropy"], rel=1e-2
+    )
 
 
 def test_entropy_is_taken_over_at_most_so_many_latents_and_all_of_them_where_they_fit():
     codes = torch.zeros(64, 10)
     codes[:, 0], codes[:32, 5] = 1.0, 1.0  # 0 bits and 1 bit
     assert measured(codes, entropy_latents=10).scalars["sae_latent_entropy"] == pytest.approx(0.5)
-    assert measured(codes, entropy_latents=2).scalars["sae_latent_entropy"] == pytest.approx(0.5)  # latents 0 and 5
-    assert measured(codes, entropy_latents=1).scalars["sae_latent_entropy"] == pytest.approx(0.0)  # latent 0
+    assert measured(codes, entropy_latents=2).scalars["sae_latent_entropy"] == pytest.approx(
+        0.5
+    )  # latents 0 and 5
+    assert measured(codes, entropy_latents=1).scalars["sae_latent_entropy"] == pytest.approx(
+        0.0
+    )  # latent 0
 
 
 def h2(f: float) -> float:
@@ -286,11 +343,27 @@ def h2(f: float) -> float:
         (np.r_[np.full(20, 1.0), np.full(20, 2.0)], 1.0 + 1 / (2 * 40 * math.log(2))),
         (np.linspace(1, 2, 64_000), 6.0),
         (np.r_[np.zeros(64_000), np.linspace(1, 2, 64_000)], 1.0 + 0.5 * 6.0),
-        (np.r_[np.zeros(60), np.repeat([1.0, 2, 3, 4], 10)], h2(0.4) + 0.4 * (2 + 3 / (2 * 40 * math.log(2)))),
+        (
+            np.r_[np.zeros(60), np.repeat([1.0, 2, 3, 4], 10)],
+            h2(0.4) + 0.4 * (2 + 3 / (2 * 40 * math.log(2))),
+        ),
     ],
-    ids=["zero", "constant", "small constant", "NaN", "inf", "empty", "one-hot", "on or off", "among NaN and inf", "two values", "uniform",
-         "half uniform", "four values"],
-)  # fmt: skip
+    ids=[
+        "zero",
+        "constant",
+        "small constant",
+        "NaN",
+        "inf",
+        "empty",
+        "one-hot",
+        "on or off",
+        "among NaN and inf",
+        "two values",
+        "uniform",
+        "half uniform",
+        "four values",
+    ],
+)
 def test_the_entropy_of_a_latent_is_right(values, bits):
     assert latent_entropy(values.astype(np.float32)) == pytest.approx(bits, abs=2e-3)
     assert latent_entropy(values.astype(np.float64)) == pytest.approx(bits, abs=2e-3)
@@ -300,13 +373,19 @@ def test_the_entropy_of_a_latent_is_right(values, bits):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_entropy_of_any_latent_is_finite_and_within_its_bounds(seed, scale):
     chance = np.random.default_rng(seed)
-    values = (chance.standard_normal(300) * chance.integers(0, 2, 300) * scale).clip(-3e38, 3e38).astype(np.float32)
+    values = (
+        (chance.standard_normal(300) * chance.integers(0, 2, 300) * scale)
+        .clip(-3e38, 3e38)
+        .astype(np.float32)
+    )
     values[chance.integers(0, 300, 5)] = np.nan
     assert 0 <= latent_entropy(values) <= 7
 
 
 def test_values_apart_by_rounding_only_count_as_constant():
-    values = np.float32(1000.0) * (1 + np.finfo(np.float32).eps * np.array([0, 1] * 50, dtype=np.float32))
+    values = np.float32(1000.0) * (
+        1 + np.finfo(np.float32).eps * np.array([0, 1] * 50, dtype=np.float32)
+    )
     assert 0 <= latent_entropy(values) <= 1.1
 
 
@@ -319,17 +398,36 @@ SITE = Site("resid", 1)
 def held_out(trained: Any, corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> Store:
     starts = np.arange(0, 40 * 16, 16)
     sites = [SITE, Site("mlp_in", 2), Site("mlp_out", 2)]
-    return collect(trained.model, lambda s: corpus.windows("val", s, 16), starts, sites, length=16, split="val",
-                   cache=tmp_path_factory.mktemp("stores"), key=trained.key, dtype="float32", batch=16)  # fmt: skip
+    return collect(
+        trained.model,
+        lambda s: corpus.windows("val", s, 16),
+        starts,
+        sites,
+        length=16,
+        split="val",
+        cache=tmp_path_factory.mktemp("stores"),
+        key=trained.key,
+        dtype="float32",
+        batch=16,
+    )
 
 
 @pytest.fixture
 def spliced(trained: Any, corpus: Any, held_out: Store) -> Callable[..., Measured]:
     """Downstream metrics of a stub."""
 
-    def measure(sae: SAE, *, read: Site = SITE, write: Site = SITE, windows: int = 40, batch: int = 8) -> Measured:
+    def measure(
+        sae: SAE, *, read: Site = SITE, write: Site = SITE, windows: int = 40, batch: int = 8
+    ) -> Measured:
         tokens = lambda starts: tuple(corpus.windows("val", starts + shift, 16) for shift in (0, 1))  # noqa: E731
-        bench = Bench(sae=sae, device=CPU, read=read, write=write, held_out=held_out, lm=Spliced(trained.model, write, tokens))
+        bench = Bench(
+            sae=sae,
+            device=CPU,
+            read=read,
+            write=write,
+            held_out=held_out,
+            lm=Spliced(trained.model, write, tokens),
+        )
         return downstream.measure(bench, windows=windows, batch=batch)
 
     return measure
@@ -338,8 +436,12 @@ def spliced(trained: Any, corpus: Any, held_out: Store) -> Callable[..., Measure
 def test_a_perfect_copy_costs_nothing_and_recovers_everything(spliced):
     found = spliced(Stub()).scalars
     assert found["ce_spliced"] == pytest.approx(found["ce_clean"], rel=1e-7)
-    assert found["ce_delta_bits"] == pytest.approx(0, abs=1e-6) and found["kl"] == pytest.approx(0, abs=1e-6)
-    assert found["loss_recovered"] == pytest.approx(1) and found["loss_recovered_zero"] == pytest.approx(1)
+    assert found["ce_delta_bits"] == pytest.approx(0, abs=1e-6) and found["kl"] == pytest.approx(
+        0, abs=1e-6
+    )
+    assert found["loss_recovered"] == pytest.approx(1) and found[
+        "loss_recovered_zero"
+    ] == pytest.approx(1)
 
 
 def test_zero_is_zero_ablation(spliced):
@@ -355,9 +457,17 @@ def test_the_mean_activation_is_mean_ablation(spliced, held_out):
 
 
 def test_halfway_lies_between(spliced):
-    found = spliced(Stub(rebuild=lambda z: z + 0.5 * torch.randn(z.shape, generator=torch.Generator().manual_seed(0)))).scalars
+    found = spliced(
+        Stub(
+            rebuild=lambda z: (
+                z + 0.5 * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+            )
+        )
+    ).scalars
     assert 0.02 < found["loss_recovered"] < 0.98 and found["kl"] > 0
-    assert found["ce_delta_bits"] == pytest.approx((found["ce_spliced"] - found["ce_clean"]) / math.log(2))
+    assert found["ce_delta_bits"] == pytest.approx(
+        (found["ce_spliced"] - found["ce_clean"]) / math.log(2)
+    )
 
 
 def test_downstream_losses_equal_those_computed_by_hand(spliced, trained, corpus, held_out):
@@ -370,10 +480,18 @@ def test_downstream_losses_equal_those_computed_by_hand(spliced, trained, corpus
             x, y = (corpus.windows("val", np.array([start + shift]), 16) for shift in (0, 1))
             h = body.h[0](body.wte(x) + body.wpe(torch.arange(16)))
             log_probs = {}
-            for name, value in (("clean", h), ("spliced", rebuild(h)), ("zero", torch.zeros_like(h))):
-                log_probs[name] = head(body.ln_f(body.h[2](body.h[1](value))))[0, 1:].double().log_softmax(-1)
+            for name, value in (
+                ("clean", h),
+                ("spliced", rebuild(h)),
+                ("zero", torch.zeros_like(h)),
+            ):
+                log_probs[name] = (
+                    head(body.ln_f(body.h[2](body.h[1](value))))[0, 1:].double().log_softmax(-1)
+                )
                 sums[name] -= float(log_probs[name][torch.arange(15), y[0, 1:]].sum())
-            sums["kl"] += float((log_probs["clean"].exp() * (log_probs["clean"] - log_probs["spliced"])).sum())
+            sums["kl"] += float(
+                (log_probs["clean"].exp() * (log_probs["clean"] - log_probs["spliced"])).sum()
+            )
             n += 15
     by_hand = {k: v / n for k, v in sums.items()}
     found = spliced(Stub(rebuild=rebuild), windows=9, batch=4).scalars
@@ -387,13 +505,19 @@ def test_downstream_losses_equal_those_computed_by_hand(spliced, trained, corpus
 @pytest.mark.parametrize("batch", [1, 7, 100])
 def test_downstream_does_not_depend_on_the_batch_size(spliced, batch):
     sae = Stub(rebuild=lambda z: 0.8 * z)
-    assert spliced(sae, batch=batch).scalars == pytest.approx(spliced(sae, batch=40).scalars, rel=1e-4)
+    assert spliced(sae, batch=batch).scalars == pytest.approx(
+        spliced(sae, batch=40).scalars, rel=1e-4
+    )
 
 
 def test_a_transcoder_that_computes_the_mlp_costs_nothing(spliced, trained):
     mlp = copy.deepcopy(trained.model.transformer.h[1].mlp)  # without the hooks of the measurement
-    found = spliced(Stub(rebuild=lambda z: mlp(z)), read=Site("mlp_in", 2), write=Site("mlp_out", 2)).scalars
-    assert found["ce_spliced"] == pytest.approx(found["ce_clean"], rel=1e-6) and found["kl"] == pytest.approx(0, abs=1e-6)
+    found = spliced(
+        Stub(rebuild=lambda z: mlp(z)), read=Site("mlp_in", 2), write=Site("mlp_out", 2)
+    ).scalars
+    assert found["ce_spliced"] == pytest.approx(found["ce_clean"], rel=1e-6) and found[
+        "kl"
+    ] == pytest.approx(0, abs=1e-6)
 
 
 def test_an_ablation_that_costs_nothing_gives_null_with_a_reason(spliced, trained):
@@ -405,7 +529,10 @@ def test_an_ablation_that_costs_nothing_gives_null_with_a_reason(spliced, traine
         finally:
             trained.model.lm_head.weight.copy_(kept)
     assert found.scalars["loss_recovered"] is None and found.scalars["loss_recovered_zero"] is None
-    assert "ablation costs only" in reasons(found)["loss_recovered"] and "zero" in reasons(found)["loss_recovered_zero"]
+    assert (
+        "ablation costs only" in reasons(found)["loss_recovered"]
+        and "zero" in reasons(found)["loss_recovered_zero"]
+    )
     assert found.scalars["ce_clean"] == pytest.approx(math.log(trained.model.config.vocab_size))
 
 
@@ -434,20 +561,28 @@ def test_measuring_changes_neither_sae_nor_language_model(spliced, trained, corp
 # ------------------------------------------------------------------------------------------------ what all share
 
 
-@pytest.mark.parametrize("module", [reconstruction, sparsity, downstream], ids=lambda m: m.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    "module", [reconstruction, sparsity, downstream], ids=lambda m: m.__name__.rpartition(".")[2]
+)
 def test_every_metric_is_described_and_every_description_is_measured(module, spliced):
     if module is downstream:
         found = spliced(Stub())
     else:
         options = {"rows": None} | ({"entropy_latents": 4} if module is sparsity else {})
         found = module.measure(Bench(sae=Stub(), device=CPU, x=gaussian()), **options)
-    assert [i.name for i in module.INFO] == sorted(found.scalars, key=[i.name for i in module.INFO].index)
+    assert [i.name for i in module.INFO] == sorted(
+        found.scalars, key=[i.name for i in module.INFO].index
+    )
     assert all(i.title and i.formula for i in module.INFO)
 
 
 def test_rows_beyond_the_last_and_an_absent_limit_are_all_rows():
     bench = Bench(sae=Stub(), device=CPU, x=gaussian(10))
-    assert [len(r.x) for r in bench.chunks(None, size=4)] == [4, 4, 2] == [len(r.x) for r in bench.chunks(99, size=4)]
+    assert (
+        [len(r.x) for r in bench.chunks(None, size=4)]
+        == [4, 4, 2]
+        == [len(r.x) for r in bench.chunks(99, size=4)]
+    )
     assert [len(r.x) for r in bench.chunks(5, size=4)] == [4, 1]
     assert F.mse_loss(next(bench.chunks()).recon, gaussian(10)) == 0
 
@@ -458,7 +593,11 @@ def test_the_noise_of_fvu_is_the_spread_over_resampled_windows_and_zero_where_wi
     from sae_experiments.metrics.reconstruction import WINDOW
 
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(6 * WINDOW, 4, generator=generator) * torch.arange(1, 7).repeat_interleave(WINDOW)[:, None] + 3
+    x = (
+        torch.randn(6 * WINDOW, 4, generator=generator)
+        * torch.arange(1, 7).repeat_interleave(WINDOW)[:, None]
+        + 3
+    )
     from sae_experiments import build_sae
 
     sae = build_sae("topk", 4, target_l0=1, d_sae=8).eval().requires_grad_(False)

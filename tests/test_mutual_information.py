@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from sae_experiments.saes.hierarchical.level import product
-from sae_experiments.saes.hierarchical.redundancy import Coherence, Information, entropy, pairwise, redundancy
+from sae_experiments.saes.hierarchical.redundancy import (
+    Coherence,
+    Information,
+    entropy,
+    pairwise,
+    redundancy,
+)
 
 N = 200_000
 
@@ -27,10 +33,16 @@ def measured(below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
 def test_a_table_by_hand():
     # P(1,1) = 0.3, P(1,.) = 0.4, P(.,1) = 0.5: the other cells are 0.1, 0.2, 0.4.
     joint = [[0.4, 0.2], [0.1, 0.3]]
-    expected = sum(p * math.log(p / (sum(row) * (joint[0][j] + joint[1][j]))) for row in joint for j, p in enumerate(row))
+    expected = sum(
+        p * math.log(p / (sum(row) * (joint[0][j] + joint[1][j])))
+        for row in joint
+        for j, p in enumerate(row)
+    )
     found = pairwise(torch.tensor([[0.3]]), torch.tensor([0.4]), torch.tensor([0.5]))
     assert found.item() == pytest.approx(expected, rel=1e-5)
-    assert found.item() == pytest.approx(pairwise(torch.tensor([[0.3]]), torch.tensor([0.5]), torch.tensor([0.4])).item(), rel=1e-6)
+    assert found.item() == pytest.approx(
+        pairwise(torch.tensor([[0.3]]), torch.tensor([0.5]), torch.tensor([0.4])).item(), rel=1e-6
+    )
 
 
 def test_independent_latents_share_nothing():
@@ -88,7 +100,9 @@ def test_the_loss_is_the_mean_over_the_top_of_the_nearest_and_the_mean_of_all():
     above = torch.cat([below[:, :1], coins(1, 0.4, 8)[:5000]], 1)
     u = measured(below, above)[1]
     expected = u.max(0).values.mean() + u.mean()
-    assert float(information(sharpness=1e4)(below, above)) == pytest.approx(float(expected), rel=1e-3)
+    assert float(information(sharpness=1e4)(below, above)) == pytest.approx(
+        float(expected), rel=1e-3
+    )
 
 
 def test_following_the_gradient_drives_a_copy_away_from_what_it_copies():
@@ -99,7 +113,10 @@ def test_following_the_gradient_drives_a_copy_away_from_what_it_copies():
     first = loss(loss.soft(below, 0 * one, one), loss.soft(above, 0 * one, one))
     first.backward()
     moved = (above - 2000 * above.grad).detach()
-    assert loss(loss.soft(below, 0 * one, one), loss.soft(moved, 0 * one, one)).item() < 0.8 * first.item()
+    assert (
+        loss(loss.soft(below, 0 * one, one), loss.soft(moved, 0 * one, one)).item()
+        < 0.8 * first.item()
+    )
 
 
 def test_an_empty_side_costs_nothing():
@@ -111,14 +128,18 @@ def test_coherence_of_a_copy_and_of_something_new():
     below = torch.eye(6)[:4]
     assert float(loss(below[:1], below)) == pytest.approx(1)
     assert float(loss(torch.eye(6)[4:], below)) == 0
-    assert float(loss(-below[:1], below)) == 0, "the first term is about copies, not about opposites"
+    assert float(loss(-below[:1], below)) == 0, (
+        "the first term is about copies, not about opposites"
+    )
 
 
 def test_only_what_exceeds_the_random_level_is_penalised():
     loss = Coherence(excess=10.0, chunk=8)
     below = torch.eye(100)[:20]
     tau = math.sqrt(2 * math.log(20) / 100)
-    at = lambda c: torch.nn.functional.normalize(torch.cat([torch.tensor([-c]), torch.zeros(98), torch.tensor([math.sqrt(1 - c * c)])])[None])  # noqa: E731
+    at = lambda c: torch.nn.functional.normalize(
+        torch.cat([torch.tensor([-c]), torch.zeros(98), torch.tensor([math.sqrt(1 - c * c)])])[None]
+    )  # noqa: E731
     assert float(loss(at(0.9 * tau), below)) == pytest.approx(0, abs=1e-9)
     assert float(loss(at(tau + 0.1), below)) == pytest.approx(10 * 0.01 / 20, rel=1e-3)
 

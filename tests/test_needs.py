@@ -39,16 +39,24 @@ def said(*overrides: str, folder: Path = Path()) -> list[str]:
     console = Console()
     console.say = lambda line, always=False: lines.append(line)  # type: ignore[method-assign]
     study.check()
-    getattr(study, "fits", study).announce(Context(folder=folder, cache=folder, device=CPU, console=console))
+    getattr(study, "fits", study).announce(
+        Context(folder=folder, cache=folder, device=CPU, console=console)
+    )
     return lines
 
 
 STUDIES = ["language", "circuits", "ground_truth", "superposition"]
 WIDE = [
     (["preset=laptop", "lm.n_positions=100000"], "lm.n_positions=100000"),
-    (["preset=laptop", "lm.n_positions=100000", "lm.precision=fp32", "lm.train.batch_size=64"], "lm.train.batch_size=64"),
+    (
+        ["preset=laptop", "lm.n_positions=100000", "lm.precision=fp32", "lm.train.batch_size=64"],
+        "lm.train.batch_size=64",
+    ),
     (["preset=full", "lm.n_positions=20000", "device=cpu"], "lm.n_positions=20000"),
-    (["preset=laptop", "lm.n_positions=4000", "lm.train.batch_size=1", "fit.collect_batch=3000"], "fit.collect_batch=3000"),
+    (
+        ["preset=laptop", "lm.n_positions=4000", "lm.train.batch_size=1", "fit.collect_batch=3000"],
+        "fit.collect_batch=3000",
+    ),
     (["study=ground_truth", "study.world.features=100000"], "study.world.features=100000"),
     (["study=ground_truth", "study.held_out_rows=3000000"], "study.held_out_rows=3000000"),
     (["study=superposition", "study.depths=[15]", "study.probe.depth=15"], "study.depths=15"),
@@ -56,8 +64,13 @@ WIDE = [
 
 
 @pytest.mark.parametrize(("overrides", "key"), WIDE)
-def test_what_cannot_fit_is_refused_in_one_line_that_names_key_need_and_fix(overrides: Sequence[str], key: str) -> None:
-    with pytest.raises(UserError, match=r"needs about .* of memory \(.*\), and 16 GB are free: use fewer|use smaller") as told:
+def test_what_cannot_fit_is_refused_in_one_line_that_names_key_need_and_fix(
+    overrides: Sequence[str], key: str
+) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"needs about .* of memory \(.*\), and 16 GB are free: use fewer|use smaller",
+    ) as told:
         said(*overrides)
     assert key in str(told.value) and "\n" not in str(told.value) and told.value.exit_status == 2
 
@@ -70,21 +83,41 @@ def test_ordinary_runs_say_nothing(study: str, preset: str) -> None:
 
 def test_a_long_run_says_how_long_at_least() -> None:
     (line,) = said("preset=laptop", "lm.n_positions=10000", "lm.precision=fp32", "data=[text8]")
-    assert "lm.n_positions=10000" in line and "of the 16 GB that are free" in line and "at least 14 hours" in line
+    assert (
+        "lm.n_positions=10000" in line
+        and "of the 16 GB that are free" in line
+        and "at least 14 hours" in line
+    )
     work = training_need(lm_spec(n_positions=64), train_config(steps=7, batch_size=3), 65, CPU).work
     assert work == 7 * 6 * 3 * 64 * (12 * 3 * 16**2 + 65 * 16 + 3 * 16 * 64)
 
 
 def test_a_wide_world_says_how_long_drawing_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = ["study=ground_truth", "study.world.features=3000", "study.world.width=8", "study.train.batch_size=64", "sae.d_sae=16"]
-    (line,) = said(*few, "study.train.steps=100000000", "study.held_out_rows=64", "study.calibration_rows=64")
-    assert "study.world.features=3000" in line and "at least" in line and ("hours" in line or "days" in line)
+    few = [
+        "study=ground_truth",
+        "study.world.features=3000",
+        "study.world.width=8",
+        "study.train.batch_size=64",
+        "sae.d_sae=16",
+    ]
+    (line,) = said(
+        *few, "study.train.steps=100000000", "study.held_out_rows=64", "study.calibration_rows=64"
+    )
+    assert (
+        "study.world.features=3000" in line
+        and "at least" in line
+        and ("hours" in line or "days" in line)
+    )
 
 
 def test_nothing_is_built_before_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_tree", "_blocks"):
-        monkeypatch.setattr(f"sae_experiments.studies.superposition.trees.{name}", lambda *a: pytest.fail("built"))
-    monkeypatch.setattr("sae_experiments.studies.ground_truth.study.World", lambda *a: pytest.fail("built"))
+        monkeypatch.setattr(
+            f"sae_experiments.studies.superposition.trees.{name}", lambda *a: pytest.fail("built")
+        )
+    monkeypatch.setattr(
+        "sae_experiments.studies.ground_truth.study.World", lambda *a: pytest.fail("built")
+    )
     for overrides, _ in WIDE[4:]:
         with pytest.raises(UserError):
             said(*overrides)
@@ -92,38 +125,70 @@ def test_nothing_is_built_before_it_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_command_leaves_no_run_folder(experiment: Experiment) -> None:
     done = experiment("--out_dir=wide", "lm.n_positions=40000000")
-    assert done.returncode == 2 and "lm.n_positions=40000000" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        done.returncode == 2
+        and "lm.n_positions=40000000" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
     assert not (experiment.runs / "wide").exists()
 
 
-@pytest.mark.parametrize(("memory", "seconds", "told"), [(3, None, 0), (3, 60.0, 0), (5, None, 1), (3, 7200.0, 1), (16, None, 1)])
+@pytest.mark.parametrize(
+    ("memory", "seconds", "told"),
+    [(3, None, 0), (3, 60.0, 0), (5, None, 1), (3, 7200.0, 1), (16, None, 1)],
+)
 def test_only_what_is_notable_is_told(memory: float, seconds: float | None, told: int) -> None:
     lines: list[str] = []
-    announce("work", Need({"all": memory * GB}, seconds=seconds), "use less", device=CPU, say=lines.append)
+    announce(
+        "work",
+        Need({"all": memory * GB}, seconds=seconds),
+        "use less",
+        device=CPU,
+        say=lines.append,
+    )
     assert len(lines) == told and all(("2 hours" in line) == (seconds == 7200) for line in lines)
 
 
-def test_a_machine_that_does_not_say_what_is_free_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_does_not_say_what_is_free_refuses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(needs, "free_memory", lambda device: None)
     announce("work", Need({"all": 1e15}), "use less", device=CPU, say=lambda line: None)
 
 
-def test_free_memory_is_the_least_of_what_the_system_and_the_group_leave(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_free_memory_is_the_least_of_what_the_system_and_the_group_leave(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.undo()
     found = free_memory(CPU)
     assert found is None or 1e6 < found < 1e14
     limit, used = tmp_path / "max", tmp_path / "current"
     used.write_text("1000000\n")
-    monkeypatch.setattr(needs, "GROUPS", ((str(limit), str(used)), (str(tmp_path / "none"), str(used))))
+    monkeypatch.setattr(
+        needs, "GROUPS", ((str(limit), str(used)), (str(tmp_path / "none"), str(used)))
+    )
     for text, left in (("3000000\n", 2e6), ("max\n", None), ("500000\n", 0.0)):
         limit.write_text(text)
-        assert free_memory(CPU) in ((left,) if left is not None and found is not None else (free_memory(CPU),))
+        assert free_memory(CPU) in (
+            (left,) if left is not None and found is not None else (free_memory(CPU),)
+        )
     assert speed(CPU, 128) > 1e6
 
 
 def test_numbers_are_told_in_words() -> None:
-    assert [in_bytes(v) for v in (3e6, 1.24e9, 66.1e9, 955e9, 2.5e12)] == ["3 MB", "1.2 GB", "66 GB", "955 GB", "2.5 TB"]
-    assert [in_time(v) for v in (1900, 5400, 3 * 3600, 51 * 86400)] == ["32 minutes", "2 hours", "3 hours", "51 days"]
+    assert [in_bytes(v) for v in (3e6, 1.24e9, 66.1e9, 955e9, 2.5e12)] == [
+        "3 MB",
+        "1.2 GB",
+        "66 GB",
+        "955 GB",
+        "2.5 TB",
+    ]
+    assert [in_time(v) for v in (1900, 5400, 3 * 3600, 51 * 86400)] == [
+        "32 minutes",
+        "2 hours",
+        "3 hours",
+        "51 days",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ what is really needed
@@ -137,7 +202,12 @@ def peak(code: str) -> float:
     measure = "import os, resource\nbefore = int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')\nwork()\n"
     print_it = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)"
     paths = f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-    done = subprocess.run([sys.executable, "-c", paths + code + measure + print_it], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", paths + code + measure + print_it],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return float(done.stdout)
 
 
@@ -158,12 +228,24 @@ def work():
 @pytest.mark.slow
 @linux
 @pytest.mark.parametrize(
-    ("n", "precision", "dropout"), [(2048, "fp32", 0.0), (2048, "bf16", 0.0), (2048, "fp32", 0.2), (2048, "bf16", 0.2), (4096, "fp32", 0.0)]
+    ("n", "precision", "dropout"),
+    [
+        (2048, "fp32", 0.0),
+        (2048, "bf16", 0.0),
+        (2048, "fp32", 0.2),
+        (2048, "bf16", 0.2),
+        (4096, "fp32", 0.0),
+    ],
 )
 def test_training_needs_about_what_is_foretold(n: int, precision: str, dropout: float) -> None:
-    spec, cfg = lm_spec(n_layer=3, n_embd=64, n_positions=n, precision=precision, dropout=dropout), train_config(steps=1, batch_size=8)
+    spec, cfg = (
+        lm_spec(n_layer=3, n_embd=64, n_positions=n, precision=precision, dropout=dropout),
+        train_config(steps=1, batch_size=8),
+    )
     foretold = sum(training_need(spec, cfg, 65, CPU).memory.values())
-    assert 0.5 * foretold < peak(LM.format(n=n, precision=precision, dropout=dropout)) < 1.6 * foretold
+    assert (
+        0.5 * foretold < peak(LM.format(n=n, precision=precision, dropout=dropout)) < 1.6 * foretold
+    )
     assert sum(p.numel() for p in build_lm(spec, 65, seed=0).parameters()) * 16 == pytest.approx(
         training_need(spec, cfg, 65, CPU).memory["weights and optimiser"], rel=0.05
     )
@@ -195,13 +277,24 @@ def work():
 
 @pytest.mark.slow
 @linux
-@pytest.mark.parametrize(("family", "depth", "rows"), [("control", 10, 32768), ("early_stopping", 11, 8192), ("exclusive", 12, 2048)])
+@pytest.mark.parametrize(
+    ("family", "depth", "rows"),
+    [("control", 10, 32768), ("early_stopping", 11, 8192), ("exclusive", 12, 2048)],
+)
 def test_toy_models_need_about_what_is_foretold(family: str, depth: int, rows: int) -> None:
-    overrides = ["study=superposition", "preset=smoke", f"study.depths=[{depth}]", "study.hidden=[4,10]", "study.train.steps=2"]
+    overrides = [
+        "study=superposition",
+        "preset=smoke",
+        f"study.depths=[{depth}]",
+        "study.hidden=[4,10]",
+        "study.train.steps=2",
+    ]
     overrides += [f"study.eval_rows={rows}", f"study.probe.depth={depth}"]
     study: Any = build(compose_checked(CONF, overrides)[0].study)
     features = study.families[family]
-    foretold = toy.memory(study.shapes(features), features, instances=5, batch=study.train.batch_size, eval_rows=rows)
+    foretold = toy.memory(
+        study.shapes(features), features, instances=5, batch=study.train.batch_size, eval_rows=rows
+    )
     assert 0.5 < peak(TOY.format(overrides=overrides, family=family)) / sum(foretold.values()) < 2
 
 

@@ -18,7 +18,9 @@ from sae_experiments.saes.base import SAE, NotExportable
 
 def test_ten_lines_fit_and_evaluate_an_sae():
     sae = build_sae("batch_topk", D, target_l0=L0, d_sae=48)
-    report = fit_saes(sae, rows(8192, 0), steps=300, batch_size=256, lr=3e-3, warmup_steps=20)["sae"]
+    report = fit_saes(sae, rows(8192, 0), steps=300, batch_size=256, lr=3e-3, warmup_steps=20)[
+        "sae"
+    ]
     found = evaluate(sae, rows(4096, 1))
     assert report.steps == 300 and not sae.training
     assert found["sae_fvu"] < 0.3
@@ -27,7 +29,10 @@ def test_ten_lines_fit_and_evaluate_an_sae():
 
 def test_several_are_fitted_in_one_pass_and_each_as_if_alone():
     def make():
-        return {"topk": build_sae("topk", D, target_l0=L0, d_sae=48), "standard": build_sae("standard", D, target_l0=L0, d_sae=48)}
+        return {
+            "topk": build_sae("topk", D, target_l0=L0, d_sae=48),
+            "standard": build_sae("standard", D, target_l0=L0, d_sae=48),
+        }
 
     together, alone = make(), make()["topk"]
     settings = {"steps": 30, "batch_size": 128, "warmup_steps": 5}
@@ -55,7 +60,11 @@ BUILDABLE = [n for n in NAMES if n not in ("crosscoder", "end_to_end")]
 
 
 def small(name: str = "topk") -> SAE:
-    return build_sae(name, D, d_sae=48) if name == "hierarchical" else build_sae(name, D, target_l0=L0, d_sae=48)
+    return (
+        build_sae(name, D, d_sae=48)
+        if name == "hierarchical"
+        else build_sae(name, D, target_l0=L0, d_sae=48)
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,7 +85,9 @@ def test_activations_are_taken_as_people_have_them(given):
     fit_saes(sae, given(x), held_out=given(x[:512].repeat(2, 1)), **SETTINGS)
     fit_saes(plain, x, held_out=x[:512].repeat(2, 1), **SETTINGS)
     torch.testing.assert_close(sae.W_dec, plain.W_dec, rtol=0.05, atol=0.02)
-    assert evaluate(sae, given(x))["sae_fvu"] == pytest.approx(evaluate(sae, x)["sae_fvu"], rel=0.01)
+    assert evaluate(sae, given(x))["sae_fvu"] == pytest.approx(
+        evaluate(sae, x)["sae_fvu"], rel=0.01
+    )
     assert not sae(rows(4, 0)).requires_grad
 
 
@@ -100,7 +111,11 @@ def with_nan(n: int, row: int) -> torch.Tensor:
         (with_nan(40_000, 39_998), {}, "row 39998 of 40000"),
         (rows(99, 0) / 0, {}, "row 0 of 99"),
         (rows(99, 0), {"held_out": rows(0, 0)}, "held_out hold 0 rows"),
-        (rows(99, 0), {"held_out": with_nan(50, 7)}, "held_out hold a value that is not finite in row 7"),
+        (
+            rows(99, 0),
+            {"held_out": with_nan(50, 7)},
+            "held_out hold a value that is not finite in row 7",
+        ),
         (rows(99, 0), {"held_out": torch.zeros(9, 3)}, r"held_out of shape \(9, 3\)"),
         (rows(99, 0), {"step": 3}, "step is no setting.*did you mean steps"),
         (rows(99, 0), {"qqq": 3}, "qqq is no setting.*there are steps"),
@@ -118,7 +133,11 @@ def test_what_cannot_be_fitted_is_one_line(activations, more, said):
 def test_what_cannot_be_evaluated_is_one_line():
     sae = small()
     fit_saes(sae, rows(512, 0), **SETTINGS)
-    for x, said in ((rows(0, 0), "0 rows"), (torch.zeros(3, 7), "d_in"), (with_nan(9, 2), "row 2 of 9")):
+    for x, said in (
+        (rows(0, 0), "0 rows"),
+        (torch.zeros(3, 7), "d_in"),
+        (with_nan(9, 2), "row 2 of 9"),
+    ):
         with pytest.raises(UserError, match=said):
             evaluate(sae, x)
     assert evaluate(sae, rows(1, 0))["sae_fvu"] is None
@@ -126,7 +145,9 @@ def test_what_cannot_be_evaluated_is_one_line():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["topk", "gated", "batch_topk"])
-def test_saes_in_other_precisions_are_evaluated_and_saved_and_say_that_training_needs_float32(name, dtype, tmp_path):
+def test_saes_in_other_precisions_are_evaluated_and_saved_and_say_that_training_needs_float32(
+    name, dtype, tmp_path
+):
     sae = small(name)
     fit_saes(sae, rows(2048, 0), steps=100, batch_size=128)
     before = evaluate(sae, rows(512, 1))["sae_fvu"]
@@ -134,16 +155,23 @@ def test_saes_in_other_precisions_are_evaluated_and_saved_and_say_that_training_
     assert evaluate(sae, rows(512, 1))["sae_fvu"] == pytest.approx(before, rel=0.05)
     save_sae(sae, tmp_path / "sae", reference=rows(64, 3).to(dtype), metadata={})
     assert next(sae.parameters()).dtype == dtype, "what was given stays as it is"
-    assert evaluate(load_sae(tmp_path / "sae"), rows(512, 1))["sae_fvu"] == pytest.approx(before, rel=0.05)
+    assert evaluate(load_sae(tmp_path / "sae"), rows(512, 1))["sae_fvu"] == pytest.approx(
+        before, rel=0.05
+    )
     with pytest.raises(UserError, match=r"training needs float32: call \.float\(\)"):
         fit_saes(small(name).to(dtype), rows(512, 0), **SETTINGS)
 
 
 @pytest.mark.parametrize(
     ("metadata", "said"),
-    [({"loss": float("nan")}, "metadata.loss=nan"), ({"curve": [1.0, float("inf")]}, r"metadata\.curve\[1\]=inf")],
+    [
+        ({"loss": float("nan")}, "metadata.loss=nan"),
+        ({"curve": [1.0, float("inf")]}, r"metadata\.curve\[1\]=inf"),
+    ],
 )
-def test_metadata_that_json_does_not_have_are_refused_before_anything_is_written(metadata, said, tmp_path):
+def test_metadata_that_json_does_not_have_are_refused_before_anything_is_written(
+    metadata, said, tmp_path
+):
     sae = small()
     fit_saes(sae, rows(512, 0), **SETTINGS)
     with pytest.raises(UserError, match=said):
@@ -174,7 +202,9 @@ def test_the_random_numbers_of_others_are_left_alone(name, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", [n for n in BUILDABLE if n not in ("hierarchical", "topk", "abs_topk")])
+@pytest.mark.parametrize(
+    "name", [n for n in BUILDABLE if n not in ("hierarchical", "topk", "abs_topk")]
+)
 def test_an_l0_that_leaves_no_latent_in_a_batch_is_one_line(name):
     sae = build_sae(name, D, target_l0=0.0005, d_sae=48)
     if sae.asked_l0 is None:
@@ -183,12 +213,19 @@ def test_an_l0_that_leaves_no_latent_in_a_batch_is_one_line(name):
         fit_saes(sae, rows(2048, 0), **SETTINGS)
 
 
-@pytest.mark.parametrize(("first", "told"), [("import sae_experiments, torch", False), ("import torch, sae_experiments", True)])
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [("import sae_experiments, torch", False), ("import torch, sae_experiments", True)],
+)
 def test_threads_are_told_how_long_to_wait_or_it_is_said_that_it_is_too_late(first, told):
-    code = f"{first}; import os, warnings; torch.set_num_threads(2); from sae_experiments import api\n"
+    code = (
+        f"{first}; import os, warnings; torch.set_num_threads(2); from sae_experiments import api\n"
+    )
     code += "warnings.simplefilter('error'); api._tell_late(); print(os.environ['GOMP_SPINCOUNT'])"
     env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, timeout=120
+    )
     if told:
         assert "Import sae_experiments first" in done.stderr.splitlines()[-1]
     else:
@@ -205,4 +242,6 @@ def test_a_hundredth_of_huge_rows_has_a_number_of_its_own():
     found, ordinary = evaluate(sae, held), evaluate(sae, held[torch.arange(len(held)) % 100 != 0])
     assert found["sae_outlier_frac"] == pytest.approx(41 / 4096)
     assert found["sae_fvu_ordinary"] == pytest.approx(ordinary["sae_fvu"], rel=1e-6)
-    assert ordinary["sae_outlier_frac"] == 0.0 and ordinary["sae_fvu_ordinary"] == pytest.approx(ordinary["sae_fvu"], rel=1e-9)
+    assert ordinary["sae_outlier_frac"] == 0.0 and ordinary["sae_fvu_ordinary"] == pytest.approx(
+        ordinary["sae_fvu"], rel=1e-9
+    )

@@ -42,12 +42,16 @@ def test_memory_is_that_of_living_tensors_and_of_no_view():
         assert held.now == 4000 and leaf.grad is not None, "backward passes are counted"
 
 
-@pytest.mark.parametrize("name", ["purified", "purified_adaptive", "purified_mixed", "purified_stopped"])
+@pytest.mark.parametrize(
+    "name", ["purified", "purified_adaptive", "purified_mixed", "purified_stopped"]
+)
 def test_every_purified_sae_has_its_price_and_stays_as_it_is(name):
     found, sae = measured(name)
     assert set(found.scalars) == {i.name for i in overhead.INFO}
     assert all(value > 0 for value in found.scalars.values())
-    assert found.scalars["overhead_memory"] == pytest.approx(found.scalars["overhead_memory_mib"] / found.scalars["overhead_host_memory_mib"])
+    assert found.scalars["overhead_memory"] == pytest.approx(
+        found.scalars["overhead_memory_mib"] / found.scalars["overhead_host_memory_mib"]
+    )
     assert found.scalars["overhead_memory"] > 1
     fresh = make(name)
     fresh.begin("train", batch(512).x, batch(512).x)
@@ -57,11 +61,16 @@ def test_every_purified_sae_has_its_price_and_stays_as_it_is(name):
 
 
 def test_more_perturbed_rows_take_more_memory():
-    few, all_rows = (measured("purified", f"sae.model.rows={share}")[0].scalars["overhead_memory"] for share in (0.125, 1.0))
+    few, all_rows = (
+        measured("purified", f"sae.model.rows={share}")[0].scalars["overhead_memory"]
+        for share in (0.125, 1.0)
+    )
     assert all_rows > few
 
 
-@pytest.mark.parametrize(("name", "changes"), [("batch_topk", []), ("purified", ["sae.model.eps=0.0"])])
+@pytest.mark.parametrize(
+    ("name", "changes"), [("batch_topk", []), ("purified", ["sae.model.eps=0.0"])]
+)
 def test_an_sae_that_is_not_purified_has_no_price(name, changes):
     found, _ = measured(name, *changes)
     assert set(found.scalars.values()) == {None}

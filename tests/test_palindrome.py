@@ -21,7 +21,15 @@ from sae_experiments.saes.base import SAE, Batch, Step
 from sae_experiments.studies.base import Context
 from sae_experiments.studies.palindrome import study as palindrome
 from sae_experiments.studies.palindrome.selectivity import browser, explained, measure, tables
-from sae_experiments.studies.palindrome.strings import FLOOR, MIRROR, SYMBOLS, Strings, all_strings, rows_at, text_of
+from sae_experiments.studies.palindrome.strings import (
+    FLOOR,
+    MIRROR,
+    SYMBOLS,
+    Strings,
+    all_strings,
+    rows_at,
+    text_of,
+)
 from sae_experiments.studies.palindrome.study import Analysis, split_ids
 from sae_experiments.training.loop import seed_of
 
@@ -29,7 +37,11 @@ from sae_experiments.training.loop import seed_of
 def test_all_strings_and_the_floor() -> None:
     strings = all_strings()
     assert strings.shape == (26**3, 9) and len(SYMBOLS) == 29
-    assert text_of(strings[0]) == "<aaa|aaa>" and text_of(strings[1]) == "<aab|baa>" and text_of(strings[-1]) == "<zzz|zzz>"
+    assert (
+        text_of(strings[0]) == "<aaa|aaa>"
+        and text_of(strings[1]) == "<aab|baa>"
+        and text_of(strings[-1]) == "<zzz|zzz>"
+    )
     assert len({tuple(row) for row in strings.tolist()}) == 26**3
     assert pytest.approx(1.2218, abs=1e-4) == FLOOR == 3 * math.log(26) / 8
     x, y = split_ids(strings)
@@ -51,7 +63,12 @@ def test_random_split_covers_every_first_letter_and_the_alphabetical_one_does_no
 
 @pytest.mark.parametrize(
     ("split", "frac", "told"),
-    [("random", 0.0, "empty split"), ("random", 1.0, "empty split"), ("random", -1, "between 0 and 1"), ("odd", 0.1, "odd")],
+    [
+        ("random", 0.0, "empty split"),
+        ("random", 1.0, "empty split"),
+        ("random", -1, "between 0 and 1"),
+        ("odd", 0.1, "odd"),
+    ],
 )
 def test_bad_splits_are_one_line(split: str, frac: float, told: str) -> None:
     with pytest.raises(UserError, match=told):
@@ -67,7 +84,14 @@ def test_batches_are_epochs_in_an_order_of_their_own() -> None:
 
 def test_selectivity_of_a_latent_that_means_one_letter() -> None:
     letters = all_strings()[:, 1:4]
-    acts = torch.stack([(letters[:, 1] == 4).float(), torch.full((len(letters),), 2.0), (letters[:, 0] == letters[:, 2]).float()], 1)
+    acts = torch.stack(
+        [
+            (letters[:, 1] == 4).float(),
+            torch.full((len(letters),), 2.0),
+            (letters[:, 0] == letters[:, 2]).float(),
+        ],
+        1,
+    )
     table, share = tables(acts, letters)
     assert table.shape == (3, 3, 26)
     p = 1 / 26
@@ -81,8 +105,19 @@ def test_selectivity_of_a_latent_that_means_one_letter() -> None:
 
 
 @pytest.mark.parametrize("split", ["random", "alphabetical"])
-def test_an_sae_is_calibrated_on_training_strings_that_it_was_not_fitted_to(split: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg, _ = compose_checked(CONF, ["study=palindrome", "preset=smoke", f"study.data.split={split}", "sae=topk", "study.fit.train.steps=30"])
+def test_an_sae_is_calibrated_on_training_strings_that_it_was_not_fitted_to(
+    split: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, _ = compose_checked(
+        CONF,
+        [
+            "study=palindrome",
+            "preset=smoke",
+            f"study.data.split={split}",
+            "sae=topk",
+            "study.fit.train.steps=30",
+        ],
+    )
     study, seen = build(cfg.study), {}
 
     def fit(saes, batch_at, configs, sample, **kwargs):
@@ -92,22 +127,36 @@ def test_an_sae_is_calibrated_on_training_strings_that_it_was_not_fitted_to(spli
 
     monkeypatch.setattr(palindrome, "fit_saes", fit)
     train = study.data.parts(seed_of(0, "split"))[0]
-    x = torch.arange(len(train), dtype=torch.float32)[:, None].expand(-1, study.width)  # a row says which string it is
-    ctx = Context(folder=tmp_path, cache=tmp_path, device=torch.device("cpu"), console=Console(verbosity="quiet"))
+    x = torch.arange(len(train), dtype=torch.float32)[:, None].expand(
+        -1, study.width
+    )  # a row says which string it is
+    ctx = Context(
+        folder=tmp_path,
+        cache=tmp_path,
+        device=torch.device("cpu"),
+        console=Console(verbosity="quiet"),
+    )
     with pytest.raises(KeyboardInterrupt):
         study.fitted(x, {}, 0, ctx)
     learned, held = (set(seen[k].tolist()) for k in ("learned", "held"))
     assert not learned & held and len(held) == 1582 and len(learned) > 0.99 * (len(train) - 1582)
     first = train[sorted(map(int, held)), 1]
-    assert len(first.unique()) == len(train[:, 1].unique()), "strings of every first letter, in either split"
+    assert len(first.unique()) == len(train[:, 1].unique()), (
+        "strings of every first letter, in either split"
+    )
 
 
 def test_two_definitions_of_explained_variance() -> None:
     x = torch.tensor([[0.0, 10.0], [2.0, 10.0], [4.0, 13.0]])
     about_vector, about_number = explained(x, x - x.mean(0))
     assert about_vector == pytest.approx(0), "the mean vector explains nothing ..."
-    assert about_number == pytest.approx(1 - (8 + 6) / float((x - x.mean()).square().sum())) and about_number > 0.8, "... but most of all entries"
-    assert explained(x, torch.ones_like(x)) == pytest.approx((1 - 6 / 14, 1.0)), "a constant error is an error by the first alone"
+    assert (
+        about_number == pytest.approx(1 - (8 + 6) / float((x - x.mean()).square().sum()))
+        and about_number > 0.8
+    ), "... but most of all entries"
+    assert explained(x, torch.ones_like(x)) == pytest.approx((1 - 6 / 14, 1.0)), (
+        "a constant error is an error by the first alone"
+    )
     assert explained(x, torch.zeros_like(x)) == (1.0, 1.0)
     assert explained(torch.ones(3, 2), torch.zeros(3, 2)) == (None, None)
 
@@ -128,9 +177,22 @@ def test_two_definitions_of_alive() -> None:
     sae = Fixed(d_in=8 * 16, d_sae=4)
     x = torch.cat([codes, torch.randn(len(ids), 124)], 1)
     found = measure(sae, x, ids, 100, Analysis(strongest=2, samples=1, selective=0.5)).scalars
-    assert (found["alive_latents"], found["alive_on_average_latents"], found["sae_l0"]) == pytest.approx((2, 1, 1.05))
-    moved = measure(sae, x, ids, 100, Analysis(strongest=2, samples=1, selective=0.5), mean=torch.linspace(0, 50, 128)).scalars
-    assert moved["explained_variance"] == pytest.approx(found["explained_variance"], abs=1e-4), "about the mean vector: a shift changes nothing"
+    assert (
+        found["alive_latents"],
+        found["alive_on_average_latents"],
+        found["sae_l0"],
+    ) == pytest.approx((2, 1, 1.05))
+    moved = measure(
+        sae,
+        x,
+        ids,
+        100,
+        Analysis(strongest=2, samples=1, selective=0.5),
+        mean=torch.linspace(0, 50, 128),
+    ).scalars
+    assert moved["explained_variance"] == pytest.approx(found["explained_variance"], abs=1e-4), (
+        "about the mean vector: a shift changes nothing"
+    )
     assert moved["explained_variance_entries"] > found["explained_variance_entries"]
 
 
@@ -145,12 +207,17 @@ def published() -> Any:
 
 def test_the_published_language_model_has_embeddings_of_its_own(published: Any) -> None:
     made = build_lm(published.lm, len(SYMBOLS), seed=0)
-    assert made.lm_head.weight is not made.transformer.wte.weight and not torch.equal(made.lm_head.weight, made.transformer.wte.weight)
+    assert made.lm_head.weight is not made.transformer.wte.weight and not torch.equal(
+        made.lm_head.weight, made.transformer.wte.weight
+    )
     for table in (made.transformer.wte, made.transformer.wpe, made.lm_head):
         assert table.weight.std().item() == pytest.approx(0.2, rel=0.15)
     plain = build(compose_checked(CONF, ["preset=laptop", "study=palindrome"])[0].study)
     made = build_lm(plain.lm, len(SYMBOLS), seed=0)
-    assert made.lm_head.weight is made.transformer.wte.weight and made.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.15)
+    assert (
+        made.lm_head.weight is made.transformer.wte.weight
+        and made.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.15)
+    )
 
 
 def test_the_published_sae_loss_is_elementwise_on_raw_vectors_and_raw_codes(published: Any) -> None:
@@ -160,7 +227,12 @@ def test_the_published_sae_loss_is_elementwise_on_raw_vectors_and_raw_codes(publ
     x = 0.3 * torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) + 0.2
     sae = arm.seeded(128, 128, 0)
     sae.begin("train", x, x)
-    step = Step(phase="train", progress=0.5, dead=torch.zeros(512, dtype=torch.bool), generator=torch.Generator())
+    step = Step(
+        phase="train",
+        progress=0.5,
+        dead=torch.zeros(512, dtype=torch.bool),
+        generator=torch.Generator(),
+    )
     total = sae.loss(Batch(x, x), step).total
     z = torch.nn.functional.gelu((x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc)
     rate = z.mean(0).clamp(1e-6, 1 - 1e-6)
@@ -168,7 +240,9 @@ def test_the_published_sae_loss_is_elementwise_on_raw_vectors_and_raw_codes(publ
     by_hand = torch.nn.functional.mse_loss(z @ sae.W_dec + sae.b_dec, x) + 1e-3 * kl.sum()
     assert total.item() == pytest.approx(by_hand.item(), rel=1e-5)
     weights = list(sae.parameters())
-    for found, wanted in zip(torch.autograd.grad(total, weights), torch.autograd.grad(by_hand, weights), strict=True):
+    for found, wanted in zip(
+        torch.autograd.grad(total, weights), torch.autograd.grad(by_hand, weights), strict=True
+    ):
         assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-7)
 
 
@@ -182,7 +256,15 @@ def test_the_published_fit_leaves_units_and_decoder_lengths_alone(published: Any
         loss = sae.loss
         sae.loss = lambda batch, step: (seen.append(batch.x), loss(batch, step))[1]
         cfg = replace(published.fit.train, steps=30, lr=1e-2)
-        fit_saes({"sae": sae}, lambda _: Batch(x, x), cfg, Sample(x, x, x), seed=0, dead_after=10**9, scale=scale)
+        fit_saes(
+            {"sae": sae},
+            lambda _: Batch(x, x),
+            cfg,
+            Sample(x, x, x),
+            seed=0,
+            dead_after=10**9,
+            scale=scale,
+        )
         return sae
 
     sae = fitted(published.fit.scale)
@@ -194,19 +276,30 @@ def test_the_published_fit_leaves_units_and_decoder_lengths_alone(published: Any
     assert not torch.allclose(seen[0], x)
 
 
-SMALL = ("study=palindrome", "preset=smoke", "threads=1", "study.fit.train.steps=30", "study.train.steps=20")
+SMALL = (
+    "study=palindrome",
+    "preset=smoke",
+    "threads=1",
+    "study.fit.train.steps=30",
+    "study.train.steps=20",
+)
 
 
 def test_the_study_from_start_to_end(experiment: Experiment) -> None:
     done = experiment("--out_dir=run_0", *SMALL, tiny=False)
     assert done.returncode == 0, done.stderr
     means = experiment.json("run_0", "final_info.json")["palindrome"]["means"]
-    assert {f"{m}_mean" for m in ("excess_loss", "mirror_accuracy", "explained_variance", "alive_latents")} <= set(means)
+    assert {
+        f"{m}_mean"
+        for m in ("excess_loss", "mirror_accuracy", "explained_variance", "alive_latents")
+    } <= set(means)
     with np.load(experiment.runs / "run_0" / "arrays" / "palindrome_0.npz") as arrays:
         assert arrays["dictionary"].shape == (512, 8, 16)
         assert arrays["selectivity"].shape == (512, 3, 26)
         attention = arrays["attention_mean"]
-    assert np.allclose(attention.sum(1), 1, atol=1e-4) and np.allclose(attention, np.tril(attention))
+    assert np.allclose(attention.sum(1), 1, atol=1e-4) and np.allclose(
+        attention, np.tril(attention)
+    )
     assert len(experiment.json("run_0", "features", "palindrome_0.json")) == 512
     assert experiment.json("run_0", "manifest.json")["label"] == "kl_rate"
     done, empty = drawn(experiment.runs / "run_0", "palindrome_", experiment.here)
@@ -223,7 +316,9 @@ def test_the_study_from_start_to_end(experiment: Experiment) -> None:
         ("study.data.split=odd", "odd"),
     ],
 )
-def test_mistakes_are_one_line_before_training(experiment: Experiment, wrong: str, told: str) -> None:
+def test_mistakes_are_one_line_before_training(
+    experiment: Experiment, wrong: str, told: str
+) -> None:
     done = experiment("--out_dir=bad", *SMALL, wrong, tiny=False)
     assert done.returncode == 2
     assert told in done.stderr and len(done.stderr.splitlines()) == 1
@@ -232,7 +327,9 @@ def test_mistakes_are_one_line_before_training(experiment: Experiment, wrong: st
 
 @pytest.mark.slow
 def test_the_default_setting_solves_the_task(experiment: Experiment) -> None:
-    done = experiment("--out_dir=run_0", "study=palindrome", "preset=laptop", tiny=False, timeout=400)
+    done = experiment(
+        "--out_dir=run_0", "study=palindrome", "preset=laptop", tiny=False, timeout=400
+    )
     assert done.returncode == 0, done.stderr
     means = experiment.json("run_0", "final_info.json")["palindrome"]["means"]
     assert means["mirror_accuracy_mean"] == 1.0

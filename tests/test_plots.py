@@ -21,11 +21,23 @@ from omegaconf import OmegaConf
 from sae_experiments.errors import UserError
 from sae_experiments.plots.base import ALARM, NothingToDrawError, clip, looks, percent, save
 from sae_experiments.report.figures import choose, default_out, draw_all
-from sae_experiments.results.records import CurveWriter, Record, read_records, save_arrays, write_record
+from sae_experiments.results.records import (
+    CurveWriter,
+    Record,
+    read_records,
+    save_arrays,
+    write_record,
+)
 from sae_experiments.results.table import load_table, runs_in
 
 ROOT = Path(__file__).resolve().parents[1]
-GENERAL = ("density", "final_metrics", "pareto", "sae_curves", "training_curves")  # the figures of a study are tested with it
+GENERAL = (
+    "density",
+    "final_metrics",
+    "pareto",
+    "sae_curves",
+    "training_curves",
+)  # the figures of a study are tested with it
 FIGURES = {name: ROOT / "conf" / "plot" / f"{name}.yaml" for name in GENERAL}
 THREE = ("enwik8", "shakespeare_char", "text8")
 
@@ -49,7 +61,10 @@ def caption(fig: Figure) -> str:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("two")
-    return [make_run(root, "run_0", datasets=THREE), make_run(root, "run_1", sae="topk", datasets=THREE)]
+    return [
+        make_run(root, "run_0", datasets=THREE),
+        make_run(root, "run_1", sae="topk", datasets=THREE),
+    ]
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -63,7 +78,9 @@ def test_every_figure_draws_one_run_and_eight(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_nothing_reaches_out_of_the_figure_or_into_another_panel(name: str, two: list[Path]) -> None:
+def test_nothing_reaches_out_of_the_figure_or_into_another_panel(
+    name: str, two: list[Path]
+) -> None:
     fig = drawn(name, *two)
     fig.draw_without_rendering()
     renderer = fig.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -93,7 +110,10 @@ def test_final_metrics_dots_errors_and_baseline(two: list[Path]) -> None:
         assert found[run.name][0].get_xdata()[0] == stat.mean  # type: ignore[index]
         left, right = segments.get_segments()[0][:, 0]  # type: ignore[attr-defined]
         assert (right - left) / 2 == pytest.approx(stat.stderr)
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["run_0: standard k=32", "run_1: topk k=32"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == [
+        "run_0: standard k=32",
+        "run_1: topk k=32",
+    ]
     assert "Dashed line: the baseline, run_0" in caption(fig)
     assert "n = 3 seeds" in caption(fig)
 
@@ -104,7 +124,9 @@ def test_one_seed_has_no_error_bar_and_null_no_dot(tmp_path: Path) -> None:
     write_record(run, replace(record, metrics=record.metrics | {"sae_l0": None}))
     other = make_run(tmp_path, "run_1", curves=False)
     fig = drawn("final_metrics", run, other, metrics=["sae_fvu", "sae_l0"])
-    assert [bool(c[2][0].get_segments()) if c[2] else False for c in bars(fig.axes[0]).values()] == [False, True]  # type: ignore[attr-defined]
+    assert [
+        bool(c[2][0].get_segments()) if c[2] else False for c in bars(fig.axes[0]).values()
+    ] == [False, True]  # type: ignore[attr-defined]
     assert list(bars(fig.axes[1])) == ["run_1"]
     assert "null" in [text.get_text() for text in fig.axes[1].texts]
     assert "n = 1 to 3 seeds" in caption(fig)
@@ -112,12 +134,21 @@ def test_one_seed_has_no_error_bar_and_null_no_dot(tmp_path: Path) -> None:
 
 
 def test_runs_that_must_not_be_compared_are_hollow(tmp_path: Path) -> None:
-    paths = [make_run(tmp_path, "run_0"), make_run(tmp_path, "run_1", preset="full"), make_run(tmp_path, "run_2", sae="topk")]
+    paths = [
+        make_run(tmp_path, "run_0"),
+        make_run(tmp_path, "run_1", preset="full"),
+        make_run(tmp_path, "run_2", sae="topk"),
+    ]
     for name in ("final_metrics", "pareto"):
         fig = drawn(name, *paths)
-        faces = {label: found[0].get_markerfacecolor() for label, found in bars(fig.axes[0]).items()}  # type: ignore[union-attr]
+        faces = {
+            label: found[0].get_markerfacecolor() for label, found in bars(fig.axes[0]).items()
+        }  # type: ignore[union-attr]
         assert [label for label, face in faces.items() if face == "white"] == ["run_1"]
-        assert "Hollow: not comparable with the baseline: run_1 (preset full vs laptop)." in caption(fig)
+        assert (
+            "Hollow: not comparable with the baseline: run_1 (preset full vs laptop)."
+            in caption(fig)
+        )
         assert "Preset laptop; full for run_1." in caption(fig)
 
 
@@ -132,7 +163,10 @@ def test_stand_in_text_is_red(name: str, tmp_path: Path) -> None:
 
 
 def test_a_dataset_the_baseline_lacks_is_not_hollow(tmp_path: Path) -> None:
-    paths = [make_run(tmp_path, "run_0", datasets=["enwik8"], curves=False), make_run(tmp_path, "run_1", datasets=THREE[::2], curves=False)]
+    paths = [
+        make_run(tmp_path, "run_0", datasets=["enwik8"], curves=False),
+        make_run(tmp_path, "run_1", datasets=THREE[::2], curves=False),
+    ]
     fig = drawn("final_metrics", *paths, metrics=["sae_fvu"])
     assert bars(fig.axes[1])["run_1"][0].get_markerfacecolor() != "white"  # type: ignore[union-attr]
     assert "Hollow" not in caption(fig)
@@ -140,13 +174,20 @@ def test_a_dataset_the_baseline_lacks_is_not_hollow(tmp_path: Path) -> None:
 
 def test_curves_mean_band_and_shared_language_model(two: list[Path]) -> None:
     fig = drawn("training_curves", *two)
-    assert [ax.get_ylabel() for ax in fig.axes[::3]] == ["train loss (nats)", "validation loss (nats)"]
+    assert [ax.get_ylabel() for ax in fig.axes[::3]] == [
+        "train loss (nats)",
+        "validation loss (nats)",
+    ]
     assert legend(fig) == ["run_0, run_1: the same curves"]
     ax = fig.axes[3]
     assert len(ax.lines) == 1
     assert len(ax.collections) == 1  # the band
     curves = load_table(two).runs[0].curves
-    mean = curves[(curves["dataset"] == "enwik8") & (curves["name"] == "lm/val_loss")].groupby("step")["value"].mean()
+    mean = (
+        curves[(curves["dataset"] == "enwik8") & (curves["name"] == "lm/val_loss")]
+        .groupby("step")["value"]
+        .mean()
+    )
     assert np.allclose(ax.lines[0].get_ydata(), mean)
     assert ax.get_ylim()[1] < 3.5  # the first fall, from 4, leaves the panel
 
@@ -166,7 +207,14 @@ def test_curves_of_one_label_share_a_row(tmp_path: Path) -> None:
 def test_sae_curves_name_the_parts_only_one_variant_has(two: list[Path]) -> None:
     fig = drawn("sae_curves", *two)
     labels = [ax.get_ylabel() for ax in fig.axes[::3]]
-    assert labels == ["total loss", "squared error", "L0 (latents a token)", "dead latents (share)", "learning rate", "sae/l1"]
+    assert labels == [
+        "total loss",
+        "squared error",
+        "L0 (latents a token)",
+        "dead latents (share)",
+        "learning rate",
+        "sae/l1",
+    ]
     assert len(fig.axes[0].lines) == 2
     assert len(fig.axes[-1].lines) == 1
     assert fig.axes[0].get_yscale() == "log"
@@ -179,24 +227,42 @@ def test_several_saes_of_one_run_are_drawn_side_by_side(tmp_path: Path) -> None:
     arms = {name: {"model": {"k": int(name.rsplit("_", 1)[1])}} for name in names}
     run = make_run(tmp_path, "grid", datasets=reports, config={"arms": arms})
     table = load_table([run]).by_arm
-    assert [r.title for r in table.runs] == sorted(names, key=lambda n: (n[0], int(n.rsplit("_", 1)[1])))
+    assert [r.title for r in table.runs] == sorted(
+        names, key=lambda n: (n[0], int(n.rsplit("_", 1)[1]))
+    )
     assert table.datasets == ["enwik8", "text8"] and table.baseline is None
     assert {r.config["variant"] for r in table.runs} == {"topk", "gated"}
     whole = load_table([run]).runs[0]
     for part in table.runs:
         assert part.stats["text8"] == whole.stats[f"text8.{part.arm}"]
-        assert set(part.curves["dataset"]) == {"enwik8", "text8"} and set(part.arrays("text8")) == {0, 1, 2}
+        assert set(part.curves["dataset"]) == {"enwik8", "text8"} and set(part.arrays("text8")) == {
+            0,
+            1,
+            2,
+        }
     fig = drawn("pareto", run)
-    assert [len(ax.containers) for ax in fig.axes] == [4] * 4, "a panel for a corpus and a metric, a point for an SAE"
+    assert [len(ax.containers) for ax in fig.axes] == [4] * 4, (
+        "a panel for a corpus and a metric, a point for an SAE"
+    )
     beside = load_table([make_run(tmp_path, "run_0", datasets=["text8"]), run])
-    assert [r.name for r in beside.by_arm.runs][1:] == [r.name for r in table.runs], "the baseline needs no name in front of theirs"
-    assert beside.by_arm.baseline is beside.by_arm.runs[0] and beside.by_arm.with_rivals(["text8", "shakespeare_char"]) == ["text8"]
+    assert [r.name for r in beside.by_arm.runs][1:] == [r.name for r in table.runs], (
+        "the baseline needs no name in front of theirs"
+    )
+    assert beside.by_arm.baseline is beside.by_arm.runs[0] and beside.by_arm.with_rivals(
+        ["text8", "shakespeare_char"]
+    ) == ["text8"]
     two = load_table([run, make_run(tmp_path, "other", datasets=["text8"])]).by_arm
-    assert "grid gated-target_l0_8" in [r.name for r in two.runs], "among several runs the run is named too"
+    assert "grid gated-target_l0_8" in [r.name for r in two.runs], (
+        "among several runs the run is named too"
+    )
 
 
 def test_pareto_points_axes_and_variants(tmp_path: Path) -> None:
-    paths = [make_run(tmp_path, f"{sae}_{k}", sae=sae, k=k, curves=False) for sae in ("topk", "gated") for k in (8, 16, 32)]
+    paths = [
+        make_run(tmp_path, f"{sae}_{k}", sae=sae, k=k, curves=False)
+        for sae in ("topk", "gated")
+        for k in (8, 16, 32)
+    ]
     fig = drawn("pareto", *paths)
     ax = fig.axes[0]
     assert ax.get_xscale() == "log"
@@ -217,7 +283,12 @@ def test_density_counts_the_dead(two: list[Path]) -> None:
     assert len(fig.axes) == 2 * 3
     ax, run = fig.axes[0], load_table(two).runs[0]
     dead = run.stats["enwik8"]["sae_dead_frac"].mean or 0
-    (bar,) = [patch for container in ax.containers for patch in container if container.get_label() == "dead"]
+    (bar,) = [
+        patch
+        for container in ax.containers
+        for patch in container
+        if container.get_label() == "dead"
+    ]
     assert bar.get_height() == pytest.approx(dead)
     (stairs,) = [patch for patch in ax.patches if hasattr(patch, "get_data")]
     assert stairs.get_data().values.sum() + dead == pytest.approx(1)
@@ -227,8 +298,15 @@ def test_density_counts_the_dead(two: list[Path]) -> None:
 
 def test_density_survives_bad_arrays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = make_run(tmp_path, "run_0")
-    save_arrays(run, "shakespeare_char", 0, {"density_hist": np.zeros(4), "density_edges": np.arange(5.0)})
-    save_arrays(run, "shakespeare_char", 1, {"density_hist": np.full(4, np.nan), "density_edges": np.arange(5.0)})
+    save_arrays(
+        run, "shakespeare_char", 0, {"density_hist": np.zeros(4), "density_edges": np.arange(5.0)}
+    )
+    save_arrays(
+        run,
+        "shakespeare_char",
+        1,
+        {"density_hist": np.full(4, np.nan), "density_edges": np.arange(5.0)},
+    )
     assert len(drawn("density", run).axes) == 1
     assert "2 of 3 density histograms" in caplog.text
     (run / "arrays" / "shakespeare_char_2.npz").unlink()
@@ -241,12 +319,17 @@ def test_too_many_runs_are_cut_and_said(tmp_path: Path) -> None:
     fig = drawn("final_metrics", *paths, max_runs=3)
     assert len(bars(fig.axes[0])) == 3
     assert "Only the first 3 of 5 runs are drawn." in caption(fig)
-    many = looks(load_table([make_run(tmp_path, f"more_{i}", seeds=(0,), curves=False) for i in range(30)]))
+    many = looks(
+        load_table([make_run(tmp_path, f"more_{i}", seeds=(0,), curves=False) for i in range(30)])
+    )
     assert len(set(many.values())) == len(many) == 31  # with run_0; no two look alike
 
 
 def test_other_studies_get_the_metrics_they_have(tmp_path: Path) -> None:
-    write_record(tmp_path / "run_0", Record(dataset="depth_3", seed=0, metrics={"loss_min": 0.1, "loss_mean": 0.2}))
+    write_record(
+        tmp_path / "run_0",
+        Record(dataset="depth_3", seed=0, metrics={"loss_min": 0.1, "loss_mean": 0.2}),
+    )
     fig = drawn("final_metrics", tmp_path / "run_0")
     assert [ax.get_xlabel() for ax in fig.axes] == ["loss_mean", "loss_min"]
     for name in ("pareto", "density", "training_curves", "sae_curves"):
@@ -258,16 +341,23 @@ def test_the_same_figure_the_same_bytes(tmp_path: Path, two: list[Path]) -> None
     for folder in ("a", "b"):
         save(drawn("pareto", *two), "pareto", tmp_path / folder)
     for kind in ("png", "svg"):
-        assert (tmp_path / "a" / f"pareto.{kind}").read_bytes() == (tmp_path / "b" / f"pareto.{kind}").read_bytes()
+        assert (tmp_path / "a" / f"pareto.{kind}").read_bytes() == (
+            tmp_path / "b" / f"pareto.{kind}"
+        ).read_bytes()
 
 
-def test_a_failing_figure_stops_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture, two: list[Path]) -> None:
+def test_a_failing_figure_stops_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, two: list[Path]
+) -> None:
     def fail() -> Any:
         raise ZeroDivisionError("two\nlines")
 
     caplog.set_level(logging.INFO)
     written, pictures = draw_all(
-        load_table(two), {"bad": fail, "good": lambda: instantiate(OmegaConf.load(FIGURES["pareto"]))}, tmp_path / "out", tmp_path
+        load_table(two),
+        {"bad": fail, "good": lambda: instantiate(OmegaConf.load(FIGURES["pareto"]))},
+        tmp_path / "out",
+        tmp_path,
     )
     assert [path.name for path in written] == ["good.png", "good.svg"]
     assert caplog.messages == ["bad: not drawn, ZeroDivisionError: two lines"]
@@ -276,16 +366,31 @@ def test_a_failing_figure_stops_no_other(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_small_things() -> None:
-    assert [percent(x) for x in (0, 0.0004, 0.02, 0.0213, 0.123, 1)] == ["0 %", "< 0.1 %", "2 %", "2.1 %", "12 %", "100 %"]
+    assert [percent(x) for x in (0, 0.0004, 0.02, 0.0213, 0.123, 1)] == [
+        "0 %",
+        "< 0.1 %",
+        "2 %",
+        "2.1 %",
+        "12 %",
+        "100 %",
+    ]
     assert clip("a" * 50 + "z" * 50, 20) == "a" * 10 + "…" + "z" * 9
     assert default_out([Path("/r/runs/run_0"), Path("/r/runs/run_1")]) == Path("/r/runs/comparison")
-    assert default_out([Path("/r/runs/run_0"), Path("/r/runs/sweep/a")]) == Path("/r/runs/comparison")
+    assert default_out([Path("/r/runs/run_0"), Path("/r/runs/sweep/a")]) == Path(
+        "/r/runs/comparison"
+    )
     with pytest.raises(UserError, match="did you mean pareto"):
         choose("paretto", ["pareto", "density"])
 
 
 def plot(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(ROOT / "plot.py"), *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "plot.py"), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_plot_py_from_start_to_end(tmp_path: Path) -> None:
@@ -298,11 +403,19 @@ def test_plot_py_from_start_to_end(tmp_path: Path) -> None:
     done = plot(tmp_path, "--figures=pareto,final_metrics")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) == 4  # run_2 runs; run_3: no manifest, not JSON, no results
+    assert (
+        len(done.stderr.splitlines()) == 4
+    )  # run_2 runs; run_3: no manifest, not JSON, no results
     assert "== shakespeare_char ==" in done.stdout
     out = tmp_path / "runs" / "comparison"
     figures = [f"{name}.{kind}" for name in ("final_metrics", "pareto") for kind in ("png", "svg")]
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "comparison.csv", "comparison.md", *figures, "report.html"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        ".lock",
+        "comparison.csv",
+        "comparison.md",
+        *figures,
+        "report.html",
+    ]
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["final_metrics.png", "pareto.png"]
 
 
@@ -330,7 +443,9 @@ def test_plot_py_with_failed_runs_alone_is_no_success(tmp_path: Path) -> None:
     (failed / "manifest.json").write_text('{"status": "failed", "metrics": {}, "config": {}}')
     figures = "--figures=final_metrics"
     nothing = plot(tmp_path, "runs/run_2", figures)
-    assert nothing.returncode == 2 and "no run has results" in nothing.stderr.splitlines()[-1], "the baseline beside it is not what was asked for"
+    assert nothing.returncode == 2 and "no run has results" in nothing.stderr.splitlines()[-1], (
+        "the baseline beside it is not what was asked for"
+    )
     partly = plot(tmp_path, "runs/run_1", "runs/run_2", figures)
     assert partly.returncode == 1 and "failed" in partly.stderr.splitlines()[-1]
     assert "run_1" in partly.stdout, "what there is is shown all the same"

@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CONF
-from fake_features import HOSTILE, LENGTH, add_features, contexts, features_of, graph_of, hostile_features, text_of
+from fake_features import (
+    HOSTILE,
+    LENGTH,
+    add_features,
+    contexts,
+    features_of,
+    graph_of,
+    hostile_features,
+    text_of,
+)
 from fake_runs import make_run
 from matplotlib.figure import Figure
 
@@ -80,9 +89,14 @@ def test_text_cannot_become_markup(text: str) -> None:
     found = Elements(html).found
     assert [name for name, _ in found] == ["p", "b"]
     assert set(found[0][1]) == {"title"}
-    plain = "".join(c if c in "\n\t" or ord(c) >= 32 else "\ufffd" for c in text.encode("utf-8", "replace").decode())
+    plain = "".join(
+        c if c in "\n\t" or ord(c) >= 32 else "\ufffd"
+        for c in text.encode("utf-8", "replace").decode()
+    )
     assert html == f'<p title="{markup.text(plain)}">{markup.text(plain)}<b>bold</b></p>'
-    assert Elements(html).text[0] == plain or min(c for c in text if ord(c) > 127) >= "\x80", "characters survive (C1 controls become what HTML says)"
+    assert Elements(html).text[0] == plain or min(c for c in text if ord(c) > 127) >= "\x80", (
+        "characters survive (C1 controls become what HTML says)"
+    )
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -101,7 +115,14 @@ def test_nothing_inserted_into_the_template_is_filled_again() -> None:
 
 def test_a_hostile_run_gives_a_page_of_known_elements(tmp_path: Path) -> None:
     bad = HOSTILE[0] + HOSTILE[1]
-    run = made(tmp_path, label=bad, device=bad, argv=[bad], config={"data": {}, bad: bad}, corpora={"shakespeare_char": {"corpus": bad, bad: [bad]}})
+    run = made(
+        tmp_path,
+        label=bad,
+        device=bad,
+        argv=[bad],
+        config={"data": {}, bad: bad},
+        corpora={"shakespeare_char": {"corpus": bad, bad: [bad]}},
+    )
     add_features(run, "shakespeare_char", 0, hostile_features(), [graph_of(bad)])
     picture = Picture("pareto", bad, bad, b"<svg></svg>")
     html = page.page(load_table([run]), [picture])
@@ -109,7 +130,10 @@ def test_a_hostile_run_gives_a_page_of_known_elements(tmp_path: Path) -> None:
     known = set(re.findall(r"\w+", KNOWN))
     assert {name for name, _ in elements} <= known
     for name, attributes in elements:
-        assert not any(key.startswith("on") or key in ("src", "style", "srcdoc", "formaction") for key in attributes), (name, attributes)
+        assert not any(
+            key.startswith("on") or key in ("src", "style", "srcdoc", "formaction")
+            for key in attributes
+        ), (name, attributes)
         assert (attributes.get("href") or "#").startswith("#")
     scripts = [attributes.get("type") for name, attributes in elements if name == "script"]
     assert scripts == ["application/json", "application/gzip", "application/gzip", None]
@@ -117,17 +141,46 @@ def test_a_hostile_run_gives_a_page_of_known_elements(tmp_path: Path) -> None:
 
 def test_the_policy_allows_this_script_and_style_and_nothing_else(tmp_path: Path) -> None:
     html = page.page(load_table([made(tmp_path)]), [])
-    policy = next(a["content"] for name, a in Elements(html).found if name == "meta" and a.get("http-equiv") == "Content-Security-Policy")
-    for kind, pattern in (("script", r"<script>(.*?)</script>"), ("style", r"<style>(.*?)</style>")):
+    policy = next(
+        a["content"]
+        for name, a in Elements(html).found
+        if name == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    )
+    for kind, pattern in (
+        ("script", r"<script>(.*?)</script>"),
+        ("style", r"<style>(.*?)</style>"),
+    ):
         (content,) = re.findall(pattern, html, re.S)
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{kind}-src 'sha256-{digest}';" in policy
-    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy and "require-trusted-types-for 'script'" in policy
+    assert (
+        "default-src 'none'" in policy
+        and "unsafe" not in policy
+        and "http" not in policy
+        and "require-trusted-types-for 'script'" in policy
+    )
 
 
 def test_the_script_makes_no_markup_from_strings_and_asks_no_network() -> None:
-    for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "Function(", "fetch(", "XMLHttp", "WebSocket", "import(", "srcdoc",
-                 "DOMParser", "createContextualFragment", "postMessage", "</script", "http:", "setTimeout(\""):  # fmt: skip
+    for word in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacent",
+        "document.write",
+        "eval(",
+        "Function(",
+        "fetch(",
+        "XMLHttp",
+        "WebSocket",
+        "import(",
+        "srcdoc",
+        "DOMParser",
+        "createContextualFragment",
+        "postMessage",
+        "</script",
+        "http:",
+        'setTimeout("',
+    ):
         assert word not in SCRIPT.replace("http://www.w3.org/2000/svg", ""), word
     css = (page.HERE / "report.css").read_text()
     assert "url(" not in css and "@import" not in css and "</style" not in css
@@ -150,24 +203,47 @@ def test_packed_contexts_are_the_text_and_the_values_that_were_stored(tmp_path: 
                 expected = {i: v for i, v in enumerate(before["acts"]) if v}
                 assert set(acts) == set(expected)
                 assert all(abs(acts[i] - 99 * v / was["max"]) <= 1 for i, v in expected.items())
-        assert {k: v for k, v in now.items() if k not in ("top", "samples")} == {k: pytest.approx(v, rel=5e-3) if isinstance(v, float) else v for k, v in was.items() if k not in ("top", "samples")}  # noqa: E501  # fmt: skip
+        assert {k: v for k, v in now.items() if k not in ("top", "samples")} == {
+            k: pytest.approx(v, rel=5e-3) if isinstance(v, float) else v
+            for k, v in was.items()
+            if k not in ("top", "samples")
+        }  # noqa: E501
 
 
 def test_contexts_that_disagree_about_a_row_keep_their_own_text() -> None:
     one = {"before": "ab", "at": "c", "after": "d", "acts": [0, 0, 2.0, 0], "row": 12}
     other, without = one | {"before": "xy"}, {k: v for k, v in one.items() if k != "row"}
     packed = features.pack(
-        features.Cell("r", "d", 0, False, [{"latent": 0, "max": 2.0, "top": [one, other, without, one | {"row": 1}]}]), features.FULL
+        features.Cell(
+            "r",
+            "d",
+            0,
+            False,
+            [{"latent": 0, "max": 2.0, "top": [one, other, without, one | {"row": 1}]}],
+        ),
+        features.FULL,
     )
     found = json.loads(gzip.decompress(packed))
     assert found["text"] == [[10, "abcd"]]
     top = found["latents"][0]["top"]
-    assert top == [[10, 4, 2, [2, 99]], ["xycd", 2, [2, 99]], ["abcd", 2, [2, 99]], ["abcd", 2, [2, 99]]]
+    assert top == [
+        [10, 4, 2, [2, 99]],
+        ["xycd", 2, [2, 99]],
+        ["abcd", 2, [2, 99]],
+        ["abcd", 2, [2, 99]],
+    ]
 
 
 def test_numbers_that_json_does_not_have_become_null() -> None:
     packed = features.pack(
-        features.Cell("r", "d", 0, False, [{"latent": 0, "max": 1.0, "f1": float("nan"), "partners": [[1, float("inf")]]}]), (1, 0)
+        features.Cell(
+            "r",
+            "d",
+            0,
+            False,
+            [{"latent": 0, "max": 1.0, "f1": float("nan"), "partners": [[1, float("inf")]]}],
+        ),
+        (1, 0),
     )
     assert json.loads(gzip.decompress(packed), parse_constant=lambda name: 1 / 0)["latents"] == [
         {"latent": 0, "max": 1.0, "f1": None, "partners": [[1, None]]}
@@ -176,14 +252,36 @@ def test_numbers_that_json_does_not_have_become_null() -> None:
 
 def test_negative_and_tiny_values_keep_their_sign() -> None:
     top = {"before": "", "at": "a", "after": "bc", "acts": [-4.0, 1e-9, -1e-9], "row": 0}
-    found = json.loads(gzip.decompress(features.pack(features.Cell("r", "d", 0, False, [{"latent": 0, "max": 4.0, "top": [top]}]), (1, 0))))
+    found = json.loads(
+        gzip.decompress(
+            features.pack(
+                features.Cell("r", "d", 0, False, [{"latent": 0, "max": 4.0, "top": [top]}]), (1, 0)
+            )
+        )
+    )
     assert found["latents"][0]["top"] == [[0, 3, 0, [0, -99, 1, 1, 2, -1]]]
 
 
 def test_whole_strings_become_contexts() -> None:
-    cell = features.Cell("r", "palindrome", 0, False, [{"latent": 3, "density": 0.5, "max": 2.0, "strings": [["<ab|ba>", 2.0], ["<bb|bb>", 1.0]]}])
+    cell = features.Cell(
+        "r",
+        "palindrome",
+        0,
+        False,
+        [
+            {
+                "latent": 3,
+                "density": 0.5,
+                "max": 2.0,
+                "strings": [["<ab|ba>", 2.0], ["<bb|bb>", 1.0]],
+            }
+        ],
+    )
     (latent,) = json.loads(gzip.decompress(features.pack(cell, features.FULL)))["latents"]
-    assert latent["top"] == [["<ab|ba>", -1, [v for i in range(7) for v in (i, 99)]], ["<bb|bb>", -1, [v for i in range(7) for v in (i, 50)]]]
+    assert latent["top"] == [
+        ["<ab|ba>", -1, [v for i in range(7) for v in (i, 99)]],
+        ["<bb|bb>", -1, [v for i in range(7) for v in (i, 50)]],
+    ]
     assert "strings" not in latent
     cell.features[0]["position"] = 2
     (latent,) = json.loads(gzip.decompress(features.pack(cell, features.FULL)))["latents"]
@@ -195,11 +293,17 @@ def test_a_laptop_run_fits_and_what_does_not_is_said() -> None:
     assert LENGTH == 128
     cell = features.Cell("r", "shakespeare_char", 0, False, features_of(text, 256))
     found, note = features.packed([cell], 4_000_000)
-    assert not note and 20 * len(found[0][1]) < 4_200_000, "five cells of 1024 latents, and the rest of the page, in 5 MB"
+    assert not note and 20 * len(found[0][1]) < 4_200_000, (
+        "five cells of 1024 latents, and the rest of the page, in 5 MB"
+    )
     small = len(found[0][1])
     other = cell._replace(seed=1)
     found, note = features.packed([cell, other], small * 3 // 2)
-    assert len(found) == 2 and "contexts" in note and sum(len(data) for _, data in found) <= small * 3 // 2
+    assert (
+        len(found) == 2
+        and "contexts" in note
+        and sum(len(data) for _, data in found) <= small * 3 // 2
+    )
     found, note = features.packed([cell, other], small * 2 // 3)
     assert len(found) == 1 and "first seed" in note and len(found[0][1]) <= small * 2 // 3
     found, note = features.packed([cell, other], 1000)
@@ -211,25 +315,42 @@ def test_damaged_features_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptur
     (run / "features").mkdir()
     (run / "features" / "shakespeare_char_0.json").write_text("[{ torn")
     (run / "features" / "shakespeare_char_1.json").write_text('{"not": "a list"}')
-    (run / "features" / "shakespeare_char_2.json").write_text('[null, {"no": "latent"}, {"latent": 4, "density": 0.5, "top": [{"acts": "?"}, 3]}]')
+    (run / "features" / "shakespeare_char_2.json").write_text(
+        '[null, {"no": "latent"}, {"latent": 4, "density": 0.5, "top": [{"acts": "?"}, 3]}]'
+    )
     html = page.page(load_table([run]), [])
-    assert unpacked(html, "cell-0")["latents"] == [{"latent": 4, "density": 0.5, "top": [["", -1, []]]}]
+    assert unpacked(html, "cell-0")["latents"] == [
+        {"latent": 4, "density": 0.5, "top": [["", -1, []]]}
+    ]
     assert "cell-1" not in html and len(caplog.messages) >= 2
 
 
 def test_bytes_are_told_from_characters(tmp_path: Path) -> None:
-    run = made(tmp_path, datasets=("enwik8", "text8"), config={"data": {"enwik8": {"encoding": "latin-1"}, "text8": {"encoding": "utf-8"}}})
+    run = made(
+        tmp_path,
+        datasets=("enwik8", "text8"),
+        config={"data": {"enwik8": {"encoding": "latin-1"}, "text8": {"encoding": "utf-8"}}},
+    )
     for dataset in ("enwik8", "text8"):
         add_features(run, dataset, 0, features_of(text_of(1000), 3))
     (loaded,) = load_table([run]).runs
-    assert {cell.dataset: cell.is_bytes for cell in features.cells_of(loaded)} == {"enwik8": True, "text8": False}
+    assert {cell.dataset: cell.is_bytes for cell in features.cells_of(loaded)} == {
+        "enwik8": True,
+        "text8": False,
+    }
 
 
 def test_graphs_carry_the_contexts_of_their_nodes(tmp_path: Path) -> None:
     run = made(tmp_path)
     text = text_of(2000)
     shown = contexts(text, np.array([500, 900]), np.random.default_rng(0), 3.0)
-    add_features(run, "shakespeare_char", 0, features_of(text, 3), [graph_of(contexts=shown), {"title": "empty", "nodes": [], "edges": []}])
+    add_features(
+        run,
+        "shakespeare_char",
+        0,
+        features_of(text, 3),
+        [graph_of(contexts=shown), {"title": "empty", "nodes": [], "edges": []}],
+    )
     (graph,) = features.graphs_of(load_table([run]).runs[0])
     node = graph["nodes"][0]
     assert node["max"] == pytest.approx(max(max(c["acts"]) for c in shown), rel=5e-3)
@@ -249,13 +370,21 @@ def test_one_run_shows_every_dataset_beside_the_baseline(tmp_path: Path) -> None
     html = page.page(RunTable([table.runs[1]], table.baseline), [])
     stat = table.runs[1].stats["text8"]["sae_fvu"]
     text = " ".join(Elements(html).text)
-    assert f"{stat.mean:.4f}"[:6] in text and "Δ -0.0" in text and "▲ better" in text and "n=3" in text
-    assert "Baseline: run_0: standard k=32." in text and "standard.StandardSAE" in text and "topk.TopkSAE" in text
+    assert (
+        f"{stat.mean:.4f}"[:6] in text and "Δ -0.0" in text and "▲ better" in text and "n=3" in text
+    )
+    assert (
+        "Baseline: run_0: standard k=32." in text
+        and "standard.StandardSAE" in text
+        and "topk.TopkSAE" in text
+    )
     assert "python experiment.py --out_dir=run_1" in text and "sum |x - recon|^2" in text
 
 
 def test_many_runs_become_rows_and_what_cannot_be_compared_says_why(tmp_path: Path) -> None:
-    paths = [made(tmp_path, f"run_{i}", k=8 * (i + 1)) for i in range(4)] + [made(tmp_path, "run_9", preset="full")]
+    paths = [made(tmp_path, f"run_{i}", k=8 * (i + 1)) for i in range(4)] + [
+        made(tmp_path, "run_9", preset="full")
+    ]
     html = page.page(load_table(paths), [])
     text = " ".join(Elements(html).text)
     assert "Comparison of 5 runs" in text and "not comparable: preset full vs laptop" in text
@@ -268,12 +397,26 @@ def test_stand_in_text_null_and_unfinished_are_said(tmp_path: Path) -> None:
     run = made(tmp_path, stand_in=True, status="cut")
     (record,) = read_records(run)
     metrics: dict[str, Any] = record.metrics | {"sae_fvu": None}
-    write_record(run, Record(dataset=record.dataset, seed=0, metrics=metrics, why_null={"sae_fvu": "the <loss> blew up"}))
+    write_record(
+        run,
+        Record(
+            dataset=record.dataset,
+            seed=0,
+            metrics=metrics,
+            why_null={"sae_fvu": "the <loss> blew up"},
+        ),
+    )
     text = " ".join(Elements(page.page(load_table([run]), [])).text)
-    assert "STAND-IN TEXT" in text and "the <loss> blew up" in text and "Not finished in good order: run_1 cut." in text
+    assert (
+        "STAND-IN TEXT" in text
+        and "the <loss> blew up" in text
+        and "Not finished in good order: run_1 cut." in text
+    )
 
 
-def test_a_part_that_fails_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_part_that_fails_costs_only_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(summary, "final_numbers", lambda *_: 1 / 0)
     html = page.page(load_table([made(tmp_path)]), [])
     assert 'id="details"' in html and 'id="summary"' not in html
@@ -293,11 +436,18 @@ def test_a_figure_in_a_report_has_title_and_caption_as_text() -> None:
     fig = figure("n = 3 seeds. " * 8)
     tall = fig.get_figheight()
     title, caption, svg = bare(fig)
-    assert (title, caption) == ("A title", " ".join(["n = 3 seeds."] * 8)) and svg.startswith(b"<?xml") and fig.get_figheight() < tall
+    assert (
+        (title, caption) == ("A title", " ".join(["n = 3 seeds."] * 8))
+        and svg.startswith(b"<?xml")
+        and fig.get_figheight() < tall
+    )
 
 
 def test_figures_of_a_study_have_a_section_of_their_own(tmp_path: Path) -> None:
-    pictures = [Picture(name, f"T {name}", "C", b"<svg/>") for name in ("pareto", "toy_a", "toy_b", "circuit_x")]
+    pictures = [
+        Picture(name, f"T {name}", "C", b"<svg/>")
+        for name in ("pareto", "toy_a", "toy_b", "circuit_x")
+    ]
     html = page.page(load_table([made(tmp_path)]), pictures)
     sections = re.findall(r'<section id="([^"]*)">|<section[^>]*id="([^"]*)"', html)
     assert [a or b for a, b in sections] == ["summary", "figures-general", "figures-toy", "details"]
@@ -313,7 +463,11 @@ def test_a_report_of_a_run_folder(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     caplog.set_level(logging.ERROR)
     run = made(tmp_path)
     path = run_report(run, {"mine": lambda: lambda table: figure("x"), "bad": lambda: 1 / 0})
-    assert path == run / "report.html" and "figure-mine" in path.read_text() and "figure-bad" not in path.read_text()
+    assert (
+        path == run / "report.html"
+        and "figure-mine" in path.read_text()
+        and "figure-bad" not in path.read_text()
+    )
     assert draw_all(load_table([run]), {}, None, None) == ([], [])
     with pytest.raises(UserError, match="no results"):
         run_report(tmp_path / "nothing", {})
@@ -326,15 +480,22 @@ def test_the_same_run_the_same_bytes(tmp_path: Path) -> None:
     assert run_report(run, {"mine": lambda: lambda table: figure("x")}).read_bytes() == first
 
 
-def test_a_run_is_never_lost_to_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_never_lost_to_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     draw_report(tmp_path / "nothing", CONF)
     out, err = capsys.readouterr()
     assert out.splitlines()[-1].startswith("no report.html: UserError: ") and err == ""
 
 
 def test_a_run_ends_with_its_report(experiment: Any) -> None:
-    done = experiment("--out_dir=shown", "seeds=[0]", "report=true", "metric=[sparsity,downstream,features,rules]")
+    done = experiment(
+        "--out_dir=shown", "seeds=[0]", "report=true", "metric=[sparsity,downstream,features,rules]"
+    )
     assert done.returncode == 0, done.stderr
     path = experiment.runs / "shown" / "report.html"
-    assert any(line.startswith("report: ") and line.endswith("report.html") for line in done.stdout.splitlines())
+    assert any(
+        line.startswith("report: ") and line.endswith("report.html")
+        for line in done.stdout.splitlines()
+    )
     assert unpacked(path.read_text(), "cell-0")["latents"]

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 from chromium import BROWSER, WHY_NOT, Page, browser
-from fake_features import HOSTILE, add_features, contexts, features_of, graph_of, hostile_features, text_of
+from fake_features import (
+    HOSTILE,
+    add_features,
+    contexts,
+    features_of,
+    graph_of,
+    hostile_features,
+    text_of,
+)
 from fake_runs import make_run
 
 from sae_experiments.plots.base import bare, finish, panels
@@ -61,7 +69,9 @@ def until(page: Page, expression: str, wait_s: float = 5) -> Any:
 
 
 def rows(page: Page) -> list[int]:
-    return page("[...document.querySelectorAll('#browser .latents tr[data-latent]')].map((r) => Number(r.dataset.latent))")
+    return page(
+        "[...document.querySelectorAll('#browser .latents tr[data-latent]')].map((r) => Number(r.dataset.latent))"
+    )
 
 
 def card(page: Page) -> str:
@@ -69,7 +79,9 @@ def card(page: Page) -> str:
 
 
 def type_in(page: Page, text: str) -> None:
-    page(f"(() => {{ const b = document.querySelector('#search'); b.value = {text!r}; b.dispatchEvent(new Event('input')); }})()")
+    page(
+        f"(() => {{ const b = document.querySelector('#search'); b.value = {text!r}; b.dispatchEvent(new Event('input')); }})()"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ it opens
@@ -87,13 +99,25 @@ def test_it_opens_without_console_messages_or_requests(page: Page, report: Path)
     assert page.messages == []
     assert page.requests and all(url.startswith(SCHEMES) for url in page.requests)
     assert page("document.querySelector('.picture img').naturalWidth") > 100, "figures are shown"
-    assert page("getComputedStyle(document.querySelector('main')).maxWidth") == "1240px", "the style sheet is allowed"
+    assert page("getComputedStyle(document.querySelector('main')).maxWidth") == "1240px", (
+        "the style sheet is allowed"
+    )
 
 
 def test_the_policy_refuses_what_was_not_in_the_file(ready: Page) -> None:
-    assert ready("(() => { const n = document.createElement('script'); try { n.text = 'window.hacked = 9'; } catch { return 'refused'; } document.head.append(n); return window.hacked; })()") == "refused"  # noqa: E501  # fmt: skip
-    assert ready("fetch('https://127.0.0.1:9/').then(() => 'reached', () => 'refused')") == "refused"
-    assert any("Content Security Policy" in message or "Trusted" in message or "TrustedScript" in message for message in ready.messages)
+    assert (
+        ready(
+            "(() => { const n = document.createElement('script'); try { n.text = 'window.hacked = 9'; } catch { return 'refused'; } document.head.append(n); return window.hacked; })()"
+        )
+        == "refused"
+    )  # noqa: E501
+    assert (
+        ready("fetch('https://127.0.0.1:9/').then(() => 'reached', () => 'refused')") == "refused"
+    )
+    assert any(
+        "Content Security Policy" in message or "Trusted" in message or "TrustedScript" in message
+        for message in ready.messages
+    )
 
 
 # ------------------------------------------------------------------------------------------------ it works
@@ -108,7 +132,12 @@ def test_sorting(ready: Page) -> None:
     assert rows(ready) == list(range(200))
     ready("document.querySelector('[data-sort=latent]').click()")
     assert rows(ready)[0] == 1023
-    assert ready("document.querySelector('[data-sort=latent]').closest('th').getAttribute('aria-sort')") == "descending"
+    assert (
+        ready(
+            "document.querySelector('[data-sort=latent]').closest('th').getAttribute('aria-sort')"
+        )
+        == "descending"
+    )
     ready("document.querySelector('#browser .more').click()")
     assert len(rows(ready)) == 1024
 
@@ -121,25 +150,39 @@ def test_searching_text_rules_and_numbers(ready: Page) -> None:
     type_in(ready, shown.upper())
     assert 77 in rows(ready), "the case of letters does not matter"
     type_in(ready, "zqzqzq")
-    assert rows(ready) == [] and "0 of 1024" in ready("document.querySelector('#browser .tools').innerText")
+    assert rows(ready) == [] and "0 of 1024" in ready(
+        "document.querySelector('#browser .tools').innerText"
+    )
 
 
 def test_the_density_histogram_leads_to_latents(ready: Page) -> None:
     ready("document.querySelector('.pick.dead').dispatchEvent(new MouseEvent('click'))")
-    assert all(i % 10 == 9 for i in rows(ready)) and "102 of 1024" in ready("document.querySelector('#browser .tools').innerText")
+    assert all(i % 10 == 9 for i in rows(ready)) and "102 of 1024" in ready(
+        "document.querySelector('#browser .tools').innerText"
+    )
     ready("document.querySelector('.clear').click()")
     assert "1024 of 1024" in ready("document.querySelector('#browser .tools').innerText")
     ready("document.querySelectorAll('.pick')[5].focus()")
     ready.key("Enter")
     name = ready("document.querySelector('.pick.on').getAttribute('aria-label')")
-    assert name.split()[0] == ready("document.querySelector('#browser .tools [role=status]').innerText").split()[0]
+    assert (
+        name.split()[0]
+        == ready("document.querySelector('#browser .tools [role=status]').innerText").split()[0]
+    )
 
 
 def test_a_latent_is_chosen_by_click_key_link_and_address(ready: Page, report: Path) -> None:
     first, second = rows(ready)[:2]
     ready("document.querySelector('#browser tr[data-latent]').click()")
     until(ready, f"document.querySelector('#latent-title')?.innerText === 'Latent {first}'")
-    for part in ("Strongest contexts", "Promotes", "Suppresses", "Followed by", "Fires together with", "Activations where it fires"):
+    for part in (
+        "Strongest contexts",
+        "Promotes",
+        "Suppresses",
+        "Followed by",
+        "Fires together with",
+        "Activations where it fires",
+    ):
         assert part in card(ready)
     ready("document.querySelector('#browser tr[data-latent]').focus()")
     ready.key("ArrowDown")
@@ -161,27 +204,41 @@ def test_contexts_show_spaces_newlines_and_how_strongly_it_fires(ready: Page) ->
     until(ready, "document.querySelector('#latent-title')?.innerText === 'Latent 0'")
     shown = ready("[...document.querySelectorAll('#latent .ctx .text')].map((n) => n.textContent)")
     stored = features_of(text_of(131_072), 1024)[0]
-    assert shown == [(c["before"] + c["at"] + c["after"]).replace("\n", "⏎") for c in stored["top"] + stored["samples"]]
+    assert shown == [
+        (c["before"] + c["at"] + c["after"]).replace("\n", "⏎")
+        for c in stored["top"] + stored["samples"]
+    ]
     assert ready("document.querySelectorAll('#latent .ctx .at').length") == 16
-    assert ready("getComputedStyle(document.querySelector('#latent .ctx .sp'), '::after').content") == '"·"', "a space can be seen"
+    assert (
+        ready("getComputedStyle(document.querySelector('#latent .ctx .sp'), '::after').content")
+        == '"·"'
+    ), "a space can be seen"
     strongest = ready("[...document.querySelector('#latent .ctx .at').classList]")
-    assert any(name.startswith("a") and name[1:].isdigit() and int(name[1:]) >= 8 for name in strongest)
+    assert any(
+        name.startswith("a") and name[1:].isdigit() and int(name[1:]) >= 8 for name in strongest
+    )
 
 
 def test_levels_are_a_tree_down_to_contexts(ready: Page, report: Path) -> None:
     ready.open(report, "#latent-1-0")
-    ready("[...document.querySelectorAll('#browser .tools button')].find((b) => b.innerText === 'As a tree').click()")
+    ready(
+        "[...document.querySelectorAll('#browser .tools button')].find((b) => b.innerText === 'As a tree').click()"
+    )
     found = rows(ready)
     assert found and all(i < 15 for i in found), "the latents of the top level"
     ready("document.querySelector('#latent .branches details').open = true")
     until(
-        ready, "document.querySelectorAll('#latent .branches .ctx').length > 0 || document.querySelectorAll('#latent .branches details').length > 0"
+        ready,
+        "document.querySelectorAll('#latent .branches .ctx').length > 0 || document.querySelectorAll('#latent .branches details').length > 0",
     )
     assert "Below it" in card(ready)
 
 
 def test_a_graph_opens_the_contexts_of_a_node(ready: Page) -> None:
-    assert ready("document.querySelectorAll('.graph .node').length") == 7 and ready("document.querySelectorAll('.graph .edge').length") == 10
+    assert (
+        ready("document.querySelectorAll('.graph .node').length") == 7
+        and ready("document.querySelectorAll('.graph .edge').length") == 10
+    )
     ready("document.querySelector('.graph .node').focus()")
     ready.key("Enter")
     assert "Strongest contexts" in ready("document.querySelector('.graph-card').innerText")
@@ -196,7 +253,9 @@ def test_dark_light_and_what_the_system_says(ready: Page) -> None:
     assert light != dark and ready("document.querySelector('#theme').innerText") == "Light"
     ready("document.querySelector('#theme').click()")
     assert ready(background) == light
-    ready("(() => { delete document.documentElement.dataset.theme; try { localStorage.clear(); } catch {} })()")
+    ready(
+        "(() => { delete document.documentElement.dataset.theme; try { localStorage.clear(); } catch {} })()"
+    )
     ready.resize(1280, 900, dark=True)
     assert ready(background) == dark
 
@@ -215,7 +274,10 @@ def test_printing_leaves_the_controls_out_and_the_tables_whole(ready: Page) -> N
     ready.resize(800, 900, media="print")
     shown = "getComputedStyle(document.querySelector('{}')).display"
     assert [ready(shown.format(part)) for part in ("nav", ".tools", ".list")] == ["none"] * 3
-    assert ready(shown.format("#latent")) == "block" and ready("getComputedStyle(document.querySelector('#latent')).maxHeight") == "none"
+    assert (
+        ready(shown.format("#latent")) == "block"
+        and ready("getComputedStyle(document.querySelector('#latent')).maxHeight") == "none"
+    )
     ready.resize(1280, 900)
 
 
@@ -260,11 +322,22 @@ IN_ORDER = """[...document.querySelectorAll('#latent .ctx .text > span')].every(
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
-def test_hostile_text_is_shown_as_it_is_and_nothing_runs(page: Page, tmp_path: Path, encoding: str) -> None:
+def test_hostile_text_is_shown_as_it_is_and_nothing_runs(
+    page: Page, tmp_path: Path, encoding: str
+) -> None:
     bad = HOSTILE[0] + HOSTILE[1] + HOSTILE[2]
-    run = make_run(tmp_path, "run_1", seeds=(0,), curves=False, label=bad, config={"data": {"shakespeare_char": {"encoding": encoding}}, bad: bad})
+    run = make_run(
+        tmp_path,
+        "run_1",
+        seeds=(0,),
+        curves=False,
+        label=bad,
+        config={"data": {"shakespeare_char": {"encoding": encoding}}, bad: bad},
+    )
     add_features(run, "shakespeare_char", 0, hostile_features(), [graph_of(bad)])
-    path = write_report(load_table([run]), [picture()._replace(title=bad, caption=bad)], tmp_path / "report.html")
+    path = write_report(
+        load_table([run]), [picture()._replace(title=bad, caption=bad)], tmp_path / "report.html"
+    )
     page.resize(1280, 900)
     page.open(path)
     before = page("document.querySelectorAll('*').length")
@@ -273,17 +346,37 @@ def test_hostile_text_is_shown_as_it_is_and_nothing_runs(page: Page, tmp_path: P
     for j, text in enumerate(HOSTILE):
         page(f"location.hash = '#latent-0-{j}'")
         until(page, f"document.querySelector('#latent-title')?.innerText === 'Latent {j}'")
-        shown = page("[...document.querySelectorAll('#latent .ctx .text')].map((n) => n.textContent)")
+        shown = page(
+            "[...document.querySelectorAll('#latent .ctx .text')].map((n) => n.textContent)"
+        )
         # lone surrogates reach the driver as U+FFFD wherever they stand by themselves; in the page they are named
-        assert shown == [visible(text + text[0] + text, is_bytes=encoding == "latin-1")] * 3, (j, text)
+        assert shown == [visible(text + text[0] + text, is_bytes=encoding == "latin-1")] * 3, (
+            j,
+            text,
+        )
         assert page(IN_ORDER), f"marks for writing direction move nothing: {text!r}"
     type_in(page, "</script>")
     assert 0 in rows(page)
     assert before < page("document.querySelectorAll('*').length")
     names = set(page("[...document.querySelectorAll('main *')].map((n) => n.localName)"))
-    assert not names & {"script", "iframe", "object", "embed", "link", "meta", "base", "form", "style", "foreignObject"}
+    assert not names & {
+        "script",
+        "iframe",
+        "object",
+        "embed",
+        "link",
+        "meta",
+        "base",
+        "form",
+        "style",
+        "foreignObject",
+    }
     assert page("[...document.querySelectorAll('img')].every((n) => n.src.startsWith('blob:'))")
-    assert page("[...document.querySelectorAll('*')].every((n) => [...n.attributes].every((a) => !a.name.startsWith('on')))")
-    assert page("[...document.querySelectorAll('a')].every((n) => n.getAttribute('href').startsWith('#'))")
+    assert page(
+        "[...document.querySelectorAll('*')].every((n) => [...n.attributes].every((a) => !a.name.startsWith('on')))"
+    )
+    assert page(
+        "[...document.querySelectorAll('a')].every((n) => n.getAttribute('href').startsWith('#'))"
+    )
     assert page("window.hacked === undefined") and page.messages == []
     assert all(url.startswith(SCHEMES) for url in page.requests)

@@ -79,12 +79,23 @@ def test_numbers_that_json_lacks_become_null_with_a_reason() -> None:
     found = Record(
         dataset="d",
         seed=0,
-        metrics={"nan": math.nan, "inf": -math.inf, "said": np.float32("nan"), "null": None, "fine": np.float32(0.5)},  # type: ignore[dict-item]
+        metrics={
+            "nan": math.nan,
+            "inf": -math.inf,
+            "said": np.float32("nan"),
+            "null": None,
+            "fine": np.float32(0.5),
+        },  # type: ignore[dict-item]
         why_null={"said": "constant input", "fine": "stale reason"},
         seconds={"lm": math.nan, "sae": 1.0},
     )
     assert found.metrics == {"nan": None, "inf": None, "said": None, "null": None, "fine": 0.5}
-    assert found.why_null == {"nan": NOT_FINITE, "inf": NOT_FINITE, "said": "constant input", "null": "no value and no reason given"}
+    assert found.why_null == {
+        "nan": NOT_FINITE,
+        "inf": NOT_FINITE,
+        "said": "constant input",
+        "null": "no value and no reason given",
+    }
     assert found.seconds == {"sae": 1.0}
 
 
@@ -97,7 +108,11 @@ def test_a_dataset_must_be_able_to_name_a_file(name: str) -> None:
 
 
 def test_means_and_standard_errors() -> None:
-    assert mean_stderr([1.0, 2.0, 4.0]) == (pytest.approx(7 / 3), pytest.approx(math.sqrt(7 / 3) / math.sqrt(3)), 3)
+    assert mean_stderr([1.0, 2.0, 4.0]) == (
+        pytest.approx(7 / 3),
+        pytest.approx(math.sqrt(7 / 3) / math.sqrt(3)),
+        3,
+    )
     assert mean_stderr([0.1, 0.1, 0.1]) == (0.1, 0.0, 3)
     assert mean_stderr([5.0]) == (5.0, None, 1)
     assert mean_stderr([5.0, None, math.nan]) == (5.0, None, 1)
@@ -106,9 +121,18 @@ def test_means_and_standard_errors() -> None:
 
 
 def test_aggregate_is_exactly_the_contract() -> None:
-    records = [record(2, m=3.0, late=1.0), record(0, m=1.0), record(1, m=math.nan), record(0, "enwik8", m=7.0)]
+    records = [
+        record(2, m=3.0, late=1.0),
+        record(0, m=1.0),
+        record(1, m=math.nan),
+        record(0, "enwik8", m=7.0),
+    ]
     assert aggregate(records) == {
-        "enwik8": {"means": {"m_mean": 7.0}, "stderrs": {"m_stderr": None}, "final_info_dict": {"m": [7.0]}},
+        "enwik8": {
+            "means": {"m_mean": 7.0},
+            "stderrs": {"m_stderr": None},
+            "final_info_dict": {"m": [7.0]},
+        },
         "text8": {
             "means": {"m_mean": 2.0, "late_mean": 1.0},
             "stderrs": {"m_stderr": 1.0, "late_stderr": None},
@@ -123,12 +147,18 @@ def test_final_info_is_standard_json_and_the_same_bytes_in_any_order(tmp_path: P
     records = [record(s, m=s / 3, n=math.inf) for s in range(3)]
     write_final_info(tmp_path / "a", records)
     write_final_info(tmp_path / "b", records[::-1])
-    assert (tmp_path / "a/final_info.json").read_bytes() == (tmp_path / "b/final_info.json").read_bytes()
+    assert (tmp_path / "a/final_info.json").read_bytes() == (
+        tmp_path / "b/final_info.json"
+    ).read_bytes()
     content = strict(tmp_path / "a/final_info.json")
-    assert {k: v["means"] for k, v in content.items()} == {"text8": {"m_mean": pytest.approx(1 / 3), "n_mean": None}}  # type: ignore[attr-defined]
+    assert {k: v["means"] for k, v in content.items()} == {
+        "text8": {"m_mean": pytest.approx(1 / 3), "n_mean": None}
+    }  # type: ignore[attr-defined]
 
 
-def test_damaged_cells_are_one_warning_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_cells_are_one_warning_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_record(tmp_path, record(0, m=1.0))
     cells = tmp_path / "cells"
     (cells / "text8_1.json").write_text('{"dataset": "text8", "se')
@@ -164,7 +194,9 @@ def test_curves_go_on_after_a_kill(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_arrays_without_pickle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save_arrays(tmp_path, "d", 0, {"density_hist": np.arange(4), "density_edges": np.linspace(-7, 0, 5)})
+    save_arrays(
+        tmp_path, "d", 0, {"density_hist": np.arange(4), "density_edges": np.linspace(-7, 0, 5)}
+    )
     found = load_arrays(tmp_path, "d", 0)
     assert found["density_hist"].tolist() == [0, 1, 2, 3]
     assert load_arrays(tmp_path, "d", 7) == {}
@@ -177,11 +209,18 @@ def test_arrays_without_pickle(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert len(caplog.messages) == 3
 
 
-def test_runs_are_found_in_order_and_one_level_deep(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_runs_are_found_in_order_and_one_level_deep(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("run_10", "run_2", "sweep/a", "sweep/b"):
         write_json(tmp_path / "runs" / name / "manifest.json", {})
     assert [p.name for p in find_runs([tmp_path / "runs"])] == ["run_2", "run_10"]
-    assert [p.name for p in find_runs([tmp_path / "runs" / "sweep", tmp_path / "runs" / "run_2", tmp_path / "runs"])] == ["a", "b", "run_2", "run_10"]
+    assert [
+        p.name
+        for p in find_runs(
+            [tmp_path / "runs" / "sweep", tmp_path / "runs" / "run_2", tmp_path / "runs"]
+        )
+    ] == ["a", "b", "run_2", "run_10"]
     assert find_runs([tmp_path, tmp_path / "none"]) == []
     assert "holds no run itself, but runs in it does" in caplog.messages[0]
     assert "is no folder" in caplog.messages[1]
@@ -195,7 +234,14 @@ def test_bad_runs_do_not_hide_good_ones(tmp_path: Path, caplog: pytest.LogCaptur
     broken = make_run(tmp_path, "run_3", curves=False)
     (broken / "manifest.json").write_text("{")
     foreign = tmp_path / "run_4"  # another program's run: no manifest, no cells, lists and means
-    final_info = {"text8": {"means": {"m_mean": 2.0, "n_mean": "x"}, "stderrs": {"m_stderr": 9}, "final_info_dict": {"m": [1.0, 3.0]}}, "bad": 3}
+    final_info = {
+        "text8": {
+            "means": {"m_mean": 2.0, "n_mean": "x"},
+            "stderrs": {"m_stderr": 9},
+            "final_info_dict": {"m": [1.0, 3.0]},
+        },
+        "bad": 3,
+    }
     write_json(foreign / "final_info.json", final_info)
     runs = load_runs([good, running, empty, broken, foreign])
     assert [run.name for run in runs] == ["run_0", "run_1", "run_3", "run_4"]
@@ -208,7 +254,11 @@ def test_bad_runs_do_not_hide_good_ones(tmp_path: Path, caplog: pytest.LogCaptur
     assert table.baseline is table.runs[0]
     assert table.values.columns.tolist() == ["run", "label", "dataset", "seed", "metric", "value"]
     assert table.values.query("run == 'run_4' and metric == 'm'")["seed"].isna().all()
-    assert table.values.query("run == 'run_0' and metric == 'sae_fvu'")["seed"].tolist() == [0, 1, 2]
+    assert table.values.query("run == 'run_0' and metric == 'sae_fvu'")["seed"].tolist() == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_runs_of_the_same_name_keep_apart(tmp_path: Path) -> None:
@@ -238,24 +288,41 @@ def test_the_published_figures() -> None:
     stats = published().stats
     assert stats["shakespeare_char"]["best_val_loss"].mean == 1.4693279266357422
     assert stats["text8"]["total_train_time"].mean == 2351.458997964859
-    assert {metric.stderr for by_metric in stats.values() for metric in by_metric.values()} == {None}
+    assert {metric.stderr for by_metric in stats.values() for metric in by_metric.values()} == {
+        None
+    }
     assert {len(by_metric) for by_metric in stats.values()} == {4}
 
 
 def test_metric_infos_keep_their_order_through_the_manifest(tmp_path: Path) -> None:
-    infos = [MetricInfo(name=name, title=name.title(), formula="f", unit="", better="up", shown=name != "a") for name in ("z", "a")]
+    infos = [
+        MetricInfo(
+            name=name, title=name.title(), formula="f", unit="", better="up", shown=name != "a"
+        )
+        for name in ("z", "a")
+    ]
     write_record(tmp_path / "run_0", record(0, z=1.0, a=2.0, unknown=3.0))
     write_json(tmp_path / "run_0" / "manifest.json", {"metrics": describe(infos)})
     table = load_table([tmp_path / "run_0"])
     assert table.metrics == ["z", "a", "unknown"]
     assert table.info("a")["shown"] is False
-    assert table.info("unknown") | {"order": 0} == {"title": "unknown", "formula": "", "unit": "", "better": "none", "shown": True, "order": 0}
+    assert table.info("unknown") | {"order": 0} == {
+        "title": "unknown",
+        "formula": "",
+        "unit": "",
+        "better": "none",
+        "shown": True,
+        "order": 0,
+    }
     with pytest.raises(ValueError, match="better='sideways'"):
         MetricInfo(name="m", title="", formula="", unit="", better="sideways")  # type: ignore[arg-type]
 
 
 def test_fifty_runs_are_read_in_moments(tmp_path: Path) -> None:
-    paths = [make_run(tmp_path, f"run_{i}", datasets=("enwik8", "text8"), seeds=(0, 1), curves=False) for i in range(50)]
+    paths = [
+        make_run(tmp_path, f"run_{i}", datasets=("enwik8", "text8"), seeds=(0, 1), curves=False)
+        for i in range(50)
+    ]
     start = time.monotonic()
     table = load_table(paths)
     assert len(table.values) == 50 * 4 * 10
@@ -269,7 +336,14 @@ def test_nothing_here_imports_torch() -> None:
         "print([m for m in ('torch', 'transformers', 'wandb', 'matplotlib.pyplot') if m in sys.modules])"
     )
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
     light = "import sys, sae_experiments.results.records; print([m for m in ('pandas', 'matplotlib') if m in sys.modules])"  # experiment.py pays for neither
-    assert subprocess.run([sys.executable, "-c", light], cwd=root, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", light], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

@@ -31,7 +31,10 @@ class Fake:
     """Four cells; ``act(cell, ctx)`` may raise, and gives the outcome of a cell where it is not None."""
 
     def __init__(
-        self, datasets: tuple[str, ...] = ("a", "b"), seeds: tuple[int, ...] = (0, 1), act: Callable[[Cell, Context], Any] = lambda cell, ctx: None
+        self,
+        datasets: tuple[str, ...] = ("a", "b"),
+        seeds: tuple[int, ...] = (0, 1),
+        act: Callable[[Cell, Context], Any] = lambda cell, ctx: None,
     ) -> None:
         self.datasets, self.seeds, self.act, self.ran, self.arms = datasets, seeds, act, [], ("",)
 
@@ -42,7 +45,11 @@ class Fake:
         return {name: {"corpus": name, "stand_in": False} for name in self.datasets}
 
     def cells(self) -> list[Cell]:
-        return [Cell(d, s, tuple(f"{d}{arm}" for arm in self.arms)) for d in self.datasets for s in self.seeds]
+        return [
+            Cell(d, s, tuple(f"{d}{arm}" for arm in self.arms))
+            for d in self.datasets
+            for s in self.seeds
+        ]
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
         self.ran.append((cell.dataset, cell.seed))
@@ -67,9 +74,26 @@ def outcome(seed: int, **changes: Any) -> Outcome:
 
 
 def settings(folder: Path, **changes: Any) -> RunSettings:
-    config = {"sae": {"k": 32, "name": "topk"}, "seeds": None, "out_dir": folder.name, "verbosity": "normal"} | changes.pop("config", {})
-    plain = {"cache": folder.parent / "cache", "label": "fake", "device": "cpu", "verbosity": "normal", "time_limit_s": None, "overwrite": False}
-    about = {"argv": ["--out_dir=r"], "overrides": ["out_dir=r"], "preset": "smoke", "preset_reason": "asked for"}
+    config = {
+        "sae": {"k": 32, "name": "topk"},
+        "seeds": None,
+        "out_dir": folder.name,
+        "verbosity": "normal",
+    } | changes.pop("config", {})
+    plain = {
+        "cache": folder.parent / "cache",
+        "label": "fake",
+        "device": "cpu",
+        "verbosity": "normal",
+        "time_limit_s": None,
+        "overwrite": False,
+    }
+    about = {
+        "argv": ["--out_dir=r"],
+        "overrides": ["out_dir=r"],
+        "preset": "smoke",
+        "preset_reason": "asked for",
+    }
     return RunSettings(folder=folder, config=config, **(plain | {"about": about} | changes))
 
 
@@ -97,7 +121,10 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def final(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "final_info.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+    return json.loads(
+        (folder / "final_info.json").read_text(),
+        parse_constant=lambda c: pytest.fail(f"{c} is not JSON"),
+    )
 
 
 def fail_at(dataset: str, seed: int, error: BaseException) -> Callable[[Cell, Context], None]:
@@ -173,7 +200,11 @@ def test_a_run_leaves_manifest_records_curves_arrays_and_final_info(folder):
     assert set(final(folder)) == {"a", "b"}
     assert read_json(folder / "final_info_b_1.json") == {"loss": 2.0, "nothing": None}
     (record,) = [r for r in read_records(folder) if (r.dataset, r.seed) == ("b", 1)]
-    assert record.why_null == {"nothing": "there is nothing"} and record.seconds["fit"] == 0.5 and "cell" in record.seconds
+    assert (
+        record.why_null == {"nothing": "there is nothing"}
+        and record.seconds["fit"] == 0.5
+        and "cell" in record.seconds
+    )
     assert read_curves(folder, "a", 0) == [(0, "lm/loss", 2.0), (1, "lm/loss", 1.0)]
     assert np.array_equal(load_arrays(folder, "a", 1)["x"], np.arange(3))
 
@@ -181,10 +212,30 @@ def test_a_run_leaves_manifest_records_curves_arrays_and_final_info(folder):
 def test_the_manifest_says_what_was_run_by_what_and_how_it_ended(folder):
     go(Fake(), folder)
     found = manifest(folder)
-    assert found["status"] == "done" and found["label"] == "fake" and found["preset"] == "smoke" and found["argv"] == ["--out_dir=r"]
-    assert found["config"]["sae"] == {"k": 32, "name": "topk"} and found["corpora"]["a"]["corpus"] == "a"
-    assert found["metrics"]["loss"]["better"] == "down" and found["versions"]["torch"] and found["device"]
-    assert {"git", "overrides", "preset_reason", "config_hash", "source_hash", "started", "ended"} <= set(found)
+    assert (
+        found["status"] == "done"
+        and found["label"] == "fake"
+        and found["preset"] == "smoke"
+        and found["argv"] == ["--out_dir=r"]
+    )
+    assert (
+        found["config"]["sae"] == {"k": 32, "name": "topk"}
+        and found["corpora"]["a"]["corpus"] == "a"
+    )
+    assert (
+        found["metrics"]["loss"]["better"] == "down"
+        and found["versions"]["torch"]
+        and found["device"]
+    )
+    assert {
+        "git",
+        "overrides",
+        "preset_reason",
+        "config_hash",
+        "source_hash",
+        "started",
+        "ended",
+    } <= set(found)
     assert "cause" not in found
     assert {r.config_hash for r in read_records(folder)} == {found["config_hash"]}
 
@@ -203,7 +254,9 @@ def test_everything_of_a_cell_is_on_disk_before_the_next_begins(folder):
             assert read_curves(folder, dataset, seed) and load_arrays(folder, dataset, seed)
             assert (folder / f"final_info_{dataset}_{seed}.json").exists()
         if before:
-            assert sum(len(v["final_info_dict"]["loss"]) for v in final(folder).values()) == len(before)
+            assert sum(len(v["final_info_dict"]["loss"]) for v in final(folder).values()) == len(
+                before
+            )
 
     study = Fake(act=act)
     assert go(study, folder) == "done"
@@ -230,9 +283,18 @@ def test_several_reports_of_a_cell_are_kept_apart(folder):
 
 
 def test_a_metric_that_is_not_finite_becomes_null_and_the_run_is_done(folder):
-    study = Fake(act=lambda cell, ctx: {r: outcome(0, metrics={"loss": float("nan"), "x": float("inf"), "y": 1.0}) for r in cell.reports})
+    study = Fake(
+        act=lambda cell, ctx: {
+            r: outcome(0, metrics={"loss": float("nan"), "x": float("inf"), "y": 1.0})
+            for r in cell.reports
+        }
+    )
     assert go(study, folder) == "done"
-    assert final(folder)["a"]["final_info_dict"] == {"loss": [None, None], "x": [None, None], "y": [1.0, 1.0]}
+    assert final(folder)["a"]["final_info_dict"] == {
+        "loss": [None, None],
+        "x": [None, None],
+        "y": [1.0, 1.0],
+    }
 
 
 # ------------------------------------------------------------------------------------------------ running again
@@ -240,7 +302,11 @@ def test_a_metric_that_is_not_finite_becomes_null_and_the_run_is_done(folder):
 
 def test_finished_cells_are_skipped_and_their_files_untouched(folder, capsys):
     go(Fake(), folder)
-    kept = {p: (p.read_bytes(), p.stat().st_mtime_ns) for d in ("cells", "curves", "arrays") for p in (folder / d).iterdir()}
+    kept = {
+        p: (p.read_bytes(), p.stat().st_mtime_ns)
+        for d in ("cells", "curves", "arrays")
+        for p in (folder / d).iterdir()
+    }
     before, again = final(folder), Fake()
     capsys.readouterr()
     assert go(again, folder) == "done"
@@ -262,7 +328,9 @@ def test_only_what_is_missing_or_damaged_is_run_again(folder):
 def test_an_interrupted_run_goes_on_where_it_stopped(folder):
     with pytest.raises(KeyboardInterrupt):
         go(Fake(act=fail_at("b", 0, KeyboardInterrupt())), folder)
-    assert manifest(folder)["status"] == "stopped" and "KeyboardInterrupt" in manifest(folder)["cause"]
+    assert (
+        manifest(folder)["status"] == "stopped" and "KeyboardInterrupt" in manifest(folder)["cause"]
+    )
     again = Fake()
     assert go(again, folder) == "done"
     assert again.ran == [("b", 0), ("b", 1)]
@@ -276,7 +344,12 @@ def test_another_configuration_is_refused_in_one_line_with_key_and_both_values(f
     with pytest.raises(UserError) as caught:
         go(study, folder, config={"sae": {"k": 64, "name": "topk"}})
     said = str(caught.value)
-    assert "sae.k: 32 -> 64" in said and "overwrite=true" in said and str(folder) in said and "\n" not in said
+    assert (
+        "sae.k: 32 -> 64" in said
+        and "overwrite=true" in said
+        and str(folder) in said
+        and "\n" not in said
+    )
     assert "name" not in said and caught.value.exit_status == 2
     assert not study.ran and {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
@@ -290,7 +363,15 @@ def test_a_key_that_only_one_configuration_has_is_a_difference(folder):
 def test_settings_that_change_no_result_may_change(folder):
     go(Fake(), folder)
     again = Fake()
-    edges = {"out_dir": "x", "runs_root": "y", "verbosity": "quiet", "time_limit_s": 5, "threads": 3, "track": {"a": 1}, "label": "z"}
+    edges = {
+        "out_dir": "x",
+        "runs_root": "y",
+        "verbosity": "quiet",
+        "time_limit_s": 5,
+        "threads": 3,
+        "track": {"a": 1},
+        "label": "z",
+    }
     assert go(again, folder, config=edges) == "done" and not again.ran
 
 
@@ -339,9 +420,13 @@ def test_a_loss_that_is_not_finite_ends_its_cell_only(folder, capsys):
     with pytest.raises(RunFailed) as caught:
         go(study, folder)
     assert len(study.ran) == 4
-    assert caught.value.exit_status == 1 and all(words in str(caught.value) for words in ("1 of 4 cells failed", "a seed 1", "step 12"))
+    assert caught.value.exit_status == 1 and all(
+        words in str(caught.value) for words in ("1 of 4 cells failed", "a seed 1", "step 12")
+    )
     assert manifest(folder)["status"] == "failed" and "step 12" in manifest(folder)["cause"]
-    assert final(folder)["a"]["final_info_dict"]["loss"] == [1.0] and final(folder)["b"]["final_info_dict"]["loss"] == [1.0, 2.0]
+    assert final(folder)["a"]["final_info_dict"]["loss"] == [1.0] and final(folder)["b"][
+        "final_info_dict"
+    ]["loss"] == [1.0, 2.0]
     again = Fake()
     assert go(again, folder) == "done" and again.ran == [("a", 1)]
 
@@ -358,7 +443,10 @@ def test_where_every_cell_fails_final_info_is_valid_and_empty(folder):
 def test_any_other_error_ends_the_run_and_keeps_what_is_finished(folder):
     with pytest.raises(ZeroDivisionError, match="by zero"):
         go(Fake(act=fail_at("a", 1, ZeroDivisionError("by zero"))), folder)
-    assert manifest(folder)["status"] == "failed" and manifest(folder)["cause"] == "ZeroDivisionError: by zero"
+    assert (
+        manifest(folder)["status"] == "failed"
+        and manifest(folder)["cause"] == "ZeroDivisionError: by zero"
+    )
     assert final(folder)["a"]["final_info_dict"]["loss"] == [1.0]
 
 
@@ -379,7 +467,9 @@ def test_a_folder_in_use_by_another_process_is_one_line(folder):
     folder.mkdir(parents=True)
     code = "import sys, time\nfrom pathlib import Path\nfrom sae_experiments.cache import locked\n"
     code += "with locked(Path(sys.argv[1])):\n print('held', flush=True)\n time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", code, str(folder / ".lock")], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder / ".lock")], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         study = Fake()
@@ -407,10 +497,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, place):
 
 def test_a_run_cut_short_says_so_and_the_same_command_makes_it_whole(folder):
     def act(cell: Cell, ctx: Context) -> Any:
-        return {r: outcome(cell.seed, cut=True) for r in cell.reports} if cell.dataset == "b" else None
+        return (
+            {r: outcome(cell.seed, cut=True) for r in cell.reports} if cell.dataset == "b" else None
+        )
 
     assert go(Fake(act=act), folder, time_limit_s=100) == "cut"
-    assert manifest(folder)["status"] == "cut" and set(final(folder)) == {"a", "b"}, "what was cut short is reported all the same"
+    assert manifest(folder)["status"] == "cut" and set(final(folder)) == {"a", "b"}, (
+        "what was cut short is reported all the same"
+    )
     again = Fake()
     assert go(again, folder) == "done"
     assert again.ran == [("b", 0), ("b", 1)] and manifest(folder)["status"] == "done"
@@ -418,7 +512,11 @@ def test_a_run_cut_short_says_so_and_the_same_command_makes_it_whole(folder):
 
 def test_every_cell_gets_an_equal_share_of_the_time_left(folder):
     shares = []
-    go(Fake(act=lambda cell, ctx: shares.append(ctx.deadline - time.monotonic())), folder, time_limit_s=400)
+    go(
+        Fake(act=lambda cell, ctx: shares.append(ctx.deadline - time.monotonic())),
+        folder,
+        time_limit_s=400,
+    )
     assert shares == pytest.approx([100, 400 / 3, 200, 400], abs=3)
 
 
@@ -436,7 +534,9 @@ def test_a_deadline_that_has_passed_gives_sessions_no_time_instead_of_time_in_th
             seen.append(session.deadline - time.monotonic())
 
     assert go(Fake(act=act), folder, time_limit_s=1e-3) == "cut"
-    assert seen == pytest.approx([0], abs=2), "the first cell ends with something to show; the others find no time left"
+    assert seen == pytest.approx([0], abs=2), (
+        "the first cell ends with something to show; the others find no time left"
+    )
 
 
 def test_a_cell_that_is_busy_when_the_limit_is_over_is_left_for_another_time(folder):
@@ -498,7 +598,12 @@ class FakeWandb(ModuleType):
 
 
 def with_wandb(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, wandb: Any, act: Any = None, mode: str = "auto", **variables: str
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    wandb: Any,
+    act: Any = None,
+    mode: str = "auto",
+    **variables: str,
 ) -> tuple[str, list[str]]:
     said: list[str] = []
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
@@ -510,17 +615,25 @@ def with_wandb(
     return go(study, folder, Wandb(project="p", group=None, mode=mode, say=said.append)), said
 
 
-@pytest.mark.parametrize("broken", ["init", "log", "summary", "Table", "finish", "Settings", "import"])
+@pytest.mark.parametrize(
+    "broken", ["init", "log", "summary", "Table", "finish", "Settings", "import"]
+)
 def test_a_tracker_that_raises_changes_neither_status_nor_results(folder, monkeypatch, broken):
-    wandb: Any = None if broken == "import" else FakeWandb(broken)  # None in sys.modules makes the import fail
+    wandb: Any = (
+        None if broken == "import" else FakeWandb(broken)
+    )  # None in sys.modules makes the import fail
     if broken == "Settings":
         wandb.Settings = lambda **kwargs: wandb.call("Settings", **kwargs)
     status, said = with_wandb(monkeypatch, folder, wandb)
     assert status == "done" == manifest(folder)["status"] and len(read_records(folder)) == 4
     told = [line for line in said if "failed" in line]
-    assert len(told) == 1 and "\n" not in told[0] and "going on without it" in told[0], "said once, in one line"
+    assert len(told) == 1 and "\n" not in told[0] and "going on without it" in told[0], (
+        "said once, in one line"
+    )
     if broken == "log":
-        assert [what for what, *_ in wandb.calls] == ["init", "log"], "after its first error it is left alone"
+        assert [what for what, *_ in wandb.calls] == ["init", "log"], (
+            "after its first error it is left alone"
+        )
 
 
 def test_wandb_is_offline_without_a_key_and_online_with_one(folder, tmp_path, monkeypatch):
@@ -541,16 +654,24 @@ def test_wandb_is_offline_without_a_key_and_online_with_one(folder, tmp_path, mo
 def test_a_mode_that_was_asked_for_is_kept(folder, monkeypatch, mode, variable, key):
     """The configuration first, then WANDB_MODE, then what there is a key for."""
     wandb = FakeWandb(key=key)
-    with_wandb(monkeypatch, folder, wandb, mode=mode, **({"WANDB_MODE": variable} if variable else {}))
+    with_wandb(
+        monkeypatch, folder, wandb, mode=mode, **({"WANDB_MODE": variable} if variable else {})
+    )
     expected = mode if mode != "auto" else variable or ("online" if key else "offline")
     assert wandb.calls[0][2]["mode"] == expected
 
 
-def test_auto_knows_wandb_s_own_settings_and_the_keys_of_a_netrc_file(folder, tmp_path, monkeypatch):
+def test_auto_knows_wandb_s_own_settings_and_the_keys_of_a_netrc_file(
+    folder, tmp_path, monkeypatch
+):
     wandb = FakeWandb(key="secret", mode="disabled")  # as after `wandb disabled`
     with_wandb(monkeypatch, tmp_path / "disabled", wandb)
     assert wandb.calls[0][2]["mode"] == "disabled"
-    for host, mode in (("wandb.example", "online"), ("api.wandb.ai", "online"), ("elsewhere", "offline")):
+    for host, mode in (
+        ("wandb.example", "online"),
+        ("api.wandb.ai", "online"),
+        ("elsewhere", "offline"),
+    ):
         (tmp_path / "netrc").write_text(f"machine {host} login user password secret\n")
         (tmp_path / "netrc").chmod(0o600)
         wandb = FakeWandb()
@@ -559,7 +680,9 @@ def test_auto_knows_wandb_s_own_settings_and_the_keys_of_a_netrc_file(folder, tm
 
 
 def test_a_mode_that_wandb_does_not_have_is_one_line():
-    with pytest.raises(UserError, match=r"track\.mode=foo is not one of auto, online, offline, disabled"):
+    with pytest.raises(
+        UserError, match=r"track\.mode=foo is not one of auto, online, offline, disabled"
+    ):
         Wandb(project="p", group=None, mode="foo")
 
 
@@ -582,7 +705,11 @@ def test_wandb_gets_the_curves_the_metrics_and_the_status(folder, monkeypatch):
     wandb = FakeWandb()
     status, _ = with_wandb(monkeypatch, folder, wandb)
     calls = {what: [(a, k) for w, a, k in wandb.calls if w == what] for what, *_ in wandb.calls}
-    assert status == "done" and calls["init"][0][1]["dir"] == str(folder) and calls["init"][0][1]["config"]["sae"]["k"] == 32
+    assert (
+        status == "done"
+        and calls["init"][0][1]["dir"] == str(folder)
+        and calls["init"][0][1]["config"]["sae"]["k"] == 32
+    )
     assert calls["log"][0][0][0] == {"a/0/lm/loss": 1.5, "a/0/step": 3}
     assert calls["summary"][0][0][0]["a/0/loss"] == 1.0
     assert calls["finish"] == [((), {"exit_code": 0})]
@@ -596,10 +723,17 @@ def test_wandb_gets_the_final_table_the_figures_and_the_report(folder, monkeypat
 
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run(Fake(), settings(folder), Wandb(project="p", group=None, mode="offline", say=print), closing)
+    run(
+        Fake(), settings(folder), Wandb(project="p", group=None, mode="offline", say=print), closing
+    )
     shown = [args[0] for what, args, _ in wandb.calls if what == "log"][-1]
     assert shown["report"] == "<p>page</p>" and shown["figures/pareto"].endswith("pareto.png")
-    assert [row[:2] for row in shown["final_info"]] == [["a", "loss"], ["a", "nothing"], ["b", "loss"], ["b", "nothing"]]
+    assert [row[:2] for row in shown["final_info"]] == [
+        ["a", "loss"],
+        ["a", "nothing"],
+        ["b", "loss"],
+        ["b", "nothing"],
+    ]
     assert [what for what, *_ in wandb.calls][-1] == "finish"
 
 
@@ -612,7 +746,12 @@ def test_wandb_is_told_of_a_failed_run(folder, monkeypatch):
 
 def test_a_real_failure_is_not_hidden_by_a_tracker_that_fails_too(folder, monkeypatch):
     with pytest.raises(RunFailed, match="step 12"):
-        with_wandb(monkeypatch, folder, FakeWandb("finish"), act=fail_at("a", 0, NonFinite("broken at step 12")))
+        with_wandb(
+            monkeypatch,
+            folder,
+            FakeWandb("finish"),
+            act=fail_at("a", 0, NonFinite("broken at step 12")),
+        )
     assert manifest(folder)["status"] == "failed"
 
 
@@ -620,7 +759,9 @@ def test_results_on_another_text_are_refused_and_the_same_text_from_elsewhere_is
     """A stand-in and the real corpus have the same configuration: only the text tells their results apart."""
 
     def text(source: str, sha256: str) -> Callable[[Context], dict[str, Any]]:
-        return lambda ctx: {"a": {"corpus": "a", "source": source, "sha256": sha256, "stand_in": sha256 == "made"}}
+        return lambda ctx: {
+            "a": {"corpus": "a", "source": source, "sha256": sha256, "stand_in": sha256 == "made"}
+        }
 
     study = Fake()
     study.prepare = text("one.txt", "real")  # pyright: ignore[reportAttributeAccessIssue]

@@ -32,7 +32,12 @@ def test_shapes(name):
     acts = sae.encode(x)
     assert acts.shape == (8, M)
     assert sae.decode(acts).shape == (8, D)
-    assert sae.W_enc.shape == (M, D) and sae.W_dec.shape == (M, D) and sae.b_enc.shape == (M,) and sae.b_dec.shape == (D,)
+    assert (
+        sae.W_enc.shape == (M, D)
+        and sae.W_dec.shape == (M, D)
+        and sae.b_enc.shape == (M,)
+        and sae.b_dec.shape == (D,)
+    )
 
 
 @every_sae
@@ -51,10 +56,15 @@ def test_what_latents_contribute_along_a_direction_sums_to_the_reconstruction(na
     with torch.no_grad():
         if name == "hierarchical":
             sae.top.b_dec.zero_()  # what the top's bias writes belongs to no latent
-    acts, direction = sae.encode(rows(64, 1)), torch.randn(D, generator=torch.Generator().manual_seed(0))
+    acts, direction = (
+        sae.encode(rows(64, 1)),
+        torch.randn(D, generator=torch.Generator().manual_seed(0)),
+    )
     parts = sae.contributions(acts, direction)
     assert parts.shape == acts.shape and bool((parts[acts == 0] == 0).all())
-    torch.testing.assert_close(parts.sum(1), (sae.decode(acts) - sae.b_dec) @ direction, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        parts.sum(1), (sae.decode(acts) - sae.b_dec) @ direction, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("scale", [0.02, 50.0])
@@ -68,7 +78,9 @@ def test_decoder_rows_are_all_in_the_units_of_the_activations(name, scale):
     units = Units(torch.zeros(D), torch.full((D,), 1 / scale))
     sae.rescale(units, units)
     factor = sae.W_dec.norm(dim=1) / before
-    torch.testing.assert_close(factor, torch.full_like(factor, 1.0 if name == "tied" else scale), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        factor, torch.full_like(factor, 1.0 if name == "tied" else scale), rtol=1e-4, atol=0
+    )
 
 
 @every_sae
@@ -113,7 +125,9 @@ def test_every_learning_parameter_gets_a_gradient(name):
         if learning:
             total.backward()
     for p in {id(p): p for p in learning}.values():
-        assert p.grad is not None and bool(torch.isfinite(p.grad).all()) and bool((p.grad != 0).any())
+        assert (
+            p.grad is not None and bool(torch.isfinite(p.grad).all()) and bool((p.grad != 0).any())
+        )
 
 
 def gradients(name, prepare=lambda sae: None):
@@ -140,10 +154,16 @@ def test_sparse_and_dense_paths_agree_in_loss_and_gradients(name, monkeypatch):
 
     def as_masks(sae):
         plain = sae.support
-        sae.support = lambda pre: s.dense(torch.ones_like(s.col, dtype=pre.dtype)) > 0 if isinstance(s := plain(pre), Pattern) else s
+        sae.support = lambda pre: (
+            s.dense(torch.ones_like(s.col, dtype=pre.dtype)) > 0
+            if isinstance(s := plain(pre), Pattern)
+            else s
+        )
 
     if name in ("matryoshka", "lista"):
-        pytest.skip("decode groups from the pattern itself; test_sae_math compares them with separate dense decodes")
+        pytest.skip(
+            "decode groups from the pattern itself; test_sae_math compares them with separate dense decodes"
+        )
     monkeypatch.setattr(ops, "SPARSE_BELOW", 1.1)
     sparse = gradients(name)
     monkeypatch.setattr(ops, "SPARSE_BELOW", 0.0)
@@ -152,7 +172,9 @@ def test_sparse_and_dense_paths_agree_in_loss_and_gradients(name, monkeypatch):
 
 @every_sae
 @pytest.mark.parametrize("rows_a_block", [7, 40])
-def test_a_batch_in_blocks_of_rows_gives_the_loss_and_gradients_of_the_whole(name, rows_a_block, monkeypatch):
+def test_a_batch_in_blocks_of_rows_gives_the_loss_and_gradients_of_the_whole(
+    name, rows_a_block, monkeypatch
+):
     monkeypatch.setattr(ops, "SPARSE_BELOW", 1.1)
     whole = gradients(name)
     seen = []
@@ -169,7 +191,9 @@ def test_a_batch_in_blocks_of_rows_gives_the_loss_and_gradients_of_the_whole(nam
 
 @every_sae
 @pytest.mark.parametrize("in_blocks", [False, True])
-def test_a_coarse_product_decides_what_is_active_and_leaves_values_exact(name, in_blocks, monkeypatch):
+def test_a_coarse_product_decides_what_is_active_and_leaves_values_exact(
+    name, in_blocks, monkeypatch
+):
     if not make(name).coarse:
         with pytest.raises(UserError, match="sae.product=bf16"):
             arm(name, "sae.product=bf16").build(D, D)
@@ -182,31 +206,52 @@ def test_a_coarse_product_decides_what_is_active_and_leaves_values_exact(name, i
         monkeypatch.setattr(base, "BLOCK", 7 * sae.d_sae)
     coarse, exact = sae.training_forward(batch()), plain.training_forward(batch())
     pattern = coarse.codes.pattern
-    rounded = nn.functional.linear(sae.encoder_input(batch().x).bfloat16(), sae.W_enc.bfloat16()).float()
-    assert not torch.allclose(coarse.at, pattern.at(rounded.detach() + sae.bias()), atol=1e-5), "bf16 was asked for and would show"
-    torch.testing.assert_close(coarse.at, pattern.at(sae.pre_acts(batch().x).contiguous()), rtol=1e-5, atol=1e-5)
-    both = (pattern.dense(torch.ones_like(coarse.at)) > 0) & (exact.codes.pattern.dense(torch.ones_like(exact.at)) > 0)
+    rounded = nn.functional.linear(
+        sae.encoder_input(batch().x).bfloat16(), sae.W_enc.bfloat16()
+    ).float()
+    assert not torch.allclose(coarse.at, pattern.at(rounded.detach() + sae.bias()), atol=1e-5), (
+        "bf16 was asked for and would show"
+    )
+    torch.testing.assert_close(
+        coarse.at, pattern.at(sae.pre_acts(batch().x).contiguous()), rtol=1e-5, atol=1e-5
+    )
+    both = (pattern.dense(torch.ones_like(coarse.at)) > 0) & (
+        exact.codes.pattern.dense(torch.ones_like(exact.at)) > 0
+    )
     assert int(both.sum()) > 0.97 * len(exact.at)
     monkeypatch.setattr(ops, "SPARSE_BELOW", 0.0)
     dense = sae.training_forward(batch())
-    if dense.codes.pattern is None:  # the selections of the top-k family are patterns, however many are active
-        torch.testing.assert_close(dense.at, sae.pre_acts(batch().x) * (dense.at != 0), rtol=1e-5, atol=1e-5)
-    assert torch.equal(sae.eval().encode(batch().x), plain.eval().encode(batch().x)), "what is trained is used in float32"
+    if (
+        dense.codes.pattern is None
+    ):  # the selections of the top-k family are patterns, however many are active
+        torch.testing.assert_close(
+            dense.at, sae.pre_acts(batch().x) * (dense.at != 0), rtol=1e-5, atol=1e-5
+        )
+    assert torch.equal(sae.eval().encode(batch().x), plain.eval().encode(batch().x)), (
+        "what is trained is used in float32"
+    )
 
 
 @every_sae
 def test_same_seed_same_bits(name):
     one, two = trained(name, n_train=30), trained(name, n_train=30)
-    assert all(same(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert all(
+        same(a, b)
+        for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    )
 
 
 @every_sae
 def test_the_asked_for_l0_is_met_on_rows_never_seen(name):
-    sae = trained(name, n_train=600 if name == "crosscoder" else 300)  # its L0 is 2 to 9 % low after 300
+    sae = trained(
+        name, n_train=600 if name == "crosscoder" else 300
+    )  # its L0 is 2 to 9 % low after 300
     if getattr(getattr(sae, "controller", None), "fixed", False):
         pytest.skip("this configuration fixes the coefficient and asks for no L0")
     l0 = (sae.encode(rows(16384, 77)) != 0).sum(1).float().mean().item()
-    tolerance = 0.05 if name in ("kl", "p_anneal", "topk") else 0.03  # topk: fewer where fewer than k are positive
+    tolerance = (
+        0.05 if name in ("kl", "p_anneal", "topk") else 0.03
+    )  # topk: fewer where fewer than k are positive
     assert abs(l0 - L0) <= tolerance * L0
 
 
@@ -229,7 +274,9 @@ def test_folding_the_scale_changes_nothing_but_units(name):
     after_acts = sae.encode(x)
     assert ((before_acts != 0) == (after_acts != 0)).all()
     torch.testing.assert_close(sae(x), before, rtol=1e-4, atol=1e-5)
-    if name != "tied":  # a tied matrix cannot take a factor and its inverse: its codes change units too
+    if (
+        name != "tied"
+    ):  # a tied matrix cannot take a factor and its inverse: its codes change units too
         torch.testing.assert_close(after_acts, before_acts, rtol=1e-4, atol=1e-5)
 
 
@@ -261,7 +308,14 @@ def test_what_is_fitted_beside_an_sae_does_not_change_it():
     def fit(chosen: list[str]) -> dict[str, SAE]:
         saes = {n: make(n) for n in chosen}
         start = rows(2048, 9)
-        fit_saes(saes, lambda s: batch(128, s), config(steps=40), Sample(start, start, rows(2048, 10)), seed=3, dead_after=1000)
+        fit_saes(
+            saes,
+            lambda s: batch(128, s),
+            config(steps=40),
+            Sample(start, start, rows(2048, 10)),
+            seed=3,
+            dead_after=1000,
+        )
         return saes
 
     together = fit(names)

@@ -57,7 +57,9 @@ def test_row_top_k_is_exact_whatever_the_rows_look_like(n_cols, k, world):
     if world == "infinite":
         pre[:, : n_cols - 5] = -torch.inf
     pattern = selection.top_k(pre, k)
-    order = torch.argsort(pre, dim=1, descending=True, stable=True)[:, :k].sort(1).values  # a stable sort keeps the first of equal values
+    order = (
+        torch.argsort(pre, dim=1, descending=True, stable=True)[:, :k].sort(1).values
+    )  # a stable sort keeps the first of equal values
     assert torch.equal(pattern.col.view(200, k).long(), order)
     assert torch.equal(pattern.flat, (torch.arange(200)[:, None] * n_cols + order).view(-1))
     assert pattern.crow.tolist() == list(range(0, 200 * k + 1, k))
@@ -82,9 +84,18 @@ def test_masking_is_where_in_both_directions():
 def test_patterns_from_a_mask_count_and_transpose():
     mask = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 1]], dtype=torch.bool)
     p = Pattern.from_mask(mask)
-    assert (p.crow.tolist(), p.col.tolist(), p.row.tolist(), p.counts.tolist()) == ([0, 2, 2, 4], [1, 2, 0, 2], [0, 0, 2, 2], [1, 1, 2])
+    assert (p.crow.tolist(), p.col.tolist(), p.row.tolist(), p.counts.tolist()) == (
+        [0, 2, 2, 4],
+        [1, 2, 0, 2],
+        [0, 0, 2, 2],
+        [1, 1, 2],
+    )
     crow, row, order = p.transposed
-    assert (crow.tolist(), row.tolist(), order.tolist()) == ([0, 1, 2, 4], [2, 0, 0, 2], [2, 0, 1, 3])
+    assert (crow.tolist(), row.tolist(), order.tolist()) == (
+        [0, 1, 2, 4],
+        [2, 0, 0, 2],
+        [2, 0, 1, 3],
+    )
 
 
 def test_without_a_sparse_library_the_results_are_the_same(monkeypatch):
@@ -92,9 +103,17 @@ def test_without_a_sparse_library_the_results_are_the_same(monkeypatch):
     left, right = torch.randn(20, 8), torch.randn(12, 8)
     p = selection.top_k(torch.randn(20, 12), 3)
     values = torch.randn(60)
-    fast = ops.entry_products(p, left, right), ops.weight_gradient(p, values, left), ops.decode(values, p, right)
+    fast = (
+        ops.entry_products(p, left, right),
+        ops.weight_gradient(p, values, left),
+        ops.decode(values, p, right),
+    )
     monkeypatch.setattr(ops, "_has_sparse_blas", lambda t: False)
-    slow = ops.entry_products(p, left, right), ops.weight_gradient(p, values, left), ops.decode(values, p, right)
+    slow = (
+        ops.entry_products(p, left, right),
+        ops.weight_gradient(p, values, left),
+        ops.decode(values, p, right),
+    )
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(fast[2], p.dense(values) @ right)
@@ -148,7 +167,9 @@ def test_the_gate_learns_only_from_the_penalty_and_the_third_term():
     fwd = sae.training_forward(batch())
     from sae_experiments.saes.ops import squared_error
 
-    grad = torch.autograd.grad(squared_error(fwd.recon, fwd.batch.y), sae.b_enc, allow_unused=True)[0]
+    grad = torch.autograd.grad(squared_error(fwd.recon, fwd.batch.y), sae.b_enc, allow_unused=True)[
+        0
+    ]
     assert grad is None or grad.abs().max() < 1e-6
     parts = sae.penalties(sae.training_forward(batch()), step(sae))
     third = torch.autograd.grad(parts["gate_mse"], [sae.b_enc, sae.W_dec], allow_unused=True)
@@ -159,7 +180,10 @@ def test_the_gate_learns_only_from_the_penalty_and_the_third_term():
 def test_jumprelu_threshold_gradients_match_the_kernel_smoothed_loss(theta):
     """E over a of the pseudo-derivative equals the finite difference of the expectation (1e6 samples), also for theta below eps/2."""
     eps, h = 0.05, 0.02
-    a = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    a = (
+        torch.rand(1_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
+        - 1
+    )
     t = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
     _Step.apply(a, t.expand_as(a), eps).mean().backward()
     step_grad = t.grad.item()
@@ -167,7 +191,9 @@ def test_jumprelu_threshold_gradients_match_the_kernel_smoothed_loss(theta):
     def smoothed(x: float) -> float:  # H convolved with the box kernel of width eps
         return ((a - x) / eps + 0.5).clamp(0, 1).mean().item()
 
-    assert step_grad == pytest.approx((smoothed(theta + h) - smoothed(theta - h)) / (2 * h), rel=0.05)
+    assert step_grad == pytest.approx(
+        (smoothed(theta + h) - smoothed(theta - h)) / (2 * h), rel=0.05
+    )
     t.grad = None
     _Jump.apply(a, t.expand_as(a), eps, False).mean().backward()
     assert t.grad.item() == pytest.approx(theta * step_grad, rel=1e-9)
@@ -176,7 +202,9 @@ def test_jumprelu_threshold_gradients_match_the_kernel_smoothed_loss(theta):
 @pytest.mark.parametrize("form", ["step", "tanh"])
 @pytest.mark.parametrize("theta", [0.0, 0.25, 0.5, 1.0, 2.0])  # in bandwidths
 @pytest.mark.parametrize("density", [0.01, 0.05, 0.1, 0.2, 0.3])
-def test_jumprelu_held_densely_has_the_gradients_of_the_same_code_held_sparsely(density, theta, form, monkeypatch):
+def test_jumprelu_held_densely_has_the_gradients_of_the_same_code_held_sparsely(
+    density, theta, form, monkeypatch
+):
     """Also where the threshold lies within half a bandwidth of 0, the value that a dense code has outside its support."""
     eps, x = 0.3, rows(512, 5)
 
@@ -185,7 +213,9 @@ def test_jumprelu_held_densely_has_the_gradients_of_the_same_code_held_sparsely(
         sae = make("jumprelu", f"sae.model.form={form}", f"sae.model.bandwidth={eps}").train()
         with torch.no_grad():
             sae.theta.fill_(theta * eps)
-            sae.b_enc.sub_(torch.quantile(sae.pre_acts(x), 1 - density, dim=0) - theta * eps)  # every latent fires that often
+            sae.b_enc.sub_(
+                torch.quantile(sae.pre_acts(x), 1 - density, dim=0) - theta * eps
+            )  # every latent fires that often
         fwd = sae.training_forward(Batch(x, x))
         assert (fwd.codes.pattern is None) == (sparse_below == 0.0)
         assert fwd.codes.l0 / sae.d_sae == pytest.approx(density, rel=0.2)
@@ -197,7 +227,9 @@ def test_jumprelu_held_densely_has_the_gradients_of_the_same_code_held_sparsely(
     assert sparse[0] == pytest.approx(dense[0], rel=1e-5)
     for key, grad in sparse[1].items():
         assert (grad - dense[1][key]).norm() <= 1e-4 * grad.norm() + 1e-7, key
-    assert sparse[1]["theta"].norm() > 0 or (form == "tanh" and theta == 0), "the kernel's derivative has the factor theta"
+    assert sparse[1]["theta"].norm() > 0 or (form == "tanh" and theta == 0), (
+        "the kernel's derivative has the factor theta"
+    )
 
 
 def test_jumprelu_straight_through_to_a_only_where_asked():
@@ -213,12 +245,20 @@ def test_jumprelu_straight_through_to_a_only_where_asked():
 @pytest.mark.parametrize("name", ["standard", "p_anneal", "jumprelu", "kl"])
 def test_biases_start_where_every_latent_fires_equally_often(name):
     x = rows(4000, 0)
-    plain, sparse_start = make(name, "sae.model.start_l0=null"), make(name, "sae.model.start_l0=2.0")
+    plain, sparse_start = (
+        make(name, "sae.model.start_l0=null"),
+        make(name, "sae.model.start_l0=2.0"),
+    )
     for sae in (plain, sparse_start):
         sae.begin("train", x, x)
     rate = (sparse_start.pre_acts(x) > 0).float().mean(0)
-    torch.testing.assert_close(rate, torch.full_like(rate, 2 * 4 / 48), atol=1 / 2000, rtol=0)  # start_l0 * L0 / M
-    assert torch.equal(plain.W_enc, sparse_start.W_enc) and (plain.pre_acts(x) > 0).float().mean() > 0.3
+    torch.testing.assert_close(
+        rate, torch.full_like(rate, 2 * 4 / 48), atol=1 / 2000, rtol=0
+    )  # start_l0 * L0 / M
+    assert (
+        torch.equal(plain.W_enc, sparse_start.W_enc)
+        and (plain.pre_acts(x) > 0).float().mean() > 0.3
+    )
 
 
 def test_only_the_thresholds_of_dead_latents_melt():
@@ -231,13 +271,23 @@ def test_only_the_thresholds_of_dead_latents_melt():
 
 
 def test_kl_penalty_is_zero_at_the_target_rate_and_by_formula_elsewhere():
-    sae = make("kl", "sae.model.form=sigmoid", "sae.model.coeff=2.0", "sae.model.rho=0.2", "sae.model.warmup=0.0")
+    sae = make(
+        "kl",
+        "sae.model.form=sigmoid",
+        "sae.model.coeff=2.0",
+        "sae.model.rho=0.2",
+        "sae.model.warmup=0.0",
+    )
     sae.W_enc.data.zero_()
     sae.b_enc.data.fill_(math.log(0.2 / 0.8))
-    assert sae.train().loss(batch(), step(sae)).parts["sparsity"].item() == pytest.approx(0, abs=1e-5)
+    assert sae.train().loss(batch(), step(sae)).parts["sparsity"].item() == pytest.approx(
+        0, abs=1e-5
+    )
     sae.b_enc.data.fill_(0.0)  # rate 1/2
     kl = 0.2 * math.log(0.4) + 0.8 * math.log(1.6)
-    assert sae.loss(batch(), step(sae)).parts["sparsity"].item() == pytest.approx(2.0 * M * kl, rel=1e-4)
+    assert sae.loss(batch(), step(sae)).parts["sparsity"].item() == pytest.approx(
+        2.0 * M * kl, rel=1e-4
+    )
 
 
 def test_p_anneal_has_a_finite_gradient_at_zero():
@@ -252,7 +302,9 @@ def test_the_orthogonality_penalty_by_brute_force():
     cosines = sae.W_dec @ sae.W_dec.t()
     best = [max(max(cosines[i, j].item(), 0) for j in range(M) if j != i) for i in range(M)]
     fwd = sae.train().training_forward(batch())
-    assert sae.penalties(fwd, step(sae))["orthogonality"].item() == pytest.approx(sum(b * b for b in best) / M, rel=1e-4)
+    assert sae.penalties(fwd, step(sae))["orthogonality"].item() == pytest.approx(
+        sum(b * b for b in best) / M, rel=1e-4
+    )
 
 
 # --- AuxK -------------------------------------------------------------------------------------------------------------
@@ -265,7 +317,9 @@ def test_aux_k_reaches_dead_rows_and_no_live_parameter(name):
     sae.b_enc.data[dead] = -50.0  # negative everywhere: only the leaky slope gives these a gradient
     fwd = sae.training_forward(batch())
     aux = sae.revive(fwd, step(sae, dead=dead))["aux_k"]
-    grads = torch.autograd.grad(aux, [sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec], allow_unused=True)
+    grads = torch.autograd.grad(
+        aux, [sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec], allow_unused=True
+    )
     for g in grads[:2]:
         assert bool((g[dead].norm(dim=1) > 0).any()) and not bool(g[~dead].any())
     assert not bool(grads[2][~dead].any())
@@ -297,7 +351,10 @@ def test_nested_gradients_equal_dense_ones():
     x = fwd.batch.x
     acts = ((x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc) * mask
     n = len(sae.ends)
-    sum((((acts[:, :e] @ sae.W_dec[:e] + sae.b_dec) - x).square().sum() / len(x) / n) for e in sae.ends).backward()
+    sum(
+        (((acts[:, :e] @ sae.W_dec[:e] + sae.b_dec) - x).square().sum() / len(x) / n)
+        for e in sae.ends
+    ).backward()
     for f, p in zip(found, (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec), strict=True):
         assert (f - p.grad).norm() <= 1e-4 * p.grad.norm()
 
@@ -349,7 +406,13 @@ def test_a_variant_with_its_own_part_off_is_its_host(special, plain):
 
 
 def test_a_crosscoder_of_one_site_is_the_norm_weighted_standard_sae():
-    one = trained("crosscoder", "sae.model.n_sites=1", "sae.model.start_norm=0.1", "sae.read=[resid.1]", n_train=25)
+    one = trained(
+        "crosscoder",
+        "sae.model.n_sites=1",
+        "sae.model.start_norm=0.1",
+        "sae.read=[resid.1]",
+        n_train=25,
+    )
     two = trained("standard", "sae.model.norm_weighted=true", n_train=25)
     for key, value in two.state_dict().items():
         torch.testing.assert_close(one.state_dict()[key], value, rtol=1e-4, atol=1e-5)

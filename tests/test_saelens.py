@@ -26,7 +26,10 @@ X = torch.randn(40, D, generator=torch.Generator().manual_seed(5))
 def tensors(seed: int) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
     shapes = {"W_enc": (D, F), "W_dec": (F, D), "b_dec": (D,)}
-    return {k: torch.randn(shapes.get(k, (F,)), generator=g) for k in ("W_enc", "W_dec", "b_dec", "b_enc")}
+    return {
+        k: torch.randn(shapes.get(k, (F,)), generator=g)
+        for k in ("W_enc", "W_dec", "b_dec", "b_enc")
+    }
 
 
 def more(architecture: str, t: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -40,7 +43,11 @@ def more(architecture: str, t: dict[str, Tensor]) -> dict[str, Tensor]:
 def reference(c: dict[str, Any], t: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """What SAELens computes, any version, as plain as can be. Raises where it means nothing."""
     t = {k: v.float() for k, v in t.items()}
-    act = c.get("activation_fn_str") or c.get("activation_fn") or {"topk": "topk"}.get(c.get("architecture", ""), "relu")
+    act = (
+        c.get("activation_fn_str")
+        or c.get("activation_fn")
+        or {"topk": "topk"}.get(c.get("architecture", ""), "relu")
+    )
     shift, factor = torch.zeros(len(x), 1), torch.ones(len(x), 1)
     norm = c.get("normalize_activations") or "none"
     if norm == "layer_norm":
@@ -74,44 +81,162 @@ def spelled(version: int, kind: str, k: int) -> dict[str, Any]:
     relu = {"activation_fn_str": "relu", "activation_fn_kwargs": {}}
     if version == 2:
         return size | {
-            "hook_point": "blocks.{layer}.hook_resid_post", "hook_point_layer": 3, "hook_point_head_index": None, "activation_fn": "relu",
-            "dtype": "torch.float32", "normalize_activations": False, "noise_scale": 0.0, "l1_coefficient": 1e-3, "sae_lens_version": "2.1.3",
-            "lr": 4e-4, "wandb_project": "x", "log_to_wandb": True, "mse_loss_normalization": None, "finetuning_tokens": 0,
-        }  # fmt: skip
+            "hook_point": "blocks.{layer}.hook_resid_post",
+            "hook_point_layer": 3,
+            "hook_point_head_index": None,
+            "activation_fn": "relu",
+            "dtype": "torch.float32",
+            "normalize_activations": False,
+            "noise_scale": 0.0,
+            "l1_coefficient": 1e-3,
+            "sae_lens_version": "2.1.3",
+            "lr": 4e-4,
+            "wandb_project": "x",
+            "log_to_wandb": True,
+            "mse_loss_normalization": None,
+            "finetuning_tokens": 0,
+        }
     if version == 3:
-        return size | relu | {"hook_name": "blocks.3.hook_resid_post", "hook_layer": 3, "hook_head_index": None, "dtype": "float32"}
+        return (
+            size
+            | relu
+            | {
+                "hook_name": "blocks.3.hook_resid_post",
+                "hook_layer": 3,
+                "hook_head_index": None,
+                "dtype": "float32",
+            }
+        )
     if version == 5:
         acts = topk if kind == "topk" else relu
-        old = {"architecture": kind, "finetuning_scaling_factor": False, "normalize_activations": "none", "sae_lens_training_version": "5.1.0"}
-        return size | acts | old | {"hook_name": "blocks.3.hook_resid_post", "hook_layer": 3, "hook_head_index": None}
-    new = {"architecture": kind, "dtype": "float32", "reshape_activations": "none", "normalize_activations": "none", "apply_b_dec_to_input": True}
+        old = {
+            "architecture": kind,
+            "finetuning_scaling_factor": False,
+            "normalize_activations": "none",
+            "sae_lens_training_version": "5.1.0",
+        }
+        return (
+            size
+            | acts
+            | old
+            | {"hook_name": "blocks.3.hook_resid_post", "hook_layer": 3, "hook_head_index": None}
+        )
+    new = {
+        "architecture": kind,
+        "dtype": "float32",
+        "reshape_activations": "none",
+        "normalize_activations": "none",
+        "apply_b_dec_to_input": True,
+    }
     own = {"k": k, "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}
-    return {"d_in": D, "d_sae": F, "metadata": {"sae_lens_version": "6.5.0", "hook_name": "blocks.3.hook_resid_post"}} | new | own
+    return (
+        {
+            "d_in": D,
+            "d_sae": F,
+            "metadata": {"sae_lens_version": "6.5.0", "hook_name": "blocks.3.hook_resid_post"},
+        }
+        | new
+        | own
+    )
 
 
 #: Values of keys, and whether the SAE must load with them.
 ODD: list[tuple[str, Any, bool]] = [
-    ("architecture", "standard", False), ("architecture", "topk", False), ("architecture", "jumprelu", False), ("architecture", "gated", False),
-    ("architecture", "batchtopk", False), ("architecture", "temporal", False), ("architecture", ["topk"], False), ("architecture", None, False),
-    ("activation_fn_str", "relu", False), ("activation_fn_str", "topk", False), ("activation_fn_str", "tanh-relu", False),
-    ("activation_fn", "topk", False), ("activation_fn", "gelu", False), ("activation_fn_kwargs", {"k": 3}, False),
-    ("activation_fn_kwargs", {"k": 3, "postact_fn": "identity"}, False), ("activation_fn_kwargs", "k", False), ("activation_fn_kwargs", None, False),
-    ("k", "abc", False), ("k", None, False), ("k", 4.7, False), ("k", F + 1, False), ("k", 0, False), ("k", -2, False), ("k", True, False),
-    ("normalize_activations", None, True), ("normalize_activations", False, True), ("normalize_activations", True, False),
-    ("normalize_activations", "none", True), ("normalize_activations", "layer_norm", False), ("normalize_activations", 1, False),
-    ("normalize_activations", "constant_norm_rescale", False), ("normalize_activations", "expected_average_only_in", False),
-    ("reshape_activations", "hook_z", True), ("reshape_activations", "other", False), ("apply_b_dec_to_input", False, True),
-    ("apply_b_dec_to_input", "false", False), ("apply_b_dec_to_input", None, False), ("finetuning_scaling_factor", True, False),
-    ("finetuning_scaling_factor", "yes", False), ("finetuning_scaling_factor", None, True), ("rescale_acts_by_decoder_norm", True, False),
-    ("rescale_acts_by_decoder_norm", False, True), ("rescale_acts_by_decoder_norm", "no", False), ("hook_head_index", 3, False),
-    ("hook_head_index", 0, False), ("hook_point_head_index", 2, False), ("noise_scale", 0.1, True), ("dtype", "torch.bfloat16", True),
-    ("dtype", "int8", False), ("dtype", 3, False), ("d_in", float(D), True), ("d_in", D + 1, False), ("d_in", "x", False), ("d_in", None, False),
-    ("d_sae", F + 1, False), ("d_sae", [F], False), ("d_sae", True, False), ("d_out", D, True), ("d_out", D + 2, False), ("d_out", None, True),
-    ("sparsity_scale", 0.5, False), ("decoder_gain", 2.0, False), ("unknown", None, True), ("unknown", False, True), ("two\nlines", 1, False),
-    ("metadata", "text", False), ("metadata", None, True), ("prepend_bos", False, True), ("seqpos_slice", [1, None], True), ("seed", 3, True),
-    ("postact_fn", "identity", False), ("use_error_term", True, False), ("k", float("inf"), False), ("d_sae", float("nan"), False),
-]  # fmt: skip
-GARBAGE: list[Any] = [None, "", "abc", -1, 0, 3, 4.7, True, False, [], ["topk"], {}, {"k": 2}, float("inf"), "none", "topk", "relu", 1 << 70]
+    ("architecture", "standard", False),
+    ("architecture", "topk", False),
+    ("architecture", "jumprelu", False),
+    ("architecture", "gated", False),
+    ("architecture", "batchtopk", False),
+    ("architecture", "temporal", False),
+    ("architecture", ["topk"], False),
+    ("architecture", None, False),
+    ("activation_fn_str", "relu", False),
+    ("activation_fn_str", "topk", False),
+    ("activation_fn_str", "tanh-relu", False),
+    ("activation_fn", "topk", False),
+    ("activation_fn", "gelu", False),
+    ("activation_fn_kwargs", {"k": 3}, False),
+    ("activation_fn_kwargs", {"k": 3, "postact_fn": "identity"}, False),
+    ("activation_fn_kwargs", "k", False),
+    ("activation_fn_kwargs", None, False),
+    ("k", "abc", False),
+    ("k", None, False),
+    ("k", 4.7, False),
+    ("k", F + 1, False),
+    ("k", 0, False),
+    ("k", -2, False),
+    ("k", True, False),
+    ("normalize_activations", None, True),
+    ("normalize_activations", False, True),
+    ("normalize_activations", True, False),
+    ("normalize_activations", "none", True),
+    ("normalize_activations", "layer_norm", False),
+    ("normalize_activations", 1, False),
+    ("normalize_activations", "constant_norm_rescale", False),
+    ("normalize_activations", "expected_average_only_in", False),
+    ("reshape_activations", "hook_z", True),
+    ("reshape_activations", "other", False),
+    ("apply_b_dec_to_input", False, True),
+    ("apply_b_dec_to_input", "false", False),
+    ("apply_b_dec_to_input", None, False),
+    ("finetuning_scaling_factor", True, False),
+    ("finetuning_scaling_factor", "yes", False),
+    ("finetuning_scaling_factor", None, True),
+    ("rescale_acts_by_decoder_norm", True, False),
+    ("rescale_acts_by_decoder_norm", False, True),
+    ("rescale_acts_by_decoder_norm", "no", False),
+    ("hook_head_index", 3, False),
+    ("hook_head_index", 0, False),
+    ("hook_point_head_index", 2, False),
+    ("noise_scale", 0.1, True),
+    ("dtype", "torch.bfloat16", True),
+    ("dtype", "int8", False),
+    ("dtype", 3, False),
+    ("d_in", float(D), True),
+    ("d_in", D + 1, False),
+    ("d_in", "x", False),
+    ("d_in", None, False),
+    ("d_sae", F + 1, False),
+    ("d_sae", [F], False),
+    ("d_sae", True, False),
+    ("d_out", D, True),
+    ("d_out", D + 2, False),
+    ("d_out", None, True),
+    ("sparsity_scale", 0.5, False),
+    ("decoder_gain", 2.0, False),
+    ("unknown", None, True),
+    ("unknown", False, True),
+    ("two\nlines", 1, False),
+    ("metadata", "text", False),
+    ("metadata", None, True),
+    ("prepend_bos", False, True),
+    ("seqpos_slice", [1, None], True),
+    ("seed", 3, True),
+    ("postact_fn", "identity", False),
+    ("use_error_term", True, False),
+    ("k", float("inf"), False),
+    ("d_sae", float("nan"), False),
+]
+GARBAGE: list[Any] = [
+    None,
+    "",
+    "abc",
+    -1,
+    0,
+    3,
+    4.7,
+    True,
+    False,
+    [],
+    ["topk"],
+    {},
+    {"k": 2},
+    float("inf"),
+    "none",
+    "topk",
+    "relu",
+    1 << 70,
+]
 NOT_COMPUTED = {"hook_name", "hook_point", "hook_layer", "hook_point_layer"}
 #: What a message may call a key: a missing k stands for the place where it was looked for.
 ALSO = {
@@ -129,7 +254,9 @@ def write(folder: Path, config: Any, t: dict[str, Tensor]) -> Path:
     return folder
 
 
-def outcome(folder: Path, config: dict[str, Any], t: dict[str, Tensor], changed: set[str], must_load: bool) -> bool:
+def outcome(
+    folder: Path, config: dict[str, Any], t: dict[str, Tensor], changed: set[str], must_load: bool
+) -> bool:
     """Whether it loaded; asserts that it then is right, and that a refusal is one line about something that was changed."""
     try:
         sae = load_sae(write(folder, config, t))
@@ -146,16 +273,27 @@ def outcome(folder: Path, config: dict[str, Any], t: dict[str, Tensor], changed:
     return True
 
 
-FORMS = [(2, "standard"), (3, "standard"), (5, "standard"), (5, "topk"), (5, "jumprelu"), (5, "gated")]
+FORMS = [
+    (2, "standard"),
+    (3, "standard"),
+    (5, "standard"),
+    (5, "topk"),
+    (5, "jumprelu"),
+    (5, "gated"),
+]
 FORMS += [(6, "standard"), (6, "topk"), (6, "jumprelu"), (6, "gated")]
 
 
 @pytest.mark.parametrize(("version", "kind"), FORMS)
-def test_every_spelling_of_an_sae_computes_the_same(version: int, kind: str, tmp_path: Path) -> None:
+def test_every_spelling_of_an_sae_computes_the_same(
+    version: int, kind: str, tmp_path: Path
+) -> None:
     t = more(kind, tensors(1))
     assert outcome(tmp_path, spelled(version, kind, 4), t, set(), True)
     assert site_of_hook(sources.hook_of(tmp_path)) == "resid.4"
-    assert outcome(tmp_path, spelled(version, kind, 4), {k: v.bfloat16() for k, v in t.items()}, set(), True)
+    assert outcome(
+        tmp_path, spelled(version, kind, 4), {k: v.bfloat16() for k, v in t.items()}, set(), True
+    )
 
 
 def test_five_hundred_directories_are_read_rightly_or_refused_by_name(tmp_path: Path) -> None:
@@ -165,14 +303,18 @@ def test_five_hundred_directories_are_read_rightly_or_refused_by_name(tmp_path: 
         config, t = spelled(version, kind, chance.randint(1, F)), more(kind, tensors(i))
         odd = chance.sample(ODD, chance.choice([0, 1, 1, 1, 2]))
         changes = {key: value for key, value, _ in odd}
-        loaded += outcome(tmp_path, config | changes, t, set(changes), all(fine for *_, fine in odd))
+        loaded += outcome(
+            tmp_path, config | changes, t, set(changes), all(fine for *_, fine in odd)
+        )
     assert 150 < loaded < 400
 
 
 def test_whatever_stands_at_a_key_it_is_read_rightly_or_refused_by_name(tmp_path: Path) -> None:
     for i, (key, value) in enumerate((k, v) for k in sorted(READ - NOT_COMPUTED) for v in GARBAGE):
         version, kind = FORMS[i % len(FORMS)]
-        outcome(tmp_path, spelled(version, kind, 4) | {key: value}, more(kind, tensors(2)), {key}, False)
+        outcome(
+            tmp_path, spelled(version, kind, 4) | {key: value}, more(kind, tensors(2)), {key}, False
+        )
 
 
 def test_what_says_how_it_was_trained_changes_nothing(tmp_path: Path) -> None:
@@ -187,13 +329,33 @@ def test_what_says_how_it_was_trained_changes_nothing(tmp_path: Path) -> None:
 
 
 SPECIAL: list[tuple[str, dict[str, Tensor], dict[str, Any], str | None]] = [
-    ("standard", {"scaling_factor": torch.full((F,), 2.0)}, {"finetuning_scaling_factor": True}, None),
-    ("topk", {"finetuning_scaling_factor": torch.rand(F) + 0.5}, {"finetuning_scaling_factor": True}, None),
+    (
+        "standard",
+        {"scaling_factor": torch.full((F,), 2.0)},
+        {"finetuning_scaling_factor": True},
+        None,
+    ),
+    (
+        "topk",
+        {"finetuning_scaling_factor": torch.rand(F) + 0.5},
+        {"finetuning_scaling_factor": True},
+        None,
+    ),
     ("jumprelu", {"scaling_factor": torch.rand(F)}, {"finetuning_scaling_factor": True}, None),
     ("standard", {"scaling_factor": torch.ones(F)}, {}, None),
     ("standard", {"scaling_factor": torch.full((F,), 2.0)}, {}, "finetuning_scaling_factor"),
-    ("standard", {"scaling_factor": torch.ones(3)}, {"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
-    ("topk", {"scaling_factor": torch.rand(F)}, {"finetuning_scaling_factor": True, "rescale_acts_by_decoder_norm": True}, "finetuning"),
+    (
+        "standard",
+        {"scaling_factor": torch.ones(3)},
+        {"finetuning_scaling_factor": True},
+        "finetuning_scaling_factor",
+    ),
+    (
+        "topk",
+        {"scaling_factor": torch.rand(F)},
+        {"finetuning_scaling_factor": True, "rescale_acts_by_decoder_norm": True},
+        "finetuning",
+    ),
     ("topk", {}, {"rescale_acts_by_decoder_norm": True}, None),
     ("standard", {"W_skip": torch.ones(D, D)}, {}, "W_skip"),
     ("standard", {"W_skip": torch.zeros(D, D)}, {}, None),
@@ -208,9 +370,13 @@ SPECIAL: list[tuple[str, dict[str, Tensor], dict[str, Any], str | None]] = [
 
 
 @pytest.mark.parametrize(("kind", "tensor", "keys", "named"), SPECIAL)
-def test_tensors_that_matter_are_used_or_named(kind: str, tensor: dict[str, Tensor], keys: dict[str, Any], named: str | None, tmp_path: Path) -> None:
+def test_tensors_that_matter_are_used_or_named(
+    kind: str, tensor: dict[str, Tensor], keys: dict[str, Any], named: str | None, tmp_path: Path
+) -> None:
     config = spelled(6, kind, 4) | keys
-    assert outcome(tmp_path, config, more(kind, tensors(4)) | tensor, {named or ""}, named is None) == (named is None)
+    assert outcome(
+        tmp_path, config, more(kind, tensors(4)) | tensor, {named or ""}, named is None
+    ) == (named is None)
 
 
 def test_a_raw_log_threshold_is_exponentiated(tmp_path: Path) -> None:
@@ -222,8 +388,22 @@ def test_a_raw_log_threshold_is_exponentiated(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ sites
 
 
-STREAMS = {"resid": "hook_resid_post", "mlp_act": "mlp.hook_post", "mlp_out": "hook_mlp_out", "mlp_in": "mlp.hook_in"}
-NOWHERE = ["hook_resid_mid", "hook_attn_out", "attn.hook_z", "hook_mlp_in", "ln2.hook_normalized", "hook_in", "mlp.hook_pre", "hook_resid_post.x"]
+STREAMS = {
+    "resid": "hook_resid_post",
+    "mlp_act": "mlp.hook_post",
+    "mlp_out": "hook_mlp_out",
+    "mlp_in": "mlp.hook_in",
+}
+NOWHERE = [
+    "hook_resid_mid",
+    "hook_attn_out",
+    "attn.hook_z",
+    "hook_mlp_in",
+    "ln2.hook_normalized",
+    "hook_in",
+    "mlp.hook_pre",
+    "hook_resid_post.x",
+]
 ELSEWHERE = [
     "model.layers.2",
     "transformer.h.2",
@@ -241,12 +421,23 @@ def test_hook_points_and_sites_name_each_other() -> None:
     for stream, hook in STREAMS.items():
         for block in range(30):
             name = f"{stream}.{block + 1}"
-            assert hook_of_site(name) == f"blocks.{block}.{hook}" and site_of_hook(f"blocks.{block}.{hook}") == name
+            assert (
+                hook_of_site(name) == f"blocks.{block}.{hook}"
+                and site_of_hook(f"blocks.{block}.{hook}") == name
+            )
             assert site_of_hook(name) == name
-    assert [site_of_hook(f"blocks.{b}.hook_resid_pre") for b in (0, 1, 7)] == ["resid.0", "resid.1", "resid.7"]
+    assert [site_of_hook(f"blocks.{b}.hook_resid_pre") for b in (0, 1, 7)] == [
+        "resid.0",
+        "resid.1",
+        "resid.7",
+    ]
     assert hook_of_site("resid.0") == "blocks.0.hook_resid_pre"
-    assert all(site_of_hook(f"blocks.2.{h}") is None for h in NOWHERE) and all(site_of_hook(n) is None for n in ELSEWHERE)
-    assert all(hook_of_site(n) is None for n in (*ELSEWHERE, "mlp_in.0", "resid.1, resid.2", "None"))
+    assert all(site_of_hook(f"blocks.2.{h}") is None for h in NOWHERE) and all(
+        site_of_hook(n) is None for n in ELSEWHERE
+    )
+    assert all(
+        hook_of_site(n) is None for n in (*ELSEWHERE, "mlp_in.0", "resid.1, resid.2", "None")
+    )
 
 
 def named(version: int, hook: str) -> dict[str, Any]:
@@ -255,13 +446,19 @@ def named(version: int, hook: str) -> dict[str, Any]:
     for key in ("hook_name", "hook_layer", "hook_point", "hook_point_layer"):
         config.pop(key, None)
     place = {2: "hook_point"}.get(version, "hook_name")
-    return config | ({"metadata": config["metadata"] | {place: hook}} if version == 6 else {place: hook})
+    return config | (
+        {"metadata": config["metadata"] | {place: hook}} if version == 6 else {place: hook}
+    )
 
 
 @pytest.mark.parametrize("version", [2, 3, 5, 6])
 def test_an_sae_passes_for_its_own_site_and_for_no_other(version: int, tmp_path: Path) -> None:
     t, all_sites = tensors(6), [Site(s, n) for s in STREAMS for n in (1, 2, 3)]
-    for hook in [f"blocks.{b}.{h}" for b in (0, 1, 2) for h in (*STREAMS.values(), "hook_resid_pre", *NOWHERE)] + ELSEWHERE:
+    for hook in [
+        f"blocks.{b}.{h}"
+        for b in (0, 1, 2)
+        for h in (*STREAMS.values(), "hook_resid_pre", *NOWHERE)
+    ] + ELSEWHERE:
         write(tmp_path, named(version, hook), t)
         for site in all_sites:
             if site_of_hook(hook) == str(site):
@@ -274,13 +471,20 @@ def test_an_sae_passes_for_its_own_site_and_for_no_other(version: int, tmp_path:
 
 def test_names_and_layers_that_contradict_each_other_are_one_line(tmp_path: Path) -> None:
     hook, path = "blocks.3.hook_resid_post", tmp_path / "cfg.json"
-    assert hook_name({"hook_point": "blocks.{layer}.hook_resid_post", "hook_point_layer": 3}, path) == hook
-    assert hook_name({"metadata": {"hook_name": hook}, "hook_name": hook, "hook_layer": 3}, path) == hook
+    assert (
+        hook_name({"hook_point": "blocks.{layer}.hook_resid_post", "hook_point_layer": 3}, path)
+        == hook
+    )
+    assert (
+        hook_name({"metadata": {"hook_name": hook}, "hook_name": hook, "hook_layer": 3}, path)
+        == hook
+    )
     assert hook_name({}, path) == hook_name({"metadata": None}, path) == hook_name([], path) == ""
     for wrong in (
-        {"hook_name": hook, "hook_layer": 4}, {"hook_name": hook, "metadata": {"hook_name": "blocks.4.hook_resid_post"}},
+        {"hook_name": hook, "hook_layer": 4},
+        {"hook_name": hook, "metadata": {"hook_name": "blocks.4.hook_resid_post"}},
         {"hook_layer": 3, "metadata": {"hook_layer": 2, "hook_name": hook}},
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=r"cfg\.json: hook_(name|layer)"):
             hook_name(wrong, path)
 
@@ -290,7 +494,14 @@ def test_what_may_be_the_wrong_sae_is_said(tmp_path: Path) -> None:
     config = spelled(6, "standard", 4)
     for metadata, told in (
         ({}, "names no hook_name"),
-        ({"hook_name": "blocks.0.hook_resid_post", "sae_lens_training_version": "3.18.2", "sae_lens_version": "6.1.0"}, "less their mean"),
+        (
+            {
+                "hook_name": "blocks.0.hook_resid_post",
+                "sae_lens_training_version": "3.18.2",
+                "sae_lens_version": "6.1.0",
+            },
+            "less their mean",
+        ),
         ({"hook_name": "blocks.0.hook_resid_post"}, "less their mean"),
         ({"hook_name": "blocks.0.hook_resid_post", "sae_lens_training_version": "3.19.2"}, None),
     ):
@@ -309,15 +520,27 @@ def test_exports_name_their_site_in_terms_that_others_read(site: str, tmp_path: 
     about = {"hook_name": site, "context_size": 64}
     save_sae(TopK(d_in=D, d_sae=F, k=3), tmp_path, reference=X, metadata=about)
     metadata = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
-    assert metadata["hook_name"] == hook_of_site(site) and metadata["site"] == site and metadata["sae_lens_version"] >= "6"
+    assert (
+        metadata["hook_name"] == hook_of_site(site)
+        and metadata["site"] == site
+        and metadata["sae_lens_version"] >= "6"
+    )
     stream, layer = site.split(".")
     sources.load_sae("upstream", tmp_path, "text8", 0, Site(stream, int(layer)), D, said.append)
     assert not said
 
 
 def test_sae_lens_keeps_the_metadata_of_an_export(tmp_path: Path) -> None:
-    sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install -e '.[peers]' in an environment of its own")
-    save_sae(TopK(d_in=D, d_sae=F, k=3), tmp_path, reference=X, metadata={"hook_name": "resid.2", "context_size": 64})
+    sae_lens = pytest.importorskip(
+        "sae_lens",
+        reason="sae-lens is not installed: pip install -e '.[peers]' in an environment of its own",
+    )
+    save_sae(
+        TopK(d_in=D, d_sae=F, k=3),
+        tmp_path,
+        reference=X,
+        metadata={"hook_name": "resid.2", "context_size": 64},
+    )
     theirs = sae_lens.SAE.load_from_disk(str(tmp_path))
     assert theirs.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
     assert theirs.cfg.metadata.context_size == 64 and theirs.cfg.metadata.prepend_bos is False

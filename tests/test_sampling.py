@@ -21,10 +21,24 @@ from sae_experiments.studies.language.stores import DOCUMENT, held_out_starts
 MANY = 20_000
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 3), (8, 8), (8, 20), (4096, 1024), (4096, 1000), (32768, 8192), (10_000_019, 4097)])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [
+        (1, 1),
+        (7, 3),
+        (8, 8),
+        (8, 20),
+        (4096, 1024),
+        (4096, 1000),
+        (32768, 8192),
+        (10_000_019, 4097),
+    ],
+)
 def test_a_sample_has_one_row_of_every_stretch(n, k):
     found = spread(n, k)
-    assert len(found) == min(n, k) and (np.diff(found) > 0).all() and found[0] >= 0 and found[-1] < n
+    assert (
+        len(found) == min(n, k) and (np.diff(found) > 0).all() and found[0] >= 0 and found[-1] < n
+    )
     ends = np.arange(min(n, k) + 1) * n // min(n, k)
     assert ((ends[:-1] <= found) & (found < ends[1:])).all()
     assert (spread(n, None) == np.arange(n)).all() and len(spread(n, 0)) == 0
@@ -51,7 +65,9 @@ def test_the_first_ones_of_an_order_are_spread_over_all(n, run):
     order = spread_order(n, run)
     assert (np.sort(order) == np.arange(n)).all()
     whole = order[: n // run * run].reshape(-1, run)
-    assert (np.diff(whole, axis=1) == 1).all() and (order[n // run * run :] == np.arange(n // run * run, n)).all()
+    assert (np.diff(whole, axis=1) == 1).all() and (
+        order[n // run * run :] == np.arange(n // run * run, n)
+    ).all()
     for part in [whole[:, 0][::by] for by in (1, 2, 3, 4, 5)]:
         for k in (4, 16, 64):
             if k <= len(part):
@@ -66,7 +82,9 @@ def test_held_out_windows_are_of_the_whole_split_and_come_in_documents():
     for part in (starts[:64], starts[:256], starts):  # however few a metric looks at
         counts = np.histogram(part, bins=4, range=(0, 200_000))[0]
         assert counts.min() >= 0.5 * len(part) / 4 and counts.max() <= 1.75 * len(part) / 4
-    assert sorted(held_out_starts({"val": 5000}, "val", 128, 10**9)[1]) == list(range(0, 5000 - 128, 128))
+    assert sorted(held_out_starts({"val": 5000}, "val", 128, 10**9)[1]) == list(
+        range(0, 5000 - 128, 128)
+    )
 
 
 def two_texts(n: int) -> torch.Tensor:
@@ -112,7 +130,14 @@ def test_the_order_of_the_rows_does_not_matter_to_beginnings_and_calibrations(na
         start = (sae.pre_acts(x) > 0).float().mean()
         begun(sae, part)
         watched = [sae.watch.x.square().mean()] if getattr(sae, "watch", None) is not None else []
-        found.append([start, (sae.pre_acts(x) > 0).float().mean(), sae.eval().encode(x).square().mean(), *watched])
+        found.append(
+            [
+                start,
+                (sae.pre_acts(x) > 0).float().mean(),
+                sae.eval().encode(x).square().mean(),
+                *watched,
+            ]
+        )
     for ordered, mixed in zip(*found, strict=True):
         assert float(ordered) == pytest.approx(float(mixed), rel=0.06)
 
@@ -128,7 +153,9 @@ def test_every_term_of_a_loss_depends_on_rows_from_every_part_of_the_batch(name)
     for phase in phases:
         dead = torch.arange(M) % 5 == 0
 
-        def parts(x: torch.Tensor, phase: str = phase, dead: torch.Tensor = dead) -> dict[str, float]:
+        def parts(
+            x: torch.Tensor, phase: str = phase, dead: torch.Tensor = dead
+        ) -> dict[str, float]:
             loss = sae.loss(Batch(x, x, None, effect), replace(step(sae, dead=dead), phase=phase))
             return {k: v.item() for k, v in loss.parts.items()}
 
@@ -137,16 +164,26 @@ def test_every_term_of_a_loss_depends_on_rows_from_every_part_of_the_batch(name)
             changed = x.clone()
             changed[part] = rows(64, 13)
             new = parts(changed)
-            assert [k for k in plain if plain[k] != other[k] and plain[k] == new[k]] == [], (phase, int(part[0]))
+            assert [k for k in plain if plain[k] != other[k] and plain[k] == new[k]] == [], (
+                phase,
+                int(part[0]),
+            )
 
 
 def test_the_order_of_the_rows_does_not_matter_to_margins_and_curves():
     options = OmegaConf.to_container(OmegaConf.load(CONF / "metric" / "robustness.yaml"))
-    options = {k: v for k, v in options.items() if not k.startswith("_")} | {"rows": None, "sizes": [0.1, 0.3], "least": 5}
+    options = {k: v for k, v in options.items() if not k.startswith("_")} | {
+        "rows": None,
+        "sizes": [0.1, 0.3],
+        "least": 5,
+    }
     sae = make("standard").eval()
     x = two_texts(8192)
     sae.begin("train", x, x)
     names = ("rob_radius", "rob_crosstalk", "rob_area_gaussian", "rob_denoised_fvu")
-    ordered, mixed = (robustness.measure(Bench(sae=sae, device=torch.device("cpu"), x=part), **options).scalars for part in (x, shuffled(x)))
+    ordered, mixed = (
+        robustness.measure(Bench(sae=sae, device=torch.device("cpu"), x=part), **options).scalars
+        for part in (x, shuffled(x))
+    )
     for name in names:
         assert ordered[name] == pytest.approx(mixed[name], rel=0.15), name

@@ -20,7 +20,13 @@ OFFSET = 1000 * SD * torch.nn.functional.one_hot(torch.tensor(3), D)
 Map = Callable[[Tensor], Tensor]
 
 
-def fitted(name: str, there: Map = lambda x: x, back: Map = lambda x: x, target: Map | None = None, scale: str = "spread") -> SAE:
+def fitted(
+    name: str,
+    there: Map = lambda x: x,
+    back: Map = lambda x: x,
+    target: Map | None = None,
+    scale: str = "spread",
+) -> SAE:
     """An SAE of rows mapped by ``there``; ``back`` undoes it for the stand-in of the language model."""
     sae, start, held = make(name), there(rows(2048, 10)), there(rows(4096, 11))
     target = target or (lambda x: x)
@@ -31,7 +37,15 @@ def fitted(name: str, there: Map = lambda x: x, back: Map = lambda x: x, target:
         x = there(rows(128, step))
         return Batch(x, target(x), None, lambda recon: effect(back(recon)))
 
-    fit_saes({name: sae}, batch_at, config(steps=60, batch_size=128), Sample(start, target(start), held), seed=0, dead_after=4000, scale=scale)
+    fit_saes(
+        {name: sae},
+        batch_at,
+        config(steps=60, batch_size=128),
+        Sample(start, target(start), held),
+        seed=0,
+        dead_after=4000,
+        scale=scale,
+    )
     return sae
 
 
@@ -41,10 +55,16 @@ def numbers(sae: SAE, x: Tensor, y: Tensor | None = None) -> tuple[float, float,
     acts = sae.encode(x)
     error = (y.double() - sae.reconstruct(x, acts).double()).square().sum()
     variance = (y.double() - y.double().mean(0)).square().sum()
-    return float(error / variance), float((acts != 0).sum(1).double().mean()), float((acts == 0).all(0).double().mean())
+    return (
+        float(error / variance),
+        float((acts != 0).sum(1).double().mean()),
+        float((acts == 0).all(0).double().mean()),
+    )
 
 
-def close(found: tuple[float, float, float], expected: tuple[float, float, float], rel: float) -> None:
+def close(
+    found: tuple[float, float, float], expected: tuple[float, float, float], rel: float
+) -> None:
     fvu, l0, dead = expected
     assert found[0] == pytest.approx(fvu, rel=rel)
     assert found[1] == pytest.approx(l0, rel=rel)
@@ -80,7 +100,9 @@ def test_the_unit_of_the_data_changes_nothing(name, plain):
 def test_inputs_and_targets_have_their_own_mean_and_unit(name):
     turn = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(4)))[0]
     one = fitted(name, target=lambda x: x @ turn)
-    two = fitted(name, lambda x: 3 * x + OFFSET, target=lambda x: 1e-3 * ((x - OFFSET) / 3) @ turn - 0.7)
+    two = fitted(
+        name, lambda x: 3 * x + OFFSET, target=lambda x: 1e-3 * ((x - OFFSET) / 3) @ turn - 0.7
+    )
     x = rows(4096, 77)
     moved = 3 * x + OFFSET
     y = 1e-3 * ((moved - OFFSET) / 3) @ turn - 0.7
@@ -121,13 +143,25 @@ def test_any_number_of_leading_dimensions(name):
     for shape in ((2, 12), (2, 3, 4), (1, 24), (24,)):
         there = x.view(*shape, D)
         torch.testing.assert_close(sae.encode(there), acts.view(*shape, -1), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(sae.pre_acts(there), sae.pre_acts(x).view(*shape, -1), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(sae.decode(acts.view(*shape, -1)), sae.decode(acts).view(there.shape), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(
-            sae.contributions(there_acts := sae.encode(there), x[0]).view(24, -1), sae.contributions(acts, x[0]), rtol=1e-4, atol=1e-5
+            sae.pre_acts(there), sae.pre_acts(x).view(*shape, -1), rtol=1e-5, atol=1e-6
+        )
+        torch.testing.assert_close(
+            sae.decode(acts.view(*shape, -1)),
+            sae.decode(acts).view(there.shape),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+        torch.testing.assert_close(
+            sae.contributions(there_acts := sae.encode(there), x[0]).view(24, -1),
+            sae.contributions(acts, x[0]),
+            rtol=1e-4,
+            atol=1e-5,
         )
         torch.testing.assert_close(sae(there), sae(x).view(there.shape), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(sae.reconstruct(there, there_acts), sae(there), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            sae.reconstruct(there, there_acts), sae(there), rtol=1e-5, atol=1e-6
+        )
     torch.testing.assert_close(sae(x[0]), sae(x[:1])[0], rtol=1e-5, atol=1e-6)
     assert sae.decode(acts[0]).shape == (D,)
     assert sae.encode(x[:0]).shape == (0, sae.d_sae) and sae(x[:0].view(2, 0, D)).shape == (2, 0, D)
@@ -139,7 +173,12 @@ def test_other_types_are_read_and_wrong_widths_named(name):
     torch.testing.assert_close(sae(x.half()), sae(x.half().float()))
     torch.testing.assert_close(sae.encode(x.double().numpy()), sae.encode(x))
     assert torch.isfinite(trained(name, n_train=20).bfloat16()(x)).all()
-    for call, width in ((sae.encode, "d_in"), (sae, "d_in"), (sae.pre_acts, "d_in"), (sae.decode, "d_sae")):
+    for call, width in (
+        (sae.encode, "d_in"),
+        (sae, "d_in"),
+        (sae.pre_acts, "d_in"),
+        (sae.decode, "d_sae"),
+    ):
         with pytest.raises(UserError, match=f"do not fit {width}="):
             call(torch.zeros(3, 7))
 

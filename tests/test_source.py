@@ -34,7 +34,10 @@ from sae_experiments.studies.palindrome import study as palindrome
 from sae_experiments.studies.superposition import study as superposition
 
 PACKAGE = ROOT / "sae_experiments"
-FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip("."): p for p in sorted(PACKAGE.rglob("*.py"))}
+FILES = {
+    ".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip("."): p
+    for p in sorted(PACKAGE.rglob("*.py"))
+}
 
 
 def full(name: str) -> str:
@@ -52,7 +55,14 @@ _small = functools.cache(small)
 # ------------------------------------------------------------------------------ which keys move for which modules
 
 TRAIN = {"", "files", "errors", "training.loop", "training.checkpoint", "training.finite", "memory"}
-LM = TRAIN | {"cache", "models.gpt2", "corpora.corpus", "corpora.download", "corpora.standin", "metric_info"}
+LM = TRAIN | {
+    "cache",
+    "models.gpt2",
+    "corpora.corpus",
+    "corpora.download",
+    "corpora.standin",
+    "metric_info",
+}
 SAE = TRAIN | {"saes.base", "saes.ops", "saes.selection"}
 ARMS = SAE | {"fitting.fit", "models.hooks", "fitting.spec"}
 FIT = LM | ARMS | {"studies.language.stores", "studies.base", "studies.language.study"}
@@ -61,25 +71,71 @@ MOVES = {
     "corpora": {"files", "cache", "errors", "corpora.corpus"},
     "stand_in": {"files", "cache", "errors", "corpora.standin"},
     "lms": LM,
-    "stores": {"files", "cache", "errors", "models.store", "studies.language.stores"},  # and with the language model, whose key is part of theirs
+    "stores": {
+        "files",
+        "cache",
+        "errors",
+        "models.store",
+        "studies.language.stores",
+    },  # and with the language model, whose key is part of theirs
     "fits of topk": FIT | {"saes.topk"},
     "fits of gated": FIT | {"saes.gated", "saes.standard", "saes.controller"},
-    "fits of purified": FIT | {"saes.batch_topk", "saes.purified.sae", "saes.purified.perturb", "saes.purified.early_stopping", "studies.language.second_view"},
-    "palindromes": LM | {"studies.palindrome.strings", "studies.palindrome.study"},  # in the keys of the next too
+    "fits of purified": FIT
+    | {
+        "saes.batch_topk",
+        "saes.purified.sae",
+        "saes.purified.perturb",
+        "saes.purified.early_stopping",
+        "studies.language.second_view",
+    },
+    "palindromes": LM
+    | {"studies.palindrome.strings", "studies.palindrome.study"},  # in the keys of the next too
     "fits of palindromes": ARMS | {"saes.topk"},
-    "fits of planted": ARMS | {"saes.topk", "studies.ground_truth.world", "studies.ground_truth.study"},
-    "toys": TRAIN | {"studies.superposition.toy", "studies.superposition.toy_step", "studies.superposition.trees", "studies.superposition.study"},
+    "fits of planted": ARMS
+    | {"saes.topk", "studies.ground_truth.world", "studies.ground_truth.study"},
+    "toys": TRAIN
+    | {
+        "studies.superposition.toy",
+        "studies.superposition.toy_step",
+        "studies.superposition.trees",
+        "studies.superposition.study",
+    },
 }
 #: What nothing that is cached depends on: what measures, draws, tells or reads the command line.
 NEVER = {n for n in FILES if n.startswith(("plots.", "report.", "metrics.", "studies.circuits."))}
-NEVER |= {"cli.main", "config.compose", "sweeps.jobs", "sweeps.search", "sweeps.launchers", "cli.help", "runner.run", "results.records", "results.table", "results.compare", "report.figures", "runner.track"}
-NEVER |= {"api", "saes.saelens", "studies.circuits.study", "studies.palindrome.selectivity", "source"}
+NEVER |= {
+    "cli.main",
+    "config.compose",
+    "sweeps.jobs",
+    "sweeps.search",
+    "sweeps.launchers",
+    "cli.help",
+    "runner.run",
+    "results.records",
+    "results.table",
+    "results.compare",
+    "report.figures",
+    "runner.track",
+}
+NEVER |= {
+    "api",
+    "saes.saelens",
+    "studies.circuits.study",
+    "studies.palindrome.selectivity",
+    "source",
+}
 
 
 def others(kind: str) -> set[str]:
     """The SAEs and studies that are not a kind's own."""
     known = {n for names in MOVES.values() for n in names if n.startswith(("saes.", "studies."))}
-    shared = {"fitting.spec", "studies.base", "studies.language.stores", "saes.standard", "saes.controller"} | SAE
+    shared = {
+        "fitting.spec",
+        "studies.base",
+        "studies.language.stores",
+        "saes.standard",
+        "saes.controller",
+    } | SAE
     return known - MOVES[kind] - shared
 
 
@@ -92,7 +148,16 @@ class Keys:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.named: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
-        for module in (activations, data, lm, standin, language, palindrome, ground_truth, superposition):
+        for module in (
+            activations,
+            data,
+            lm,
+            standin,
+            language,
+            palindrome,
+            ground_truth,
+            superposition,
+        ):
             monkeypatch.setattr(module, "source_digest", self.digest)
             monkeypatch.setattr(module, "cached", self.cached)
 
@@ -113,7 +178,9 @@ class Keys:
 
 
 @pytest.fixture
-def keys(monkeypatch: pytest.MonkeyPatch, corpus_file: Path, tmp_path: Path) -> tuple[Keys, dict[str, Callable[[], Any]]]:
+def keys(
+    monkeypatch: pytest.MonkeyPatch, corpus_file: Path, tmp_path: Path
+) -> tuple[Keys, dict[str, Callable[[], Any]]]:
     found = Keys(monkeypatch)
     corpus: Any = SimpleNamespace(key="corpus", symbols=list("ab"))
     ctx: Any = SimpleNamespace(device=torch.device("cpu"), cache=tmp_path)
@@ -129,21 +196,35 @@ def keys(monkeypatch: pytest.MonkeyPatch, corpus_file: Path, tmp_path: Path) -> 
 
     def collected() -> Any:
         return activations.collect(
-            torch.nn.Linear(1, 1), stores.split_windows, torch.zeros(1).numpy(), [], length=1, split="train", cache=tmp_path,
-            key={}, dtype="float32", batch=1,
-        )  # fmt: skip
+            torch.nn.Linear(1, 1),
+            stores.split_windows,
+            torch.zeros(1).numpy(),
+            [],
+            length=1,
+            split="train",
+            cache=tmp_path,
+            key={},
+            dtype="float32",
+            batch=1,
+        )
 
     toys, strings = "study=superposition", "study=palindrome"
     asks = {
         "corpora": lambda: data.load_corpus(corpus_spec(corpus_file), cache=tmp_path, offline=True),
-        "stand_in": lambda: standin.stand_in(tmp_path, "text8", "text8", 100, reason="", remedy="", say=print),
-        "lms": lambda: lm.train_lm(lm_spec(), corpus, {}, seed=0, cache=tmp_path, device=ctx.device, session=None),  # type: ignore[arg-type]
+        "stand_in": lambda: standin.stand_in(
+            tmp_path, "text8", "text8", 100, reason="", remedy="", say=print
+        ),
+        "lms": lambda: lm.train_lm(
+            lm_spec(), corpus, {}, seed=0, cache=tmp_path, device=ctx.device, session=None
+        ),  # type: ignore[arg-type]
         "stores": collected,
         "fits of topk": lambda: fit("sae=topk"),
         "fits of gated": lambda: fit("sae=gated"),
         "fits of purified": lambda: fit("sae=purified", "sae.model.noise=token"),
         "palindromes": lambda: study(strings, "sae=topk").trained((), 0, ctx),
-        "fits of palindromes": lambda: study(strings, "sae=topk").fitted(torch.zeros(1), {}, 0, ctx),
+        "fits of palindromes": lambda: study(strings, "sae=topk").fitted(
+            torch.zeros(1), {}, 0, ctx
+        ),
         "fits of planted": lambda: study("study=ground_truth", "sae=topk").fitted(None, cell, ctx),
         "toys": lambda: study(toys).trained(next(iter(study(toys).families.values())), 0, ctx),
     }
@@ -163,7 +244,11 @@ def edit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         known_no_more()
         changed.clear()
         changed.update(FILES[name] for name in names)
-        monkeypatch.setattr(source, "_text", lambda path: plain(path) + (f"\n{character}" if path in changed else ""))
+        monkeypatch.setattr(
+            source,
+            "_text",
+            lambda path: plain(path) + (f"\n{character}" if path in changed else ""),
+        )
         known_no_more()
 
     yield make
@@ -192,9 +277,17 @@ def test_a_change_of_a_module_moves_the_keys_that_depend_on_it_and_no_other(keys
 def test_two_texts_that_one_model_reads_have_activations_of_their_own(monkeypatch):
     """A model from a folder has a key of its own, whatever it reads; texts cut to one length have windows at the same places."""
     asked: list[Any] = []
-    monkeypatch.setattr(stores, "collect", lambda *args, key, **more: asked.append(digest(key)) or SimpleNamespace(key={}))
-    fit = SimpleNamespace(train_rows=64, calibration_rows=16, held_out_rows=16, store_dtype="float32", collect_batch=1)
-    model: Any = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(n_positions=8)), key={"what": "local lm"})
+    monkeypatch.setattr(
+        stores,
+        "collect",
+        lambda *args, key, **more: asked.append(digest(key)) or SimpleNamespace(key={}),
+    )
+    fit = SimpleNamespace(
+        train_rows=64, calibration_rows=16, held_out_rows=16, store_dtype="float32", collect_batch=1
+    )
+    model: Any = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(n_positions=8)), key={"what": "local lm"}
+    )
     ctx: Any = SimpleNamespace(device="cpu", cache=None, console=Console(verbosity="quiet"))
     for key in ("one", "other"):
         text: Any = SimpleNamespace(splits={"train": range(200), "val": range(50)}, key=key)
@@ -206,19 +299,40 @@ def test_a_download_is_named_by_its_checksums_alone(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(fetch, "cached", lambda root, kind, key, make: seen.append(key) or tmp_path)
     (tmp_path / "source.json").write_text('{"url": "u"}')
-    fetch.cached_text(tmp_path, "text8", [], {"size": 1, "sha256": "a", "md5": None}, network=None, say=print)
-    assert seen == [{"name": "text8", "size": 1, "sha256": "a", "md5": None}], "what was fetched is verified, whatever fetched it"
+    fetch.cached_text(
+        tmp_path, "text8", [], {"size": 1, "sha256": "a", "md5": None}, network=None, say=print
+    )
+    assert seen == [{"name": "text8", "size": 1, "sha256": "a", "md5": None}], (
+        "what was fetched is verified, whatever fetched it"
+    )
 
 
 def test_everything_that_is_cached_has_its_line_in_the_table():
-    kinds = {"corpora", "stand_in", "lms", "stores", "palindromes", "toys", "fits", "passes", "downloads"}
+    kinds = {
+        "corpora",
+        "stand_in",
+        "lms",
+        "stores",
+        "palindromes",
+        "toys",
+        "fits",
+        "passes",
+        "downloads",
+    }
     found = set()
     for path in PACKAGE.rglob("*.py"):
         for part in path.read_text().split("cached(")[1:]:
             words = part.split('"')
-            if path.name != "cache.py" and len(words) > 1 and words[1].isidentifier() and "\n" not in words[0]:
+            if (
+                path.name != "cache.py"
+                and len(words) > 1
+                and words[1].isidentifier()
+                and "\n" not in words[0]
+            ):
                 found.add(words[1])
-    assert found == kinds, "a new kind of cached thing needs a key with its code, and its line in MOVES"
+    assert found == kinds, (
+        "a new kind of cached thing needs a key with its code, and its line in MOVES"
+    )
 
 
 # ------------------------------------------------------------------------------ what runs is what is named
@@ -250,7 +364,9 @@ class Watched:
                 return make(folder)
             finally:
                 sys.setprofile(before)
-                names = {source.PACKAGE} | {m for text in texts(key) for m in self.named.get(text, ())}
+                names = {source.PACKAGE} | {
+                    m for text in texts(key) for m in self.named.get(text, ())
+                }
                 self.made.append(kind)
                 if more := self.ran.pop() - names:
                     self.wrong.setdefault(kind, set()).update(more)
@@ -282,19 +398,50 @@ NOISY = ["sae.model.noise=token", "sae.model.clean=0", "sae.model.warmup=0"]
 @pytest.mark.parametrize(
     ("overrides", "kinds"),
     [
-        (["data=[text8]", "data.text8.stand_in=always", "sae=gated"], {"corpora", "lms", "stores", "passes", "fits"}),
-        pytest.param(["data=[text8]", "data.text8.stand_in=always", "sae=purified", *NOISY], {"fits"}, marks=pytest.mark.slow),
-        pytest.param(["data=[text8]", "data.text8.stand_in=always", "sae=end_to_end"], {"fits"}, marks=pytest.mark.slow),
-        pytest.param(["study=ground_truth", "study.train.steps=8", "sae=hierarchical"], {"fits"}, marks=pytest.mark.slow),
+        (
+            ["data=[text8]", "data.text8.stand_in=always", "sae=gated"],
+            {"corpora", "lms", "stores", "passes", "fits"},
+        ),
+        pytest.param(
+            ["data=[text8]", "data.text8.stand_in=always", "sae=purified", *NOISY],
+            {"fits"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["data=[text8]", "data.text8.stand_in=always", "sae=end_to_end"],
+            {"fits"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["study=ground_truth", "study.train.steps=8", "sae=hierarchical"],
+            {"fits"},
+            marks=pytest.mark.slow,
+        ),
         (["study=palindrome", "study.train.steps=5", "sae=kl"], {"palindromes", "fits"}),
-        (["study=superposition", "study.depths=[2]", "study.hidden=[2]", "study.train.steps=5", "study.eval_rows=64"], {"toys"}),
+        (
+            [
+                "study=superposition",
+                "study.depths=[2]",
+                "study.hidden=[2]",
+                "study.train.steps=5",
+                "study.eval_rows=64",
+            ],
+            {"toys"},
+        ),
     ],
     ids=["language", "purified", "end_to_end", "ground_truth", "palindrome", "superposition"],
 )
-def test_the_key_of_a_cached_thing_names_all_the_code_that_made_it(overrides, kinds, tmp_path, monkeypatch):
+def test_the_key_of_a_cached_thing_names_all_the_code_that_made_it(
+    overrides, kinds, tmp_path, monkeypatch
+):
     watched = Watched(monkeypatch)
     made = small(*overrides)
-    ctx = Context(folder=tmp_path, cache=tmp_path / "cache", device=torch.device("cpu"), console=Console(verbosity="quiet"))
+    ctx = Context(
+        folder=tmp_path,
+        cache=tmp_path / "cache",
+        device=torch.device("cpu"),
+        console=Console(verbosity="quiet"),
+    )
     made.prepare(ctx)
 
     def enough(*args: Any) -> Any:
@@ -362,7 +509,9 @@ def test_every_module_that_a_users_class_imports_counts_wherever_it_lies(own, na
 
 
 def test_the_modules_of_a_users_class_are_followed_into_the_package():
-    assert {"sae_experiments.saes.topk", "sae_experiments.saes.ops"} <= closure("sae_experiments.saes.topk")
+    assert {"sae_experiments.saes.topk", "sae_experiments.saes.ops"} <= closure(
+        "sae_experiments.saes.topk"
+    )
 
 
 def test_a_class_a_function_that_builds_it_and_what_is_handed_to_it_all_count(own):
@@ -372,8 +521,10 @@ def test_a_class_a_function_that_builds_it_and_what_is_handed_to_it_all_count(ow
     found = source.modules_behind(arm.model)
     assert found == ["mysae.layers", "own_model"]
     assert source.modules_behind(own_model.Mine) == [
-        "own_model", "sae_experiments.saes.base", "sae_experiments.saes.topk",
-    ]  # fmt: skip
+        "own_model",
+        "sae_experiments.saes.base",
+        "sae_experiments.saes.topk",
+    ]
 
 
 def test_what_a_study_uses_of_a_users_own_decides_about_finished_results(own):
@@ -388,8 +539,17 @@ def test_what_a_study_uses_of_a_users_own_decides_about_finished_results(own):
 
 
 def test_what_a_sweep_names_of_a_users_own_decides_about_finished_jobs(own):
-    assert targets_digest(["_target_: sae_experiments.saes.topk.TopK", "x: 1", "sae.model._target_=no.such.thing"]) == ""
-    for text in ("_target_: own_model.build", "sae.model._target_=own_model.Mine", "{_target_: 'own_model.build'}"):
+    assert (
+        targets_digest(
+            ["_target_: sae_experiments.saes.topk.TopK", "x: 1", "sae.model._target_=no.such.thing"]
+        )
+        == ""
+    )
+    for text in (
+        "_target_: own_model.build",
+        "sae.model._target_=own_model.Mine",
+        "{_target_: 'own_model.build'}",
+    ):
         before = targets_digest([text])
         (own / "at_run_time.py").write_text(f"a = {text!r}\n")
         assert before and targets_digest([text]) != before

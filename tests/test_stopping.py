@@ -54,7 +54,9 @@ def in_weakref(act: Callable[[], None]) -> None:
 
 
 def in_ctypes(act: Callable[[], None]) -> None:
-    compare = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(lambda a, b: act() or 0)
+    compare = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(
+        lambda a, b: act() or 0
+    )
     ctypes.CDLL(None).qsort((ctypes.c_int * 2)(1, 2), 2, ctypes.sizeof(ctypes.c_int), compare)
 
 
@@ -167,7 +169,9 @@ class Line(Learner):
 
 def trained(checkpoint: Path | None, act: Callable[[int], None]) -> tuple[Tensor, Progress]:
     torch.manual_seed(0)
-    learner = Line("line", nn.Linear(3, 2), train_config(checkpoint_every_s=1000.0, steps=12), seed=0)
+    learner = Line(
+        "line", nn.Linear(3, 2), train_config(checkpoint_every_s=1000.0, steps=12), seed=0
+    )
 
     def batch_at(step: int) -> Tensor:
         act(step)

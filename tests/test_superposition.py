@@ -26,9 +26,26 @@ CPU = torch.device("cpu")
 
 
 def features(mode: str = "exclusive", **changes: Any) -> Features:
-    plain = {"branching": 2, "probability": 1.0, "stop": 0.5, "importance": 1.0, "match": "exclusive", "correlated": 0.0, "anticorrelated": 0.0}
+    plain = {
+        "branching": 2,
+        "probability": 1.0,
+        "stop": 0.5,
+        "importance": 1.0,
+        "match": "exclusive",
+        "correlated": 0.0,
+        "anticorrelated": 0.0,
+    }
     return Features(
-        **{"mode": mode, **plain, **({"probability": 0.2, "correlated": 0.5, "anticorrelated": 0.3} if mode == "pairs" else {}), **changes}
+        **{
+            "mode": mode,
+            **plain,
+            **(
+                {"probability": 0.2, "correlated": 0.5, "anticorrelated": 0.3}
+                if mode == "pairs"
+                else {}
+            ),
+            **changes,
+        }
     )
 
 
@@ -57,11 +74,15 @@ def grown(branching: int, depth: int, go_on: float, root: float) -> dict[tuple[i
 @pytest.mark.parametrize(("branching", "depth"), [(2, 1), (2, 3), (3, 2), (4, 2)])
 @pytest.mark.parametrize("mode", ["exclusive", "early_stopping"])
 @pytest.mark.parametrize("probability", [1.0, 0.3])
-def test_trees_have_exactly_the_samples_of_a_walk(branching: int, depth: int, mode: str, probability: float) -> None:
+def test_trees_have_exactly_the_samples_of_a_walk(
+    branching: int, depth: int, mode: str, probability: float
+) -> None:
     made = features(mode, branching=branching, probability=probability)
     exact = grown(branching, depth, 0.5 if mode == "early_stopping" else 1.0, probability)
     rows, probs = made.support(depth)
-    assert {tuple(row): pytest.approx(p) for row, p in zip(rows.tolist(), probs, strict=True)} == exact
+    assert {
+        tuple(row): pytest.approx(p) for row, p in zip(rows.tolist(), probs, strict=True)
+    } == exact
     assert made.n_distinct(depth) == len(exact)
     x, p = np.array(list(exact)), np.array(list(exact.values()))
     assert np.allclose(made.marginals(depth), p @ x)
@@ -76,19 +97,28 @@ def test_a_binary_tree_has_as_many_samples_as_it_should() -> None:
 
 @pytest.mark.parametrize("match", ["exclusive", "early_stopping"])
 def test_the_control_has_the_trees_marginals_and_nothing_else(match: str) -> None:
-    control, tree = features("independent", match=match, probability=0.7), features(match, probability=0.7)
+    control, tree = (
+        features("independent", match=match, probability=0.7),
+        features(match, probability=0.7),
+    )
     p = tree.marginals(2)
     assert np.allclose(control.marginals(2), p)
     joints = np.outer(p, p)
     np.fill_diagonal(joints, p)
     assert np.allclose(control.joints(2), joints)
     rows, probs = control.support(2)
-    enumerated = {row: np.prod(np.where(row, p, 1 - p)) for row in itertools.product((0, 1), repeat=6)}
-    assert {tuple(r): pytest.approx(q) for r, q in zip(rows.tolist(), probs, strict=True)} == enumerated
+    enumerated = {
+        row: np.prod(np.where(row, p, 1 - p)) for row in itertools.product((0, 1), repeat=6)
+    }
+    assert {
+        tuple(r): pytest.approx(q) for r, q in zip(rows.tolist(), probs, strict=True)
+    } == enumerated
 
 
 def test_pairs_are_on_together_or_exclude_each_other() -> None:
-    pairs = features("pairs", probability=0.2, correlated=0.5, anticorrelated=0.3)  # 14 features: 3 pairs, 2 pairs, 4 singles
+    pairs = features(
+        "pairs", probability=0.2, correlated=0.5, anticorrelated=0.3
+    )  # 14 features: 3 pairs, 2 pairs, 4 singles
     joints = pairs.joints(3)
     assert np.allclose(joints.diagonal(), 0.2)
     assert np.allclose([joints[2 * i, 2 * i + 1] for i in range(5)], [0.2] * 3 + [0.0] * 2)
@@ -128,11 +158,29 @@ def test_counts_are_the_multinomial_of_a_batch() -> None:
     assert torch.equal(again.batch_at(77).shares, stream.batch_at(77).shares)  # type: ignore[arg-type]
 
 
-def learner(mode: str, shapes: list[tuple[int, int]], *, steps: int = 20, batch: int = 64, seed: int = 0, **changes: Any) -> ToyLearner:
+def learner(
+    mode: str,
+    shapes: list[tuple[int, int]],
+    *,
+    steps: int = 20,
+    batch: int = 64,
+    seed: int = 0,
+    **changes: Any,
+) -> ToyLearner:
     cfg = train_config(
-        steps=steps, batch_size=batch, lr=1e-2, decay="constant", warmup_steps=0, clip=0.0, weight_decay=0.0, log_every=10, eval_every=10**6
+        steps=steps,
+        batch_size=batch,
+        lr=1e-2,
+        decay="constant",
+        warmup_steps=0,
+        clip=0.0,
+        weight_decay=0.0,
+        log_every=10,
+        eval_every=10**6,
     )
-    return toy.make(shapes, features(mode, **changes), cfg, instances=3, init="matrix", seed=seed, device=CPU)
+    return toy.make(
+        shapes, features(mode, **changes), cfg, instances=3, init="matrix", seed=seed, device=CPU
+    )
 
 
 def plain_loss(w: Tensor, b: Tensor, x: Tensor, shares: Tensor, weight: Tensor) -> Tensor:
@@ -158,18 +206,26 @@ def test_loss_and_gradient_are_those_of_autograd(mode: str, importance: float, s
     train([made], made.batch_at, made.cfg, Session())  # away from b = 0
     batch = made.batch_at(100)
     losses = made.module.losses(batch, made.importances, made._grads)
-    for group, theta, grad, found in zip(made.module.groups, made.module.theta, made._grads, losses, strict=True):
+    for group, theta, grad, found in zip(
+        made.module.groups, made.module.theta, made._grads, losses, strict=True
+    ):
         n, (x, shares) = group.n_features, batch[group.depth]
-        weight = torch.from_numpy(made.streams[group.depth].features.importances(group.depth)).float()
+        weight = torch.from_numpy(
+            made.streams[group.depth].features.importances(group.depth)
+        ).float()
         for c, hidden in enumerate(group.hidden):
-            w, b = (t.clone().requires_grad_(True) for t in made.module.weights(group.depth, hidden))
+            w, b = (
+                t.clone().requires_grad_(True) for t in made.module.weights(group.depth, hidden)
+            )
             share = shares if shares is not None else torch.full((3, x.shape[1]), 1 / x.shape[1])
             loss = plain_loss(w, b, x[..., :n].float().expand(3, -1, -1), share, weight)
             loss.backward()
             assert found[:, c].sum().item() == pytest.approx(loss.item(), rel=1e-5)
             assert torch.allclose(grad[:, c, :hidden, :n], w.grad, atol=1e-6)  # type: ignore[arg-type]
             assert torch.allclose(grad[:, c, -1, :n], b.grad, atol=1e-6)  # type: ignore[arg-type]
-            assert not theta[:, c, hidden:-1].any() and not theta[..., n:].any()  # padding stays zero
+            assert (
+                not theta[:, c, hidden:-1].any() and not theta[..., n:].any()
+            )  # padding stays zero
 
 
 @pytest.mark.parametrize("mode", ["exclusive", "early_stopping", "independent"])
@@ -185,7 +241,9 @@ def test_a_configuration_does_not_depend_on_what_is_trained_beside_it(mode: str,
 
 
 @pytest.mark.parametrize("mode", ["early_stopping", "pairs"])
-def test_compiled_training_ends_where_pytorch_does(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_training_ends_where_pytorch_does(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if toy_step.compiled() is None:
         pytest.skip("no C compiler that gives a correct step")
     ends = []
@@ -207,7 +265,9 @@ def test_a_compiled_step_shows_what_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize("compiler", [None, "/bin/false"])
-def test_without_a_working_compiler_there_is_no_compiled_step(compiler: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_working_compiler_there_is_no_compiled_step(
+    compiler: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(toy_step.shutil, "which", lambda name: compiler)
     assert toy_step.compiled.__wrapped__() is None
 
@@ -230,10 +290,14 @@ def test_a_killed_sweep_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_representation_measures_of_known_geometries() -> None:
-    pentagon = torch.stack([torch.tensor([np.cos(a), np.sin(a)]) for a in 2 * np.pi * np.arange(5) / 5], 1).double()
+    pentagon = torch.stack(
+        [torch.tensor([np.cos(a), np.sin(a)]) for a in 2 * np.pi * np.arange(5) / 5], 1
+    ).double()
     norms, interference, dimensions = measures(pentagon)
     assert torch.allclose(norms, torch.ones(5, dtype=torch.float64))
-    assert torch.allclose(dimensions, torch.full((5,), 2 / 5, dtype=torch.float64))  # a tight frame shares its two dimensions evenly
+    assert torch.allclose(
+        dimensions, torch.full((5,), 2 / 5, dtype=torch.float64)
+    )  # a tight frame shares its two dimensions evenly
     assert torch.allclose(interference, torch.full((5,), 1.5, dtype=torch.float64))
     basis = torch.cat([torch.eye(2), torch.zeros(2, 1)], 1)
     assert [t.tolist() for t in measures(basis)] == [[1, 1, 0], [0, 0, 0], [1, 1, 0]]
@@ -241,16 +305,31 @@ def test_representation_measures_of_known_geometries() -> None:
 
 def test_a_depth_that_no_hidden_size_solves_has_no_answer() -> None:
     outcome = Outcome()
-    summarise(outcome, {(1, 2): np.array([1e-7, 1e-2]), (2, 2): np.array([0.1, 0.2]), (2, 3): np.array([2e-5, 0.1])}, 1e-5)
+    summarise(
+        outcome,
+        {
+            (1, 2): np.array([1e-7, 1e-2]),
+            (2, 2): np.array([0.1, 0.2]),
+            (2, 3): np.array([2e-5, 0.1]),
+        },
+        1e-5,
+    )
     assert outcome.metrics["smallest_hidden_depth_1"] == 2
-    assert outcome.metrics["smallest_hidden_depth_2"] is None and outcome.metrics["smallest_hidden"] is None
+    assert (
+        outcome.metrics["smallest_hidden_depth_2"] is None
+        and outcome.metrics["smallest_hidden"] is None
+    )
     assert "2e-05" in outcome.why_null["smallest_hidden_depth_2"]
     assert outcome.metrics["loss_min"] == pytest.approx(np.mean([1e-7, 0.1, 2e-5]))
     assert outcome.metrics["solved_depths"] == 1
 
 
 def test_best_cosines_of_a_known_dictionary() -> None:
-    assert best_cosines(torch.eye(3), torch.tensor([[2.0, 0, 0], [0, -1.0, 0]])).tolist() == [1, 0, 0]
+    assert best_cosines(torch.eye(3), torch.tensor([[2.0, 0, 0], [0, -1.0, 0]])).tolist() == [
+        1,
+        0,
+        0,
+    ]
     assert best_cosines(torch.eye(2), torch.zeros(0, 2)).tolist() == [0, 0]
 
 
@@ -261,7 +340,10 @@ def test_best_cosines_of_a_known_dictionary() -> None:
         ({"probability": 1.2}, "probability=1.2 must lie between 0 and 1"),
         ({"stop": -0.1}, "stop=-0.1"),
         ({"mode": "forest"}, "forest"),
-        ({"mode": "pairs", "correlated": 0.8, "anticorrelated": 0.8, "probability": 0.1}, "at most 1 together"),
+        (
+            {"mode": "pairs", "correlated": 0.8, "anticorrelated": 0.8, "probability": 0.1},
+            "at most 1 together",
+        ),
         ({"mode": "pairs", "anticorrelated": 0.5, "probability": 0.6}, "at most 0.5"),
         ({"importance": 0.0}, "importance"),
     ],
@@ -280,7 +362,12 @@ SMALL = (
     "study.train.steps=20",
     "study.eval_rows=500",
 )
-PROBE = ("study.probe.depth=2", "study.probe.hidden=3", "study.probe.train.steps=20", "study.probe.rows=512")
+PROBE = (
+    "study.probe.depth=2",
+    "study.probe.hidden=3",
+    "study.probe.train.steps=20",
+    "study.probe.rows=512",
+)
 
 
 def test_the_study_from_start_to_end(experiment: Experiment) -> None:
@@ -288,7 +375,13 @@ def test_the_study_from_start_to_end(experiment: Experiment) -> None:
     assert done.returncode == 0, done.stderr
     final = experiment.json("run_0", "final_info.json")
     assert set(final) == {"exclusive", "early_stopping", "control"}
-    assert {"loss_min_mean", "loss_mean_mean", "smallest_hidden_mean", "sae_mmcs_mean", "sae_recovered_frac_mean"} <= set(final["control"]["means"])
+    assert {
+        "loss_min_mean",
+        "loss_mean_mean",
+        "smallest_hidden_mean",
+        "sae_mmcs_mean",
+        "sae_recovered_frac_mean",
+    } <= set(final["control"]["means"])
     done, empty = drawn(experiment.runs / "run_0", "superposition_", experiment.here)
     assert len(done) == 5 and not empty
     assert drawn(experiment.runs / "run_0", "palindrome_", experiment.here) == (
@@ -307,7 +400,9 @@ def test_the_study_from_start_to_end(experiment: Experiment) -> None:
         ("study.probe.hidden=4", "is not a configuration of the sweep"),
     ],
 )
-def test_mistakes_are_one_line_before_training(experiment: Experiment, wrong: str, told: str) -> None:
+def test_mistakes_are_one_line_before_training(
+    experiment: Experiment, wrong: str, told: str
+) -> None:
     done = experiment("--out_dir=bad", *SMALL, *PROBE, wrong, tiny=False)
     assert done.returncode == 2
     assert told in done.stderr and len(done.stderr.splitlines()) == 1

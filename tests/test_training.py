@@ -16,7 +16,19 @@ from torch import Tensor, nn
 
 from sae_experiments.errors import NonFinite, UserError
 from sae_experiments.training import loop as training
-from sae_experiments.training.loop import DECAYS, At, Group, Learner, Loss, Phase, Progress, Session, lr_at, seed_of, train
+from sae_experiments.training.loop import (
+    DECAYS,
+    At,
+    Group,
+    Learner,
+    Loss,
+    Phase,
+    Progress,
+    Session,
+    lr_at,
+    seed_of,
+    train,
+)
 
 STEPS = 9
 OPTIMIZERS = ["adam", "adamw", "muon"]
@@ -26,7 +38,13 @@ class Toy(Learner):
     """Two layers with dropout from the global generator, noise from the loop's own, and a buffer that each update changes."""
 
     def __init__(
-        self, name: str = "toy", *, seed: int = 1, init: int = 0, phases: list[tuple[str, float, str]] | None = None, **changes: Any
+        self,
+        name: str = "toy",
+        *,
+        seed: int = 1,
+        init: int = 0,
+        phases: list[tuple[str, float, str]] | None = None,
+        **changes: Any,
     ) -> None:
         torch.manual_seed(init)
         module = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.3), nn.Tanh(), nn.Linear(6, 3))
@@ -40,7 +58,10 @@ class Toy(Learner):
             matrices, rest = [p for p in params if p.ndim == 2], [p for p in params if p.ndim != 2]
             return [Group(matrices, decay=True, muon=True), Group(rest, lr_factor=0.5)]
 
-        return [Phase(name, fraction, groups(of)) for name, fraction, of in self.named or [("train", 1.0, "")]]
+        return [
+            Phase(name, fraction, groups(of))
+            for name, fraction, of in self.named or [("train", 1.0, "")]
+        ]
 
     def begin(self, phase: str) -> None:
         self.calls.append(("begin", phase))
@@ -101,14 +122,20 @@ def killed_at(step: int) -> Any:
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 100, 1000])
 @pytest.mark.parametrize("warmup", [0, 1, 50, 5000])
-def test_the_learning_rate_starts_above_zero_reaches_its_peak_and_never_leaves_its_bounds(decay, steps, warmup):
-    cfg = train_config(lr=1e-2, min_lr=1e-3, warmup_steps=warmup, decay=decay, decay_from=0.5, steps=steps)
+def test_the_learning_rate_starts_above_zero_reaches_its_peak_and_never_leaves_its_bounds(
+    decay, steps, warmup
+):
+    cfg = train_config(
+        lr=1e-2, min_lr=1e-3, warmup_steps=warmup, decay=decay, decay_from=0.5, steps=steps
+    )
     rates = [lr_at(i, steps, cfg) for i in range(steps)]
     assert rates[0] > 0
     assert max(rates) == pytest.approx(1.0)
     assert all(math.isfinite(r) and 0 < r <= 1 + 1e-12 for r in rates)
     peak = rates.index(max(rates))
-    assert peak <= steps // 2, "a phase much shorter than the warm-up still spends half of its steps at or after the peak"
+    assert peak <= steps // 2, (
+        "a phase much shorter than the warm-up still spends half of its steps at or after the peak"
+    )
     assert all(a < b for a, b in itertools.pairwise(rates[: peak + 1])), "the warm-up rises"
     assert all(a >= b for a, b in itertools.pairwise(rates[peak:])), "after the peak nothing rises"
 
@@ -123,7 +150,9 @@ def test_cosine_falls_from_the_peak_to_min_lr_along_half_a_cosine():
 
 def test_a_quarter_cosine_is_cos_pi_t_over_2():
     cfg = train_config(lr=1e-2, min_lr=0.0, warmup_steps=0, decay="quarter_cosine")
-    assert [lr_at(i, 1200, cfg) for i in (0, 400, 600, 800)] == pytest.approx([1.0, math.cos(math.pi / 6), math.sqrt(0.5), 0.5])
+    assert [lr_at(i, 1200, cfg) for i in (0, 400, 600, 800)] == pytest.approx(
+        [1.0, math.cos(math.pi / 6), math.sqrt(0.5), 0.5]
+    )
     assert lr_at(1200, 1200, cfg) == pytest.approx(0.0, abs=1e-12)
     cfg = train_config(lr=1e-2, min_lr=1e-3, warmup_steps=100, decay="quarter_cosine")
     assert lr_at(100, 1100, cfg) == 1.0 and lr_at(1100, 1100, cfg) == pytest.approx(0.1)
@@ -148,9 +177,23 @@ def test_the_warm_up_is_linear():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("steps", 0), ("batch_size", 0), ("decay", "exponential"), ("optimizer", "sgd"), ("lr", 0.0), ("lr", -1.0), ("lr", math.nan), ("lr", math.inf),
-     ("min_lr", -1e-5), ("warmup_steps", -1), ("decay_from", 1.5), ("clip", -1.0), ("log_every", 0), ("eps", 0.0)],
-)  # fmt: skip
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("decay", "exponential"),
+        ("optimizer", "sgd"),
+        ("lr", 0.0),
+        ("lr", -1.0),
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("min_lr", -1e-5),
+        ("warmup_steps", -1),
+        ("decay_from", 1.5),
+        ("clip", -1.0),
+        ("log_every", 0),
+        ("eps", 0.0),
+    ],
+)
 def test_a_number_that_cannot_work_is_one_line_that_names_key_and_value(key, value):
     with pytest.raises(UserError, match=rf"{key}=.*{value}") as caught:
         train_config(**{key: value})
@@ -169,9 +212,13 @@ def test_same_seed_same_bits_and_another_seed_other_bits(optimizer):
     assert not torch.equal(bits(runs[0])["0.weight"], bits(runs[2])["0.weight"])
 
 
-@pytest.mark.parametrize("phases", [None, [("a", 0.4, "0"), ("b", 0.6, "")]], ids=["one phase", "two phases"])
+@pytest.mark.parametrize(
+    "phases", [None, [("a", 0.4, "0"), ("b", 0.6, "")]], ids=["one phase", "two phases"]
+)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_killed_at_any_step_and_resumed_gives_the_bits_of_a_run_that_was_not(tmp_path, optimizer, phases):
+def test_killed_at_any_step_and_resumed_gives_the_bits_of_a_run_that_was_not(
+    tmp_path, optimizer, phases
+):
     straight = Toy(optimizer=optimizer, phases=phases)
     whole = run(straight)
     for kill in range(1, STEPS):
@@ -179,9 +226,15 @@ def test_killed_at_any_step_and_resumed_gives_the_bits_of_a_run_that_was_not(tmp
         first = Toy(optimizer=optimizer, phases=phases)
         with pytest.raises(Killed):
             run(first, batches=killed_at(kill), checkpoint=checkpoint)
-        second = Toy(optimizer=optimizer, phases=phases, init=99)  # other weights: everything must come from the checkpoint
+        second = Toy(
+            optimizer=optimizer, phases=phases, init=99
+        )  # other weights: everything must come from the checkpoint
         asked: list[int] = []
-        resumed = run(second, batches=lambda s, asked=asked: (asked.append(s), batch_at(s))[1], checkpoint=checkpoint)
+        resumed = run(
+            second,
+            batches=lambda s, asked=asked: (asked.append(s), batch_at(s))[1],
+            checkpoint=checkpoint,
+        )
         assert asked == list(range(kill, STEPS)), "no step is trained twice or left out"
         assert_same(bits(straight), bits(second))
         assert resumed.history == whole.history
@@ -193,7 +246,9 @@ def test_cut_at_every_step_by_the_deadline_and_continued_gives_the_same_bits(tmp
     straight = Toy(optimizer=optimizer)
     whole = run(straight)
     for turn in range(STEPS):
-        learner = Toy(optimizer=optimizer, init=turn)  # but for the first turn, weights come from the checkpoint
+        learner = Toy(
+            optimizer=optimizer, init=turn
+        )  # but for the first turn, weights come from the checkpoint
         progress = run(learner, checkpoint=tmp_path / "c", deadline=time.monotonic() - 1)
         assert (progress.step, progress.cut) == (turn + 1, turn + 1 < STEPS)
     assert_same(bits(straight), bits(learner))
@@ -209,7 +264,9 @@ def test_seconds_of_a_resumed_run_go_on_where_the_killed_one_stopped(tmp_path, m
 
     with pytest.raises(Killed):
         run(Toy(), batches=slow, checkpoint=tmp_path / "c")
-    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 1000)  # between the two processes: belongs to nobody
+    later = SimpleNamespace(
+        monotonic=lambda: time.monotonic() + 1000
+    )  # between the two processes: belongs to nobody
     monkeypatch.setattr(training, "time", later)
     assert 0.06 <= run(Toy(), checkpoint=tmp_path / "c").seconds < 100
 
@@ -223,7 +280,9 @@ def test_logging_and_evaluating_change_no_bit():
 
 def test_the_log_gets_what_the_history_holds():
     told: list[tuple[int, str, float]] = []
-    progress = run(Toy(), log=lambda step, values: told.extend((step, k, v) for k, v in values.items()))
+    progress = run(
+        Toy(), log=lambda step, values: told.extend((step, k, v) for k, v in values.items())
+    )
     assert told == progress.history
     assert {name for _, name, _ in told} == {"mse", "noise", "loss", "grad_norm", "lr", "eval"}
     assert [step for step, name, _ in told if name == "eval"] == [3, 6, 9]
@@ -237,19 +296,34 @@ def test_logged_parts_sum_to_the_logged_loss():
 
 
 def test_two_learners_side_by_side_equal_each_alone():
-    kinds = {"a": {"optimizer": "adamw"}, "b": {"optimizer": "muon", "lr": 3e-3, "seed": 5, "phases": [("x", 0.5, "0"), ("y", 0.5, "")]}}
+    kinds = {
+        "a": {"optimizer": "adamw"},
+        "b": {
+            "optimizer": "muon",
+            "lr": 3e-3,
+            "seed": 5,
+            "phases": [("x", 0.5, "0"), ("y", 0.5, "")],
+        },
+    }
     alone = {name: Toy(name, **kind) for name, kind in kinds.items()}
     histories = {name: run(learner).history for name, learner in alone.items()}
     together = {name: Toy(name, **kind) for name, kind in kinds.items()}
     both = run(*together.values())
     for name in kinds:
         assert_same(bits(alone[name]), bits(together[name]))
-        assert [(s, k.removeprefix(f"{name}/"), v) for s, k, v in both.history if k.startswith(f"{name}/")] == histories[name]
+        assert [
+            (s, k.removeprefix(f"{name}/"), v)
+            for s, k, v in both.history
+            if k.startswith(f"{name}/")
+        ] == histories[name]
     assert sum(both.seconds_of(name) for name in kinds) == pytest.approx(both.seconds)
 
 
 def test_two_learners_resume_together(tmp_path):
-    make = lambda init: [Toy("a", optimizer="adamw", init=init), Toy("b", optimizer="muon", init=init + 1)]  # noqa: E731
+    make = lambda init: [
+        Toy("a", optimizer="adamw", init=init),
+        Toy("b", optimizer="muon", init=init + 1),
+    ]  # noqa: E731
     straight, second = make(0), make(50)
     whole = run(*straight)
     with pytest.raises(Killed):
@@ -281,7 +355,13 @@ def foreign(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [truncate, flip_a_bit, foreign, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"rubbish" * 50)],
+    [
+        truncate,
+        flip_a_bit,
+        foreign,
+        lambda p: p.write_bytes(b""),
+        lambda p: p.write_bytes(b"rubbish" * 50),
+    ],
     ids=["truncated", "flipped bit", "foreign", "empty", "rubbish"],
 )
 def test_a_damaged_checkpoint_costs_time_and_never_a_wrong_number(tmp_path, capsys, damage):
@@ -338,7 +418,9 @@ def test_the_noise_of_a_step_is_a_function_of_seed_and_step():
     def noise(seed: int) -> list[float]:
         found: list[float] = []
         learner = Toy(seed=seed)
-        learner.after_update = lambda loss, at: found.append(torch.rand((), generator=at.generator).item())  # pyright: ignore
+        learner.after_update = lambda loss, at: found.append(
+            torch.rand((), generator=at.generator).item()
+        )  # pyright: ignore
         run(learner)
         return found
 
@@ -357,7 +439,9 @@ def test_a_phase_too_short_for_one_step_does_not_keep_the_one_before_from_being_
     run(learner)
     assert ("finish", "a") in learner.calls
     began = [phase for what, phase in learner.calls if what == "begin"]
-    assert [phase for what, phase in learner.calls if what == "finish"] == began, "what is finished was begun, and the other way round"
+    assert [phase for what, phase in learner.calls if what == "finish"] == began, (
+        "what is finished was begun, and the other way round"
+    )
 
 
 class Plain(Toy):
@@ -409,7 +493,15 @@ class Flat(Toy):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_weight_decay_reaches_the_matrices_that_ask_for_it_and_nothing_else(optimizer):
-    learner = Flat(optimizer=optimizer, decay="constant", warmup_steps=0, lr=1e-2, muon_lr=1e-2, weight_decay=0.5, steps=1)
+    learner = Flat(
+        optimizer=optimizer,
+        decay="constant",
+        warmup_steps=0,
+        lr=1e-2,
+        muon_lr=1e-2,
+        weight_decay=0.5,
+        steps=1,
+    )
     start = bits(learner)
     run(learner)
     for name, value in bits(learner).items():
@@ -432,23 +524,38 @@ def test_the_first_adam_step_is_the_learning_rate_times_the_groups_factor():
     start = bits(learner)
     run(learner)
     end = bits(learner)
-    for name, factor in (("3.weight", 1.0), ("3.bias", 0.5)):  # the group of biases has lr_factor 0.5
-        torch.testing.assert_close((end[name] - start[name]).abs(), torch.full_like(end[name], 1e-3 * factor), rtol=1e-2, atol=0)
+    for name, factor in (
+        ("3.weight", 1.0),
+        ("3.bias", 0.5),
+    ):  # the group of biases has lr_factor 0.5
+        torch.testing.assert_close(
+            (end[name] - start[name]).abs(),
+            torch.full_like(end[name], 1e-3 * factor),
+            rtol=1e-2,
+            atol=0,
+        )
 
 
 def test_gradients_are_clipped_to_their_common_norm():
     seen = []
     learner = Plain(clip=0.01, steps=1)
     after = learner.after_update
-    learner.after_update = lambda loss, at: (seen.append(torch.stack([p.grad.norm() for p in learner.module.parameters()]).norm()), after(loss, at))  # pyright: ignore
+    learner.after_update = lambda loss, at: (
+        seen.append(torch.stack([p.grad.norm() for p in learner.module.parameters()]).norm()),
+        after(loss, at),
+    )  # pyright: ignore
     zero = torch.optim.Adam.zero_grad
-    torch.optim.Adam.zero_grad = lambda self, set_to_none=True: None  # keep the gradients until they were looked at
+    torch.optim.Adam.zero_grad = lambda self, set_to_none=True: (
+        None
+    )  # keep the gradients until they were looked at
     try:
         progress = run(learner)
     finally:
         torch.optim.Adam.zero_grad = zero
     assert float(seen[0]) == pytest.approx(0.01, rel=1e-3)
-    assert next(v for _, k, v in progress.history if k == "grad_norm") > 0.02, "the log has the norm before clipping"
+    assert next(v for _, k, v in progress.history if k == "grad_norm") > 0.02, (
+        "the log has the norm before clipping"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ non-finite numbers
@@ -476,11 +583,17 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_names_learner_step_and_
     learner = Broken("my_sae", lr=0.0123)
     learner.bad = bad
     before: dict[int, dict[str, Tensor]] = {}
-    learner.after_update, keep = lambda loss, at: (before.update({at.step: bits(learner)}), keep(loss, at)), learner.after_update  # pyright: ignore
+    learner.after_update, keep = (
+        lambda loss, at: (before.update({at.step: bits(learner)}), keep(loss, at)),
+        learner.after_update,
+    )  # pyright: ignore
     with pytest.raises(NonFinite) as caught:
         run(learner)
     said = str(caught.value)
-    assert all(word in said for word in ("my_sae", "step 3", "sparsity", "0.0123")) and "\n" not in said
+    assert (
+        all(word in said for word in ("my_sae", "step 3", "sparsity", "0.0123"))
+        and "\n" not in said
+    )
     assert sorted(before) == [0, 1, 2], "nothing is updated with a loss that is not finite"
     assert all(bool(torch.isfinite(v).all()) for v in bits(learner).values())
     assert caught.value.exit_status == 1

@@ -17,7 +17,17 @@ from conftest import CONF, ROOT
 from sae_experiments.cli.main import main, parse
 from sae_experiments.config import compose as config
 from sae_experiments.config.compose import axes_of
-from sae_experiments.config.typed import PLACES, TEXTS, choices_of, for_hydra, is_text, last_text, text_of, value_of, written
+from sae_experiments.config.typed import (
+    PLACES,
+    TEXTS,
+    choices_of,
+    for_hydra,
+    is_text,
+    last_text,
+    text_of,
+    value_of,
+    written,
+)
 from sae_experiments.errors import UserError
 from sae_experiments.sweeps import jobs as sweeps
 from sae_experiments.sweeps.launchers import Job, Local
@@ -128,7 +138,18 @@ KNOWN += (
     "x" * 300,
     "é" * 200,
 )
-KNOWN += ("\udc80", "run_1\u200b", "RUN_1", "run_01", "out_dir=run_1", "label", "~nosuchuser/x", "\\'", '\\"', "a'b\"c")
+KNOWN += (
+    "\udc80",
+    "run_1\u200b",
+    "RUN_1",
+    "run_01",
+    "out_dir=run_1",
+    "label",
+    "~nosuchuser/x",
+    "\\'",
+    '\\"',
+    "a'b\"c",
+)
 READ = ("data.text8.file", "study.upstream.sae")
 LETTERS = "ab1_ .-+=,:;#'\"\\$@%~()[]{}<>&|!?*^`/üñ日🦆\u0301\u2028"
 
@@ -136,7 +157,9 @@ LETTERS = "ab1_ .-+=,:;#'\"\\$@%~()[]{}<>&|!?*^`/üñ日🦆\u0301\u2028"
 def names(n: int, seed: int) -> list[str]:
     """``n`` names, the known ones first."""
     chance = random.Random(seed)
-    made = ("".join(chance.choice(LETTERS) for _ in range(chance.randrange(1, 12))) for _ in range(n))
+    made = (
+        "".join(chance.choice(LETTERS) for _ in range(chance.randrange(1, 12))) for _ in range(n)
+    )
     return [*KNOWN, *made][:n]
 
 
@@ -182,7 +205,18 @@ def read(key: str, typed: str) -> Any:
     return text
 
 
-@pytest.mark.parametrize("key", ["out_dir", "label", "cache", "runs_root", "data.text8.file", "study.upstream.sae", "track.project"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "out_dir",
+        "label",
+        "cache",
+        "runs_root",
+        "data.text8.file",
+        "study.upstream.sae",
+        "track.project",
+    ],
+)
 def test_five_hundred_names_are_read_as_they_were_typed_or_refused_in_one_line(key):
     refused = 0
     for text in names(500, seed=len(key)):
@@ -191,7 +225,9 @@ def test_five_hundred_names_are_read_as_they_were_typed_or_refused_in_one_line(k
             refused += isinstance(found, UserError)
             if certain and may_be(key, text):
                 assert found == text, (typed, found)
-            elif certain and key != "out_dir":  # whether a folder lies below runs_root is looked at later
+            elif (
+                certain and key != "out_dir"
+            ):  # whether a folder lies below runs_root is looked at later
                 assert isinstance(found, UserError), (typed, found)
     assert refused < 300
 
@@ -205,7 +241,13 @@ def test_null_is_none_where_there_may_be_none_and_a_name_only_in_quotes():
 
 
 def test_a_prompt_keeps_its_spaces():
-    assert [text_of(f"lm.prompt={t}") for t in (" ", " a ", "5", "' '", "a\nb")] == [" ", " a ", "5", " ", "a\nb"]
+    assert [text_of(f"lm.prompt={t}") for t in (" ", " a ", "5", "' '", "a\nb")] == [
+        " ",
+        " a ",
+        "5",
+        " ",
+        "a\nb",
+    ]
     assert [text_of(f"label={t}") for t in (" a ", "' a '")] == ["a", " a "]
 
 
@@ -216,9 +258,19 @@ def test_what_is_written_for_a_job_is_read_as_it_was_meant(text):
 
 
 def test_other_options_are_left_to_hydra():
-    for override in ("sae.target_l0=[1,2]", "seeds=[0]", "~metric", "+x=1", "sae.model.noise='a b'", "data.text8.head=5"):
+    for override in (
+        "sae.target_l0=[1,2]",
+        "seeds=[0]",
+        "~metric",
+        "+x=1",
+        "sae.model.noise='a b'",
+        "data.text8.head=5",
+    ):
         assert for_hydra(override) == override
-    assert for_hydra("++label=1e5") == '++label="1e5"' and for_hydra("out_dir = 1_0") == 'out_dir="1_0"'
+    assert (
+        for_hydra("++label=1e5") == '++label="1e5"'
+        and for_hydra("out_dir = 1_0") == 'out_dir="1_0"'
+    )
     assert not is_text("data.text8.seeds") and all(is_text(key.replace("*", "x")) for key in TEXTS)
     assert value_of("preset='smoke'") == "smoke"
 
@@ -231,7 +283,9 @@ class Began(Exception):
 
 
 @pytest.fixture
-def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+def typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Any]:
     """Type a command line: what comes back are the settings of the run that would begin, or the one line of the error."""
     here = tmp_path / "here"
     here.mkdir()
@@ -269,13 +323,30 @@ def check(typed: Callable[..., Any], text: str) -> bool:
         assert settings.folder == Path(text).expanduser() / text
         assert settings.label == (text or arm) and settings.cache == Path(text).expanduser()
         assert settings.config["data"]["text8"]["file"] == text
-        planned = next((o.removeprefix("sae=") for o in PLANNED.get(str(PurePath(text)), [])), "standard")
+        planned = next(
+            (o.removeprefix("sae=") for o in PLANNED.get(str(PurePath(text)), [])), "standard"
+        )
         assert arm == planned, (way, arm)
         assert json.loads(json.dumps(settings.about))["overrides"]
     return True
 
 
-@pytest.mark.parametrize("text", ["run_2", "./run_3/", "2026_11_2", "1e5", "true", "[a,b]", "ü#日本 🦆", "a,b='c' \"d\"\\", "null", "../x", "a\nb"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "run_2",
+        "./run_3/",
+        "2026_11_2",
+        "1e5",
+        "true",
+        "[a,b]",
+        "ü#日本 🦆",
+        "a,b='c' \"d\"\\",
+        "null",
+        "../x",
+        "a\nb",
+    ],
+)
 def test_every_way_to_type_a_name_is_one_reader_everywhere(typed, text):
     check(typed, text)
 
@@ -295,7 +366,9 @@ def test_several_values_in_a_single_run_are_told_apart_from_a_list(typed):
     assert "sae=[topk,gated]" in typed("sae=topk,gated")
 
 
-@pytest.mark.parametrize("argv", ["site=ü", "sae.model.coeff=#", "metric=[日本]", "verbosity=a{b}", "sae.target_l0=🦆"])
+@pytest.mark.parametrize(
+    "argv", ["site=ü", "sae.model.coeff=#", "metric=[日本]", "verbosity=a{b}", "sae.target_l0=🦆"]
+)
 def test_what_hydra_cannot_read_is_one_line_that_says_what_to_do(typed, argv):
     said = typed(argv)
     assert argv.split("=")[0] in said and "Exception" not in said and "quotes" in said
@@ -305,7 +378,11 @@ def test_text_in_a_file_is_text_as_well(typed, tmp_path):
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
     path = conf / "config.yaml"
-    for line, now in (("out_dir: run_0", "out_dir: 2026_11_2"), ("label: null", "label: 1e5"), ("runs_root: runs", "runs_root: null")):
+    for line, now in (
+        ("out_dir: run_0", "out_dir: 2026_11_2"),
+        ("label: null", "label: 1e5"),
+        ("runs_root: runs", "runs_root: null"),
+    ):
         path.write_text((CONF / "config.yaml").read_text().replace(line, now))
         said = typed("verbosity=quiet", conf=conf)
         assert now.split(":")[0] in said and "quotes" in said
@@ -319,11 +396,21 @@ def test_the_jobs_of_a_sweep_get_the_names_as_they_were_typed(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     n = 0
     for text in names(120, seed=3):
-        if not all(may_be(key, text) for key in ("out_dir", "label", "runs_root", "cache")) or "," in text:
+        if (
+            not all(may_be(key, text) for key in ("out_dir", "label", "runs_root", "cache"))
+            or "," in text
+        ):
             continue
         for way in [way for way, certain in ways(text).items() if certain]:
             n += 1
-            overrides = ["preset=smoke", "sae=topk,gated", *(f"{key}={way}" for key in ("out_dir", "label", "runs_root", "cache", "data.text8.file"))]
+            overrides = [
+                "preset=smoke",
+                "sae=topk,gated",
+                *(
+                    f"{key}={way}"
+                    for key in ("out_dir", "label", "runs_root", "cache", "data.text8.file")
+                ),
+            ]
             asked = sweeps.asked_for(CONF, overrides)
             assert asked.root == Path(text).expanduser() / text
             axes, fixed = axes_of(CONF, asked.overrides)
@@ -332,12 +419,22 @@ def test_the_jobs_of_a_sweep_get_the_names_as_they_were_typed(tmp_path, monkeypa
             jobs.asked, jobs.fixed, jobs.script = asked, fixed, ROOT / "experiment.py"
             again = parse(jobs.job(0, ["sae=topk"]).command[2:]).overrides
             assert last_text(again, "out_dir") == f"{PurePath(text)}/topk"
-            assert {last_text(again, key) for key in ("label", "runs_root", "cache", "data.text8.file")} == {text}
+            assert {
+                last_text(again, key) for key in ("label", "runs_root", "cache", "data.text8.file")
+            } == {text}
     assert n > 80
 
 
 def test_input_files_are_varied_with_choice_and_a_comma_alone_is_asked_about():
-    axes, fixed = axes_of(CONF, ["data.text8.file=choice(1e5, 'a,b' ,\"c d\")", "label=a,b", "out_dir=choice(a,b)", "data.enwik8.file='a,b'"])
+    axes, fixed = axes_of(
+        CONF,
+        [
+            "data.text8.file=choice(1e5, 'a,b' ,\"c d\")",
+            "label=a,b",
+            "out_dir=choice(a,b)",
+            "data.enwik8.file='a,b'",
+        ],
+    )
     assert [text_of(f"{a.key}={c}") for a in axes for c in a.choices] == ["1e5", "a,b", "c d"]
     assert fixed == ["label=a,b", "out_dir=choice(a,b)", "data.enwik8.file='a,b'"]
     with pytest.raises(UserError, match=r"choice\(a.txt,b.txt\)"):
@@ -350,7 +447,18 @@ def test_input_files_are_varied_with_choice_and_a_comma_alone_is_asked_about():
 def test_a_launcher_hands_on_every_character(tmp_path, at_once):
     words = [text for text in KNOWN if may_be("label", text)]
     code = "import json, sys; print(json.dumps(sys.argv[1:]))"
-    jobs = [Job(i, f"j{i}", [], [sys.executable, "-S", "-c", code, *words], tmp_path / f"ü # [{i}]" / "j.log") for i in range(2)]
-    Local(jobs=at_once, threads=1, devices=None, first_alone=False).run(jobs, lambda job, how: None, lambda argv: 0)
+    jobs = [
+        Job(
+            i,
+            f"j{i}",
+            [],
+            [sys.executable, "-S", "-c", code, *words],
+            tmp_path / f"ü # [{i}]" / "j.log",
+        )
+        for i in range(2)
+    ]
+    Local(jobs=at_once, threads=1, devices=None, first_alone=False).run(
+        jobs, lambda job, how: None, lambda argv: 0
+    )
     for job in jobs:
         assert json.loads(job.log.read_text()) == words

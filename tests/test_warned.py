@@ -16,7 +16,15 @@ from sae_experiments.cli.main import print_summary
 from sae_experiments.files import read_json
 from sae_experiments.metrics import sparsity
 from sae_experiments.metrics.base import Bench
-from sae_experiments.quality_warnings import Warned, checked, lines, of_dead, of_metrics, of_rows, of_text
+from sae_experiments.quality_warnings import (
+    Warned,
+    checked,
+    lines,
+    of_dead,
+    of_metrics,
+    of_rows,
+    of_text,
+)
 from sae_experiments.report.page import page
 from sae_experiments.results.compare import compare, markdown, terminal
 from sae_experiments.results.records import Record, read_records, write_record
@@ -46,7 +54,9 @@ def keys(found: Any) -> list[str]:
         ({}, 32.0, []),
     ],
 )
-def test_numbers_beyond_their_limits(metrics: Any, asked: float | None, expected: list[str]) -> None:
+def test_numbers_beyond_their_limits(
+    metrics: Any, asked: float | None, expected: list[str]
+) -> None:
     found = of_metrics(metrics, asked)
     assert keys(found) == expected
     assert all(one.says.startswith(one.key) and one.do for one in found)
@@ -85,7 +95,9 @@ def test_latents_that_never_fire_are_dead_however_many_fire_often() -> None:
     assert of_dead(10_000, 0.0, 64, 0, 0) == []
 
 
-def test_a_run_says_it_everywhere_but_in_the_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_says_it_everywhere_but_in_the_means(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def act(cell: Any, ctx: Any) -> Any:
         bad = {"sae_fvu": 1.5, "sae_l0": 40.0}
         told = [Warned("fit.held_out_rows", 5, "fit.held_out_rows: 5 rows instead of 9", "more")]
@@ -103,9 +115,15 @@ def test_a_run_says_it_everywhere_but_in_the_means(tmp_path: Path, capsys: pytes
         assert log.count(f"{text}") == 1, "once, though two seeds say it"
     for record in read_records(folder):
         assert {w["key"] for w in record.warnings} == {
-            "sae_fvu", "sae_l0", "fit.held_out_rows", "dropped_frac",
-        }  # fmt: skip
-    assert set(read_json(folder / "final_info.json")["a"]["means"]) == {"sae_fvu_mean", "sae_l0_mean"}
+            "sae_fvu",
+            "sae_l0",
+            "fit.held_out_rows",
+            "dropped_frac",
+        }
+    assert set(read_json(folder / "final_info.json")["a"]["means"]) == {
+        "sae_fvu_mean",
+        "sae_l0_mean",
+    }
     assert set(read_json(folder / "final_info_a_0.json")) == {"sae_fvu", "sae_l0"}
     print_summary(folder, "done")
     table = load_table([folder])
@@ -126,7 +144,9 @@ def test_one_line_for_each_kind() -> None:
     assert lines([("a", 0, [])]) == []
 
 
-@pytest.mark.parametrize("given", [None, 3, "x", {}, [1], [{"key": 1}], [{"key": "a", "says": "b"}]])
+@pytest.mark.parametrize(
+    "given", [None, 3, "x", {}, [1], [{"key": 1}], [{"key": "a", "says": "b"}]]
+)
 def test_what_is_no_warning_is_left_out(given: Any, tmp_path: Path) -> None:
     assert checked(given) == []
     record = Record(dataset="d", seed=0, metrics={}, warnings=given, facts=given)
@@ -141,4 +161,6 @@ def test_markup_in_a_warning_stays_text(tmp_path: Path) -> None:
     write_record(folder, record)
     found = page(load_table([folder]), [])
     assert "<script>alert(1)" not in found and "&lt;script&gt;alert(1)" in found
-    assert json.loads((folder / "cells/shakespeare_char_0.json").read_text())["warnings"] == [warning]
+    assert json.loads((folder / "cells/shakespeare_char_0.json").read_text())["warnings"] == [
+        warning
+    ]

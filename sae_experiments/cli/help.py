@@ -52,7 +52,10 @@ def help_page(conf: Path, plan: str) -> str:
             line += f"{name}  "
         groups.append(f"  {group:<8} " + ("\n" + " " * 11).join([*lines, line.rstrip()]))
     return PAGE.format(
-        plan=plan, groups="\n".join(groups) + "\n", plans=", ".join(sorted(p.stem for p in (conf / "plan").glob("*.yaml"))), runs=_runs(conf, plan)
+        plan=plan,
+        groups="\n".join(groups) + "\n",
+        plans=", ".join(sorted(p.stem for p in (conf / "plan").glob("*.yaml"))),
+        runs=_runs(conf, plan),
     )
 
 
@@ -63,4 +66,9 @@ def _runs(conf: Path, plan: str) -> str:
         return "  (no such plan)\n"
     lines = [line.rstrip() for line in path.read_text().splitlines()]
     start = lines.index("runs:") + 1 if "runs:" in lines else len(lines)
-    return "\n".join(line for line in lines[start:] if line.strip() and not line.strip().startswith("#")) + "\n"
+    return (
+        "\n".join(
+            line for line in lines[start:] if line.strip() and not line.strip().startswith("#")
+        )
+        + "\n"
+    )

@@ -24,11 +24,30 @@ from sae_experiments.config.typed import for_hydra, run_folder
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json
 from sae_experiments.results.records import read_records
-from sae_experiments.stopping import Stopped, end_with_parent, farewell, listening, wait_for_children
+from sae_experiments.stopping import (
+    Stopped,
+    end_with_parent,
+    farewell,
+    listening,
+    wait_for_children,
+)
 from sae_experiments.sweeps.jobs import is_sweep, run_hydra, sweep
 from sae_experiments.sweeps.launchers import JOB
 
-HYDRA_FLAGS = ("--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--shell-completion", "--info", "-i")
+HYDRA_FLAGS = (
+    "--hydra-help",
+    "--version",
+    "--cfg",
+    "-c",
+    "--resolve",
+    "--package",
+    "-p",
+    "--run",
+    "-r",
+    "--shell-completion",
+    "--info",
+    "-i",
+)
 WITH_VALUE = ("--cfg", "-c", "--package", "-p")
 
 
@@ -55,9 +74,14 @@ def main(argv: Sequence[str], *, plan: str, extra: Sequence[str], conf: Path) ->
     except OSError as error:
         return _failed(os_error(error), 1)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(r"allocate memory|out of memory", str(error)):
+        if not isinstance(error, MemoryError) and not re.search(
+            r"allocate memory|out of memory", str(error)
+        ):
             raise
-        return _failed(f"out of memory ({first_line(error)}): use smaller sizes (fit.train.batch_size, sae.expansion, lm.*) or another machine", 1)
+        return _failed(
+            f"out of memory ({first_line(error)}): use smaller sizes (fit.train.batch_size, sae.expansion, lm.*) or another machine",
+            1,
+        )
     except (KeyboardInterrupt, Stopped) as stopped:
         return _failed(farewell(str(stopped) or "SIGINT"), getattr(stopped, "exit_status", 130))
 
@@ -79,7 +103,12 @@ def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> in
     with configuring():
         cfg, label = compose_checked(conf, overrides)
     closing = functools.partial(draw_report, conf=conf) if cfg.report else lambda folder: None
-    execute(cfg, about={"argv": list(argv), "overrides": overrides, **about}, label=label, closing=closing)
+    execute(
+        cfg,
+        about={"argv": list(argv), "overrides": overrides, **about},
+        label=label,
+        closing=closing,
+    )
     return 0
 
 
@@ -91,10 +120,16 @@ def draw_report(folder: Path, conf: Path) -> None:
     try:
         from sae_experiments.report.figures import run_report
 
-        figures = {path.stem: functools.partial(_figure, path) for path in sorted((conf / "plot").glob("*.yaml"))}
+        figures = {
+            path.stem: functools.partial(_figure, path)
+            for path in sorted((conf / "plot").glob("*.yaml"))
+        }
         print(f"report: {run_report(folder, figures)}", flush=True)
     except Exception as error:
-        print(f"no report.html: {type(error).__name__}: {first_line(error)}; the results are complete without it", flush=True)
+        print(
+            f"no report.html: {type(error).__name__}: {first_line(error)}; the results are complete without it",
+            flush=True,
+        )
     finally:
         log.removeHandler(lines)
         log.propagate = True
@@ -107,7 +142,9 @@ def _figure(path: Path) -> Callable[..., Any]:
 def _failed(cause: str, status: int) -> int:
     sys.stdout.flush()
     line = " ".join(cause.split())
-    line = line if len(line) <= 1200 else f"{line[:800]} ... {line[-350:]}"  # callers look at the last 1,500 characters
+    line = (
+        line if len(line) <= 1200 else f"{line[:800]} ... {line[-350:]}"
+    )  # callers look at the last 1,500 characters
     print(f"error: {line}", file=sys.stderr, flush=True)
     return status
 
@@ -148,18 +185,29 @@ def parse(argv: Sequence[str]) -> Command:
         elif "=" in token or token.startswith("~"):
             overrides.append(token)
         else:
-            raise UserError(f"{token!r} is not an option: write key=value (python experiment.py --help lists the keys)")
+            raise UserError(
+                f"{token!r} is not an option: write key=value (python experiment.py --help lists the keys)"
+            )
     return Command(overrides, multirun, flags)
 
 
-def execute(cfg: DictConfig, *, about: Mapping[str, Any], label: str, closing: Callable[[Path], None] = lambda folder: None) -> Path:
+def execute(
+    cfg: DictConfig,
+    *,
+    about: Mapping[str, Any],
+    label: str,
+    closing: Callable[[Path], None] = lambda folder: None,
+) -> Path:
     """Build the study of a configuration and run it; returns the run folder. ``closing`` gets the folder when there are results in it."""
     from sae_experiments.runner.run import run
 
     with configuring():
         study, tracker, settings = _prepared(cfg, about, label)
     if cfg.verbosity != "quiet":
-        print(f"preset {about['preset']} ({about['preset_reason']}); {about['plan_note']}\nresults in {settings.folder}", flush=True)
+        print(
+            f"preset {about['preset']} ({about['preset_reason']}); {about['plan_note']}\nresults in {settings.folder}",
+            flush=True,
+        )
     status = run(study, settings, tracker, closing)
     print_summary(settings.folder, status)
     return settings.folder
@@ -172,7 +220,9 @@ def _prepared(cfg: DictConfig, about: Mapping[str, Any], label: str) -> tuple[An
 
     if cfg.threads is not None:
         torch.set_num_threads(int(cfg.threads))
-    device = str(cfg.device) if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = (
+        str(cfg.device) if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     if device.split(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"device={device} is not one of auto, cpu, cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -197,7 +247,11 @@ def recorded(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration without what it says twice: references inside ``study``, and ``arms`` where there is one SAE."""
     config = OmegaConf.to_container(cfg, resolve=True)
     raw = OmegaConf.to_container(cfg.study, resolve=False)
-    config["study"] = {k: v for k, v in config["study"].items() if not (isinstance(raw[k], str) and raw[k].startswith("${"))}
+    config["study"] = {
+        k: v
+        for k, v in config["study"].items()
+        if not (isinstance(raw[k], str) and raw[k].startswith("${"))
+    }
     config.pop("arms" if len(cfg.arms) == 1 else "sae")
     return config
 
@@ -205,14 +259,21 @@ def recorded(cfg: DictConfig) -> dict[str, Any]:
 def print_summary(folder: Path, status: str) -> None:
     """A closing table of at most 100 columns: the shown metrics, one column a report."""
     manifest, final = read_json(folder / "manifest.json"), read_json(folder / "final_info.json")
-    shown = [name for name, info in sorted(manifest["metrics"].items(), key=lambda kv: kv[1]["order"]) if info["shown"]]
+    shown = [
+        name
+        for name, info in sorted(manifest["metrics"].items(), key=lambda kv: kv[1]["order"])
+        if info["shown"]
+    ]
     width = max(len(name) for name in [*shown, "metric"])
     names, wide = list(final), max(1, (100 - width) // 18)
     for first in range(0, len(names), wide):
         part = names[first : first + wide]
         print("\n" + " " * width + "".join(f"{n[-17:]:>18}" for n in part))
         for metric in shown:
-            print(f"{metric:<{width}}" + "".join(f"{_mean_and_error(final[n], metric):>18}" for n in part))
+            print(
+                f"{metric:<{width}}"
+                + "".join(f"{_mean_and_error(final[n], metric):>18}" for n in part)
+            )
     cells = [(record.dataset, record.seed, record.warnings) for record in read_records(folder)]
     for i, line in enumerate(warned.lines(cells)):
         print(("" if i else "\n") + textwrap.fill(f"warning: {line}", 100, subsequent_indent="  "))

@@ -23,7 +23,17 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sae_experiments.config.typed import REQUIRED, TEXTS, checked, choices_of, did_you_mean, for_hydra, is_text, key_of, value_of
+from sae_experiments.config.typed import (
+    REQUIRED,
+    TEXTS,
+    checked,
+    choices_of,
+    did_you_mean,
+    for_hydra,
+    is_text,
+    key_of,
+    value_of,
+)
 from sae_experiments.errors import UserError
 
 _LISTS = ("sae.train.betas", "sae.read")  # null in the YAML, but a list where they are given
@@ -38,7 +48,12 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
     ``sae=[a,b]`` and a list for a ``sae.*`` key that holds a single value span a grid of SAEs, all fitted in one run. ``sae.<name>.<key>``
     is for the SAE ``<name>`` of the list alone.
     """
-    parsed = _parsed([f"metric=[{','.join(_options(conf, 'metric'))}]" if o == "metric=all" else o for o in overrides])
+    parsed = _parsed(
+        [
+            f"metric=[{','.join(_options(conf, 'metric'))}]" if o == "metric=all" else o
+            for o in overrides
+        ]
+    )
     _refuse_sweeps(parsed)
     _check_groups(conf, parsed)
     names = next((_as_list(o.value()) for o in reversed(parsed) if o.key_or_group == "sae"), None)
@@ -46,10 +61,16 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
         raise UserError(f"sae=[] names no SAE: choose from {', '.join(_options(conf, 'sae'))}")
     parsed, alone = _for_one_sae(conf, parsed, [str(name) for name in names or []])
     with _hydra_at(conf):
-        groups = [o.input_line for o in parsed if _is_group(conf, o.key_or_group) and o.key_or_group != "sae"]
+        groups = [
+            o.input_line
+            for o in parsed
+            if _is_group(conf, o.key_or_group) and o.key_or_group != "sae"
+        ]
         names = names or [_default_sae(groups)]
         bases = [_compose([*groups, f"sae={name}"]) for name in names]
-        hosts = _hosts(conf, parsed, {str(name): base for name, base in zip(names, bases, strict=True)})
+        hosts = _hosts(
+            conf, parsed, {str(name): base for name, base in zip(names, bases, strict=True)}
+        )
         bases = [_compose([*groups, f"sae={name}", *hosts[str(name)][:1]]) for name in names]
         _check_keys(parsed, bases)
         arms: dict[str, Any] = {}
@@ -57,20 +78,37 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
             own = alone.get(str(name), [])
             _check_keys(own, [base])
             taken = {"sae", _HOST, *(o.key_or_group for o in own)}
-            grid, plain = _split_grid([*(o for o in parsed if o.key_or_group not in taken), *own], base)
+            grid, plain = _split_grid(
+                [*(o for o in parsed if o.key_or_group not in taken), *own], base
+            )
             around = hosts[str(name)] or [None]
-            for host, *values in itertools.product(around, *([(k, v) for v in vs] for k, vs in grid.items())):
-                cfg = _compose([*plain, f"sae={name}", *([host] if host else []), *(f"{k}={v}" for k, v in values)])
+            for host, *values in itertools.product(
+                around, *([(k, v) for v in vs] for k, vs in grid.items())
+            ):
+                cfg = _compose(
+                    [
+                        *plain,
+                        f"sae={name}",
+                        *([host] if host else []),
+                        *(f"{k}={v}" for k, v in values),
+                    ]
+                )
                 inside = [host.rsplit("=", 1)[1]] if host and len(around) > 1 else []
-                label = "-".join([str(name), *inside, *(f"{k.rsplit('.', 1)[1]}_{v}" for k, v in values)])
-                arms[re.sub(r"[^A-Za-z0-9_.-]", "_", label)] = OmegaConf.to_container(cfg.sae, resolve=True)
+                label = "-".join(
+                    [str(name), *inside, *(f"{k.rsplit('.', 1)[1]}_{v}" for k, v in values)]
+                )
+                arms[re.sub(r"[^A-Za-z0-9_.-]", "_", label)] = OmegaConf.to_container(
+                    cfg.sae, resolve=True
+                )
     _check_texts(cfg)
     OmegaConf.set_struct(cfg, False)
     cfg.arms = arms
     return cfg, ", ".join(arms)
 
 
-def _for_one_sae(conf: Path, parsed: Sequence[Override], names: Sequence[str]) -> tuple[list[Override], dict[str, list[Override]]]:
+def _for_one_sae(
+    conf: Path, parsed: Sequence[Override], names: Sequence[str]
+) -> tuple[list[Override], dict[str, list[Override]]]:
     """What is for all SAEs, and by name what ``sae.<name>.<key>=value`` says about one of ``names``, as ``sae.<key>=value``.
 
     Raises :class:`UserError` where that SAE is not among those of the run.
@@ -83,29 +121,48 @@ def _for_one_sae(conf: Path, parsed: Sequence[Override], names: Sequence[str]) -
             common.append(o)
         elif name not in names:
             these = ", ".join(names) or "the study's own"
-            raise UserError(f"{o.key_or_group}: sae={name} is not among the SAEs of this run ({these})")
+            raise UserError(
+                f"{o.key_or_group}: sae={name} is not among the SAEs of this run ({these})"
+            )
         else:
-            alone.setdefault(name, []).extend(_parsed([o.input_line.replace(f"sae.{name}.", "sae.", 1)]))
+            alone.setdefault(name, []).extend(
+                _parsed([o.input_line.replace(f"sae.{name}.", "sae.", 1)])
+            )
     return common, alone
 
 
-def _hosts(conf: Path, parsed: Sequence[Override], bases: Mapping[str, DictConfig]) -> dict[str, list[str]]:
+def _hosts(
+    conf: Path, parsed: Sequence[Override], bases: Mapping[str, DictConfig]
+) -> dict[str, list[str]]:
     """What ``sae/host=jumprelu``, or a list of hosts, means to Hydra, for each SAE: nothing for those that are built around no other."""
     asked = next((_as_list(o.value()) for o in reversed(parsed) if o.key_or_group == _HOST), [])
     wrapping = [name for name, base in bases.items() if "host" in base.sae]
     if asked and not wrapping:
-        raise UserError(f"{_HOST}={asked[0]} is for an SAE that is built around another, such as sae=purified")
-    known = [name for name in _options(conf, "sae") if "sae@host" not in (conf / "sae" / f"{name}.yaml").read_text()]
+        raise UserError(
+            f"{_HOST}={asked[0]} is for an SAE that is built around another, such as sae=purified"
+        )
+    known = [
+        name
+        for name in _options(conf, "sae")
+        if "sae@host" not in (conf / "sae" / f"{name}.yaml").read_text()
+    ]
     for host in asked:
         if str(host) not in known:
-            raise UserError(f"{_HOST}={host} does not exist: choose from {', '.join(known)}{did_you_mean(str(host), known)}")
-    return {name: [f"{_HYDRA_HOST}={host}" for host in asked] if name in wrapping else [] for name in bases}
+            raise UserError(
+                f"{_HOST}={host} does not exist: choose from {', '.join(known)}{did_you_mean(str(host), known)}"
+            )
+    return {
+        name: [f"{_HYDRA_HOST}={host}" for host in asked] if name in wrapping else []
+        for name in bases
+    }
 
 
 def _default_sae(groups: Sequence[str]) -> str:
     """The SAE of the defaults list, or the one that the chosen study puts in its place."""
     try:
-        return compose("config", list(groups), return_hydra_config=True).hydra.runtime.choices["sae"]
+        return compose("config", list(groups), return_hydra_config=True).hydra.runtime.choices[
+            "sae"
+        ]
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(first_line(error)) from error
 
@@ -141,8 +198,14 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
         try:
             out += parser.parse_overrides([for_hydra(override)])
         except HydraException as error:
-            why = first_line(error).split(":")[0].replace("LexerNoViableAltException", "a character that must stand in quotes")
-            raise UserError(f"{override} cannot be read ({why}): put the value in quotes, as in 'key=\"value\"'") from error
+            why = (
+                first_line(error)
+                .split(":")[0]
+                .replace("LexerNoViableAltException", "a character that must stand in quotes")
+            )
+            raise UserError(
+                f"{override} cannot be read ({why}): put the value in quotes, as in 'key=\"value\"'"
+            ) from error
     return out
 
 
@@ -161,7 +224,9 @@ def _check_groups(conf: Path, parsed: Sequence[Override]) -> None:
             for name in _as_list(o.value()):
                 if str(name) not in known:
                     shown = ["auto", *known] if o.key_or_group == "preset" else known
-                    raise UserError(f"{o.key_or_group}={name} does not exist: choose from {', '.join(shown)}{did_you_mean(str(name), shown)}")
+                    raise UserError(
+                        f"{o.key_or_group}={name} does not exist: choose from {', '.join(shown)}{did_you_mean(str(name), shown)}"
+                    )
             if o.key_or_group == "data" and not _as_list(o.value()):
                 raise UserError("data=[] names no corpus: use for example data=[shakespeare_char]")
 
@@ -198,8 +263,12 @@ def axes_of(conf: Path, overrides: Sequence[str]) -> tuple[list[Axis], list[str]
         if isinstance(value, IntervalSweep):
             whole = isinstance(value.start, int)
             if not value.start < value.end or ("log" in value.tags and not value.start > 0):
-                raise UserError(f"{o.input_line}: an interval goes from a smaller to a larger number, both positive where it is logarithmic")
-            axes.append(Axis(key, [], float(value.start), float(value.end), "log" in value.tags, whole))
+                raise UserError(
+                    f"{o.input_line}: an interval goes from a smaller to a larger number, both positive where it is logarithmic"
+                )
+            axes.append(
+                Axis(key, [], float(value.start), float(value.end), "log" in value.tags, whole)
+            )
         else:
             axes.append(Axis(key, list(dict.fromkeys(o.sweep_string_iterator()))))
             if _is_group(conf, key):
@@ -212,7 +281,9 @@ def options_of(conf: Path, group: str, overrides: Sequence[str]) -> DictConfig:
     names = [value_of(o) for o in overrides if key_of(o) == group]
     known = _options(conf, group)
     if not names or names[-1] not in known:
-        raise UserError(f"{group}={names[-1] if names else ''} does not exist: choose from {', '.join(known)}{did_you_mean(str(names[-1:]), known)}")
+        raise UserError(
+            f"{group}={names[-1] if names else ''} does not exist: choose from {', '.join(known)}{did_you_mean(str(names[-1:]), known)}"
+        )
     cfg = DictConfig(OmegaConf.load(conf / group / f"{names[-1]}.yaml"))
     own = [o for o in overrides if key_of(o).startswith(f"{group}.")]
     _set_checked(cfg, group, _parsed(own))
@@ -223,22 +294,37 @@ def _set_checked(cfg: DictConfig, group: str, parsed: Sequence[Override]) -> Non
     flat = {f"{group}.{k}": v for k, v in _flat_keys(OmegaConf.to_container(cfg)).items()}
     for o in parsed:
         if o.key_or_group not in flat:
-            raise UserError(f"{o.key_or_group} is not an option{did_you_mean(o.key_or_group, flat)}; see conf/{group}")
+            raise UserError(
+                f"{o.key_or_group} is not an option{did_you_mean(o.key_or_group, flat)}; see conf/{group}"
+            )
         key = o.key_or_group.split(".", 1)[1]
         _check_type(o.key_or_group, o.value(), OmegaConf.select(cfg, key))
         OmegaConf.update(cfg, key, o.value())
 
 
-def _split_grid(parsed: Sequence[Override], base: DictConfig) -> tuple[dict[str, list[str]], list[str]]:
+def _split_grid(
+    parsed: Sequence[Override], base: DictConfig
+) -> tuple[dict[str, list[str]], list[str]]:
     """The ``sae.*`` keys given a list where one value belongs, with their values as they are typed, and all other overrides."""
     grid, plain = {}, []
     for o in parsed:
-        one_value = not isinstance(OmegaConf.select(base, o.key_or_group), ListConfig) and o.key_or_group not in _LISTS
+        one_value = (
+            not isinstance(OmegaConf.select(base, o.key_or_group), ListConfig)
+            and o.key_or_group not in _LISTS
+        )
         if o.key_or_group.startswith("sae.") and one_value and isinstance(o.value(), list):
             if not o.value():
-                raise UserError(f"{o.key_or_group}=[] names no value: give one, or several like [1,2]")
-            (each,) = _parsed([f"{o.key_or_group}={o.get_value_element_as_str()[1:-1]}"])  # the list without its brackets
-            grid[o.key_or_group] = list(each.sweep_string_iterator()) if each.is_sweep_override() else [each.get_value_element_as_str()]
+                raise UserError(
+                    f"{o.key_or_group}=[] names no value: give one, or several like [1,2]"
+                )
+            (each,) = _parsed(
+                [f"{o.key_or_group}={o.get_value_element_as_str()[1:-1]}"]
+            )  # the list without its brackets
+            grid[o.key_or_group] = (
+                list(each.sweep_string_iterator())
+                if each.is_sweep_override()
+                else [each.get_value_element_as_str()]
+            )
         else:
             plain.append(o.input_line)
     return grid, plain
@@ -250,10 +336,19 @@ def _check_keys(parsed: Sequence[Override], bases: Sequence[DictConfig]) -> None
         known = _flat_keys(OmegaConf.to_container(base, resolve=False))
         for o in parsed:
             key = o.key_or_group
-            if o.is_delete() or o.is_add() or o.is_force_add() or key.startswith("hydra.") or "/" in key or key in _GROUPS:
+            if (
+                o.is_delete()
+                or o.is_add()
+                or o.is_force_add()
+                or key.startswith("hydra.")
+                or "/" in key
+                or key in _GROUPS
+            ):
                 continue
             if key not in known:
-                raise UserError(f"{key} is not an option{did_you_mean(key, known)}; python experiment.py --help lists the keys")
+                raise UserError(
+                    f"{key} is not an option{did_you_mean(key, known)}; python experiment.py --help lists the keys"
+                )
             _check_type(key, o.value(), OmegaConf.select(base, key))
 
 
@@ -261,7 +356,9 @@ def _refuse_sweeps(parsed: Sequence[Override]) -> None:
     for o in parsed:
         if o.is_sweep_override():
             listed = f"{o.key_or_group}=[{o.input_line.split('=', 1)[1]}]"
-            raise UserError(f"{o.input_line} gives several values: one run with all of them is {listed}, one run of each a sweep (-m)")
+            raise UserError(
+                f"{o.input_line} gives several values: one run with all of them is {listed}, one run of each a sweep (-m)"
+            )
 
 
 def _check_texts(cfg: DictConfig) -> None:
@@ -270,7 +367,9 @@ def _check_texts(cfg: DictConfig) -> None:
         if not is_text(key, TEXTS) or (value is None and not is_text(key, REQUIRED)):
             continue
         if not isinstance(value, str):
-            raise UserError(f"{key}: {value} in a file of conf/ is not text there: put it in quotes")
+            raise UserError(
+                f"{key}: {value} in a file of conf/ is not text there: put it in quotes"
+            )
         checked(key, value)
 
 
@@ -287,7 +386,15 @@ def _flat_keys(value: Any, prefix: str = "") -> dict[str, Any]:
 #: Keys that stand as a whole number in the YAML but may have a fraction.
 _FRACTIONS = ("sae.target_l0", "sae.expansion")
 _CHOICES = {"verbosity": ("quiet", "normal", "verbose"), "corpus_size": ("full", "laptop", "smoke")}
-_NUMBERS = ("threads", "time_limit_s", "metric.", "fit.", "lm.train.", "sae.train.", "sae.model.coeff")
+_NUMBERS = (
+    "threads",
+    "time_limit_s",
+    "metric.",
+    "fit.",
+    "lm.train.",
+    "sae.train.",
+    "sae.model.coeff",
+)
 _NUMBERS += ("sae.d_sae", "sae.target_l0", "sae.active_frac")
 _KINDS: tuple[tuple[type, Any, str], ...] = (
     (bool, bool, "true or false"),
@@ -300,7 +407,12 @@ _KINDS: tuple[tuple[type, Any, str], ...] = (
 
 def _check_type(key: str, value: Any, before: Any) -> None:
     """The value (each one of a grid) is finite and of the kind that stands in the configuration; null fits everywhere."""
-    grid = key.startswith("sae.") and isinstance(value, list) and not isinstance(before, ListConfig) and key not in _LISTS
+    grid = (
+        key.startswith("sae.")
+        and isinstance(value, list)
+        and not isinstance(before, ListConfig)
+        and key not in _LISTS
+    )
     if key in _CHOICES and value not in _CHOICES[key]:
         raise UserError(f"{key}={value} is not one of {', '.join(_CHOICES[key])}")
     for v in value if grid else [value]:
@@ -308,17 +420,33 @@ def _check_type(key: str, value: Any, before: Any) -> None:
             continue
         if isinstance(v, float) and not math.isfinite(v):
             raise UserError(f"{key}={v} must be a finite number")
-        if before is None and isinstance(v, (str, bool)) and key.startswith(_NUMBERS) and key not in _LISTS:
+        if (
+            before is None
+            and isinstance(v, (str, bool))
+            and key.startswith(_NUMBERS)
+            and key not in _LISTS
+        ):
             raise UserError(f"{key}={v} must be a number, or null")
-        if key.startswith("metric.") and isinstance(v, int) and v < 1 and (before is None or (isinstance(before, int) and before > 0)):
+        if (
+            key.startswith("metric.")
+            and isinstance(v, int)
+            and v < 1
+            and (before is None or (isinstance(before, int) and before > 0))
+        ):
             raise UserError(f"{key}={v} must be at least 1")
         if key in ("threads", "time_limit_s") and v is not None and not v > 0:
             raise UserError(f"{key}={v} must be positive, or null")
         if v is None or before is None or (key in _FRACTIONS and isinstance(v, float)):
             continue
-        kinds, words = next((allowed, words) for kind, allowed, words in _KINDS if isinstance(before, kind))
+        kinds, words = next(
+            (allowed, words) for kind, allowed, words in _KINDS if isinstance(before, kind)
+        )
         if not isinstance(v, kinds) or (isinstance(v, bool) and not isinstance(before, bool)):
-            now = OmegaConf.to_container(before) if isinstance(before, (ListConfig, DictConfig)) else before
+            now = (
+                OmegaConf.to_container(before)
+                if isinstance(before, (ListConfig, DictConfig))
+                else before
+            )
             raise UserError(f"{key}={v} must be {words} (now {now})")
 
 
@@ -340,9 +468,7 @@ def configuration_error(error: Exception) -> str:
     """One line of such an error; for a YAML file that is none, its name, the line and what stands there."""
     mark = getattr(error, "problem_mark", None)
     if isinstance(error, yaml.YAMLError) and mark is not None:
-        return (
-            f"{mark.name} is not valid YAML in line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'unexpected text'}"
-        )
+        return f"{mark.name} is not valid YAML in line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'unexpected text'}"
     return first_line(error)
 
 
@@ -355,7 +481,11 @@ def configuring() -> Iterator[None]:
         raise
     except Exception as error:
         told = configuration_error(error)
-        kind = "" if isinstance(error, CONFIGURATION_ERRORS) else f"the configuration cannot be used: {type(error).__name__}: "
+        kind = (
+            ""
+            if isinstance(error, CONFIGURATION_ERRORS)
+            else f"the configuration cannot be used: {type(error).__name__}: "
+        )
         raise UserError(f"{kind}{told}") from error
 
 

@@ -19,8 +19,17 @@ PLACES = ("out_dir", "runs_root", "cache")
 #: Files and folders that are read.
 INPUTS = ("data.*.file", "study.local.folder", "study.local.text", "study.*.sae")
 #: Text that is shown or handed on.
-NAMES = ("label", "track.project", "track.group", "launcher.address", "launcher.cluster", "launcher.parameters.name")
-NAMES += tuple(f"launcher.parameters.slurm_{name}" for name in ("partition", "account", "qos", "constraint"))
+NAMES = (
+    "label",
+    "track.project",
+    "track.group",
+    "launcher.address",
+    "launcher.cluster",
+    "launcher.parameters.name",
+)
+NAMES += tuple(
+    f"launcher.parameters.slurm_{name}" for name in ("partition", "account", "qos", "constraint")
+)
 #: Text that may hold spaces at its ends and line breaks.
 VERBATIM = ("lm.prompt", "study.lm.prompt")
 TEXTS = (*PLACES, *INPUTS, *NAMES, *VERBATIM)
@@ -56,7 +65,9 @@ def text_of(override: str) -> str | None:
     key, text = key_of(override), value_of(override)
     if text.lower() == "null" and _unquoted(override.split("=", 1)[1].strip()) is None:
         if is_text(key, REQUIRED):
-            raise UserError(f"{key}=null must be a text: give one, or '{key}=\"null\"' if null is its name")
+            raise UserError(
+                f"{key}=null must be a text: give one, or '{key}=\"null\"' if null is its name"
+            )
         return None
     return checked(key, text)
 
@@ -70,7 +81,9 @@ def checked(key: str, text: str) -> str:
     if re.search(r"[\ud800-\udfff]", text):
         raise UserError(f"{key}={text!r} is not valid UTF-8: type the name again")
     if "${" in text:
-        raise UserError(f"{key}={text} is text, in which ${{...}} means nothing: write out what it stands for")
+        raise UserError(
+            f"{key}={text} is text, in which ${{...}} means nothing: write out what it stands for"
+        )
     if is_text(key, (*PLACES, *INPUTS)):
         _check_path(key, text)
     return text
@@ -79,7 +92,9 @@ def checked(key: str, text: str) -> str:
 def _check_path(key: str, text: str) -> None:
     long = [part for part in PurePath(text).parts if len(part.encode()) > LONGEST]
     if long:
-        raise UserError(f"{key}={text}: {long[0][:40]}... has more than the {LONGEST} bytes that a name may have")
+        raise UserError(
+            f"{key}={text}: {long[0][:40]}... has more than the {LONGEST} bytes that a name may have"
+        )
     try:
         if key != "out_dir":
             Path(text).expanduser()
@@ -104,7 +119,9 @@ def run_folder(runs_root: str | None, out_dir: str) -> Path:
         raise UserError(f"runs_root={runs_root} must name a folder, for example runs")
     inside = Path(out_dir)
     if not out_dir or inside.is_absolute() or ".." in inside.parts or inside == Path("."):
-        raise UserError(f"out_dir={out_dir!r} must name a folder below runs_root={runs_root} (set runs_root to write elsewhere)")
+        raise UserError(
+            f"out_dir={out_dir!r} must name a folder below runs_root={runs_root} (set runs_root to write elsewhere)"
+        )
     return Path(runs_root).expanduser() / inside
 
 
@@ -134,11 +151,15 @@ def choices_of(override: str) -> list[str] | None:
         return None
     listed = re.fullmatch(r"choice\((.*)\)", typed)
     if listed is None and "," in typed:
-        raise UserError(f"{key}={typed} is one name: to vary it write '{key}=choice({typed})', to keep it '{key}=\"{typed}\"'")
+        raise UserError(
+            f"{key}={typed} is one name: to vary it write '{key}=choice({typed})', to keep it '{key}=\"{typed}\"'"
+        )
     if listed is None:
         return None
     one = r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,]*?)\s*(?:,|$)"""
-    found = [f"{key}={part}" for part in re.findall(one, listed[1])[: listed[1].count(",") + 1] if part]
+    found = [
+        f"{key}={part}" for part in re.findall(one, listed[1])[: listed[1].count(",") + 1] if part
+    ]
     if not found:
         raise UserError(f"{key}={typed} names no file")
     return found
@@ -168,7 +189,9 @@ def _unquoted(typed: str) -> str | None:
     end = len(inside) - len(inside.rstrip("\\"))
     if end % 2 or any(len(m[1]) % 2 == 0 for m in re.finditer(rf"(\\*){mark}", inside)):
         return None
-    plain = re.sub(rf"(\\*){mark}", lambda m: "\\" * (len(m[1]) // 2) + mark, inside[: len(inside) - end])
+    plain = re.sub(
+        rf"(\\*){mark}", lambda m: "\\" * (len(m[1]) // 2) + mark, inside[: len(inside) - end]
+    )
     return plain + "\\" * (end // 2)
 
 

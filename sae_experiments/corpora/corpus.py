@@ -43,7 +43,11 @@ CONTROLS = {
     "UTF-32LE": [False, True, True, True],
     "UTF-32BE": [True, True, True, False],
 }
-CHOICES = {"encoding": ("latin-1", "utf-8"), "stand_in": ("auto", "never", "always"), "stand_in_alphabet": tuple(standin.FORMS)}
+CHOICES = {
+    "encoding": ("latin-1", "utf-8"),
+    "stand_in": ("auto", "never", "always"),
+    "stand_in_alphabet": tuple(standin.FORMS),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +55,22 @@ class CorpusSpec:
     """Where a corpus comes from, how to know it, and how to split it. Raises :class:`UserError` for values that cannot work."""
 
     name: str
-    sources: list[dict[str, Any]]  # tried in order: url, bytes, sha256 or md5, archive (null | zip | gz), member
+    sources: list[
+        dict[str, Any]
+    ]  # tried in order: url, bytes, sha256 or md5, archive (null | zip | gz), member
     bytes: int | None  # of the whole text, as its checksums
     sha256: str | None
     md5: str | None = None
-    local_names: list[str]  # of the whole text in the folder SAE_DATA_DIR; "<name>-head-<n>" there holds its first n bytes
+    local_names: list[
+        str
+    ]  # of the whole text in the folder SAE_DATA_DIR; "<name>-head-<n>" there holds its first n bytes
     head: int | None  # use the first n bytes only: a corpus of its own
-    heads: dict[str, int | None] = field(default_factory=dict)  # the sizes that a preset chooses ``head`` from
-    head_sha256: dict[int, str] = field(default_factory=dict)  # of heads that may come as files of their own
+    heads: dict[str, int | None] = field(
+        default_factory=dict
+    )  # the sizes that a preset chooses ``head`` from
+    head_sha256: dict[int, str] = field(
+        default_factory=dict
+    )  # of heads that may come as files of their own
     file: str | None  # taken as it is
     encoding: str
     val_frac: float
@@ -71,18 +83,38 @@ class CorpusSpec:
     def __post_init__(self) -> None:
         for key, allowed in CHOICES.items():
             if getattr(self, key) not in allowed:
-                raise UserError(f"data.{self.name}.{key}={getattr(self, key)} is not one of {', '.join(allowed)}")
+                raise UserError(
+                    f"data.{self.name}.{key}={getattr(self, key)} is not one of {', '.join(allowed)}"
+                )
         if not (self.val_frac > 0 and self.test_frac >= 0 and self.val_frac + self.test_frac < 1):
-            raise UserError(f"data.{self.name}: val_frac={self.val_frac} must be above 0, test_frac={self.test_frac} at least 0, their sum below 1")
+            raise UserError(
+                f"data.{self.name}: val_frac={self.val_frac} must be above 0, test_frac={self.test_frac} at least 0, their sum below 1"
+            )
         most = self.bytes if self.file is None else None
-        if self.head is not None and (not isinstance(self.head, int) or self.head < 1 or (most is not None and self.head > most)):
-            raise UserError(f"data.{self.name}.head={self.head} must be a number of bytes{f' up to {most:,}' if most else ''}, or null for all")
+        if self.head is not None and (
+            not isinstance(self.head, int)
+            or self.head < 1
+            or (most is not None and self.head > most)
+        ):
+            raise UserError(
+                f"data.{self.name}.head={self.head} must be a number of bytes{f' up to {most:,}' if most else ''}, or null for all"
+            )
         for source in self.sources:
             kind = source.get("archive")
-            if not (source.get("url") and source.get("bytes")) or kind not in (None, "gz", "zip") or (kind == "zip" and not source.get("member")):
-                raise UserError(f"data.{self.name}.sources: {dict(source)} needs url, bytes, archive (null, gz or zip) and, for a zip, member")
-            if self.bytes is None or not (source.get("sha256") or source.get("md5") or self.sha256 or self.md5):
-                raise UserError(f"data.{self.name}.sources: {source['url']} cannot be verified; give bytes and a sha256 (or md5) of the text")
+            if (
+                not (source.get("url") and source.get("bytes"))
+                or kind not in (None, "gz", "zip")
+                or (kind == "zip" and not source.get("member"))
+            ):
+                raise UserError(
+                    f"data.{self.name}.sources: {dict(source)} needs url, bytes, archive (null, gz or zip) and, for a zip, member"
+                )
+            if self.bytes is None or not (
+                source.get("sha256") or source.get("md5") or self.sha256 or self.md5
+            ):
+                raise UserError(
+                    f"data.{self.name}.sources: {source['url']} cannot be verified; give bytes and a sha256 (or md5) of the text"
+                )
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -111,24 +143,39 @@ class CharCorpus:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the characters of ``text``. Raises :class:`UserError` for one that the corpus does not have."""
-        known, points = self._points(), np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        known, points = (
+            self._points(),
+            np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4"),
+        )
         ids = np.searchsorted(known, points).clip(max=len(known) - 1)
         if (wrong := np.flatnonzero(known[ids] != points)).size:
-            raise UserError(f"the corpus {self.name} has no character {text[wrong[0]]!r} (at position {wrong[0]} of the text to encode)")
+            raise UserError(
+                f"the corpus {self.name} has no character {text[wrong[0]]!r} (at position {wrong[0]} of the text to encode)"
+            )
         return ids.astype(self.splits["train"].dtype)
 
     def decode(self, ids: Any) -> str:
         """The text of ``ids`` (a list, an array or a tensor, flattened). Raises :class:`UserError` for an id out of range."""
-        array = np.asarray(ids.detach().cpu() if isinstance(ids, torch.Tensor) else ids).reshape(-1).astype(np.int64)
+        array = (
+            np.asarray(ids.detach().cpu() if isinstance(ids, torch.Tensor) else ids)
+            .reshape(-1)
+            .astype(np.int64)
+        )
         if array.size and not 0 <= array.min() <= array.max() < len(self.symbols):
-            raise UserError(f"the corpus {self.name} has symbols 0 to {len(self.symbols) - 1}, not {array.min()} to {array.max()}")
+            raise UserError(
+                f"the corpus {self.name} has symbols 0 to {len(self.symbols) - 1}, not {array.min()} to {array.max()}"
+            )
         return self._points()[array].tobytes().decode("utf-32-le", "surrogatepass")
 
-    def batch_at(self, split: str, step: int, *, rows: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch_at(
+        self, split: str, step: int, *, rows: int, length: int, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets (the inputs shifted by one), int64 (rows, length), at offsets drawn from (seed, step) alone."""
         room = len(self._split(split)) - length
         if room < 1:
-            raise UserError(f"the {split} split of {self.name} has {room + length:,} characters: too few for windows of {length} and their targets")
+            raise UserError(
+                f"the {split} split of {self.name} has {room + length:,} characters: too few for windows of {length} and their targets"
+            )
         chance = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step])))
         both = self.windows(split, chance.integers(0, room, size=rows), length + 1)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
@@ -137,12 +184,18 @@ class CharCorpus:
         """The windows of ``length`` ids that begin at ``starts``, int64 (n, length). Raises :class:`UserError` if one does not fit."""
         ids, starts = self._split(split), np.asarray(starts, dtype=np.int64)
         if starts.size and not 0 <= starts.min() <= starts.max() <= len(ids) - length:
-            raise UserError(f"windows of {length} at {starts.min()} to {starts.max()} are not inside the {len(ids):,} characters of {split}")
-        return torch.from_numpy(np.lib.stride_tricks.sliding_window_view(ids, length)[starts].astype(np.int64))
+            raise UserError(
+                f"windows of {length} at {starts.min()} to {starts.max()} are not inside the {len(ids):,} characters of {split}"
+            )
+        return torch.from_numpy(
+            np.lib.stride_tricks.sliding_window_view(ids, length)[starts].astype(np.int64)
+        )
 
     def _split(self, split: str) -> np.ndarray:
         if split not in self.splits:
-            raise UserError(f"the corpus {self.name} has no split {split!r}; it has {', '.join(self.splits)}")
+            raise UserError(
+                f"the corpus {self.name} has no split {split!r}; it has {', '.join(self.splits)}"
+            )
         return self.splits[split]
 
     def _points(self) -> np.ndarray:
@@ -150,7 +203,12 @@ class CharCorpus:
 
 
 def load_corpus(
-    spec: CorpusSpec, *, cache: Path, offline: bool = False, say: Callable[[str], None] = print, _network: fetch.Network = fetch.NETWORK
+    spec: CorpusSpec,
+    *,
+    cache: Path,
+    offline: bool = False,
+    say: Callable[[str], None] = print,
+    _network: fetch.Network = fetch.NETWORK,
 ) -> CharCorpus:
     """The corpus of ``spec`` from, in this order: ``spec.file``, the folder SAE_DATA_DIR, ``cache``, the network, a stand-in.
 
@@ -161,7 +219,9 @@ def load_corpus(
 
     def stand_in(reason: str) -> Text:
         asked = spec.head or spec.bytes or standin.LIMIT
-        path = standin.stand_in(cache, spec.name, spec.stand_in_alphabet, asked, reason=reason, remedy=remedy, say=say)
+        path = standin.stand_in(
+            cache, spec.name, spec.stand_in_alphabet, asked, reason=reason, remedy=remedy, say=say
+        )
         return Text(path, "stand-in", "stand-in", False)
 
     if spec.stand_in == "always":
@@ -173,11 +233,20 @@ def load_corpus(
     if spec.file is not None:
         raise UserError(f"data.{spec.name}.file={spec.file} is not a file")
     try:
-        path, url = fetch.cached_text(cache, spec.name, spec.sources, spec.facts, network=None if offline else _network, say=say)
+        path, url = fetch.cached_text(
+            cache,
+            spec.name,
+            spec.sources,
+            spec.facts,
+            network=None if offline else _network,
+            say=say,
+        )
         text = Text(path, url, "corpus", True)
     except fetch.UnreachableError as reason:
         if spec.stand_in == "never":
-            raise UserError(f"data.{spec.name}.stand_in=never, and the text cannot be had ({reason}): {remedy}") from None
+            raise UserError(
+                f"data.{spec.name}.stand_in=never, and the text cannot be had ({reason}): {remedy}"
+            ) from None
         text = stand_in(str(reason))
     except fetch.BrokenError as fault:
         raise UserError(f"data.{spec.name}: {fault}. Without the network: {remedy}") from None
@@ -198,8 +267,16 @@ def _local(spec: CorpusSpec) -> Text | None:
         if path.is_file():
             _check(spec, path, **spec.facts)
             return Text(path, path.name, "corpus", bool(spec.sha256 or spec.md5))
-    found = [path for stem in {spec.name, *spec.local_names} for path in folder.glob(f"{escape(stem)}-head-*")]
-    for size, path in sorted((int(path.name.rpartition("-")[2]), path) for path in found if path.name.rpartition("-")[2].isdecimal()):
+    found = [
+        path
+        for stem in {spec.name, *spec.local_names}
+        for path in folder.glob(f"{escape(stem)}-head-*")
+    ]
+    for size, path in sorted(
+        (int(path.name.rpartition("-")[2]), path)
+        for path in found
+        if path.name.rpartition("-")[2].isdecimal()
+    ):
         if spec.head is not None and size >= spec.head:
             _check(spec, path, size=size, sha256=spec.head_sha256.get(spec.head), head=spec.head)
             return Text(path, path.name, "corpus", spec.head in spec.head_sha256)
@@ -210,7 +287,9 @@ def _check(spec: CorpusSpec, path: Path, **facts: Any) -> None:
     try:
         fetch.verify(path, str(path), **facts)
     except fetch.BrokenError as error:
-        raise UserError(f"data.{spec.name}: {error}; replace it, or use it as it is with data.{spec.name}.file={path}") from None
+        raise UserError(
+            f"data.{spec.name}: {error}; replace it, or use it as it is with data.{spec.name}.file={path}"
+        ) from None
 
 
 def _encoded(spec: CorpusSpec, text: Text, cache: Path) -> CharCorpus:
@@ -220,13 +299,32 @@ def _encoded(spec: CorpusSpec, text: Text, cache: Path) -> CharCorpus:
     if whole == 0:
         raise UserError(f"data.{spec.name}: {text.path} is empty")
     if size > whole:
-        raise UserError(f"data.{spec.name}.head={size} is more than the {whole:,} bytes of {text.path}; ask for fewer, or null for the whole text")
-    sha256, cut = fetch.checksum(text.path, head=None if size == whole else size), stand_in or spec.head is not None
-    folder = cached(cache, "corpora", _key(spec, sha256, cut), lambda f: _write(f, spec, text.path, size, sha256, cut))
+        raise UserError(
+            f"data.{spec.name}.head={size} is more than the {whole:,} bytes of {text.path}; ask for fewer, or null for the whole text"
+        )
+    sha256, cut = (
+        fetch.checksum(text.path, head=None if size == whole else size),
+        stand_in or spec.head is not None,
+    )
+    folder = cached(
+        cache,
+        "corpora",
+        _key(spec, sha256, cut),
+        lambda f: _write(f, spec, text.path, size, sha256, cut),
+    )
     known = sha256 == (spec.sha256 if spec.head is None else spec.head_sha256.get(spec.head))
-    label = spec.name if text.kind != "file" or known else f"{spec.name}-file-{sha256[:8]}"  # a user's text never passes for the corpus
+    label = (
+        spec.name if text.kind != "file" or known else f"{spec.name}-file-{sha256[:8]}"
+    )  # a user's text never passes for the corpus
     label += "" if spec.head is None else f"-head-{spec.head}"
-    origin = {"corpus": label, "source": text.source, "sha256": sha256, "bytes": size, "stand_in": stand_in, "verified": text.verified or known}
+    origin = {
+        "corpus": label,
+        "source": text.source,
+        "sha256": sha256,
+        "bytes": size,
+        "stand_in": stand_in,
+        "verified": text.verified or known,
+    }
     if not stand_in:
         pointer = _pointer(spec, cache)
         with clearing(pointer.parent):
@@ -244,19 +342,37 @@ def _remembered(spec: CorpusSpec, cache: Path) -> CharCorpus | None:
         return None
     origin = read_json(_pointer(spec, cache))
     try:
-        return _open(spec, cached(cache, "corpora", _key(spec, origin["sha256"], spec.head is not None), gone), origin)
+        return _open(
+            spec,
+            cached(cache, "corpora", _key(spec, origin["sha256"], spec.head is not None), gone),
+            origin,
+        )
     except LookupError:
         return None
 
 
 def _pointer(spec: CorpusSpec, cache: Path) -> Path:
     file = None if spec.file is None else str(Path(spec.file).expanduser().absolute())
-    return cache / "corpora" / "last" / f"{digest([spec.name, spec.head, file, spec.facts, spec.encoding, spec.val_frac, spec.test_frac])}.json"
+    return (
+        cache
+        / "corpora"
+        / "last"
+        / f"{digest([spec.name, spec.head, file, spec.facts, spec.encoding, spec.val_frac, spec.test_frac])}.json"
+    )
 
 
 def _key(spec: CorpusSpec, sha256: str, cut: bool) -> dict[str, Any]:
-    code = source_digest(files, errors, cache, alone=[__name__])  # where the text came from does not matter
-    return {"code": code, "text": sha256, "cut": cut, "encoding": spec.encoding, "val_frac": spec.val_frac, "test_frac": spec.test_frac}
+    code = source_digest(
+        files, errors, cache, alone=[__name__]
+    )  # where the text came from does not matter
+    return {
+        "code": code,
+        "text": sha256,
+        "cut": cut,
+        "encoding": spec.encoding,
+        "val_frac": spec.val_frac,
+        "test_frac": spec.test_frac,
+    }
 
 
 def _open(spec: CorpusSpec, folder: Path, origin: dict[str, Any]) -> CharCorpus:
@@ -266,13 +382,21 @@ def _open(spec: CorpusSpec, folder: Path, origin: dict[str, Any]) -> CharCorpus:
         splits[split] = ids[at : at + count]
         at += count
     provenance = {**origin, "symbols": len(meta["symbols"]), "counts": dict(meta["counts"])}
-    return CharCorpus(name=spec.name, splits=splits, symbols=[chr(p) for p in meta["symbols"]], provenance=provenance, key=digest(meta))
+    return CharCorpus(
+        name=spec.name,
+        splits=splits,
+        symbols=[chr(p) for p in meta["symbols"]],
+        provenance=provenance,
+        key=digest(meta),
+    )
 
 
 def _write(folder: Path, spec: CorpusSpec, path: Path, size: int, sha256: str, cut: bool) -> None:
     """Two passes in blocks: which symbols there are, then their ids, one split after the other, into ``ids.bin``."""
     if spec.encoding == "utf-8" and (other := other_format(path)):
-        raise UserError(f"data.{spec.name}: {path} is {other}, not a text in UTF-8; {_remedy(path, other)}")
+        raise UserError(
+            f"data.{spec.name}: {path} is {other}, not a text in UTF-8; {_remedy(path, other)}"
+        )
     seen, written, n = np.zeros(0x110000, dtype=bool), hashlib.sha256(), 0
     for points in _blocks(path, size, spec, cut, sha256):
         seen[points] = True
@@ -325,7 +449,9 @@ def _remedy_for_bytes(name: str, data: bytes) -> str:
     return f"convert it, or make each byte a symbol with data.{name}.encoding=latin-1"
 
 
-def _blocks(path: Path, size: int, spec: CorpusSpec, cut: bool, sha256: str) -> Iterator[np.ndarray]:
+def _blocks(
+    path: Path, size: int, spec: CorpusSpec, cut: bool, sha256: str
+) -> Iterator[np.ndarray]:
     """Code points of the first ``size`` bytes; a character that a ``cut`` text breaks off in its middle is left out."""
     decoder, read, left = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), size
     with open(path, "rb") as f:
@@ -338,8 +464,12 @@ def _blocks(path: Path, size: int, spec: CorpusSpec, cut: bool, sha256: str) -> 
             try:
                 text = decoder.decode(data, final=not left and not cut)
             except UnicodeDecodeError as error:
-                where = f"{path} is not UTF-8 at byte {at - pending + error.start:,} ({error.reason})"
-                raise UserError(f"data.{spec.name}: {where}; {_remedy_for_bytes(spec.name, data)}") from None
+                where = (
+                    f"{path} is not UTF-8 at byte {at - pending + error.start:,} ({error.reason})"
+                )
+                raise UserError(
+                    f"data.{spec.name}: {where}; {_remedy_for_bytes(spec.name, data)}"
+                ) from None
             yield np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     if read.hexdigest() != sha256:
         raise UserError(f"data.{spec.name}: {path} changed while it was read; start again")
@@ -353,5 +483,7 @@ def _counts(spec: CorpusSpec, n: int) -> dict[str, int]:
     if spec.test_frac == 0:
         del counts["test"]
     if min(counts.values()) < 2:
-        raise UserError(f"data.{spec.name}: {n:,} characters are too few to split: {counts} must have at least 2 each")
+        raise UserError(
+            f"data.{spec.name}: {n:,} characters are too few to split: {counts} must have at least 2 each"
+        )
     return counts

@@ -48,7 +48,9 @@ class _Redirect(urllib.request.HTTPRedirectHandler):
     def __init__(self, allowed: Callable[[str], None]) -> None:
         self.allowed = allowed
 
-    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
+    def redirect_request(
+        self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str
+    ) -> Any:
         self.allowed(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -60,7 +62,9 @@ class Network:
     A host that gives no answer within ``connect_s`` is not asked again, and when ``budget_s`` seconds have gone by on such hosts none is.
     """
 
-    connect_s: float = 4.0  # name look-up, connection, encryption and first line of the answer together
+    connect_s: float = (
+        4.0  # name look-up, connection, encryption and first line of the answer together
+    )
     budget_s: float = 8.0
     stall_s: float = 3.0  # of silence: then the connection is given up; below connect_s, so that a dead IPv6 route leaves time for IPv4
     tries: int = 4  # in a row without a new byte
@@ -72,7 +76,9 @@ class Network:
 
     def allowed(self, url: str) -> None:
         """Raise :class:`BrokenError` unless ``url`` is an HTTPS address."""
-        if urlsplit(url).scheme != "https" and not (self.plain_http and urlsplit(url).scheme == "http"):
+        if urlsplit(url).scheme != "https" and not (
+            self.plain_http and urlsplit(url).scheme == "http"
+        ):
             raise BrokenError(f"{url} is not an https:// address")
 
     def open(self, url: str, start: int = 0) -> Any:
@@ -84,12 +90,18 @@ class Network:
         first, began = host not in self.reached, time.monotonic()
         limit = min(self.connect_s, self.budget_s - self.lost_s) if first else self.connect_s
         if limit <= 0:
-            raise UnreachableError(f"{host} not asked, as {len(self.failed)} other hosts did not answer")
+            raise UnreachableError(
+                f"{host} not asked, as {len(self.failed)} other hosts did not answer"
+            )
         try:
             response = self._answer(url, start, limit)
-        except urllib.error.HTTPError as error:  # a host that says no is reachable, but this file is not
+        except (
+            urllib.error.HTTPError
+        ) as error:  # a host that says no is reachable, but this file is not
             error.close()
-            raise (UnreachableError if first else OSError)(f"{host} answered HTTP {error.code}") from None
+            raise (UnreachableError if first else OSError)(
+                f"{host} answered HTTP {error.code}"
+            ) from None
         except (OSError, http.client.HTTPException) as error:
             if not first:
                 raise
@@ -101,15 +113,24 @@ class Network:
 
     def _answer(self, url: str, start: int, limit: float) -> Any:
         """Ask in a thread of its own, because a name look-up knows no time-out."""
-        headers = {"User-Agent": "sae_experiments", "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+        headers = {"User-Agent": "sae_experiments", "Accept-Encoding": "identity"} | (
+            {"Range": f"bytes={start}-"} if start else {}
+        )
         request = urllib.request.Request(url, headers=headers)
         answers: queue.Queue[Any] = queue.Queue()
         late = threading.Event()
 
         def ask() -> None:
             try:
-                response = urllib.request.build_opener(_Redirect(self.allowed)).open(request, timeout=self.stall_s)
-            except (OSError, http.client.HTTPException, ValueError, BrokenError) as error:  # raised again where the answer is waited for
+                response = urllib.request.build_opener(_Redirect(self.allowed)).open(
+                    request, timeout=self.stall_s
+                )
+            except (
+                OSError,
+                http.client.HTTPException,
+                ValueError,
+                BrokenError,
+            ) as error:  # raised again where the answer is waited for
                 answers.put(error)
                 return
             response.close() if late.is_set() else answers.put(response)
@@ -128,7 +149,15 @@ class Network:
 NETWORK = Network()
 
 
-def verify(path: Path, what: str, *, size: int | None, sha256: str | None, md5: str | None = None, head: int | None = None) -> None:
+def verify(
+    path: Path,
+    what: str,
+    *,
+    size: int | None,
+    sha256: str | None,
+    md5: str | None = None,
+    head: int | None = None,
+) -> None:
     """Raise :class:`BrokenError` with what was found and expected unless ``path`` has this size and, in its first ``head`` bytes, these checksums."""
     found, part = path.stat().st_size, "" if head is None else f" in its first {head:,} bytes"
     if size is not None and found != size:
@@ -142,7 +171,10 @@ def checksum(path: Path, kind: str = "sha256", head: int | None = None) -> str:
     """SHA-256 or MD5 of the first ``head`` bytes of a file (None: of all) in hexadecimal digits."""
     if kind == "sha256" and head is None:
         return sha256_file(path)
-    found, left = hashlib.new(kind, usedforsecurity=False), path.stat().st_size if head is None else head
+    found, left = (
+        hashlib.new(kind, usedforsecurity=False),
+        path.stat().st_size if head is None else head,
+    )
     with open(path, "rb") as f:
         while left and (data := f.read(min(1 << 20, left))):
             found.update(data)
@@ -151,7 +183,13 @@ def checksum(path: Path, kind: str = "sha256", head: int | None = None) -> str:
 
 
 def cached_text(
-    cache: Path, name: str, sources: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, network: Network | None, say: Callable[[str], None]
+    cache: Path,
+    name: str,
+    sources: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+    *,
+    network: Network | None,
+    say: Callable[[str], None],
 ) -> tuple[Path, str]:
     """The verified text of the corpus ``name`` and its address, from ``cache`` or else from ``network`` (None: offline).
 
@@ -168,7 +206,13 @@ def cached_text(
     return folder / "text", read_json(folder / "source.json")["url"]
 
 
-def _fetch(folder: Path, sources: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], network: Network, say: Callable[[str], None]) -> None:
+def _fetch(
+    folder: Path,
+    sources: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+    network: Network,
+    say: Callable[[str], None],
+) -> None:
     """Leave ``text`` and ``source.json`` in ``folder``, going on from what a killed call left there."""
     faults: list[Exception] = []
     for source in sources:
@@ -185,7 +229,9 @@ def _fetch(folder: Path, sources: Sequence[Mapping[str, Any]], facts: Mapping[st
             other.unlink()
         return
     reasons = "; ".join(dict.fromkeys(map(str, faults))) or "no address is configured"
-    raise (BrokenError if any(isinstance(fault, BrokenError) for fault in faults) else UnreachableError)(reasons)
+    raise (
+        BrokenError if any(isinstance(fault, BrokenError) for fault in faults) else UnreachableError
+    )(reasons)
 
 
 def _unpack(source: Mapping[str, Any], part: Path, text: Path, facts: Mapping[str, Any]) -> None:
@@ -198,7 +244,9 @@ def _unpack(source: Mapping[str, Any], part: Path, text: Path, facts: Mapping[st
         raise
 
 
-def download(source: Mapping[str, Any], part: Path, *, network: Network, say: Callable[[str], None]) -> None:
+def download(
+    source: Mapping[str, Any], part: Path, *, network: Network, say: Callable[[str], None]
+) -> None:
     """Bring ``part`` to the whole file that ``source`` describes, going on from the bytes it has. Raises :class:`BrokenError`."""
     url, size, resumed = source["url"], source["bytes"], part.exists()
     with _progress(url, size, say) as at:
@@ -209,7 +257,9 @@ def download(source: Mapping[str, Any], part: Path, *, network: Network, say: Ca
         part.unlink()
         if not resumed:
             raise
-        download(source, part, network=network, say=say)  # what was resumed may have been another file's beginning: once more, afresh
+        download(
+            source, part, network=network, say=say
+        )  # what was resumed may have been another file's beginning: once more, afresh
 
 
 @contextmanager
@@ -220,7 +270,9 @@ def _progress(url: str, size: int, say: Callable[[str], None]) -> Iterator[Calla
     def at(have: int) -> None:
         nonlocal bar, last
         if last < 0 and sys.stdout.isatty():
-            bar = tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1], file=sys.stdout)
+            bar = tqdm(
+                total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1], file=sys.stdout
+            )
         elif last < 0:
             say(f"fetching {url} ({size:,} bytes{f', resumed at {have:,}' if have else ''})")
         if bar is not None:
@@ -241,18 +293,30 @@ def _pull(url: str, size: int, part: Path, network: Network, at: Callable[[int],
     while (have := part.stat().st_size if part.exists() else 0) < size:
         vain, best = (0, have) if have > best else (vain + 1, best)
         if vain >= network.tries:
-            raise BrokenError(f"{url} broke off at {best:,} of {size:,} bytes, {vain} times in a row; run again to resume")
+            raise BrokenError(
+                f"{url} broke off at {best:,} of {size:,} bytes, {vain} times in a row; run again to resume"
+            )
         time.sleep(vain * network.pause_s)
         try:
             with network.open(url, have) as response:
                 _append(response, url, size, part, have, at)
-        except (OSError, http.client.HTTPException) as error:  # counted above: either it brought new bytes or it was in vain
+        except (
+            OSError,
+            http.client.HTTPException,
+        ) as error:  # counted above: either it brought new bytes or it was in vain
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"no room for {part} ({size:,} bytes); free some, or move the cache") from None
+                raise UserError(
+                    f"no room for {part} ({size:,} bytes); free some, or move the cache"
+                ) from None
 
 
-def _append(response: Any, url: str, size: int, part: Path, have: int, at: Callable[[int], None]) -> None:
-    if not (response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")):
+def _append(
+    response: Any, url: str, size: int, part: Path, have: int, at: Callable[[int], None]
+) -> None:
+    if not (
+        response.status == 206
+        and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+    ):
         have = 0  # a server without ranges sends the whole file
     announced = response.headers.get("Content-Length")
     if announced is not None and int(announced) != size - have:

@@ -19,28 +19,76 @@ from sae_experiments.source import source_digest
 
 LIMIT = 4_000_000  # bytes: about what the standard library has to say
 # Left out: what differs between installations of one version, what is tables rather than text, and what the topics say already.
-SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib-dynload"}
-PROSE = re.compile(r'("""|\'\'\')(?P<doc>.*?)\1|(?P<note>(?:^[ \t]*#[^\n]*\n)+)', re.DOTALL | re.MULTILINE)
-DIGITS = dict(zip("0123456789", ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"], strict=True))
+SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "lib-dynload",
+}
+PROSE = re.compile(
+    r'("""|\'\'\')(?P<doc>.*?)\1|(?P<note>(?:^[ \t]*#[^\n]*\n)+)', re.DOTALL | re.MULTILINE
+)
+DIGITS = dict(
+    zip(
+        "0123456789",
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
+        strict=True,
+    )
+)
 Document = tuple[str, list[str]]  # a title and its paragraphs
 
 
-def stand_in(cache: Path, name: str, alphabet: str, asked: int, *, reason: str, remedy: str, say: Callable[[str], None]) -> Path:
+def stand_in(
+    cache: Path,
+    name: str,
+    alphabet: str,
+    asked: int,
+    *,
+    reason: str,
+    remedy: str,
+    say: Callable[[str], None],
+) -> Path:
     """The file in ``cache`` with ``asked`` bytes (:data:`LIMIT` at most) in place of the corpus ``name``, said loudly."""
     size = min(asked, LIMIT)
     # Another Python version has another text, so it has another file.
-    key = {"alphabet": alphabet, "bytes": size, "python": sys.version.split()[0], "code": source_digest(__name__)}
-    path = cached(cache, "stand_in", key, lambda folder: write_bytes(folder / "text", text(alphabet, size))) / "text"
+    key = {
+        "alphabet": alphabet,
+        "bytes": size,
+        "python": sys.version.split()[0],
+        "code": source_digest(__name__),
+    }
+    path = (
+        cached(
+            cache,
+            "stand_in",
+            key,
+            lambda folder: write_bytes(folder / "text", text(alphabet, size)),
+        )
+        / "text"
+    )
     have = path.stat().st_size
-    made = f"{have:,} bytes made from the documentation and sources of Python" + (f" in place of {asked:,}" if have < asked else "")
-    say(f"WARNING: STAND-IN TEXT for {name} ({reason}): {made}. No result is comparable with published ones. For the real corpus, {remedy}.")
+    made = f"{have:,} bytes made from the documentation and sources of Python" + (
+        f" in place of {asked:,}" if have < asked else ""
+    )
+    say(
+        f"WARNING: STAND-IN TEXT for {name} ({reason}): {made}. No result is comparable with published ones. For the real corpus, {remedy}."
+    )
     return path
 
 
 def remedy(name: str, file: str, facts: Mapping[str, Any], head: int | None) -> str:
     """What to do to have the corpus itself: ``file`` with the size and checksums of ``facts``, or its first ``head`` bytes."""
     size = [] if facts["size"] is None else [f"{facts['size']:,} bytes"]
-    sums = [f"{kind} {facts[key]}" for key, kind in (("sha256", "SHA-256"), ("md5", "MD5")) if facts[key]]
+    sums = [
+        f"{kind} {facts[key]}"
+        for key, kind in (("sha256", "SHA-256"), ("md5", "MD5"))
+        if facts[key]
+    ]
     whole = f"the file {file} ({', '.join(size + sums) or 'the whole text'})"
     part = "" if head is None else f" or {name}-head-{head} (its first {head:,} bytes)"
     return f"put {whole}{part} into a folder and name that folder with SAE_DATA_DIR, or name a text with data.{name}.file=PATH"
@@ -72,12 +120,22 @@ def _order(name: str) -> str:
 def _modules() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     found = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
-    kept = {n: p for n, p in found.items() if not SKIPPED & set(n.split("/")) and not re.search(r"(^|/)(_sysconfig|(site|user)customize|config-)", n)}
+    kept = {
+        n: p
+        for n, p in found.items()
+        if not SKIPPED & set(n.split("/"))
+        and not re.search(r"(^|/)(_sysconfig|(site|user)customize|config-)", n)
+    }
     return sorted(kept.items(), key=lambda item: _order(item[0]))
 
 
 def _title(name: str) -> str:
-    return " ".join(re.findall(r"[A-Za-z]+", name.removesuffix(".py").removesuffix("/__init__"))).title() or "Module"
+    return (
+        " ".join(
+            re.findall(r"[A-Za-z]+", name.removesuffix(".py").removesuffix("/__init__"))
+        ).title()
+        or "Module"
+    )
 
 
 def _prose() -> Iterator[Document]:
@@ -90,20 +148,39 @@ def _prose() -> Iterator[Document]:
         yield _title(name), list(_paragraphs(topics[name], told))
     for name, path in _modules():
         source = path.read_text("utf-8", "replace")
-        parts = (match["doc"] or re.sub(r"(?m)^[ \t]*#+ ?", "", match["note"] or "") for match in PROSE.finditer(source))
+        parts = (
+            match["doc"] or re.sub(r"(?m)^[ \t]*#+ ?", "", match["note"] or "")
+            for match in PROSE.finditer(source)
+        )
         yield _title(name), [paragraph for part in parts for paragraph in _paragraphs(part, told)]
 
 
 def _code() -> Iterator[Document]:
     told: set[str] = set()
     for name, path in _modules():
-        yield _title(name), list(_paragraphs(PROSE.sub("\n\n", path.read_text("utf-8", "replace")), told, words=3, letters=0.4))
+        yield (
+            _title(name),
+            list(
+                _paragraphs(
+                    PROSE.sub("\n\n", path.read_text("utf-8", "replace")),
+                    told,
+                    words=3,
+                    letters=0.4,
+                )
+            ),
+        )
 
 
-def _paragraphs(source: str, told: set[str], *, words: int = 5, letters: float = 0.65) -> Iterator[str]:
+def _paragraphs(
+    source: str, told: set[str], *, words: int = 5, letters: float = 0.65
+) -> Iterator[str]:
     for block in re.split(r"\n\s*\n", source):
         line = " ".join(re.sub(r"[*=~^\"#+-]{3,}", " ", block).split())
-        if line.count(" ") >= words - 1 and sum(map(str.isalpha, line)) >= letters * len(line) and line not in told:
+        if (
+            line.count(" ") >= words - 1
+            and sum(map(str.isalpha, line)) >= letters * len(line)
+            and line not in told
+        ):
             told.add(line)
             yield line
 
@@ -114,15 +191,26 @@ def _text8(title: str, paragraphs: list[str]) -> str:
 
 def _words(line: str, keep: str = "") -> str:
     """Only letters, spaces and ``keep``; digits spelled out, as in text8."""
-    return re.sub(f"[^A-Za-z{re.escape(keep)}]+", " ", re.sub("[0-9]", lambda digit: f" {DIGITS[digit[0]]} ", line))
+    return re.sub(
+        f"[^A-Za-z{re.escape(keep)}]+",
+        " ",
+        re.sub("[0-9]", lambda digit: f" {DIGITS[digit[0]]} ", line),
+    )
 
 
 def _shakespeare(title: str, paragraphs: list[str]) -> str:
     """Short speeches of two speakers in turn, in lines of verse length that begin with a capital."""
     name, speeches = title.split()[-1], []
     for paragraph in paragraphs:
-        line = re.sub(r" +([,.:;?!])", r"\1", " ".join(_words(paragraph.replace('"', "'"), " !$&',.:;?-").split()))
-        lines = [verse[0].upper() + verse[1:] for verse in textwrap.wrap(line, 44, break_on_hyphens=False)]
+        line = re.sub(
+            r" +([,.:;?!])",
+            r"\1",
+            " ".join(_words(paragraph.replace('"', "'"), " !$&',.:;?-").split()),
+        )
+        lines = [
+            verse[0].upper() + verse[1:]
+            for verse in textwrap.wrap(line, 44, break_on_hyphens=False)
+        ]
         for first in range(0, len(lines), 8):
             speaker = ("First", "Second")[len(speeches) % 2]
             speeches.append("\n".join([f"{speaker} {name}:", *lines[first : first + 8], "", ""]))
@@ -135,11 +223,21 @@ def _wiki(title: str, paragraphs: list[str]) -> str:
     for i, paragraph in enumerate(paragraphs):
         if i % 6 == 3:
             body.append(f"== {' '.join(_words(paragraph).split()[:3]).capitalize()} ==")
-        linked = re.sub(r"((?:\b\w+\W+){11})\b([a-z]{5,})\b", r"\1[[\2]]", paragraph)  # every twelfth word, if it is a long one
+        linked = re.sub(
+            r"((?:\b\w+\W+){11})\b([a-z]{5,})\b", r"\1[[\2]]", paragraph
+        )  # every twelfth word, if it is a long one
         body.append(("* " if i % 5 == 4 else "") + linked)
-    content = html.escape("\n\n".join([*body, f"[[Category:{title.split()[0]}]]"]), quote=True).replace("&#x27;", "'")
+    content = html.escape(
+        "\n\n".join([*body, f"[[Category:{title.split()[0]}]]"]), quote=True
+    ).replace("&#x27;", "'")
     revision = f'<revision>\n      <id>{number * 3}</id>\n      <text xml:space="preserve">{content}</text>\n    </revision>'
-    return f"  <page>\n    <title>{title}</title>\n    <id>{number}</id>\n    {revision}\n  </page>\n"
+    return (
+        f"  <page>\n    <title>{title}</title>\n    <id>{number}</id>\n    {revision}\n  </page>\n"
+    )
 
 
-FORMS: dict[str, Callable[[str, list[str]], str]] = {"text8": _text8, "shakespeare": _shakespeare, "wiki": _wiki}
+FORMS: dict[str, Callable[[str, list[str]], str]] = {
+    "text8": _text8,
+    "shakespeare": _shakespeare,
+    "wiki": _wiki,
+}

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
 from sae_experiments.saes.base import SAE, Batch, Forward, Step, Units
-from sae_experiments.training.loop import At, History, Learner, Loss, Phase, Session, TrainConfig, train
+from sae_experiments.training.loop import (
+    At,
+    History,
+    Learner,
+    Loss,
+    Phase,
+    Session,
+    TrainConfig,
+    train,
+)
 
 
 class FitReport(NamedTuple):
@@ -37,12 +46,18 @@ class Sample(NamedTuple):
 class SAELearner(Learner):
     """An SAE as a learner: keeps count of the rows since each latent last fired, and calls the SAE's hooks."""
 
-    def __init__(self, name: str, sae: SAE, cfg: TrainConfig, sample: Sample, *, dead_after: int, seed: int) -> None:
+    def __init__(
+        self, name: str, sae: SAE, cfg: TrainConfig, sample: Sample, *, dead_after: int, seed: int
+    ) -> None:
         module = nn.Module()
         module.sae = sae
-        module.register_buffer("since_fired", torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.b_enc.device))
+        module.register_buffer(
+            "since_fired", torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.b_enc.device)
+        )
         # A step may use fewer rows than a batch should have: whole windows, a phase on a sample.
-        module.register_buffer("rows_used", torch.zeros((), dtype=torch.int64, device=sae.b_enc.device))
+        module.register_buffer(
+            "rows_used", torch.zeros((), dtype=torch.int64, device=sae.b_enc.device)
+        )
         super().__init__(name, module, cfg, seed=seed)
         self.sae, self.sample, self.dead_after = sae, sample, dead_after
 
@@ -58,7 +73,12 @@ class SAELearner(Learner):
             self.sae.finish(phase, self.sample.held)
 
     def moment(self, at: At) -> Step:
-        return Step(phase=at.phase, progress=at.progress, dead=self.module.since_fired > self.dead_after, generator=at.generator)
+        return Step(
+            phase=at.phase,
+            progress=at.progress,
+            dead=self.module.since_fired > self.dead_after,
+            generator=at.generator,
+        )
 
     def loss(self, batch: Batch, at: At) -> Loss:
         return self.sae.loss(batch, self.moment(at))
@@ -125,7 +145,10 @@ def fit_saes(
             sae.rescale(inputs.inverse(), outputs.inverse())
     x = inputs.apply(sample.x)
     scaled = Sample(x, x if same else outputs.apply(sample.y), inputs.apply(sample.held))
-    learners = [SAELearner(name, sae, configs[name], scaled, dead_after=dead_after, seed=seed) for name, sae in saes.items()]
+    learners = [
+        SAELearner(name, sae, configs[name], scaled, dead_after=dead_after, seed=seed)
+        for name, sae in saes.items()
+    ]
     for sae in saes.values():
         controller = getattr(sae, "controller", None)
         if controller is not None:
@@ -151,7 +174,11 @@ def fit_saes(
         sae.eval()
         sae.requires_grad_(False)
         seconds = progress.seconds_of(name)
-        mine = [(s, k.removeprefix(f"{name}/"), v) for s, k, v in progress.history if len(saes) == 1 or k.startswith(f"{name}/")]
+        mine = [
+            (s, k.removeprefix(f"{name}/"), v)
+            for s, k, v in progress.history
+            if len(saes) == 1 or k.startswith(f"{name}/")
+        ]
         rows_per_second = int(learner.module.rows_used) / max(seconds, 1e-9)
         reports[name] = FitReport(seconds, rows_per_second, progress.step, mine, progress.cut)
     return reports
@@ -172,14 +199,18 @@ def _check_start(name: str, sae: SAE, same: bool, rows: int) -> None:
             f"ask for more than {0.5 / rows:.2g}, or use larger batches and more calibration rows"
         )
     if sae.same_units and not same:
-        raise UserError(f"{name}: a {type(sae).__name__} SAE rebuilds what it reads: set sae.write=null")
+        raise UserError(
+            f"{name}: a {type(sae).__name__} SAE rebuilds what it reads: set sae.write=null"
+        )
     if sae.fitted and not sae.trains_on:
         raise UserError(
             f"{name} is fitted already, and its weights are in the data's units: build it anew, or save it "
             "with save_sae and train what load_sae gives on"
         )
     if (dtype := next(sae.parameters()).dtype) != torch.float32:
-        raise UserError(f"{name} has weights in {dtype}, and training needs float32: call .float() on it first")
+        raise UserError(
+            f"{name} has weights in {dtype}, and training needs float32: call .float() on it first"
+        )
 
 
 #: How the centre and the scale of activations are found.
@@ -208,9 +239,13 @@ def units_of(x: Tensor, what: str, blocks: int = 1, *, scale: str = "spread") ->
     for part in x.double().tensor_split(blocks, 1):
         size = part.square().sum(1).mean()
         if not bool(size > 0) or not bool(torch.isfinite(size)):
-            raise UserError(f"{what} cannot be scaled: their mean square is {size.item():g} (constant zero or non-finite values in the store)")
+            raise UserError(
+                f"{what} cannot be scaled: their mean square is {size.item():g} (constant zero or non-finite values in the store)"
+            )
         middle, spread = _middle(part, robust=scale == "robust")
-        if not bool(spread > RESOLUTION**2 * size):  # constant rows, which only their size can scale
+        if not bool(
+            spread > RESOLUTION**2 * size
+        ):  # constant rows, which only their size can scale
             middle, spread = torch.zeros_like(middle), size
         centre.append(middle)
         factor.append(spread.rsqrt().expand_as(middle))

@@ -17,7 +17,18 @@ from sae_experiments.source import modules_behind
 from sae_experiments.training.loop import TrainConfig, seed_of
 
 #: Numbers of the fit that an SAE may have for itself; the others are shared by all SAEs of one pass.
-OWN = ("lr", "min_lr", "betas", "eps", "weight_decay", "clip", "warmup_steps", "decay", "decay_from", "optimizer")
+OWN = (
+    "lr",
+    "min_lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "clip",
+    "warmup_steps",
+    "decay",
+    "decay_from",
+    "optimizer",
+)
 #: Precisions that an encoder's product may have in training.
 PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -52,10 +63,14 @@ class Arm:
         sae = self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **self._asked(d_sae))
         asked = self.target_l0 if sae.asked_l0 is None else sae.asked_l0
         if asked is not None and asked >= d_sae:
-            raise UserError(f"sae.target_l0={asked:g} must be below d_sae={d_sae}: ask for fewer, or raise sae.expansion or sae.d_sae")
+            raise UserError(
+                f"sae.target_l0={asked:g} must be below d_sae={d_sae}: ask for fewer, or raise sae.expansion or sae.d_sae"
+            )
         sae.product_dtype = PRODUCTS[self.product]
         if not sae.coarse and sae.product_dtype != torch.float32:
-            raise UserError(f"sae.product={self.product} is not for this SAE, which makes its products in its own way: use fp32")
+            raise UserError(
+                f"sae.product={self.product} is not for this SAE, which makes its products in its own way: use fp32"
+            )
         return sae
 
     def _asked(self, d_sae: int) -> dict[str, float]:
@@ -64,7 +79,9 @@ class Arm:
             return {}
         names = [n for n in ("k", "target_l0") if n in getattr(self.model, "keywords", {})]
         if not names or not 0 < self.active_frac < 1:
-            raise UserError(f"sae.active_frac={self.active_frac} must lie between 0 and 1, and the SAE take an L0: give null and its own numbers")
+            raise UserError(
+                f"sae.active_frac={self.active_frac} must lie between 0 and 1, and the SAE take an L0: give null and its own numbers"
+            )
         return {names[0]: self.active_frac * d_sae}
 
     def seeded(self, d_in: int, d_out: int, seed: int) -> SAE:
@@ -82,14 +99,20 @@ class Arm:
     def sites(self, default: str, n_layer: int) -> tuple[Site | Sites, Site | Sites]:
         """Where the encoder reads and what the decoder rebuilds."""
         named = self.read if self.read is not None else default
-        read = tuple(parse_site(s, n_layer) for s in named) if isinstance(named, (list, tuple)) else parse_site(named, n_layer)
+        read = (
+            tuple(parse_site(s, n_layer) for s in named)
+            if isinstance(named, (list, tuple))
+            else parse_site(named, n_layer)
+        )
         return read, parse_site(self.write, n_layer) if self.write else read
 
     def config(self, cfg: TrainConfig) -> TrainConfig:
         """The fit's numbers with the variant's own on top."""
         own = {k: v for k, v in self.train.items() if v is not None}
         for key in own.keys() - set(OWN):
-            raise UserError(f"sae.train.{key} cannot differ between the SAEs of one pass: set fit.train.{key}")
+            raise UserError(
+                f"sae.train.{key} cannot differ between the SAEs of one pass: set fit.train.{key}"
+            )
         return replace(cfg, **own)
 
     def describe(self) -> dict[str, Any]:
@@ -111,7 +134,9 @@ class Arm:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, functools.partial):
-        return {"target": f"{value.func.__module__}.{value.func.__qualname__}"} | {k: _plain(v) for k, v in value.keywords.items()}
+        return {"target": f"{value.func.__module__}.{value.func.__qualname__}"} | {
+            k: _plain(v) for k, v in value.keywords.items()
+        }
     return value
 
 
@@ -141,7 +166,13 @@ class FitSpec:
     scale: str = "spread"  # how activations are centred and scaled in the fit, see fit.units_of
 
     def __post_init__(self) -> None:
-        for name in ("train_rows", "calibration_rows", "held_out_rows", "init_rows", "collect_batch"):
+        for name in (
+            "train_rows",
+            "calibration_rows",
+            "held_out_rows",
+            "init_rows",
+            "collect_batch",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"fit.{name}={getattr(self, name)} must be at least 1")
         if self.store_dtype not in ("float16", "float32"):
@@ -149,7 +180,9 @@ class FitSpec:
         if self.scale not in SCALES:
             raise UserError(f"fit.scale={self.scale!r} is not one of {', '.join(SCALES)}")
         if self.train.batch_size > self.train_rows:
-            raise UserError(f"fit.train.batch_size={self.train.batch_size} exceeds fit.train_rows={self.train_rows}")
+            raise UserError(
+                f"fit.train.batch_size={self.train.batch_size} exceeds fit.train_rows={self.train_rows}"
+            )
 
     @property
     def dead_after(self) -> int:

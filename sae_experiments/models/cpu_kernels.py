@@ -26,7 +26,9 @@ def use_cheap_paths(model: nn.Module) -> None:
 
 class _Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
-        return dropped(x, self.p) if self.training and x.device.type == "cpu" else super().forward(x)
+        return (
+            dropped(x, self.p) if self.training and x.device.type == "cpu" else super().forward(x)
+        )
 
 
 def dropped(x: Tensor, p: float) -> Tensor:
@@ -34,7 +36,11 @@ def dropped(x: Tensor, p: float) -> Tensor:
 
     Uses the default generator, like PyTorch's.
     """
-    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: x.numel()]
+    drawn = (
+        torch.empty(-(-x.numel() // 4), dtype=torch.int64)
+        .random_(-(2**63), None)
+        .view(torch.int16)[: x.numel()]
+    )
     keep = (drawn >= round(p * 65536) - 32768).view(x.shape)
     return x * keep.to(x.dtype).div_(1 - p)
 
@@ -56,15 +62,26 @@ def causal_attention(
     """
     length = query.shape[2]
     plain = dropout or query.dtype == torch.bfloat16
-    if not plain or query.device.type != "cpu" or attention_mask is not None or key.shape[2] != length:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if (
+        not plain
+        or query.device.type != "cpu"
+        or attention_mask is not None
+        or key.shape[2] != length
+    ):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     out = []
     for begin in range(0, length, BLOCK):
         end = min(begin + BLOCK, length)
         scores = query[:, :, begin:end] @ key[:, :, :end].transpose(2, 3)
         later = torch.full((end - begin, end - begin), -torch.inf, dtype=scores.dtype).triu_(1)
-        scores = torch.cat([scores[..., :begin], scores[..., begin:] + later], -1) if begin else scores + later
+        scores = (
+            torch.cat([scores[..., :begin], scores[..., begin:] + later], -1)
+            if begin
+            else scores + later
+        )
         weights = scores.softmax(-1).to(value.dtype)
         out.append((dropped(weights, dropout) if dropout else weights) @ value[:, :, :end])
     return torch.cat(out, 2).transpose(1, 2), None

@@ -31,13 +31,30 @@ from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models.cpu_kernels import use_cheap_paths
 from sae_experiments.resources import Need
 from sae_experiments.source import source_digest
-from sae_experiments.training.loop import At, Group, History, Learner, Loss, Phase, Session, TrainConfig, seed_of, train
+from sae_experiments.training.loop import (
+    At,
+    Group,
+    History,
+    Learner,
+    Loss,
+    Phase,
+    Session,
+    TrainConfig,
+    seed_of,
+    train,
+)
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from here or from a local folder, never from a hub
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # models come from here or from a local folder, never from a hub
 
 hf_logging.disable_progress_bar()
 #: What the key/value cache is called: transformers renamed the argument and will drop its old name.
-CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters
+    else "past_key_values"
+)
 
 INFO = [
     MetricInfo(
@@ -111,13 +128,25 @@ class LMSpec:
     embedding_std: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "eval_batches", "curve_batches", "sample_length", "top_k"):
+        for name in (
+            "n_layer",
+            "n_head",
+            "n_embd",
+            "eval_batches",
+            "curve_batches",
+            "sample_length",
+            "top_k",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"lm.{name}={getattr(self, name)} must be at least 1")
         if self.n_positions < 2:
-            raise UserError(f"lm.n_positions={self.n_positions} must be at least 2: a window needs a context")
+            raise UserError(
+                f"lm.n_positions={self.n_positions} must be at least 2: a window needs a context"
+            )
         if self.n_embd % self.n_head:
-            raise UserError(f"lm.n_embd={self.n_embd} must be a multiple of lm.n_head={self.n_head}")
+            raise UserError(
+                f"lm.n_embd={self.n_embd} must be a multiple of lm.n_head={self.n_head}"
+            )
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"lm.precision={self.precision!r} is not one of auto, fp32, bf16")
         if not 0 <= self.dropout < 1:
@@ -127,7 +156,9 @@ class LMSpec:
                 f"lm.activation_function={self.activation_function!r} is not one that transformers knows, for example gelu_pytorch_tanh, gelu, relu"
             )
         if self.embedding_std is not None and not self.embedding_std > 0:
-            raise UserError(f"lm.embedding_std={self.embedding_std} must be positive, or null for GPT-2's own")
+            raise UserError(
+                f"lm.embedding_std={self.embedding_std} must be positive, or null for GPT-2's own"
+            )
         if not self.temperature > 0:
             raise UserError(f"lm.temperature={self.temperature} must be positive")
 
@@ -150,7 +181,10 @@ class TrainedLM(NamedTuple):
 
 #: Bytes of activations that training keeps for each position, block and unit of width; for each pair of positions that attention keeps, by
 #: (bf16, dropout). Measured at the peak of a step.
-STREAM_BYTES, PAIR_BYTES = 84, {(True, False): 5, (True, True): 12, (False, True): 18, (False, False): 0}
+STREAM_BYTES, PAIR_BYTES = (
+    84,
+    {(True, False): 5, (True, True): 12, (False, True): 18, (False, False): 0},
+)
 
 
 def training_need(spec: LMSpec, cfg: TrainConfig, vocab_size: int, device: torch.device) -> Need:
@@ -168,21 +202,43 @@ def training_need(spec: LMSpec, cfg: TrainConfig, vocab_size: int, device: torch
         "logits": 12 * vocab_size * rows,
         "weights and optimiser": 16 * n_params,
     }
-    step = 6 * rows * (12 * spec.n_layer * spec.n_embd**2 + vocab_size * spec.n_embd + spec.n_layer * spec.n_embd * spec.n_positions)
+    step = (
+        6
+        * rows
+        * (
+            12 * spec.n_layer * spec.n_embd**2
+            + vocab_size * spec.n_embd
+            + spec.n_layer * spec.n_embd * spec.n_positions
+        )
+    )
     return Need(memory, work=float(cfg.steps * step))
 
 
 def build_lm(spec: LMSpec, vocab_size: int, *, seed: int) -> GPT2LMHeadModel:
     """A GPT-2 with GPT-2's initialisation (residual projections scaled by 1/sqrt(2 n_layer)), weights drawn from ``seed``."""
     config = GPT2Config(
-        vocab_size=vocab_size, n_layer=spec.n_layer, n_head=spec.n_head, n_embd=spec.n_embd, n_positions=spec.n_positions,
-        resid_pdrop=spec.dropout, embd_pdrop=spec.dropout, attn_pdrop=spec.dropout, activation_function=spec.activation_function,
-        bos_token_id=None, eos_token_id=None, use_cache=False, tie_word_embeddings=spec.tied,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        n_layer=spec.n_layer,
+        n_head=spec.n_head,
+        n_embd=spec.n_embd,
+        n_positions=spec.n_positions,
+        resid_pdrop=spec.dropout,
+        embd_pdrop=spec.dropout,
+        attn_pdrop=spec.dropout,
+        activation_function=spec.activation_function,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+        tie_word_embeddings=spec.tied,
+    )
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(config)
     if spec.embedding_std is not None:
-        for table in (model.transformer.wte, model.transformer.wpe, *([] if spec.tied else [model.lm_head])):
+        for table in (
+            model.transformer.wte,
+            model.transformer.wpe,
+            *([] if spec.tied else [model.lm_head]),
+        ):
             nn.init.normal_(table.weight, std=spec.embedding_std)
     use_cheap_paths(model)
     if spec.freeze_bias:
@@ -192,10 +248,16 @@ def build_lm(spec: LMSpec, vocab_size: int, *, seed: int) -> GPT2LMHeadModel:
     return model
 
 
-def autocast(device: torch.device, precision: str, width: int) -> Callable[[], AbstractContextManager[Any]]:
+def autocast(
+    device: torch.device, precision: str, width: int
+) -> Callable[[], AbstractContextManager[Any]]:
     """The mixed-precision context for a model of ``width``; a no-op in fp32."""
     if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and width >= 256 and _cpu_has_bf16()
+        fast = (
+            torch.cuda.is_bf16_supported()
+            if device.type == "cuda"
+            else device.type == "cpu" and width >= 256 and _cpu_has_bf16()
+        )
         precision = "bf16" if fast else "fp32"
     if precision == "fp32":
         return nullcontext
@@ -213,7 +275,15 @@ def _cpu_has_bf16() -> bool:
 class LMLearner(Learner):
     """Next-character cross-entropy in nats, with dropout drawn from (seed, step)."""
 
-    def __init__(self, model: GPT2LMHeadModel, corpus: CharCorpus, spec: LMSpec, cfg: TrainConfig, *, seed: int) -> None:
+    def __init__(
+        self,
+        model: GPT2LMHeadModel,
+        corpus: CharCorpus,
+        spec: LMSpec,
+        cfg: TrainConfig,
+        *,
+        seed: int,
+    ) -> None:
         super().__init__("lm", model, cfg, seed=seed)
         self.corpus, self.spec = corpus, spec
         device = next(model.parameters()).device
@@ -221,7 +291,12 @@ class LMLearner(Learner):
         self.forward = torch.compile(model) if spec.compile else model
 
     def phases(self) -> list[Phase]:
-        groups: dict[str, list[nn.Parameter]] = {"muon": [], "writes": [], "matrices": [], "vectors": []}
+        groups: dict[str, list[nn.Parameter]] = {
+            "muon": [],
+            "writes": [],
+            "matrices": [],
+            "vectors": [],
+        }
         for name, p in self.module.named_parameters():
             if p.requires_grad:
                 block = int(name.split(".h.")[1].split(".")[0]) + 1 if ".h." in name else 0
@@ -266,20 +341,40 @@ class LMLearner(Learner):
 
     def batch(self, split: str, step: int, purpose: str) -> tuple[Tensor, Tensor]:
         device = next(self.module.parameters()).device
-        x, y = self.corpus.batch_at(split, step, rows=self.cfg.batch_size, length=self.spec.n_positions, seed=seed_of(self.seed, purpose))
+        x, y = self.corpus.batch_at(
+            split,
+            step,
+            rows=self.cfg.batch_size,
+            length=self.spec.n_positions,
+            seed=seed_of(self.seed, purpose),
+        )
         return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 def train_lm(
-    spec: LMSpec, corpus: CharCorpus, recipe: dict[str, Any], *, seed: int, cache: Path, device: torch.device, session: Session
+    spec: LMSpec,
+    corpus: CharCorpus,
+    recipe: dict[str, Any],
+    *,
+    seed: int,
+    cache: Path,
+    device: torch.device,
+    session: Session,
 ) -> TrainedLM:
     """The language model of (spec, corpus, seed): from the cache, or trained now, continuing where a killed process stopped."""
     cfg = spec.train_config(recipe)
     key = {
-        "what": "lm", "spec": _plain(spec) | {"train": _plain(cfg)}, "corpus": corpus.key, "seed": seed, "device": device.type,
-        "source": source_digest(__name__), "torch": torch.__version__,
-    }  # fmt: skip
-    folder = cached(cache, "lms", key, lambda part: _make(part, spec, corpus, cfg, seed, device, session))
+        "what": "lm",
+        "spec": _plain(spec) | {"train": _plain(cfg)},
+        "corpus": corpus.key,
+        "seed": seed,
+        "device": device.type,
+        "source": source_digest(__name__),
+        "torch": torch.__version__,
+    }
+    folder = cached(
+        cache, "lms", key, lambda part: _make(part, spec, corpus, cfg, seed, device, session)
+    )
     info = read_json(folder / "info.json")
     if info["cut"]:
         key = key | {"cut": info["step"]}
@@ -288,12 +383,23 @@ def train_lm(
     return TrainedLM(model, info["metrics"], history, folder, key, info["seconds"], info["cut"])
 
 
-def _make(part: Path, spec: LMSpec, corpus: CharCorpus, cfg: TrainConfig, seed: int, device: torch.device, session: Session) -> bool:
+def _make(
+    part: Path,
+    spec: LMSpec,
+    corpus: CharCorpus,
+    cfg: TrainConfig,
+    seed: int,
+    device: torch.device,
+    session: Session,
+) -> bool:
     model = build_lm(spec, len(corpus.symbols), seed=seed_of(seed, "lm")).to(device)
     learner = LMLearner(model, corpus, spec, cfg, seed=seed)
     checkpoint = part / "checkpoint.safetensors"
     progress = train(
-        [learner], lambda step: learner.batch("train", step, "train"), cfg, Session(session.log, session.tick, checkpoint, session.deadline)
+        [learner],
+        lambda step: learner.batch("train", step, "train"),
+        cfg,
+        Session(session.log, session.tick, checkpoint, session.deadline),
     )
     if progress.cut:
         progress.history += [(progress.step, k, v) for k, v in _final_evaluation(learner).items()]
@@ -308,7 +414,14 @@ def _make(part: Path, spec: LMSpec, corpus: CharCorpus, cfg: TrainConfig, seed: 
     model.save_pretrained(part)
     write_json(part / "symbols.json", corpus.symbols)
     write_json(
-        part / "info.json", {"metrics": metrics, "history": progress.history, "seconds": progress.seconds, "cut": progress.cut, "step": progress.step}
+        part / "info.json",
+        {
+            "metrics": metrics,
+            "history": progress.history,
+            "seconds": progress.seconds,
+            "cut": progress.cut,
+            "step": progress.step,
+        },
     )
     if not progress.cut:
         checkpoint.unlink(missing_ok=True)
@@ -316,7 +429,9 @@ def _make(part: Path, spec: LMSpec, corpus: CharCorpus, cfg: TrainConfig, seed: 
 
 
 def _final_evaluation(learner: LMLearner) -> dict[str, float]:
-    return {f"eval_{s}_loss": learner.mean_loss(s, learner.spec.eval_batches) for s in ("train", "val")}
+    return {
+        f"eval_{s}_loss": learner.mean_loss(s, learner.spec.eval_batches) for s in ("train", "val")
+    }
 
 
 def _plain(value: Any) -> dict[str, Any]:
@@ -326,7 +441,15 @@ def _plain(value: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def generate(model: GPT2LMHeadModel, prompt: Tensor, n: int, *, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+def generate(
+    model: GPT2LMHeadModel,
+    prompt: Tensor,
+    n: int,
+    *,
+    temperature: float,
+    top_k: int,
+    generator: torch.Generator,
+) -> Tensor:
     """Sample ``n`` characters after ``prompt`` (rows, length); returns (rows, length + n).
 
     A key/value cache makes each step cost one position. When the context is full, the cache is rebuilt from the last half of it: GPT-2's
@@ -339,7 +462,12 @@ def generate(model: GPT2LMHeadModel, prompt: Tensor, n: int, *, temperature: flo
     for _ in range(n):
         if past.get_seq_length() + window.shape[1] > limit:
             window, past = out[:, -(limit // 2) :], DynamicCache(config=model.config)
-        logits = model(input_ids=window, **{CACHE: past}, use_cache=True, logits_to_keep=1).logits[:, -1].float() / temperature
+        logits = (
+            model(input_ids=window, **{CACHE: past}, use_cache=True, logits_to_keep=1)
+            .logits[:, -1]
+            .float()
+            / temperature
+        )
         if top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
         window = torch.multinomial(logits.softmax(-1), 1, generator=generator)
@@ -347,17 +475,28 @@ def generate(model: GPT2LMHeadModel, prompt: Tensor, n: int, *, temperature: flo
     return out
 
 
-def sampling_rate(model: GPT2LMHeadModel, corpus: CharCorpus, spec: LMSpec, *, seed: int) -> float | None:
+def sampling_rate(
+    model: GPT2LMHeadModel, corpus: CharCorpus, spec: LMSpec, *, seed: int
+) -> float | None:
     """Mean over ``spec.samples`` samples, made one by one, of characters generated per second (None when no sample is asked for)."""
     if not spec.samples:
         return None
     device = next(model.parameters()).device
-    prompt = torch.tensor([[corpus.symbols.index(spec.prompt) if spec.prompt in corpus.symbols else 0]], device=device)
+    prompt = torch.tensor(
+        [[corpus.symbols.index(spec.prompt) if spec.prompt in corpus.symbols else 0]], device=device
+    )
     generator = torch.Generator(device).manual_seed(seed_of(seed, "sample"))
     rates = []
     for _ in range(spec.samples):
         start = time.perf_counter()
-        generate(model, prompt, spec.sample_length, temperature=spec.temperature, top_k=spec.top_k, generator=generator)
+        generate(
+            model,
+            prompt,
+            spec.sample_length,
+            temperature=spec.temperature,
+            top_k=spec.top_k,
+            generator=generator,
+        )
         if device.type == "cuda":
             torch.cuda.synchronize()
         rates.append(spec.sample_length / (time.perf_counter() - start))

@@ -42,7 +42,13 @@ def as_sites(where: Site | Sites) -> Sites:
 def parse_site(text: str, n_layer: int) -> Site:
     """``"resid.mid"`` or ``"mlp_act.2"`` as a :class:`Site`; a :class:`UserError` names what exists otherwise."""
     stream, _, layer = str(text).partition(".")
-    number = n_layer // 2 if layer == "mid" else int(layer) if layer.isdecimal() and layer.isascii() else -1
+    number = (
+        n_layer // 2
+        if layer == "mid"
+        else int(layer)
+        if layer.isdecimal() and layer.isascii()
+        else -1
+    )
     lowest = 0 if stream == "resid" else 1
     if stream not in STREAMS or not lowest <= number <= n_layer:
         raise UserError(
@@ -75,12 +81,20 @@ def _hook(model: nn.Module, site: Site, fn: Callable[[Tensor], Tensor | None]) -
         return None if new is None else (new, *args[1:])
 
     if site.stream == "resid":
-        return blocks[0].register_forward_pre_hook(on_input) if site.layer == 0 else blocks[site.layer - 1].register_forward_hook(on_output)
+        return (
+            blocks[0].register_forward_pre_hook(on_input)
+            if site.layer == 0
+            else blocks[site.layer - 1].register_forward_hook(on_output)
+        )
     layout, block = layout_of_model(model), blocks[site.layer - 1]
     if site.stream == "mlp_in":
         return block.get_submodule(layout.up).register_forward_pre_hook(on_input)
     down = block.get_submodule(layout.down)  # what it reads is the hidden activation
-    return down.register_forward_pre_hook(on_input) if site.stream == "mlp_act" else down.register_forward_hook(on_output)
+    return (
+        down.register_forward_pre_hook(on_input)
+        if site.stream == "mlp_act"
+        else down.register_forward_hook(on_output)
+    )
 
 
 @contextmanager
@@ -133,4 +147,6 @@ class Kept(NamedTuple):
         """For rows like ``x`` (N, D): about their mean, in units of about their spread."""
         centre = x.double().mean(0)
         spread = float((x.double() - centre).square().mean().sqrt())
-        return Kept(centre.float().cpu(), 2.0 ** round(math.log2(spread)) if spread > 1e-30 else 1.0)
+        return Kept(
+            centre.float().cpu(), 2.0 ** round(math.log2(spread)) if spread > 1e-30 else 1.0
+        )

@@ -36,7 +36,9 @@ class Layout:
 #: By the ``model_type`` of a configuration.
 LAYOUTS = {
     "gpt2": Layout("transformer.h", "transformer.ln_f", "mlp.c_fc", "mlp.c_proj", "n_inner"),
-    "gpt_neo": Layout("transformer.h", "transformer.ln_f", "mlp.c_fc", "mlp.c_proj", "intermediate_size"),
+    "gpt_neo": Layout(
+        "transformer.h", "transformer.ln_f", "mlp.c_fc", "mlp.c_proj", "intermediate_size"
+    ),
 }
 
 

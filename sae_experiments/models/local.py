@@ -37,8 +37,17 @@ WRAPPED = {r"^((_orig_mod|module|model)\.)+": "", r"\._orig_mod\.": "."}
 MASKS = re.compile(r"\.attn(\.attention)?\.(masked_)?bias$")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 #: What transformers and safetensors raise for a folder that they cannot read.
-LOADING = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, SafetensorError,
-           getattr(hub_errors, "StrictDataclassError", OSError))  # fmt: skip
+LOADING = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+    getattr(hub_errors, "StrictDataclassError", OSError),
+)
 
 
 class Sizes(NamedTuple):
@@ -79,7 +88,11 @@ class TokenText:
     def windows(self, split: str, starts: np.ndarray, length: int) -> torch.Tensor:
         """The windows of ``length`` ids that begin at ``starts``, int64 (n, length)."""
         ids = self.splits[split]
-        return torch.from_numpy(np.lib.stride_tricks.sliding_window_view(ids, length)[np.asarray(starts, dtype=np.int64)].astype(np.int64))
+        return torch.from_numpy(
+            np.lib.stride_tricks.sliding_window_view(ids, length)[
+                np.asarray(starts, dtype=np.int64)
+            ].astype(np.int64)
+        )
 
 
 def sizes_of(folder: Path) -> Sizes:
@@ -92,23 +105,38 @@ def sizes_of(folder: Path) -> Sizes:
         layout = layout_of(config, f"local.folder={folder}")
         width, n_layer = int(config.hidden_size), int(config.num_hidden_layers)
         inner = getattr(config, layout.inner) or 4 * width
-        return Sizes(n_layer, width, int(inner), int(config.max_position_embeddings), int(config.vocab_size))
+        return Sizes(
+            n_layer, width, int(inner), int(config.max_position_embeddings), int(config.vocab_size)
+        )
     except LOADING as error:
-        raise UserError(f"local.folder={folder}: {CONFIG} is not that of a language model ({_line(error)})") from error
+        raise UserError(
+            f"local.folder={folder}: {CONFIG} is not that of a language model ({_line(error)})"
+        ) from error
 
 
 def load_local(folder: Path, *, context: int, device: torch.device) -> LocalLM:
     """The model in a folder, to be read in windows of ``context`` tokens."""
     sizes = sizes_of(folder)
     if not 2 <= context <= sizes.context:
-        raise UserError(f"local.context={context} must lie between 2 and the {sizes.context} positions of the model in {folder}")
+        raise UserError(
+            f"local.context={context} must lie between 2 and the {sizes.context} positions of the model in {folder}"
+        )
     weights = [p for p in folder.iterdir() if p.suffix in WEIGHTS]
     if not weights:
-        raise UserError(f"local.folder={folder} is not a model directory: it has no weights ({' or '.join('*' + s for s in WEIGHTS)})")
+        raise UserError(
+            f"local.folder={folder} is not a model directory: it has no weights ({' or '.join('*' + s for s in WEIGHTS)})"
+        )
     model, notes = _loaded(folder)
-    model.config.n_positions = context  # under GPT-2's name, whatever the architecture calls it: how long the windows are
+    model.config.n_positions = (
+        context  # under GPT-2's name, whatever the architecture calls it: how long the windows are
+    )
     files = {p.name: sha256_file(p) for p in sorted([folder / CONFIG, *weights])}
-    key = {"what": "local lm", "files": files, "context": context, "source": source_digest(__name__)}
+    key = {
+        "what": "local lm",
+        "files": files,
+        "context": context,
+        "source": source_digest(__name__),
+    }
     return LocalLM(model.to(device).eval().requires_grad_(False), key, notes)
 
 
@@ -126,18 +154,33 @@ def _loaded(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
     model, *misplaced = _read(folder, key_mapping=WRAPPED)
     _refuse_misplaced(folder, *misplaced)
     key, name = next(iter(plain.items()))
-    return model, (f"local.folder={folder}: the names of {len(plain)} weights carry a prefix, which is left out ({key} is {name})",)
+    return model, (
+        f"local.folder={folder}: the names of {len(plain)} weights carry a prefix, which is left out ({key} is {name})",
+    )
 
 
 def _read(folder: Path, **more: Any) -> tuple[nn.Module, list[str], list[str]]:
     """The model, names of weights that the files lack, and of those in the files without a place in the model."""
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True, **more}
+    options = {
+        "dtype": torch.float32,
+        "attn_implementation": "eager",
+        "output_loading_info": True,
+        **more,
+    }
     try:
         with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, **options
+            )
     except LOADING as error:
-        raise UserError(f"local.folder={folder} cannot be loaded as a causal language model ({_line(error)})") from error
-    return model, sorted(info["missing_keys"]), sorted(k for k in info["unexpected_keys"] if not MASKS.search(k))
+        raise UserError(
+            f"local.folder={folder} cannot be loaded as a causal language model ({_line(error)})"
+        ) from error
+    return (
+        model,
+        sorted(info["missing_keys"]),
+        sorted(k for k in info["unexpected_keys"] if not MASKS.search(k)),
+    )
 
 
 @contextmanager
@@ -160,8 +203,9 @@ def _plain(key: str) -> str:
 def _refuse_misplaced(folder: Path, missing: list[str], unexpected: list[str]) -> None:
     told = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for names, what in ((missing, "missing"), (unexpected, "without a place in it")) if names
-    ]  # fmt: skip
+        for names, what in ((missing, "missing"), (unexpected, "without a place in it"))
+        if names
+    ]
     if told:
         raise UserError(
             f"local.folder={folder}: its weights are not those of the model in {CONFIG}: {' and '.join(told)}; save the model whole again"
@@ -173,7 +217,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"local.text={path} cannot be read as UTF-8 text ({_line(error)})") from error
+        raise UserError(
+            f"local.text={path} cannot be read as UTF-8 text ({_line(error)})"
+        ) from error
 
 
 def cut(text: str, folder: Path, *, name: str, val_frac: float, vocabulary: int) -> TokenText:
@@ -188,31 +234,62 @@ def cut(text: str, folder: Path, *, name: str, val_frac: float, vocabulary: int)
     else:
         ids, pieces, dropped = _tokenized(text, folder, vocabulary)
     if not len(ids) or int(ids.max()) >= vocabulary:
-        raise UserError(f"local.text gives ids up to {int(ids.max()) if len(ids) else 'none'}, but the model in {folder} has {vocabulary} symbols")
+        raise UserError(
+            f"local.text gives ids up to {int(ids.max()) if len(ids) else 'none'}, but the model in {folder} has {vocabulary} symbols"
+        )
     ids = ids.astype(np.uint16 if vocabulary <= 1 << 16 else np.int32)
     border = round(len(ids) * (1 - val_frac))
     splits = {"train": ids[:border], "val": ids[border:]}
     one = all(len(p) == 1 for p in pieces) and len(set(pieces)) == len(pieces)
     digest = hashlib.sha256(ids.tobytes()).hexdigest()
-    about = {"corpus": name, "stand_in": False, "symbols": len(pieces), "counts": {k: len(v) for k, v in splits.items()}, "dropped_frac": dropped}
-    return TokenText(name=name, splits=splits, pieces=pieces, symbols=pieces if one else [], provenance=about, key=f"{digest}-{border}")
+    about = {
+        "corpus": name,
+        "stand_in": False,
+        "symbols": len(pieces),
+        "counts": {k: len(v) for k, v in splits.items()},
+        "dropped_frac": dropped,
+    }
+    return TokenText(
+        name=name,
+        splits=splits,
+        pieces=pieces,
+        symbols=pieces if one else [],
+        provenance=about,
+        key=f"{digest}-{border}",
+    )
 
 
 def _tokenized(text: str, folder: Path, vocabulary: int) -> tuple[np.ndarray, list[str], float]:
-    if not any((folder / name).is_file() for name in TOKENIZERS):  # without these, transformers makes an empty one and says nothing
-        raise UserError(f"local.folder={folder} holds no tokenizer: put its files there ({', '.join(TOKENIZERS)})")
+    if not any(
+        (folder / name).is_file() for name in TOKENIZERS
+    ):  # without these, transformers makes an empty one and says nothing
+        raise UserError(
+            f"local.folder={folder} holds no tokenizer: put its files there ({', '.join(TOKENIZERS)})"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+        ids = np.asarray(
+            tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64
+        )
     except LOADING as error:
-        raise UserError(f"local.folder={folder} has a tokenizer that cannot be read ({_line(error)}): put its files there") from error
-    known = min(len(tokenizer), vocabulary)  # a model may have more rows than its tokenizer has tokens
+        raise UserError(
+            f"local.folder={folder} has a tokenizer that cannot be read ({_line(error)}): put its files there"
+        ) from error
+    known = min(
+        len(tokenizer), vocabulary
+    )  # a model may have more rows than its tokenizer has tokens
     pieces = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in range(known)]
     unknown = tokenizer.unk_token_id
     # GPT-2's tokenizer names its end-of-text token here too, though it has a token for every byte.
-    lost = 0.0 if unknown in (None, tokenizer.eos_token_id) or not len(ids) else float((ids == unknown).mean())
+    lost = (
+        0.0
+        if unknown in (None, tokenizer.eos_token_id) or not len(ids)
+        else float((ids == unknown).mean())
+    )
     return ids, pieces + [""] * (vocabulary - known), lost
 
 
 def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )[:200]

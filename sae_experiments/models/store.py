@@ -33,7 +33,12 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         info = read_json(folder / "store.json")
-        self.folder, self.key, self.length, self.split = folder, info["key"], info["length"], info["split"]
+        self.folder, self.key, self.length, self.split = (
+            folder,
+            info["key"],
+            info["length"],
+            info["split"],
+        )
         self.starts = np.load(folder / "starts.npy", allow_pickle=False)
         self.n_rows = len(self.starts) * self.length
         self.sites = {Site(*s["site"]): self._open(s) for s in info["sites"]}
@@ -41,10 +46,14 @@ class Store:
         self._order: tuple[tuple[int, int, int, int], np.ndarray] | None = None
 
     def _open(self, s: dict[str, Any]) -> np.ndarray:
-        return np.memmap(self.folder / s["file"], dtype=s["dtype"], mode="r", shape=(self.n_rows, s["width"]))
+        return np.memmap(
+            self.folder / s["file"], dtype=s["dtype"], mode="r", shape=(self.n_rows, s["width"])
+        )
 
     def _kept_as(self, s: dict[str, Any]) -> Kept:
-        return Kept(torch.from_numpy(np.load(self.folder / s["centre"], allow_pickle=False)), s["unit"])
+        return Kept(
+            torch.from_numpy(np.load(self.folder / s["centre"], allow_pickle=False)), s["unit"]
+        )
 
     def width(self, site: Site | Sites) -> int:
         """Width of a site, or of several side by side."""
@@ -59,16 +68,24 @@ class Store:
         x, kept = torch.from_numpy(_taken(self.sites[site], index)).float(), self._kept.get(site)
         return x if kept is None else torch.add(kept.centre, x, alpha=kept.unit, out=x)
 
-    def index_at(self, step: int, *, rows: int, seed: int, first: int = 0, last: int | None = None) -> np.ndarray:
+    def index_at(
+        self, step: int, *, rows: int, seed: int, first: int = 0, last: int | None = None
+    ) -> np.ndarray:
         """Row numbers of batch ``step``: the rows first..last in an order shuffled anew each epoch, a function of (seed, step) alone."""
         n = (last or self.n_rows) - first
         if rows > n:
-            raise UserError(f"a batch of {rows} rows was asked for, but the store has {n}: collect more windows or use a smaller fit.batch_size")
+            raise UserError(
+                f"a batch of {rows} rows was asked for, but the store has {n}: collect more windows or use a smaller fit.batch_size"
+            )
         per_epoch = n // rows
         epoch, within = divmod(step, per_epoch)
         name = (seed, epoch, first, n)
         if self._order is None or self._order[0] != name:
-            order = np.random.default_rng([seed & 0xFFFFFFFF, seed >> 32, epoch]).permutation(n).astype(np.int32)
+            order = (
+                np.random.default_rng([seed & 0xFFFFFFFF, seed >> 32, epoch])
+                .permutation(n)
+                .astype(np.int32)
+            )
             self._order = (name, order)
         return np.sort(self._order[1][within * rows : (within + 1) * rows]) + first
 
@@ -79,16 +96,34 @@ def _taken(rows: np.ndarray, index: np.ndarray | slice) -> np.ndarray:
 
 
 def collect(
-    model: nn.Module, tokens_of: Callable[[np.ndarray], Tensor], starts: np.ndarray, sites: Sequence[Site], *, length: int, split: str,
-    cache: Path, key: Mapping[str, Any], dtype: str, batch: int, tick: Callable[[int, int], None] = lambda done, total: None,
-) -> Store:  # fmt: skip
+    model: nn.Module,
+    tokens_of: Callable[[np.ndarray], Tensor],
+    starts: np.ndarray,
+    sites: Sequence[Site],
+    *,
+    length: int,
+    split: str,
+    cache: Path,
+    key: Mapping[str, Any],
+    dtype: str,
+    batch: int,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Store:
     """The store of ``sites`` over the windows that begin at ``starts`` (``tokens_of(starts)`` gives their ids (n, length)).
 
     Made in the cache under ``key`` unless it is there. Raises :class:`UserError` when an activation is not finite or too large for ``dtype``.
     """
-    full = {"what": "store", "of": dict(key), "sites": [str(s) for s in sites], "length": length, "split": split, "dtype": dtype, "n": len(starts),
-            "starts": hashlib.sha256(np.ascontiguousarray(starts, dtype=np.int64)).hexdigest(),
-            "source": source_digest(__name__, alone=modules_behind(tokens_of))}  # fmt: skip
+    full = {
+        "what": "store",
+        "of": dict(key),
+        "sites": [str(s) for s in sites],
+        "length": length,
+        "split": split,
+        "dtype": dtype,
+        "n": len(starts),
+        "starts": hashlib.sha256(np.ascontiguousarray(starts, dtype=np.int64)).hexdigest(),
+        "source": source_digest(__name__, alone=modules_behind(tokens_of)),
+    }
     device = next(model.parameters()).device
 
     def make(folder: Path) -> None:
@@ -99,20 +134,33 @@ def collect(
         with ExitStack() as stack:
             _collect(folder, files, widths, kept, stack)
         np.save(folder / "starts.npy", starts)
-        listed = [{"site": list(s), "file": f"{s}.bin", "dtype": dtype, "width": width} for s, width in widths.items()]
+        listed = [
+            {"site": list(s), "file": f"{s}.bin", "dtype": dtype, "width": width}
+            for s, width in widths.items()
+        ]
         for info, site in zip(listed, widths, strict=True):
             if site in kept:
                 np.save(folder / f"{site}.centre.npy", kept[site].centre.numpy())
                 info |= {"centre": f"{site}.centre.npy", "unit": kept[site].unit}
-        write_json(folder / "store.json", {"key": full, "length": length, "split": split, "sites": listed})
+        write_json(
+            folder / "store.json", {"key": full, "length": length, "split": split, "sites": listed}
+        )
 
-    def _collect(folder: Path, files: dict[Site, Any], widths: dict[Site, int], kept: dict[Site, Kept], stack: ExitStack) -> None:
+    def _collect(
+        folder: Path,
+        files: dict[Site, Any],
+        widths: dict[Site, int],
+        kept: dict[Site, Kept],
+        stack: ExitStack,
+    ) -> None:
         for begin in range(0, len(starts), batch):
             part = starts[begin : begin + batch]
             for site, x in activations(model, tokens_of(part).to(device), sites).items():
                 x = x.reshape(-1, x.shape[-1]).float()
                 if not bool(torch.isfinite(x).all()):
-                    raise NonFinite(f"activations at {site} are not finite (window at {part[0]} of {split}): the language model is broken")
+                    raise NonFinite(
+                        f"activations at {site} are not finite (window at {part[0]} of {split}): the language model is broken"
+                    )
                 values = x.cpu()
                 if dtype == "float16":
                     how = kept[site] = kept.get(site) or Kept.like(x)

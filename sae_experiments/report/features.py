@@ -53,8 +53,16 @@ def graphs_of(run: Run) -> list[dict[str, Any]]:
     for dataset, seed, graphs in _stored(run, "graphs"):
         for graph in graphs:
             if isinstance(graph, dict) and isinstance(graph.get("nodes"), list) and graph["nodes"]:
-                about = {"run": run.name, "cell": f"{dataset}, seed {seed}", "bytes": _is_bytes(run, dataset)}
-                nodes = [node | _plain(node.get("contexts")) for node in graph["nodes"] if isinstance(node, dict)]
+                about = {
+                    "run": run.name,
+                    "cell": f"{dataset}, seed {seed}",
+                    "bytes": _is_bytes(run, dataset),
+                }
+                nodes = [
+                    node | _plain(node.get("contexts"))
+                    for node in graph["nodes"]
+                    if isinstance(node, dict)
+                ]
                 found.append(graph | about | {"nodes": nodes})
     return found
 
@@ -90,10 +98,16 @@ def pack(cell: Cell, size: tuple[int, int]) -> bytes:
     pool: list[str | None] = []
     latents = []
     for feature in cell.features:
-        top = number(feature.get("max")) or max((abs(v) for c in _dicts(feature.get("top")) for v in _acts(c)), default=0.0)
+        top = number(feature.get("max")) or max(
+            (abs(v) for c in _dicts(feature.get("top")) for v in _acts(c)), default=0.0
+        )
         kept = {k: v for k, v in feature.items() if k not in ("top", "samples", "strings")}
-        kept["top"] = [_context(c, top, pool) for c in _dicts(feature.get("top"))[: size[0]]] + _strings(feature, top, size[0])
-        kept["samples"] = [_context(c, top, pool) for c in _dicts(feature.get("samples"))[: size[1]]]
+        kept["top"] = [
+            _context(c, top, pool) for c in _dicts(feature.get("top"))[: size[0]]
+        ] + _strings(feature, top, size[0])
+        kept["samples"] = [
+            _context(c, top, pool) for c in _dicts(feature.get("samples"))[: size[1]]
+        ]
         latents.append({k: v for k, v in kept.items() if v is not None and v != []})
     content = {"latents": latents, "text": _segments(pool)}
     try:
@@ -139,7 +153,9 @@ def _context(context: Mapping[str, Any], top: float, pool: list[str | None]) -> 
     first = row - len(before)
     end = first + len(text)
     pool.extend([None] * (end - len(pool)))
-    if any(known is not None and known != c for known, c in zip(pool[first:end], text, strict=True)):  # not the same text after all
+    if any(
+        known is not None and known != c for known, c in zip(pool[first:end], text, strict=True)
+    ):  # not the same text after all
         return _inline(context, top)
     pool[first:end] = text
     return [first, len(text), len(before), _sparse(_acts(context), top)]
@@ -158,7 +174,13 @@ def _strings(feature: Mapping[str, Any], top: float, most: int) -> list[list[Any
     found = []
     for string, value in ((str(text), number(v) or 0.0) for text, v in pairs[: max(most, 1)]):
         at = place if isinstance(place, int) and 0 <= place < len(string) else -1
-        found.append([string, at, _sparse([value if at in (-1, i) else 0.0 for i in range(len(string))], top)])
+        found.append(
+            [
+                string,
+                at,
+                _sparse([value if at in (-1, i) else 0.0 for i in range(len(string))], top),
+            ]
+        )
     return found
 
 
@@ -176,11 +198,20 @@ def packed(cells: Sequence[Cell], room: int) -> tuple[list[tuple[Cell, str]], st
     """
     firsts = {(c.run, c.dataset): c for c in reversed(cells)}
     only = [c for c in cells if firsts[c.run, c.dataset] is c]
-    tries = [*((s, cells) for s in SIZES[:3]), *((s, only) for s in (SIZES if len(only) < len(cells) else SIZES[3:]))]
+    tries = [
+        *((s, cells) for s in SIZES[:3]),
+        *((s, only) for s in (SIZES if len(only) < len(cells) else SIZES[3:])),
+    ]
     for size, chosen in tries:
         found = _all(chosen, size, room)
         if found is not None:
-            notes = [f"{size[0]} strongest contexts and {size[1]} samples a latent are kept in this file"] if size != FULL else []
+            notes = (
+                [
+                    f"{size[0]} strongest contexts and {size[1]} samples a latent are kept in this file"
+                ]
+                if size != FULL
+                else []
+            )
             notes += ["only the first seed of each dataset is"] if len(chosen) < len(cells) else []
             return found, "; ".join(notes)
     found, used = [], 0
@@ -189,7 +220,10 @@ def packed(cells: Sequence[Cell], room: int) -> tuple[list[tuple[Cell, str]], st
         if used + len(data) > room:
             break
         found, used = [*found, (cell, data)], used + len(data)
-    return found, f"only {len(found)} of {len(cells)} cells fit into this file; the others are in the runs' folders features/"
+    return (
+        found,
+        f"only {len(found)} of {len(cells)} cells fit into this file; the others are in the runs' folders features/",
+    )
 
 
 def _text(cell: Cell, size: tuple[int, int]) -> str:

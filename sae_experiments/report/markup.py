@@ -18,7 +18,9 @@ def text(value: Any) -> Markup:
     if isinstance(value, Markup):
         return value
     plain = str(value).encode("utf-8", "replace").decode()
-    return Markup(html.escape("".join(c if c in "\n\t" or ord(c) >= 32 else "\ufffd" for c in plain)))
+    return Markup(
+        html.escape("".join(c if c in "\n\t" or ord(c) >= 32 else "\ufffd" for c in plain))
+    )
 
 
 def join(*children: Any) -> Markup:
@@ -34,22 +36,39 @@ def join(*children: Any) -> Markup:
 
 def tag(name: str, *children: Any, **attributes: Any) -> Markup:
     """``<name attributes>children</name>``; ``class_`` is ``class``, ``data_x`` is ``data-x``; attributes that are None or False are left out."""
-    given = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None and value is not False)
-    shown = "".join(f" {key}" if value is True else f' {key}="{text(value)}"' for key, value in given)
+    given = (
+        (key.rstrip("_").replace("_", "-"), value)
+        for key, value in attributes.items()
+        if value is not None and value is not False
+    )
+    shown = "".join(
+        f" {key}" if value is True else f' {key}="{text(value)}"' for key, value in given
+    )
     return Markup(f"<{name}{shown}>{join(*children)}</{name}>")
 
 
 def json_block(value: Any) -> str:
     """JSON for a ``<script type="application/json">``: no character of it can end the element, open another, or end a line of a script."""
-    found = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=True)  # U+2028 and lone surrogates are escaped by ensure_ascii
+    found = json.dumps(
+        value, allow_nan=False, separators=(",", ":"), ensure_ascii=True
+    )  # U+2028 and lone surrogates are escaped by ensure_ascii
     return found.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def table(head: list[Any], rows: list[list[Any]], **attributes: Any) -> Markup:
     """A table with a head row; the first cell of each row names it. It scrolls by itself where the page is narrow."""
-    heads = [cell if isinstance(cell, Markup) and cell.startswith("<th") else tag("th", cell, scope="col") for cell in head]
+    heads = [
+        cell
+        if isinstance(cell, Markup) and cell.startswith("<th")
+        else tag("th", cell, scope="col")
+        for cell in head
+    ]
     body = [
-        tag("tr", tag("th", first, scope="row"), [c if isinstance(c, Markup) and c.startswith("<td") else tag("td", c) for c in rest])
+        tag(
+            "tr",
+            tag("th", first, scope="row"),
+            [c if isinstance(c, Markup) and c.startswith("<td") else tag("td", c) for c in rest],
+        )
         for first, *rest in rows
     ]
     inner = tag("table", tag("thead", tag("tr", heads)), tag("tbody", body), **attributes)

@@ -25,7 +25,15 @@ from sae_experiments.results.table import RunTable
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
-SCRIPTS = ("base.js", "charts.js", "contexts.js", "latent.js", "browser.js", "graphs.js", "start.js")
+SCRIPTS = (
+    "base.js",
+    "charts.js",
+    "contexts.js",
+    "latent.js",
+    "browser.js",
+    "graphs.js",
+    "start.js",
+)
 ROOM = 4_900_000  # bytes of a whole report
 MORE = "general"
 
@@ -50,7 +58,11 @@ def page(table: RunTable, pictures: Sequence[Picture]) -> str:
     title = table.runs[0].title if len(table.runs) == 1 else f"Comparison of {len(table.runs)} runs"
     graphs = _safely("graphs", lambda: [g for run in table.runs for g in graphs_of(run)]) or []
     sections = [
-        ("summary", "Summary", _safely("summary", lambda: summary.final_numbers(table, compare(table)))),
+        (
+            "summary",
+            "Summary",
+            _safely("summary", lambda: summary.final_numbers(table, compare(table))),
+        ),
         ("differences", "What differs", _safely("differences", lambda: summary.differences(table))),
         *_figure_sections(pictures),
         ("features", "Features", None),
@@ -59,14 +71,33 @@ def page(table: RunTable, pictures: Sequence[Picture]) -> str:
     ]
     fixed = _assets()
     data = {"title": title, "graphs": graphs}
-    used = sum(map(len, fixed.values())) + sum(len(body or "") for _, _, body in sections) + len(json_block(data))
-    blobs = {f"figure-{_id(p.name)}": base64.b64encode(gzip.compress(p.svg, 9, mtime=0)).decode() for p in pictures}
+    used = (
+        sum(map(len, fixed.values()))
+        + sum(len(body or "") for _, _, body in sections)
+        + len(json_block(data))
+    )
+    blobs = {
+        f"figure-{_id(p.name)}": base64.b64encode(gzip.compress(p.svg, 9, mtime=0)).decode()
+        for p in pictures
+    }
     cells, note = _cells(table, ROOM - used - sum(map(len, blobs.values())))
     data["cells"] = [
-        {"run": c.run, "title": c.title, "dataset": c.dataset, "seed": c.seed, "bytes": c.is_bytes, "n": len(c.features)} for c, _ in cells
+        {
+            "run": c.run,
+            "title": c.title,
+            "dataset": c.dataset,
+            "seed": c.seed,
+            "bytes": c.is_bytes,
+            "n": len(c.features),
+        }
+        for c, _ in cells
     ]
     blobs |= {f"cell-{i}": found for i, (_, found) in enumerate(cells)}
-    browser = join(tag("p", note, class_="quiet") if note else None, tag("div", id="browser")) if cells else None
+    browser = (
+        join(tag("p", note, class_="quiet") if note else None, tag("div", id="browser"))
+        if cells
+        else None
+    )
     shown = [(key, name, browser if key == "features" else body) for key, name, body in sections]
     return _fill(
         fixed["page.html"],
@@ -77,20 +108,33 @@ def page(table: RunTable, pictures: Sequence[Picture]) -> str:
             "script": fixed["script"],
             "header": summary.header(table, title),
             "nav": join([tag("a", name, href=f"#{key}") for key, name, body in shown if body]),
-            "sections": join([tag("section", tag("h2", name), body, id=key) for key, name, body in shown if body]),
+            "sections": join(
+                [tag("section", tag("h2", name), body, id=key) for key, name, body in shown if body]
+            ),
             "data": json_block(data),
-            "blobs": "\n".join(f'<script type="application/gzip" id="{name}">{text}</script>' for name, text in blobs.items()),
+            "blobs": "\n".join(
+                f'<script type="application/gzip" id="{name}">{text}</script>'
+                for name, text in blobs.items()
+            ),
         },
     )
 
 
 def _cells(table: RunTable, room: int) -> tuple[list[tuple[Cell, str]], str]:
-    found = _safely("features", lambda: [cell for run in table.runs for cell in cells_of(run)]) or []
-    return (_safely("features", lambda: packed(found, max(room, 0))) or ([], "")) if found else ([], "")
+    found = (
+        _safely("features", lambda: [cell for run in table.runs for cell in cells_of(run)]) or []
+    )
+    return (
+        (_safely("features", lambda: packed(found, max(room, 0))) or ([], ""))
+        if found
+        else ([], "")
+    )
 
 
 def _details(table: RunTable) -> Markup:
-    of_runs = [[summary.configuration(r), summary.provenance(r), summary.times(r)] for r in table.runs[:20]]
+    of_runs = [
+        [summary.configuration(r), summary.provenance(r), summary.times(r)] for r in table.runs[:20]
+    ]
     return join(of_runs, summary.formulas(table))
 
 
@@ -101,14 +145,25 @@ def _figure_sections(pictures: Sequence[Picture]) -> list[tuple[str, str, Markup
     for word, picture in zip(words, pictures, strict=True):
         groups.setdefault(word if words.count(word) > 1 else MORE, []).append(picture)
     names = {MORE: "Figures"}
-    return [(f"figures-{_id(w)}", names.get(w, w.capitalize()), join([_figure(p) for p in found])) for w, found in groups.items() if found]
+    return [
+        (f"figures-{_id(w)}", names.get(w, w.capitalize()), join([_figure(p) for p in found]))
+        for w, found in groups.items()
+        if found
+    ]
 
 
 def _figure(picture: Picture) -> Markup:
     """The picture's place; the script fills it from the compressed SVG."""
     caption = tag("figcaption", tag("strong", picture.title), " ", picture.caption)
     return tag(
-        "figure", tag("div", class_="picture", data_blob=f"figure-{_id(picture.name)}", data_alt=f"{picture.title}. {picture.caption}"), caption
+        "figure",
+        tag(
+            "div",
+            class_="picture",
+            data_blob=f"figure-{_id(picture.name)}",
+            data_alt=f"{picture.title}. {picture.caption}",
+        ),
+        caption,
     )
 
 
@@ -121,13 +176,21 @@ def _safely(what: str, make: Any) -> Any:
     try:
         return make()
     except Exception as error:  # whatever lies in a run folder
-        log.warning("report: %s left out, %s: %s", what, type(error).__name__, " ".join(str(error).split())[:200])
+        log.warning(
+            "report: %s left out, %s: %s",
+            what,
+            type(error).__name__,
+            " ".join(str(error).split())[:200],
+        )
         return None
 
 
 def _assets() -> dict[str, str]:
     """The template, the style sheet and the one script, made of its parts."""
-    found = {name: (HERE / name).read_text(encoding="utf-8") for name in ("page.html", "report.css", *SCRIPTS)}
+    found = {
+        name: (HERE / name).read_text(encoding="utf-8")
+        for name in ("page.html", "report.css", *SCRIPTS)
+    }
     parts = "\n".join(found.pop(name) for name in SCRIPTS)
     return found | {"script": f'"use strict";\n(() => {{\n{parts}\n}})();\n'}
 

@@ -24,12 +24,33 @@ import numpy as np
 
 from sae_experiments import quality_warnings as warned
 from sae_experiments.errors import UserError
-from sae_experiments.files import check_readable, read_json, read_sealed, sha256_file, write_bytes, write_json, write_sealed
+from sae_experiments.files import (
+    check_readable,
+    read_json,
+    read_sealed,
+    sha256_file,
+    write_bytes,
+    write_json,
+    write_sealed,
+)
 
 log = logging.getLogger(__name__)
 FINAL_INFO = "final_info.json"
 #: Configuration that does not change results: a run may be continued with other values of these, and comparisons leave them out.
-EDGES = ("out_dir", "runs_root", "cache", "label", "track", "verbosity", "time_limit_s", "overwrite", "report", "threads", "offline", "hydra")
+EDGES = (
+    "out_dir",
+    "runs_root",
+    "cache",
+    "label",
+    "track",
+    "verbosity",
+    "time_limit_s",
+    "overwrite",
+    "report",
+    "threads",
+    "offline",
+    "hydra",
+)
 NOT_FINITE = "not finite"
 MOST_ARRAYS = 1 << 30  # bytes of a cell's arrays, unpacked
 NOT_GIVEN = "no value and no reason given"
@@ -46,26 +67,48 @@ class Record:
     seed: int
     metrics: dict[str, float | None]
     why_null: dict[str, str] = field(default_factory=dict)
-    noise: dict[str, float] = field(default_factory=dict)  # standard error of a metric over resampled text, where it is known
+    noise: dict[str, float] = field(
+        default_factory=dict
+    )  # standard error of a metric over resampled text, where it is known
     seconds: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)  # under which conditions it was measured (see conditions)
-    warnings: list[dict[str, Any]] = field(default_factory=list)  # key, value, says, do: what is worse than it looks (see warned)
+    facts: dict[str, Any] = field(
+        default_factory=dict
+    )  # under which conditions it was measured (see conditions)
+    warnings: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # key, value, says, do: what is worse than it looks (see warned)
     config_hash: str = ""
     source_hash: str = ""
-    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the cell's other files, by their path in the run folder
+    files: dict[str, str] = field(
+        default_factory=dict
+    )  # SHA-256 of the cell's other files, by their path in the run folder
 
     def __post_init__(self) -> None:
         cell_name(self.dataset, self.seed)
-        given = {str(name): None if value is None else float(value) for name, value in self.metrics.items()}
+        given = {
+            str(name): None if value is None else float(value)
+            for name, value in self.metrics.items()
+        }
         metrics = {name: number(value) for name, value in given.items()}
         nulls = [name for name, value in metrics.items() if value is None]
-        why = {name: self.why_null.get(name) or (NOT_GIVEN if given[name] is None else NOT_FINITE) for name in nulls}
+        why = {
+            name: self.why_null.get(name) or (NOT_GIVEN if given[name] is None else NOT_FINITE)
+            for name in nulls
+        }
         object.__setattr__(self, "metrics", metrics)
         object.__setattr__(self, "why_null", why)
         object.__setattr__(self, "facts", self.facts if isinstance(self.facts, dict) else {})
         object.__setattr__(self, "warnings", warned.checked(self.warnings))
         for name in ("noise", "seconds"):
-            object.__setattr__(self, name, {key: value for key, v in getattr(self, name).items() if (value := number(v)) is not None})
+            object.__setattr__(
+                self,
+                name,
+                {
+                    key: value
+                    for key, v in getattr(self, name).items()
+                    if (value := number(v)) is not None
+                },
+            )
 
 
 def number(value: Any) -> float | None:
@@ -80,7 +123,9 @@ def number(value: Any) -> float | None:
 def cell_name(dataset: str, seed: int) -> str:
     """``<dataset>_<seed>``, the stem of every file of a cell. Raises :class:`UserError` for a name no file should have."""
     if not isinstance(dataset, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", dataset):
-        raise UserError(f"dataset={dataset!r} cannot name a file; use letters, digits, '_', '.' and '-' only")
+        raise UserError(
+            f"dataset={dataset!r} cannot name a file; use letters, digits, '_', '.' and '-' only"
+        )
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise UserError(f"seed={seed!r} of dataset {dataset} must be a whole number")
     return f"{dataset}_{seed}"
@@ -97,13 +142,21 @@ def checksums(run_dir: Path, dataset: str, seed: int) -> dict[str, str]:
     """SHA-256 of every file of a cell but its record, by path in the run folder."""
     name = cell_name(dataset, seed)
     found = [*run_dir.glob(f"*/{name}.*"), *(run_dir / "saes" / name).glob("*")]
-    return {p.relative_to(run_dir).as_posix(): sha256_file(p) for p in sorted(found) if p.parent.name != "cells" and p.name[0] != "." and p.is_file()}
+    return {
+        p.relative_to(run_dir).as_posix(): sha256_file(p)
+        for p in sorted(found)
+        if p.parent.name != "cells" and p.name[0] != "." and p.is_file()
+    }
 
 
 def damaged_files(run_dir: Path, record: Record) -> list[str]:
     """The files of a cell that are missing or are not what was written."""
     paths = {name: run_dir / name for name in record.files}
-    return [name for name, path in paths.items() if not path.is_file() or sha256_file(path) != record.files[name]]
+    return [
+        name
+        for name, path in paths.items()
+        if not path.is_file() or sha256_file(path) != record.files[name]
+    ]
 
 
 def read_records(run_dir: Path) -> list[Record]:
@@ -118,7 +171,9 @@ def _is_as_written(run_dir: Path, dataset: str, seed: int, path: Path) -> bool:
     record = _read_record(cell) if cell.exists() else None
     written = record.files.get(path.relative_to(run_dir).as_posix()) if record else None
     if written is not None and sha256_file(path) != written:
-        log.warning("%s is not what its cell wrote (damaged, or the cell is running again); left out", path)
+        log.warning(
+            "%s is not what its cell wrote (damaged, or the cell is running again); left out", path
+        )
         return False
     return True
 
@@ -130,12 +185,21 @@ def _read_record(path: Path) -> Record | None:
         log.warning("%s; left out", error)
         return None
     try:
-        record = Record(**{key: v for key, v in value.items() if key in Record.__dataclass_fields__})
+        record = Record(
+            **{key: v for key, v in value.items() if key in Record.__dataclass_fields__}
+        )
     except (AttributeError, TypeError, ValueError, OverflowError, UserError) as error:
         log.warning("%s is not a record of a cell (%s); left out", path, error)
         return None
-    if path.stem != cell_name(record.dataset, record.seed):  # a copy made by hand: its seed would count twice
-        log.warning("%s holds dataset %s, seed %d, which its name does not say; left out", path, record.dataset, record.seed)
+    if path.stem != cell_name(
+        record.dataset, record.seed
+    ):  # a copy made by hand: its seed would count twice
+        log.warning(
+            "%s holds dataset %s, seed %d, which its name does not say; left out",
+            path,
+            record.dataset,
+            record.seed,
+        )
         return None
     return record
 
@@ -177,13 +241,20 @@ def statistics_of(records: Iterable[Record]) -> dict[str, dict[str, Stat]]:
     seeds: dict[str, dict[int, Record]] = {}
     for record in sorted(records, key=lambda r: (r.dataset, r.seed)):
         if record.seed in seeds.setdefault(record.dataset, {}):
-            raise UserError(f"two records of dataset {record.dataset} have seed={record.seed}; give each seed once")
+            raise UserError(
+                f"two records of dataset {record.dataset} have seed={record.seed}; give each seed once"
+            )
         seeds[record.dataset][record.seed] = record
     found: dict[str, dict[str, Stat]] = {}
     for dataset, by_seed in seeds.items():
         names = list(dict.fromkeys(name for record in by_seed.values() for name in record.metrics))
-        columns = {name: {seed: record.metrics.get(name) for seed, record in by_seed.items()} for name in names}
-        found[dataset] = {name: Stat(*mean_stderr(column.values()), column) for name, column in columns.items()}
+        columns = {
+            name: {seed: record.metrics.get(name) for seed, record in by_seed.items()}
+            for name in names
+        }
+        found[dataset] = {
+            name: Stat(*mean_stderr(column.values()), column) for name, column in columns.items()
+        }
     return found
 
 
@@ -226,7 +297,9 @@ class CurveWriter:
 
     def write(self, step: int, name: str, value: float | None) -> None:
         """Add one point; NaN and infinity become null."""
-        self._file.write(json.dumps({"step": int(step), "name": name, "value": number(value)}) + "\n")
+        self._file.write(
+            json.dumps({"step": int(step), "name": name, "value": number(value)}) + "\n"
+        )
 
     def close(self) -> None:
         self._file.close()
@@ -269,7 +342,9 @@ def read_curves(run_dir: Path, dataset: str, seed: int) -> list[tuple[int, str, 
             if point is not None:
                 points[str(point["name"]), int(point["step"])] = number(point["value"])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            bad += i < len(lines) - 1  # no newline after the last piece: a run that was killed, or still writes
+            bad += (
+                i < len(lines) - 1
+            )  # no newline after the last piece: a run that was killed, or still writes
     if bad:
         log.warning("%s: %d unreadable lines left out", path, bad)
     return [(step, name, value) for (name, step), value in sorted(points.items())]
@@ -280,7 +355,9 @@ def save_arrays(run_dir: Path, dataset: str, seed: int, arrays: Mapping[str, Any
     found = {name: np.asarray(value) for name, value in arrays.items()}
     for name, array in found.items():
         if array.dtype.hasobject:
-            raise ValueError(f"array {name} of {dataset} seed {seed} has dtype object; store numbers, booleans or fixed-width text")
+            raise ValueError(
+                f"array {name} of {dataset} seed {seed} has dtype object; store numbers, booleans or fixed-width text"
+            )
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **found)  # pyright: ignore[reportArgumentType]
     write_bytes(run_dir / "arrays" / f"{cell_name(dataset, seed)}.npz", buffer.getvalue())
@@ -298,14 +375,25 @@ def load_arrays(run_dir: Path, dataset: str, seed: int) -> dict[str, np.ndarray]
                 raise ValueError(f"its arrays have more than {MOST_ARRAYS:,} bytes")
         with np.load(path, allow_pickle=False) as found:
             return {name: found[name] for name in found.files}
-    except (OSError, ValueError, EOFError, MemoryError, UserError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        MemoryError,
+        UserError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         log.warning("%s cannot be read (%s); left out", path, error)
         return {}
 
 
 def save_features(run_dir: Path, dataset: str, seed: int, features: list[dict[str, Any]]) -> None:
     """Write ``features/<dataset>_<seed>.json``, one dict a latent. Raises ``ValueError`` for NaN and infinity, which JSON does not have."""
-    lines = ",\n".join(json.dumps(feature, allow_nan=False, separators=(",", ":")) for feature in features)
+    lines = ",\n".join(
+        json.dumps(feature, allow_nan=False, separators=(",", ":")) for feature in features
+    )
     write_bytes(run_dir / "features" / f"{cell_name(dataset, seed)}.json", f"[{lines}]\n".encode())
 
 

@@ -95,20 +95,36 @@ class Run:
     def curves(self) -> pd.DataFrame:
         """Every logged point: dataset, seed, step, name, value (nulls left out)."""
         cells = self._cells("curves", ".jsonl")
-        rows = [(d, s, *point) for path, report, d, s in cells for point in read_curves(path, report, s) if point[2] is not None]
+        rows = [
+            (d, s, *point)
+            for path, report, d, s in cells
+            for point in read_curves(path, report, s)
+            if point[2] is not None
+        ]
         return pd.DataFrame(rows, columns=["dataset", "seed", "step", "name", "value"])
 
     def arrays(self, dataset: str) -> dict[int, dict[str, np.ndarray]]:
         """The stored arrays of a dataset by seed."""
-        return {s: load_arrays(path, report, s) for path, report, d, s in self._cells("arrays", ".npz") if d == dataset}
+        return {
+            s: load_arrays(path, report, s)
+            for path, report, d, s in self._cells("arrays", ".npz")
+            if d == dataset
+        }
 
     def _cells(self, folder: str, suffix: str) -> list[tuple[Path, str, str, int]]:
         """Path, report, dataset and seed of every file; the dataset is the report's corpus where this is the part of one SAE."""
         if self.path is None:
             return []
-        names = [re.fullmatch(r"([A-Za-z0-9_.-]+)_(-?\d+)", p.name.removesuffix(suffix)) for p in (self.path / folder).glob(f"*{suffix}")]
+        names = [
+            re.fullmatch(r"([A-Za-z0-9_.-]+)_(-?\d+)", p.name.removesuffix(suffix))
+            for p in (self.path / folder).glob(f"*{suffix}")
+        ]
         end = f".{self.arm}" if self.arm else ""
-        return sorted((self.path, m[1], m[1].removesuffix(end), int(m[2])) for m in names if m and m[1].endswith(end))
+        return sorted(
+            (self.path, m[1], m[1].removesuffix(end), int(m[2]))
+            for m in names
+            if m and m[1].endswith(end)
+        )
 
     def by_arm(self, *, alone: bool) -> list[Run]:
         """A run of several SAEs as a run for each, on the corpora themselves; ``alone``: their names need not say which run it was.
@@ -117,23 +133,52 @@ class Run:
         """
         arms = _mapping(self.config.get("arms"))
         if len(arms) < 2:
-            return [replace(self, manifest=self._with_sae(name, arm)) for name, arm in arms.items()] or [self]
+            return [
+                replace(self, manifest=self._with_sae(name, arm)) for name, arm in arms.items()
+            ] or [self]
         parts = []
         for name, arm in sorted(arms.items(), key=lambda item: _natural(item[0])):
             end = f".{name}"
-            stats = {report.removesuffix(end): found for report, found in self.stats.items() if report.endswith(end)}
-            info = {report.removesuffix(end): found for report, found in self.final_info.items() if report.endswith(end)}
+            stats = {
+                report.removesuffix(end): found
+                for report, found in self.stats.items()
+                if report.endswith(end)
+            }
+            info = {
+                report.removesuffix(end): found
+                for report, found in self.final_info.items()
+                if report.endswith(end)
+            }
             corpora = {d: self.provenance(d + end) for d in stats}
             manifest = self._with_sae(name, arm) | {"corpora": corpora}
-            records = [replace(r, dataset=r.dataset.removesuffix(end)) for r in self.records if r.dataset.endswith(end)]
+            records = [
+                replace(r, dataset=r.dataset.removesuffix(end))
+                for r in self.records
+                if r.dataset.endswith(end)
+            ]
             title = name if alone else f"{self.name} {name}"
             parts += (
-                [replace(self, name=title, label="", manifest=manifest, stats=stats, final_info=info, records=records, arm=name)] if stats else []
+                [
+                    replace(
+                        self,
+                        name=title,
+                        label="",
+                        manifest=manifest,
+                        stats=stats,
+                        final_info=info,
+                        records=records,
+                        arm=name,
+                    )
+                ]
+                if stats
+                else []
             )
         return parts or [self]
 
     def _with_sae(self, name: str, arm: Any) -> dict[str, Any]:
-        return self.manifest | {"config": self.config | {"sae": arm, "variant": re.sub(r"-target_l0_[\d.]+", "", name)}}
+        return self.manifest | {
+            "config": self.config | {"sae": arm, "variant": re.sub(r"-target_l0_[\d.]+", "", name)}
+        }
 
 
 @dataclass(frozen=True)
@@ -150,16 +195,32 @@ class RunTable:
         for run in self.runs:
             for dataset, stats in run.stats.items():
                 for metric, stat in stats.items():
-                    listed = _mapping(_mapping(run.final_info.get(dataset)).get("final_info_dict")).get(metric) or []
+                    listed = (
+                        _mapping(_mapping(run.final_info.get(dataset)).get("final_info_dict")).get(
+                            metric
+                        )
+                        or []
+                    )
                     seeds = list(stat.values.items()) or [(None, v) for v in listed]
-                    rows += [(run.name, run.label, dataset, seed, metric, value) for seed, value in seeds]
+                    rows += [
+                        (run.name, run.label, dataset, seed, metric, value) for seed, value in seeds
+                    ]
         table = pd.DataFrame(rows, columns=["run", "label", "dataset", "seed", "metric", "value"])
         return table.astype({"seed": "Int64", "value": "float64"})
 
     @cached_property
     def by_arm(self) -> RunTable:
         """The same with each SAE of a run that fitted several as a run of its own, so that figures show them side by side on one corpus."""
-        parts = [(run, run.by_arm(alone=len(self.runs) == 1 or (self.baseline in self.runs and len(self.runs) == 2))) for run in self.runs]
+        parts = [
+            (
+                run,
+                run.by_arm(
+                    alone=len(self.runs) == 1
+                    or (self.baseline in self.runs and len(self.runs) == 2)
+                ),
+            )
+            for run in self.runs
+        ]
         own = next((found for run, found in parts if run is self.baseline), None)
         baseline = self.baseline if own is None else own[0] if len(own) == 1 else None
         return RunTable([part for _, found in parts for part in found], baseline)
@@ -181,13 +242,22 @@ class RunTable:
 
     def info(self, metric: str) -> dict[str, Any]:
         """title, formula, unit, better, shown, order of a metric, from the first manifest that knows it; defaults where none does."""
-        known = next((info for run in self.runs if (info := _mapping(_mapping(run.manifest.get("metrics")).get(metric)))), {})
+        known = next(
+            (
+                info
+                for run in self.runs
+                if (info := _mapping(_mapping(run.manifest.get("metrics")).get(metric)))
+            ),
+            {},
+        )
         order = number(known.get("order"))
         return {
             "title": str(known.get("title") or metric),
             "formula": str(known.get("formula") or ""),
             "unit": str(known.get("unit") or ""),
-            "better": known.get("better") if known.get("better") in ("up", "down", "target") else "none",
+            "better": known.get("better")
+            if known.get("better") in ("up", "down", "target")
+            else "none",
             "shown": known.get("shown", True) is not False,
             "order": float("inf") if order is None else order,
         }
@@ -200,10 +270,15 @@ class RunTable:
 
     def depends(self, metric: str) -> tuple[str, ...]:
         """What the value of a metric depends on, from the first manifest that says it; else what numbers of SAEs depend on."""
-        return next((d for run in self.runs if (d := _depends(run.manifest, metric))), conditions.ON_ACTIVATIONS)
+        return next(
+            (d for run in self.runs if (d := _depends(run.manifest, metric))),
+            conditions.ON_ACTIVATIONS,
+        )
 
 
-def why_not_comparable(run: Run, other: Run, dataset: str, metric: str, depends: Sequence[str]) -> str:
+def why_not_comparable(
+    run: Run, other: Run, dataset: str, metric: str, depends: Sequence[str]
+) -> str:
     """What keeps one metric of two runs from being subtracted, in a few words; '' where nothing does.
 
     Preset and text come first, then every condition that the metric depends on (``depends``). Where
@@ -215,11 +290,25 @@ def why_not_comparable(run: Run, other: Run, dataset: str, metric: str, depends:
     mine, theirs = run.facts(dataset), other.facts(dataset)
     if mine and theirs:
         return "; ".join(conditions.differences(metric, depends, mine, theirs))
-    return "; ".join(conditions.known_differences(depends, _configured(run, dataset), _configured(other, dataset)))
+    return "; ".join(
+        conditions.known_differences(
+            depends, _configured(run, dataset), _configured(other, dataset)
+        )
+    )
 
 
 #: Numbers of a language model's configuration that do not change the model.
-NOT_THE_MODEL = {"n_positions", "eval_batches", "curve_batches", "samples", "sample_length", "prompt", "temperature", "top_k", "compile"}
+NOT_THE_MODEL = {
+    "n_positions",
+    "eval_batches",
+    "curve_batches",
+    "samples",
+    "sample_length",
+    "prompt",
+    "temperature",
+    "top_k",
+    "compile",
+}
 
 
 def _configured(run: Run, dataset: str) -> dict[str, Any]:
@@ -240,7 +329,11 @@ def _configured(run: Run, dataset: str) -> dict[str, Any]:
 def _depends(manifest: Mapping[str, Any], metric: str) -> tuple[str, ...]:
     """What a manifest says a metric depends on; () where it says nothing."""
     given = _mapping(_mapping(manifest.get("metrics")).get(metric)).get("depends")
-    return tuple(name for name in given if name in conditions.CONDITIONS) if isinstance(given, list) else ()
+    return (
+        tuple(name for name in given if name in conditions.CONDITIONS)
+        if isinstance(given, list)
+        else ()
+    )
 
 
 def _other_text(run: Run, other: Run, dataset: str) -> str:
@@ -260,12 +353,27 @@ def _other_text(run: Run, other: Run, dataset: str) -> str:
         return "corpus sizes differ"
     if mine.get("sha256") and theirs.get("sha256") and mine["sha256"] != theirs["sha256"]:
         return "texts of other content"
-    return "; ".join(conditions.known_differences(["made by"], {"made by": _recipe(mine)}, {"made by": _recipe(theirs)}))
+    return "; ".join(
+        conditions.known_differences(
+            ["made by"], {"made by": _recipe(mine)}, {"made by": _recipe(theirs)}
+        )
+    )
 
 
 def _recipe(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What made rows are made by: everything that the provenance of a real text does not have."""
-    named = ("corpus", "source", "sha256", "bytes", "stand_in", "verified", "symbols", "counts", "dropped_frac", "held_out")
+    named = (
+        "corpus",
+        "source",
+        "sha256",
+        "bytes",
+        "stand_in",
+        "verified",
+        "symbols",
+        "counts",
+        "dropped_frac",
+        "held_out",
+    )
     return {key: value for key, value in provenance.items() if key not in named}
 
 
@@ -284,17 +392,28 @@ def runs_in(path: Path) -> list[Path]:
     """``path`` if it is a run folder, else the run folders in it."""
     if _is_run(path):
         return [path]
-    return sorted((p for p in path.iterdir() if _is_run(p)), key=lambda p: _natural(p.name)) if path.is_dir() else []
+    return (
+        sorted((p for p in path.iterdir() if _is_run(p)), key=lambda p: _natural(p.name))
+        if path.is_dir()
+        else []
+    )
 
 
 def load_runs(paths: Sequence[Path], labels: Mapping[str, str] | None = None) -> list[Run]:
     """Read run folders; one without any result is left out with a warning. ``labels`` (by folder name) replace those of the manifests."""
     runs = [run for path in paths if (run := _load_run(path, labels or {}))]
     names = [run.name for run in runs]
-    return [run if names.count(run.name) == 1 or run.path is None else replace(run, name=f"{run.path.parent.name}/{run.name}") for run in runs]
+    return [
+        run
+        if names.count(run.name) == 1 or run.path is None
+        else replace(run, name=f"{run.path.parent.name}/{run.name}")
+        for run in runs
+    ]
 
 
-def load_table(paths: Sequence[Path], *, baseline: str | None = None, labels: Mapping[str, str] | None = None) -> RunTable:
+def load_table(
+    paths: Sequence[Path], *, baseline: str | None = None, labels: Mapping[str, str] | None = None
+) -> RunTable:
     """Read the runs and find the baseline: ``baseline`` (a name or a folder; an error if it is not there), else ``run_0``.
 
     ``run_0`` is looked for among the runs, beside them, and one folder up. Where there is none, the published figures stand in
@@ -304,14 +423,20 @@ def load_table(paths: Sequence[Path], *, baseline: str | None = None, labels: Ma
     found = next((run for run in runs if run.name == (baseline or BASELINE)), None)
     if found is None and baseline != PUBLISHED:
         wanted = [Path(baseline)] if baseline else []
-        wanted += [parent / (baseline or BASELINE) for path in paths[:1] for parent in list(path.parents)[:2]]
+        wanted += [
+            parent / (baseline or BASELINE)
+            for path in paths[:1]
+            for parent in list(path.parents)[:2]
+        ]
         folder = next((p for p in wanted if _is_run(p)), None)
         same = next((run for run in runs if folder and run.path == folder.resolve()), None)
         found = same or next(iter(load_runs([folder.resolve()], labels)), None) if folder else None
         if found and not same:
             runs.insert(0, found)
     if found is None and baseline not in (None, PUBLISHED):
-        raise UserError(f"baseline={baseline} is not a run with results; give the name of one of the runs or the path of a run folder")
+        raise UserError(
+            f"baseline={baseline} is not a run with results; give the name of one of the runs or the path of a run folder"
+        )
     if found is None and (baseline == PUBLISHED or any(run.preset == "full" for run in runs)):
         found = published()
     return RunTable(runs, found)
@@ -321,37 +446,62 @@ def published() -> Run:
     """The published baseline (``published.json``), which stands in for ``run_0`` at full scale."""
     content = read_json(Path(__file__).with_name("published.json"))
     manifest, final_info = content["manifest"], content["final_info"]
-    return Run(None, PUBLISHED, manifest["label"], manifest, [], final_info, _stats_of_means(final_info))
+    return Run(
+        None, PUBLISHED, manifest["label"], manifest, [], final_info, _stats_of_means(final_info)
+    )
 
 
 def _load_run(path: Path, labels: Mapping[str, str]) -> Run | None:
     manifest = _mapping(try_json(path / MANIFEST)) if (path / MANIFEST).exists() else {}
     if not (path / MANIFEST).exists():
-        log.warning("%s has no %s: its preset and corpus are unknown, so it is compared with nothing", path.name, MANIFEST)
+        log.warning(
+            "%s has no %s: its preset and corpus are unknown, so it is compared with nothing",
+            path.name,
+            MANIFEST,
+        )
     records = read_records(path)
-    written = _mapping(try_json(path / FINAL_INFO)) if not records and (path / FINAL_INFO).exists() else {}
+    written = (
+        _mapping(try_json(path / FINAL_INFO))
+        if not records and (path / FINAL_INFO).exists()
+        else {}
+    )
     stats = statistics_of(records) if records else _stats_of_means(written)
     status = manifest.get("status")
     if not any(stats.values()):
         log.warning("%s has no results (status %s); left out", path.name, status or "unknown")
         return None
     if status in ("running", "failed", "cut", "stopped"):
-        said = {"running": "is still running", "failed": "failed", "cut": "was cut short by its time limit", "stopped": "was stopped"}[status]
-        log.warning("%s %s: what it has finished is shown (%d cells)", path.name, said, len(records))
+        said = {
+            "running": "is still running",
+            "failed": "failed",
+            "cut": "was cut short by its time limit",
+            "stopped": "was stopped",
+        }[status]
+        log.warning(
+            "%s %s: what it has finished is shown (%d cells)", path.name, said, len(records)
+        )
     label = str(labels.get(path.name) or manifest.get("label") or "")
-    return Run(path, path.name, label, manifest, records, aggregate(records) if records else written, stats)
+    return Run(
+        path, path.name, label, manifest, records, aggregate(records) if records else written, stats
+    )
 
 
 def _stats_of_means(final_info: Mapping[str, Any]) -> dict[str, dict[str, Stat]]:
     """Statistics of a run of which only ``final_info.json`` is left: from its lists where it has them, else its means."""
     found: dict[str, dict[str, Stat]] = {}
     for dataset, entry in final_info.items():
-        means, stderrs, lists = (_mapping(_mapping(entry).get(key)) for key in ("means", "stderrs", "final_info_dict"))
+        means, stderrs, lists = (
+            _mapping(_mapping(entry).get(key)) for key in ("means", "stderrs", "final_info_dict")
+        )
         for key, mean in means.items():
             metric = key.removesuffix("_mean")
             listed = lists.get(metric)
             values = [number(v) for v in listed] if isinstance(listed, list) else []
-            stat = Stat(*mean_stderr(values), {}) if values else Stat(number(mean), number(stderrs.get(f"{metric}_stderr")), 0, {})
+            stat = (
+                Stat(*mean_stderr(values), {})
+                if values
+                else Stat(number(mean), number(stderrs.get(f"{metric}_stderr")), 0, {})
+            )
             found.setdefault(dataset, {})[metric] = stat
     return found
 
@@ -364,7 +514,11 @@ def _what_instead(path: Path) -> str:
     if not path.is_dir():
         return "is no folder"
     nested = sorted(p.name for p in path.iterdir() if p.is_dir() and runs_in(p))
-    return f"holds no run itself, but {', '.join(nested)} in it does: name that folder" if nested else "holds no run"
+    return (
+        f"holds no run itself, but {', '.join(nested)} in it does: name that folder"
+        if nested
+        else "holds no run"
+    )
 
 
 def _natural(name: str) -> list[str | int]:

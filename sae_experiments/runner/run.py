@@ -62,10 +62,17 @@ class RunSettings:
     verbosity: str
     time_limit_s: float | None
     overwrite: bool
-    about: Mapping[str, Any] = field(default_factory=dict)  # argv, overrides, preset and the reason for it
+    about: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # argv, overrides, preset and the reason for it
 
 
-def run(study: Study, settings: RunSettings, tracker: Tracker, closing: Callable[[Path], None] = lambda folder: None) -> str:
+def run(
+    study: Study,
+    settings: RunSettings,
+    tracker: Tracker,
+    closing: Callable[[Path], None] = lambda folder: None,
+) -> str:
     """Run every cell of ``study`` that has no finished result in the folder; returns done, failed or cut.
 
     A cell's results are on disk, and in ``final_info.json``, as soon as it ends. A loss that is not finite ends its cell and lets the others
@@ -84,9 +91,15 @@ def run(study: Study, settings: RunSettings, tracker: Tracker, closing: Callable
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"out_dir={folder} cannot be written ({error.strerror}): choose another out_dir or runs_root") from error
+        raise UserError(
+            f"out_dir={folder} cannot be written ({error.strerror}): choose another out_dir or runs_root"
+        ) from error
     console = Console(verbosity=settings.verbosity)
-    with locked(folder / ".lock", wait_s=0, held=f"{folder} is in use by another process: wait for it or choose another out_dir"):
+    with locked(
+        folder / ".lock",
+        wait_s=0,
+        held=f"{folder} is in use by another process: wait for it or choose another out_dir",
+    ):
         active = None
         try:
             remove_stale(folder)
@@ -97,7 +110,9 @@ def run(study: Study, settings: RunSettings, tracker: Tracker, closing: Callable
             if error.exit_status != UserError.exit_status:
                 raise
             if active is not None and active.manifest and read_records(folder):
-                raise RunFailed(str(error)) from error  # a mistake, but there are results: the run has failed
+                raise RunFailed(
+                    str(error)
+                ) from error  # a mistake, but there are results: the run has failed
             new.take_back()
             raise
         except BaseException:
@@ -108,12 +123,26 @@ def run(study: Study, settings: RunSettings, tracker: Tracker, closing: Callable
 
 class _Run:
     def __init__(
-        self, study: Study, settings: RunSettings, tracker: Tracker, console: Console, config: Mapping[str, Any], closing: Callable[[Path], None]
+        self,
+        study: Study,
+        settings: RunSettings,
+        tracker: Tracker,
+        console: Console,
+        config: Mapping[str, Any],
+        closing: Callable[[Path], None],
     ) -> None:
-        self.study, self.settings, self.tracker, self.console, self.closing = study, settings, tracker, console, closing
+        self.study, self.settings, self.tracker, self.console, self.closing = (
+            study,
+            settings,
+            tracker,
+            console,
+            closing,
+        )
         self.device = torch.device(settings.device)
         self.hashes = {"config_hash": digest(config), "source_hash": _source(study)}
-        self.deadline = None if settings.time_limit_s is None else time.monotonic() + settings.time_limit_s
+        self.deadline = (
+            None if settings.time_limit_s is None else time.monotonic() + settings.time_limit_s
+        )
         self.manifest: dict[str, Any] = {}
         self.cut = False
         self.said: set[warned.Warned] = set()
@@ -125,17 +154,34 @@ class _Run:
         corpora = self.study.prepare(ctx)
         self._refuse_other_text(corpora)
         # The same configuration over another text (a stand-in, a changed file) is another result.
-        self.hashes["config_hash"] = digest([self.hashes["config_hash"], {name: _text(c) for name, c in corpora.items()}])
+        self.hashes["config_hash"] = digest(
+            [self.hashes["config_hash"], {name: _text(c) for name, c in corpora.items()}]
+        )
         self.manifest = {
-            **s.about, "label": s.label, "config": s.config, "git": _git(), "versions": _versions(), "device": _device_name(self.device),
-            "corpora": corpora, "metrics": describe(self.study.infos()), **self.hashes, "status": "running", "started": _now(), "pid": os.getpid(),
-        }  # fmt: skip
+            **s.about,
+            "label": s.label,
+            "config": s.config,
+            "git": _git(),
+            "versions": _versions(),
+            "device": _device_name(self.device),
+            "corpora": corpora,
+            "metrics": describe(self.study.infos()),
+            **self.hashes,
+            "status": "running",
+            "started": _now(),
+            "pid": os.getpid(),
+        }
         self._clear_other_results()
         self._write_manifest()
         self.tracker.start(s.folder, s.config, s.label, s.about.get("plan"))
         status, failures = "failed", []
         try:
-            with last_words(lambda: self._write_manifest(self.manifest | {"status": "stopped", "ended": _now(), "cause": "Stopped: in haste"})):
+            with last_words(
+                lambda: self._write_manifest(
+                    self.manifest
+                    | {"status": "stopped", "ended": _now(), "cause": "Stopped: in haste"}
+                )
+            ):
                 failures = self._cells(ctx)
             status = "failed" if failures else "cut" if self.cut else "done"
         except BaseException as error:
@@ -153,29 +199,44 @@ class _Run:
                 self.tracker.publish(s.folder)
             self.tracker.finish(status)
         if failures:
-            raise RunFailed(f"{len(failures)} of {len(self.study.cells())} cells failed: {'; '.join(failures)}")
+            raise RunFailed(
+                f"{len(failures)} of {len(self.study.cells())} cells failed: {'; '.join(failures)}"
+            )
         return status
 
     def _refuse_other_text(self, corpora: Mapping[str, Any]) -> None:
         path = self.settings.folder / "manifest.json"
-        if self.settings.overwrite or not path.exists() or not any(self.settings.folder.glob("cells/*.json")):
+        if (
+            self.settings.overwrite
+            or not path.exists()
+            or not any(self.settings.folder.glob("cells/*.json"))
+        ):
             return
         before = read_json(path).get("corpora", {})
         for name in sorted(before.keys() & corpora.keys()):
             if _text(before[name]) != _text(corpora[name]):
-                was, now = (f"{c.get('corpus')} from {c.get('source')}" for c in (before[name], corpora[name]))
-                raise UserError(f"{self.settings.folder} holds results on another text ({name}: {was} -> {now}): {REMEDY}")
+                was, now = (
+                    f"{c.get('corpus')} from {c.get('source')}"
+                    for c in (before[name], corpora[name])
+                )
+                raise UserError(
+                    f"{self.settings.folder} holds results on another text ({name}: {was} -> {now}): {REMEDY}"
+                )
 
     def _cells(self, ctx: Context) -> list[str]:
         cells = self.study.cells()
         failures: list[str] = []
         for i, cell in enumerate(cells):
             if self._finished(cell):
-                self.console.say(f"[{i + 1}/{len(cells)}] {cell.dataset} seed {cell.seed}: already done")
+                self.console.say(
+                    f"[{i + 1}/{len(cells)}] {cell.dataset} seed {cell.seed}: already done"
+                )
                 continue
             if self._late() and self._records():
                 self.cut = True
-                self.console.say(f"[{i + 1}/{len(cells)}] {cell.dataset} seed {cell.seed}: no time left")
+                self.console.say(
+                    f"[{i + 1}/{len(cells)}] {cell.dataset} seed {cell.seed}: no time left"
+                )
                 continue
             self.console.say(f"[{i + 1}/{len(cells)}] {cell.dataset} seed {cell.seed}")
             try:
@@ -184,7 +245,9 @@ class _Run:
                     self._cell(cell, ctx, len(cells) - i)
             except OutOfTime:
                 self.cut = True
-                self.console.say(f"  time_limit_s={self.settings.time_limit_s:g} is over: {cell.dataset} seed {cell.seed} goes on another time")
+                self.console.say(
+                    f"  time_limit_s={self.settings.time_limit_s:g} is over: {cell.dataset} seed {cell.seed} goes on another time"
+                )
             except NonFinite as error:
                 failures.append(f"{cell.dataset} seed {cell.seed}: {error}")
                 self.console.say(f"  failed: {error}", always=True)
@@ -202,7 +265,9 @@ class _Run:
                     curves.write(step, name, value)
                 self.tracker.log(cell.dataset, cell.seed, step, values)
 
-            outcomes = self.study.run(cell, replace(ctx, log=log, deadline=deadline, ends=self.deadline))
+            outcomes = self.study.run(
+                cell, replace(ctx, log=log, deadline=deadline, ends=self.deadline)
+            )
         for report, outcome in outcomes.items():
             self._keep(report, cell, outcome, time.monotonic() - began)
         write_final_info(folder, self._records())
@@ -257,9 +322,15 @@ class _Run:
 
     def _finished(self, cell: Cell) -> bool:
         """Whether every report of the cell is there, by this code and configuration, with files that are what was written."""
-        records = [r for r in self._records() if r.seed == cell.seed and (r.config_hash, r.source_hash) == tuple(self.hashes.values())]
+        records = [
+            r
+            for r in self._records()
+            if r.seed == cell.seed and (r.config_hash, r.source_hash) == tuple(self.hashes.values())
+        ]
         for name in (name for r in records for name in damaged_files(self.settings.folder, r)):
-            self.console.say(f"  {self.settings.folder / name} is missing or damaged: {cell.dataset} seed {cell.seed} is evaluated again")
+            self.console.say(
+                f"  {self.settings.folder / name} is missing or damaged: {cell.dataset} seed {cell.seed} is evaluated again"
+            )
             return False
         return {r.dataset for r in records} >= set(cell.reports)
 
@@ -267,19 +338,28 @@ class _Run:
         """Results of this configuration and this code (a cell that was cut short counts until it is made whole)."""
         wanted = {(report, cell.seed) for cell in self.study.cells() for report in cell.reports}
         hashes = {tuple(self.hashes.values()), tuple(f"{h}-cut" for h in self.hashes.values())}
-        return [r for r in read_records(self.settings.folder) if (r.dataset, r.seed) in wanted and (r.config_hash, r.source_hash) in hashes]
+        return [
+            r
+            for r in read_records(self.settings.folder)
+            if (r.dataset, r.seed) in wanted and (r.config_hash, r.source_hash) in hashes
+        ]
 
     def _clear_other_results(self) -> None:
         """With overwrite=true: what another configuration left must not be read beside the new results."""
         folder = self.settings.folder
-        if any(r.config_hash.removesuffix("-cut") != self.hashes["config_hash"] for r in read_records(folder)):
+        if any(
+            r.config_hash.removesuffix("-cut") != self.hashes["config_hash"]
+            for r in read_records(folder)
+        ):
             for name in ("cells", "curves", "arrays", "features", "graphs", "saes"):
                 shutil.rmtree(folder / name, ignore_errors=True)
             for path in folder.glob("final_info*.json"):
                 path.unlink()
 
     def _write_manifest(self, manifest: Mapping[str, Any] | None = None) -> None:
-        write_json(self.settings.folder / "manifest.json", self.manifest if manifest is None else manifest)
+        write_json(
+            self.settings.folder / "manifest.json", self.manifest if manifest is None else manifest
+        )
 
 
 def _refuse_other_configuration(folder: Path, config: Mapping[str, Any], overwrite: bool) -> None:
@@ -288,18 +368,26 @@ def _refuse_other_configuration(folder: Path, config: Mapping[str, Any], overwri
         return
     before = flat({k: v for k, v in read_json(path)["config"].items() if k not in EDGES})
     now = flat(config)
-    keys = sorted(before.keys() | now.keys(), key=lambda k: (k.count("."), k))  # what was typed stands higher up than what follows from it
+    keys = sorted(
+        before.keys() | now.keys(), key=lambda k: (k.count("."), k)
+    )  # what was typed stands higher up than what follows from it
     changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(f"{folder} holds results of another configuration ({'; '.join(changed[:3])}{more}): {REMEDY}")
+        raise UserError(
+            f"{folder} holds results of another configuration ({'; '.join(changed[:3])}{more}): {REMEDY}"
+        )
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
     out: dict[str, Any] = {}
     for key, value in config.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        out |= (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping) and value
+            else {f"{prefix}{key}": value}
+        )
     return out
 
 
@@ -330,9 +418,19 @@ def _git() -> dict[str, Any]:
     """Commit and whether the tree differs from it; empty outside a checkout."""
     root = PACKAGE.parent
     try:
-        commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
         dirty = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(root), "status", "--porcelain"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return {}

@@ -19,7 +19,9 @@ HOST = "api.wandb.ai"
 class Tracker(Protocol):
     """Gets the same numbers that the curves get; nothing is ever read back from it."""
 
-    def start(self, folder: Path, config: Mapping[str, Any], label: str, plan: str | None) -> None: ...
+    def start(
+        self, folder: Path, config: Mapping[str, Any], label: str, plan: str | None
+    ) -> None: ...
     def log(self, dataset: str, seed: int, step: int, values: Mapping[str, float]) -> None: ...
     def summary(self, dataset: str, seed: int, metrics: Mapping[str, float | None]) -> None: ...
     def publish(self, folder: Path) -> None: ...
@@ -52,7 +54,9 @@ class Wandb:
     Every point carries its own step (``<dataset>/<seed>/step``), so that resumed and parallel stages never run backwards.
     """
 
-    def __init__(self, *, project: str, group: str | None, mode: str, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, *, project: str, group: str | None, mode: str, say: Callable[[str], None] = print
+    ) -> None:
         if mode not in MODES:
             raise UserError(f"track.mode={mode} is not one of {', '.join(MODES)}")
         self.project, self.group, self.mode, self.say, self.run = project, group, mode, say, None
@@ -64,8 +68,15 @@ class Wandb:
             import wandb
 
             mode = self.mode if self.mode != "auto" else mode_of(wandb)
-            self.run = wandb.init(project=self.project, group=self.group or plan, name=f"{folder.name}: {label}", dir=str(folder), config=dict(config), mode=mode,
-                                  settings=wandb.Settings(silent=True, console="off", init_timeout=20))  # fmt: skip
+            self.run = wandb.init(
+                project=self.project,
+                group=self.group or plan,
+                name=f"{folder.name}: {label}",
+                dir=str(folder),
+                config=dict(config),
+                mode=mode,
+                settings=wandb.Settings(silent=True, console="off", init_timeout=20),
+            )
             self.say(f"wandb: {mode}, project {self.project}, run {label}")
 
         self._guarded(begin, "start")
@@ -74,12 +85,22 @@ class Wandb:
         """Mirror the values of one step."""
         place = f"{dataset}/{seed}"
         if self.run is not None:
-            self._guarded(lambda: self.run.log({f"{place}/{k}": v for k, v in values.items()} | {f"{place}/step": step}), "log")
+            self._guarded(
+                lambda: self.run.log(
+                    {f"{place}/{k}": v for k, v in values.items()} | {f"{place}/step": step}
+                ),
+                "log",
+            )
 
     def summary(self, dataset: str, seed: int, metrics: Mapping[str, float | None]) -> None:
         """Mirror the final metrics of a cell."""
         if self.run is not None:
-            self._guarded(lambda: self.run.summary.update({f"{dataset}/{seed}/{k}": v for k, v in metrics.items()}), "summary")
+            self._guarded(
+                lambda: self.run.summary.update(
+                    {f"{dataset}/{seed}/{k}": v for k, v in metrics.items()}
+                ),
+                "summary",
+            )
 
     def publish(self, folder: Path) -> None:
         """Mirror the final table, the figures and the report of a run folder, under the names of their files."""
@@ -89,14 +110,28 @@ class Wandb:
 
             final = read_json(folder / "final_info.json")
             rows = [
-                [name, metric.removesuffix("_mean"), mean, report["stderrs"].get(f"{metric.removesuffix('_mean')}_stderr")]
+                [
+                    name,
+                    metric.removesuffix("_mean"),
+                    mean,
+                    report["stderrs"].get(f"{metric.removesuffix('_mean')}_stderr"),
+                ]
                 for name, report in final.items()
                 for metric, mean in report["means"].items()
             ]
-            shown = {"final_info": wandb.Table(columns=["dataset", "metric", "mean", "stderr"], data=rows)}
-            shown |= {f"figures/{png.stem}": wandb.Image(str(png)) for png in sorted((folder / "figures").glob("*.png"))}
+            shown = {
+                "final_info": wandb.Table(
+                    columns=["dataset", "metric", "mean", "stderr"], data=rows
+                )
+            }
+            shown |= {
+                f"figures/{png.stem}": wandb.Image(str(png))
+                for png in sorted((folder / "figures").glob("*.png"))
+            }
             if (folder / "report.html").exists():
-                shown["report"] = wandb.Html((folder / "report.html").read_text(encoding="utf-8"), inject=False)
+                shown["report"] = wandb.Html(
+                    (folder / "report.html").read_text(encoding="utf-8"), inject=False
+                )
             self.run.log(shown)
 
         if self.run is not None and (folder / "final_info.json").exists():
@@ -110,9 +145,13 @@ class Wandb:
     def _guarded(self, action: Callable[[], None], what: str) -> None:
         try:
             action()
-        except Exception as error:  # a tracker is a mirror: whatever breaks in it must not break the run
+        except (
+            Exception
+        ) as error:  # a tracker is a mirror: whatever breaks in it must not break the run
             self.run = None
-            self.say(f"wandb: {what} failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); going on without it")
+            self.say(
+                f"wandb: {what} failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); going on without it"
+            )
 
 
 def mode_of(wandb: Any) -> str:

@@ -71,13 +71,21 @@ class SAE(nn.Module):
         if aux_coeff < 0:
             raise UserError(f"sae: aux_coeff={aux_coeff} must not be negative")
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out or d_in
-        self.aux_coeff, self.k_aux, self.unit_decoder = aux_coeff, k_aux or max(d_in // 2, 1), unit_decoder
+        self.aux_coeff, self.k_aux, self.unit_decoder = (
+            aux_coeff,
+            k_aux or max(d_in // 2, 1),
+            unit_decoder,
+        )
         self.pre_bias = self.d_out == self.d_in if pre_bias is None else pre_bias
         if self.pre_bias and self.d_out != self.d_in:
-            raise UserError(f"sae: pre_bias=true needs equal widths, not d_in={d_in} and d_out={d_out}")
+            raise UserError(
+                f"sae: pre_bias=true needs equal widths, not d_in={d_in} and d_out={d_out}"
+            )
         rows = ops.unit_rows(torch.randn(d_sae, self.d_out))
         self.W_dec = nn.Parameter(rows)
-        self.W_enc = nn.Parameter(rows.clone() if self.d_out == d_in else ops.unit_rows(torch.randn(d_sae, d_in)))
+        self.W_enc = nn.Parameter(
+            rows.clone() if self.d_out == d_in else ops.unit_rows(torch.randn(d_sae, d_in))
+        )
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_buffer("threshold", torch.zeros(()))
@@ -156,7 +164,9 @@ class SAE(nn.Module):
 
     def as_jumprelu(self) -> Inference:
         """This SAE as ``z = a 1[a > threshold]`` with one threshold for all latents."""
-        tensors = self.plain_tensors() | {"threshold": self.threshold.detach().expand(self.d_sae).contiguous()}
+        tensors = self.plain_tensors() | {
+            "threshold": self.threshold.detach().expand(self.d_sae).contiguous()
+        }
         return Inference("jumprelu", tensors, {"apply_b_dec_to_input": self.pre_bias})
 
     # --- the shared machinery -----------------------------------------------------------------------------------------
@@ -165,7 +175,9 @@ class SAE(nn.Module):
         """Rows (..., W) as a tensor of the weights' type; :class:`UserError` for another width."""
         x = x if isinstance(x, Tensor) else torch.as_tensor(x)
         if not x.ndim or x.shape[-1] != getattr(self, width):
-            raise UserError(f"rows of shape {tuple(x.shape)} do not fit {width}={getattr(self, width)} of this SAE")
+            raise UserError(
+                f"rows of shape {tuple(x.shape)} do not fit {width}={getattr(self, width)} of this SAE"
+            )
         return x.to(next(self.parameters()).dtype)
 
     def origin(self) -> Tensor:
@@ -242,7 +254,9 @@ class SAE(nn.Module):
         else:
             values = pre = self.product(x, bias, weight)
             support = sparse(self.support(pre))
-            support = support if isinstance(support, Pattern) else support.to(pre.dtype)  # one conversion for all uses
+            support = (
+                support if isinstance(support, Pattern) else support.to(pre.dtype)
+            )  # one conversion for all uses
         pattern = support if isinstance(support, Pattern) else None
         if weight.dtype != x.dtype:
             values = self.product(x, bias) if pattern is None else self._exact(x, bias, pattern)
@@ -252,10 +266,16 @@ class SAE(nn.Module):
             values = ops.masked(values, support)
         codes = Codes(values, pattern)
         levels = self.nested(codes)
-        recon = ops.decode(codes.values, pattern, self.W_dec) + self.b_dec if levels is None else levels[:, -1]
+        recon = (
+            ops.decode(codes.values, pattern, self.W_dec) + self.b_dec
+            if levels is None
+            else levels[:, -1]
+        )
         direct = self.linear_path(batch.x)
         mask = support if pattern is None else None
-        return Forward(batch, pre, codes, recon if direct is None else recon + direct, at, levels, mask)
+        return Forward(
+            batch, pre, codes, recon if direct is None else recon + direct, at, levels, mask
+        )
 
     @torch.no_grad()
     def _exact(self, x: Tensor, bias: Tensor, pattern: Pattern) -> Tensor:
@@ -287,7 +307,13 @@ class SAE(nn.Module):
         """
         size = (x.shape[0], self.d_sae)
         buffer = self._scratch.get("pre")
-        if buffer is None or len(buffer) < len(x) or buffer.shape[1:] != size[1:] or buffer.device != x.device or buffer.dtype != x.dtype:
+        if (
+            buffer is None
+            or len(buffer) < len(x)
+            or buffer.shape[1:] != size[1:]
+            or buffer.device != x.device
+            or buffer.dtype != x.dtype
+        ):
             buffer = self._scratch["pre"] = torch.empty(size, device=x.device, dtype=x.dtype)
         return ops.product(x, self.W_enc if weight is None else weight, bias, out=buffer[: len(x)])
 
@@ -306,13 +332,23 @@ class SAE(nn.Module):
         """The AuxK term over the latents in ``step.dead`` (empty where there are none)."""
         if not self.aux_coeff or not bool(step.dead.any()):
             return {}
-        return {"aux_k": self.aux_coeff * self.explain(fwd.batch.x, fwd.batch.y - fwd.recon, step.dead.nonzero().squeeze(1))}
+        return {
+            "aux_k": self.aux_coeff
+            * self.explain(fwd.batch.x, fwd.batch.y - fwd.recon, step.dead.nonzero().squeeze(1))
+        }
 
     def explain(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         """How much of ``residual`` (B, O) the latents ``dead`` leave unexplained (:func:`.ops.aux_k`); no live parameter gets a gradient."""
         w_enc, bias = self.W_enc.index_select(0, dead), self.b_enc.index_select(0, dead)
         bias = bias - w_enc @ self.origin().detach()
-        return ops.aux_k(self.encoder_input(x), residual, w_enc, bias, self.W_dec.index_select(0, dead), self.k_aux)
+        return ops.aux_k(
+            self.encoder_input(x),
+            residual,
+            w_enc,
+            bias,
+            self.W_dec.index_select(0, dead),
+            self.k_aux,
+        )
 
     def before_update(self) -> None:
         """Remove the radial part of the decoder's gradient, so that Adam's moments hold none of it."""
@@ -338,7 +374,9 @@ class SAE(nn.Module):
 
     def _move_origin(self, inputs: Units, outputs: Units) -> None:
         b_dec = outputs.undo(self.b_dec.double())
-        centre = self.centre.double() + self.b_dec.double() if self.pre_bias else self.centre.double()
+        centre = (
+            self.centre.double() + self.b_dec.double() if self.pre_bias else self.centre.double()
+        )
         centre = inputs.undo(centre)
         self.centre.copy_(centre - b_dec if self.pre_bias else centre)
         self.b_dec.copy_(b_dec)
@@ -361,12 +399,17 @@ class SAE(nn.Module):
                 kept = kept.topk(n, sorted=False).values
         # The least of the n largest must stay active, and active means strictly above the threshold.
         full = kept.numel() == n and n > 0
-        self.threshold.fill_(torch.nextafter(kept.min(), kept.new_tensor(-torch.inf)).clamp_min(0) if full else 0.0)
+        self.threshold.fill_(
+            torch.nextafter(kept.min(), kept.new_tensor(-torch.inf)).clamp_min(0) if full else 0.0
+        )
 
 
 def sparse(support: Pattern | Tensor) -> Pattern | Tensor:
     """A mask as a pattern, if it is sparse enough for that to pay."""
-    if isinstance(support, Pattern) or int(torch.count_nonzero(support)) >= ops.SPARSE_BELOW * support.numel():
+    if (
+        isinstance(support, Pattern)
+        or int(torch.count_nonzero(support)) >= ops.SPARSE_BELOW * support.numel()
+    ):
         return support
     return Pattern.from_mask(support)
 

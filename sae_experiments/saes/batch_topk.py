@@ -26,7 +26,9 @@ class BatchTopK(SAE):
         if not 0 < k <= self.d_sae:
             raise UserError(f"sae.model.k={k} must be positive and at most d_sae={self.d_sae}")
         self.k = k
-        self._guess: dict[tuple[str, int], float] = {}  # by code and number of rows; speeds the selection up, never changes it
+        self._guess: dict[
+            tuple[str, int], float
+        ] = {}  # by code and number of rows; speeds the selection up, never changes it
 
     @property
     def asked_l0(self) -> float | None:
@@ -40,7 +42,9 @@ class BatchTopK(SAE):
     def largest(self, pre: Tensor, code: str = "") -> Pattern:
         """The ``B budget`` largest positive entries of (B, F); ``code`` tells selections apart that have thresholds of their own."""
         key = code, len(pre)
-        pattern, self._guess[key] = selection.batch_top_k(pre, round(self.budget() * len(pre)), self._guess.get(key))
+        pattern, self._guess[key] = selection.batch_top_k(
+            pre, round(self.budget() * len(pre)), self._guess.get(key)
+        )
         return pattern
 
     def budget(self) -> float:

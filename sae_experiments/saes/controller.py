@@ -22,15 +22,35 @@ class L0Controller(nn.Module):
     """
 
     def __init__(
-        self, *, target: float, coeff: float | None, start: float, horizon: int = 1000, aim: float = 1.02, gain: float = 30.0, damping: float = 2.0
+        self,
+        *,
+        target: float,
+        coeff: float | None,
+        start: float,
+        horizon: int = 1000,
+        aim: float = 1.02,
+        gain: float = 30.0,
+        damping: float = 2.0,
     ) -> None:
         super().__init__()
         if coeff is not None and coeff < 0:
             raise UserError(f"sae: coeff={coeff} must not be negative")
         if not target > 0:
             raise UserError(f"sae: target_l0={target} must be positive")
-        self.target, self.fixed, self.horizon, self.aim, self.gain, self.damping = target, coeff is not None, horizon, aim, gain, damping
-        self.register_buffer("log_coeff", torch.tensor(math.log(start if coeff is None else max(coeff, 1e-30)), dtype=torch.float64))
+        self.target, self.fixed, self.horizon, self.aim, self.gain, self.damping = (
+            target,
+            coeff is not None,
+            horizon,
+            aim,
+            gain,
+            damping,
+        )
+        self.register_buffer(
+            "log_coeff",
+            torch.tensor(
+                math.log(start if coeff is None else max(coeff, 1e-30)), dtype=torch.float64
+            ),
+        )
         self.register_buffer("average", torch.tensor(math.nan, dtype=torch.float64))
         self.register_buffer("error", torch.tensor(math.nan, dtype=torch.float64))
 

@@ -21,7 +21,9 @@ class Crosscoder(Standard):
     def __init__(self, *, n_sites: int, start_norm: float, **kwargs: Any) -> None:
         super().__init__(norm_weighted=True, **kwargs)
         if self.d_in % n_sites or self.d_out != self.d_in:
-            raise UserError(f"sae.read must name {n_sites} sites of equal width (d_in={self.d_in}), and sae.write must be null")
+            raise UserError(
+                f"sae.read must name {n_sites} sites of equal width (d_in={self.d_in}), and sae.write must be null"
+            )
         self.blocks = n_sites
         # Norm-weighted start has rows of 0.1; a crosscoder's are per site.
         self.W_dec.data.mul_(start_norm * n_sites**0.5 / 0.1)

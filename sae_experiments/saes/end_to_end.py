@@ -22,9 +22,15 @@ class EndToEnd(BatchTopK):
 
     needs_model = True
 
-    def __init__(self, *, kl_coeff: float, local_coeff: float, later_coeff: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *, kl_coeff: float, local_coeff: float, later_coeff: float, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        for name, value in (("kl_coeff", kl_coeff), ("local_coeff", local_coeff), ("later_coeff", later_coeff)):
+        for name, value in (
+            ("kl_coeff", kl_coeff),
+            ("local_coeff", local_coeff),
+            ("later_coeff", later_coeff),
+        ):
             if value < 0:
                 raise UserError(f"sae.model.{name}={value} must not be negative")
         self.kl_coeff, self.local_coeff, self.later_coeff = kl_coeff, local_coeff, later_coeff
@@ -34,4 +40,7 @@ class EndToEnd(BatchTopK):
         if fwd.batch.downstream is None:
             raise UserError("an end_to_end SAE needs the language model: use it in study=language")
         effect = fwd.batch.downstream(fwd.recon)
-        return parts | {"kl": self.kl_coeff * effect["kl"], "later": self.later_coeff * effect["later"]}
+        return parts | {
+            "kl": self.kl_coeff * effect["kl"],
+            "later": self.later_coeff * effect["later"],
+        }

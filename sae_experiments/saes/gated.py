@@ -25,7 +25,9 @@ class Gated(Standard):
         self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
 
     def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
-        gate, scale, bias = (p if col is None else p[col] for p in (self.b_enc, self.r_mag.exp(), self.b_mag))
+        gate, scale, bias = (
+            p if col is None else p[col] for p in (self.b_enc, self.r_mag.exp(), self.b_mag)
+        )
         return torch.relu(scale * (entries - gate) + bias)
 
     def strength(self, pre: Tensor) -> Tensor:
@@ -35,7 +37,10 @@ class Gated(Standard):
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         gate = torch.relu(fwd.at)
         rebuilt = ops.decode(gate, fwd.codes.pattern, self.W_dec.detach()) + self.b_dec.detach()
-        return {"sparsity": self.coefficient(step) * gate.sum() / len(fwd.batch.x), "gate_mse": ops.squared_error(rebuilt, fwd.batch.y)}
+        return {
+            "sparsity": self.coefficient(step) * gate.sum() / len(fwd.batch.x),
+            "gate_mse": ops.squared_error(rebuilt, fwd.batch.y),
+        }
 
     def inference(self) -> Inference:
         return as_gated(self)

@@ -56,7 +56,15 @@ class JumpReLU(Standard):
     """
 
     def __init__(
-        self, *, form: str, bandwidth: float, start_threshold: float, tanh_scale: float, pre_act_coeff: float, melt: float, **kwargs: Any
+        self,
+        *,
+        form: str,
+        bandwidth: float,
+        start_threshold: float,
+        tanh_scale: float,
+        pre_act_coeff: float,
+        melt: float,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if form not in ("step", "tanh"):
@@ -66,13 +74,20 @@ class JumpReLU(Standard):
         if not 0 < melt <= 1:
             raise UserError(f"sae.model.melt={melt} must lie in (0, 1]")
         self.melt = melt
-        self.form, self.bandwidth, self.tanh_scale, self.pre_act_coeff = form, bandwidth, tanh_scale, pre_act_coeff
+        self.form, self.bandwidth, self.tanh_scale, self.pre_act_coeff = (
+            form,
+            bandwidth,
+            tanh_scale,
+            pre_act_coeff,
+        )
         self.theta = nn.Parameter(torch.full((self.d_sae,), float(start_threshold)))
 
     def support(self, pre: Tensor) -> Tensor:
         if not self.training:
             return self.strength(pre) > self.threshold
-        return pre > self.theta.detach() - self.bandwidth / 2  # the window is part of the support: it carries gradient
+        return (
+            pre > self.theta.detach() - self.bandwidth / 2
+        )  # the window is part of the support: it carries gradient
 
     def strength(self, pre: Tensor) -> Tensor:
         return torch.where(pre > 0, pre - self.theta, 0)
@@ -84,15 +99,23 @@ class JumpReLU(Standard):
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         rows, pattern = len(fwd.batch.x), fwd.codes.pattern
         if self.form == "tanh":
-            out = {"sparsity": self.coefficient(step) * torch.tanh(self.tanh_scale * fwd.codes.values).sum() / rows}
+            out = {
+                "sparsity": self.coefficient(step)
+                * torch.tanh(self.tanh_scale * fwd.codes.values).sum()
+                / rows
+            }
             dead = step.dead.nonzero().squeeze(1)
             if self.pre_act_coeff and dead.numel():
                 a = nn.functional.linear(fwd.batch.x, self.W_enc[dead], self.bias()[dead])
                 out["pre_act"] = self.pre_act_coeff * torch.relu(self.theta[dead] - a).sum() / rows
             return out
         theta = self.theta if pattern is None else self.theta[pattern.col]
-        active = _Step.apply(fwd.at, theta.expand_as(fwd.at) if pattern is None else theta, self.bandwidth)
-        if fwd.mask is not None:  # the zeros outside the support are no pre-activations, and would lie in the window of a small theta
+        active = _Step.apply(
+            fwd.at, theta.expand_as(fwd.at) if pattern is None else theta, self.bandwidth
+        )
+        if (
+            fwd.mask is not None
+        ):  # the zeros outside the support are no pre-activations, and would lie in the window of a small theta
             active = ops.masked(active, fwd.mask)
         return {"sparsity": self.coefficient(step) * active.sum() / rows}
 
@@ -105,5 +128,7 @@ class JumpReLU(Standard):
     def inference(self) -> Inference:
         # The trim is a shift: a > theta and a - theta > threshold is a > theta + threshold.
         return Inference(
-            "jumprelu", self.plain_tensors() | {"threshold": self.theta.detach() + self.threshold}, {"apply_b_dec_to_input": self.pre_bias}
+            "jumprelu",
+            self.plain_tensors() | {"threshold": self.theta.detach() + self.threshold},
+            {"apply_b_dec_to_input": self.pre_bias},
         )

@@ -26,18 +26,25 @@ class KL(Standard):
     the lengths of the decoder's rows free.
     """
 
-    def __init__(self, *, form: str, rho: float | None, per_entry: bool, unit_decoder: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, *, form: str, rho: float | None, per_entry: bool, unit_decoder: bool, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.per_entry, self.unit_decoder = per_entry, unit_decoder
         if form not in ("sigmoid", "gelu", "relu"):
             raise UserError(f"sae.model.form={form!r} is not one of sigmoid, gelu, relu")
-        self.form, self.rho = form, rho if rho is not None else self.controller.target / (4 * self.d_sae)
+        self.form, self.rho = (
+            form,
+            rho if rho is not None else self.controller.target / (4 * self.d_sae),
+        )
         if not 0 < self.rho < 1:
             raise UserError(f"sae.model.rho={self.rho} must lie between 0 and 1")
         if form != "relu":
             self.start_l0 = None
         if form != "relu" and not self.controller.fixed:
-            raise UserError(f"sae.model.form={form} has no exact zeros to steer by: give sae.model.coeff a number")
+            raise UserError(
+                f"sae.model.form={form} has no exact zeros to steer by: give sae.model.coeff a number"
+            )
 
     def support(self, pre: Tensor) -> Tensor:
         if self.form == "relu" or not self.training:
@@ -73,11 +80,15 @@ class KL(Standard):
 
     def finish(self, phase: str, x: Tensor) -> None:
         if self.controller.target >= self.d_sae:
-            self.threshold.fill_(0.0 if self.form == "relu" else -torch.inf)  # everything that was active in training stays active
+            self.threshold.fill_(
+                0.0 if self.form == "relu" else -torch.inf
+            )  # everything that was active in training stays active
         else:
             self.calibrate_threshold(x, self.controller.target)
 
     def inference(self) -> Inference:
         if self.form == "relu":
             return super().inference()
-        raise NotExportable(f"a KL SAE with {self.form} units has no counterpart in SAELens' format")
+        raise NotExportable(
+            f"a KL SAE with {self.form} units has no counterpart in SAELens' format"
+        )

@@ -47,7 +47,14 @@ class Loaded(BatchTopK):
         d_in, d_sae = tensors["W_enc"].shape
         pre_bias = bool(config.get("apply_b_dec_to_input", True))
         with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced at once
-            super().__init__(d_in=d_in, d_sae=d_sae, k=d_sae, unit_decoder=False, pre_bias=pre_bias, aux_coeff=AUX_COEFF)
+            super().__init__(
+                d_in=d_in,
+                d_sae=d_sae,
+                k=d_sae,
+                unit_decoder=False,
+                pre_bias=pre_bias,
+                aux_coeff=AUX_COEFF,
+            )
         self.architecture, self.config, self.notes = architecture, config, notes
         gated = self.architecture == "gated"
         self.rowwise = self.architecture == "topk"

@@ -29,18 +29,31 @@ class Matryoshka(BatchTopK):
     """
 
     def __init__(
-        self, *, fractions: Sequence[float], k_start: float, k_decay: float, detach_inner: bool, sort_by_frequency: bool, **kwargs: Any
+        self,
+        *,
+        fractions: Sequence[float],
+        k_start: float,
+        k_decay: float,
+        detach_inner: bool,
+        sort_by_frequency: bool,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
             raise UserError(f"sae.model.fractions={list(fractions)} must be positive and sum to 1")
         ends = [round(sum(fractions[: i + 1]) * self.d_sae) for i in range(len(fractions))]
         if ends[0] < 1 or any(b <= a for a, b in pairwise(ends)):
-            raise UserError(f"sae.model.fractions={list(fractions)} leave a group without latents at d_sae={self.d_sae}")
+            raise UserError(
+                f"sae.model.fractions={list(fractions)} leave a group without latents at d_sae={self.d_sae}"
+            )
         if k_start < 1 or not 0 <= k_decay <= 1:
-            raise UserError(f"sae.model: k_start={k_start} must be at least 1 and k_decay={k_decay} lie in 0..1")
+            raise UserError(
+                f"sae.model: k_start={k_start} must be at least 1 and k_decay={k_decay} lie in 0..1"
+            )
         if k_start * self.k > self.d_sae:
-            raise UserError(f"sae.model.k_start={k_start} asks for {k_start * self.k:g} active latents, more than d_sae={self.d_sae}")
+            raise UserError(
+                f"sae.model.k_start={k_start} asks for {k_start * self.k:g} active latents, more than d_sae={self.d_sae}"
+            )
         self.ends, self.k_start, self.k_decay = ends, k_start, k_decay
         self.detach_inner, self.sort_by_frequency = detach_inner, sort_by_frequency
         groups = torch.zeros(self.d_sae, dtype=torch.int64)
@@ -63,7 +76,9 @@ class Matryoshka(BatchTopK):
             values, row, col = values[order], row[order], col[order]
         crow = torch.zeros(pattern.n_rows * n + 1, dtype=torch.int32, device=col.device)
         crow[1:] = torch.bincount(row, minlength=pattern.n_rows * n).cumsum(0)
-        parts = ops.decode(values, Pattern(crow, col, pattern.n_cols), self.W_dec).view(pattern.n_rows, n, -1)
+        parts = ops.decode(values, Pattern(crow, col, pattern.n_cols), self.W_dec).view(
+            pattern.n_rows, n, -1
+        )
         sums = ops.prefix_sums(parts)
         if self.detach_inner:
             inner = (sums - parts).detach()[:, :-1] + parts[:, :-1]
@@ -93,8 +108,12 @@ class Matryoshka(BatchTopK):
         if self.sort_by_frequency:
             self.frequency.lerp_(fwd.codes.fires / len(fwd.batch.x), 0.01)
             rank = torch.empty_like(self.group)
-            rank[self.frequency.argsort(descending=True, stable=True)] = torch.arange(self.d_sae, device=rank.device)
-            self.group.copy_((rank[:, None] >= torch.tensor(self.ends[:-1], device=rank.device)).sum(1))
+            rank[self.frequency.argsort(descending=True, stable=True)] = torch.arange(
+                self.d_sae, device=rank.device
+            )
+            self.group.copy_(
+                (rank[:, None] >= torch.tensor(self.ends[:-1], device=rank.device)).sum(1)
+            )
 
     def finish(self, phase: str, x: Tensor) -> None:
         if self.sort_by_frequency:

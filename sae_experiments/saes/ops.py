@@ -45,7 +45,11 @@ def fast_products() -> Iterator[None]:
 @cache
 def _onednn_keeps_float32() -> bool:
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if matmul is None or not hasattr(matmul, "fp32_precision") or not torch.backends.mkldnn.is_available():
+    if (
+        matmul is None
+        or not hasattr(matmul, "fp32_precision")
+        or not torch.backends.mkldnn.is_available()
+    ):
         return False
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(256, 128, generator=generator), torch.randn(128, 256, generator=generator)
@@ -73,13 +77,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
 
 def _csr_matmul(crow: Tensor, col: Tensor, values: Tensor, n_cols: int, dense: Tensor) -> Tensor:
     """Sparse (rows, n_cols) times dense (n_cols, d)."""
-    if values.is_cuda and _has_sparse_blas(values):  # on a CPU bags of rows take a third of its time
-        return torch.sparse_csr_tensor(crow, col, values, (crow.shape[0] - 1, n_cols), check_invariants=False) @ dense
+    if values.is_cuda and _has_sparse_blas(
+        values
+    ):  # on a CPU bags of rows take a third of its time
+        return (
+            torch.sparse_csr_tensor(
+                crow, col, values, (crow.shape[0] - 1, n_cols), check_invariants=False
+            )
+            @ dense
+        )
     return F.embedding_bag(col, dense, crow[:-1], per_sample_weights=values, mode="sum")
 
 
 def _has_sparse_blas(t: Tensor) -> bool:
-    return t.dtype == torch.float32 and (t.is_cuda or (t.device.type == "cpu" and torch.backends.mkl.is_available()))
+    return t.dtype == torch.float32 and (
+        t.is_cuda or (t.device.type == "cpu" and torch.backends.mkl.is_available())
+    )
 
 
 def weight_gradient(pattern: Pattern, values: Tensor, dense: Tensor) -> Tensor:
@@ -92,10 +105,17 @@ def entry_products(pattern: Pattern, left: Tensor, right: Tensor) -> Tensor:
     """``left[row] . right[col]`` for every active entry, (n,); left (B, d), right (F, d)."""
     if _has_sparse_blas(left):
         zeros = torch.sparse_csr_tensor(
-            pattern.crow, pattern.col, left.new_zeros(pattern.col.shape[0]), (pattern.n_rows, pattern.n_cols), check_invariants=False
+            pattern.crow,
+            pattern.col,
+            left.new_zeros(pattern.col.shape[0]),
+            (pattern.n_rows, pattern.n_cols),
+            check_invariants=False,
         )
         return torch.sparse.sampled_addmm(zeros, left, right.t(), beta=0.0).values()
-    out = [(left[r] * right[c]).sum(1) for r, c in zip(pattern.row.split(1 << 14), pattern.col.split(1 << 14), strict=True)]
+    out = [
+        (left[r] * right[c]).sum(1)
+        for r, c in zip(pattern.row.split(1 << 14), pattern.col.split(1 << 14), strict=True)
+    ]
     return torch.cat(out) if out else left.new_zeros(0)
 
 
@@ -103,7 +123,9 @@ class _Entries(torch.autograd.Function):
     """Pre-activations at the active entries, with gradients for weight, bias and input from those entries only."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, pattern: Pattern) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, pattern: Pattern
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.pattern = pattern
         return pattern.at(pre) if pre.ndim == 2 else pre.view_as(pre)
@@ -112,9 +134,15 @@ class _Entries(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         p: Pattern = ctx.pattern
-        grad_x = _csr_matmul(p.crow, p.col, grad, p.n_cols, weight) if ctx.needs_input_grad[0] else None
+        grad_x = (
+            _csr_matmul(p.crow, p.col, grad, p.n_cols, weight) if ctx.needs_input_grad[0] else None
+        )
         grad_w = weight_gradient(p, grad, x) if ctx.needs_input_grad[1] else None
-        grad_b = torch.bincount(p.col, weights=grad, minlength=p.n_cols).to(grad.dtype) if ctx.needs_input_grad[2] else None
+        grad_b = (
+            torch.bincount(p.col, weights=grad, minlength=p.n_cols).to(grad.dtype)
+            if ctx.needs_input_grad[2]
+            else None
+        )
         return grad_x, grad_w, grad_b, None, None
 
 
@@ -190,13 +218,19 @@ class _DenseDecode(torch.autograd.Function):
             return grad_values, values.t() @ grad if ctx.needs_input_grad[1] else None
 
 
-def entries(x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, support: Pattern | Tensor) -> Tensor:
+def entries(
+    x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, support: Pattern | Tensor
+) -> Tensor:
     """Differentiable ``x W^T + bias`` at ``support``: (n,) for a pattern, (B, F) with zeros outside for a mask (booleans, or 0.0 and 1.0).
 
     ``pre`` is the same product, already made without a graph (for a pattern its entries (n,) will do); it is read here and may be overwritten
     afterwards.
     """
-    return _Entries.apply(x, weight, bias, pre, support) if isinstance(support, Pattern) else _Masked.apply(x, weight, bias, pre, support)
+    return (
+        _Entries.apply(x, weight, bias, pre, support)
+        if isinstance(support, Pattern)
+        else _Masked.apply(x, weight, bias, pre, support)
+    )
 
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
@@ -206,7 +240,11 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
 
 def decode(values: Tensor, pattern: Pattern | None, weight: Tensor) -> Tensor:
     """``C W_dec`` (B, O) for the code C given densely (``pattern`` None) or by its active entries."""
-    return _DenseDecode.apply(values, weight) if pattern is None else _Decode.apply(values, weight, pattern)
+    return (
+        _DenseDecode.apply(values, weight)
+        if pattern is None
+        else _Decode.apply(values, weight, pattern)
+    )
 
 
 def squared_error(recon: Tensor, target: Tensor) -> Tensor:
@@ -253,7 +291,9 @@ def level_errors(levels: Tensor, target: Tensor) -> Tensor:
     return _LevelErrors.apply(levels, target) / target.shape[0]
 
 
-def aux_k(x: Tensor, residual: Tensor, w_enc: Tensor, bias: Tensor, w_dec: Tensor, k: int) -> Tensor:
+def aux_k(
+    x: Tensor, residual: Tensor, w_enc: Tensor, bias: Tensor, w_dec: Tensor, k: int
+) -> Tensor:
     """AuxK (Gao et al. 2024): how well the dead latents' ``k`` largest pre-activations explain what the live ones left over.
 
     ``||e - ehat||^2 / ||e - mean e||^2`` with e the detached ``residual``, no bias on either side, and leaky pre-activations (slope 0.1
@@ -289,5 +329,11 @@ def unit_rows(weight: Tensor) -> Tensor:
 
 def remove_radial(grad: Tensor, weight: Tensor) -> None:
     """Take the part of ``grad`` along each row of ``weight`` (unit or not) out, in place: what is left only turns the row."""
-    for g, w in zip(grad.split(1024), weight.split(1024), strict=True):  # no temporary of the weight's size
-        g.addcmul_((g * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True).clamp_min(1e-12), w, value=-1)
+    for g, w in zip(
+        grad.split(1024), weight.split(1024), strict=True
+    ):  # no temporary of the weight's size
+        g.addcmul_(
+            (g * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True).clamp_min(1e-12),
+            w,
+            value=-1,
+        )

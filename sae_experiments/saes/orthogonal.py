@@ -23,7 +23,9 @@ class Orthogonal(BatchTopK):
     def __init__(self, *, gamma: float, chunk: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if gamma < 0 or chunk < 2:
-            raise UserError(f"sae.model: gamma={gamma} must not be negative and chunk={chunk} be at least 2")
+            raise UserError(
+                f"sae.model: gamma={gamma} must not be negative and chunk={chunk} be at least 2"
+            )
         self.gamma, self.chunk = gamma, chunk
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
@@ -36,4 +38,8 @@ class Orthogonal(BatchTopK):
 def closest(rows: Tensor) -> Tensor:
     """For each unit row the largest cosine with another one, at least 0; (n,)."""
     cosines = rows @ rows.t()
-    return cosines.masked_fill(torch.eye(len(rows), dtype=torch.bool, device=rows.device), -1).amax(1).clamp_min(0)
+    return (
+        cosines.masked_fill(torch.eye(len(rows), dtype=torch.bool, device=rows.device), -1)
+        .amax(1)
+        .clamp_min(0)
+    )

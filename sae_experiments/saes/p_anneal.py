@@ -23,7 +23,9 @@ class PAnneal(Standard):
     def __init__(self, *, p_end: float, n_steps: int, start: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 0 < p_end <= 1 or n_steps < 1 or not 0 <= start < 1:
-            raise UserError(f"sae.model: p_end={p_end} must lie in (0, 1], n_steps={n_steps} be at least 1, start={start} lie in [0, 1)")
+            raise UserError(
+                f"sae.model: p_end={p_end} must lie in (0, 1], n_steps={n_steps} be at least 1, start={start} lie in [0, 1)"
+            )
         if p_end < 1:
             self.controller.aim = 1.08  # every step of p takes some latents away, and the last ones leave no time to come back
         self.p_end, self.n_steps, self.start = p_end, n_steps, start
@@ -39,7 +41,9 @@ class PAnneal(Standard):
         stage = int(max(step.progress - self.start, 0) / (1 - self.start) * self.n_steps + 1e-9)
         p = 1 + (self.p_end - 1) * min(stage, self.n_steps) / self.n_steps
         if p != self.p.item():
-            ratio = power_sum(fwd.codes.values, self.p.item()) / power_sum(fwd.codes.values, p).clamp_min(1e-12)
+            ratio = power_sum(fwd.codes.values, self.p.item()) / power_sum(
+                fwd.codes.values, p
+            ).clamp_min(1e-12)
             self.scale.mul_(ratio)
             self.p.fill_(p)
 

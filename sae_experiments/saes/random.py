@@ -24,7 +24,13 @@ class Random(BatchTopK):
         self.learn = learn
 
     def phases(self) -> list[Phase]:
-        return [Phase("train", 1.0, [Group([self.W_enc, self.b_enc, self.b_dec])] if self.learn == "encoder" else [])]
+        return [
+            Phase(
+                "train",
+                1.0,
+                [Group([self.W_enc, self.b_enc, self.b_dec])] if self.learn == "encoder" else [],
+            )
+        ]
 
     def finish(self, phase: str, x: Tensor) -> None:
         super().finish(phase, x)

@@ -29,22 +29,33 @@ CHECKSUM = "sha256"  # in the metadata of a safetensors file that was written he
 
 
 @torch.no_grad()
-def save_sae(sae: SAE, folder: Path | str, *, reference: Tensor, metadata: Mapping[str, Any]) -> None:
+def save_sae(
+    sae: SAE, folder: Path | str, *, reference: Tensor, metadata: Mapping[str, Any]
+) -> None:
     """Write a trained SAE in SAELens' directory format.
 
     ``reference`` (N, D) rows are stored with the SAE's codes and reconstructions, so that a loader can tell whether it computes the same.
     Raises :class:`NotExportable` for a variant that has no counterpart in the format.
     """
     folder = Path(folder)
-    if next(sae.parameters()).dtype != torch.float32:  # the file is in float32, and so its reference rows must be
+    if (
+        next(sae.parameters()).dtype != torch.float32
+    ):  # the file is in float32, and so its reference rows must be
         sae = copy.deepcopy(sae).float()
     sae.eval()
     architecture, tensors, config = sae.inference()
     reference = sae.accepted(reference, "d_in").detach().reshape(-1, sae.d_in)
     full = {
-        "architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu",
-        "normalize_activations": "none", "reshape_activations": "none", "metadata": exported(metadata), **config,
-    }  # fmt: skip
+        "architecture": architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": exported(metadata),
+        **config,
+    }
     full = json.loads(json.dumps(full, default=str))
     _check_finite(full, "")
     acts = sae.encode(reference)
@@ -52,14 +63,18 @@ def save_sae(sae: SAE, folder: Path | str, *, reference: Tensor, metadata: Mappi
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{folder} is not written: {name} holds a value that is not finite")
     write_bytes(folder / WEIGHTS, _bytes(tensors))
-    write_bytes(folder / REFERENCE, _bytes({"x": reference, "acts": acts, "recon": sae.decode(acts)}))
+    write_bytes(
+        folder / REFERENCE, _bytes({"x": reference, "acts": acts, "recon": sae.decode(acts)})
+    )
     write_json(folder / CONFIG, full)
 
 
 def _check_finite(value: Any, where: str) -> None:
     """Raise :class:`UserError` for a number in JSON-like ``value`` that JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"save_sae: {where}={value} is no number that JSON has: leave it out, or give it as text")
+        raise UserError(
+            f"save_sae: {where}={value} is no number that JSON has: leave it out, or give it as text"
+        )
     if isinstance(value, dict):
         for key, inner in value.items():
             _check_finite(inner, f"{where}.{key}" if where else key)
@@ -81,7 +96,9 @@ def load_sae(folder: Path | str) -> Loaded:
     inference, notes = understood(config, tensors, folder)
     sae = Loaded(inference, notes)
     if (folder / REFERENCE).is_file():
-        _check_reference(sae, {k: v.float() for k, v in _tensors(folder / REFERENCE).items()}, folder)
+        _check_reference(
+            sae, {k: v.float() for k, v in _tensors(folder / REFERENCE).items()}, folder
+        )
     return sae
 
 
@@ -104,7 +121,9 @@ def _check_reference(sae: Loaded, reference: dict[str, Tensor], folder: Path) ->
     found, stored = sae(reference["x"]), reference["recon"]
     error = float((found - stored).norm() / stored.norm().clamp_min(1e-12))
     if not error <= 1e-3:
-        raise UserError(f"{folder}: the weights do not compute the stored reference rows (error {error:.2g}): tensors are swapped or damaged")
+        raise UserError(
+            f"{folder}: the weights do not compute the stored reference rows (error {error:.2g}): tensors are swapped or damaged"
+        )
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> bytes:

@@ -86,7 +86,9 @@ class _Config:
     def wrong(self, key: str, why: str) -> UserError:
         """The refusal of a key's value."""
         value, name = repr(self.values.get(key)), key if key.isidentifier() else repr(key)
-        return UserError(f"{self.path}: {name}={value if len(value) < 100 else value[:97] + '...'} {why}")
+        return UserError(
+            f"{self.path}: {name}={value if len(value) < 100 else value[:97] + '...'} {why}"
+        )
 
     def whole(self, key: str) -> int:
         """A whole number of at least 1."""
@@ -127,16 +129,26 @@ def understood(values: Any, tensors: Mapping[str, Tensor], folder: Path) -> Dire
     architecture = _architecture(config)
     settings: dict[str, Any] = {"apply_b_dec_to_input": config.flag("apply_b_dec_to_input", True)}
     if architecture == "topk":
-        settings |= {"k": _k(config), "rescale_acts_by_decoder_norm": config.flag("rescale_acts_by_decoder_norm", False)}
+        settings |= {
+            "k": _k(config),
+            "rescale_acts_by_decoder_norm": config.flag("rescale_acts_by_decoder_norm", False),
+        }
     _refuse_what_is_not_done(config, architecture)
     found = _tensors(config, architecture, tensors, folder / WEIGHTS)
     scale = _scale(config, tensors)
     if scale is not None:
         if settings.get("rescale_acts_by_decoder_norm"):
-            raise config.wrong("finetuning_scaling_factor", "is not supported together with rescale_acts_by_decoder_norm")
+            raise config.wrong(
+                "finetuning_scaling_factor",
+                "is not supported together with rescale_acts_by_decoder_norm",
+            )
         found["W_dec"] = found["W_dec"] * scale[:, None]
     noise = config.values.get("noise_scale")
-    notes = (f"{config.path}: noise_scale={noise!r} was noise in training, none is added here",) if noise else ()
+    notes = (
+        (f"{config.path}: noise_scale={noise!r} was noise in training, none is added here",)
+        if noise
+        else ()
+    )
     return Directory(Inference(architecture, found, settings), notes)
 
 
@@ -145,7 +157,9 @@ def _architecture(config: _Config) -> str:
     name = config.values.get("architecture", "standard")  # up to version 3.5 there was no other
     if not isinstance(name, str) or name not in TENSORS:
         raise config.wrong("architecture", f"is not one of {', '.join(TENSORS)}")
-    named = [key for key in ("activation_fn_str", "activation_fn") if config.values.get(key) is not None]
+    named = [
+        key for key in ("activation_fn_str", "activation_fn") if config.values.get(key) is not None
+    ]
     for key in named:
         value = config.values[key]
         if value not in ("relu", "topk"):
@@ -175,35 +189,58 @@ def _k(config: _Config) -> int:
 
 def _refuse_what_is_not_done(config: _Config, architecture: str) -> None:
     """Settings that would change the result, and keys that might."""
-    config.among("normalize_activations", ("none", False), "is not supported, only none: choose an SAE of plain activations")
+    config.among(
+        "normalize_activations",
+        ("none", False),
+        "is not supported, only none: choose an SAE of plain activations",
+    )
     # Heads side by side are how activations come here already.
-    config.among("reshape_activations", ("none", "hook_z"), "is not supported, only none and hook_z")
-    config.among("dtype", tuple(p + d for p in ("", "torch.") for d in DTYPES), f"is not one of {', '.join(DTYPES)}")
+    config.among(
+        "reshape_activations", ("none", "hook_z"), "is not supported, only none and hook_z"
+    )
+    config.among(
+        "dtype",
+        tuple(p + d for p in ("", "torch.") for d in DTYPES),
+        f"is not one of {', '.join(DTYPES)}",
+    )
     for key in ("hook_head_index", "hook_point_head_index"):
         config.among(key, (), "is not supported: an SAE of a single head has no site here")
     if config.values.get("d_out") is not None and config.whole("d_out") != config.whole("d_in"):
-        raise config.wrong("d_out", f"is not d_in={config.values['d_in']}: transcoders are not supported")
+        raise config.wrong(
+            "d_out", f"is not d_in={config.values['d_in']}: transcoders are not supported"
+        )
     own = {"k", "activation_fn_kwargs", "rescale_acts_by_decoder_norm"}
     known = (READ if architecture == "topk" else READ - own) | ABOUT
     for key, value in config.values.items():
         neutral = (None, False, {}) if key in own else NEUTRAL
         if key not in known and not any(type(value) is type(n) and value == n for n in neutral):
             where = f" (architecture {architecture})" if key in own else ""
-            raise config.wrong(key, f"is not understood{where}: remove it if it does not change what the SAE computes")
+            raise config.wrong(
+                key,
+                f"is not understood{where}: remove it if it does not change what the SAE computes",
+            )
     metadata = config.values.get("metadata")
     if metadata is not None and not isinstance(metadata, Mapping):
         raise config.wrong("metadata", "is not a mapping")
     if metadata and metadata.get("hook_head_index") is not None:
-        raise _Config(metadata, config.path).wrong("hook_head_index", "is not supported: an SAE of a single head has no site here")
+        raise _Config(metadata, config.path).wrong(
+            "hook_head_index", "is not supported: an SAE of a single head has no site here"
+        )
 
 
-def _tensors(config: _Config, architecture: str, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _tensors(
+    config: _Config, architecture: str, tensors: Mapping[str, Tensor], path: Path
+) -> dict[str, Tensor]:
     """The tensors of the plain form as float32, each of its shape, and none left over that would matter."""
     d_in, d_sae = config.whole("d_in"), config.whole("d_sae")
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)} | dict.fromkeys(TENSORS[architecture], (d_sae,))
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)} | dict.fromkeys(
+        TENSORS[architecture], (d_sae,)
+    )
     for name, value in tensors.items():
         if not value.is_floating_point():
-            raise UserError(f"{path}: tensor {name} holds {value.dtype}, not floating-point numbers")
+            raise UserError(
+                f"{path}: tensor {name} holds {value.dtype}, not floating-point numbers"
+            )
         if not bool(torch.isfinite(value.float()).all()):
             raise UserError(f"{path}: tensor {name} holds values that are not finite")
     found = {name: value.float() for name, value in tensors.items()}
@@ -213,10 +250,14 @@ def _tensors(config: _Config, architecture: str, tensors: Mapping[str, Tensor], 
         if name not in found:
             raise UserError(f"{path}: tensor {name} is missing (architecture {architecture})")
         if tuple(found[name].shape) != shape:
-            raise UserError(f"{path}: tensor {name} has shape {tuple(found[name].shape)}, not {shape} (d_in={d_in}, d_sae={d_sae})")
+            raise UserError(
+                f"{path}: tensor {name} has shape {tuple(found[name].shape)}, not {shape} (d_in={d_in}, d_sae={d_sae})"
+            )
     for name in found.keys() - shapes.keys() - set(SCALES):
         if bool(found[name].any()):
-            raise UserError(f"{path}: tensor {name} is not understood (architecture {architecture})")
+            raise UserError(
+                f"{path}: tensor {name} is not understood (architecture {architecture})"
+            )
     return {name: found[name] for name in shapes}
 
 
@@ -239,7 +280,12 @@ def _scale(config: _Config, tensors: Mapping[str, Tensor]) -> Tensor | None:
 
 #: TransformerLens' names of what lies in a block, and ours. Its ``hook_mlp_in`` is the stream before the layer norm,
 #: which has no name here; ``mlp.hook_in`` is what the MLP reads.
-HOOKS = {"hook_resid_post": "resid", "mlp.hook_post": "mlp_act", "hook_mlp_out": "mlp_out", "mlp.hook_in": "mlp_in"}
+HOOKS = {
+    "hook_resid_post": "resid",
+    "mlp.hook_post": "mlp_act",
+    "hook_mlp_out": "mlp_out",
+    "mlp.hook_in": "mlp_in",
+}
 OURS = re.compile(r"(resid|mlp_in|mlp_act|mlp_out)\.(\d+)")
 
 
@@ -273,7 +319,12 @@ def hook_name(values: Any, path: Path) -> str:
     values = values if isinstance(values, Mapping) else {}
     metadata = values.get("metadata")
     places = [values, metadata if isinstance(metadata, Mapping) else {}]
-    layers = {str(p[k]) for p in places for k in ("hook_layer", "hook_point_layer") if p.get(k) is not None}
+    layers = {
+        str(p[k])
+        for p in places
+        for k in ("hook_layer", "hook_point_layer")
+        if p.get(k) is not None
+    }
     names = {str(p[k]) for p in places for k in ("hook_name", "hook_point") if p.get(k) is not None}
     if len(layers) == 1:
         names = {n.replace("{layer}", next(iter(layers))) for n in names}
@@ -282,7 +333,9 @@ def hook_name(values: Any, path: Path) -> str:
     name = next(iter(names), "")
     match = re.match(r"blocks\.(\d+)\.", name)
     if len(layers) > 1 or (match and layers and layers != {match[1]}):
-        raise UserError(f"{path}: hook_layer={', '.join(sorted(layers))} contradicts hook_name={name!r}")
+        raise UserError(
+            f"{path}: hook_layer={', '.join(sorted(layers))} contradicts hook_name={name!r}"
+        )
     return name
 
 

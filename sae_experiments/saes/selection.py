@@ -28,7 +28,11 @@ class Pattern:
     @cached_property
     def row(self) -> Tensor:
         """Row of every entry, (n,) int64."""
-        return torch.repeat_interleave(torch.arange(self.n_rows, device=self.col.device), self.crow.diff(), output_size=self.col.shape[0])
+        return torch.repeat_interleave(
+            torch.arange(self.n_rows, device=self.col.device),
+            self.crow.diff(),
+            output_size=self.col.shape[0],
+        )
 
     @cached_property
     def flat(self) -> Tensor:
@@ -71,8 +75,12 @@ class Pattern:
     @staticmethod
     def stacked(parts: Sequence[Pattern]) -> Pattern:
         """The pattern of matrices put on top of each other."""
-        ends = torch.tensor([0, *(p.col.shape[0] for p in parts)], dtype=torch.int32, device=parts[0].crow.device).cumsum(0, dtype=torch.int32)
-        crow = torch.cat([ends[:1], *(p.crow[1:] + end for p, end in zip(parts, ends, strict=False))])
+        ends = torch.tensor(
+            [0, *(p.col.shape[0] for p in parts)], dtype=torch.int32, device=parts[0].crow.device
+        ).cumsum(0, dtype=torch.int32)
+        crow = torch.cat(
+            [ends[:1], *(p.crow[1:] + end for p, end in zip(parts, ends, strict=False))]
+        )
         return Pattern(crow, torch.cat([p.col for p in parts]), parts[0].n_cols)
 
     @staticmethod
@@ -85,14 +93,18 @@ def _stable_order(col: Tensor, n_cols: int) -> Tensor:
     """The stable sorting order of column numbers below ``n_cols``."""
     if col.device.type != "cpu" or n_cols > 1 << 16:
         return torch.argsort(col, stable=True)
-    return torch.from_numpy(np.argsort(col.numpy().astype(np.uint16), kind="stable"))  # by digits: 1.7 to 17 times as fast
+    return torch.from_numpy(
+        np.argsort(col.numpy().astype(np.uint16), kind="stable")
+    )  # by digits: 1.7 to 17 times as fast
 
 
 def positions(mask: Tensor) -> Tensor:
     """Where a contiguous ``mask`` is true, as ascending positions (n,) in the flattened tensor."""
     if mask.device.type != "cpu":
         return mask.view(-1).nonzero().squeeze(1)
-    return torch.from_numpy(np.flatnonzero(mask.numpy()))  # a third of the time of torch's where few entries are true
+    return torch.from_numpy(
+        np.flatnonzero(mask.numpy())
+    )  # a third of the time of torch's where few entries are true
 
 
 def top_k(pre: Tensor, k: int) -> Pattern:
@@ -109,27 +121,44 @@ def top_k(pre: Tensor, k: int) -> Pattern:
     if size == 1 or not n_rows:
         return _selected(pre, k)
     chunk = max(1, TILE // n_cols)
-    flat = torch.cat([_candidates(part, k, size).add_(i * chunk * n_cols) for i, part in enumerate(pre.split(chunk))])
+    flat = torch.cat(
+        [
+            _candidates(part, k, size).add_(i * chunk * n_cols)
+            for i, part in enumerate(pre.split(chunk))
+        ]
+    )
     row = torch.div(flat, n_cols, rounding_mode="floor")
     counts = torch.bincount(row, minlength=n_rows)
     width = int(counts.max())
     first = torch.arange(n_rows, device=pre.device) * width - (counts.cumsum(0) - counts)
     values = pre.view(-1).index_select(0, flat)
     narrow = torch.full((n_rows, width), -torch.inf, dtype=pre.dtype, device=pre.device)
-    narrow.view(-1).index_copy_(0, torch.arange(flat.numel(), device=pre.device).add_(first.index_select(0, row)), values)
-    least = kth_largest(narrow, k).squeeze(1) if width >= k else values.new_full((n_rows,), torch.nan)
+    narrow.view(-1).index_copy_(
+        0, torch.arange(flat.numel(), device=pre.device).add_(first.index_select(0, row)), values
+    )
+    least = (
+        kth_largest(narrow, k).squeeze(1) if width >= k else values.new_full((n_rows,), torch.nan)
+    )
     least = least.index_select(0, row)
     keep = values >= least
-    if int(torch.count_nonzero(keep)) > n_rows * k:  # equal values at the edge of a row: the first of them stay
+    if (
+        int(torch.count_nonzero(keep)) > n_rows * k
+    ):  # equal values at the edge of a row: the first of them stay
         ties = values == least
         excess = torch.bincount(row.masked_select(keep), minlength=n_rows) - k
         seen = ties.cumsum(0)
-        behind = seen.index_select(0, counts.cumsum(0) - 1).index_select(0, row) - seen  # ties to the right of this entry in its row
+        behind = (
+            seen.index_select(0, counts.cumsum(0) - 1).index_select(0, row) - seen
+        )  # ties to the right of this entry in its row
         keep &= ~ties | (behind >= excess.index_select(0, row))
     flat = flat.masked_select(keep)
     if flat.numel() != n_rows * k:  # NaN, which is no smaller and no larger than anything
         return _selected(pre, k)
-    pattern = Pattern(torch.arange(0, n_rows * k + 1, k, dtype=torch.int32, device=pre.device), torch.remainder(flat, n_cols).int(), n_cols)
+    pattern = Pattern(
+        torch.arange(0, n_rows * k + 1, k, dtype=torch.int32, device=pre.device),
+        torch.remainder(flat, n_cols).int(),
+        n_cols,
+    )
     pattern.__dict__["flat"] = flat
     return pattern
 
@@ -141,7 +170,9 @@ def _candidates(pre: Tensor, k: int, size: int) -> Tensor:
     least = kth_largest(largest, k)
     if not _numpy_knows(pre):
         return positions(pre >= least)
-    return torch.from_numpy(np.flatnonzero(pre.numpy() >= least.numpy()))  # NumPy compares in two thirds of torch's time, as above
+    return torch.from_numpy(
+        np.flatnonzero(pre.numpy() >= least.numpy())
+    )  # NumPy compares in two thirds of torch's time, as above
 
 
 def _numpy_knows(values: Tensor) -> bool:
@@ -150,15 +181,23 @@ def _numpy_knows(values: Tensor) -> bool:
 
 def _above(values: Tensor, low: float) -> Tensor:
     """Positions in a flat tensor of what is larger than ``low``."""
-    return torch.from_numpy(np.flatnonzero(values.numpy() > low)) if _numpy_knows(values) else positions(values > low)
+    return (
+        torch.from_numpy(np.flatnonzero(values.numpy() > low))
+        if _numpy_knows(values)
+        else positions(values > low)
+    )
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:
     """The k-th largest entry of every row of (R, C), as (R, 1); NaN counts as larger than any number."""
     if not _numpy_knows(values):
         return values.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    place = values.shape[1] - k  # NumPy's partition is vectorised: a tenth of the time of torch's topk on a CPU
-    return torch.from_numpy(np.partition(values.detach().numpy(), place, axis=1)[:, place : place + 1])
+    place = (
+        values.shape[1] - k
+    )  # NumPy's partition is vectorised: a tenth of the time of torch's topk on a CPU
+    return torch.from_numpy(
+        np.partition(values.detach().numpy(), place, axis=1)[:, place : place + 1]
+    )
 
 
 def _selected(values: Tensor, k: int) -> Pattern:
@@ -189,7 +228,9 @@ def batch_top_k(pre: Tensor, n: int, guess: float | None = None) -> tuple[Patter
     flat_pre = pre.view(-1)
     if guess is None and flat_pre.numel() > SAMPLE:
         sample = flat_pre[:: flat_pre.numel() // SAMPLE | 1]  # an odd stride visits all columns
-        guess = float(sample.kthvalue(max(len(sample) - round(len(sample) * n / flat_pre.numel()), 1)).values)
+        guess = float(
+            sample.kthvalue(max(len(sample) - round(len(sample) * n / flat_pre.numel()), 1)).values
+        )
     for low in [0.9 * guess, 0.5 * guess, 0.0] if guess and guess > 0 else [0.0]:
         flat = _above(flat_pre, low)
         if flat.numel() >= n or low == 0.0:

@@ -55,9 +55,13 @@ class Standard(SAE):
         if self.start_l0 is None:
             return
         rows = spread_rows(x, 8192)
-        kept = max(round(min(self.start_l0 * self.controller.target / self.d_sae, 1.0) * len(rows)), 1)
+        kept = max(
+            round(min(self.start_l0 * self.controller.target / self.d_sae, 1.0) * len(rows)), 1
+        )
         rows, levels = self.encoder_input(rows), []
-        for weight, bias in zip(self.W_enc.split(256), self.bias().split(256), strict=True):  # all latents at once would be the peak of training
+        for weight, bias in zip(
+            self.W_enc.split(256), self.bias().split(256), strict=True
+        ):  # all latents at once would be the peak of training
             levels.append(torch.addmm(bias, rows, weight.t()).t().topk(kept, dim=1).values[:, -1])
         self.b_enc.data.sub_(torch.cat(levels))
 
@@ -88,4 +92,10 @@ class Standard(SAE):
             self.calibrate_threshold(x, self.controller.target)
 
     def inference(self) -> Inference:
-        return self.as_jumprelu() if self.threshold > 0 else Inference("standard", self.plain_tensors(), {"apply_b_dec_to_input": self.pre_bias})
+        return (
+            self.as_jumprelu()
+            if self.threshold > 0
+            else Inference(
+                "standard", self.plain_tensors(), {"apply_b_dec_to_input": self.pre_bias}
+            )
+        )

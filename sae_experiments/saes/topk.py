@@ -36,4 +36,12 @@ class TopK(SAE):
         return torch.relu(entries)
 
     def inference(self) -> Inference:
-        return Inference("topk", self.plain_tensors(), {"k": self.k, "apply_b_dec_to_input": self.pre_bias, "rescale_acts_by_decoder_norm": False})
+        return Inference(
+            "topk",
+            self.plain_tensors(),
+            {
+                "k": self.k,
+                "apply_b_dec_to_input": self.pre_bias,
+                "rescale_acts_by_decoder_norm": False,
+            },
+        )

@@ -22,7 +22,9 @@ class Batch(NamedTuple):
     x: Tensor
     y: Tensor
     alt: Tensor | None = None  # a second view of the same rows, where a variant asks for one
-    downstream: Callable[[Tensor], dict[str, Tensor]] | None = None  # what a reconstruction (B, O) does to the rest of the model
+    downstream: Callable[[Tensor], dict[str, Tensor]] | None = (
+        None  # what a reconstruction (B, O) does to the rest of the model
+    )
 
 
 class Codes:
@@ -41,12 +43,18 @@ class Codes:
             return (self.values != 0).view(torch.uint8).sum(0, dtype=torch.int32)
         zero = (self.values == 0).nonzero().squeeze(1)
         counts = self.pattern.counts
-        return counts - torch.bincount(self.pattern.col[zero], minlength=self.pattern.n_cols) if zero.numel() else counts
+        return (
+            counts - torch.bincount(self.pattern.col[zero], minlength=self.pattern.n_cols)
+            if zero.numel()
+            else counts
+        )
 
     @property
     def l0(self) -> float:
         """Mean number of active latents a row."""
-        return int(self.fires.sum()) / (self.values.shape[0] if self.pattern is None else self.pattern.n_rows)
+        return int(self.fires.sum()) / (
+            self.values.shape[0] if self.pattern is None else self.pattern.n_rows
+        )
 
     def detach(self) -> Codes:
         """The same code without its graph."""

@@ -60,15 +60,27 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     curves: list[tuple[int, str, float]] = field(default_factory=list)
-    noise: dict[str, float] = field(default_factory=dict)  # standard error of a metric that samples, over resampled text
-    features: list[dict[str, Any]] | None = None  # one JSON-able dict a latent, for the feature browser
-    graphs: list[dict[str, Any]] | None = None  # attribution graphs: title, nodes, edges (see circuits.graph)
-    facts: dict[str, Any] = field(default_factory=dict)  # under which conditions it was measured (see conditions)
+    noise: dict[str, float] = field(
+        default_factory=dict
+    )  # standard error of a metric that samples, over resampled text
+    features: list[dict[str, Any]] | None = (
+        None  # one JSON-able dict a latent, for the feature browser
+    )
+    graphs: list[dict[str, Any]] | None = (
+        None  # attribution graphs: title, nodes, edges (see circuits.graph)
+    )
+    facts: dict[str, Any] = field(
+        default_factory=dict
+    )  # under which conditions it was measured (see conditions)
     warnings: list[Warned] = field(default_factory=list)
     cut: bool = False
 
     def measure(
-        self, metrics: Mapping[str, Callable[[Any], Any]], bench: Any, ends: float | None = None, tick: Callable[[int, int], None] | None = None
+        self,
+        metrics: Mapping[str, Callable[[Any], Any]],
+        bench: Any,
+        ends: float | None = None,
+        tick: Callable[[int, int], None] | None = None,
     ) -> None:
         """Add what every metric measures on ``bench`` (a ``metrics.base.Bench``), and the seconds each took.
 
@@ -83,7 +95,11 @@ class Outcome:
                     measured = metric(bench)
             except OutOfTime:
                 function = metric.func if isinstance(metric, functools.partial) else metric
-                late = [info.name for info in sys.modules[function.__module__].INFO if info.name not in self.metrics]
+                late = [
+                    info.name
+                    for info in sys.modules[function.__module__].INFO
+                    if info.name not in self.metrics
+                ]
                 self.metrics |= dict.fromkeys(late)
                 self.why_null |= dict.fromkeys(late, "not measured: the time limit was over")
                 self.cut = True
@@ -93,14 +109,18 @@ class Outcome:
             self.arrays |= measured.arrays
             self.noise |= measured.noise
             self.warnings += measured.warnings
-            self.facts.setdefault("evaluations", []).append(facts_module.of_evaluation(metric, bench, measured.scalars))
+            self.facts.setdefault("evaluations", []).append(
+                facts_module.of_evaluation(metric, bench, measured.scalars)
+            )
             self.features = merged(self.features, measured.features)
             self.seconds[f"metric.{label}"] = time.monotonic() - began
             if tick:
                 tick(done, len(metrics))
 
 
-def merged(one: list[dict[str, Any]] | None, other: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+def merged(
+    one: list[dict[str, Any]] | None, other: list[dict[str, Any]] | None
+) -> list[dict[str, Any]] | None:
     """What two metrics say about latents, joined latent by latent; where both use a key, the later one counts."""
     if not one or not other:
         return one or other
@@ -125,9 +145,20 @@ class Context:
     @contextmanager
     def session(self, name: str, prefix: str, *, share: float = 1.0) -> Iterator[Session]:
         """A training session shown as stage ``name``, its numbers logged as ``prefix/<name>``; it may use ``share`` of the time left."""
-        deadline = None if self.deadline is None else time.monotonic() + share * max(self.deadline - time.monotonic(), 0.0)
+        deadline = (
+            None
+            if self.deadline is None
+            else time.monotonic() + share * max(self.deadline - time.monotonic(), 0.0)
+        )
         with self.console.stage(name) as tick:
-            yield Session(lambda step, values: self.log(step, {f"{prefix}/{k}": v for k, v in values.items()}), tick, None, deadline)
+            yield Session(
+                lambda step, values: self.log(
+                    step, {f"{prefix}/{k}": v for k, v in values.items()}
+                ),
+                tick,
+                None,
+                deadline,
+            )
 
 
 class Study(Protocol):

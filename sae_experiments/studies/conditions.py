@@ -18,10 +18,19 @@ if TYPE_CHECKING:  # what is fitted must not be fitted anew whenever a metric's 
 
 #: Numbers of a language model's recipe that do not change the model itself.
 NOT_THE_MODEL = (
-    "n_positions", "eval_batches", "curve_batches", "samples", "sample_length", "prompt",
-    "temperature", "top_k", "compile", "train.log_every", "train.eval_every",
+    "n_positions",
+    "eval_batches",
+    "curve_batches",
+    "samples",
+    "sample_length",
+    "prompt",
+    "temperature",
+    "top_k",
+    "compile",
+    "train.log_every",
+    "train.eval_every",
     "train.checkpoint_every_s",
-)  # fmt: skip
+)
 SAMPLED = ("samples", "sample_length", "prompt", "temperature", "top_k")
 WEIGHTS = "model.safetensors"
 

@@ -58,13 +58,24 @@ def sweep(conf: Path, overrides: Sequence[str], here: Here) -> int:
     jobs = Jobs(conf, asked, fixed, [axis.key for axis in axes])
     if asked.search is not None:
         search = Search(asked.root, asked.search, axes, fixed)
-        search.check_metric(lambda overrides: build(compose_checked(conf, overrides)[0].study).infos())
+        search.check_metric(
+            lambda overrides: build(compose_checked(conf, overrides)[0].study).infos()
+        )
         return _locked(asked.root, lambda: _search(search, jobs, here))
     if endless := [axis.key for axis in axes if not axis.choices]:
-        raise UserError(f"{endless[0]}: an interval is for a search; add search.metric=sae_fvu, or list the values")
-    every = [jobs.job(i, combination) for i, combination in enumerate(itertools.product(*([f"{a.key}={c}" for c in a.choices] for a in axes)))]
+        raise UserError(
+            f"{endless[0]}: an interval is for a search; add search.metric=sae_fvu, or list the values"
+        )
+    every = [
+        jobs.job(i, combination)
+        for i, combination in enumerate(
+            itertools.product(*([f"{a.key}={c}" for c in a.choices] for a in axes))
+        )
+    ]
     if len({job.name for job in every}) < len(every):
-        raise UserError("two jobs would have one folder: their values differ in characters that no file name has")
+        raise UserError(
+            "two jobs would have one folder: their values differ in characters that no file name has"
+        )
     jobs.check(every)
 
     def go() -> int:
@@ -81,7 +92,9 @@ def _locked(root: Path, go: Callable[[], int]) -> int:
     try:
         new = NewFolder(root)
     except OSError as error:
-        raise UserError(f"out_dir={root} cannot be written ({error.strerror}): choose another out_dir or runs_root") from error
+        raise UserError(
+            f"out_dir={root} cannot be written ({error.strerror}): choose another out_dir or runs_root"
+        ) from error
     with locked(root / ".lock", wait_s=0, held=IN_USE.format(root)):
         try:
             return go()
@@ -90,7 +103,11 @@ def _locked(root: Path, go: Callable[[], int]) -> int:
                 new.take_back()
             raise
         except (KeyboardInterrupt, Stopped) as stopped:
-            print("stopped: the same command continues where this one ended", file=sys.stderr, flush=True)
+            print(
+                "stopped: the same command continues where this one ended",
+                file=sys.stderr,
+                flush=True,
+            )
             return getattr(stopped, "exit_status", 128 + signal.SIGINT)
 
 
@@ -100,18 +117,29 @@ def asked_for(conf: Path, overrides: Sequence[str]) -> Asked:
         if "=" not in o:
             raise UserError(f"{o}: a sweep takes key=value, nothing else")
     own = [o for o in overrides if key_of(o).split(".")[0] in WORDS]
-    named = options_of(conf, "sweep", own) if any(key_of(o) == "sweep" for o in own) else OmegaConf.create({"overrides": []})
+    named = (
+        options_of(conf, "sweep", own)
+        if any(key_of(o) == "sweep" for o in own)
+        else OmegaConf.create({"overrides": []})
+    )
     merged = {key_of(o): o for o in [*named.overrides, *(o for o in overrides if o not in own)]}
     plain = next((f"sweep_{value_of(o)}" for o in own if key_of(o) == "sweep"), None)
     out_dir = last_text(merged.values(), "out_dir", plain)
     if out_dir is None:
         raise UserError("a sweep needs a folder of its own: add out_dir=sweep_a")
-    root = run_folder(last_text(merged.values(), "runs_root", OmegaConf.load(conf / "config.yaml").runs_root), out_dir)
+    root = run_folder(
+        last_text(merged.values(), "runs_root", OmegaConf.load(conf / "config.yaml").runs_root),
+        out_dir,
+    )
     searched = [o for o in own if key_of(o).split(".")[0] == "search"]
-    given = [f"search.{k}={'null' if v is None else v}" for k, v in (named.get("search") or {}).items()]
+    given = [
+        f"search.{k}={'null' if v is None else v}" for k, v in (named.get("search") or {}).items()
+    ]
     search = options_of(conf, "search", ["search=tpe", *given, *searched])
     launchers = [o for o in own if key_of(o).split(".")[0] == "launcher"]
-    launcher = options_of(conf, "launcher", [f"launcher={named.get('launcher') or 'serial'}", *launchers])
+    launcher = options_of(
+        conf, "launcher", [f"launcher={named.get('launcher') or 'serial'}", *launchers]
+    )
     return Asked(
         [o for key, o in merged.items() if key != "out_dir"],
         build(launcher),
@@ -132,7 +160,9 @@ class Jobs:
 
     def __post_init__(self) -> None:
         script = self.conf.parent / "experiment.py"
-        yaml = {str(p.relative_to(self.conf)): sha256_file(p) for p in sorted(self.conf.rglob("*.yaml"))}
+        yaml = {
+            str(p.relative_to(self.conf)): sha256_file(p) for p in sorted(self.conf.rglob("*.yaml"))
+        }
         texts = [p.read_text(encoding="utf-8") for p in sorted(self.conf.rglob("*.yaml"))]
         outside = targets_digest([*texts, *self.asked.overrides])
         self.made_by = digest([package_digest(PACKAGE), yaml, script.read_text(), outside])
@@ -142,9 +172,16 @@ class Jobs:
         """The job with these values of what varies."""
         name = name or folder_name(values)
         label = [] if any(key_of(o) == "label" for o in self.fixed) else [f"label={name}"]
-        plain = [] if any(key_of(o) == "report" for o in self.fixed) else ["report=false"]  # one page for the whole sweep: plot.py
+        plain = (
+            [] if any(key_of(o) == "report" for o in self.fixed) else ["report=false"]
+        )  # one page for the whole sweep: plot.py
         overrides = [*self.fixed, *values, *label, *plain]
-        command = [sys.executable, str(self.script), *overrides, written("out_dir", f"{self.asked.out_dir}/{name}")]
+        command = [
+            sys.executable,
+            str(self.script),
+            *overrides,
+            written("out_dir", f"{self.asked.out_dir}/{name}"),
+        ]
         return Job(number, name, overrides, command, self.asked.root / "jobs" / f"{name}.log")
 
     def check(self, jobs: Sequence[Job]) -> None:
@@ -153,7 +190,11 @@ class Jobs:
         for job in dict.fromkeys((0, len(jobs) - 1)):
             try:
                 with configuring():
-                    build(compose_checked(self.conf, [o for o in jobs[job].overrides if key_of(o) != "preset"])[0].study).check()
+                    build(
+                        compose_checked(
+                            self.conf, [o for o in jobs[job].overrides if key_of(o) != "preset"]
+                        )[0].study
+                    ).check()
                 return
             except UserError as error:
                 faults.append(str(error))
@@ -171,7 +212,10 @@ class Jobs:
             ended.append(job)
             record = self.write(job, how)
             cause = f": {record['cause']}" if record["cause"] else ""
-            print(f"[{len(ended)}/{total}] {job.name}: {record['status']} after {record['seconds']:.0f} s{cause}", flush=True)
+            print(
+                f"[{len(ended)}/{total}] {job.name}: {record['status']} after {record['seconds']:.0f} s{cause}",
+                flush=True,
+            )
 
         parts = [left[:1], left[1:]] if launcher.first_alone else [left]
         for part in parts:
@@ -184,27 +228,59 @@ class Jobs:
 
     def fingerprint(self, job: Job) -> str:
         """Names everything that decides about a job's result but the text of its corpora."""
-        return digest([self.made_by, sorted(o for o in job.overrides if key_of(o) not in ("label", "threads", "verbosity"))])
+        return digest(
+            [
+                self.made_by,
+                sorted(
+                    o for o in job.overrides if key_of(o) not in ("label", "threads", "verbosity")
+                ),
+            ]
+        )
 
     def finished(self, job: Job) -> bool:
         """Whether the job is done, by this code and configuration, and its results are still whole."""
         if not self.path(job).exists() or self.record(job)["status"] != "done":
             return False
-        manifest = try_json(self.asked.root / job.name / "manifest.json") if (self.asked.root / job.name / "manifest.json").exists() else None
-        same = self.record(job).get("fingerprint") == self.fingerprint(job) and isinstance(manifest, dict) and manifest.get("status") == "done"
-        return same and len(read_records(self.asked.root / job.name)) == self.record(job).get("results")
+        manifest = (
+            try_json(self.asked.root / job.name / "manifest.json")
+            if (self.asked.root / job.name / "manifest.json").exists()
+            else None
+        )
+        same = (
+            self.record(job).get("fingerprint") == self.fingerprint(job)
+            and isinstance(manifest, dict)
+            and manifest.get("status") == "done"
+        )
+        return same and len(read_records(self.asked.root / job.name)) == self.record(job).get(
+            "results"
+        )
 
     def write(self, job: Job, how: Exit) -> dict[str, Any]:
         """Write down how a job ended."""
         status = how.status
         folder = self.asked.root / job.name
-        manifest = (try_json(folder / "manifest.json") or {}) if (folder / "manifest.json").exists() else {}
-        words = {128 + signal.SIGINT: "stopped", 128 + signal.SIGTERM: "stopped", 0: manifest.get("status", "failed")}
+        manifest = (
+            (try_json(folder / "manifest.json") or {})
+            if (folder / "manifest.json").exists()
+            else {}
+        )
+        words = {
+            128 + signal.SIGINT: "stopped",
+            128 + signal.SIGTERM: "stopped",
+            0: manifest.get("status", "failed"),
+        }
         record = {
-            "job": job.number, "name": job.name, "overrides": job.overrides, "command": job.command, "exit_status": status,
-            "status": words.get(status, "failed"), "cause": "" if status == 0 else cause_of(job.log, status), "fingerprint": self.fingerprint(job),
-            "seconds": round(how.seconds, 3), "results": len(read_records(folder)),
-        }  # fmt: skip
+            "job": job.number,
+            "name": job.name,
+            "overrides": job.overrides,
+            "command": job.command,
+            "exit_status": status,
+            "status": words.get(status, "failed"),
+            "cause": "" if status == 0 else cause_of(job.log, status),
+            "fingerprint": self.fingerprint(job),
+            "seconds": round(how.seconds, 3),
+            "results": len(read_records(folder)),
+        }
         write_json(self.path(job), record)
         return record
 
@@ -220,7 +296,15 @@ def cause_of(log: Path, status: int) -> str:
     if status < 0:
         hint = " (out of memory?)" if -status == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-status).name}{hint}"
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()] if log.exists() else []
+    lines = (
+        [
+            line.strip()
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
+        if log.exists()
+        else []
+    )
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return " ".join([*lines[-1:], *errors[-1:]][-1:]) or f"exit status {status}"
 
@@ -234,7 +318,9 @@ def folder_name(varied: Sequence[str]) -> str:
     words = []
     for o, tail in zip(varied, tails, strict=True):
         key, value = key_of(o) if tails.count(tail) > 1 else tail, o.split("=", 1)[1]
-        words.append(value if "." not in key_of(o) and value.isidentifier() else f"{key}-{value.strip('[]')}")
+        words.append(
+            value if "." not in key_of(o) and value.isidentifier() else f"{key}-{value.strip('[]')}"
+        )
     name = re.sub(r"[^A-Za-z0-9_.+-]", "_", "+".join(words)) or "plain"
     return name if len(name) <= 100 else f"{name[:80]}-{digest(list(varied))}"
 
@@ -244,11 +330,17 @@ def job_table(records: Sequence[Mapping[str, Any]]) -> int:
     print(f"\n{'job':>4}  {'status':<7} {'seconds':>8}  name")
     for r in records:
         seconds = f"{r['seconds']:.0f}" if "seconds" in r else "-"
-        print(f"{r['job']:>4}  {r['status']:<7} {seconds:>8}  {r['name']}{': ' + r['cause'] if r['cause'] else ''}")
+        print(
+            f"{r['job']:>4}  {r['status']:<7} {seconds:>8}  {r['name']}{': ' + r['cause'] if r['cause'] else ''}"
+        )
     sys.stdout.flush()
     failed = [r for r in records if r["status"] not in ("done", "cut", "not run")]
     if failed:
-        print(f"error: {len(failed)} of {len(records)} jobs failed; first cause: {failed[0]['cause']}", file=sys.stderr, flush=True)
+        print(
+            f"error: {len(failed)} of {len(records)} jobs failed; first cause: {failed[0]['cause']}",
+            file=sys.stderr,
+            flush=True,
+        )
     return 1 if failed else 0
 
 
@@ -263,12 +355,18 @@ def _search(search: Search, jobs: Jobs, here: Here) -> int:
             known |= {job.number: job for job in batch}
             jobs.run(batch, here)
             for trial, job in zip(trials, batch, strict=True):
-                search.tell(trial, jobs.asked.root / job.name, jobs.record(job)["status"] in ("done", "cut"))
+                search.tell(
+                    trial, jobs.asked.root / job.name, jobs.record(job)["status"] in ("done", "cut")
+                )
         if (best := search.best()) is not None:  # chosen by one text, reported on another
             winner = jobs.job(len(known), [*best.overrides, REPORTED], f"{best.name}_test")
             known[winner.number] = winner
             jobs.run([winner], here)
-            reported = jobs.asked.root / winner.name if jobs.record(winner)["status"] in ("done", "cut") else None
+            reported = (
+                jobs.asked.root / winner.name
+                if jobs.record(winner)["status"] in ("done", "cut")
+                else None
+            )
     finally:
         status = job_table([jobs.record(job) for _, job in sorted(known.items())])
         print(search.summary(reported), flush=True)

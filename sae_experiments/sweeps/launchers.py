@@ -53,7 +53,14 @@ class Launcher(Protocol):
     def run(self, jobs: Sequence[Job], ended: Ended, here: Here) -> None: ...
 
 
-def run_command(command: Sequence[str], log: str, env: Mapping[str, str], cwd: str, running: set[Any] | None = None, echo: bool = False) -> Exit:
+def run_command(
+    command: Sequence[str],
+    log: str,
+    env: Mapping[str, str],
+    cwd: str,
+    running: set[Any] | None = None,
+    echo: bool = False,
+) -> Exit:
     """Run a command with its output in the file ``log`` (and shown, with ``echo``).
 
     If this process is stopped meanwhile, the command is asked to end as well and waited for. ``env`` comes on top of the environment.
@@ -62,9 +69,16 @@ def run_command(command: Sequence[str], log: str, env: Mapping[str, str], cwd: s
     began = time.monotonic()
     with open(log, "w", encoding="utf-8", errors="replace") as out:
         process = subprocess.Popen(
-            command, cwd=cwd, env={**os.environ, **env, JOB: "1"}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if echo else out, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
-        )  # fmt: skip
+            command,
+            cwd=cwd,
+            env={**os.environ, **env, JOB: "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if echo else out,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
         running = set() if running is None else running
         running.add(process)
 
@@ -145,11 +159,25 @@ class Local:
     The cores are divided among the jobs that run at once. ``devices`` ([0,1,2]): each job gets one of these CUDA devices for itself.
     """
 
-    def __init__(self, *, jobs: int | None, threads: int | None, devices: Sequence[int] | None, first_alone: bool) -> None:
+    def __init__(
+        self,
+        *,
+        jobs: int | None,
+        threads: int | None,
+        devices: Sequence[int] | None,
+        first_alone: bool,
+    ) -> None:
         for name, value in (("jobs", jobs), ("threads", threads)):
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise UserError(f"launcher.{name}={value} must be a whole number of at least 1, or null")
-        self.jobs, self.threads, self.devices, self.first_alone = jobs, threads, list(devices or []), first_alone
+                raise UserError(
+                    f"launcher.{name}={value} must be a whole number of at least 1, or null"
+                )
+        self.jobs, self.threads, self.devices, self.first_alone = (
+            jobs,
+            threads,
+            list(devices or []),
+            first_alone,
+        )
 
     def width(self, n: int, cores: int) -> tuple[int, int]:
         """Jobs at a time and threads for each, of ``n`` jobs on ``cores`` cores."""
@@ -171,8 +199,12 @@ class Local:
         def one(job: Job) -> tuple[Job, Exit]:
             device = free.get()
             try:
-                env = {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
-                return job, run_command(job.command, str(job.log), env, cwd, running, echo=self.jobs == 1)
+                env = {"OMP_NUM_THREADS": str(threads)} | (
+                    {"CUDA_VISIBLE_DEVICES": device} if device else {}
+                )
+                return job, run_command(
+                    job.command, str(job.log), env, cwd, running, echo=self.jobs == 1
+                )
             finally:
                 free.put(device)
 
@@ -180,7 +212,13 @@ class Local:
             for job in jobs:
                 ended(*one(job))
             return
-        parallel = joblib.Parallel(at_once, backend="threading", return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1)
+        parallel = joblib.Parallel(
+            at_once,
+            backend="threading",
+            return_as="generator_unordered",
+            pre_dispatch="n_jobs",
+            batch_size=1,
+        )
         try:
             for job, how in parallel(joblib.delayed(one)(job) for job in jobs):
                 ended(job, how)
@@ -196,7 +234,14 @@ class Submitit:
     ``parameters`` are those of submitit's ``update_parameters`` (null ones are left out).
     """
 
-    def __init__(self, *, cluster: str | None, requeues: int, parameters: Mapping[str, Any], first_alone: bool) -> None:
+    def __init__(
+        self,
+        *,
+        cluster: str | None,
+        requeues: int,
+        parameters: Mapping[str, Any],
+        first_alone: bool,
+    ) -> None:
         self.cluster, self.requeues, self.first_alone = cluster, requeues, first_alone
         self.parameters = {k: v for k, v in parameters.items() if v is not None}
 
@@ -204,10 +249,15 @@ class Submitit:
         """Queue the jobs and wait for them; if this process ends before they do, typing the sweep again goes on."""
         submitit = _imported("submitit")
         folder = jobs[0].log.parent / "submitit"
-        executor = submitit.AutoExecutor(folder=folder, cluster=self.cluster, slurm_max_num_timeout=self.requeues)
+        executor = submitit.AutoExecutor(
+            folder=folder, cluster=self.cluster, slurm_max_num_timeout=self.requeues
+        )
         executor.update_parameters(**self.parameters)
         threads = str(self.parameters.get("cpus_per_task", 1))
-        tasks = [Requeued(job.command, str(job.log), {"OMP_NUM_THREADS": threads}, os.getcwd()) for job in jobs]
+        tasks = [
+            Requeued(job.command, str(job.log), {"OMP_NUM_THREADS": threads}, os.getcwd())
+            for job in jobs
+        ]
         with executor.batch():
             handles = [executor.submit(task) for task in tasks]
         pending = dict(zip(handles, jobs, strict=True))
@@ -235,13 +285,19 @@ class Requeued:
     def checkpoint(self) -> Any:
         """Called by submitit at a time-out or before preemption."""
         end(self.running)
-        return _imported("submitit").helpers.DelayedSubmission(Requeued(self.command, self.log, self.env, self.cwd))
+        return _imported("submitit").helpers.DelayedSubmission(
+            Requeued(self.command, self.log, self.env, self.cwd)
+        )
 
 
 def _exit_of(handle: Any, submitit: Any) -> Exit:
     try:
         return Exit(*handle.result())
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedSubmissionError) as error:
+    except (
+        submitit.core.utils.FailedJobError,
+        submitit.core.utils.UncompletedJobError,
+        submitit.core.utils.FailedSubmissionError,
+    ) as error:
         print(f"submitit: job {handle.job_id}: {str(error).splitlines()[0]}", flush=True)
         return Exit(1, 0.0)
 
@@ -252,17 +308,42 @@ class Ray:
     Every node needs the checkout at the same path, and shares the run and cache folders. A job whose node dies is started again elsewhere.
     """
 
-    def __init__(self, *, address: str | None, num_cpus: float, num_gpus: float, retries: int, first_alone: bool) -> None:
-        self.address, self.num_cpus, self.num_gpus, self.retries, self.first_alone = address, num_cpus, num_gpus, retries, first_alone
+    def __init__(
+        self,
+        *,
+        address: str | None,
+        num_cpus: float,
+        num_gpus: float,
+        retries: int,
+        first_alone: bool,
+    ) -> None:
+        self.address, self.num_cpus, self.num_gpus, self.retries, self.first_alone = (
+            address,
+            num_cpus,
+            num_gpus,
+            retries,
+            first_alone,
+        )
 
     def run(self, jobs: Sequence[Job], ended: Ended, here: Here) -> None:
         """Hand the jobs to the cluster and wait for them."""
         ray = _imported("ray")
         if not ray.is_initialized():
-            ray.init(address=self.address, log_to_driver=False, include_dashboard=False if self.address is None else None)
-        remote = ray.remote(num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=self.retries)(run_command)
-        env = {k: v for k, v in os.environ.items() if k.startswith("SAE_")} | {"OMP_NUM_THREADS": str(max(1, int(self.num_cpus)))}
-        pending = {remote.remote(job.command, str(job.log.resolve()), env, os.getcwd()): job for job in jobs}
+            ray.init(
+                address=self.address,
+                log_to_driver=False,
+                include_dashboard=False if self.address is None else None,
+            )
+        remote = ray.remote(
+            num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=self.retries
+        )(run_command)
+        env = {k: v for k, v in os.environ.items() if k.startswith("SAE_")} | {
+            "OMP_NUM_THREADS": str(max(1, int(self.num_cpus)))
+        }
+        pending = {
+            remote.remote(job.command, str(job.log.resolve()), env, os.getcwd()): job
+            for job in jobs
+        }
         try:
             while pending:
                 for reference in ray.wait(list(pending), num_returns=1, timeout=1.0)[0]:
@@ -284,4 +365,6 @@ def _imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"launcher={name} needs a package that is not installed: pip install 'sae-experiments[{name}]'") from error
+        raise UserError(
+            f"launcher={name} needs a package that is not installed: pip install 'sae-experiments[{name}]'"
+        ) from error

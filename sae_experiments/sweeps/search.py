@@ -37,37 +37,63 @@ class Trial(NamedTuple):
 class Search:
     """A search over ``axes`` for the best mean of ``metric`` over the reports of a job; ``spec`` is ``conf/search/*.yaml``."""
 
-    def __init__(self, root: Path, spec: Mapping[str, Any], axes: Sequence[Axis], fixed: Sequence[str]) -> None:
+    def __init__(
+        self, root: Path, spec: Mapping[str, Any], axes: Sequence[Axis], fixed: Sequence[str]
+    ) -> None:
         if not axes:
-            raise UserError("a search needs something to search over, for example 'fit.train.lr=tag(log,interval(1e-4,1e-1))' or sae=topk,gated")
+            raise UserError(
+                "a search needs something to search over, for example 'fit.train.lr=tag(log,interval(1e-4,1e-1))' or sae=topk,gated"
+            )
         if spec["sampler"] not in SAMPLERS:
             raise UserError(f"search.sampler={spec['sampler']} is not one of {', '.join(SAMPLERS)}")
         for key in ("n_trials", "at_once"):
             if not isinstance(spec[key], int) or spec[key] < 1:
                 raise UserError(f"search.{key}={spec[key]} must be a whole number of at least 1")
         if any(key_of(o) == "held_out" for o in [*fixed, *(a.key for a in axes)]):
-            raise UserError("held_out: a search chooses by validation text and reports its winner on test text, so it sets this itself: leave it out")
+            raise UserError(
+                "held_out: a search chooses by validation text and reports its winner on test text, so it sets this itself: leave it out"
+            )
         self.root, self.axes, self.fixed = root, list(axes), list(fixed)
         self.metric, self.better = str(spec["metric"]), ""
-        self.n_trials, self.at_once, self.sampler, self.seed = spec["n_trials"], spec["at_once"], spec["sampler"], int(spec["seed"])
-        self.same = {"axes": [list(a) for a in self.axes], "fixed": sorted(self.fixed), "metric": self.metric, "seed": self.seed, "by": self.sampler}
+        self.n_trials, self.at_once, self.sampler, self.seed = (
+            spec["n_trials"],
+            spec["at_once"],
+            spec["sampler"],
+            int(spec["seed"]),
+        )
+        self.same = {
+            "axes": [list(a) for a in self.axes],
+            "fixed": sorted(self.fixed),
+            "metric": self.metric,
+            "seed": self.seed,
+            "by": self.sampler,
+        }
         self.same |= {"text": SEARCHED}
         self._study: Any = None
 
     def check_metric(self, infos_of: Callable[[list[str]], Sequence[Any]]) -> None:
         """Find out which direction of the metric is better. Raises :class:`UserError` for a metric that no job would report."""
-        first = [f"{a.key}={a.choices[0] if a.choices else _text(a.low, a.whole)}" for a in self.axes]
-        infos = {info.name: info.better for info in infos_of([o for o in [*self.fixed, *first] if not o.startswith("preset=")])}
+        first = [
+            f"{a.key}={a.choices[0] if a.choices else _text(a.low, a.whole)}" for a in self.axes
+        ]
+        infos = {
+            info.name: info.better
+            for info in infos_of([o for o in [*self.fixed, *first] if not o.startswith("preset=")])
+        }
         if infos.get(self.metric) not in ("up", "down"):
             known = ", ".join(name for name, better in infos.items() if better in ("up", "down"))
-            raise UserError(f"search.metric={self.metric} is nothing that can be better or worse; use one of {known}")
+            raise UserError(
+                f"search.metric={self.metric} is nothing that can be better or worse; use one of {known}"
+            )
         self.better = infos[self.metric]
 
     def claim(self) -> None:
         """Make the sweep's folder this search's. Raises :class:`UserError` where it is another's."""
         path = self.root / "search.json"
         if path.exists() and read_json(path) != self.same:
-            raise UserError(f"{self.root} holds another search (see {path.name}): choose another out_dir")
+            raise UserError(
+                f"{self.root} holds another search (see {path.name}): choose another out_dir"
+            )
         write_json(path, self.same)
 
     @property
@@ -75,19 +101,29 @@ class Search:
         """Optuna's study, from its journal in the sweep's folder."""
         if self._study is None:
             optuna = _optuna()
-            storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(self.root / "search.log")))
+            storage = optuna.storages.JournalStorage(
+                optuna.storages.journal.JournalFileBackend(str(self.root / "search.log"))
+            )
             direction = "maximize" if self.better == "up" else "minimize"
-            self._study = optuna.create_study(study_name="search", storage=storage, direction=direction, load_if_exists=True)
+            self._study = optuna.create_study(
+                study_name="search", storage=storage, direction=direction, load_if_exists=True
+            )
         return self._study
 
     def trials(self) -> list[Trial]:
         """Everything proposed so far."""
-        return [self._trial(t) for t in self.study.trials] if (self.root / "search.log").exists() else []
+        return (
+            [self._trial(t) for t in self.study.trials]
+            if (self.root / "search.log").exists()
+            else []
+        )
 
     def next(self) -> list[Trial]:
         """Up to ``at_once`` trials to run now: first those that a stopped search left without an answer. [] when there are enough."""
         optuna = _optuna()
-        open_ = [t for t in self.study.trials if t.state == optuna.trial.TrialState.RUNNING][: self.at_once]
+        open_ = [t for t in self.study.trials if t.state == optuna.trial.TrialState.RUNNING][
+            : self.at_once
+        ]
         trials = [self._trial(t) for t in open_]
         while len(trials) < self.at_once and len(self.study.trials) < self.n_trials:
             trials.append(self._ask())
@@ -95,9 +131,15 @@ class Search:
 
     def _ask(self) -> Trial:
         optuna = _optuna()
-        seed = self.seed + 1_000_003 * len(self.study.trials)  # a sampler of its own for each trial: nothing to remember between them
+        seed = self.seed + 1_000_003 * len(
+            self.study.trials
+        )  # a sampler of its own for each trial: nothing to remember between them
         samplers = optuna.samplers
-        self.study.sampler = samplers.RandomSampler(seed=seed) if self.sampler == "random" else samplers.TPESampler(seed=seed, constant_liar=True)
+        self.study.sampler = (
+            samplers.RandomSampler(seed=seed)
+            if self.sampler == "random"
+            else samplers.TPESampler(seed=seed, constant_liar=True)
+        )
         trial = self.study.ask()
         for axis in self.axes:
             if axis.choices:
@@ -109,18 +151,31 @@ class Search:
         return self._trial(self.study.trials[trial.number])
 
     def _trial(self, found: Any) -> Trial:
-        values = [f"{a.key}={_text(found.params[a.key], a.whole)}" for a in self.axes if a.key in found.params]
-        return Trial(found.number, f"trial_{found.number:03d}", values, found.value if found.state.is_finished() else None)
+        values = [
+            f"{a.key}={_text(found.params[a.key], a.whole)}"
+            for a in self.axes
+            if a.key in found.params
+        ]
+        return Trial(
+            found.number,
+            f"trial_{found.number:03d}",
+            values,
+            found.value if found.state.is_finished() else None,
+        )
 
     def tell(self, trial: Trial, folder: Path, done: bool) -> None:
         """Give the study what a job found: the mean of the metric over its reports; a failed job has no value."""
         value = self._value(folder) if done else None
         state = _optuna().trial.TrialState
-        self.study.tell(trial.number, value, state=state.COMPLETE if value is not None else state.FAIL)
+        self.study.tell(
+            trial.number, value, state=state.COMPLETE if value is not None else state.FAIL
+        )
 
     def _value(self, folder: Path) -> float | None:
         final = try_json(folder / "final_info.json") or {}
-        values = [number(entry.get("means", {}).get(f"{self.metric}_mean")) for entry in final.values()]
+        values = [
+            number(entry.get("means", {}).get(f"{self.metric}_mean")) for entry in final.values()
+        ]
         return statistics.mean(values) if values and None not in values else None  # pyright: ignore[reportArgumentType]
 
     def _told(self) -> list[Trial]:
@@ -129,7 +184,9 @@ class Search:
 
     def best(self) -> Trial | None:
         """The trial with the best value on the text that the search sees; None where none gave a value."""
-        return (min if self.better == "down" else max)(self._told(), key=lambda t: cast(float, t.value), default=None)
+        return (min if self.better == "down" else max)(
+            self._told(), key=lambda t: cast(float, t.value), default=None
+        )
 
     def summary(self, reported: Path | None = None) -> str:
         """The best trial, in one line, and what it gives on the test text: its run folder for that, where there is one."""
@@ -153,6 +210,8 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise UserError("a search needs a package that is not installed: pip install 'sae-experiments[optuna]'") from error
+        raise UserError(
+            "a search needs a package that is not installed: pip install 'sae-experiments[optuna]'"
+        ) from error
     optuna.logging.set_verbosity(logging.WARNING)
     return optuna

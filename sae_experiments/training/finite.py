@@ -18,7 +18,9 @@ class Watch:
     def __init__(self, name: str, module: nn.Module, lr: float) -> None:
         self.name, self.module, self.lr = name, module, lr
         self.at_once = next(module.parameters()).device.type == "cpu"
-        self.first_bad: Tensor | None = None  # where not at once: the first step that was not finite, or -1
+        self.first_bad: Tensor | None = (
+            None  # where not at once: the first step that was not finite, or -1
+        )
         self.last: tuple[Any, Tensor]
 
     def see(self, step: int, loss: Any, norm: Tensor) -> None:
@@ -46,20 +48,42 @@ class Watch:
         self.check()
         for name, value in self.module.named_parameters():
             if not bool(torch.isfinite(value).all()):
-                raise NonFinite(f"{self.name}: {name} is not finite after step {step}; try a smaller lr={self.lr}")
+                raise NonFinite(
+                    f"{self.name}: {name} is not finite after step {step}; try a smaller lr={self.lr}"
+                )
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         """Raise :class:`NonFinite` for a held-out number, taken after ``step``, that is none."""
         for name, value in values.items():
             if not math.isfinite(value):
-                raise NonFinite(f"{self.name}: {name} is not finite after step {step}; try a smaller lr={self.lr}")
+                raise NonFinite(
+                    f"{self.name}: {name} is not finite after step {step}; try a smaller lr={self.lr}"
+                )
 
     def _told(self, step: int, loss: Any, norm: Tensor) -> str:
         bad = [name for name, part in loss.parts.items() if not math.isfinite(float(part))]
-        where = f"loss term {', '.join(bad)}" if bad else "the loss" if not math.isfinite(loss.total.item()) else "the gradient"
+        where = (
+            f"loss term {', '.join(bad)}"
+            if bad
+            else "the loss"
+            if not math.isfinite(loss.total.item())
+            else "the gradient"
+        )
         parts = ", ".join(f"{k}={float(v):.4g}" for k, v in loss.parts.items())
         named = dict(self.module.named_parameters())
-        gradients = [n for n, p in named.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
-        weights = [n for n, p in named.items() if not bool(torch.isfinite(p).all())]  # where the gradient is gone by now
-        tensor = f"; first non-finite gradient: {gradients[0]}" if gradients else f"; first non-finite weight: {weights[0]}" if weights else ""
+        gradients = [
+            n
+            for n, p in named.items()
+            if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+        ]
+        weights = [
+            n for n, p in named.items() if not bool(torch.isfinite(p).all())
+        ]  # where the gradient is gone by now
+        tensor = (
+            f"; first non-finite gradient: {gradients[0]}"
+            if gradients
+            else f"; first non-finite weight: {weights[0]}"
+            if weights
+            else ""
+        )
         return f"{self.name}: {where} is not finite at step {step} ({parts}, gradient norm {float(norm):.4g}){tensor}; try a smaller lr={self.lr}"

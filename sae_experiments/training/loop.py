@@ -57,8 +57,19 @@ class TrainConfig:
     checkpoint_every_s: float
 
     def __post_init__(self) -> None:
-        for name in ("lr", "min_lr", "decay_from", "muon_lr", "eps", "weight_decay", "clip", "checkpoint_every_s"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, float)):
+        for name in (
+            "lr",
+            "min_lr",
+            "decay_from",
+            "muon_lr",
+            "eps",
+            "weight_decay",
+            "clip",
+            "checkpoint_every_s",
+        ):
+            if isinstance(getattr(self, name), bool) or not isinstance(
+                getattr(self, name), (int, float)
+            ):
                 raise UserError(f"{name}={getattr(self, name)!r} must be a number")
         for name in ("steps", "batch_size", "warmup_steps", "log_every", "eval_every"):
             if not isinstance(getattr(self, name), int):
@@ -74,7 +85,14 @@ class TrainConfig:
         for name in ("lr", "eps"):
             if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name}={getattr(self, name)} must be a positive number")
-        for name in ("min_lr", "warmup_steps", "weight_decay", "clip", "muon_lr", "checkpoint_every_s"):
+        for name in (
+            "min_lr",
+            "warmup_steps",
+            "weight_decay",
+            "clip",
+            "muon_lr",
+            "checkpoint_every_s",
+        ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.decay_from <= 1:
@@ -132,7 +150,9 @@ class Learner:
 
     def phases(self) -> list[Phase]:
         """The phases, in order; one phase with every parameter by default."""
-        return [Phase("train", 1.0, [Group([p for p in self.module.parameters() if p.requires_grad])])]
+        return [
+            Phase("train", 1.0, [Group([p for p in self.module.parameters() if p.requires_grad])])
+        ]
 
     def begin(self, phase: str) -> None:
         """Called before the first step of ``phase`` (not again on resume within it)."""
@@ -188,7 +208,9 @@ class Progress:
 def lr_at(index: int, steps: int, cfg: TrainConfig) -> float:
     """Learning rate as a fraction of the peak, at step ``index`` of a phase of ``steps``. Never zero at the first step."""
     floor = cfg.min_lr / cfg.lr
-    warmup = min(cfg.warmup_steps, steps // 2)  # a phase much shorter than planned still reaches its peak
+    warmup = min(
+        cfg.warmup_steps, steps // 2
+    )  # a phase much shorter than planned still reaches its peak
     if index < warmup:
         return (index + 1) / (warmup + 1)
     if cfg.decay == "constant":
@@ -200,12 +222,19 @@ def lr_at(index: int, steps: int, cfg: TrainConfig) -> float:
         done = (index - warmup) / max(steps - warmup, 1)
         return floor + math.cos(math.pi * done / 2) * (1 - floor)
     start = max(warmup, cfg.decay_from * steps)
-    return 1.0 if index < start else floor + (1 - floor) * (1 - (index - start) / max(steps - start, 1))
+    return (
+        1.0
+        if index < start
+        else floor + (1 - floor) * (1 - (index - start) / max(steps - start, 1))
+    )
 
 
 def seed_of(*parts: Any) -> int:
     """A 63-bit seed from any values: the same on every platform and in every process."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts, default=str).encode()).digest()[:8], "big") >> 1
+    return (
+        int.from_bytes(hashlib.sha256(json.dumps(parts, default=str).encode()).digest()[:8], "big")
+        >> 1
+    )
 
 
 class _Running:
@@ -217,9 +246,14 @@ class _Running:
         total = sum(p.fraction for p in self.phases)
         if abs(total - 1) > 1e-6:
             raise UserError(f"{learner.name}: the fractions of its phases sum to {total:g}, not 1")
-        ends = [round(steps * sum(p.fraction for p in self.phases[: i + 1])) for i in range(len(self.phases))]
+        ends = [
+            round(steps * sum(p.fraction for p in self.phases[: i + 1]))
+            for i in range(len(self.phases))
+        ]
         spans = list(zip([0, *ends[:-1]], ends, strict=True))
-        kept = [i for i, (start, end) in enumerate(spans) if end > start]  # a phase too short for one step does not happen
+        kept = [
+            i for i, (start, end) in enumerate(spans) if end > start
+        ]  # a phase too short for one step does not happen
         self.phases, self.spans = [self.phases[i] for i in kept], [spans[i] for i in kept]
         self.optimizers: list[torch.optim.Optimizer] = []
         self.factors: list[tuple[dict[str, Any], float]] = []
@@ -242,17 +276,36 @@ class _Running:
         adam_groups, muon_groups = [], []
         for g in phase.groups:
             if use_muon and g.muon:
-                muon_groups.append({"params": g.params, "lr": cfg.muon_lr * g.lr_factor, "peak": cfg.muon_lr * g.lr_factor})
+                muon_groups.append(
+                    {
+                        "params": g.params,
+                        "lr": cfg.muon_lr * g.lr_factor,
+                        "peak": cfg.muon_lr * g.lr_factor,
+                    }
+                )
             else:
                 peak = cfg.lr * g.lr_factor
-                adam_groups.append({"params": g.params, "lr": peak, "peak": peak, "weight_decay": cfg.weight_decay if g.decay else 0.0})
+                adam_groups.append(
+                    {
+                        "params": g.params,
+                        "lr": peak,
+                        "peak": peak,
+                        "weight_decay": cfg.weight_decay if g.decay else 0.0,
+                    }
+                )
         self.optimizers = []
         if adam_groups:
             make = torch.optim.Adam if cfg.optimizer == "adam" else torch.optim.AdamW
-            self.optimizers.append(make(adam_groups, betas=tuple(cfg.betas), eps=cfg.eps, fused=True))
+            self.optimizers.append(
+                make(adam_groups, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
+            )
         if muon_groups:
             # RMS matching makes the step size independent of a matrix's orientation (GPT-2 stores its weights transposed).
-            self.optimizers.append(torch.optim.Muon(muon_groups, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+            self.optimizers.append(
+                torch.optim.Muon(
+                    muon_groups, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
 
     def at(self, step: int) -> At:
         index = self.phase_at(step)
@@ -271,7 +324,9 @@ class _Running:
             loss.total.backward()
         learner.before_update()
         norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
-        self.watch.see(step, loss, norm)  # before clipping, which would spread a NaN to every gradient
+        self.watch.see(
+            step, loss, norm
+        )  # before clipping, which would spread a NaN to every gradient
         if learner.cfg.clip:
             nn.utils.clip_grads_with_norm_(self.params, learner.cfg.clip, norm)
         for optimizer in self.optimizers:
@@ -281,16 +336,25 @@ class _Running:
         return loss, at, norm
 
     def state(self) -> dict[str, Tensor]:
-        out = {f"{self.learner.name}/module/{k}": v for k, v in self.learner.module.state_dict().items()}
+        out = {
+            f"{self.learner.name}/module/{k}": v
+            for k, v in self.learner.module.state_dict().items()
+        }
         for i, optimizer in enumerate(self.optimizers):
             params = [p for g in optimizer.param_groups for p in g["params"]]
             for j, p in enumerate(params):
-                out |= {f"{self.learner.name}/opt{i}/{j}/{k}": v for k, v in optimizer.state[p].items() if isinstance(v, Tensor)}
+                out |= {
+                    f"{self.learner.name}/opt{i}/{j}/{k}": v
+                    for k, v in optimizer.state[p].items()
+                    if isinstance(v, Tensor)
+                }
         return out
 
     def restore(self, state: dict[str, Tensor]) -> None:
         prefix = f"{self.learner.name}/module/"
-        self.learner.module.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+        self.learner.module.load_state_dict(
+            {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        )
         for i, optimizer in enumerate(self.optimizers):
             params = [p for g in optimizer.param_groups for p in g["params"]]
             for key, value in state.items():
@@ -301,7 +365,9 @@ class _Running:
 
 
 @at_boundaries()
-def train(learners: Sequence[Learner], batch_at: Callable[[int], Any], cfg: TrainConfig, session: Session) -> Progress:
+def train(
+    learners: Sequence[Learner], batch_at: Callable[[int], Any], cfg: TrainConfig, session: Session
+) -> Progress:
     """Train ``learners`` side by side on the same batches for ``cfg.steps`` steps.
 
     ``batch_at(step)`` must depend on the step alone. A checkpoint is written every ``cfg.checkpoint_every_s`` seconds and at the end;
@@ -341,12 +407,23 @@ def train(learners: Sequence[Learner], batch_at: Callable[[int], Any], cfg: Trai
             if (step + 1) % cfg.eval_every == 0 or last:
                 values = r.learner.evaluate(step + 1)
                 r.watch.numbers(values, step)
-                _note({_name(r, k, len(running) > 1): v for k, v in values.items()}, step + 1, progress, session)
+                _note(
+                    {_name(r, k, len(running) > 1): v for k, v in values.items()},
+                    step + 1,
+                    progress,
+                    session,
+                )
                 r.learner.module.train()
         progress.step, progress.seconds = step + 1, time.monotonic() - _mark
         session.tick(step + 1, cfg.steps)
-        progress.cut = not last and session.deadline is not None and time.monotonic() > session.deadline
-        if session.checkpoint and not last and (progress.cut or asked() or time.monotonic() - saved > cfg.checkpoint_every_s):
+        progress.cut = (
+            not last and session.deadline is not None and time.monotonic() > session.deadline
+        )
+        if (
+            session.checkpoint
+            and not last
+            and (progress.cut or asked() or time.monotonic() - saved > cfg.checkpoint_every_s)
+        ):
             save_checkpoint(session.checkpoint, running, progress)
             saved = time.monotonic()
         leave()
@@ -364,9 +441,20 @@ def _name(r: _Running, key: str, several: bool) -> str:
     return f"{r.learner.name}/{key}" if several else key
 
 
-def _record(r: _Running, loss: Loss, at: At, norm: Tensor, several: bool, progress: Progress, session: Session) -> None:
+def _record(
+    r: _Running,
+    loss: Loss,
+    at: At,
+    norm: Tensor,
+    several: bool,
+    progress: Progress,
+    session: Session,
+) -> None:
     r.watch.check()
-    values = {k: float(v) for k, v in loss.parts.items()} | {"loss": loss.total.item(), "grad_norm": norm.item()}
+    values = {k: float(v) for k, v in loss.parts.items()} | {
+        "loss": loss.total.item(),
+        "grad_norm": norm.item(),
+    }
     values["lr"] = r.learner.cfg.lr * lr_at(at.index, at.phase_steps, r.learner.cfg)
     values |= r.learner.observe(loss, at)
     _note({_name(r, k, several): v for k, v in values.items()}, at.step, progress, session)
@@ -384,7 +472,12 @@ def save_checkpoint(path: Path, running: Sequence[_Running], progress: Progress)
     for r in running:
         r.watch.check()
         tensors |= r.state()
-    info = {"step": progress.step, "seconds": progress.seconds, "history": progress.history, "own_seconds": progress.own_seconds}
+    info = {
+        "step": progress.step,
+        "seconds": progress.seconds,
+        "history": progress.history,
+        "own_seconds": progress.own_seconds,
+    }
     write_checkpoint(path, tensors, info)
 
 
@@ -397,4 +490,10 @@ def _resume(running: Sequence[_Running], path: Path | None) -> Progress:
     for r in running:
         r.enter(r.phase_at(info["step"] - 1))
         r.restore(state)
-    return Progress(info["step"], info["seconds"], False, [tuple(row) for row in info["history"]], info["own_seconds"])
+    return Progress(
+        info["step"],
+        info["seconds"],
+        False,
+        [tuple(row) for row in info["history"]],
+        info["own_seconds"],
+    )

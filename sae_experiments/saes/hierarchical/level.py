@@ -90,7 +90,9 @@ def exact_threshold(chunks: Callable[[], Iterable[Tensor]], n: int) -> float:
     counts = torch.zeros(BINS, dtype=torch.int64)
     for chunk in chunks():
         counts += torch.histc(chunk, BINS, low, high).cpu().long()
-    place = int((counts.flip(0).cumsum(0).flip(0) >= n).nonzero().max())  # the last bin with n entries in it and above
+    place = int(
+        (counts.flip(0).cumsum(0).flip(0) >= n).nonzero().max()
+    )  # the last bin with n entries in it and above
     # A margin of one bin either side: histc rounds, and an entry on an edge may be counted next door.
     width = (high - low) / BINS
     bottom, top = low + width * (place - 1), low + width * (place + 2)
@@ -107,7 +109,10 @@ class Joined(Codes):
     """The codes of several levels side by side, without copying them into one matrix until somebody asks."""
 
     def __init__(self, parts: list[Tensor], widths: list[int]) -> None:
-        empty = [parts[0].new_zeros(len(parts[0]), w) if i >= len(parts) else parts[i] for i, w in enumerate(widths)]
+        empty = [
+            parts[0].new_zeros(len(parts[0]), w) if i >= len(parts) else parts[i]
+            for i, w in enumerate(widths)
+        ]
         self.parts = [Codes(p) for p in empty]
         self.pattern = None
 
@@ -124,7 +129,9 @@ class Joined(Codes):
         return sum(p.l0 for p in self.parts)
 
     def detach(self) -> Joined:
-        return Joined([p.values.detach() for p in self.parts], [p.values.shape[1] for p in self.parts])
+        return Joined(
+            [p.values.detach() for p in self.parts], [p.values.shape[1] for p in self.parts]
+        )
 
 
 class Passed(NamedTuple):
@@ -161,7 +168,9 @@ class Weights(NamedTuple):
     def checked(given: dict[str, float]) -> Weights:
         """From a mapping of exactly these names to numbers that are not negative."""
         if unknown := set(given) ^ set(Weights._fields):
-            raise UserError(f"sae.model.weights: {', '.join(sorted(unknown))} is missing or unknown; the terms are {', '.join(Weights._fields)}")
+            raise UserError(
+                f"sae.model.weights: {', '.join(sorted(unknown))} is missing or unknown; the terms are {', '.join(Weights._fields)}"
+            )
         for name, value in given.items():
             if not value >= 0:
                 raise UserError(f"sae.model.weights.{name}={value} must not be negative")
@@ -192,7 +201,9 @@ class Controllers:
             level.controller.horizon = max(round(share * steps), 1)
 
 
-def widths_of(d_in: int, d_sae: int, d_out: int | None, top_frac: float, levels: str) -> tuple[int, ...]:
+def widths_of(
+    d_in: int, d_sae: int, d_out: int | None, top_frac: float, levels: str
+) -> tuple[int, ...]:
     """Latents of the bottom and (unless ``levels`` is "bottom") of the top. Raises :class:`UserError` for sizes that cannot work."""
     if levels not in ("both", "bottom", "top"):
         raise UserError(f"sae.model.levels={levels!r} is not one of both, bottom, top")
@@ -200,22 +211,32 @@ def widths_of(d_in: int, d_sae: int, d_out: int | None, top_frac: float, levels:
         if value < 1:
             raise UserError(f"sae: {name}={value} must be at least 1")
     if d_out not in (None, d_in):
-        raise UserError(f"sae: a hierarchical SAE rebuilds what it reads: d_in={d_in} and d_out={d_out} must be equal")
+        raise UserError(
+            f"sae: a hierarchical SAE rebuilds what it reads: d_in={d_in} and d_out={d_out} must be equal"
+        )
     if not 0 < top_frac < 1 or not 1 <= round(top_frac * d_sae) < d_sae:
-        raise UserError(f"sae.model.top_frac={top_frac} leaves a level without latents at d_sae={d_sae}")
+        raise UserError(
+            f"sae.model.top_frac={top_frac} leaves a level without latents at d_sae={d_sae}"
+        )
     m2 = round(top_frac * d_sae)
     return (d_sae - m2,) if levels == "bottom" else (d_sae - m2, m2)
 
 
-def active_of(widths: Sequence[int], sparsity: Sequence[float], target_l0: float | None) -> list[float]:
+def active_of(
+    widths: Sequence[int], sparsity: Sequence[float], target_l0: float | None
+) -> list[float]:
     """Active latents asked for in each level."""
     if len(sparsity) != 2 or not all(0 < s < 1 for s in sparsity):
         raise UserError(f"sae.model.sparsity={list(sparsity)} must be two numbers between 0 and 1")
     active = [(1 - s) * m for s, m in zip(sparsity, widths, strict=False)]
     if target_l0 is None:
         return active
-    if not target_l0 > 0 or any(a * target_l0 / sum(active) >= m for a, m in zip(active, widths, strict=True)):
-        raise UserError(f"sae.target_l0={target_l0} cannot be met by levels of {', '.join(map(str, widths))} latents at sparsity={list(sparsity)}")
+    if not target_l0 > 0 or any(
+        a * target_l0 / sum(active) >= m for a, m in zip(active, widths, strict=True)
+    ):
+        raise UserError(
+            f"sae.target_l0={target_l0} cannot be met by levels of {', '.join(map(str, widths))} latents at sparsity={list(sparsity)}"
+        )
     return [a * target_l0 / sum(active) for a in active]
 
 
@@ -225,4 +246,6 @@ def signed_directions(u: Tensor, n: int, seed: int) -> Tensor:
     half = torch.linalg.eigh(centred.t() @ centred).eigenvectors.flip(1).t()[: (n + 1) // 2]
     rows = torch.cat([half, -half])[:n]
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat([rows, ops.unit_rows(torch.randn(n - len(rows), u.shape[1], generator=generator).to(rows))])
+    return torch.cat(
+        [rows, ops.unit_rows(torch.randn(n - len(rows), u.shape[1], generator=generator).to(rows))]
+    )

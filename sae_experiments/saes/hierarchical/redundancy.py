@@ -29,7 +29,12 @@ def pairwise(p11: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """
     p, q = p.clamp(EPSILON, 1 - EPSILON)[:, None], q.clamp(EPSILON, 1 - EPSILON)[None]
     total = 0.0
-    for joint, product_of in ((p11, p * q), (p - p11, p * (1 - q)), (q - p11, (1 - p) * q), (1 - p - q + p11, (1 - p) * (1 - q))):
+    for joint, product_of in (
+        (p11, p * q),
+        (p - p11, p * (1 - q)),
+        (q - p11, (1 - p) * q),
+        (1 - p - q + p11, (1 - p) * (1 - q)),
+    ):
         joint = joint.clamp(EPSILON, 1.0)
         total = total + joint * (joint / product_of).log()
     return total
@@ -37,7 +42,9 @@ def pairwise(p11: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 def redundancy(p11: Tensor, p: Tensor, q: Tensor, rows: int) -> Tensor:
     """``U_ij = max(I_ij - 1/(2N), 0) / min(h(p_i), h(q_j))``: 0 for independent latents, 1 where one tells the other; Miller-Madow corrected."""
-    return (pairwise(p11, p, q) - 1 / (2 * rows)).clamp_min(0) / torch.minimum(entropy(p)[:, None], entropy(q)[None])
+    return (pairwise(p11, p, q) - 1 / (2 * rows)).clamp_min(0) / torch.minimum(
+        entropy(p)[:, None], entropy(q)[None]
+    )
 
 
 class Information(nn.Module):

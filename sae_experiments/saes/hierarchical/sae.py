@@ -31,7 +31,10 @@ from sae_experiments.training.loop import Group, Loss, Phase
 
 PHASES = ("bottom", "top", "both")
 #: What the running record of a fit holds: a row for each of its equal parts.
-TRACE, TRACED = 250, ("progress", "bottom_sparsity", "top_sparsity", "bottom_coeff", "top_coeff", "gate")
+TRACE, TRACED = (
+    250,
+    ("progress", "bottom_sparsity", "top_sparsity", "bottom_coeff", "top_coeff", "gate"),
+)
 CHUNK = 4096
 
 
@@ -72,38 +75,87 @@ class Hierarchical(SAE):
     same_units = True
 
     def __init__(
-        self, *, d_in: int, d_sae: int, d_out: int | None = None, target_l0: float | None, sparsity: Sequence[float], top_frac: float, levels: str,
-        fractions: Sequence[float], rank: int, gate_bias: float, drop_bottom: float, drop_top: float, rows: int | None, bottom_lr: float,
-        weights: dict[str, float], information: dict[str, Any], coherence: dict[str, Any], aim: float, start_coeff: Sequence[float],
-        start_l0: float | None, warmup: float, aux_coeff: float,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        d_in: int,
+        d_sae: int,
+        d_out: int | None = None,
+        target_l0: float | None,
+        sparsity: Sequence[float],
+        top_frac: float,
+        levels: str,
+        fractions: Sequence[float],
+        rank: int,
+        gate_bias: float,
+        drop_bottom: float,
+        drop_top: float,
+        rows: int | None,
+        bottom_lr: float,
+        weights: dict[str, float],
+        information: dict[str, Any],
+        coherence: dict[str, Any],
+        aim: float,
+        start_coeff: Sequence[float],
+        start_l0: float | None,
+        warmup: float,
+        aux_coeff: float,
+    ) -> None:
         nn.Module.__init__(self)  # a composite: its weights are those of its levels
         widths = widths_of(d_in, d_sae, d_out, top_frac, levels)
         active = active_of(widths, sparsity, target_l0)
         if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-            raise UserError(f"sae.model.fractions={list(fractions)} must be three positive numbers that sum to 1")
+            raise UserError(
+                f"sae.model.fractions={list(fractions)} must be three positive numbers that sum to 1"
+            )
         if drop_bottom < 0 or drop_top < 0 or drop_bottom + drop_top > 1:
-            raise UserError(f"sae.model: drop_bottom={drop_bottom} and drop_top={drop_top} must not be negative nor sum to more than 1")
+            raise UserError(
+                f"sae.model: drop_bottom={drop_bottom} and drop_top={drop_top} must not be negative nor sum to more than 1"
+            )
         if rank < 1 or (rows is not None and rows < 1):
             raise UserError(f"sae.model: rank={rank} and rows={rows} must be at least 1")
-        self.d_in, self.d_sae, self.d_out, self.widths, self.levels = d_in, sum(widths), d_in, widths, levels
+        self.d_in, self.d_sae, self.d_out, self.widths, self.levels = (
+            d_in,
+            sum(widths),
+            d_in,
+            widths,
+            levels,
+        )
         self.aux_coeff, self.unit_decoder, self.pre_bias = aux_coeff, True, True
         self.fractions = [1.0] if levels == "bottom" else list(fractions)
-        self.drop_bottom, self.drop_top, self.rows, self.bottom_lr, self.warmup = drop_bottom, drop_top, rows, bottom_lr, warmup
+        self.drop_bottom, self.drop_top, self.rows, self.bottom_lr, self.warmup = (
+            drop_bottom,
+            drop_top,
+            rows,
+            bottom_lr,
+            warmup,
+        )
         self.weights, self.active = Weights.checked(weights), active
         steered = {"aim": aim, "start_l0": start_l0, "warmup": warmup, "aux_coeff": aux_coeff}
-        self.bottom = Level(d_in=d_in, d_sae=widths[0], target_l0=active[0], start_coeff=start_coeff[0], **steered)
+        self.bottom = Level(
+            d_in=d_in, d_sae=widths[0], target_l0=active[0], start_coeff=start_coeff[0], **steered
+        )
         if levels != "bottom":
             m1, m2 = widths
-            self.top = Level(d_in=m1, d_sae=m2, target_l0=active[1], start_coeff=start_coeff[1], pre_bias=False, **steered)
+            self.top = Level(
+                d_in=m1,
+                d_sae=m2,
+                target_l0=active[1],
+                start_coeff=start_coeff[1],
+                pre_bias=False,
+                **steered,
+            )
             if levels == "both":
                 self.gate_in = nn.Parameter(torch.randn(rank, m2) / rank**0.5)
                 self.gate_out = nn.Parameter(torch.randn(m1, rank) / rank**0.5)
                 self.gate_bias = nn.Parameter(torch.full((m1,), float(gate_bias)))
         self.register_buffer("scale", torch.ones(widths[0]))
         self.register_buffer("variance", torch.ones(()))
-        self.register_buffer("joined", torch.zeros((), dtype=torch.bool))  # whether the top takes part yet
-        self.register_buffer("group", torch.cat([torch.full((w,), i) for i, w in enumerate(widths)]))
+        self.register_buffer(
+            "joined", torch.zeros((), dtype=torch.bool)
+        )  # whether the top takes part yet
+        self.register_buffer(
+            "group", torch.cat([torch.full((w,), i) for i, w in enumerate(widths)])
+        )
         self.register_buffer("trace", torch.full((TRACE, len(TRACED)), torch.nan))
         self.seed = torch.initial_seed()
         self.information, self.coherence = Information(**information), Coherence(**coherence)
@@ -125,13 +177,19 @@ class Hierarchical(SAE):
     @property
     def W_enc(self) -> Tensor:  # noqa: N802
         """What a latent reads (F, D): rows of E1, and of E2 carried back through the bottom as if all its latents were active."""
-        rows = [self.bottom.W_enc] if self.levels == "bottom" else [self.bottom.W_enc, (self.top.W_enc / self.scale) @ self.bottom.W_enc]
+        rows = (
+            [self.bottom.W_enc]
+            if self.levels == "bottom"
+            else [self.bottom.W_enc, (self.top.W_enc / self.scale) @ self.bottom.W_enc]
+        )
         return torch.cat(rows)
 
     @property
     def W_dec(self) -> Tensor:  # noqa: N802
         """What one unit of a latent writes where its path is open (F, D): rows of D1, and those of ``D2 s D1``, in the same units."""
-        return torch.cat([self.bottom.W_dec] if self.levels == "bottom" else [self.bottom.W_dec, self._writes()])
+        return torch.cat(
+            [self.bottom.W_dec] if self.levels == "bottom" else [self.bottom.W_dec, self._writes()]
+        )
 
     @property
     def b_enc(self) -> Tensor:
@@ -161,10 +219,14 @@ class Hierarchical(SAE):
     def contributions(self, acts: Tensor, direction: Tensor) -> Tensor:
         if self.levels == "bottom" or not self.joined:
             reach = self.bottom.W_dec @ direction
-            return torch.nn.functional.pad(acts[:, : self.widths[0]] * reach, (0, self.d_sae - self.widths[0]))
+            return torch.nn.functional.pad(
+                acts[:, : self.widths[0]] * reach, (0, self.d_sae - self.widths[0])
+            )
         z1, z2 = self.split(acts)
         gate, reach = self.gates(z2), self.bottom.W_dec @ direction
-        passed = (1 - gate) * (self.predict(z2) > 0) * (self.scale * reach)  # a bottom latent that the top says is off carries nothing
+        passed = (
+            (1 - gate) * (self.predict(z2) > 0) * (self.scale * reach)
+        )  # a bottom latent that the top says is off carries nothing
         return torch.cat([gate * z1 * reach, z2 * (passed @ self.top.W_dec.t())], 1)
 
     @by_rows("d_in")
@@ -182,7 +244,9 @@ class Hierarchical(SAE):
         """How much of each bottom latent passes the skip (B, m1), from the top's code."""
         if self.levels == "top":
             return z2.new_zeros(len(z2), self.widths[0])
-        return torch.sigmoid(product(product(z2, self.gate_in.t()), self.gate_out.t()) + self.gate_bias)
+        return torch.sigmoid(
+            product(product(z2, self.gate_in.t()), self.gate_out.t()) + self.gate_bias
+        )
 
     def predict(self, z2: Tensor) -> Tensor:
         """The bottom's code in units of its scale, as the top says it is: ``v`` (B, m1)."""
@@ -249,27 +313,48 @@ class Hierarchical(SAE):
             on = passed.z[0].detach() > 0
             parts["gate"] = w.gate * (passed.gate * on).sum() / (len(on) * self.active[0])
         if whole and self.levels == "both":
-            parts["bottom_mse"] = w.bottom * self._relative(self.bottom_decode(passed.z[0]), batch.y)
+            parts["bottom_mse"] = w.bottom * self._relative(
+                self.bottom_decode(passed.z[0]), batch.y
+            )
         if whole:
             parts["sparsity_bottom"] = self.bottom.penalty(passed.z[0], 1.0)
             anchor = self.weights_after("bottom")["bottom.W_dec"]
             parts["anchor"] = w.anchor * (1 - (self.bottom.W_dec * anchor).sum(1)).mean()
-        parts["sparsity_top"] = self.top.penalty(passed.z[1], ramp(step.progress, self.warmup) if step.phase == "top" else 1.0)
-        parts["code"] = w.code * (passed.z[0] - predicted).square().sum() / passed.z[0].detach().square().sum().clamp_min(1e-12)
-        parts |= self._redundancy(batch.x, passed, step) | self._revival(batch, passed, recon, step, whole)
+        parts["sparsity_top"] = self.top.penalty(
+            passed.z[1], ramp(step.progress, self.warmup) if step.phase == "top" else 1.0
+        )
+        parts["code"] = (
+            w.code
+            * (passed.z[0] - predicted).square().sum()
+            / passed.z[0].detach().square().sum().clamp_min(1e-12)
+        )
+        parts |= self._redundancy(batch.x, passed, step) | self._revival(
+            batch, passed, recon, step, whole
+        )
         gate = None if passed.gate is None else passed.gate.detach()
         codes = Joined([z.detach() for z in passed.z], list(self.widths))
-        return Loss(sum(parts.values()), {k: v.detach() for k, v in parts.items()}, Seen(batch, codes, recon.detach(), gate))
+        return Loss(
+            sum(parts.values()),
+            {k: v.detach() for k, v in parts.items()},
+            Seen(batch, codes, recon.detach(), gate),
+        )
 
     def _loss_of_bottom(self, batch: Batch, step: Step) -> Loss:
         z1 = self.bottom.dense(batch.x)
         recon = self.bottom_decode(z1)
-        parts = {"mse": self._relative(recon, batch.y), "sparsity_bottom": self.bottom.penalty(z1, ramp(step.progress, self.warmup))}
+        parts = {
+            "mse": self._relative(recon, batch.y),
+            "sparsity_bottom": self.bottom.penalty(z1, ramp(step.progress, self.warmup)),
+        }
         dead = step.dead[: self.widths[0]].nonzero().squeeze(1)
         if self.aux_coeff and dead.numel():
             parts["aux_k"] = self.aux_coeff * self.bottom.explain(batch.x, batch.y - recon, dead)
         codes = Joined([z1.detach()], list(self.widths))
-        return Loss(sum(parts.values()), {k: v.detach() for k, v in parts.items()}, Seen(batch, codes, recon.detach(), None))
+        return Loss(
+            sum(parts.values()),
+            {k: v.detach() for k, v in parts.items()},
+            Seen(batch, codes, recon.detach(), None),
+        )
 
     def bottom_decode(self, z: Tensor) -> Tensor:
         """``b0 + D1^T z``."""
@@ -288,7 +373,9 @@ class Hierarchical(SAE):
         gate = self.gates(z2)
         # On some rows one of the two paths is taken away, so that each learns to do without the other.
         drawn = torch.rand(len(x), 1, generator=step.generator, device=x.device)
-        used = torch.where(drawn < self.drop_bottom, 0.0, torch.where(drawn >= 1 - self.drop_top, 1.0, gate))
+        used = torch.where(
+            drawn < self.drop_bottom, 0.0, torch.where(drawn >= 1 - self.drop_top, 1.0, gate)
+        )
         return Passed((z1, z2), u, v, gate, torch.lerp(v * self.scale, z1, used))
 
     def _redundancy(self, x: Tensor, passed: Passed, step: Step) -> dict[str, Tensor]:
@@ -296,16 +383,25 @@ class Hierarchical(SAE):
         w, parts = self.weights, {}
         if w.orthogonality:
             parts["orthogonality"] = w.orthogonality * self.coherence(
-                self.atoms(self._some(self.widths[1], self.coherence.chunk, step)), self.bottom.W_dec
+                self.atoms(self._some(self.widths[1], self.coherence.chunk, step)),
+                self.bottom.W_dec,
             )
         if w.mutual_information:
             soft = []
-            for level, source, z, n in zip(self.parts, (x, passed.code), passed.z, (self.information.bottom, self.information.top), strict=True):
+            for level, source, z, n in zip(
+                self.parts,
+                (x, passed.code),
+                passed.z,
+                (self.information.bottom, self.information.top),
+                strict=True,
+            ):
                 on = z.detach() > 0
                 alive = on.any(0).nonzero().squeeze(1)
                 chosen = alive[self._some(len(alive), n, step)]
                 mean = z.detach().sum() / on.sum().clamp_min(1)
-                soft.append(self.information.soft(level.columns(source, chosen), level.threshold, mean))
+                soft.append(
+                    self.information.soft(level.columns(source, chosen), level.threshold, mean)
+                )
             parts["mutual_information"] = w.mutual_information * self.information(*soft)
         return parts
 
@@ -313,7 +409,9 @@ class Hierarchical(SAE):
         """k of n numbers at random, all if there are fewer."""
         return torch.randperm(n, generator=step.generator, device=step.generator.device)[:k]
 
-    def _revival(self, batch: Batch, passed: Passed, recon: Tensor, step: Step, whole: bool) -> dict[str, Tensor]:
+    def _revival(
+        self, batch: Batch, passed: Passed, recon: Tensor, step: Step, whole: bool
+    ) -> dict[str, Tensor]:
         """AuxK of each level that learns, on what that level leaves over."""
         if not self.aux_coeff or not bool(step.dead.any()):
             return {}
@@ -346,7 +444,9 @@ class Hierarchical(SAE):
         row = self.trace[min(int((done + share * step.progress) * TRACE), TRACE - 1)]
         row[0] = done + share * step.progress
         for i, level in enumerate(self.parts):
-            row[1 + i] = 1 - l0[i] / self.widths[i] if i == 0 or step.phase != "bottom" else torch.nan
+            row[1 + i] = (
+                1 - l0[i] / self.widths[i] if i == 0 or step.phase != "bottom" else torch.nan
+            )
             row[3 + i] = level.controller.coeff
         if fwd.gate is not None:
             on = fwd.codes.parts[0].values > 0
@@ -358,9 +458,13 @@ class Hierarchical(SAE):
         if phase != "top":
             self.bottom.calibrate(lambda: x.split(CHUNK), len(x))
         if phase == "bottom" and self.levels != "bottom":
-            squares = sum(self.bottom.dense(chunk).square().sum(0) for chunk in x.split(CHUNK)) / len(x)
+            squares = sum(
+                self.bottom.dense(chunk).square().sum(0) for chunk in x.split(CHUNK)
+            ) / len(x)
             spread = squares.sqrt()
-            self.scale.copy_(spread.clamp_min(1e-3 * spread.median().clamp_min(1e-12)) * self.widths[0] ** 0.5)
+            self.scale.copy_(
+                spread.clamp_min(1e-3 * spread.median().clamp_min(1e-12)) * self.widths[0] ** 0.5
+            )
         if phase != "bottom" and self.levels != "bottom":
             self.top.calibrate(lambda: self._codes(x), len(x))
         getattr(self, f"end_of_{phase if phase in PHASES else PHASES[0]}").copy_(self._packed())
@@ -369,7 +473,9 @@ class Hierarchical(SAE):
 
     def _state(self) -> dict[str, Tensor]:
         """Everything that the code and the reconstruction depend on, but for the scale, which does not change after the first phase."""
-        return {n: p.data for n, p in self.named_parameters()} | {f"{i}.threshold": level.threshold for i, level in enumerate(self.parts)}
+        return {n: p.data for n, p in self.named_parameters()} | {
+            f"{i}.threshold": level.threshold for i, level in enumerate(self.parts)
+        }
 
     def _packed(self) -> Tensor:
         return parameters_to_vector(self._state().values()).clone()

@@ -36,18 +36,40 @@ class Watch(nn.Module):
     trace: Tensor
 
     def __init__(
-        self, sae: SAE, *, patience: int, every: float, least: float, slack: float, eps: float, rows: int, start: float, fvu: float | None
+        self,
+        sae: SAE,
+        *,
+        patience: int,
+        every: float,
+        least: float,
+        slack: float,
+        eps: float,
+        rows: int,
+        start: float,
+        fvu: float | None,
     ) -> None:
         super().__init__()
         if not 0 < every <= 1 or patience < 1 or rows < 1 or not eps > 0:
-            raise UserError(f"sae.model.stop: needs every in (0, 1], patience and rows of at least 1 and eps above 0, not every={every}, "
-                            f"patience={patience}, rows={rows}, eps={eps}")  # fmt: skip
-        self.patience, self.every, self.least, self.slack, self.eps, self.start, self.fvu = patience, every, least, slack, eps, start, fvu
+            raise UserError(
+                f"sae.model.stop: needs every in (0, 1], patience and rows of at least 1 and eps above 0, not every={every}, "
+                f"patience={patience}, rows={rows}, eps={eps}"
+            )
+        self.patience, self.every, self.least, self.slack, self.eps, self.start, self.fvu = (
+            patience,
+            every,
+            least,
+            slack,
+            eps,
+            start,
+            fvu,
+        )
         self.register_buffer("x", torch.zeros(rows, sae.d_in))
         self.register_buffer("y", torch.zeros(rows, sae.d_out))
         self.register_buffer("best", torch.zeros(sum(p.numel() for p in sae.parameters())))
         self.register_buffer("state", torch.full((len(STATE),), torch.nan, dtype=torch.float64))
-        self.register_buffer("trace", torch.full((round(1 / every) + 1, 3), torch.nan))  # progress, FSS, FVU of each look
+        self.register_buffer(
+            "trace", torch.full((round(1 / every) + 1, 3), torch.nan)
+        )  # progress, FSS, FVU of each look
 
     def __getattr__(self, name: str) -> Any:
         return self.state[STATE.index(name)].item() if name in STATE else super().__getattr__(name)
@@ -78,8 +100,13 @@ class Watch(nn.Module):
         fss, fvu = self.measure(sae)
         turn = min(round(progress / self.every), len(self.trace) - 1)
         self.trace[turn] = torch.tensor([progress, fss, fvu])
-        self.note(next_look=self.next_look + self.every, least_fvu=min(fvu, self.least_fvu) if self.least_fvu == self.least_fvu else fvu)
-        if not self.score(fss, fvu) <= self.score(self.score_fss, self.score_fvu) + self.least:  # also where there is none yet
+        self.note(
+            next_look=self.next_look + self.every,
+            least_fvu=min(fvu, self.least_fvu) if self.least_fvu == self.least_fvu else fvu,
+        )
+        if (
+            not self.score(fss, fvu) <= self.score(self.score_fss, self.score_fvu) + self.least
+        ):  # also where there is none yet
             self.note(score_fss=fss, score_fvu=fvu, score_at=progress, bad=0)
             torch.cat([p.detach().reshape(-1) for p in sae.parameters()], out=self.best)
             return
@@ -98,15 +125,24 @@ class Watch(nn.Module):
         generator = torch.Generator(self.x.device).manual_seed(SEED)
         delta = cloud.directions("gaussian", len(self.x), generator).mul_(self.eps * cloud.radius)
         z, moved = sae.encode(self.x), sae.encode(self.x + delta)
-        error = (self.y - sae.reconstruct(self.x, z)).square().sum() / (self.y - self.y.mean(0)).square().sum().clamp_min(1e-12)
-        return 100 * (1 - float((z - moved).abs().sum() / (z.abs() + moved.abs()).sum().clamp_min(1e-12))), float(error)
+        error = (self.y - sae.reconstruct(self.x, z)).square().sum() / (
+            self.y - self.y.mean(0)
+        ).square().sum().clamp_min(1e-12)
+        return 100 * (
+            1 - float((z - moved).abs().sum() / (z.abs() + moved.abs()).sum().clamp_min(1e-12))
+        ), float(error)
 
     @torch.no_grad()
     def restore(self, sae: SAE) -> None:
         """Put the best state back, unless the last one is as good."""
-        if self.score_at == self.score_at and not (not self.stopped and self.score(*self.measure(sae)) >= self.score(self.score_fss, self.score_fvu)):
+        if self.score_at == self.score_at and not (
+            not self.stopped
+            and self.score(*self.measure(sae)) >= self.score(self.score_fss, self.score_fvu)
+        ):
             parameters = list(sae.parameters())
-            for p, value in zip(parameters, self.best.split([p.numel() for p in parameters]), strict=True):
+            for p, value in zip(
+                parameters, self.best.split([p.numel() for p in parameters]), strict=True
+            ):
                 p.copy_(value.view_as(p))
 
     def idle(self, sae: SAE, batch: Batch, step: Step) -> Loss:

@@ -67,7 +67,11 @@ class Cloud(nn.Module):
         """``n`` random directions (n, D) of mean square length 1, of one of the kinds in ``SHARED``."""
         d, device = len(self.mean), self.mean.device
         if kind == "uniform":
-            return torch.rand(n, d, generator=generator, device=device).sub_(0.5).mul_(2 * math.sqrt(3 / d))
+            return (
+                torch.rand(n, d, generator=generator, device=device)
+                .sub_(0.5)
+                .mul_(2 * math.sqrt(3 / d))
+            )
         normal = torch.randn(n, d, generator=generator, device=device)
         return normal.mul_(1 / math.sqrt(d)) if kind == "gaussian" else normal @ self.root.t()
 
@@ -90,17 +94,30 @@ def unit(rows: Tensor) -> Tensor:
 
 def signs(n: int, generator: torch.Generator) -> Tensor:
     """n random signs, as floats."""
-    return torch.randint(0, 2, (n,), generator=generator, device=generator.device).mul_(2).sub_(1).float()
+    return (
+        torch.randint(0, 2, (n,), generator=generator, device=generator.device)
+        .mul_(2)
+        .sub_(1)
+        .float()
+    )
 
 
-def fgsm(encode: Callable[[Tensor], Tensor], x: Tensor, reach: Tensor | float, generator: torch.Generator) -> Tensor:
+def fgsm(
+    encode: Callable[[Tensor], Tensor], x: Tensor, reach: Tensor | float, generator: torch.Generator
+) -> Tensor:
     """One step (B, D) of length ``reach`` up the gradient of ``||z(x + delta) - z(x)||^2``, taken a tenth of the way along a random direction:
     at delta = 0 that gradient is zero.
     """
     return pgd(encode, x, reach, 1, generator)
 
 
-def pgd(encode: Callable[[Tensor], Tensor], x: Tensor, reach: Tensor | float, steps: int, generator: torch.Generator) -> Tensor:
+def pgd(
+    encode: Callable[[Tensor], Tensor],
+    x: Tensor,
+    reach: Tensor | float,
+    steps: int,
+    generator: torch.Generator,
+) -> Tensor:
     """``steps`` ascents of ``||z(x + delta) - z(x)||^2`` from a random start of a tenth of ``reach``, each followed by a projection to length
     ``reach``; gradients pass through the active latents of either code. One step goes all the way.
     """
@@ -111,7 +128,9 @@ def pgd(encode: Callable[[Tensor], Tensor], x: Tensor, reach: Tensor | float, st
         with torch.enable_grad():
             at = (x + delta).detach().requires_grad_(True)
             change = encode(at) - clean
-            lost = (change < 0) & (change == -clean)  # gone out: nothing of the encoder is left in the gradient, and nothing more can go
+            lost = (change < 0) & (
+                change == -clean
+            )  # gone out: nothing of the encoder is left in the gradient, and nothing more can go
             (gradient,) = torch.autograd.grad(change.masked_fill(lost, 0).square().sum(), at)
         uphill = unit(gradient)
         delta = uphill * reach if steps == 1 else delta + uphill * (2.5 * reach / steps)
@@ -119,18 +138,35 @@ def pgd(encode: Callable[[Tensor], Tensor], x: Tensor, reach: Tensor | float, st
     return delta.detach()
 
 
-def choose(codes: Codes, stability: Tensor, w_enc: Tensor, w_dec: Tensor, aim: Mapping[str, float], generator: torch.Generator) -> Tensor:
+def choose(
+    codes: Codes,
+    stability: Tensor,
+    w_enc: Tensor,
+    w_dec: Tensor,
+    aim: Mapping[str, float],
+    generator: torch.Generator,
+) -> Tensor:
     """A latent for each row of ``codes`` (-1 where none is active): in a share ``aim.weak`` of the rows an active one with probability
     proportional to ``(1 - stability)^2``, in ``aim.marginal`` the active one nearest to going out (least ``z_j / ||e_j||``), and in
     ``aim.confusable`` the latent whose decoder row is nearest to that of a random active one.
     """
     pattern, values = active_entries(codes)
     row, col = pattern.row, pattern.col.long()
-    counts = dict(zip(WAYS, _split([aim.get(way, 0.0) for way in WAYS], pattern.n_rows), strict=True))
+    counts = dict(
+        zip(WAYS, _split([aim.get(way, 0.0) for way in WAYS], pattern.n_rows), strict=True)
+    )
     weak, edge = counts["weak"], counts["weak"] + counts["marginal"]
-    gumbel = -torch.rand(len(col), generator=generator, device=col.device).clamp_(1e-12, 1 - 1e-7).log().neg().log()
+    gumbel = (
+        -torch.rand(len(col), generator=generator, device=col.device)
+        .clamp_(1e-12, 1 - 1e-7)
+        .log()
+        .neg()
+        .log()
+    )
     score = torch.where(row < weak, gumbel + 2 * (1 - stability[col]).clamp_min(1e-3).log(), gumbel)
-    score = torch.where((row >= weak) & (row < edge), -values / w_enc.norm(dim=1)[col].clamp_min(1e-12), score)
+    score = torch.where(
+        (row >= weak) & (row < edge), -values / w_enc.norm(dim=1)[col].clamp_min(1e-12), score
+    )
     entry = first_best(score, pattern)
     found = torch.where(entry >= 0, col[entry.clamp_min(0)], -1) if len(col) else entry
     near = found[edge:]
@@ -154,14 +190,20 @@ def active_entries(codes: Codes) -> tuple[Pattern, Tensor]:
     on = (values != 0).nonzero().squeeze(1)
     if len(on) == len(values):
         return codes.pattern, values
-    pattern = Pattern.from_flat(codes.pattern.flat.index_select(0, on), codes.pattern.n_rows, codes.pattern.n_cols)
+    pattern = Pattern.from_flat(
+        codes.pattern.flat.index_select(0, on), codes.pattern.n_rows, codes.pattern.n_cols
+    )
     return pattern, values.index_select(0, on)
 
 
 def shares(mixture: Mapping[str, float], rows: int) -> dict[str, int]:
     """How many of ``rows`` each kind gets: whole numbers that add up, in the order of :data:`TYPES` (largest remainders are rounded up)."""
     kinds = [kind for kind in TYPES if mixture.get(kind, 0) > 0]
-    return {kind: m for kind, m in zip(kinds, _split([mixture[k] for k in kinds], rows), strict=True) if m}
+    return {
+        kind: m
+        for kind, m in zip(kinds, _split([mixture[k] for k in kinds], rows), strict=True)
+        if m
+    }
 
 
 def _split(parts: list[float], n: int) -> list[int]:
@@ -199,7 +241,9 @@ def take_rows(pattern: Pattern, rows: Tensor) -> tuple[Pattern, Tensor]:
 
 def first_best(score: Tensor, pattern: Pattern) -> Tensor:
     """For each row of the pattern, the entry with the largest score (n,); -1 for a row without entries."""
-    best = torch.full((pattern.n_rows,), -torch.inf, device=score.device, dtype=score.dtype).scatter_reduce(0, pattern.row, score, "amax")
+    best = torch.full(
+        (pattern.n_rows,), -torch.inf, device=score.device, dtype=score.dtype
+    ).scatter_reduce(0, pattern.row, score, "amax")
     hits = (score >= best[pattern.row]).nonzero().squeeze(1)
     none = len(score)
     found = torch.full((pattern.n_rows,), none, dtype=torch.int64, device=score.device)
@@ -245,10 +289,16 @@ def changed(before: Codes, after: Codes, scratch: dict[str, Tensor]) -> Change:
         z, moved = before.dense(), after.dense()
         row, col = ((z != 0) | (moved != 0)).nonzero().unbind(1)
         z, moved = z[row, col], moved[row, col]
-        return Change(row, col, moved - z, (z != 0) & (moved != 0), (z.abs() + moved.abs()).detach())
+        return Change(
+            row, col, moved - z, (z != 0) & (moved != 0), (z.abs() + moved.abs()).detach()
+        )
     where = places(before.pattern, after.pattern, scratch)
     kept = where >= 0
-    old = torch.where(kept, before.values.index_select(0, where.clamp_min(0)), 0) if len(before.values) else torch.zeros_like(after.values)
+    old = (
+        torch.where(kept, before.values.index_select(0, where.clamp_min(0)), 0)
+        if len(before.values)
+        else torch.zeros_like(after.values)
+    )
     out = torch.ones_like(before.pattern.col, dtype=torch.bool)
     out[where[kept]] = False
     out = out.nonzero().squeeze(1)
@@ -277,7 +327,9 @@ def places(among: Pattern, wanted: Pattern, scratch: dict[str, Tensor]) -> Tenso
     return found
 
 
-def crosstalk(change: Change, answer: Answer, reach: Tensor, l0: float, sizes: Tensor | None) -> Tensor:
+def crosstalk(
+    change: Change, answer: Answer, reach: Tensor, l0: float, sizes: Tensor | None
+) -> Tensor:
     """The targeted term (see :class:`.purified.Purified`) over the rows that were moved along a decoder row; a latent counts with the length ``sizes`` (F,)
     of its decoder row, 1 where these are None.
     """

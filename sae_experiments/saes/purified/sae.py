@@ -61,7 +61,13 @@ class Purification:
     stop: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        for name, low in (("eps", 0), ("pool", 0), ("clean", 0), ("warmup", 0), ("attack_steps", 1)):
+        for name, low in (
+            ("eps", 0),
+            ("pool", 0),
+            ("clean", 0),
+            ("warmup", 0),
+            ("attack_steps", 1),
+        ):
             if not getattr(self, name) >= low:
                 raise UserError(f"sae.model.{name}={getattr(self, name)} must be at least {low}")
         for name in ("rows", "token_share"):
@@ -73,15 +79,27 @@ class Purification:
             raise UserError(f"sae.model.norm={self.norm!r} is not one of l2, l2sq")
         for name, weight in self.weights.items():
             if name not in TERMS or not weight >= 0:
-                raise UserError(f"sae.model.weights.{name}={weight}: the terms are {', '.join(TERMS)}, with weights of at least 0")
+                raise UserError(
+                    f"sae.model.weights.{name}={weight}: the terms are {', '.join(TERMS)}, with weights of at least 0"
+                )
         for name, share in self.aim.items():
             if name not in perturb.WAYS or not share >= 0:
-                raise UserError(f"sae.model.aim.{name}={share}: the ways are {', '.join(perturb.WAYS)}, with shares of at least 0")
+                raise UserError(
+                    f"sae.model.aim.{name}={share}: the ways are {', '.join(perturb.WAYS)}, with shares of at least 0"
+                )
         if self.noise.removeprefix("not_") not in ("mixture", *perturb.TYPES):
-            raise UserError(f"sae.model.noise={self.noise!r}: give mixture, a kind ({', '.join(perturb.TYPES)}), or not_<kind>: the others")
+            raise UserError(
+                f"sae.model.noise={self.noise!r}: give mixture, a kind ({', '.join(perturb.TYPES)}), or not_<kind>: the others"
+            )
         perturb.checked(self.kinds, "sae.model.mixture")
-        if not 0 < self.adapt["low"] <= self.adapt["high"] or not self.adapt["rate"] >= 0 or not 0 < self.adapt["target"] < 1:
-            raise UserError(f"sae.model.adapt={dict(self.adapt)}: needs 0 < low <= high, rate >= 0 and target in (0, 1)")
+        if (
+            not 0 < self.adapt["low"] <= self.adapt["high"]
+            or not self.adapt["rate"] >= 0
+            or not 0 < self.adapt["target"] < 1
+        ):
+            raise UserError(
+                f"sae.model.adapt={dict(self.adapt)}: needs 0 < low <= high, rate >= 0 and target in (0, 1)"
+            )
 
     @property
     def kinds(self) -> dict[str, float]:
@@ -99,25 +117,41 @@ class Purification:
     @property
     def active(self) -> bool:
         """Whether anything is added to the host at all."""
-        return self.samples or self.weights["decay"] > 0 or (self.eps > 0 and self.weights["analytic"] > 0)
+        return (
+            self.samples
+            or self.weights["decay"] > 0
+            or (self.eps > 0 and self.weights["analytic"] > 0)
+        )
 
 
-def purify(*, host: Callable[..., SAE], d_in: int, d_sae: int, d_out: int | None = None, **settings: Any) -> SAE:
+def purify(
+    *, host: Callable[..., SAE], d_in: int, d_sae: int, d_out: int | None = None, **settings: Any
+) -> SAE:
     """``host`` (a partial of an SAE class) with purification around it: an SAE of the host's own class, with the host's own inference.
 
     With eps 0, or with all weights 0, training gives the same bits as training the host.
     """
     cls = getattr(host, "func", None)
     if not (isinstance(cls, type) and issubclass(cls, SAE)) or issubclass(cls, Purified):
-        raise UserError("sae/host must name a plain SAE of conf/sae, such as batch_topk: it cannot be purified twice")
+        raise UserError(
+            "sae/host must name a plain SAE of conf/sae, such as batch_topk: it cannot be purified twice"
+        )
     if cls.loss is not SAE.loss or cls.training_forward is not SAE.training_forward:
-        raise UserError(f"sae/host: {cls.__name__} makes a training pass of its own, which noise cannot enter; use another host")
-    return cast(Any, _purified(cast(Any, cls)))(purification=Purification(**settings), d_in=d_in, d_sae=d_sae, d_out=d_out, **host.keywords)
+        raise UserError(
+            f"sae/host: {cls.__name__} makes a training pass of its own, which noise cannot enter; use another host"
+        )
+    return cast(Any, _purified(cast(Any, cls)))(
+        purification=Purification(**settings), d_in=d_in, d_sae=d_sae, d_out=d_out, **host.keywords
+    )
 
 
 @cache
 def _purified(host: type[SAE]) -> type[SAE]:
-    return type(f"Purified{host.__name__}", (Purified, host), {"__module__": __name__, "__doc__": host.__doc__})
+    return type(
+        f"Purified{host.__name__}",
+        (Purified, host),
+        {"__module__": __name__, "__doc__": host.__doc__},
+    )
 
 
 class Purified(SAE):
@@ -146,7 +180,9 @@ class Purified(SAE):
     def __init__(self, *, purification: Purification, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.purification = purification
-        self.whole = super().reconstruction.__func__ is SAE.reconstruction  # one term, the squared error of the whole reconstruction
+        self.whole = (
+            super().reconstruction.__func__ is SAE.reconstruction
+        )  # one term, the squared error of the whole reconstruction
         self._clean: Tensor | None = None
         if not purification.active:
             return  # the host itself, down to its buffers
@@ -156,13 +192,21 @@ class Purified(SAE):
             )
         self.cloud = Cloud(self.d_in)
         #: The share of characters to be replaced in the second view that this SAE needs of every row (0: it needs none).
-        self.second_view = purification.token_share if purification.samples and purification.kinds.get("token") else 0.0
+        self.second_view = (
+            purification.token_share
+            if purification.samples and purification.kinds.get("token")
+            else 0.0
+        )
         self.linear = type(self).encoder_input is SAE.encoder_input  # a + W_enc delta is exact
         for name, value in (("eps", purification.eps), ("jaccard", math.nan)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
-        self.register_buffer("eps_trace", torch.full((50,), math.nan))  # one value for each fiftieth of the run
+        self.register_buffer(
+            "eps_trace", torch.full((50,), math.nan)
+        )  # one value for each fiftieth of the run
         self.register_buffer("moved", torch.zeros(self.d_sae))  # moving sums a latent: |dz| ...
-        self.register_buffer("mass", torch.zeros(self.d_sae))  # ... and z + z~, which give a running FSS
+        self.register_buffer(
+            "mass", torch.zeros(self.d_sae)
+        )  # ... and z + z~, which give a running FSS
         self.watch = Watch(self, **purification.stop) if purification.stop["patience"] else None
         self._last: Change | None = None
 
@@ -176,17 +220,23 @@ class Purified(SAE):
     def loss(self, batch: Any, step: Step) -> Loss:
         p = self.purification
         if p.samples and p.kinds.get("token") and batch.alt is None:
-            raise UserError("sae.model.mixture.token: token noise needs a second view of every row, which is not there; use another kind")
+            raise UserError(
+                "sae.model.mixture.token: token noise needs a second view of every row, which is not there; use another kind"
+            )
         if p.active and self.watch is not None and self.watch.stopped:
             return self.watch.idle(self, batch, step)
         return super().loss(batch, step)
 
     def support(self, pre: Tensor) -> Pattern | Tensor:
-        return super().support(pre.detach())  # attacks come with a graph, which no choice of entries can use
+        return super().support(
+            pre.detach()
+        )  # attacks come with a graph, which no choice of entries can use
 
     def reconstruction(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         parts = super().reconstruction(fwd, step)
-        if self.whole:  # the denoising term needs the same number, and to share it spares a pass over the batch
+        if (
+            self.whole
+        ):  # the denoising term needs the same number, and to share it spares a pass over the batch
             self._clean = parts["mse"]
         return parts
 
@@ -203,7 +253,11 @@ class Purified(SAE):
         terms = super().penalties(fwd, step)
         p = self.purification
         self._last = None
-        strength = ramp(step.progress - p.clean, p.warmup) if p.active and step.progress >= p.clean else 0.0
+        strength = (
+            ramp(step.progress - p.clean, p.warmup)
+            if p.active and step.progress >= p.clean
+            else 0.0
+        )
         if strength > 0:
             terms |= {k: strength * v for k, v in self.robustness(fwd, step).items()}
         self._clean = None
@@ -213,14 +267,23 @@ class Purified(SAE):
         """The terms at full strength."""
         w, n_rows, terms = self.purification.weights, len(fwd.batch.x), {}
         y = fwd.batch.y
-        variance = (torch.linalg.vector_norm(y).square() - y.sum(0).square().sum() / n_rows) / n_rows
+        variance = (
+            torch.linalg.vector_norm(y).square() - y.sum(0).square().sum() / n_rows
+        ) / n_rows
         reach = self.eps.item() * self.cloud.radius
         if w["decay"]:
             terms["decay"] = w["decay"] * variance * self.W_enc.square().sum() / self.d_sae
         if w["analytic"] and reach > 0:
             n0 = (fwd.codes.values.detach().square().sum() / n_rows).clamp_min(1e-12)
             often = fwd.codes.fires.to(self.W_enc.dtype) / n_rows
-            terms["analytic"] = w["analytic"] * variance / n0 * reach.square() / self.d_in * (often @ self.W_enc.square().sum(1))
+            terms["analytic"] = (
+                w["analytic"]
+                * variance
+                / n0
+                * reach.square()
+                / self.d_in
+                * (often @ self.W_enc.square().sum(1))
+            )
         if not self.purification.samples:
             return terms
         answer = self.answer(fwd, step)
@@ -230,10 +293,18 @@ class Purified(SAE):
         self._last = change._replace(value=change.value.detach())
         plain = len(answer.rows) - len(answer.latents)
         if w["stability"] and plain:
-            terms["stability"] = w["stability"] * variance * self.unstable(change, plain, len(answer.rows), self.spread(answer.before))
+            terms["stability"] = (
+                w["stability"]
+                * variance
+                * self.unstable(change, plain, len(answer.rows), self.spread(answer.before))
+            )
         if w["targeted"] and len(answer.latents):
             sizes = None if self.unit_decoder else self.W_dec.norm(dim=1)
-            terms["targeted"] = w["targeted"] * variance * perturb.crosstalk(change, answer, reach, fwd.codes.l0, sizes)
+            terms["targeted"] = (
+                w["targeted"]
+                * variance
+                * perturb.crosstalk(change, answer, reach, fwd.codes.l0, sizes)
+            )
         return terms
 
     def denoised(self, fwd: Forward, answer: Answer) -> Tensor:
@@ -243,8 +314,12 @@ class Purified(SAE):
         small difference that noise makes. On few rows the plain mean costs several per cent of FVU in gradient noise.
         """
         y = fwd.batch.y.index_select(0, answer.rows)
-        added = ops.squared_error(self.rebuilt(answer), y) - ops.squared_error(fwd.recon.index_select(0, answer.rows), y)
-        return added + (ops.squared_error(fwd.recon, fwd.batch.y) if self._clean is None else self._clean)
+        added = ops.squared_error(self.rebuilt(answer), y) - ops.squared_error(
+            fwd.recon.index_select(0, answer.rows), y
+        )
+        return added + (
+            ops.squared_error(fwd.recon, fwd.batch.y) if self._clean is None else self._clean
+        )
 
     def unstable(self, change: Change, n_rows: int, perturbed: int, n0: Tensor) -> Tensor:
         """``mean ||z~ - z||^2 / n0`` over the first ``n_rows`` of the ``perturbed`` rows, or with ``norm=l2`` ``mean ||z~ - z|| / sqrt n0``."""
@@ -267,8 +342,14 @@ class Purified(SAE):
         fixed = (values.detach().square().sum() / rows).clamp_min(1e-12)
         if not r:
             return fixed
-        by_latent = values.sum(0) if pattern is None else values.new_zeros(self.d_sae).index_add(0, pattern.col, values)
-        variance = (values.square().sum() / rows - by_latent.square().sum() / rows**2).clamp_min(1e-12)
+        by_latent = (
+            values.sum(0)
+            if pattern is None
+            else values.new_zeros(self.d_sae).index_add(0, pattern.col, values)
+        )
+        variance = (values.square().sum() / rows - by_latent.square().sum() / rows**2).clamp_min(
+            1e-12
+        )
         return fixed ** (1 - r) * variance**r
 
     def rebuilt(self, answer: Answer) -> Tensor:
@@ -291,7 +372,11 @@ class Purified(SAE):
         before = self.taken(fwd.codes, rows)
         moved, pre = x.index_select(0, rows), self.workspace(n, x)
         counts = perturb.shares(p.kinds, n)
-        pooled = sum(m for kind, m in counts.items() if kind in perturb.SHARED) if p.pool and self.linear else 0
+        pooled = (
+            sum(m for kind, m in counts.items() if kind in perturb.SHARED)
+            if p.pool and self.linear
+            else 0
+        )
         if pooled:
             torch.index_select(fwd.pre, 0, rows[:pooled], out=pre[:pooled])
         begin, latents, sign = 0, rows[:0], moved[:0, 0]
@@ -302,18 +387,31 @@ class Purified(SAE):
                 if kind in perturb.SHARED and pooled:
                     self.shift(kind, moved[part], pre[part], max(1, round(p.pool * m / pooled)), g)
                 elif kind == "targeted":
-                    latents, sign, delta = self.targets(self.taken(before, torch.arange(part.start, part.stop, device=x.device)), g)
+                    latents, sign, delta = self.targets(
+                        self.taken(before, torch.arange(part.start, part.stop, device=x.device)), g
+                    )
                     moved[part] += delta
                 else:
                     moved[part] += self.delta(kind, moved[part], rows[part], fwd, g)
         bias, seen = self.bias(), self.encoder_input(moved)
         with torch.no_grad():
             if pooled < n:
-                ops.product(seen[pooled:].detach(), self.W_enc.detach(), bias.detach(), out=pre[pooled:])
+                ops.product(
+                    seen[pooled:].detach(), self.W_enc.detach(), bias.detach(), out=pre[pooled:]
+                )
             support = sparse(self.support(pre))
         pattern = support if isinstance(support, Pattern) else None
-        values = self.shape(ops.entries(seen, self.W_enc, bias, pre, support), pattern.col if pattern else None)
-        return Answer(rows, moved, before, Codes(values, pattern) if pattern else Codes(values * support), latents, sign)
+        values = self.shape(
+            ops.entries(seen, self.W_enc, bias, pre, support), pattern.col if pattern else None
+        )
+        return Answer(
+            rows,
+            moved,
+            before,
+            Codes(values, pattern) if pattern else Codes(values * support),
+            latents,
+            sign,
+        )
 
     def taken(self, codes: Codes, rows: Tensor) -> Codes:
         """The codes of some rows (n,), without a graph if the clean code counts as constant."""
@@ -328,20 +426,31 @@ class Purified(SAE):
         """Room for the pre-activations of n perturbed rows, used again in each step: freshly mapped pages would cost as much as the product."""
         room = self._scratch.get("moved")
         if room is None or len(room) != n or room.device != like.device or room.dtype != like.dtype:
-            room = self._scratch["moved"] = torch.empty(n, self.d_sae, device=like.device, dtype=like.dtype)
+            room = self._scratch["moved"] = torch.empty(
+                n, self.d_sae, device=like.device, dtype=like.dtype
+            )
         return room
 
     def shift(self, kind: str, x: Tensor, pre: Tensor, pool: int, g: torch.Generator) -> None:
         """Move rows and their pre-activations, in place, each along one of ``pool`` random directions, forwards or backwards."""
-        each = -(-len(x) // pool)  # neighbours share a direction: rows stand in random order already
-        delta = self.cloud.directions(kind, -(-len(x) // each), g).mul_(self.eps.item() * self.cloud.radius)
+        each = -(
+            -len(x) // pool
+        )  # neighbours share a direction: rows stand in random order already
+        delta = self.cloud.directions(kind, -(-len(x) // each), g).mul_(
+            self.eps.item() * self.cloud.radius
+        )
         effect = torch.mm(delta, self.W_enc.detach().t())
         sign = perturb.signs(len(x), g).to(x.dtype)
         whole = len(x) // each * each
-        for rows, directions in ((slice(0, whole), slice(0, whole // each)), (slice(whole, None), slice(whole // each, None))):
+        for rows, directions in (
+            (slice(0, whole), slice(0, whole // each)),
+            (slice(whole, None), slice(whole // each, None)),
+        ):
             for target, change in ((x[rows], delta[directions]), (pre[rows], effect[directions])):
                 if len(target):
-                    target.view(len(change), -1, target.shape[1]).addcmul_(change[:, None], sign[rows].view(len(change), -1, 1))
+                    target.view(len(change), -1, target.shape[1]).addcmul_(
+                        change[:, None], sign[rows].view(len(change), -1, 1)
+                    )
 
     def delta(self, kind: str, x: Tensor, rows: Tensor, fwd: Forward, g: torch.Generator) -> Tensor:
         """Perturbations (m, D) of the batch's ``rows``, whose activations are ``x``."""
@@ -351,21 +460,39 @@ class Purified(SAE):
         if kind == "mask":
             return self.cloud.mask(x, eps, g)
         if kind == "swap":
-            return self.cloud.towards(x, fwd.batch.x[torch.randint(len(fwd.batch.x), (len(x),), generator=g, device=x.device)], eps, beyond=False)
+            return self.cloud.towards(
+                x,
+                fwd.batch.x[
+                    torch.randint(len(fwd.batch.x), (len(x),), generator=g, device=x.device)
+                ],
+                eps,
+                beyond=False,
+            )
         if kind == "token":
             return self.cloud.towards(x, cast(Tensor, fwd.batch.alt)[rows], eps, beyond=True)
         if kind == "pgd":
             return perturb.pgd(self.encode, x, reach, self.purification.attack_steps, g)
-        values, pattern = self.taken(fwd.codes.detach(), rows)  # fgsm: the gradient of the sum of the code, over what is active
+        values, pattern = self.taken(
+            fwd.codes.detach(), rows
+        )  # fgsm: the gradient of the sum of the code, over what is active
         on = (values != 0).to(values.dtype)
-        return perturb.unit(ops.decode(on, pattern, self.W_enc)) * perturb.signs(len(x), g)[:, None] * reach
+        return (
+            perturb.unit(ops.decode(on, pattern, self.W_enc))
+            * perturb.signs(len(x), g)[:, None]
+            * reach
+        )
 
     def targets(self, codes: Codes, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """A latent for each row of ``codes``, a sign, and the step ``sign eps R d_i`` (m, D); rows without an active latent stay."""
         stability = 1 - self.moved / self.mass.clamp_min(1e-12)
         latents = perturb.choose(codes, stability, self.W_enc, self.W_dec, self.purification.aim, g)
         sign = perturb.signs(len(latents), g) * (latents >= 0)
-        return latents, sign, perturb.unit(self.W_dec[latents.clamp_min(0)]) * (sign * self.eps.item() * self.cloud.radius)[:, None]
+        return (
+            latents,
+            sign,
+            perturb.unit(self.W_dec[latents.clamp_min(0)])
+            * (sign * self.eps.item() * self.cloud.radius)[:, None],
+        )
 
     def after_step(self, fwd: Forward, step: Step) -> None:
         super().after_step(fwd, step)
@@ -374,11 +501,19 @@ class Purified(SAE):
             return
         if self._last is not None:
             if p.kinds.get("targeted"):
-                for total, part in ((self.moved, self._last.value.abs()), (self.mass, self._last.mass)):
-                    total.lerp_(torch.bincount(self._last.col, part, minlength=self.d_sae).to(total.dtype), 0.01)
+                for total, part in (
+                    (self.moved, self._last.value.abs()),
+                    (self.mass, self._last.mass),
+                ):
+                    total.lerp_(
+                        torch.bincount(self._last.col, part, minlength=self.d_sae).to(total.dtype),
+                        0.01,
+                    )
             if p.adapt["rate"]:
                 self.adapt(self._last.jaccard(round(p.rows * len(fwd.batch.x))))
-        self.eps_trace[min(int(step.progress * len(self.eps_trace)), len(self.eps_trace) - 1)] = self.eps
+        self.eps_trace[min(int(step.progress * len(self.eps_trace)), len(self.eps_trace) - 1)] = (
+            self.eps
+        )
         if self.watch is not None:
             self.watch.look(self, step.progress)
 

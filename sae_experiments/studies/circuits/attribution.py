@@ -79,11 +79,27 @@ class Circuit:
         UserError: an SAE of another width than its site, of several sites, or whose decoder is not linear; sites in the wrong order.
     """
 
-    def __init__(self, model: nn.Module, upstream: SAE, read: Site, write: Site, downstream: SAE, to: Site, *, memory_mb: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        upstream: SAE,
+        read: Site,
+        write: Site,
+        downstream: SAE,
+        to: Site,
+        *,
+        memory_mb: float,
+    ) -> None:
         for name, sae in (("upstream", upstream), ("downstream", downstream)):
             if sae.blocks != 1:
-                raise UserError(f"{name}: {type(sae).__name__} reads several sites at once, attribution needs an SAE of one")
-        self.model, self.upstream, self.downstream = model.eval().requires_grad_(False), upstream.eval(), downstream.eval()
+                raise UserError(
+                    f"{name}: {type(sae).__name__} reads several sites at once, attribution needs an SAE of one"
+                )
+        self.model, self.upstream, self.downstream = (
+            model.eval().requires_grad_(False),
+            upstream.eval(),
+            downstream.eval(),
+        )
         self.read, self.write, self.to, self.memory_mb = read, write, to, memory_mb
         self.path = Path(model, write, to)
         self.bias, self.atoms = decoder_of(upstream)
@@ -100,10 +116,14 @@ class Circuit:
         if not self._plain:
             return self.downstream.pre_acts(x).gather(1, latent[:, None])[:, 0]
         seen = self.downstream.shifted(self.downstream.encoder_input(x))
-        return (seen * self.downstream.W_enc[latent]).sum(-1) + self.downstream.b_enc.detach()[latent]
+        return (seen * self.downstream.W_enc[latent]).sum(-1) + self.downstream.b_enc.detach()[
+            latent
+        ]
 
     @torch.no_grad()
-    def prompts(self, tokens: Tensor, *, baseline: Tensor | None = None, keep_error: bool = True) -> Prompts:
+    def prompts(
+        self, tokens: Tensor, *, baseline: Tensor | None = None, keep_error: bool = True
+    ) -> Prompts:
         """Read tokens (P, T). ``baseline`` (F,): what a latent is set to when it is removed (None: 0), its mean for mean-ablation.
 
         ``keep_error`` false: the state is the reconstruction's, so that everything is taken at another point than the model's own.
@@ -121,19 +141,40 @@ class Circuit:
         k = max(int((acts != 0).sum(1).max()), 1)
         order = (acts != 0).byte().topk(k, dim=1).indices.sort(1).values
         value = acts.gather(1, order)
-        removed = torch.where(value != 0, value - (0 if baseline is None else baseline[order]), value)
+        removed = torch.where(
+            value != 0, value - (0 if baseline is None else baseline[order]), value
+        )
         here = found[self.to].flatten(0, 1)
         wanted = self.downstream.encode(here)
         rows, latents = wanted.nonzero(as_tuple=True)
         active = Targets(rows // shape[1], rows % shape[1], latents)
-        pre = torch.cat([self.pre_activation(here[r], i) for r, i in zip(rows.split(4096), latents.split(4096), strict=True)]) if len(rows) else rows
+        pre = (
+            torch.cat(
+                [
+                    self.pre_activation(here[r], i)
+                    for r, i in zip(rows.split(4096), latents.split(4096), strict=True)
+                ]
+            )
+            if len(rows)
+            else rows
+        )
         return Prompts(
-            tokens=tokens, index=order.view(*shape[:2], k), value=value.view(*shape[:2], k), amount=removed.view(*shape[:2], k),
-            state=self.path.state(found), base=base, error=self.path.carried(error), bias=self.path.carried(self.bias[None])[0],
-            active=active, active_value=wanted[rows, latents], active_pre=pre,
-        )  # fmt: skip
+            tokens=tokens,
+            index=order.view(*shape[:2], k),
+            value=value.view(*shape[:2], k),
+            amount=removed.view(*shape[:2], k),
+            state=self.path.state(found),
+            base=base,
+            error=self.path.carried(error),
+            bias=self.path.carried(self.bias[None])[0],
+            active=active,
+            active_value=wanted[rows, latents],
+            active_pre=pre,
+        )
 
-    def project(self, prompts: Prompts, prompt: Tensor, rows: Tensor, vectors: Tensor | None = None) -> Tensor:
+    def project(
+        self, prompts: Prompts, prompt: Tensor, rows: Tensor, vectors: Tensor | None = None
+    ) -> Tensor:
         """Products (R, T, K) of rows (R, T, C), or (R, C) for all positions alike, with the directions of what is active in each row's prompt.
 
         ``vectors`` (F, C): other directions than the decoder's. Rows of one prompt must be next to each other.
@@ -142,7 +183,11 @@ class Circuit:
         for p, part in runs(prompt):
             found = vectors[prompts.index[p]]  # (T, K, C)
             x = rows[part]
-            dots = torch.einsum("rc,tkc->rtk", x, found) if x.ndim == 2 else torch.bmm(x.transpose(0, 1), found.transpose(1, 2)).transpose(0, 1)
+            dots = (
+                torch.einsum("rc,tkc->rtk", x, found)
+                if x.ndim == 2
+                else torch.bmm(x.transpose(0, 1), found.transpose(1, 2)).transpose(0, 1)
+            )
             parts.append(dots)
         return torch.cat(parts) if parts else rows.new_zeros(0, *prompts.index.shape[1:])
 
@@ -151,22 +196,30 @@ class Circuit:
         states = prompts.state[prompt]
         for p, part in runs(prompt):
             weights = share[part] * prompts.amount[p]
-            states[part] -= torch.bmm(weights.transpose(0, 1), self.directions[prompts.index[p]]).transpose(0, 1)
+            states[part] -= torch.bmm(
+                weights.transpose(0, 1), self.directions[prompts.index[p]]
+            ).transpose(0, 1)
         return states
 
     @torch.no_grad()
     def values(self, prompts: Prompts, targets: Targets, states: Tensor) -> Tensor:
         """Pre-activations (R,) of targets in changed states (R, T, C) of their prompts."""
         base = None if prompts.base is None else prompts.base[targets.prompt]
-        return self.path.value(states, base, targets.position, lambda x: self.pre_activation(x, targets.latent))
+        return self.path.value(
+            states, base, targets.position, lambda x: self.pre_activation(x, targets.latent)
+        )
 
     def chunk(self, prompts: Prompts) -> int:
         """Targets that fit into ``memory_mb``: a target needs about a dozen times its prompt's state, more where blocks lie between."""
-        copies = 12 + 40 * len(self.path.middle) + (20 if self.path.upstream.stream == "mlp_in" else 0)
+        copies = (
+            12 + 40 * len(self.path.middle) + (20 if self.path.upstream.stream == "mlp_in" else 0)
+        )
         floats = copies * prompts.state[0].numel() + 8 * prompts.index[0].numel()
         return max(1, int(self.memory_mb * 2**20 / (prompts.state.element_size() * floats)))
 
-    def attribute(self, prompts: Prompts, targets: Targets, *, steps: int = 0) -> Iterator[Attribution]:
+    def attribute(
+        self, prompts: Prompts, targets: Targets, *, steps: int = 0
+    ) -> Iterator[Attribution]:
         """Gradients and attributions of any number of targets, a bounded number at a time, in order of their prompts.
 
         ``steps`` > 0: integrated gradients instead (Sundararajan et al. 2017). The gradient is averaged over that many Gauss-Legendre points of
@@ -175,7 +228,11 @@ class Circuit:
         """
         targets = targets[torch.argsort(targets.prompt, stable=True)]
         nodes, weights = np.polynomial.legendre.leggauss(max(steps, 1))
-        points = [(float(x + 1) / 2, float(w) / 2) for x, w in zip(nodes, weights, strict=True)] if steps else [(1.0, 1.0)]
+        points = (
+            [(float(x + 1) / 2, float(w) / 2) for x, w in zip(nodes, weights, strict=True)]
+            if steps
+            else [(1.0, 1.0)]
+        )
         for begin in range(0, targets.n, self.chunk(prompts)):
             part = targets[slice(begin, begin + self.chunk(prompts))]
             used, at = torch.unique_consecutive(part.prompt, return_inverse=True)
@@ -184,19 +241,34 @@ class Circuit:
                 value, g = self._pull_back(prompts, part, used, at, alpha)
                 projected = self.project(prompts, part.prompt, g) * weight
                 gradient = projected if gradient is None else gradient + projected
-                state_gradient = g * weight if state_gradient is None else state_gradient + g * weight
-            yield Attribution(part, value, gradient, gradient * prompts.amount[part.prompt], state_gradient)
+                state_gradient = (
+                    g * weight if state_gradient is None else state_gradient + g * weight
+                )
+            yield Attribution(
+                part, value, gradient, gradient * prompts.amount[part.prompt], state_gradient
+            )
 
-    def _pull_back(self, prompts: Prompts, targets: Targets, used: Tensor, at: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    def _pull_back(
+        self, prompts: Prompts, targets: Targets, used: Tensor, at: Tensor, alpha: float
+    ) -> tuple[Tensor, Tensor]:
         """Values and gradients in the state with ``1 - alpha`` of all active latents removed."""
         with torch.no_grad():
             state = prompts.state[used]
             if alpha != 1.0:
                 state = self.changed(
-                    prompts, used, torch.full((len(used), *prompts.index.shape[1:]), 1 - alpha, device=state.device, dtype=state.dtype)
+                    prompts,
+                    used,
+                    torch.full(
+                        (len(used), *prompts.index.shape[1:]),
+                        1 - alpha,
+                        device=state.device,
+                        dtype=state.dtype,
+                    ),
                 )
             base = None if prompts.base is None else prompts.base[used]
-        return self.path.linearise(state, base).pull_back(at, targets.position, lambda x: self.pre_activation(x, targets.latent))
+        return self.path.linearise(state, base).pull_back(
+            at, targets.position, lambda x: self.pre_activation(x, targets.latent)
+        )
 
 
 def runs(prompt: Tensor) -> Iterator[tuple[int, slice]]:
@@ -216,7 +288,13 @@ def decoder_of(sae: SAE) -> tuple[Tensor, Tensor]:
     if type(sae).decode is SAE.decode:
         return bias, sae.W_dec.detach()
     rows = torch.cat([sae.decode(part) - bias for part in torch.eye(sae.d_sae, **like).split(512)])
-    code = torch.rand(4, sae.d_sae, generator=torch.Generator(like["device"]).manual_seed(0), **like)
-    if not torch.allclose(sae.decode(code), code @ rows + bias, rtol=1e-3, atol=1e-3 * float(rows.abs().max())):
-        raise UserError(f"{type(sae).__name__}: its decoder is not linear in its code, so that one latent has no direction to attribute to")
+    code = torch.rand(
+        4, sae.d_sae, generator=torch.Generator(like["device"]).manual_seed(0), **like
+    )
+    if not torch.allclose(
+        sae.decode(code), code @ rows + bias, rtol=1e-3, atol=1e-3 * float(rows.abs().max())
+    ):
+        raise UserError(
+            f"{type(sae).__name__}: its decoder is not linear in its code, so that one latent has no direction to attribute to"
+        )
     return bias, rows

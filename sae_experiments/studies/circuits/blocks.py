@@ -42,22 +42,41 @@ class Block:
         inner = getattr(attention, "attention", attention)
         mlp = getattr(module, "mlp", None)
         names = (hasattr(module, n) for n in ("ln_1", "ln_2"))
-        if not all(names) or any(not hasattr(mlp, n) for n in ("c_fc", "act", "c_proj")) or hasattr(module, "crossattention"):
-            raise UserError(f"{type(module).__name__} is not a block of GPT-2 or GPT-Neo (ln_1, attn, ln_2, mlp.c_fc, mlp.c_proj): not supported")
+        if (
+            not all(names)
+            or any(not hasattr(mlp, n) for n in ("c_fc", "act", "c_proj"))
+            or hasattr(module, "crossattention")
+        ):
+            raise UserError(
+                f"{type(module).__name__} is not a block of GPT-2 or GPT-Neo (ln_1, attn, ln_2, mlp.c_fc, mlp.c_proj): not supported"
+            )
         self.ln_1, self.ln_2, self.mlp = module.ln_1, module.ln_2, mlp
         self.mask: Tensor | None = None
         if hasattr(inner, "c_attn"):
             self.W = inner.c_attn.weight.detach().chunk(3, 1)
             self.b = inner.c_attn.bias.detach().chunk(3)
-            self.W_o, self.b_o, self.scale = inner.c_proj.weight.detach(), inner.c_proj.bias.detach(), float(inner.scaling)
+            self.W_o, self.b_o, self.scale = (
+                inner.c_proj.weight.detach(),
+                inner.c_proj.bias.detach(),
+                float(inner.scaling),
+            )
         elif all(hasattr(inner, n) for n in ("q_proj", "k_proj", "v_proj", "out_proj")):
             parts = (inner.q_proj, inner.k_proj, inner.v_proj)
             self.W = tuple(p.weight.detach().t() for p in parts)
-            self.b = tuple(p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias.detach() for p in parts)
-            self.W_o, self.b_o, self.scale = inner.out_proj.weight.detach().t(), inner.out_proj.bias.detach(), 1.0  # GPT-Neo does not scale
+            self.b = tuple(
+                p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias.detach()
+                for p in parts
+            )
+            self.W_o, self.b_o, self.scale = (
+                inner.out_proj.weight.detach().t(),
+                inner.out_proj.bias.detach(),
+                1.0,
+            )  # GPT-Neo does not scale
             self.mask = inner.bias[0, 0]  # local attention looks no further than a window
         else:
-            raise UserError(f"{type(inner).__name__} is not an attention of GPT-2 or GPT-Neo: not supported")
+            raise UserError(
+                f"{type(inner).__name__} is not an attention of GPT-2 or GPT-Neo: not supported"
+            )
         self.n_head = inner.num_heads
 
     def allowed(self, length: int, device: torch.device) -> Tensor:
@@ -95,7 +114,11 @@ class Block:
         scores = torch.einsum("rhe,rshe->rhs", q, k) * self.scale
         allowed = self.allowed(h.shape[1], h.device)[position]
         weights = scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
-        return h[rows, position] + torch.einsum("rhs,rshe->rhe", weights, v).flatten(1) @ self.W_o + self.b_o
+        return (
+            h[rows, position]
+            + torch.einsum("rhs,rshe->rhe", weights, v).flatten(1) @ self.W_o
+            + self.b_o
+        )
 
     def pull_back(self, at: Attended, prompt: Tensor, position: Tensor, g: Tensor) -> Tensor:
         """Gradients (R, T, C) at the block's input from gradients ``g`` (R, C) at the stream after attention, at one position of a prompt each.
@@ -110,7 +133,9 @@ class Block:
         g_scores = weights * (g_weights - (weights * g_weights).sum(-1, keepdim=True)) * self.scale
         g_q = torch.einsum("rhs,rshe->rhe", g_scores, at.k[prompt])
         W_q, W_k, W_v = (w.view(w.shape[0], self.n_head, -1) for w in self.W)
-        vectors = torch.cat([torch.einsum("rhe,che->rhc", q, W_k), torch.einsum("rhe,che->rhc", g_out, W_v)], 1)
+        vectors = torch.cat(
+            [torch.einsum("rhe,che->rhc", q, W_k), torch.einsum("rhe,che->rhc", g_out, W_v)], 1
+        )
         g_n = torch.cat([g_scores, weights], 1).transpose(1, 2) @ vectors
         g_n[rows, position] += torch.einsum("rhe,che->rc", g_q, W_q)
         g_n *= self.ln_1.weight
@@ -150,7 +175,9 @@ def blocks_between(model: nn.Module, upstream: Site, downstream: Site) -> list[B
 def check_order(upstream: Site, downstream: Site) -> None:
     """Raises :class:`UserError` unless ``upstream`` comes before ``downstream``."""
     if (upstream.layer, ORDER[upstream.stream]) >= (downstream.layer, ORDER[downstream.stream]):
-        raise UserError(f"upstream.site={upstream} does not come before downstream.site={downstream}: nothing at the one can reach the other")
+        raise UserError(
+            f"upstream.site={upstream} does not come before downstream.site={downstream}: nothing at the one can reach the other"
+        )
 
 
 def n_blocks(model: nn.Module) -> int:

@@ -44,10 +44,22 @@ def batched(circuit: Circuit, prompts: Prompts, n: int, make: Callable[[slice], 
 
 def clean(circuit: Circuit, prompts: Prompts, targets: Targets) -> Tensor:
     """Pre-activations (R,) of targets in their prompts' own states."""
-    return batched(circuit, prompts, targets.n, lambda part: circuit.values(prompts, targets[part], prompts.state[targets.prompt[part]]))
+    return batched(
+        circuit,
+        prompts,
+        targets.n,
+        lambda part: circuit.values(prompts, targets[part], prompts.state[targets.prompt[part]]),
+    )
 
 
-def single_effects(circuit: Circuit, prompts: Prompts, targets: Targets, pairs: Pairs, *, whole: Tensor | None = None) -> Tensor:
+def single_effects(
+    circuit: Circuit,
+    prompts: Prompts,
+    targets: Targets,
+    pairs: Pairs,
+    *,
+    whole: Tensor | None = None,
+) -> Tensor:
     """``A(clean) - A(without this latent at this position)`` for every pair (N,), everything else (the SAE's error too) kept.
 
     ``whole``: the targets' clean pre-activations (R,), if they are known.
@@ -65,14 +77,23 @@ def single_effects(circuit: Circuit, prompts: Prompts, targets: Targets, pairs: 
     return batched(circuit, prompts, len(pairs.row), make)
 
 
-def joint_effects(circuit: Circuit, prompts: Prompts, targets: Targets, share: Callable[[slice], Tensor], *, whole: Tensor | None = None) -> Tensor:
+def joint_effects(
+    circuit: Circuit,
+    prompts: Prompts,
+    targets: Targets,
+    share: Callable[[slice], Tensor],
+    *,
+    whole: Tensor | None = None,
+) -> Tensor:
     """``A(clean) - A(changed)`` (R,) when ``share(part)`` (r, T, K) of the amount of every active latent is removed at once. Targets are in
     order of their prompts; ``whole``: their clean pre-activations, if they are known."""
     whole = clean(circuit, prompts, targets) if whole is None else whole
 
     def make(part: slice) -> Tensor:
         some = targets[part]
-        return whole[part] - circuit.values(prompts, some, circuit.changed(prompts, some.prompt, share(part)))
+        return whole[part] - circuit.values(
+            prompts, some, circuit.changed(prompts, some.prompt, share(part))
+        )
 
     return batched(circuit, prompts, targets.n, make)
 
@@ -84,12 +105,20 @@ def ranks(score: Tensor, allowed: Tensor, most: int) -> Tensor:
     top = flat.topk(most, dim=1)
     places = torch.full(flat.shape, most, dtype=torch.int32, device=flat.device)
     order = torch.arange(most, dtype=torch.int32, device=flat.device).expand(len(flat), -1)
-    places.scatter_(1, top.indices, torch.where(torch.isfinite(top.values), order, torch.full_like(order, most)))
+    places.scatter_(
+        1, top.indices, torch.where(torch.isfinite(top.values), order, torch.full_like(order, most))
+    )
     return places.view(score.shape)
 
 
 def deletion(
-    circuit: Circuit, prompts: Prompts, targets: Targets, places: Tensor, counts: Sequence[int], *, whole: Tensor | None = None
+    circuit: Circuit,
+    prompts: Prompts,
+    targets: Targets,
+    places: Tensor,
+    counts: Sequence[int],
+    *,
+    whole: Tensor | None = None,
 ) -> np.ndarray:
     """What removing the first q latents of an order (``places`` (R, T, K)) takes from the target, (R, Q) for q in ``counts``.
 
@@ -102,10 +131,22 @@ def deletion(
     def share(part: slice) -> Tensor:
         return (places[row[part]] < least[part, None, None]).to(prompts.amount.dtype)
 
-    return joint_effects(circuit, prompts, targets[row], share, whole=whole[row]).view(targets.n, len(counts)).cpu().numpy()
+    return (
+        joint_effects(circuit, prompts, targets[row], share, whole=whole[row])
+        .view(targets.n, len(counts))
+        .cpu()
+        .numpy()
+    )
 
 
-def nudge(circuit: Circuit, prompts: Prompts, targets: Targets, gradient: Tensor, allowed: Tensor, step: float) -> tuple[Tensor, Tensor]:
+def nudge(
+    circuit: Circuit,
+    prompts: Prompts,
+    targets: Targets,
+    gradient: Tensor,
+    allowed: Tensor,
+    step: float,
+) -> tuple[Tensor, Tensor]:
     """Predicted and actual change (R,) of targets when all upstream codes they depend on move by ``step`` times their norm along the gradient."""
     g = gradient * allowed
     size = torch.where(allowed, prompts.value[targets.prompt], 0).flatten(1).norm(dim=1)
@@ -113,7 +154,9 @@ def nudge(circuit: Circuit, prompts: Prompts, targets: Targets, gradient: Tensor
     amount = prompts.amount[targets.prompt]
     share = torch.where(amount != 0, -move / torch.where(amount != 0, amount, 1), 0)
     moved = torch.where(amount != 0, move, 0)
-    return (g * moved).flatten(1).sum(1), -joint_effects(circuit, prompts, targets, lambda part: share[part])
+    return (g * moved).flatten(1).sum(1), -joint_effects(
+        circuit, prompts, targets, lambda part: share[part]
+    )
 
 
 class Agreement(NamedTuple):
@@ -131,7 +174,9 @@ def agreement(predicted: np.ndarray, actual: np.ndarray) -> Agreement:
     with np.errstate(divide="ignore", invalid="ignore"):
         both = (x != 0) | (y != 0)
         sign = float(np.mean(np.sign(x[both]) == np.sign(y[both]))) if both.any() else float("nan")
-        return Agreement(_pearson(x, y), _pearson(rankdata(x), rankdata(y)), sign, float(np.divide(x @ y, x @ x)))
+        return Agreement(
+            _pearson(x, y), _pearson(rankdata(x), rankdata(y)), sign, float(np.divide(x @ y, x @ x))
+        )
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:
@@ -146,7 +191,10 @@ def resampled(groups: np.ndarray, n: int, seed: int) -> list[np.ndarray]:
     names, at = np.unique(groups, return_inverse=True)
     order = np.argsort(at, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(at))[:-1]) if len(names) else []
-    return [np.concatenate([members[i] for i in chance.integers(0, len(names), len(names))]) for _ in range(n if len(names) > 1 else 0)]
+    return [
+        np.concatenate([members[i] for i in chance.integers(0, len(names), len(names))])
+        for _ in range(n if len(names) > 1 else 0)
+    ]
 
 
 class Curve(NamedTuple):
@@ -162,14 +210,20 @@ class Curve(NamedTuple):
 def curve_of(removed: np.ndarray, value: np.ndarray, samples: Sequence[np.ndarray]) -> Curve:
     """The curve of (R, Q) changes of targets of pre-activation (R,): a ratio of sums, so that targets near zero weigh little."""
     share = removed.sum(0) / value.sum()
-    shares = np.array([removed[s].sum(0) / value[s].sum() for s in samples]).reshape(-1, removed.shape[1])
+    shares = np.array([removed[s].sum(0) / value[s].sum() for s in samples]).reshape(
+        -1, removed.shape[1]
+    )
     return Curve(share, float(share.mean()), shares, shares.mean(1))
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """The middle ``level`` of bootstrap values; NaN where there are none."""
     finite = values[np.isfinite(values)]
-    return tuple(float(v) for v in np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])) if len(finite) else (float("nan"), float("nan"))
+    return (
+        tuple(float(v) for v in np.quantile(finite, [(1 - level) / 2, (1 + level) / 2]))
+        if len(finite)
+        else (float("nan"), float("nan"))
+    )
 
 
 def spread(values: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -39,7 +39,9 @@ def weight_directions(circuit: Circuit, prompts: Prompts, *, gated: bool) -> Wei
         return None
     writes = circuit.directions
     if path.upstream.stream == "mlp_in":
-        writes = (writes @ path.source.w_in * mean_slope(path.source, prompts.state)) @ path.source.w_out
+        writes = (
+            writes @ path.source.w_in * mean_slope(path.source, prompts.state)
+        ) @ path.source.w_out
     reads, stream, block = circuit.downstream.W_enc.detach(), path.downstream.stream, path.last
     if stream == "mlp_out":
         reads = reads @ block.w_out.t()
@@ -61,7 +63,9 @@ def mean_slope(block: Block, x: Tensor) -> Tensor:
         return torch.autograd.grad(block.mlp.act(pre).sum(), pre)[0].flatten(0, -2).mean(0)
 
 
-def coactivation(up: sparse.csr_matrix, down: sparse.csr_matrix, latents: np.ndarray, length: int, lags: int) -> np.ndarray:
+def coactivation(
+    up: sparse.csr_matrix, down: sparse.csr_matrix, latents: np.ndarray, length: int, lags: int
+) -> np.ndarray:
     """Phi of firing, (len(latents), lags, F): downstream latent at a position and upstream latent ``lag`` positions before, in one window.
 
     ``up`` (N, F), ``down`` (N, G): codes of the same rows, in windows of ``length``. 0 where one of them never (or always) fires.
@@ -81,7 +85,9 @@ def coactivation(up: sparse.csr_matrix, down: sparse.csr_matrix, latents: np.nda
 
 def firing(codes: sparse.csr_matrix) -> sparse.csr_matrix:
     """Ones where a code is not zero."""
-    return sparse.csr_matrix(((codes.data != 0).astype(np.float64), codes.indices, codes.indptr), shape=codes.shape)
+    return sparse.csr_matrix(
+        ((codes.data != 0).astype(np.float64), codes.indices, codes.indptr), shape=codes.shape
+    )
 
 
 class Specific(NamedTuple):
@@ -103,7 +109,9 @@ class Grams:
         gram = gram.reshape(-1)
         self.counts = np.bincount(gram, minlength=len(self.kinds))
         ones = np.ones(len(self.rows))
-        self.one_hot = sparse.csr_matrix((ones, (gram, np.arange(len(self.rows)))), shape=(len(self.kinds), len(self.rows)))
+        self.one_hot = sparse.csr_matrix(
+            (ones, (gram, np.arange(len(self.rows)))), shape=(len(self.kinds), len(self.rows))
+        )
 
     def scores(self, on: sparse.csr_matrix) -> sparse.csc_matrix:
         """F1 of firing (``on``: (N, F)) and ending in an n-gram, (n-grams, F)."""
@@ -117,7 +125,12 @@ class Grams:
         scores, fires = self.scores(on).tocsr(), np.asarray(on.sum(0)).ravel()
         number = {tuple(kind): i for i, kind in enumerate(self.kinds.tolist())}
         at = [number.get(s.gram) for s in found]
-        return [s._replace(f1=0.0 if i is None else float(scores[i, s.latent]), fires=int(fires[s.latent])) for s, i in zip(found, at, strict=True)]
+        return [
+            s._replace(
+                f1=0.0 if i is None else float(scores[i, s.latent]), fires=int(fires[s.latent])
+            )
+            for s, i in zip(found, at, strict=True)
+        ]
 
     def best(self, on: sparse.csr_matrix) -> list[Specific | None]:
         """For every latent its best n-gram (None where it never fires)."""
@@ -126,13 +139,18 @@ class Grams:
         for j, (begin, end) in enumerate(zip(scores.indptr[:-1], scores.indptr[1:], strict=True)):
             at = begin + int(scores.data[begin:end].argmax()) if end > begin else -1
             gram = tuple(self.kinds[scores.indices[at]].tolist())
-            found.append(Specific(j, gram, float(scores.data[at]), int(fires[j])) if at >= 0 else None)
+            found.append(
+                Specific(j, gram, float(scores.data[at]), int(fires[j])) if at >= 0 else None
+            )
         return found
 
 
 def most_specific(on: sparse.csr_matrix, grams: Grams, *, n: int, least: int) -> list[Specific]:
     """The ``n`` latents with the best F1 for one n-gram, no two for the same one, of those that fire ``least`` times. ``on``: ones (N, F)."""
-    candidates = sorted((s for s in grams.best(on) if s is not None and s.fires >= least), key=lambda s: (-s.f1, s.latent))
+    candidates = sorted(
+        (s for s in grams.best(on) if s is not None and s.fires >= least),
+        key=lambda s: (-s.f1, s.latent),
+    )
     taken: dict[tuple[int, ...], Specific] = {}
     for s in candidates:
         taken.setdefault(s.gram, s)

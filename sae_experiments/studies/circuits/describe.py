@@ -23,7 +23,15 @@ class Describer:
     A latent counts as on above ``threshold`` times the 99.9 % quantile of its non-zero magnitudes, as in the rules of the metrics.
     """
 
-    def __init__(self, codes: sparse.csr_matrix, ids: np.ndarray, pieces: Sequence[str], length: int, *, threshold: float) -> None:
+    def __init__(
+        self,
+        codes: sparse.csr_matrix,
+        ids: np.ndarray,
+        pieces: Sequence[str],
+        length: int,
+        *,
+        threshold: float,
+    ) -> None:
         self.ids, self.pieces, self.length = ids, pieces, length
         self.values = abs(codes[: len(ids)].tocsc())
         self.on = binarised(self.values, threshold)[0].tocsr()
@@ -39,12 +47,17 @@ class Describer:
     def specific(self, order: int, least: int) -> list[Specific]:
         """Latents most specific to one n-gram, no two to the same; found on one half of the text, in the order of the F1 there, scored on the other."""
         first = self.halves[0]
-        return self.scored(most_specific(self.on[first], self._grams(order, 0), n=self.on.shape[1], least=least))
+        return self.scored(
+            most_specific(self.on[first], self._grams(order, 0), n=self.on.shape[1], least=least)
+        )
 
     def best(self, orders: Sequence[int]) -> list[Specific | None]:
         """For each latent its best n-gram of one of the orders, found on one half of the text and scored on the other; None: it never fires there."""
         by_order = [self._grams(order, 0).best(self.on[self.halves[0]]) for order in orders]
-        found = [max((s for s in options if s), key=lambda s: s.f1, default=None) for options in zip(*by_order, strict=True)]
+        found = [
+            max((s for s in options if s), key=lambda s: s.f1, default=None)
+            for options in zip(*by_order, strict=True)
+        ]
         scored = iter(self.scored([s for s in found if s]))
         return [next(scored) if s else None for s in found]
 
@@ -55,7 +68,13 @@ class Describer:
             return [s._replace(f1=math.nan) for s in found]
         for order in sorted({len(s.gram) for s in found}):
             here = [i for i, s in enumerate(found) if len(s.gram) == order]
-            known |= dict(zip(here, self._grams(order, 1).scored(second, [found[i] for i in here]), strict=True))
+            known |= dict(
+                zip(
+                    here,
+                    self._grams(order, 1).scored(second, [found[i] for i in here]),
+                    strict=True,
+                )
+            )
         return [known[i] for i in range(len(found))]
 
     def _grams(self, order: int, half: int) -> Grams:
@@ -68,7 +87,11 @@ class Describer:
 
     def spell(self, gram: Iterable[int]) -> str:
         """The text of ids, with spaces and line ends made visible."""
-        return "".join(self.pieces[i] for i in gram).replace(" ", "\N{OPEN BOX}").replace("\n", "\N{RETURN SYMBOL}")
+        return (
+            "".join(self.pieces[i] for i in gram)
+            .replace(" ", "\N{OPEN BOX}")
+            .replace("\n", "\N{RETURN SYMBOL}")
+        )
 
     def column(self, latent: int) -> np.ndarray:
         """Magnitudes (N,) of one latent."""
@@ -79,26 +102,50 @@ class Describer:
         values = self.column(latent)
         best = values.reshape(-1, self.length).argmax(1) + np.arange(0, len(values), self.length)
         best = best[values[best] > 0]
-        return [self._context(values, int(row), before, after) for row in best[np.argsort(-values[best], kind="stable")[:n]]]
+        return [
+            self._context(values, int(row), before, after)
+            for row in best[np.argsort(-values[best], kind="stable")[:n]]
+        ]
 
     def _context(self, values: np.ndarray, row: int, before: int, after: int) -> dict[str, Any]:
         start = row - row % self.length
         begin, end = max(row - before, start), min(row + after + 1, start + self.length)
-        texts = [[self.pieces[i] for i in self.ids[a:b]] for a, b in ((begin, row), (row, row + 1), (row + 1, end))]
+        texts = [
+            [self.pieces[i] for i in self.ids[a:b]]
+            for a, b in ((begin, row), (row, row + 1), (row + 1, end))
+        ]
         parts = [p for part in texts for p in part]
-        acts = [float(f"{v:.3g}") for p, v in zip(parts, values[begin:end].tolist(), strict=True) for _ in p]
-        return {**dict(zip(("before", "at", "after"), ("".join(part) for part in texts), strict=True)), "acts": acts}
+        acts = [
+            float(f"{v:.3g}")
+            for p, v in zip(parts, values[begin:end].tolist(), strict=True)
+            for _ in p
+        ]
+        return {
+            **dict(zip(("before", "at", "after"), ("".join(part) for part in texts), strict=True)),
+            "acts": acts,
+        }
 
-    def about(self, latents: Iterable[int], features: Mapping[int, Mapping[str, Any]], n: int, before: int, after: int) -> dict[int, dict[str, Any]]:
+    def about(
+        self,
+        latents: Iterable[int],
+        features: Mapping[int, Mapping[str, Any]],
+        n: int,
+        before: int,
+        after: int,
+    ) -> dict[int, dict[str, Any]]:
         """Rule and contexts of latents; the rule is that of the browser's ``features`` where these have one, else the best n-gram."""
         found = {}
         for j in latents:
             gram = self.rules[j]
-            rule = features.get(j, {}).get("rule") or (f"{self.spell(gram.gram)} (F1 {gram.f1:.2f})" if gram else None)
+            rule = features.get(j, {}).get("rule") or (
+                f"{self.spell(gram.gram)} (F1 {gram.f1:.2f})" if gram else None
+            )
             found[j] = {"rule": rule, "contexts": self.contexts(j, n, before, after)}
         return found
 
-    def features(self, latents: Iterable[int], n: int, before: int, after: int) -> list[dict[str, Any]]:
+    def features(
+        self, latents: Iterable[int], n: int, before: int, after: int
+    ) -> list[dict[str, Any]]:
         """What the feature browser shows where the metrics gave nothing: texts of tokens that are more than characters."""
         fires = np.diff(self.values.indptr)
         rows, found = self.values.shape[0], []
@@ -107,6 +154,15 @@ class Describer:
             if gram is None:
                 continue
             top = self.contexts(j, n, before, after)
-            found.append({"latent": int(j), "density": float(f"{fires[j] / rows:.4g}"), "max": float(f"{self.column(j).max():.4g}"),
-                          "rule": self.spell(gram.gram), "f1": float(f"{gram.f1:.4g}"), "order": len(gram.gram), "top": top})  # fmt: skip
+            found.append(
+                {
+                    "latent": int(j),
+                    "density": float(f"{fires[j] / rows:.4g}"),
+                    "max": float(f"{self.column(j).max():.4g}"),
+                    "rule": self.spell(gram.gram),
+                    "f1": float(f"{gram.f1:.4g}"),
+                    "order": len(gram.gram),
+                    "top": top,
+                }
+            )
         return found

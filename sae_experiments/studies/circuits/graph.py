@@ -22,7 +22,9 @@ class GraphSpec:
     count: int  # how many are chosen automatically
     order: int  # characters (or tokens) of the n-gram they are to be specific to
     least: int  # held-out firings they need
-    upstream_latent: int | None  # the one marked in the histogram of gradients (null: the largest attribution)
+    upstream_latent: (
+        int | None
+    )  # the one marked in the histogram of gradients (null: the largest attribution)
     firings: int  # of the downstream latent that a graph is averaged over, at even quantiles of its strength
     edges: int  # strongest upstream latents shown
     contexts: int  # top contexts of a node
@@ -56,7 +58,9 @@ class Traced(NamedTuple):
     edges: list[Edge]
     others: float
     error: float
-    gradients: np.ndarray  # of everything it can depend on at its strongest firing, and which of them is marked
+    gradients: (
+        np.ndarray
+    )  # of everything it can depend on at its strongest firing, and which of them is marked
     marked: int
     every: np.ndarray  # of all F upstream latents, active or not, at the position of that firing
     here: np.ndarray  # which of the F are active there
@@ -67,18 +71,29 @@ def firings_of(prompts: Prompts, latent: int, n: int) -> Targets:
     """At most ``n`` firings of a downstream latent in the prompts, at even quantiles of strength, in order of their prompts."""
     at = (prompts.active.latent == latent).nonzero().squeeze(1)
     strongest = at[torch.argsort(prompts.active_value[at], descending=True, stable=True)]
-    chosen = strongest[np.unique(np.linspace(0, len(at) - 1, min(n, len(at))).round().astype(int))] if len(at) else at
+    chosen = (
+        strongest[np.unique(np.linspace(0, len(at) - 1, min(n, len(at))).round().astype(int))]
+        if len(at)
+        else at
+    )
     return prompts.active[chosen.sort().values]
 
 
-def trace(circuit: Circuit, prompts: Prompts, latent: int, spec: GraphSpec, *, steps: int) -> Traced | None:
+def trace(
+    circuit: Circuit, prompts: Prompts, latent: int, spec: GraphSpec, *, steps: int
+) -> Traced | None:
     """The strongest edges into ``latent``; None where it never fires in the prompts (or nothing is active upstream)."""
     targets = firings_of(prompts, latent, spec.firings)
     if not targets.n:
         return None
     calls = list(circuit.attribute(prompts, targets, steps=steps))
-    gradient, attribution = (torch.cat([getattr(c, name) for c in calls]) for name in ("gradient", "attribution"))
-    error = sum(float((c.state_gradient * prompts.error[c.targets.prompt]).sum()) for c in calls) / targets.n
+    gradient, attribution = (
+        torch.cat([getattr(c, name) for c in calls]) for name in ("gradient", "attribution")
+    )
+    error = (
+        sum(float((c.state_gradient * prompts.error[c.targets.prompt]).sum()) for c in calls)
+        / targets.n
+    )
     value = check.clean(circuit, prompts, targets)
     allowed = check.reachable(prompts, targets, same=False)
     pairs = check.Pairs(*allowed.nonzero(as_tuple=True))
@@ -98,13 +113,27 @@ def trace(circuit: Circuit, prompts: Prompts, latent: int, spec: GraphSpec, *, s
         here = at[chosen] == i
         active = prompts.value[targets.prompt[some.row], some.position, some.slot][here]
         kind = int(kinds[i])
-        edges.append(Edge(kind // length, kind % length, float(summed[i]) / targets.n, float(effects[here].sum()) / targets.n,
-                          float(active.mean()), int(here.sum())))  # fmt: skip
+        edges.append(
+            Edge(
+                kind // length,
+                kind % length,
+                float(summed[i]) / targets.n,
+                float(effects[here].sum()) / targets.n,
+                float(active.mean()),
+                int(here.sum()),
+            )
+        )
     strongest = int(value.argmax())
     mine = (pairs.row == strongest).nonzero().squeeze(1)
-    wanted = upstream[mine] == spec.upstream_latent if spec.upstream_latent is not None else torch.zeros_like(mine, dtype=torch.bool)
+    wanted = (
+        upstream[mine] == spec.upstream_latent
+        if spec.upstream_latent is not None
+        else torch.zeros_like(mine, dtype=torch.bool)
+    )
     attributed = pairs.of(attribution)[mine]
-    marked = int((attributed.abs() * (wanted if bool(wanted.any()) else torch.ones_like(wanted))).argmax())
+    marked = int(
+        (attributed.abs() * (wanted if bool(wanted.any()) else torch.ones_like(wanted))).argmax()
+    )
     own = int(targets.position[strongest])
     every = circuit.directions @ torch.cat([c.state_gradient for c in calls])[strongest, own]
     active_here = torch.zeros(len(every), dtype=torch.bool, device=every.device)
@@ -112,13 +141,26 @@ def trace(circuit: Circuit, prompts: Prompts, latent: int, spec: GraphSpec, *, s
     interest = int(upstream[mine][marked]) if spec.upstream_latent is None else spec.upstream_latent
     others = (float(attribution[allowed].sum()) - float(summed[best].sum())) / targets.n
     return Traced(
-        latent, targets.n, float(value.mean()), edges, others, error, pairs.of(gradient)[mine].cpu().numpy(), marked,
-        every.cpu().numpy(), active_here.cpu().numpy(), interest,
-    )  # fmt: skip
+        latent,
+        targets.n,
+        float(value.mean()),
+        edges,
+        others,
+        error,
+        pairs.of(gradient)[mine].cpu().numpy(),
+        marked,
+        every.cpu().numpy(),
+        active_here.cpu().numpy(),
+        interest,
+    )
 
 
 def as_dict(
-    traced: Traced, title: str, up: Mapping[int, Mapping[str, Any]], down: Mapping[int, Mapping[str, Any]], sites: tuple[str, str]
+    traced: Traced,
+    title: str,
+    up: Mapping[int, Mapping[str, Any]],
+    down: Mapping[int, Mapping[str, Any]],
+    sites: tuple[str, str],
 ) -> dict[str, Any]:
     """The graph for the report; ``up`` and ``down`` say of each latent its ``rule`` and ``contexts``."""
     target = f"down.{traced.latent}"
@@ -126,18 +168,53 @@ def as_dict(
     links = []
     for e in traced.edges:
         name = f"up.{e.latent}@{-e.lag}"
-        nodes.append(_node(name, f"{sites[0]} #{e.latent}", 0, -e.lag, e.value, up[e.latent]) | {"active_frac": _digits(e.active / traced.n)})
-        links.append({"from": name, "to": target, "weight": _digits(e.weight), "effect": _digits(e.effect)})
+        nodes.append(
+            _node(name, f"{sites[0]} #{e.latent}", 0, -e.lag, e.value, up[e.latent])
+            | {"active_frac": _digits(e.active / traced.n)}
+        )
+        links.append(
+            {"from": name, "to": target, "weight": _digits(e.weight), "effect": _digits(e.effect)}
+        )
     last = min((-e.lag for e in traced.edges), default=0)
-    for i, (name, label, weight) in enumerate((("others", "all other latents", traced.others), ("error", "what the SAE leaves out", traced.error))):
-        nodes.append({"id": name, "label": label, "column": 0, "row": last - 1 - i, "value": 0.0, "rule": None, "contexts": []})
+    for i, (name, label, weight) in enumerate(
+        (
+            ("others", "all other latents", traced.others),
+            ("error", "what the SAE leaves out", traced.error),
+        )
+    ):
+        nodes.append(
+            {
+                "id": name,
+                "label": label,
+                "column": 0,
+                "row": last - 1 - i,
+                "value": 0.0,
+                "rule": None,
+                "contexts": [],
+            }
+        )
         links.append({"from": name, "to": target, "weight": _digits(weight)})
-    return {"title": title, "nodes": nodes, "edges": links, "firings": traced.n, "latent": traced.latent}
+    return {
+        "title": title,
+        "nodes": nodes,
+        "edges": links,
+        "firings": traced.n,
+        "latent": traced.latent,
+    }
 
 
-def _node(name: str, label: str, column: int, row: int, value: float, about: Mapping[str, Any]) -> dict[str, Any]:
+def _node(
+    name: str, label: str, column: int, row: int, value: float, about: Mapping[str, Any]
+) -> dict[str, Any]:
     about = {"rule": about.get("rule"), "contexts": about.get("contexts", [])}
-    return {"id": name, "label": label, "column": column, "row": row, "value": _digits(value), **about}
+    return {
+        "id": name,
+        "label": label,
+        "column": column,
+        "row": row,
+        "value": _digits(value),
+        **about,
+    }
 
 
 def _digits(value: float) -> float:

@@ -40,7 +40,9 @@ class Path:
     @torch.no_grad()
     def carried(self, rows: Tensor) -> Tensor:
         """Directions at the upstream site (n, D) as directions of the state (n, C)."""
-        return rows @ self.source.w_out if self.upstream.stream == "mlp_act" and self.source else rows
+        return (
+            rows @ self.source.w_out if self.upstream.stream == "mlp_act" and self.source else rows
+        )
 
     def state(self, found: dict[Site, Tensor]) -> Tensor:
         """The state of prompts from their activations at :attr:`sites`."""
@@ -49,8 +51,16 @@ class Path:
     def moved(self, found: dict[Site, Tensor], x: Tensor) -> dict[Site, Tensor]:
         """The activations with ``x`` (P, T, D) at the upstream site, and what it does to the stream after its block."""
         was = found[self.upstream]
-        change = self.source.mlp(x) - self.source.mlp(was) if self.upstream.stream == "mlp_in" else self.carried(x - was)
-        return found | {self.upstream: x} | ({} if self.upstream == self.stream else {self.stream: found[self.stream] + change})
+        change = (
+            self.source.mlp(x) - self.source.mlp(was)
+            if self.upstream.stream == "mlp_in"
+            else self.carried(x - was)
+        )
+        return (
+            found
+            | {self.upstream: x}
+            | ({} if self.upstream == self.stream else {self.stream: found[self.stream] + change})
+        )
 
     def base(self, found: dict[Site, Tensor]) -> Tensor | None:
         """The stream (P, T, C) without the upstream MLP's output, where what the MLP writes must be told apart from the rest."""
@@ -68,7 +78,9 @@ class Path:
         """What ``read`` says of the downstream activations at ``position`` (R,) for changed states (R, T, C); differentiable."""
         if self.last is None:
             rows = torch.arange(len(state), device=state.device)
-            return read(self._within(state[rows, position], None if base is None else base[rows, position]))
+            return read(
+                self._within(state[rows, position], None if base is None else base[rows, position])
+            )
         h = self.enter(state, base)
         for block in self.middle:
             h = block.forward(h)
@@ -78,7 +90,9 @@ class Path:
         """Both sites in one block: there is nothing but the MLP between them, and no other position matters."""
         if self.downstream.stream == "resid":
             return self.enter(state, base)
-        if self.upstream.stream == "mlp_act":  # the state is the stream, of which the MLP's output is a part
+        if (
+            self.upstream.stream == "mlp_act"
+        ):  # the state is the stream, of which the MLP's output is a part
             return state - base
         acts = self.source.mlp.act(self.source.mlp.c_fc(state))
         return acts if self.downstream.stream == "mlp_act" else self.source.mlp.c_proj(acts)
@@ -98,7 +112,9 @@ class Path:
         wanted = found[self.downstream][:, -1]
         error = float((seen[0] - wanted).norm() / wanted.norm().clamp_min(1e-12))
         if not error < 1e-3:
-            raise UserError(f"{type(self.model).__name__} does not compute {self.downstream} as GPT-2 or GPT-Neo do (relative error {error:.2g})")
+            raise UserError(
+                f"{type(self.model).__name__} does not compute {self.downstream} as GPT-2 or GPT-Neo do (relative error {error:.2g})"
+            )
 
 
 class Point:
@@ -120,13 +136,21 @@ class Point:
         path = self.path
         if path.last is None or self.attended is None:
             leaf = self.state[prompt, position].clone().requires_grad_()
-            value = read(path._within(leaf, None if self.base is None else self.base[prompt, position]))
-            g = torch.zeros(len(prompt), *self.state.shape[1:], device=leaf.device, dtype=leaf.dtype)
-            g[torch.arange(len(prompt), device=leaf.device), position] = torch.autograd.grad(value.sum(), leaf)[0]
+            value = read(
+                path._within(leaf, None if self.base is None else self.base[prompt, position])
+            )
+            g = torch.zeros(
+                len(prompt), *self.state.shape[1:], device=leaf.device, dtype=leaf.dtype
+            )
+            g[torch.arange(len(prompt), device=leaf.device), position] = torch.autograd.grad(
+                value.sum(), leaf
+            )[0]
             return value.detach(), g
         leaf = self.attended.stream[prompt, position].clone().requires_grad_()
         value = read(path.last.inside(leaf, path.downstream.stream))
-        g = path.last.pull_back(self.attended, prompt, position, torch.autograd.grad(value.sum(), leaf)[0])
+        g = path.last.pull_back(
+            self.attended, prompt, position, torch.autograd.grad(value.sum(), leaf)[0]
+        )
         if path.middle or path.upstream.stream == "mlp_in":
             leaf = self.state[prompt].clone().requires_grad_()
             h = path.enter(leaf, None if self.base is None else self.base[prompt])

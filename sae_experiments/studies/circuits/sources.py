@@ -45,7 +45,9 @@ class Local:
 
     def __post_init__(self) -> None:
         if self.text and not self.folder:
-            raise UserError(f"study.local.text={self.text} needs study.local.folder: a model trained here reads data=[...] or data.<name>.file")
+            raise UserError(
+                f"study.local.text={self.text} needs study.local.folder: a model trained here reads data=[...] or data.<name>.file"
+            )
         if not 0 < self.val_frac < 1:
             raise UserError(f"study.local.val_frac={self.val_frac} must lie between 0 and 1")
 
@@ -62,13 +64,24 @@ class Local:
     def tokens(self, text: str, name: str) -> TokenText:
         """A text as the model's tokens."""
         folder = Path(str(self.folder)).expanduser()
-        return local_lm.cut(text[: self.characters], folder, name=name, val_frac=self.val_frac, vocabulary=self.sizes.vocabulary)
+        return local_lm.cut(
+            text[: self.characters],
+            folder,
+            name=name,
+            val_frac=self.val_frac,
+            vocabulary=self.sizes.vocabulary,
+        )
 
     def texts(self, corpora: Mapping[str, CharCorpus]) -> dict[str, TokenText]:
         """What the model reads, by name: the text file, or the corpora, joined and cut anew into training and validation."""
         if self.text:
-            return {self.name: self.tokens(local_lm.read_text(Path(self.text).expanduser()), self.name)}
-        joined = {name: "".join(c.decode(c.splits[s][: self.characters]) for s in ("train", "val")) for name, c in corpora.items()}
+            return {
+                self.name: self.tokens(local_lm.read_text(Path(self.text).expanduser()), self.name)
+            }
+        joined = {
+            name: "".join(c.decode(c.splits[s][: self.characters]) for s in ("train", "val"))
+            for name, c in corpora.items()
+        }
         return {name: self.tokens(text, name) for name, text in joined.items()}
 
     def model(self, device: torch.device, say: Callable[[str], None]) -> TrainedLM:
@@ -80,7 +93,15 @@ class Local:
         return TrainedLM(found.model, {}, [], folder, found.key, 0.0, False)
 
 
-def load_sae(role: str, path: Path, dataset: str, seed: int, site: Site, width: int, say: Callable[[str], None] = lambda line: None) -> SAE:
+def load_sae(
+    role: str,
+    path: Path,
+    dataset: str,
+    seed: int,
+    site: Site,
+    width: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> SAE:
     """The SAE of a role; ``say`` gets what should be known of it. Raises :class:`UserError`, one line, where there is none, or one of another site
     or width."""
     folder = path if (path / interop.CONFIG).is_file() else _in_run(role, path, dataset, seed, site)
@@ -91,9 +112,13 @@ def load_sae(role: str, path: Path, dataset: str, seed: int, site: Site, width: 
             f"study.{role}.sae={folder} was fitted at hook_name={hook!r}, which is no site here: choose an SAE of {saelens.hook_of_site(str(site))}"
         )
     if named and named != str(site):
-        raise UserError(f"study.{role}.sae={folder} was fitted at {named}, not at {site}: set study.{role}.site={named}, or choose another SAE")
+        raise UserError(
+            f"study.{role}.sae={folder} was fitted at {named}, not at {site}: set study.{role}.site={named}, or choose another SAE"
+        )
     if sae.d_in != width:
-        raise UserError(f"study.{role}.sae={folder} has d_in={sae.d_in}, but {site} is {width} wide: it belongs to another model or site")
+        raise UserError(
+            f"study.{role}.sae={folder} has d_in={sae.d_in}, but {site} is {width} wide: it belongs to another model or site"
+        )
     for note in _remarks(folder, sae, hook, site):
         say(f"  study.{role}.sae: {note}")
     return sae
@@ -104,7 +129,9 @@ def _remarks(folder: Path, sae: interop.Loaded, hook: str, site: Site) -> list[s
     found = [*sae.notes]
     if not hook:
         found.append(f"{folder} names no hook_name: it is taken for one of {site}")
-    elif site.stream in ("resid", "mlp_out") and saelens.centred_in_training(read_json(folder / interop.CONFIG)):
+    elif site.stream in ("resid", "mlp_out") and saelens.centred_in_training(
+        read_json(folder / interop.CONFIG)
+    ):
         found.append(
             f"{folder} is of sae-lens before 3.19.2 or of no known version: it may expect rows less their mean over the width, which are not taken here"
         )
@@ -113,12 +140,23 @@ def _remarks(folder: Path, sae: interop.Loaded, hook: str, site: Site) -> list[s
 
 def _in_run(role: str, path: Path, dataset: str, seed: int, site: Site) -> Path:
     if not (path / "saes").is_dir():
-        raise UserError(f"study.{role}.sae={path} is neither an SAE directory ({interop.CONFIG}, {interop.WEIGHTS}) nor a run with SAEs")
-    mine = [p for p in sorted((path / "saes").iterdir()) if re.fullmatch(rf"{re.escape(dataset)}(\..+)?_{seed}", p.name)]
+        raise UserError(
+            f"study.{role}.sae={path} is neither an SAE directory ({interop.CONFIG}, {interop.WEIGHTS}) nor a run with SAEs"
+        )
+    mine = [
+        p
+        for p in sorted((path / "saes").iterdir())
+        if re.fullmatch(rf"{re.escape(dataset)}(\..+)?_{seed}", p.name)
+    ]
     here = [p for p in mine if site_of(p) == str(site)]
     if not here:
-        known = ", ".join(f"{p.name} ({site_of(p) or 'site unknown'})" for p in mine[:6]) or "none of that corpus and seed"
-        raise UserError(f"study.{role}.sae={path} has no SAE of {dataset}, seed {seed} at {site}: there is {known}")
+        known = (
+            ", ".join(f"{p.name} ({site_of(p) or 'site unknown'})" for p in mine[:6])
+            or "none of that corpus and seed"
+        )
+        raise UserError(
+            f"study.{role}.sae={path} has no SAE of {dataset}, seed {seed} at {site}: there is {known}"
+        )
     return next((p for p in here if p.name == f"{dataset}.{role}_{seed}"), here[0])
 
 

@@ -70,7 +70,10 @@ class Fits(Language):
             super().announce(ctx)
 
     def width(self, where: Any) -> int:
-        return sum((self.inner or 4 * self.lm.n_embd) if s.stream == "mlp_act" else self.lm.n_embd for s in as_sites(where))
+        return sum(
+            (self.inner or 4 * self.lm.n_embd) if s.stream == "mlp_act" else self.lm.n_embd
+            for s in as_sites(where)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,9 @@ class Circuits:
     baseline: str  # zero | mean: what a removed latent is set to
     steps: int  # Gauss-Legendre points of integrated gradients (0: the plain gradient)
     prompts: int  # held-out windows that are attributed
-    rows: int | None  # held-out rows that co-activation, n-grams and contexts are taken from (null: all)
+    rows: (
+        int | None
+    )  # held-out rows that co-activation, n-grams and contexts are taken from (null: all)
     threshold: float  # share of a latent's 99.9 % quantile above which it counts as on, for n-grams
     checks: CheckSpec
     graph: GraphSpec
@@ -101,13 +106,21 @@ class Circuits:
     def __post_init__(self) -> None:
         for key, allowed in (("error", ("keep", "drop")), ("baseline", ("zero", "mean"))):
             if getattr(self, key) not in allowed:
-                raise UserError(f"study.{key}={getattr(self, key)} is not one of {', '.join(allowed)}")
+                raise UserError(
+                    f"study.{key}={getattr(self, key)} is not one of {', '.join(allowed)}"
+                )
         if not isinstance(self.steps, int) or self.steps < 0:
-            raise UserError(f"study.steps={self.steps} must be a whole number of at least 0 (0: the plain gradient)")
+            raise UserError(
+                f"study.steps={self.steps} must be a whole number of at least 0 (0: the plain gradient)"
+            )
         if self.prompts < 1 or not self.memory_mb > 0:
-            raise UserError(f"study.prompts={self.prompts} must be at least 1 and study.memory_mb={self.memory_mb} positive")
+            raise UserError(
+                f"study.prompts={self.prompts} must be at least 1 and study.memory_mb={self.memory_mb} positive"
+            )
         if len(self.arms) != 1:
-            raise UserError(f"sae=[{','.join(self.arms)}]: a circuit has one kind of SAE; compare kinds in runs of their own")
+            raise UserError(
+                f"sae=[{','.join(self.arms)}]: a circuit has one kind of SAE; compare kinds in runs of their own"
+            )
         object.__setattr__(self, "_fits", None)
         object.__setattr__(self, "_texts", {})
         object.__setattr__(self, "_given", None)
@@ -121,13 +134,27 @@ class Circuits:
             lm, inner = self.lm, None
             if self.local.folder:
                 sizes = self.local.sizes
-                lm, inner = replace(lm, n_layer=sizes.n_layer, n_embd=sizes.width, n_head=1), sizes.inner
+                lm, inner = (
+                    replace(lm, n_layer=sizes.n_layer, n_embd=sizes.width, n_head=1),
+                    sizes.inner,
+                )
             where, arm = self.where(lm.n_layer), next(iter(self.arms.values()))
             write = str(where.write) if where.write != where.read else None
-            arms = {"upstream": replace(arm, read=str(where.read), write=write), "downstream": replace(arm, read=str(where.to), write=None)}
+            arms = {
+                "upstream": replace(arm, read=str(where.read), write=write),
+                "downstream": replace(arm, read=str(where.to), write=None),
+            }
             arms = {role: arms[role] for role in ROLES if not getattr(self, role).sae}
             fits = Fits(
-                data=self.data, lm=lm, arms=arms, metrics={}, fit=self.fit, site=str(where.read), seeds=self.seeds, offline=self.offline, inner=inner
+                data=self.data,
+                lm=lm,
+                arms=arms,
+                metrics={},
+                fit=self.fit,
+                site=str(where.read),
+                seeds=self.seeds,
+                offline=self.offline,
+                inner=inner,
             )
             object.__setattr__(self, "_fits", fits)
         return self._fits
@@ -137,7 +164,9 @@ class Circuits:
         read = parse_site(self.upstream.site or "", n_layer)
         write = parse_site(self.upstream.write, n_layer) if self.upstream.write else read
         if not self.downstream.site and write.layer + 1 > n_layer:
-            raise UserError(f"study.upstream.site={self.upstream.site} is in the last of {n_layer} blocks: name a study.downstream.site, or go back")
+            raise UserError(
+                f"study.upstream.site={self.upstream.site} is in the last of {n_layer} blocks: name a study.downstream.site, or go back"
+            )
         to = parse_site(self.downstream.site or f"{write.stream}.{write.layer + 1}", n_layer)
         check_order(write, to)
         return Where(read, write, to)
@@ -148,7 +177,9 @@ class Circuits:
         for role in ROLES:
             path = getattr(self, role).sae
             if path and not Path(path).expanduser().is_dir():
-                raise UserError(f"study.{role}.sae={path} does not exist: name an SAE directory or a run folder")
+                raise UserError(
+                    f"study.{role}.sae={path} does not exist: name an SAE directory or a run folder"
+                )
 
     def names(self) -> list[str]:
         """The texts."""
@@ -165,11 +196,19 @@ class Circuits:
         self._texts.update(self.local.texts(corpora) if self.local.folder else corpora)
         if self.local.folder:  # read before there is a run folder: a broken one leaves none
             object.__setattr__(self, "_given", self.local.model(ctx.device, ctx.console.say))
-        return {report: self._texts[name].provenance | part_of(self.held_out) for name in self.names() for report in self.reports(name)}
+        return {
+            report: self._texts[name].provenance | part_of(self.held_out)
+            for name in self.names()
+            for report in self.reports(name)
+        }
 
     def cells(self) -> list[Cell]:
         seeds = {name: [0] if self.local.folder else self.data[name].seeds for name in self.names()}
-        return [Cell(name, seed, self.reports(name)) for name in self.names() for seed in (self.seeds if self.seeds is not None else seeds[name])]
+        return [
+            Cell(name, seed, self.reports(name))
+            for name in self.names()
+            for seed in (self.seeds if self.seeds is not None else seeds[name])
+        ]
 
     def infos(self) -> list[MetricInfo]:
         circuit = infos(self.checks.nudges)
@@ -180,23 +219,33 @@ class Circuits:
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
         text, lm = self._texts[cell.dataset], self._model(cell, ctx)
         where = self.where(self.fits.lm.n_layer)
-        stores = Stores(self.fit, list(dict.fromkeys(where)), text, lm, cell.seed, ctx, held_out=self.held_out)
+        stores = Stores(
+            self.fit, list(dict.fromkeys(where)), text, lm, cell.seed, ctx, held_out=self.held_out
+        )
         up, down = self._looks(cell, where, text, lm, stores, ctx)
-        circuit = Circuit(lm.model, up.sae, where.read, where.write, down.sae, where.to, memory_mb=self.memory_mb)
+        circuit = Circuit(
+            lm.model, up.sae, where.read, where.write, down.sae, where.to, memory_mb=self.memory_mb
+        )
         tokens = self._tokens(stores).to(ctx.device)
         circuit.path.check(tokens[:2])
         baseline = None
         if self.baseline == "mean":
-            baseline = torch.from_numpy(np.asarray(up.codes.mean(0), np.float32).ravel()).to(ctx.device)
+            baseline = torch.from_numpy(np.asarray(up.codes.mean(0), np.float32).ravel()).to(
+                ctx.device
+            )
         prompts = circuit.prompts(tokens, baseline=baseline, keep_error=self.error == "keep")
         marked = self.graph.upstream_latent
         if marked is not None and not 0 <= marked < up.sae.d_sae:
-            raise UserError(f"study.graph.upstream_latent={marked}: the upstream SAE has latents 0 to {up.sae.d_sae - 1}")
+            raise UserError(
+                f"study.graph.upstream_latent={marked}: the upstream SAE has latents 0 to {up.sae.d_sae - 1}"
+            )
         chosen = self._chosen(down, prompts)
         with ctx.console.stage("trace", "latent") as tick:
             traced = []
             for i, specific in enumerate(chosen):
-                traced.append(trace(circuit, prompts, specific.latent, self.graph, steps=self.steps))
+                traced.append(
+                    trace(circuit, prompts, specific.latent, self.graph, steps=self.steps)
+                )
                 tick(i + 1, len(chosen))
         outcome = self._checked(circuit, prompts, up, down, cell, ctx)
         told = facts.of_language(lm, text) | {"store": self.fit.store_dtype}
@@ -204,21 +253,44 @@ class Circuits:
         f1 = float(np.mean([s.f1 for s in chosen])) if chosen else np.nan
         outcome.metrics |= lm.metrics | {"ngram_f1": f1 if np.isfinite(f1) else None}
         if chosen and not np.isfinite(f1):
-            outcome.why_null["ngram_f1"] = "the held-out text is one window: nothing is left to score n-grams on"
+            outcome.why_null["ngram_f1"] = (
+                "the held-out text is one window: nothing is left to score n-grams on"
+            )
         elif not chosen:
-            outcome.why_null["ngram_f1"] = f"no downstream latent fires {self.graph.least} times on the half of the text that n-grams are found on"
+            outcome.why_null["ngram_f1"] = (
+                f"no downstream latent fires {self.graph.least} times on the half of the text that n-grams are found on"
+            )
         outcome.curves = [(s, f"lm/{n}", v) for s, n, v in lm.history]
         outcome.seconds |= {"lm": lm.seconds, "collect": stores.seconds}
-        outcome.cut = lm.cut or any(look.fitted is not None and look.fitted.cut for look in (up, down))
+        outcome.cut = lm.cut or any(
+            look.fitted is not None and look.fitted.cut for look in (up, down)
+        )
         kept = [(s, t) for s, t in zip(chosen, traced, strict=True) if t is not None]
         nodes = [sorted({e.latent for _, t in kept for e in t.edges}), [t.latent for _, t in kept]]
         found = {cell.dataset: outcome}
         for role, look, latents in zip(ROLES, (up, down), nodes, strict=True):
-            found[f"{cell.dataset}.{role}"] = self._evaluated(role, look, latents, outcome.cut, told, ctx)
-            export(look.sae, ctx.folder / "saes" / f"{cell.dataset}.{role}_{cell.seed}", stores, look.bench.read, ctx)
-        features = [{f["latent"]: f for f in found[f"{cell.dataset}.{role}"].features or []} for role in ROLES]
-        sides = [look.words.about(n, f, *self._contexts) for look, n, f in zip((up, down), nodes, features, strict=True)]
-        outcome.graphs = [as_dict(t, _title(s, t, down), *sides, (str(where.write), str(where.to))) for s, t in kept]
+            found[f"{cell.dataset}.{role}"] = self._evaluated(
+                role, look, latents, outcome.cut, told, ctx
+            )
+            export(
+                look.sae,
+                ctx.folder / "saes" / f"{cell.dataset}.{role}_{cell.seed}",
+                stores,
+                look.bench.read,
+                ctx,
+            )
+        features = [
+            {f["latent"]: f for f in found[f"{cell.dataset}.{role}"].features or []}
+            for role in ROLES
+        ]
+        sides = [
+            look.words.about(n, f, *self._contexts)
+            for look, n, f in zip((up, down), nodes, features, strict=True)
+        ]
+        outcome.graphs = [
+            as_dict(t, _title(s, t, down), *sides, (str(where.write), str(where.to)))
+            for s, t in kept
+        ]
         outcome.arrays |= _pictured(kept, down)
         return found
 
@@ -231,39 +303,96 @@ class Circuits:
             return self._given
         with ctx.session("language model", "lm", share=0.6) as session:
             recipe = self.data[cell.dataset].recipe
-            lm = train_lm(self.lm, self._texts[cell.dataset], recipe, seed=cell.seed, cache=ctx.cache, device=ctx.device, session=session)
-        ctx.console.say(f"  language model: val loss {lm.metrics['best_val_loss']:.4f} after {lm.seconds:.0f} s of training")
+            lm = train_lm(
+                self.lm,
+                self._texts[cell.dataset],
+                recipe,
+                seed=cell.seed,
+                cache=ctx.cache,
+                device=ctx.device,
+                session=session,
+            )
+        ctx.console.say(
+            f"  language model: val loss {lm.metrics['best_val_loss']:.4f} after {lm.seconds:.0f} s of training"
+        )
         return lm
 
-    def _looks(self, cell: Cell, where: Where, text: CharCorpus | TokenText, lm: TrainedLM, stores: Stores, ctx: Context) -> list[Look]:
+    def _looks(
+        self,
+        cell: Cell,
+        where: Where,
+        text: CharCorpus | TokenText,
+        lm: TrainedLM,
+        stores: Stores,
+        ctx: Context,
+    ) -> list[Look]:
         """The two SAEs: from the cache or fitted now in one pass each, or loaded."""
-        fitted: dict[str, tuple[SAE, FitReport | None]] = dict(self.fits.fitted(stores, cell, ctx)) if self.fits.arms else {}
+        fitted: dict[str, tuple[SAE, FitReport | None]] = (
+            dict(self.fits.fitted(stores, cell, ctx)) if self.fits.arms else {}
+        )
         found = []
         ids = stores.tokens(stores.held_out.starts)[0].numpy().reshape(-1)[: self.rows]
         ids = ids[: len(ids) // stores.held_out.length * stores.held_out.length]
         pieces = text.pieces if isinstance(text, TokenText) else text.symbols
-        for role, (read, write) in zip(ROLES, ((where.read, where.write), (where.to, where.to)), strict=True):
+        for role, (read, write) in zip(
+            ROLES, ((where.read, where.write), (where.to, where.to)), strict=True
+        ):
             path = getattr(self, role).sae
             if path:
                 fitted[role] = (
-                    load_sae(role, Path(path).expanduser(), cell.dataset, cell.seed, read, self.fits.width(read), ctx.console.say).to(ctx.device),
+                    load_sae(
+                        role,
+                        Path(path).expanduser(),
+                        cell.dataset,
+                        cell.seed,
+                        read,
+                        self.fits.width(read),
+                        ctx.console.say,
+                    ).to(ctx.device),
                     None,
                 )
             sae, report = fitted[role]
             spliced = Spliced(lm.model, write, stores.tokens)
             bench = Bench(
-                sae=sae, device=ctx.device, read=read, write=write, held_out=stores.held_out, lm=spliced, symbols=text.symbols, pieces=pieces
+                sae=sae,
+                device=ctx.device,
+                read=read,
+                write=write,
+                held_out=stores.held_out,
+                lm=spliced,
+                symbols=text.symbols,
+                pieces=pieces,
             )
             codes = sparse_codes(bench, len(ids))
             if codes is None:
-                raise UserError(f"the codes of the {role} SAE at {read} are not finite: there is nothing to attribute")
-            found.append(Look(sae, report, bench, codes, Describer(codes, ids, pieces, stores.held_out.length, threshold=self.threshold)))
+                raise UserError(
+                    f"the codes of the {role} SAE at {read} are not finite: there is nothing to attribute"
+                )
+            found.append(
+                Look(
+                    sae,
+                    report,
+                    bench,
+                    codes,
+                    Describer(codes, ids, pieces, stores.held_out.length, threshold=self.threshold),
+                )
+            )
         return found
 
     def _tokens(self, stores: Stores) -> Tensor:
         """The prompts: held-out windows, evenly spaced, of the rows that everything else is taken from."""
-        starts = stores.held_out.starts[: max(1, (self.rows or stores.held_out.n_rows) // stores.held_out.length)]
-        return stores.tokens(starts[np.unique(np.linspace(0, len(starts) - 1, min(self.prompts, len(starts))).round().astype(int))])[0]
+        starts = stores.held_out.starts[
+            : max(1, (self.rows or stores.held_out.n_rows) // stores.held_out.length)
+        ]
+        return stores.tokens(
+            starts[
+                np.unique(
+                    np.linspace(0, len(starts) - 1, min(self.prompts, len(starts)))
+                    .round()
+                    .astype(int)
+                )
+            ]
+        )[0]
 
     def _chosen(self, down: Look, prompts: Prompts) -> list[Specific]:
         """The downstream latents that get a graph: those asked for, or of those that fire in the prompts the most specific to one n-gram."""
@@ -273,11 +402,15 @@ class Circuits:
             return [s for s in best if s.latent in here][: self.graph.count]
         wrong = [j for j in self.graph.latents if not 0 <= j < down.sae.d_sae]
         if wrong:
-            raise UserError(f"study.graph.latents={list(self.graph.latents)}: the downstream SAE has latents 0 to {down.sae.d_sae - 1}")
+            raise UserError(
+                f"study.graph.latents={list(self.graph.latents)}: the downstream SAE has latents 0 to {down.sae.d_sae - 1}"
+            )
         best = down.words.best([self.graph.order])
         return [best[j] or Specific(j, (), 0.0, 0) for j in self.graph.latents]
 
-    def _checked(self, circuit: Circuit, prompts: Prompts, up: Look, down: Look, cell: Cell, ctx: Context) -> Outcome:
+    def _checked(
+        self, circuit: Circuit, prompts: Prompts, up: Look, down: Look, cell: Cell, ctx: Context
+    ) -> Outcome:
         """Attribute at random, compare, remove, add up."""
         spec, seed = self.checks, seed_of(cell.seed, "circuits") % 2**32
         if not prompts.active.n:
@@ -285,10 +418,29 @@ class Circuits:
             names = [i.name for i in infos(spec.nudges) if i.shown]
             return Outcome(metrics=dict.fromkeys(names), why_null=dict.fromkeys(names, why))
         weights, gated = (weight_directions(circuit, prompts, gated=g) for g in (False, True))
-        survey = gradients(circuit, prompts, drawn(prompts, spec.targets, seed), weights, steps=self.steps, seed=seed)
-        checker = Checker(circuit, prompts, drawn(prompts, spec.checked, seed + 1), spec, steps=self.steps, seed=seed)
+        survey = gradients(
+            circuit,
+            prompts,
+            drawn(prompts, spec.targets, seed),
+            weights,
+            steps=self.steps,
+            seed=seed,
+        )
+        checker = Checker(
+            circuit,
+            prompts,
+            drawn(prompts, spec.checked, seed + 1),
+            spec,
+            steps=self.steps,
+            seed=seed,
+        )
         latents = np.unique(checker.targets.latent.cpu().numpy())
-        scores = checker.scores(weights, gated, coactivation(up.codes, down.codes, latents, up.words.length, spec.lags), latents)
+        scores = checker.scores(
+            weights,
+            gated,
+            coactivation(up.codes, down.codes, latents, up.words.length, spec.lags),
+            latents,
+        )
         work = (lambda: checker.singles(scores), lambda: checker.deletions(scores), checker.joint)
         began = time.monotonic()
         with ctx.console.stage("remove", "part") as tick:
@@ -300,7 +452,9 @@ class Circuits:
             _add(outcome, found)
         outcome.seconds["removal"] = time.monotonic() - began
         m = outcome.metrics
-        outcome.warnings += of_gap(m["integrated_gap"], None if circuit.continuous else type(circuit.downstream).__name__)
+        outcome.warnings += of_gap(
+            m["integrated_gap"], None if circuit.continuous else type(circuit.downstream).__name__
+        )
         ctx.console.say(
             f"  {m['n_attributed_pairs']:,.0f} pairs at {m['attribution_targets_per_second']:,.0f} targets/s; {m['n_pairs']:,.0f} removed: "
             f"r {_show(m['attribution_ablation_pearson'])} (cosine {_show(m['cosine_ablation_pearson'])}, "
@@ -314,24 +468,42 @@ class Circuits:
         settings = {name: getattr(self, name) for name in names}
         path = f"{facts.of_sites(where.read, where.write)} -> {where.to}"
         rows = min(self.rows or stores.held_out.n_rows, stores.held_out.n_rows)
-        return {"site": path, "held-out rows": rows, "settings": settings | facts.flat(asdict(self.checks))}
+        return {
+            "site": path,
+            "held-out rows": rows,
+            "settings": settings | facts.flat(asdict(self.checks)),
+        }
 
-    def _evaluated(self, role: str, look: Look, latents: Sequence[int], cut: bool, told: Mapping[str, Any], ctx: Context) -> Outcome:
+    def _evaluated(
+        self,
+        role: str,
+        look: Look,
+        latents: Sequence[int],
+        cut: bool,
+        told: Mapping[str, Any],
+        ctx: Context,
+    ) -> Outcome:
         """The metrics of one of the SAEs; the latents of the graphs are described whatever else is."""
         outcome, names = Outcome(cut=cut), ("sae_train_time", "sae_tokens_per_second")
         if look.fitted is None:
             outcome.metrics |= dict.fromkeys(names)
             outcome.why_null |= dict.fromkeys(names, "the SAE was loaded")
         else:
-            outcome.metrics |= dict(zip(names, (look.fitted.seconds, look.fitted.rows_per_second), strict=True))
+            outcome.metrics |= dict(
+                zip(names, (look.fitted.seconds, look.fitted.rows_per_second), strict=True)
+            )
             outcome.curves = [(s, f"sae/{n}", v) for s, n, v in look.fitted.history]
             outcome.seconds["fit"] = look.fitted.seconds
         outcome.facts = {**told, "evaluations": list(told["evaluations"])}
         outcome.facts |= facts.of_sae(look.sae, facts.of_sites(look.bench.read, look.bench.write))
         look.bench.extras["latents"] = list(latents)
         outcome.measure(self.metrics, look.bench)
-        if not look.bench.symbols:  # tokens of more than a character: the metrics have no words for them
-            outcome.features = merged(outcome.features, look.words.features(latents, *self._contexts))
+        if (
+            not look.bench.symbols
+        ):  # tokens of more than a character: the metrics have no words for them
+            outcome.features = merged(
+                outcome.features, look.words.features(latents, *self._contexts)
+            )
         ctx.console.say(f"  {role}: {headline(outcome.metrics)}")
         return outcome
 

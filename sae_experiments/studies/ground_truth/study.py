@@ -61,13 +61,22 @@ class GroundTruth:
             arm.check(self.world.width, self.world.width, self.train)
             with torch.device("meta"):
                 if arm.build(self.world.width, self.world.width).needs_model:
-                    raise UserError(f"sae={name} needs a language model, and study=ground_truth has none")
+                    raise UserError(
+                        f"sae={name} needs a language model, and study=ground_truth has none"
+                    )
 
     def announce(self, ctx: Context) -> None:
         """Say what drawing rows will need. Raises :class:`UserError` where the largest sample does not fit."""
-        sizes = {"study.held_out_rows": self.held_out_rows, "study.calibration_rows": self.calibration_rows, "batch_size": self.train.batch_size}
+        sizes = {
+            "study.held_out_rows": self.held_out_rows,
+            "study.calibration_rows": self.calibration_rows,
+            "batch_size": self.train.batch_size,
+        }
         key = max(sizes, key=sizes.__getitem__)
-        what, fix = f"a world of study.world.features={self.world.features} with {key}={sizes[key]}", "use fewer features or rows"
+        what, fix = (
+            f"a world of study.world.features={self.world.features} with {key}={sizes[key]}",
+            "use fewer features or rows",
+        )
         need = Need(self.world.memory(sizes[key]))
         announce(what, need, fix, device=ctx.device, say=ctx.console.say)
         if self.world.features * self.train.batch_size * self.train.steps < NOTABLE_DRAWS:
@@ -79,18 +88,35 @@ class GroundTruth:
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
         self.announce(ctx)
-        return {self.report(arm): {"corpus": DATASET, "stand_in": False, **asdict(self.world), **part_of(self.held_out)} for arm in self.arms}
+        return {
+            self.report(arm): {
+                "corpus": DATASET,
+                "stand_in": False,
+                **asdict(self.world),
+                **part_of(self.held_out),
+            }
+            for arm in self.arms
+        }
 
     def report(self, arm: str) -> str:
         """The name results appear under: with the SAE's label where several are fitted."""
         return DATASET if len(self.arms) == 1 else f"{DATASET}.{arm}"
 
     def cells(self) -> list[Cell]:
-        return [Cell(DATASET, seed, tuple(map(self.report, self.arms))) for seed in (self.seeds if self.seeds is not None else [0])]
+        return [
+            Cell(DATASET, seed, tuple(map(self.report, self.arms)))
+            for seed in (self.seeds if self.seeds is not None else [0])
+        ]
 
     def infos(self) -> list[MetricInfo]:
-        functions = [m.func if isinstance(m, functools.partial) else m for m in self.metrics.values()]
-        return [i for module in dict.fromkeys(sys.modules[f.__module__] for f in functions) for i in module.INFO]
+        functions = [
+            m.func if isinstance(m, functools.partial) else m for m in self.metrics.values()
+        ]
+        return [
+            i
+            for module in dict.fromkeys(sys.modules[f.__module__] for f in functions)
+            for i in module.INFO
+        ]
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
         world = World(self.world, seed_of(cell.seed, "world"), ctx.device)
@@ -100,7 +126,11 @@ class GroundTruth:
             outcome.seconds["fit"], outcome.cut = fitted.seconds, fitted.cut
             outcome.curves = [(s, f"sae/{n}", v) for s, n, v in fitted.history]
             m = outcome.metrics
-            shown = ", ".join(f"{title} {m[key]:.3f}" for title, key in (("MCC", "truth_mcc"), ("F1", "truth_f1")) if m.get(key) is not None)
+            shown = ", ".join(
+                f"{title} {m[key]:.3f}"
+                for title, key in (("MCC", "truth_mcc"), ("F1", "truth_f1"))
+                if m.get(key) is not None
+            )
             ctx.console.say(f"  {name}: {shown} (fitted in {fitted.seconds:.0f} s)")
         return outcomes
 
@@ -112,26 +142,44 @@ class GroundTruth:
     def fitted(self, world: World, cell: Cell, ctx: Context) -> dict[str, tuple[SAE, FitReport]]:
         """The SAEs of a cell: from the cache, or all of them fitted now in one pass."""
         width = self.world.width
-        saes = {name: arm.seeded(width, width, cell.seed).to(ctx.device) for name, arm in self.arms.items()}
-        source = source_digest(*code_of(self.arms, saes), training, fit, planted, arms, alone=[__name__])
+        saes = {
+            name: arm.seeded(width, width, cell.seed).to(ctx.device)
+            for name, arm in self.arms.items()
+        }
+        source = source_digest(
+            *code_of(self.arms, saes), training, fit, planted, arms, alone=[__name__]
+        )
         key = {
-            "what": "planted", "world": asdict(self.world), "train": asdict(self.train), "seed": cell.seed, "torch": torch.__version__,
-            "rows": [self.calibration_rows, self.dead_after_frac], "arms": {n: a.describe() for n, a in self.arms.items()},
-            "device": ctx.device.type, "source": source,
-        }  # fmt: skip
-        folder = cached(ctx.cache, "fits", key, lambda part: self._fit(part, saes, world, cell, ctx))
+            "what": "planted",
+            "world": asdict(self.world),
+            "train": asdict(self.train),
+            "seed": cell.seed,
+            "torch": torch.__version__,
+            "rows": [self.calibration_rows, self.dead_after_frac],
+            "arms": {n: a.describe() for n, a in self.arms.items()},
+            "device": ctx.device.type,
+            "source": source,
+        }
+        folder = cached(
+            ctx.cache, "fits", key, lambda part: self._fit(part, saes, world, cell, ctx)
+        )
         reports = read_json(folder / "fits.json")
         for name, sae in saes.items():
             sae.load_state_dict(load_file(folder / f"{name}.safetensors", device=str(ctx.device)))
             sae.eval().requires_grad_(False)
         return {name: (sae, FitReport(**reports[name])) for name, sae in saes.items()}
 
-    def _fit(self, part: Path, saes: dict[str, SAE], world: World, cell: Cell, ctx: Context) -> bool:
+    def _fit(
+        self, part: Path, saes: dict[str, SAE], world: World, cell: Cell, ctx: Context
+    ) -> bool:
         def batch_at(step: int) -> Batch:
             x, _ = self.rows(world, self.train.batch_size, seed_of(cell.seed, "rows", step))
             return Batch(x, x)
 
-        x, held = (self.rows(world, self.calibration_rows, seed_of(cell.seed, what))[0] for what in ("initial", "calibration"))
+        x, held = (
+            self.rows(world, self.calibration_rows, seed_of(cell.seed, what))[0]
+            for what in ("initial", "calibration")
+        )
         with ctx.session(f"fit {listed(list(saes))}", "sae") as session:
             session.checkpoint = part / "checkpoint.safetensors"
             reports = fit_saes(
@@ -144,7 +192,12 @@ class GroundTruth:
                 session=session,
             )
         for name, sae in saes.items():
-            write_bytes(part / f"{name}.safetensors", save({k: v.detach().cpu().contiguous().clone() for k, v in sae.state_dict().items()}))
+            write_bytes(
+                part / f"{name}.safetensors",
+                save(
+                    {k: v.detach().cpu().contiguous().clone() for k, v in sae.state_dict().items()}
+                ),
+            )
         write_json(part / "fits.json", {name: r._asdict() for name, r in reports.items()})
         cut = any(r.cut for r in reports.values())
         if not cut:
@@ -154,7 +207,9 @@ class GroundTruth:
     def evaluate(self, sae: SAE, world: World, cell: Cell, ctx: Context) -> Outcome:
         """All metrics of one SAE on rows that no SAE was fitted to."""
         x, acts = self.rows(world, self.held_out_rows, rows_seed(cell.seed, self.held_out))
-        bench = Bench(sae=sae, device=ctx.device, x=x, extras={"truth": Truth(world.directions, acts)})
+        bench = Bench(
+            sae=sae, device=ctx.device, x=x, extras={"truth": Truth(world.directions, acts)}
+        )
         outcome = Outcome(facts=facts.of_sae(sae))
         outcome.measure(self.metrics, bench, ctx.ends)
         return outcome

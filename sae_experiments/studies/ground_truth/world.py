@@ -44,19 +44,28 @@ class Planted:
             if getattr(self, name) < 1:
                 raise UserError(f"study.world.{name}={getattr(self, name)} must be at least 1")
         if not 0 < self.p_min <= self.p_max < 1:
-            raise UserError(f"study.world: p_min={self.p_min} and p_max={self.p_max} must satisfy 0 < p_min <= p_max < 1")
+            raise UserError(
+                f"study.world: p_min={self.p_min} and p_max={self.p_max} must satisfy 0 < p_min <= p_max < 1"
+            )
         if not 0 <= self.child <= 1:
             raise UserError(f"study.world.child={self.child} must be a probability")
         if not 0 <= self.correlation < 1:
-            raise UserError(f"study.world.correlation={self.correlation} must be at least 0 and below 1")
+            raise UserError(
+                f"study.world.correlation={self.correlation} must be at least 0 and below 1"
+            )
         if not self.magnitude > 0:
             raise UserError(f"study.world.magnitude={self.magnitude} must be positive")
         if self.trees * self.tree_size > self.features:
-            raise UserError(f"study.world.trees={self.trees} of {self.tree_size} features each exceed features={self.features}")
+            raise UserError(
+                f"study.world.trees={self.trees} of {self.tree_size} features each exceed features={self.features}"
+            )
 
     def memory(self, rows: int) -> dict[str, float]:
         """Bytes at the peak of drawing ``rows`` rows: five numbers a feature and row are held at once, and the directions."""
-        return {"feature activations": 20.0 * rows * self.features, "rows and directions": 4.0 * self.width * (2 * rows + 3 * self.features)}
+        return {
+            "feature activations": 20.0 * rows * self.features,
+            "rows and directions": 4.0 * self.width * (2 * rows + 3 * self.features),
+        }
 
     @property
     def tree_size(self) -> int:
@@ -86,9 +95,13 @@ class World:
         fall = (rank**-recipe.zipf - n**-recipe.zipf) / max(1 - n**-recipe.zipf, 1e-12)
         zipf = recipe.p_min + (recipe.p_max - recipe.p_min) * fall
         self.free_probability = zipf[torch.randperm(n, generator=g)]
-        self.threshold = (math.sqrt(2) * torch.erfinv(1 - 2 * self.free_probability)).float().to(device)
+        self.threshold = (
+            (math.sqrt(2) * torch.erfinv(1 - 2 * self.free_probability)).float().to(device)
+        )
         loadings = torch.randn(n, recipe.rank, generator=g)
-        self.loadings = (math.sqrt(recipe.correlation) * loadings / loadings.norm(dim=1, keepdim=True)).to(device)
+        self.loadings = (
+            math.sqrt(recipe.correlation) * loadings / loadings.norm(dim=1, keepdim=True)
+        ).to(device)
         directions = torch.randn(recipe.features, recipe.width, generator=g)
         self.directions = (directions / directions.norm(dim=1, keepdim=True)).to(device)
         children: dict[int, list[int]] = {i: [] for i in self.inner()}
@@ -108,7 +121,9 @@ class World:
         n = len(self.free)
         common = draw(rows, r.rank) @ self.loadings.t()
         on = torch.zeros(rows, r.features, device=self.device)
-        on[:, self.free] = (common + math.sqrt(1 - r.correlation) * draw(rows, n) > self.threshold).float()
+        on[:, self.free] = (
+            common + math.sqrt(1 - r.correlation) * draw(rows, n) > self.threshold
+        ).float()
         size = (1 + r.spread / r.magnitude * draw(rows, r.features)).clamp_min_(0)
         for i, children in zip(self.inner(), self.children, strict=True):
             fires = on[:, i] * (torch.rand(rows, generator=g, device=self.device) < r.child)
@@ -122,7 +137,9 @@ class World:
         x = acts @ self.directions
         if not self.recipe.noise:
             return x
-        return x + self.recipe.noise * torch.randn(x.shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device)
+        return x + self.recipe.noise * torch.randn(
+            x.shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device
+        )
 
 
 def _structure(recipe: Planted) -> Structure:

@@ -24,15 +24,32 @@ class SecondView:
     """
 
     def __init__(self, stores: Stores, read: Where, share: float, ctx: Context) -> None:
-        self.stores, self.share, self.seed = stores, share, seed_of(stores.seed, "second view", share)
+        self.stores, self.share, self.seed = (
+            stores,
+            share,
+            seed_of(stores.seed, "second view", share),
+        )
         train, model = stores.train, stores.model
         with ctx.console.stage("collect second view", "window") as tick:
             self.store = collect(
-                model, lambda starts: self.replaced(starts)[0], train.starts, list(as_sites(read)), length=train.length, split=train.split,
-                cache=ctx.cache, key={"lm": train.key["of"], "replaced": share, "seed": self.seed}, dtype=stores.fit.store_dtype,
-                batch=stores.fit.collect_batch, tick=tick,
-            )  # fmt: skip
-        self.own = torch.cat([self.replaced(part)[1] for part in np.array_split(train.starts, -(-len(train.starts) // 1024))]).flatten()
+                model,
+                lambda starts: self.replaced(starts)[0],
+                train.starts,
+                list(as_sites(read)),
+                length=train.length,
+                split=train.split,
+                cache=ctx.cache,
+                key={"lm": train.key["of"], "replaced": share, "seed": self.seed},
+                dtype=stores.fit.store_dtype,
+                batch=stores.fit.collect_batch,
+                tick=tick,
+            )
+        self.own = torch.cat(
+            [
+                self.replaced(part)[1]
+                for part in np.array_split(train.starts, -(-len(train.starts) // 1024))
+            ]
+        ).flatten()
 
     def replaced(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Ids (n, T) of the windows at ``starts`` with replacements, and where these are; a function of each window alone."""

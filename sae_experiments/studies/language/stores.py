@@ -39,22 +39,51 @@ class Stores:
     """
 
     def __init__(
-        self, fit: FitSpec, sites: Sequence[Site], corpus: CharCorpus, lm: TrainedLM, seed: int, ctx: Context, *, held_out: str = "val"
+        self,
+        fit: FitSpec,
+        sites: Sequence[Site],
+        corpus: CharCorpus,
+        lm: TrainedLM,
+        seed: int,
+        ctx: Context,
+        *,
+        held_out: str = "val",
     ) -> None:
-        self.fit, self.corpus, self.model, self.seed, self.device = fit, corpus, lm.model, seed, ctx.device
+        self.fit, self.corpus, self.model, self.seed, self.device = (
+            fit,
+            corpus,
+            lm.model,
+            seed,
+            ctx.device,
+        )
         self.order = seed  # of the batches; the windows are those of ``seed``
         length = lm.model.config.n_positions
         began = time.monotonic()
-        train, calibration = split_windows(len(corpus.splits["train"]), length, fit.train_rows, fit.calibration_rows, seed_of(seed, "windows"))
+        train, calibration = split_windows(
+            len(corpus.splits["train"]),
+            length,
+            fit.train_rows,
+            fit.calibration_rows,
+            seed_of(seed, "windows"),
+        )
         sizes = {name: len(ids) for name, ids in corpus.splits.items()}
         self.split, held = held_out_starts(sizes, held_out, length, fit.held_out_rows)
 
         def store(split: str, starts: np.ndarray, what: str) -> Store:
             with ctx.console.stage(f"collect {what}", "window") as tick:
                 return collect(
-                    lm.model, lambda s: corpus.windows(split, s, length), starts, list(sites), length=length, split=split, cache=ctx.cache,
-                    key={"lm": lm.key, "text": corpus.key}, dtype=fit.store_dtype, batch=fit.collect_batch, tick=tick,
-                )  # fmt: skip
+                    lm.model,
+                    lambda s: corpus.windows(split, s, length),
+                    starts,
+                    list(sites),
+                    length=length,
+                    split=split,
+                    cache=ctx.cache,
+                    key={"lm": lm.key, "text": corpus.key},
+                    dtype=fit.store_dtype,
+                    batch=fit.collect_batch,
+                    tick=tick,
+                )
 
         self.train, self.calibration, self.held_out = (
             store("train", train, "train"),
@@ -65,17 +94,34 @@ class Stores:
 
     def short(self) -> list[Warned]:
         """Where the text holds fewer rows than were asked for."""
-        asked = {"train_rows": self.train, "calibration_rows": self.calibration, "held_out_rows": self.held_out}
-        return [w for name, store in asked.items() for w in of_rows(f"fit.{name}", store.n_rows, getattr(self.fit, name))]
+        asked = {
+            "train_rows": self.train,
+            "calibration_rows": self.calibration,
+            "held_out_rows": self.held_out,
+        }
+        return [
+            w
+            for name, store in asked.items()
+            for w in of_rows(f"fit.{name}", store.n_rows, getattr(self.fit, name))
+        ]
 
     def identity(self, read: Where, write: Where) -> dict[str, Any]:
         """What the rows of two sites depend on, for cache keys (not on what else the stores hold)."""
-        parts = {k: {n: v for n, v in store.key.items() if n != "sites"} for k, store in (("train", self.train), ("calibration", self.calibration))}
-        return parts | {"read": [str(s) for s in as_sites(read)], "write": [str(s) for s in as_sites(write)]}
+        parts = {
+            k: {n: v for n, v in store.key.items() if n != "sites"}
+            for k, store in (("train", self.train), ("calibration", self.calibration))
+        }
+        return parts | {
+            "read": [str(s) for s in as_sites(read)],
+            "write": [str(s) for s in as_sites(write)],
+        }
 
     def tokens(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Ids of held-out windows and of the characters that follow each position, (n, T) both."""
-        return tuple(self.corpus.windows(self.split, starts + shift, self.held_out.length) for shift in (0, 1))
+        return tuple(
+            self.corpus.windows(self.split, starts + shift, self.held_out.length)
+            for shift in (0, 1)
+        )
 
     def ordered(self, order: int) -> Stores:
         """The same stores, with batches and initial rows in the order of another seed: what a fit from another seed sees."""
@@ -85,7 +131,9 @@ class Stores:
 
     def index_at(self, step: int) -> np.ndarray:
         """Numbers of the training rows of one step."""
-        return self.train.index_at(step, rows=self.fit.train.batch_size, seed=seed_of(self.order, "rows"))
+        return self.train.index_at(
+            step, rows=self.fit.train.batch_size, seed=seed_of(self.order, "rows")
+        )
 
     def batch_at(self, step: int, read: Where, write: Where) -> Batch:
         """Shuffled rows of one step, as raw float32 activations on the device."""
@@ -95,18 +143,29 @@ class Stores:
         """Whole windows of one step with the rest of the language model behind them, about as many rows as a plain batch."""
         length = self.train.length
         n = max(1, self.fit.train.batch_size // length)
-        windows = np.random.default_rng([self.order, step]).choice(len(self.train.starts), n, replace=False)
-        batch = self._batch((windows[:, None] * length + np.arange(length)).reshape(-1), read, write)
+        windows = np.random.default_rng([self.order, step]).choice(
+            len(self.train.starts), n, replace=False
+        )
+        batch = self._batch(
+            (windows[:, None] * length + np.arange(length)).reshape(-1), read, write
+        )
         tokens = self.corpus.windows("train", self.train.starts[windows], length).to(self.device)
         return batch._replace(downstream=lambda recon: effect_of(self.model, write, tokens, recon))
 
     def _batch(self, index: np.ndarray, read: Where, write: Where) -> Batch:
         x = self.train.rows(read, index).to(self.device, non_blocking=True)
-        return Batch(x, x if read == write else self.train.rows(write, index).to(self.device, non_blocking=True))
+        return Batch(
+            x,
+            x
+            if read == write
+            else self.train.rows(write, index).to(self.device, non_blocking=True),
+        )
 
     def sample(self, read: Where, write: Where) -> Sample:
         """Rows to initialise from (training rows) and to calibrate on (never trained on)."""
-        index = self.train.index_at(0, rows=min(self.fit.init_rows, self.train.n_rows), seed=seed_of(self.order, "init"))
+        index = self.train.index_at(
+            0, rows=min(self.fit.init_rows, self.train.n_rows), seed=seed_of(self.order, "init")
+        )
         x, y = (self.train.rows(where, index).to(self.device) for where in (read, write))
         return Sample(x, y, self.calibration.rows(read, slice(None)).to(self.device))
 
@@ -124,7 +183,10 @@ def effect_of(model: nn.Module, site: Site, tokens: Tensor, recon: Tensor) -> di
     with patched(model, site, lambda x: recon.view_as(x)), capture(model, later) as changed:
         log_q = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
     kl = F.kl_div(log_q, log_p, log_target=True, reduction="sum") / tokens.numel()
-    errors = [(changed[s] - clean[s]).square().sum() / (clean[s] - clean[s].mean((0, 1))).square().sum() for s in later]
+    errors = [
+        (changed[s] - clean[s]).square().sum() / (clean[s] - clean[s].mean((0, 1))).square().sum()
+        for s in later
+    ]
     return {"kl": kl, "later": sum(errors) / len(errors) if errors else kl * 0}
 
 
@@ -132,11 +194,15 @@ def window_starts(n: int, length: int) -> np.ndarray:
     """Starts of the non-overlapping windows of a text of n characters; each has a character after it to predict."""
     starts = np.arange(0, n - length, length, dtype=np.int64)
     if not len(starts):
-        raise UserError(f"a split of {n} characters holds no window of {length}: use a longer text or a smaller lm.n_positions")
+        raise UserError(
+            f"a split of {n} characters holds no window of {length}: use a longer text or a smaller lm.n_positions"
+        )
     return starts
 
 
-def held_out_starts(sizes: Mapping[str, int], held_out: str, length: int, rows: int) -> tuple[str, np.ndarray]:
+def held_out_starts(
+    sizes: Mapping[str, int], held_out: str, length: int, rows: int
+) -> tuple[str, np.ndarray]:
     """The split and the starts of the windows that SAEs are evaluated on, in the order that :class:`Stores` tells of.
 
     What a search sees and what its winner is reported on have no character in common: they are the validation and the test split, or the
@@ -166,11 +232,15 @@ def held_out_starts(sizes: Mapping[str, int], held_out: str, length: int, rows: 
     return split, starts[spread_order(len(starts), DOCUMENT)][: max(1, rows // length)]
 
 
-def split_windows(n: int, length: int, train_rows: int, calibration_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_windows(
+    n: int, length: int, train_rows: int, calibration_rows: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Disjoint windows for training and calibration, drawn at random and then sorted; calibration gets at most a tenth of all windows."""
     starts = np.random.default_rng(seed).permutation(window_starts(n, length))
     if len(starts) < 2:
-        raise UserError(f"a training split of {n} characters holds fewer than two windows of {length}: use a longer text or a smaller lm.n_positions")
+        raise UserError(
+            f"a training split of {n} characters holds fewer than two windows of {length}: use a longer text or a smaller lm.n_positions"
+        )
     n_calibration = max(1, min(calibration_rows // length, len(starts) // 10))
     n_train = max(1, min(train_rows // length, len(starts) - n_calibration))
     return np.sort(starts[n_calibration : n_calibration + n_train]), np.sort(starts[:n_calibration])

@@ -45,7 +45,13 @@ SYMBOLS = 256
 
 FIT_INFO = [
     MetricInfo(
-        name="sae_train_time", title="SAE time", formula="seconds of the SAE's training", unit="s", better="down", shown=False, depends=OF_SAE_TIME
+        name="sae_train_time",
+        title="SAE time",
+        formula="seconds of the SAE's training",
+        unit="s",
+        better="down",
+        shown=False,
+        depends=OF_SAE_TIME,
     ),
     MetricInfo(
         name="sae_tokens_per_second",
@@ -81,8 +87,14 @@ class Language:
         check_held_out(self.held_out)
         if not self.data:
             raise UserError("data=[] names no corpus: use for example data=[shakespeare_char]")
-        if self.seeds is not None and (isinstance(self.seeds, int) or not self.seeds or any(not isinstance(s, int) or s < 0 for s in self.seeds)):
-            raise UserError(f"seeds={self.seeds} must be a list of whole numbers like [0,1,2], or null for each corpus's own")
+        if self.seeds is not None and (
+            isinstance(self.seeds, int)
+            or not self.seeds
+            or any(not isinstance(s, int) or s < 0 for s in self.seeds)
+        ):
+            raise UserError(
+                f"seeds={self.seeds} must be a list of whole numbers like [0,1,2], or null for each corpus's own"
+            )
         for spec in self.data.values():
             self.lm.train_config(spec.recipe)
         for arm in self.arms.values():
@@ -95,7 +107,9 @@ class Language:
 
     def width(self, where: Site | Sites) -> int:
         """Width of a site of this language model, or of several side by side."""
-        return sum(4 * self.lm.n_embd if s.stream == "mlp_act" else self.lm.n_embd for s in as_sites(where))
+        return sum(
+            4 * self.lm.n_embd if s.stream == "mlp_act" else self.lm.n_embd for s in as_sites(where)
+        )
 
     def announce(self, ctx: Context) -> None:
         """Say what the largest language model and its activations will need. Raises :class:`UserError` where they do not fit."""
@@ -107,15 +121,29 @@ class Language:
         work = sum(needs[cell.dataset].work for cell in self.cells())
         fix = "use fewer positions, a smaller batch or a smaller model"
         announce(what, needs[name]._replace(work=work), fix, device=device, say=ctx.console.say)
-        reading = Need({"activations": (60 * lm.n_embd + 8 * SYMBOLS) * self.fit.collect_batch * lm.n_positions})
+        reading = Need(
+            {
+                "activations": (60 * lm.n_embd + 8 * SYMBOLS)
+                * self.fit.collect_batch
+                * lm.n_positions
+            }
+        )
         what = f"reading activations of fit.collect_batch={self.fit.collect_batch} windows of lm.n_positions={lm.n_positions}"
-        announce(what, reading, "use fewer windows or positions", device=device, say=ctx.console.say)
+        announce(
+            what, reading, "use fewer windows or positions", device=device, say=ctx.console.say
+        )
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
         self.announce(ctx)
         for name, spec in self.data.items():
-            self._corpora[name] = load_corpus(spec, cache=ctx.cache, offline=self.offline, say=ctx.console.say)
-        return {self.report(name, arm): self._corpora[name].provenance | part_of(self.held_out) for name in self.data for arm in self.arms}
+            self._corpora[name] = load_corpus(
+                spec, cache=ctx.cache, offline=self.offline, say=ctx.console.say
+            )
+        return {
+            self.report(name, arm): self._corpora[name].provenance | part_of(self.held_out)
+            for name in self.data
+            for arm in self.arms
+        }
 
     def report(self, dataset: str, arm: str) -> str:
         """The name results appear under: the corpus, and the SAE's label where several are fitted."""
@@ -129,16 +157,35 @@ class Language:
         ]
 
     def infos(self) -> list[MetricInfo]:
-        functions = [m.func if isinstance(m, functools.partial) else m for m in self.metrics.values()]
+        functions = [
+            m.func if isinstance(m, functools.partial) else m for m in self.metrics.values()
+        ]
         modules = dict.fromkeys(sys.modules[f.__module__] for f in functions)
         return [*LM_INFO, *(i for m in modules for i in m.INFO), *FIT_INFO]
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
         corpus = self._corpora[cell.dataset]
         with ctx.session("language model", "lm", share=0.6) as session:
-            lm = train_lm(self.lm, corpus, self.data[cell.dataset].recipe, seed=cell.seed, cache=ctx.cache, device=ctx.device, session=session)
-        ctx.console.say(f"  language model: val loss {lm.metrics['best_val_loss']:.4f} after {lm.seconds:.0f} s of training")
-        sites = list(dict.fromkeys(s for arm in self.arms.values() for where in self.sites(arm) for s in as_sites(where)))
+            lm = train_lm(
+                self.lm,
+                corpus,
+                self.data[cell.dataset].recipe,
+                seed=cell.seed,
+                cache=ctx.cache,
+                device=ctx.device,
+                session=session,
+            )
+        ctx.console.say(
+            f"  language model: val loss {lm.metrics['best_val_loss']:.4f} after {lm.seconds:.0f} s of training"
+        )
+        sites = list(
+            dict.fromkeys(
+                s
+                for arm in self.arms.values()
+                for where in self.sites(arm)
+                for s in as_sites(where)
+            )
+        )
         stores = Stores(self.fit, sites, corpus, lm, cell.seed, ctx, held_out=self.held_out)
         seeds = [cell.seed + 1000 * (i + 1) for i in range(self.replicas)]
         twins = [self.fitted(stores.ordered(seed), cell._replace(seed=seed), ctx) for seed in seeds]
@@ -147,12 +194,21 @@ class Language:
             report = self.report(cell.dataset, name)
             replicas = tuple(twin[name][0] for twin in twins)
             outcomes[report] = self.evaluate(name, sae, replicas, corpus, lm, stores, fitted, ctx)
-            export(sae, ctx.folder / "saes" / f"{report}_{cell.seed}", stores, self.sites(self.arms[name])[0], ctx)
+            export(
+                sae,
+                ctx.folder / "saes" / f"{report}_{cell.seed}",
+                stores,
+                self.sites(self.arms[name])[0],
+                ctx,
+            )
         return outcomes
 
     def fitted(self, stores: Stores, cell: Cell, ctx: Context) -> dict[str, tuple[SAE, FitReport]]:
         """The SAEs of a cell, each from the cache if it was fitted before; the others are fitted now, side by side."""
-        saes = {n: arm.seeded(*map(self.width, self.sites(arm)), cell.seed).to(ctx.device) for n, arm in self.arms.items()}
+        saes = {
+            n: arm.seeded(*map(self.width, self.sites(arm)), cell.seed).to(ctx.device)
+            for n, arm in self.arms.items()
+        }
         keys = {n: self._fit_key(n, sae, stores, cell, ctx) for n, sae in saes.items()}
         missing = {n: saes[n] for n in saes if not is_cached(ctx.cache, "fits", keys[n])}
         together, key = None, {"fits": [keys[n] for n in missing]}
@@ -166,7 +222,14 @@ class Language:
             together = cached(ctx.cache, "passes", key, fit_missing)
         found = {}
         for name, sae in saes.items():
-            folder = cached(ctx.cache, "fits", keys[name], functools.partial(_take, together, list(missing).index(name) if name in missing else 0))
+            folder = cached(
+                ctx.cache,
+                "fits",
+                keys[name],
+                functools.partial(
+                    _take, together, list(missing).index(name) if name in missing else 0
+                ),
+            )
             sae.load_state_dict(load_file(folder / "sae.safetensors", device=str(ctx.device)))
             sae.eval().requires_grad_(False)
             found[name] = sae, FitReport(**read_json(folder / "report.json"))
@@ -174,25 +237,51 @@ class Language:
             discard(ctx.cache, "passes", key)
         return found
 
-    def _fit_key(self, name: str, sae: SAE, stores: Stores, cell: Cell, ctx: Context) -> dict[str, Any]:
+    def _fit_key(
+        self, name: str, sae: SAE, stores: Stores, cell: Cell, ctx: Context
+    ) -> dict[str, Any]:
         """What decides about one fit: nothing of what is fitted beside it."""
         arm = self.arms[name]
-        modules = [*code_of({name: arm}, {name: sae}), training, checkpoint, fit, activations, stores_module]
+        modules = [
+            *code_of({name: arm}, {name: sae}),
+            training,
+            checkpoint,
+            fit,
+            activations,
+            stores_module,
+        ]
         modules += [second_view] if getattr(sae, "second_view", 0.0) else []
         return {
-            "what": "fit", "rows": stores.identity(*self.sites(arm)), "fit": asdict(self.fit), "seed": cell.seed, "arm": arm.describe(),
+            "what": "fit",
+            "rows": stores.identity(*self.sites(arm)),
+            "fit": asdict(self.fit),
+            "seed": cell.seed,
+            "arm": arm.describe(),
             "sizes": [sae.d_in, sae.d_sae, sae.d_out],
-            "torch": torch.__version__, "device": ctx.device.type, "source": source_digest(*modules, alone=[__name__]),
-        }  # fmt: skip
+            "torch": torch.__version__,
+            "device": ctx.device.type,
+            "source": source_digest(*modules, alone=[__name__]),
+        }
 
-    def _fit(self, part: Path, saes: dict[str, SAE], stores: Stores, cell: Cell, ctx: Context) -> bool:
+    def _fit(
+        self, part: Path, saes: dict[str, SAE], stores: Stores, cell: Cell, ctx: Context
+    ) -> bool:
         """Fit SAEs that read the same sites in one pass over the activations, pass after pass."""
         passes: dict[tuple[Any, ...], list[str]] = {}
         for name, sae in saes.items():
-            passes.setdefault((*self.sites(self.arms[name]), sae.needs_model, getattr(sae, "second_view", 0.0)), []).append(name)
+            passes.setdefault(
+                (*self.sites(self.arms[name]), sae.needs_model, getattr(sae, "second_view", 0.0)),
+                [],
+            ).append(name)
         reports: dict[str, FitReport] = {}
         for i, ((read, write, needs_model, replaced), names) in enumerate(passes.items()):
-            batch_at = stores.windows_at if needs_model else SecondView(stores, read, replaced, ctx).batch_at if replaced else stores.batch_at
+            batch_at = (
+                stores.windows_at
+                if needs_model
+                else SecondView(stores, read, replaced, ctx).batch_at
+                if replaced
+                else stores.batch_at
+            )
             with ctx.session(f"fit {listed(names)}", "sae", share=0.8) as session:
                 session.checkpoint = part / f"checkpoint_{i}.safetensors"
                 reports |= fit_saes(
@@ -205,8 +294,15 @@ class Language:
                     scale=self.fit.scale,
                     session=session,
                 )
-        for i, (name, sae) in enumerate(saes.items()):  # numbered: a label may hold what no file name should
-            write_bytes(part / f"{i}.safetensors", save({k: v.detach().cpu().contiguous().clone() for k, v in sae.state_dict().items()}))
+        for i, (name, sae) in enumerate(
+            saes.items()
+        ):  # numbered: a label may hold what no file name should
+            write_bytes(
+                part / f"{i}.safetensors",
+                save(
+                    {k: v.detach().cpu().contiguous().clone() for k, v in sae.state_dict().items()}
+                ),
+            )
             write_json(part / f"{i}.json", reports[name]._asdict())
         cut = any(r.cut for r in reports.values())
         for old in [] if cut else part.glob("checkpoint_*"):
@@ -214,7 +310,15 @@ class Language:
         return not cut
 
     def evaluate(
-        self, name: str, sae: SAE, replicas: tuple[SAE, ...], corpus: CharCorpus, lm: TrainedLM, stores: Stores, fitted: FitReport, ctx: Context
+        self,
+        name: str,
+        sae: SAE,
+        replicas: tuple[SAE, ...],
+        corpus: CharCorpus,
+        lm: TrainedLM,
+        stores: Stores,
+        fitted: FitReport,
+        ctx: Context,
     ) -> Outcome:
         """All metrics of one SAE on held-out text."""
         read, write = self.sites(self.arms[name])
@@ -228,18 +332,33 @@ class Language:
             symbols=corpus.symbols,
             replicas=replicas,
         )
-        outcome = Outcome(metrics=dict(lm.metrics), cut=lm.cut or fitted.cut, warnings=stores.short())
-        outcome.facts = facts.of_language(lm, corpus) | facts.of_sae(sae, facts.of_sites(read, write))
+        outcome = Outcome(
+            metrics=dict(lm.metrics), cut=lm.cut or fitted.cut, warnings=stores.short()
+        )
+        outcome.facts = facts.of_language(lm, corpus) | facts.of_sae(
+            sae, facts.of_sites(read, write)
+        )
         outcome.facts |= {"store": self.fit.store_dtype, "replicas": len(replicas)}
-        outcome.metrics |= {"sae_train_time": fitted.seconds, "sae_tokens_per_second": fitted.rows_per_second}
-        outcome.curves = [(s, f"lm/{n}", v) for s, n, v in lm.history] + [(s, f"sae/{n}", v) for s, n, v in fitted.history]
+        outcome.metrics |= {
+            "sae_train_time": fitted.seconds,
+            "sae_tokens_per_second": fitted.rows_per_second,
+        }
+        outcome.curves = [(s, f"lm/{n}", v) for s, n, v in lm.history] + [
+            (s, f"sae/{n}", v) for s, n, v in fitted.history
+        ]
         outcome.seconds = {"lm": lm.seconds, "collect": stores.seconds, "fit": fitted.seconds}
         with ctx.console.stage(f"measure {name}", "metric") as tick:
             outcome.measure(self.metrics, bench, ctx.ends, tick)
         ctx.console.say(f"  {name}: {headline(outcome.metrics)} (fitted in {fitted.seconds:.0f} s)")
-        costs = {k.removeprefix("metric."): s for k, s in outcome.seconds.items() if k.startswith("metric.")}
+        costs = {
+            k.removeprefix("metric."): s
+            for k, s in outcome.seconds.items()
+            if k.startswith("metric.")
+        }
         most = sorted(costs.items(), key=lambda cost: -cost[1])[:4]
-        ctx.console.say(f"  metrics took {sum(costs.values()):.0f} s, most of it {', '.join(f'{k} {s:.1f}' for k, s in most)}")
+        ctx.console.say(
+            f"  metrics took {sum(costs.values()):.0f} s, most of it {', '.join(f'{k} {s:.1f}' for k, s in most)}"
+        )
         return outcome
 
 
@@ -258,15 +377,28 @@ def _batch(batch_at: Any, read: Where, write: Where, step: int) -> Any:
 
 def headline(metrics: Mapping[str, float | None]) -> str:
     """The numbers a person looks at first, in one line."""
-    wanted = (("L0", "sae_l0", 2), ("FVU", "sae_fvu", 4), ("dead", "sae_dead_frac", 3), ("delta CE", "ce_delta_bits", 4))
-    return ", ".join(f"{title} {metrics[key]:.{digits}f}" for title, key, digits in wanted if metrics.get(key) is not None)
+    wanted = (
+        ("L0", "sae_l0", 2),
+        ("FVU", "sae_fvu", 4),
+        ("dead", "sae_dead_frac", 3),
+        ("delta CE", "ce_delta_bits", 4),
+    )
+    return ", ".join(
+        f"{title} {metrics[key]:.{digits}f}"
+        for title, key, digits in wanted
+        if metrics.get(key) is not None
+    )
 
 
 def export(sae: SAE, folder: Path, stores: Stores, read: Where, ctx: Context) -> None:
     """Write the SAE as a SAELens directory, with reference rows, where it has such a form."""
     x = stores.held_out.rows(read, slice(0, 64)).to(ctx.device)
     hook = ", ".join(str(s) for s in as_sites(read))
-    about = {"hook_name": hook, "context_size": stores.held_out.length, "dataset_path": stores.corpus.name}
+    about = {
+        "hook_name": hook,
+        "context_size": stores.held_out.length,
+        "dataset_path": stores.corpus.name,
+    }
     try:
         interop.save_sae(sae, folder, reference=x, metadata=about)
     except NotExportable as reason:

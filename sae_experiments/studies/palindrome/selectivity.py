@@ -20,7 +20,9 @@ class Analysis:
 
     strongest: int
     samples: int
-    selective: float  # a latent is selective if one (position, letter) explains this share of its variance
+    selective: (
+        float  # a latent is selective if one (position, letter) explains this share of its variance
+    )
 
 
 class Found(NamedTuple):
@@ -33,7 +35,9 @@ class Found(NamedTuple):
 
 
 @torch.no_grad()
-def measure(sae: SAE, x: Tensor, ids: Tensor, n_test: int, analysis: Analysis, mean: Tensor | float = 0.0) -> Found:
+def measure(
+    sae: SAE, x: Tensor, ids: Tensor, n_test: int, analysis: Analysis, mean: Tensor | float = 0.0
+) -> Found:
     """Measure an SAE on the vectors (N, D) of all strings (N, 9), the last ``n_test`` of which it was not trained on.
 
     ``mean`` (D,): what was taken out of the vectors before the SAE saw them. A latent is active where z > 0. Two definitions of alive: active on
@@ -57,7 +61,9 @@ def measure(sae: SAE, x: Tensor, ids: Tensor, n_test: int, analysis: Analysis, m
         "alive_on_average_latents": float((acts[-n_test:].mean(0) > 0).sum()),
         "alive_frac": float(alive.float().mean()),
         "sae_l0": float(active.float().sum(1).mean()),
-        "selective_frac": float((best[alive] >= analysis.selective).float().mean()) if any_alive else None,
+        "selective_frac": float((best[alive] >= analysis.selective).float().mean())
+        if any_alive
+        else None,
     }
     arrays = {
         "dictionary": sae.W_dec.view(sae.d_sae, LENGTH - 1, -1).cpu().numpy().astype(np.float32),
@@ -68,9 +74,13 @@ def measure(sae: SAE, x: Tensor, ids: Tensor, n_test: int, analysis: Analysis, m
     }
     why = {} if any_alive else {"selective_frac": "no latent is alive"}
     why |= {
-        name: "the vectors of the test strings do not vary" for name in ("explained_variance", "explained_variance_entries") if scalars[name] is None
+        name: "the vectors of the test strings do not vary"
+        for name in ("explained_variance", "explained_variance_entries")
+        if scalars[name] is None
     }
-    return Found(scalars, arrays, why, browser(acts, ids, table, share, counts / n_test, analysis.strongest))
+    return Found(
+        scalars, arrays, why, browser(acts, ids, table, share, counts / n_test, analysis.strongest)
+    )
 
 
 def explained(x: Tensor, error: Tensor) -> tuple[float | None, float | None]:
@@ -104,7 +114,9 @@ def tables(acts: Tensor, letters: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(found, 1), torch.stack(shares, 1)
 
 
-def browser(acts: Tensor, ids: Tensor, table: Tensor, share: Tensor, active: Tensor, strongest: int) -> list[dict[str, Any]]:
+def browser(
+    acts: Tensor, ids: Tensor, table: Tensor, share: Tensor, active: Tensor, strongest: int
+) -> list[dict[str, Any]]:
     """For every latent: its strongest strings with their activations, and the position (1 to 3) and letter that it answers to most.
 
     ``share`` of its variance is explained by the letter there; ``selectivity`` is in standard deviations.
@@ -115,12 +127,34 @@ def browser(acts: Tensor, ids: Tensor, table: Tensor, share: Tensor, active: Ten
     for j in range(acts.shape[1]):
         position = int(share[j].argmax())
         letter = int(table[j, position].argmax())
-        strings = [[texts[i], round(v, 4)] for i, v in zip(rows[:, j].tolist(), values[:, j].tolist(), strict=True) if v > 0]
+        strings = [
+            [texts[i], round(v, 4)]
+            for i, v in zip(rows[:, j].tolist(), values[:, j].tolist(), strict=True)
+            if v > 0
+        ]
         strength = {"density": round(float(active[j]), 5), "max": round(float(values[0, j]), 4)}
-        rule = {"rule": f"{LETTERS[letter]} as letter {position + 1}"} if table[j, position, letter] > 0 else {}
-        about = strength | rule | {"position": position + 1, "letter": LETTERS[letter], "selectivity": round(float(table[j, position, letter]), 3)}
+        rule = (
+            {"rule": f"{LETTERS[letter]} as letter {position + 1}"}
+            if table[j, position, letter] > 0
+            else {}
+        )
+        about = (
+            strength
+            | rule
+            | {
+                "position": position + 1,
+                "letter": LETTERS[letter],
+                "selectivity": round(float(table[j, position, letter]), 3),
+            }
+        )
         latents.append(
-            {"latent": j, "active_frac": round(float(active[j]), 5), "share": round(float(share[j, position]), 4), **about, "strings": strings}
+            {
+                "latent": j,
+                "active_frac": round(float(active[j]), 5),
+                "share": round(float(share[j, position]), 4),
+                **about,
+                "strings": strings,
+            }
         )
     return latents
 
@@ -132,7 +166,11 @@ def look(model: torch.nn.Module, samples: Tensor, strings: Tensor) -> dict[str, 
     model.set_attn_implementation("eager")  # the fused kernel does not give its weights away
     try:
         out = model(input_ids=samples[:, :-1], use_cache=False, output_attentions=True)
-        mean = model(input_ids=strings[:, :-1], use_cache=False, output_attentions=True).attentions[0].mean((0, 1))
+        mean = (
+            model(input_ids=strings[:, :-1], use_cache=False, output_attentions=True)
+            .attentions[0]
+            .mean((0, 1))
+        )
     finally:
         model.set_attn_implementation(kind)
     logp = out.logits.float().log_softmax(-1)
@@ -144,12 +182,22 @@ def look(model: torch.nn.Module, samples: Tensor, strings: Tensor) -> dict[str, 
     }
 
 
-def _info(name: str, title: str, formula: str, unit: str, better: Any, *, shown: bool = True) -> MetricInfo:
-    return MetricInfo(name=name, title=title, formula=formula, unit=unit, better=better, shown=shown)
+def _info(
+    name: str, title: str, formula: str, unit: str, better: Any, *, shown: bool = True
+) -> MetricInfo:
+    return MetricInfo(
+        name=name, title=title, formula=formula, unit=unit, better=better, shown=shown
+    )
 
 
 INFO = [
-    _info("explained_variance", "explained variance", "1 - ||x - xhat||^2 / ||x - mean x||^2 over the test strings, about the mean vector", "", "up"),
+    _info(
+        "explained_variance",
+        "explained variance",
+        "1 - ||x - xhat||^2 / ||x - mean x||^2 over the test strings, about the mean vector",
+        "",
+        "up",
+    ),
     _info(
         "explained_variance_entries",
         "explained variance (entries)",
@@ -158,8 +206,21 @@ INFO = [
         "up",
         shown=False,
     ),
-    _info("alive_latents", "alive latents", "latents active (above zero) on at least one test string", "", "up"),
-    _info("alive_on_average_latents", "alive on average", "latents whose mean over the test strings is above zero", "", "up", shown=False),
+    _info(
+        "alive_latents",
+        "alive latents",
+        "latents active (above zero) on at least one test string",
+        "",
+        "up",
+    ),
+    _info(
+        "alive_on_average_latents",
+        "alive on average",
+        "latents whose mean over the test strings is above zero",
+        "",
+        "up",
+        shown=False,
+    ),
     _info("alive_frac", "alive (share)", "alive_latents / d_sae", "", "up", shown=False),
     _info("sae_l0", "L0", "latents active on a test string, mean", "", "target"),
     _info(

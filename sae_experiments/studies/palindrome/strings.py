@@ -16,9 +16,15 @@ from sae_experiments.errors import UserError
 LETTERS = string.ascii_lowercase
 SYMBOLS = LETTERS + "<|>"
 HALF = 3
-LENGTH = 2 * HALF + 3  # characters of a string; the model reads all but the last and predicts all but the first
-MIRROR = slice(HALF + 1, 2 * HALF + 1)  # predictions (of LENGTH - 1) that are letters of the mirrored half
-FLOOR = HALF * math.log(len(LETTERS)) / (LENGTH - 1)  # nats a token: the free letters cost log 26 each, all else is certain
+LENGTH = (
+    2 * HALF + 3
+)  # characters of a string; the model reads all but the last and predicts all but the first
+MIRROR = slice(
+    HALF + 1, 2 * HALF + 1
+)  # predictions (of LENGTH - 1) that are letters of the mirrored half
+FLOOR = (
+    HALF * math.log(len(LETTERS)) / (LENGTH - 1)
+)  # nats a token: the free letters cost log 26 each, all else is certain
 
 
 def all_strings() -> Tensor:
@@ -47,7 +53,9 @@ class Strings:
             raise UserError(f"study.data.test_frac={self.test_frac} must lie between 0 and 1")
         n = len(LETTERS) ** HALF
         if not 0 < round(self.test_frac * n) < n:
-            raise UserError(f"study.data.test_frac={self.test_frac} leaves an empty split of the {n:,} strings")
+            raise UserError(
+                f"study.data.test_frac={self.test_frac} leaves an empty split of the {n:,} strings"
+            )
 
     def parts(self, seed: int) -> tuple[Tensor, Tensor]:
         """Train and test strings (N, 9)."""

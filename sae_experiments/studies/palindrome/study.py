@@ -32,25 +32,41 @@ from sae_experiments.studies import conditions as facts
 from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of
 from sae_experiments.studies.palindrome import selectivity, strings
 from sae_experiments.studies.palindrome.selectivity import Analysis
-from sae_experiments.studies.palindrome.strings import FLOOR, LENGTH, MIRROR, SYMBOLS, Strings, rows_at
+from sae_experiments.studies.palindrome.strings import (
+    FLOOR,
+    LENGTH,
+    MIRROR,
+    SYMBOLS,
+    Strings,
+    rows_at,
+)
 from sae_experiments.training import loop as training
 from sae_experiments.training.loop import Session, TrainConfig, seed_of, train
 
 SITE = Site("mlp_out", 1)
 
 
-
-
 class PalindromeLearner(LMLearner):
     """Next-character cross-entropy over the strings; evaluated on all test strings."""
 
-    def __init__(self, model: torch.nn.Module, train_strings: Tensor, test_strings: Tensor, spec: LMSpec, cfg: TrainConfig, *, seed: int) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        train_strings: Tensor,
+        test_strings: Tensor,
+        spec: LMSpec,
+        cfg: TrainConfig,
+        *,
+        seed: int,
+    ) -> None:
         super().__init__(model, None, spec, cfg, seed=seed)  # type: ignore[arg-type] (no corpus: batch and evaluate are its only readers)
         self.train_strings, self.test_strings = train_strings, test_strings
 
     def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, 8)."""
-        rows = rows_at(len(self.train_strings), step, self.cfg.batch_size, seed_of(self.seed, "batches"))
+        rows = rows_at(
+            len(self.train_strings), step, self.cfg.batch_size, seed_of(self.seed, "batches")
+        )
         return split_ids(self.train_strings[rows.to(self.train_strings.device)])
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -71,7 +87,11 @@ def score(model: torch.nn.Module, ids: Tensor) -> dict[str, float]:
     logits = model(input_ids=x, use_cache=False).logits.float()
     loss = float(F.cross_entropy(logits.flatten(0, 1), y.flatten()))
     right = (logits.argmax(-1) == y)[:, MIRROR]
-    return {"test_loss": loss, "excess_loss": loss - FLOOR, "mirror_accuracy": float(right.float().mean())}
+    return {
+        "test_loss": loss,
+        "excess_loss": loss - FLOOR,
+        "mirror_accuracy": float(right.float().mean()),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +115,13 @@ class Palindrome:
 
     def check(self) -> None:
         if self.lm.n_layer != 1:
-            raise UserError(f"study.lm.n_layer={self.lm.n_layer}: this study reads a model of one layer")
+            raise UserError(
+                f"study.lm.n_layer={self.lm.n_layer}: this study reads a model of one layer"
+            )
         if self.lm.n_positions < LENGTH - 1:
-            raise UserError(f"study.lm.n_positions={self.lm.n_positions} must be at least {LENGTH - 1}")
+            raise UserError(
+                f"study.lm.n_positions={self.lm.n_positions} must be at least {LENGTH - 1}"
+            )
         check_held_out(self.held_out)
         n_train, n_test = len(self.data.parts(0)[0]), len(self.shown(self.data.parts(0)[1]))
         left, batch = n_train - self.fit.calibration_rows, self.fit.train.batch_size
@@ -108,7 +132,9 @@ class Palindrome:
             )
         for name in ("strongest", "samples"):
             if not 1 <= getattr(self.analysis, name) <= n_test:
-                raise UserError(f"study.analysis.{name}={getattr(self.analysis, name)} must lie between 1 and the {n_test} test strings")
+                raise UserError(
+                    f"study.analysis.{name}={getattr(self.analysis, name)} must lie between 1 and the {n_test} test strings"
+                )
         for arm in self.arms.values():
             arm.check(self.width, self.width, self.fit.train)
 
@@ -118,7 +144,12 @@ class Palindrome:
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
         return {
-            self.report(arm): {"corpus": f"palindromes-{self.data.split}", "stand_in": False, "symbols": len(SYMBOLS), **part_of(self.held_out)}
+            self.report(arm): {
+                "corpus": f"palindromes-{self.data.split}",
+                "stand_in": False,
+                "symbols": len(SYMBOLS),
+                **part_of(self.held_out),
+            }
             for arm in self.arms
         }
 
@@ -127,7 +158,10 @@ class Palindrome:
         return "palindrome" if len(self.arms) == 1 else f"palindrome.{arm}"
 
     def cells(self) -> list[Cell]:
-        return [Cell("palindrome", seed, tuple(self.report(arm) for arm in self.arms)) for seed in (self.seeds if self.seeds is not None else [0])]
+        return [
+            Cell("palindrome", seed, tuple(self.report(arm) for arm in self.arms))
+            for seed in (self.seeds if self.seeds is not None else [0])
+        ]
 
     def infos(self) -> list[MetricInfo]:
         return [*INFO, *selectivity.INFO]
@@ -147,11 +181,24 @@ class Palindrome:
         saes, reports = self.fitted(x_train, key, cell.seed, ctx)
         outcomes = {}
         for name, sae in saes.items():
-            outcome = Outcome(metrics=scored | {"lm_train_time": info["seconds"]}, cut=info["cut"] or reports[name].cut, arrays=dict(looked))
-            outcome.curves = [(s, f"lm/{n}", v) for s, n, v in info["history"]] + [(s, f"sae/{n}", v) for s, n, v in reports[name].history]
+            outcome = Outcome(
+                metrics=scored | {"lm_train_time": info["seconds"]},
+                cut=info["cut"] or reports[name].cut,
+                arrays=dict(looked),
+            )
+            outcome.curves = [(s, f"lm/{n}", v) for s, n, v in info["history"]] + [
+                (s, f"sae/{n}", v) for s, n, v in reports[name].history
+            ]
             outcome.seconds = {"lm": info["seconds"], "fit": reports[name].seconds}
             outcome.metrics["sae_train_time"] = reports[name].seconds
-            measured = selectivity.measure(sae, torch.cat([x_train, x_test]), torch.cat(parts), len(x_test), self.analysis, mean)
+            measured = selectivity.measure(
+                sae,
+                torch.cat([x_train, x_test]),
+                torch.cat(parts),
+                len(x_test),
+                self.analysis,
+                mean,
+            )
             outcome.metrics |= measured.scalars
             outcome.facts = self._facts(key, len(x_test)) | facts.of_sae(sae, str(SITE))
             outcome.why_null |= measured.why_null
@@ -159,7 +206,9 @@ class Palindrome:
             outcome.features = measured.browser
             m = outcome.metrics
             explained = "-" if m["explained_variance"] is None else f"{m['explained_variance']:.4f}"
-            ctx.console.say(f"  {name}: explained variance {explained}, alive {m['alive_latents']:.0f}/{sae.d_sae}, L0 {m['sae_l0']:.1f}")
+            ctx.console.say(
+                f"  {name}: explained variance {explained}, alive {m['alive_latents']:.0f}/{sae.d_sae}, L0 {m['sae_l0']:.1f}"
+            )
             outcomes[self.report(name)] = outcome
         return outcomes
 
@@ -173,19 +222,42 @@ class Palindrome:
             "settings": {"center": self.center, "selective": self.analysis.selective},
         }
 
-    def trained(self, parts: tuple[Tensor, ...], seed: int, ctx: Context) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:
+    def trained(
+        self, parts: tuple[Tensor, ...], seed: int, ctx: Context
+    ) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:
         """The transformer: from the cache, or trained now, continuing where a killed process stopped."""
-        key = {"what": "palindrome", "data": asdict(self.data), "lm": asdict(self.lm), "train": asdict(self.train), "seed": seed,
-               "device": ctx.device.type, "torch": torch.__version__, "source": source_digest(strings, lm, training, alone=[__name__])}  # fmt: skip
+        key = {
+            "what": "palindrome",
+            "data": asdict(self.data),
+            "lm": asdict(self.lm),
+            "train": asdict(self.train),
+            "seed": seed,
+            "device": ctx.device.type,
+            "torch": torch.__version__,
+            "source": source_digest(strings, lm, training, alone=[__name__]),
+        }
         model = build_lm(self.lm, len(SYMBOLS), seed=seed_of(seed, "lm")).to(ctx.device)
 
         def make(part: Path) -> bool:
             learner = PalindromeLearner(model, *parts, self.lm, self.train, seed=seed)
             with ctx.session("transformer", "lm", share=0.6) as session:
                 checkpoint = part / "checkpoint.safetensors"
-                progress = train([learner], learner.batch_at, self.train, Session(session.log, session.tick, checkpoint, session.deadline))
+                progress = train(
+                    [learner],
+                    learner.batch_at,
+                    self.train,
+                    Session(session.log, session.tick, checkpoint, session.deadline),
+                )
             write_bytes(part / "model.safetensors", tensors_of(model))
-            write_json(part / "info.json", {"seconds": progress.seconds, "cut": progress.cut, "history": progress.history, "step": progress.step})
+            write_json(
+                part / "info.json",
+                {
+                    "seconds": progress.seconds,
+                    "cut": progress.cut,
+                    "history": progress.history,
+                    "step": progress.step,
+                },
+            )
             if not progress.cut:
                 checkpoint.unlink(missing_ok=True)
             return not progress.cut
@@ -197,21 +269,35 @@ class Palindrome:
 
     def split(self, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Rows (N, D) of the training strings that SAEs are fitted to, and those they are calibrated on, drawn at random."""
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed_of(seed, "calibration"))).to(x.device)
+        order = torch.randperm(
+            len(x), generator=torch.Generator().manual_seed(seed_of(seed, "calibration"))
+        ).to(x.device)
         n = self.fit.calibration_rows
         return x[order[n : n + self.fit.train_rows]], x[order[:n]]
 
-    def fitted(self, x: Tensor, key: Mapping[str, Any], seed: int, ctx: Context) -> tuple[dict[str, SAE], dict[str, FitReport]]:
+    def fitted(
+        self, x: Tensor, key: Mapping[str, Any], seed: int, ctx: Context
+    ) -> tuple[dict[str, SAE], dict[str, FitReport]]:
         """The SAEs: from the cache, or fitted now in one pass over the training strings but for those kept to calibrate on."""
-        saes = {name: arm.seeded(self.width, self.width, seed).to(ctx.device) for name, arm in self.arms.items()}
-        full = {"what": "palindrome SAEs", "of": dict(key), "center": self.center,
-                "arms": {n: arm.describe() for n, arm in self.arms.items()}, "fit": asdict(self.fit),
-                "source": source_digest(*code_of(self.arms, saes), fit, training, arms)}  # fmt: skip
+        saes = {
+            name: arm.seeded(self.width, self.width, seed).to(ctx.device)
+            for name, arm in self.arms.items()
+        }
+        full = {
+            "what": "palindrome SAEs",
+            "of": dict(key),
+            "center": self.center,
+            "arms": {n: arm.describe() for n, arm in self.arms.items()},
+            "fit": asdict(self.fit),
+            "source": source_digest(*code_of(self.arms, saes), fit, training, arms),
+        }
         cfg = self.fit.train
         learned, held = self.split(x, seed)
 
         def batch_at(step: int) -> Batch:
-            rows = learned[rows_at(len(learned), step, cfg.batch_size, seed_of(seed, "rows")).to(x.device)]
+            rows = learned[
+                rows_at(len(learned), step, cfg.batch_size, seed_of(seed, "rows")).to(x.device)
+            ]
             return Batch(rows, rows)
 
         def make(part: Path) -> bool:
@@ -220,10 +306,21 @@ class Palindrome:
                 session.checkpoint = part / "checkpoint.safetensors"
                 configs = {name: arm.config(cfg) for name, arm in self.arms.items()}
                 sample = Sample(few, few, held)
-                found = fit_saes(saes, batch_at, configs, sample, seed=seed, dead_after=self.fit.dead_after, scale=self.fit.scale, session=session)
+                found = fit_saes(
+                    saes,
+                    batch_at,
+                    configs,
+                    sample,
+                    seed=seed,
+                    dead_after=self.fit.dead_after,
+                    scale=self.fit.scale,
+                    session=session,
+                )
             for name, sae in saes.items():
                 write_bytes(part / f"{name}.safetensors", tensors_of(sae))
-            write_json(part / "fits.json", {name: report._asdict() for name, report in found.items()})
+            write_json(
+                part / "fits.json", {name: report._asdict() for name, report in found.items()}
+            )
             cut = any(report.cut for report in found.values())
             if not cut:
                 session.checkpoint.unlink(missing_ok=True)
@@ -233,7 +330,9 @@ class Palindrome:
         for name, sae in saes.items():
             sae.load_state_dict(load_file(folder / f"{name}.safetensors", device=str(ctx.device)))
             sae.eval().requires_grad_(False)
-        return saes, {name: FitReport(**report) for name, report in read_json(folder / "fits.json").items()}
+        return saes, {
+            name: FitReport(**report) for name, report in read_json(folder / "fits.json").items()
+        }
 
 
 def tensors_of(module: torch.nn.Module) -> bytes:
@@ -244,17 +343,41 @@ def tensors_of(module: torch.nn.Module) -> bytes:
 def flattened(model: torch.nn.Module, x: Tensor, rows: int = 2048) -> Tensor:
     """The MLP output at all positions of every string, (N, 8 * width)."""
     with torch.no_grad():
-        return torch.cat([activations(model, part, [SITE])[SITE].flatten(1) for part in x.split(rows)])
+        return torch.cat(
+            [activations(model, part, [SITE])[SITE].flatten(1) for part in x.split(rows)]
+        )
 
 
 def _info(
-    name: str, title: str, formula: str, unit: str, better: Any, *, shown: bool = True, depends: tuple[str, ...] = ON_ACTIVATIONS
+    name: str,
+    title: str,
+    formula: str,
+    unit: str,
+    better: Any,
+    *,
+    shown: bool = True,
+    depends: tuple[str, ...] = ON_ACTIVATIONS,
 ) -> MetricInfo:
-    return MetricInfo(name=name, title=title, formula=formula, unit=unit, better=better, shown=shown, depends=depends)
+    return MetricInfo(
+        name=name,
+        title=title,
+        formula=formula,
+        unit=unit,
+        better=better,
+        shown=shown,
+        depends=depends,
+    )
 
 
 INFO = [
-    _info("excess_loss", "excess loss", "test_loss - 3 log(26) / 8, the least that is possible", "nat/char", "down", depends=OF_MODEL_ON_ROWS),
+    _info(
+        "excess_loss",
+        "excess loss",
+        "test_loss - 3 log(26) / 8, the least that is possible",
+        "nat/char",
+        "down",
+        depends=OF_MODEL_ON_ROWS,
+    ),
     _info(
         "mirror_accuracy",
         "mirrored half",
@@ -263,7 +386,30 @@ INFO = [
         "up",
         depends=OF_MODEL_ON_ROWS,
     ),
-    _info("test_loss", "test loss", "mean cross-entropy of the characters of the test strings", "nat/char", "down", depends=OF_MODEL_ON_ROWS),
-    _info("lm_train_time", "LM time", "seconds of training the transformer", "s", "down", shown=False, depends=OF_MODEL_TIME),
-    _info("sae_train_time", "SAE time", "seconds of the SAE's training", "s", "down", shown=False, depends=OF_SAE_TIME),
+    _info(
+        "test_loss",
+        "test loss",
+        "mean cross-entropy of the characters of the test strings",
+        "nat/char",
+        "down",
+        depends=OF_MODEL_ON_ROWS,
+    ),
+    _info(
+        "lm_train_time",
+        "LM time",
+        "seconds of training the transformer",
+        "s",
+        "down",
+        shown=False,
+        depends=OF_MODEL_TIME,
+    ),
+    _info(
+        "sae_train_time",
+        "SAE time",
+        "seconds of the SAE's training",
+        "s",
+        "down",
+        shown=False,
+        depends=OF_SAE_TIME,
+    ),
 ]

@@ -26,7 +26,10 @@ from sae_experiments.training.loop import At, Learner, Loss, TrainConfig, seed_o
 INITS = ("matrix", "stacked")
 ROWS = 4  # hidden units and the bias are padded to a multiple of this
 DRAWN = 4  # batches drawn at once
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # entries of an output worked on at once: what a core's cache holds
+CHUNK = {
+    "cpu": 1 << 18,
+    "cuda": 1 << 26,
+}  # entries of an output worked on at once: what a core's cache holds
 
 
 class Samples(NamedTuple):
@@ -40,8 +43,23 @@ class Samples(NamedTuple):
 class Stream:
     """The samples of one depth as a function of (seed, step): distinct samples with counts where they are no more than a batch, else batches."""
 
-    def __init__(self, features: Features, depth: int, *, instances: int, batch: int, seed: int, device: torch.device) -> None:
-        self.features, self.depth, self.instances, self.batch, self.device = features, depth, instances, batch, device
+    def __init__(
+        self,
+        features: Features,
+        depth: int,
+        *,
+        instances: int,
+        batch: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.features, self.depth, self.instances, self.batch, self.device = (
+            features,
+            depth,
+            instances,
+            batch,
+            device,
+        )
         self.seed = seed_of(seed, "samples", depth)
         self.counted = features.n_distinct(depth) <= batch
         self._drawn: tuple[int, Tensor] | None = None
@@ -55,7 +73,14 @@ class Stream:
         """What the models see in step ``step``."""
         chunk, within = divmod(step, DRAWN)
         if self._drawn is None or self._drawn[0] != chunk:
-            self._drawn = (chunk, self._draw(np.random.Generator(np.random.SFC64([self.seed & 0xFFFFFFFF, self.seed >> 32, chunk]))))
+            self._drawn = (
+                chunk,
+                self._draw(
+                    np.random.Generator(
+                        np.random.SFC64([self.seed & 0xFFFFFFFF, self.seed >> 32, chunk])
+                    )
+                ),
+            )
         drawn = self._drawn[1][within]
         return Samples(self.x, drawn) if self.counted else Samples(drawn, None)
 
@@ -71,7 +96,9 @@ class Stream:
         if self.counted:
             shares = torch.from_numpy(self.probs.astype(np.float32)).to(self.device)
             return Samples(self.x, shares.expand(self.instances, -1))
-        drawn = self.features.draw(self.depth, rows, np.random.default_rng([self.seed & 0xFFFFFFFF, self.seed >> 32]))
+        drawn = self.features.draw(
+            self.depth, rows, np.random.default_rng([self.seed & 0xFFFFFFFF, self.seed >> 32])
+        )
         return Samples(torch.from_numpy(drawn).to(self.device)[None], None)
 
 
@@ -87,13 +114,26 @@ class Group(NamedTuple):
 class Models(nn.Module):
     """Every (depth, hidden) pair of ``shapes``, ``instances`` times. A group's parameter (I, C, R, F) holds W and, in its last row, b."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], features: Features, *, instances: int, init: str, seed: int) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        features: Features,
+        *,
+        instances: int,
+        init: str,
+        seed: int,
+    ) -> None:
         super().__init__()
         members: dict[tuple[int, int], list[int]] = {}
         for depth, hidden in shapes:
             members.setdefault((depth, -(-(hidden + 1) // ROWS) * ROWS), []).append(hidden)
-        self.groups = [Group(depth, features.n_features(depth), hidden, rows) for (depth, rows), hidden in members.items()]
-        self.theta = nn.ParameterList(_initial(group, instances, init, seed) for group in self.groups)
+        self.groups = [
+            Group(depth, features.n_features(depth), hidden, rows)
+            for (depth, rows), hidden in members.items()
+        ]
+        self.theta = nn.ParameterList(
+            _initial(group, instances, init, seed) for group in self.groups
+        )
         self.instances = instances
         self._scratch: dict[tuple[Any, ...], Tensor] = {}
 
@@ -106,19 +146,32 @@ class Models(nn.Module):
         raise KeyError((depth, hidden))
 
     @torch.no_grad()
-    def losses(self, samples: dict[int, Samples], importances: dict[int, Tensor], grads: list[Tensor] | None = None) -> list[Tensor]:
+    def losses(
+        self,
+        samples: dict[int, Samples],
+        importances: dict[int, Tensor],
+        grads: list[Tensor] | None = None,
+    ) -> list[Tensor]:
         """Loss (I, C) of every model, by group; ``grads`` (like the parameters) receive its gradient where they are given."""
         found = []
         step = compiled() if grads is not None and self.theta[0].device.type == "cpu" else None
         for i, (group, theta) in enumerate(zip(self.groups, self.theta, strict=True)):
             (x, shares), weight = samples[group.depth], importances[group.depth] / group.n_features
             if step is not None and grads is not None:
-                found.append(step(theta, grads[i], x, shares, weight.expand(theta.shape[-1]).contiguous()))
+                found.append(
+                    step(theta, grads[i], x, shares, weight.expand(theta.shape[-1]).contiguous())
+                )
             else:
-                found.append(self._group(theta, samples[group.depth], weight, None if grads is None else grads[i]))
+                found.append(
+                    self._group(
+                        theta, samples[group.depth], weight, None if grads is None else grads[i]
+                    )
+                )
         return found
 
-    def _group(self, theta: Tensor, samples: Samples, weight: Tensor, grad: Tensor | None) -> Tensor:
+    def _group(
+        self, theta: Tensor, samples: Samples, weight: Tensor, grad: Tensor | None
+    ) -> Tensor:
         """Loss and gradient of one group; ``weight`` (F,) is each feature's share of the loss, the same for all where it has one entry."""
         (n_i, n_c, rows, width), (sets, n) = theta.shape, samples.x.shape[:2]
         models = theta.view(sets, -1, rows, width)
@@ -131,9 +184,15 @@ class Models(nn.Module):
         total = theta.new_empty(sets, models.shape[1])
         for j, part in self._chunks(sets, models.shape[1], n * width, theta.device):
             w, h = models[j, part], code[j, part]
-            out = torch.bmm(h.transpose(1, 2), w, out=self._buffer("out", (len(w), n, width), theta)).relu_()
+            out = torch.bmm(
+                h.transpose(1, 2), w, out=self._buffer("out", (len(w), n, width), theta)
+            ).relu_()
             error = torch.sub(out, x[j], out=self._buffer("error", out.shape, theta))
-            each = torch.linalg.vector_norm(error, dim=2).square_() * weight if len(weight) == 1 else error.square() @ weight  # (M, S)
+            each = (
+                torch.linalg.vector_norm(error, dim=2).square_() * weight
+                if len(weight) == 1
+                else error.square() @ weight
+            )  # (M, S)
             total[j, part] = each.mean(1) if shares is None else (each * shares[j, part]).sum(1)
             if grad is None or back is None:
                 continue
@@ -141,7 +200,9 @@ class Models(nn.Module):
                 error.mul_(weight)
             if shares is not None:
                 error.mul_(shares[j, part][..., None])
-            slope = torch.ops.aten.threshold_backward.grad_input(error, out, 0, grad_input=error)  # zero where the output is
+            slope = torch.ops.aten.threshold_backward.grad_input(
+                error, out, 0, grad_input=error
+            )  # zero where the output is
             torch.bmm(h, slope, out=grad.view_as(models)[j, part])
             torch.bmm(w, slope.transpose(1, 2), out=back[j, part])
         if grad is not None and back is not None:
@@ -158,9 +219,13 @@ class Models(nn.Module):
         return self._scratch[key]
 
     @staticmethod
-    def _chunks(sets: int, models: int, entries: int, device: torch.device) -> Iterator[tuple[int, slice]]:
+    def _chunks(
+        sets: int, models: int, entries: int, device: torch.device
+    ) -> Iterator[tuple[int, slice]]:
         size = max(1, CHUNK.get(device.type, CHUNK["cpu"]) // entries)
-        return ((j, slice(begin, begin + size)) for j in range(sets) for begin in range(0, models, size))
+        return (
+            (j, slice(begin, begin + size)) for j in range(sets) for begin in range(0, models, size)
+        )
 
 
 def _initial(group: Group, instances: int, init: str, seed: int) -> nn.Parameter:
@@ -172,12 +237,28 @@ def _initial(group: Group, instances: int, init: str, seed: int) -> nn.Parameter
     for c, hidden in enumerate(group.hidden):
         for i in range(instances):
             generator = torch.Generator().manual_seed(seed_of(seed, "init", group.depth, hidden, i))
-            std = math.sqrt(2 / (hidden + group.n_features if init == "matrix" else (hidden + instances) * group.n_features))
-            theta[i, c, :hidden, : group.n_features] = std * torch.randn(hidden, group.n_features, generator=generator)
+            std = math.sqrt(
+                2
+                / (
+                    hidden + group.n_features
+                    if init == "matrix"
+                    else (hidden + instances) * group.n_features
+                )
+            )
+            theta[i, c, :hidden, : group.n_features] = std * torch.randn(
+                hidden, group.n_features, generator=generator
+            )
     return nn.Parameter(theta)
 
 
-def memory(shapes: Sequence[tuple[int, int]], features: Features, *, instances: int, batch: int, eval_rows: int) -> dict[str, float]:
+def memory(
+    shapes: Sequence[tuple[int, int]],
+    features: Features,
+    *,
+    instances: int,
+    batch: int,
+    eval_rows: int,
+) -> dict[str, float]:
     """Bytes at the peak of training the models of ``shapes`` and evaluating them, by what they are for, to about a third. Builds nothing."""
     training = evaluation = models = paths = 0.0
     for depth in dict.fromkeys(depth for depth, _ in shapes):
@@ -189,13 +270,23 @@ def memory(shapes: Sequence[tuple[int, int]], features: Features, *, instances: 
         training += 5.0 * distinct * width if counted else (DRAWN + 4.0) * instances * batch * width
         codes = 4.0 * instances * sum(h + ROWS for h in hidden) * eval_rows
         evaluation += 0.0 if counted else 14.0 * eval_rows * width + codes
-        paths = max(paths, 3.0 * width**2 if tree else 1e3 * width)  # every path of a tree, a block for every other feature
-    return {"weights and optimiser": models, "samples": training + evaluation, "paths of the tree": paths}
+        paths = max(
+            paths, 3.0 * width**2 if tree else 1e3 * width
+        )  # every path of a tree, a block for every other feature
+    return {
+        "weights and optimiser": models,
+        "samples": training + evaluation,
+        "paths of the tree": paths,
+    }
 
 
 def _per_model(shares: Tensor | None, n_c: int, sets: int) -> Tensor | None:
     """Shares (I, S) repeated for the C configurations of an instance, as (J, M, S)."""
-    return None if shares is None else shares[:, None].expand(-1, n_c, -1).reshape(sets, -1, shares.shape[-1])
+    return (
+        None
+        if shares is None
+        else shares[:, None].expand(-1, n_c, -1).reshape(sets, -1, shares.shape[-1])
+    )
 
 
 class _Known(torch.autograd.Function):
@@ -216,12 +307,22 @@ class ToyLearner(Learner):
 
     module: Models
 
-    def __init__(self, models: Models, streams: dict[int, Stream], features: Features, cfg: TrainConfig, *, seed: int) -> None:
+    def __init__(
+        self,
+        models: Models,
+        streams: dict[int, Stream],
+        features: Features,
+        cfg: TrainConfig,
+        *,
+        seed: int,
+    ) -> None:
         super().__init__("toy", models, cfg, seed=seed)
         self.streams = streams
         device = next(models.parameters()).device
         flat = features.importance == 1
-        self.importances = {depth: _importances(features, depth, device, flat=flat) for depth in streams}
+        self.importances = {
+            depth: _importances(features, depth, device, flat=flat) for depth in streams
+        }
         self._grads = [torch.zeros_like(theta) for theta in models.theta]
 
     def batch_at(self, step: int) -> dict[int, Samples]:
@@ -234,14 +335,22 @@ class ToyLearner(Learner):
         for group, found in zip(self.module.groups, losses, strict=True):
             name = f"depth_{group.depth}"
             parts[name] = parts[name] + found.sum() if name in parts else found.sum()
-        return Loss(_Known.apply(torch.stack(list(parts.values())).sum(), self._grads, *self.module.theta), parts)
+        return Loss(
+            _Known.apply(torch.stack(list(parts.values())).sum(), self._grads, *self.module.theta),
+            parts,
+        )
 
     def final(self, rows: int) -> dict[tuple[int, int], np.ndarray]:
         """Expected loss (I,) of every (depth, hidden): exact where samples are counted, else over ``rows`` fresh samples."""
         losses: dict[tuple[int, int], np.ndarray] = {}
         samples = {depth: stream.everything(rows) for depth, stream in self.streams.items()}
-        for group, found in zip(self.module.groups, self.module.losses(samples, self.importances), strict=True):
-            losses |= {(group.depth, hidden): found[:, c].cpu().numpy().astype(float) for c, hidden in enumerate(group.hidden)}
+        for group, found in zip(
+            self.module.groups, self.module.losses(samples, self.importances), strict=True
+        ):
+            losses |= {
+                (group.depth, hidden): found[:, c].cpu().numpy().astype(float)
+                for c, hidden in enumerate(group.hidden)
+            }
         return losses
 
 
@@ -255,10 +364,20 @@ def _importances(features: Features, depth: int, device: torch.device, *, flat: 
 
 
 def make(
-    shapes: Sequence[tuple[int, int]], features: Features, cfg: TrainConfig, *, instances: int, init: str, seed: int, device: torch.device
+    shapes: Sequence[tuple[int, int]],
+    features: Features,
+    cfg: TrainConfig,
+    *,
+    instances: int,
+    init: str,
+    seed: int,
+    device: torch.device,
 ) -> ToyLearner:
     """Models of every (depth, hidden) in ``shapes`` with their samples, ready for :func:`sae_experiments.training.loop.train`."""
     models = Models(shapes, features, instances=instances, init=init, seed=seed).to(device)
     depths = dict.fromkeys(depth for depth, _ in shapes)
-    streams = {d: Stream(features, d, instances=instances, batch=cfg.batch_size, seed=seed, device=device) for d in depths}
+    streams = {
+        d: Stream(features, d, instances=instances, batch=cfg.batch_size, seed=seed, device=device)
+        for d in depths
+    }
     return ToyLearner(models, streams, features, cfg, seed=seed)

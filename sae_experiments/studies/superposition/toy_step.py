@@ -35,18 +35,27 @@ def compiled() -> Step | None:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "toy_step.so"
         try:
-            subprocess.run([compiler, *FLAGS, "-o", str(library), str(SOURCE)], check=True, capture_output=True, timeout=60)
+            subprocess.run(
+                [compiler, *FLAGS, "-o", str(library), str(SOURCE)],
+                check=True,
+                capture_output=True,
+                timeout=60,
+            )
             function = ctypes.CDLL(str(library)).step
         except (OSError, subprocess.SubprocessError, AttributeError):
             return None
     function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 6
 
-    def step(theta: Tensor, grad: Tensor, x: Tensor, shares: Tensor | None, weight: Tensor) -> Tensor:
+    def step(
+        theta: Tensor, grad: Tensor, x: Tensor, shares: Tensor | None, weight: Tensor
+    ) -> Tensor:
         losses = torch.empty(theta.shape[:2])
         tensors = (theta, grad, losses, x, shares, weight)
         if not all(t is None or t.is_contiguous() for t in tensors):
             raise ValueError("the compiled step reads contiguous tensors only")
-        if function(*(None if t is None else t.data_ptr() for t in tensors), *theta.shape, *x.shape[:2]):
+        if function(
+            *(None if t is None else t.data_ptr() for t in tensors), *theta.shape, *x.shape[:2]
+        ):
             raise MemoryError("no memory for a step of the toy models")
         return losses
 
@@ -63,7 +72,12 @@ def _agrees(step: Step) -> bool:
     with torch.enable_grad():
         leaf = theta.clone().requires_grad_(True)
         w, b = leaf[:, :, :-1], leaf[:, :, -1:]
-        error = torch.relu(torch.einsum("ichf,ichg,isg->icsf", w, w, x.float()) + b) - x[:, None].float()
+        error = (
+            torch.relu(torch.einsum("ichf,ichg,isg->icsf", w, w, x.float()) + b)
+            - x[:, None].float()
+        )
         expected = (error.square() @ weight).mean(2)
         expected.sum().backward()
-    return torch.allclose(found, expected.detach(), rtol=1e-4) and torch.allclose(grad, leaf.grad, rtol=1e-3, atol=1e-3)  # type: ignore[arg-type]
+    return torch.allclose(found, expected.detach(), rtol=1e-4) and torch.allclose(
+        grad, leaf.grad, rtol=1e-3, atol=1e-3
+    )  # type: ignore[arg-type]

@@ -63,9 +63,13 @@ class Features:
         if not self.importance > 0 or not math.isfinite(self.importance):
             raise UserError(f"importance={self.importance} must be a positive number")
         if self.correlated + self.anticorrelated > 1:
-            raise UserError(f"correlated={self.correlated} and anticorrelated={self.anticorrelated} are shares of the features: at most 1 together")
+            raise UserError(
+                f"correlated={self.correlated} and anticorrelated={self.anticorrelated} are shares of the features: at most 1 together"
+            )
         if self.mode == "pairs" and self.anticorrelated and self.probability > 0.5:
-            raise UserError(f"probability={self.probability} must be at most 0.5 where pairs exclude each other (anticorrelated)")
+            raise UserError(
+                f"probability={self.probability} must be at most 0.5 where pairs exclude each other (anticorrelated)"
+            )
 
     def n_features(self, depth: int) -> int:
         """Nodes of the tree without its root: ``(b^(D+1) - b) / (b - 1)``."""
@@ -73,7 +77,9 @@ class Features:
 
     def levels(self, depth: int) -> np.ndarray:
         """Level (F,) of every feature, from 1 below the root."""
-        return np.repeat(np.arange(1, depth + 1), [self.branching**level for level in range(1, depth + 1)])
+        return np.repeat(
+            np.arange(1, depth + 1), [self.branching**level for level in range(1, depth + 1)]
+        )
 
     def parents(self, depth: int) -> np.ndarray:
         """Index (F,) of every feature's parent, -1 for the root."""
@@ -87,7 +93,11 @@ class Features:
         """Probability (F,) that a feature is on."""
         if self.mode == "pairs":
             return np.full(self.n_features(depth), float(self.probability))
-        stop = self.stop if "early_stopping" in (self.mode, self.match if self.mode == "independent" else "") else 0.0
+        stop = (
+            self.stop
+            if "early_stopping" in (self.mode, self.match if self.mode == "independent" else "")
+            else 0.0
+        )
         return self.probability * ((1 - stop) / self.branching) ** self.levels(depth)
 
     def joints(self, depth: int) -> np.ndarray:
@@ -143,14 +153,20 @@ def bernoulli(probs: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray
     then P(r = 1) = p. A probability such as 2^-5 takes five random bits a value.
     """
     numbers = np.round(probs * 2.0**BITS).astype(np.uint64)
-    digits = [(numbers >> np.uint64(t)) & np.uint64(1) for t in range(BITS)]  # least significant first
+    digits = [
+        (numbers >> np.uint64(t)) & np.uint64(1) for t in range(BITS)
+    ]  # least significant first
     first = next((t for t, digit in enumerate(digits) if digit.any()), BITS)
-    r = np.zeros((-(-n // TALL), TALL * len(probs) // 8), np.uint8)  # many rows in one: numpy is slow along short axes
+    r = np.zeros(
+        (-(-n // TALL), TALL * len(probs) // 8), np.uint8
+    )  # many rows in one: numpy is slow along short axes
     for digit in digits[first:]:
         ones = np.tile(np.packbits(digit.astype(np.uint8)), TALL)
         b = np.frombuffer(rng.bytes(r.size), np.uint8).reshape(r.shape)
         r = (r & b) | (ones & (r | b))
-    return np.unpackbits(r | np.tile(np.packbits(numbers == 2**BITS), TALL)).reshape(-1, len(probs))[:n]
+    return np.unpackbits(r | np.tile(np.packbits(numbers == 2**BITS), TALL)).reshape(
+        -1, len(probs)
+    )[:n]
 
 
 @lru_cache(maxsize=64)
@@ -162,9 +178,14 @@ def _blocks(features: Features, depth: int) -> list[Block]:
     if features.mode == "independent":
         return [_single(i, p) for i, p in enumerate(singles)]
     p = features.probability
-    together, apart = (int(share * n / 2 + 1e-9) for share in (features.correlated, features.anticorrelated))
+    together, apart = (
+        int(share * n / 2 + 1e-9) for share in (features.correlated, features.anticorrelated)
+    )
     found = [_block([2 * i, 2 * i + 1], [[0, 0], [1, 1]], [1 - p, p]) for i in range(together)]
-    found += [_block([2 * i, 2 * i + 1], [[0, 0], [0, 1], [1, 0]], [1 - 2 * p, p, p]) for i in range(together, together + apart)]
+    found += [
+        _block([2 * i, 2 * i + 1], [[0, 0], [0, 1], [1, 0]], [1 - 2 * p, p, p])
+        for i in range(together, together + apart)
+    ]
     return found + [_single(i, p) for i in range(2 * (together + apart), n)]
 
 
@@ -178,7 +199,9 @@ def _tree(features: Features, depth: int) -> Block:
             rows[i] |= rows[parent]
     ends = np.where(levels == depth, 1.0, stop)
     probs = features.marginals(depth) * ends
-    return _block(range(len(levels)), np.vstack([np.zeros_like(rows[:1]), rows]), [1 - probs.sum(), *probs])
+    return _block(
+        range(len(levels)), np.vstack([np.zeros_like(rows[:1]), rows]), [1 - probs.sum(), *probs]
+    )
 
 
 def _single(i: int, p: float) -> Block:
@@ -189,4 +212,6 @@ def _block(features: object, rows: object, probs: object) -> Block:
     """A block without its impossible outcomes."""
     p = np.asarray(probs, float)
     possible = p > 1e-12  # 1 - sum of the others is zero but for rounding
-    return Block(np.asarray(features), np.asarray(rows, np.uint8)[possible], p[possible] / p[possible].sum())
+    return Block(
+        np.asarray(features), np.asarray(rows, np.uint8)[possible], p[possible] / p[possible].sum()
+    )
