@@ -145,16 +145,21 @@ def test_without_a_terminal_the_output_is_plain_lines_and_stderr_is_empty(first)
 
 def test_the_same_command_again_says_already_done_and_changes_nothing(first, here, capsys):
     experiment, _ = first
-    kept = lambda: {
-        p: p.read_bytes()
-        for p in experiment.here.rglob("*")
-        if p.is_file() and p.name != "manifest.json"
-    }  # noqa: E731
-    manifest = lambda: {
-        k: v
-        for k, v in experiment.json("first", "manifest.json").items()
-        if k not in ("started", "ended", "pid")
-    }  # noqa: E731
+
+    def kept():
+        return {
+            p: p.read_bytes()
+            for p in experiment.here.rglob("*")
+            if p.is_file() and p.name != "manifest.json"
+        }
+
+    def manifest():
+        return {
+            k: v
+            for k, v in experiment.json("first", "manifest.json").items()
+            if k not in ("started", "ended", "pid")
+        }
+
     before, told = kept(), manifest()
     assert here("--out_dir=first", "sae=topk") == 0
     said = capsys.readouterr()

@@ -137,9 +137,14 @@ def test_only_what_exceeds_the_random_level_is_penalised():
     loss = Coherence(excess=10.0, chunk=8)
     below = torch.eye(100)[:20]
     tau = math.sqrt(2 * math.log(20) / 100)
-    at = lambda c: torch.nn.functional.normalize(
-        torch.cat([torch.tensor([-c]), torch.zeros(98), torch.tensor([math.sqrt(1 - c * c)])])[None]
-    )  # noqa: E731
+
+    def at(c):
+        return torch.nn.functional.normalize(
+            torch.cat([torch.tensor([-c]), torch.zeros(98), torch.tensor([math.sqrt(1 - c * c)])])[
+                None
+            ]
+        )
+
     assert float(loss(at(0.9 * tau), below)) == pytest.approx(0, abs=1e-9)
     assert float(loss(at(tau + 0.1), below)) == pytest.approx(10 * 0.01 / 20, rel=1e-3)
 

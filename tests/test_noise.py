@@ -138,10 +138,13 @@ def rules_of(copies: int) -> list[Measured]:
 def test_absorption(monkeypatch: pytest.MonkeyPatch) -> None:
     """Vowels alone, all of whose rows are looked at; the main latent does not know u."""
     monkeypatch.setattr(absorption, "PARENTS", ("vowel",))
-    columns = lambda text: [
-        np.isin(list(text.lower()), list(group)) * 1.0
-        for group in ("aeio", "u", "bcdfghjk", "lmnpqrst")
-    ]  # noqa: E731
+
+    def columns(text):
+        return [
+            np.isin(list(text.lower()), list(group)) * 1.0
+            for group in ("aeio", "u", "bcdfghjk", "lmnpqrst")
+        ]
+
     sae = Given(torch.eye(4))
     alike, unlike = (
         absorption.measure(bench(text, columns, sae), **ABSORPTION) for text in (ALIKE, UNLIKE)

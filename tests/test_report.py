@@ -207,7 +207,7 @@ def test_packed_contexts_are_the_text_and_the_values_that_were_stored(tmp_path: 
             k: pytest.approx(v, rel=5e-3) if isinstance(v, float) else v
             for k, v in was.items()
             if k not in ("top", "samples")
-        }  # noqa: E501
+        }
 
 
 def test_contexts_that_disagree_about_a_row_keep_their_own_text() -> None:

@@ -110,7 +110,7 @@ def test_the_policy_refuses_what_was_not_in_the_file(ready: Page) -> None:
             "(() => { const n = document.createElement('script'); try { n.text = 'window.hacked = 9'; } catch { return 'refused'; } document.head.append(n); return window.hacked; })()"
         )
         == "refused"
-    )  # noqa: E501
+    )
     assert (
         ready("fetch('https://127.0.0.1:9/').then(() => 'reached', () => 'refused')") == "refused"
     )

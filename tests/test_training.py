@@ -320,10 +320,12 @@ def test_two_learners_side_by_side_equal_each_alone():
 
 
 def test_two_learners_resume_together(tmp_path):
-    make = lambda init: [
-        Toy("a", optimizer="adamw", init=init),
-        Toy("b", optimizer="muon", init=init + 1),
-    ]  # noqa: E731
+    def make(init):
+        return [
+            Toy("a", optimizer="adamw", init=init),
+            Toy("b", optimizer="muon", init=init + 1),
+        ]
+
     straight, second = make(0), make(50)
     whole = run(*straight)
     with pytest.raises(Killed):

@@ -11,7 +11,14 @@ from scipy import sparse
 from sklearn.metrics import f1_score
 
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
-from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, nulls, raw_rows, read_text, sparse_codes
+from sae_experiments.metrics.codes import (
+    NO_TEXT,
+    NOT_FINITE,
+    nulls,
+    raw_rows,
+    read_text,
+    sparse_codes,
+)
 from sae_experiments.metrics.noise import Grouped, noise_over, resampled_means
 from sae_experiments.metrics.probing import Task, logistic, select, sparse_features, tasks_of
 from sae_experiments.metrics.text.concepts import bank, label_all

@@ -14,7 +14,16 @@ from scipy.special import gammaln
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, raw_rows, sparse_codes
 from sae_experiments.metrics.levels.paths import levels_of, only
-from sae_experiments.metrics.rate_distortion import Decode, Rated, Window, bits_at, effect_sizes, rise, strongest, windows_of
+from sae_experiments.metrics.rate_distortion import (
+    Decode,
+    Rated,
+    Window,
+    bits_at,
+    effect_sizes,
+    rise,
+    strongest,
+    windows_of,
+)
 
 INFO = [
     MetricInfo(

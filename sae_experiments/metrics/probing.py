@@ -13,7 +13,16 @@ from sklearn.linear_model import LogisticRegression
 
 from sae_experiments.metric_info import Better
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
-from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, random_sae, raw_rows, read_text, sparse_codes
+from sae_experiments.metrics.codes import (
+    NO_TEXT,
+    NOT_FINITE,
+    Text,
+    nulls,
+    random_sae,
+    raw_rows,
+    read_text,
+    sparse_codes,
+)
 from sae_experiments.metrics.noise import auc, resampled_auc
 from sae_experiments.metrics.text.concepts import LEVELS, Concept, bank, label_all
 

@@ -14,7 +14,13 @@ from scipy.stats import rankdata
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, raw_rows
 from sae_experiments.metrics.noise import noise_of
-from sae_experiments.metrics.robustness.margins import NO_CLOSED_FORM, confirmed, crosstalk, has_margins, radii
+from sae_experiments.metrics.robustness.margins import (
+    NO_CLOSED_FORM,
+    confirmed,
+    crosstalk,
+    has_margins,
+    radii,
+)
 from sae_experiments.metrics.robustness.noise import NO_INPUT, NO_MODEL, Noises, other_texts
 from sae_experiments.metrics.robustness.sums import Distributions, Sums, structure
 from sae_experiments.metrics.robustness.text import denoising, seeds_agree
