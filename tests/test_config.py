@@ -311,7 +311,7 @@ def test_help_and_mistakes_do_not_wait_for_torch():
 
 
 def values(
-    user: list[str], extra: list[str] = [], plan: str = "variants"
+    user: list[str], extra: Sequence[str] = (), plan: str = "variants"
 ) -> tuple[DictConfig, dict[str, Any]]:
     overrides, about = complete(user, plan=plan, extra=extra, conf=CONF)
     return compose_checked(CONF, overrides)[0], about
