@@ -452,10 +452,8 @@ def _report(tasks: Sequence[Task], scores: Mapping[tuple[str, str], list[Score]]
             values[name] = float(np.mean([np.mean([s.auc for s in group]) for group in groups]))
             resampled = [np.mean([s.resampled for s in group], axis=0) for group in groups]
             noise[name] = float(np.mean(resampled, axis=0).std(ddof=1))
-        prefix = f"probe_{source}_k{k}"
-        arrays[f"{prefix}_auc"] = np.array([s.auc for s in by_task])
-        arrays[f"{prefix}_accuracy"] = np.array([s.accuracy for s in by_task])
-        arrays[f"{prefix}_f1"] = np.array([s.f1 for s in by_task])
+        for part in ("auc", "accuracy", "f1"):
+            arrays[f"probe_{source}_k{k}_{part}"] = np.array([getattr(s, part) for s in by_task])
     arrays["probe_concepts"] = np.array([t.concept.name for t in tasks], dtype=str)
     arrays["probe_families"] = np.array([t.family for t in tasks], dtype=str)
     return Measured(values, arrays, why, noise)

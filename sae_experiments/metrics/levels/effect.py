@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -99,26 +99,55 @@ def measure(bench: Bench, *, windows: int, batch: int, mean_rows: int) -> Measur
     sae.eval()
     changes = _changes(sae, _mean_code(bench, mean_rows))
     starts = _evenly_spaced(store.starts, windows)
-    sums: dict[str, list[Tensor]] = {f"{name}_{m}": [] for name in changes for m in (CE, KL)}
+    by_batch: list[dict[str, Tensor]] = []
     for begin in range(0, len(starts), batch):
         x, y = (t.to(bench.device) for t in lm.tokens(starts[begin : begin + batch]))
-        with capture(lm.model, [site]) as seen:
-            clean = _log_probs(lm.model, x)
-        rows = seen[site].flatten(0, 1).float()
-        acts = sae.encode(rows)
-        recon = sae.reconstruct(rows, acts)
-        for name, change in changes.items():
-            changed = change(acts)
-            if name not in SPLICES:
-                changed = rows - (recon - changed)
-            changed = changed.view(*x.shape, -1)
-            with patched(lm.model, site, lambda a, new=changed: new.to(a.dtype)):
-                log_p = _log_probs(lm.model, x)
-            rise = (clean - log_p).gather(2, y[:, 1:, None]).squeeze(2) / math.log(2)
-            kl = F.kl_div(log_p, clean, log_target=True, reduction="none").sum(2)
-            sums[f"{name}_{CE}"].append(rise.double().mean(1).cpu())
-            sums[f"{name}_{KL}"].append(kl.double().mean(1).cpu())
-    return _summary({name: torch.cat(parts).numpy() for name, parts in sums.items()})
+        by_batch.append(_effects(sae, lm.model, site, changes, x, y))
+    by_window = {}
+    for name in by_batch[0]:
+        by_window[name] = torch.cat([effects[name] for effects in by_batch]).numpy()
+    return _summary(by_window)
+
+
+def _effects(
+    sae: SAE,
+    model: nn.Module,
+    site: Site,
+    changes: Mapping[str, Reconstruct],
+    x: Tensor,
+    y: Tensor,
+) -> dict[str, Tensor]:
+    """Mean effect of each change within each window.
+
+    Args:
+        sae: The SAE.
+        model: The language model.
+        site: Site that the SAE reads and rebuilds.
+        changes: Changed reconstructions by name.
+        x: Token ids, (B, T).
+        y: Next ids, (B, T).
+
+    Returns:
+        Effects (B,) by metric name.
+    """
+    with capture(model, [site]) as seen:
+        clean = _log_probs(model, x)
+    rows = seen[site].flatten(0, 1).float()
+    acts = sae.encode(rows)
+    recon = sae.reconstruct(rows, acts)
+    effects = {}
+    for name, change in changes.items():
+        changed = change(acts)
+        if name not in SPLICES:
+            changed = rows - (recon - changed)
+        changed = changed.view(*x.shape, -1)
+        with patched(model, site, lambda a, new=changed: new.to(a.dtype)):
+            log_p = _log_probs(model, x)
+        rise = (clean - log_p).gather(2, y[:, 1:, None]).squeeze(2) / math.log(2)
+        kl = F.kl_div(log_p, clean, log_target=True, reduction="none").sum(2)
+        effects[f"{name}_{CE}"] = rise.double().mean(1).cpu()
+        effects[f"{name}_{KL}"] = kl.double().mean(1).cpu()
+    return effects
 
 
 def _mean_code(bench: Bench, rows: int) -> Tensor:

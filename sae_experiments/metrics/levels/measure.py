@@ -333,17 +333,10 @@ def measure(
     sums = _pair_sums(codes, least)
     phi, pearson = sums.phi(), sums.pearson()
     inside = {name: np.flatnonzero(np.isin(sums.alive, part)) for name, part in levels.items()}
-    values: Values = dict.fromkeys(i.name for i in INFO)
-    arrays: Arrays = {}
+    values, arrays = _within(inside, phi, pearson)
     for name, members in levels.items():
-        if name != "all":
-            active = codes[:, members].nnz
-            values[f"{name}_sparsity"] = 1 - active / (sums.n * len(members))
-        for kind, matrix in (("phi", phi), ("pearson", pearson)):
-            between = _off_diagonal(matrix, inside[name])
-            arrays[f"levels_{kind}_{name}"] = np.histogram(between, EDGES)[0]
-            if len(between) and name != "all":
-                values[f"{name}_{kind}_rms"] = float(np.sqrt(np.square(between).mean()))
+        active = codes[:, members].nnz
+        values[f"{name}_sparsity"] = 1 - active / (sums.n * len(members))
     if len(levels) > 1 and all(map(len, inside.values())):
         above, below = inside["top"], inside["bottom"]
         level_pairs = LevelPairs(sums, above, below, pearson, phi[np.ix_(above, below)])
@@ -357,14 +350,33 @@ def measure(
         values |= own_values
         arrays |= own_arrays
         _add_relatives(sae, features, relatives)
+    # The values of a level "all" are in no metric: an SAE without levels has none of them.
+    values = {i.name: values.get(i.name) for i in INFO}
     why = {name: _why_null(name, levels, sae) for name, v in values.items() if v is None}
     arrays["levels_edges"] = EDGES
     return Measured(values, arrays, why, features=features or None)
 
 
-def _off_diagonal(matrix: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Entries (n * (n - 1),) of the matrix (A, A) between different ones of `places` (n,)."""
-    return matrix[np.ix_(places, places)][~np.eye(len(places), dtype=bool)]
+def _within(
+    inside: dict[str, np.ndarray], phi: np.ndarray, pearson: np.ndarray
+) -> tuple[Values, Arrays]:
+    """Correlations between the latents of each level.
+
+    Args:
+        inside: Places of the latents of each level in the matrices.
+        phi: Correlation of firing, (A, A).
+        pearson: Correlation of values, (A, A).
+    """
+    values: Values = {}
+    arrays: Arrays = {}
+    for name, places in inside.items():
+        different = ~np.eye(len(places), dtype=bool)
+        for kind, matrix in (("phi", phi), ("pearson", pearson)):
+            correlations = matrix[np.ix_(places, places)][different]
+            arrays[f"levels_{kind}_{name}"] = np.histogram(correlations, EDGES)[0]
+            if len(correlations):
+                values[f"{name}_{kind}_rms"] = float(np.sqrt(np.square(correlations).mean()))
+    return values, arrays
 
 
 def _level_features(levels: dict[str, np.ndarray]) -> list[dict[str, Any]]:
