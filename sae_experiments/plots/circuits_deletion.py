@@ -7,7 +7,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from sae_experiments.plots.base import GREY, PALETTE, NothingToDrawError, caption, finish, limit, panels, styled
+from sae_experiments.plots.base import (
+    GREY,
+    PALETTE,
+    NothingToDrawError,
+    caption,
+    finish,
+    limit,
+    panels,
+    styled,
+)
 from sae_experiments.plots.circuits_pairs import found
 from sae_experiments.results.table import RunTable
 

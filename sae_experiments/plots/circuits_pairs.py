@@ -11,7 +11,16 @@ from matplotlib.lines import Line2D
 from scipy.stats import spearmanr
 
 from sae_experiments.errors import UserError
-from sae_experiments.plots.base import GREY, PALETTE, NothingToDrawError, caption, finish, limit, panels, styled
+from sae_experiments.plots.base import (
+    GREY,
+    PALETTE,
+    NothingToDrawError,
+    caption,
+    finish,
+    limit,
+    panels,
+    styled,
+)
 from sae_experiments.results.table import Run, RunTable
 
 SAME, EARLIER = PALETTE[0], PALETTE[1]

@@ -12,7 +12,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sae_experiments.plots.base import ALARM, GREY, NothingToDrawError, caption, finish, head_panel, limit, looks, panels, percent, styled, tint
+from sae_experiments.plots.base import (
+    ALARM,
+    GREY,
+    NothingToDrawError,
+    caption,
+    finish,
+    head_panel,
+    limit,
+    looks,
+    panels,
+    percent,
+    styled,
+    tint,
+)
 from sae_experiments.results.table import Run, RunTable
 
 log = logging.getLogger(__name__)

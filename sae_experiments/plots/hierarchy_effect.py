@@ -7,7 +7,17 @@ from collections.abc import Iterable
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from sae_experiments.plots.base import NothingToDrawError, caption, finish, head_panel, limit, looks, panels, plain_log, styled
+from sae_experiments.plots.base import (
+    NothingToDrawError,
+    caption,
+    finish,
+    head_panel,
+    limit,
+    looks,
+    panels,
+    plain_log,
+    styled,
+)
 from sae_experiments.results.table import Run, RunTable
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from sae_experiments.plots.base import NothingToDrawError, caption, finish, head_panel, limit, panels, styled
+from sae_experiments.plots.base import (
+    NothingToDrawError,
+    caption,
+    finish,
+    head_panel,
+    limit,
+    panels,
+    styled,
+)
 from sae_experiments.results.table import Run, RunTable
 
 

@@ -9,7 +9,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from sae_experiments.plots.base import GREY, PALETTE, NothingToDrawError, caption, finish, head_panel, limit, panels, styled
+from sae_experiments.plots.base import (
+    GREY,
+    PALETTE,
+    NothingToDrawError,
+    caption,
+    finish,
+    head_panel,
+    limit,
+    panels,
+    styled,
+)
 from sae_experiments.results.table import Run, RunTable
 
 KINDS = {"char": ("character", PALETTE[5]), "word": ("word", PALETTE[4]), "struct": ("structure", PALETTE[6])}

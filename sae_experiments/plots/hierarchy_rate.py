@@ -6,7 +6,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sae_experiments.plots.base import GREY, NothingToDrawError, caption, finish, handle, head_panel, limit, looks, panels, plain_log, styled, tint
+from sae_experiments.plots.base import (
+    GREY,
+    NothingToDrawError,
+    caption,
+    finish,
+    handle,
+    head_panel,
+    limit,
+    looks,
+    panels,
+    plain_log,
+    styled,
+    tint,
+)
 from sae_experiments.results.table import Run, RunTable
 
 PARTS = {"": ("whole code", "-"), "_bottom": ("bottom alone", ":"), "_top": ("top alone", "--")}

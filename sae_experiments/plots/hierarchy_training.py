@@ -9,7 +9,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sae_experiments.plots.base import GREY, PALETTE, NothingToDrawError, caption, finish, head_panel, limit, panels, plain_log, styled, tint
+from sae_experiments.plots.base import (
+    GREY,
+    PALETTE,
+    NothingToDrawError,
+    caption,
+    finish,
+    head_panel,
+    limit,
+    panels,
+    plain_log,
+    styled,
+    tint,
+)
 from sae_experiments.results.table import Run, RunTable
 
 COLOURS = {"bottom": PALETTE[0], "top": PALETTE[1]}

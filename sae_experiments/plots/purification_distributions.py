@@ -8,7 +8,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from sae_experiments.plots.base import NothingToDrawError, caption, clip, finish, limit, panels, styled
+from sae_experiments.plots.base import (
+    NothingToDrawError,
+    caption,
+    clip,
+    finish,
+    limit,
+    panels,
+    styled,
+)
 from sae_experiments.plots.purification_runs import fits_of
 from sae_experiments.results.table import RunTable
 

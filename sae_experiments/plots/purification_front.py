@@ -10,7 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from sae_experiments.plots.base import GREY, NothingToDrawError, caption, clip, finish, limit, panels, styled
+from sae_experiments.plots.base import (
+    GREY,
+    NothingToDrawError,
+    caption,
+    clip,
+    finish,
+    limit,
+    panels,
+    styled,
+)
 from sae_experiments.plots.purification_runs import Fit, fits_of, handles_of, hosts_of, looks_of
 from sae_experiments.results.table import RunTable
 

@@ -7,7 +7,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from sae_experiments.plots.base import NothingToDrawError, caption, clip, finish, limit, panels, styled
+from sae_experiments.plots.base import (
+    NothingToDrawError,
+    caption,
+    clip,
+    finish,
+    limit,
+    panels,
+    styled,
+)
 from sae_experiments.plots.purification_runs import Fit, fits_of, hosts_of
 from sae_experiments.results.table import RunTable
 

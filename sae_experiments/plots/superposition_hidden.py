@@ -8,7 +8,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from sae_experiments.plots.base import ALARM, GREY, MARKERS, NothingToDrawError, caption, finish, head_panel, limit, looks, panels, styled
+from sae_experiments.plots.base import (
+    ALARM,
+    GREY,
+    MARKERS,
+    NothingToDrawError,
+    caption,
+    finish,
+    head_panel,
+    limit,
+    looks,
+    panels,
+    styled,
+)
 from sae_experiments.plots.superposition_loss import FLOOR, grid
 from sae_experiments.results.table import Run, RunTable
 

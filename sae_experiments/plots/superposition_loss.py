@@ -9,7 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from sae_experiments.plots.base import NothingToDrawError, caption, finish, head_panel, limit, panels, styled
+from sae_experiments.plots.base import (
+    NothingToDrawError,
+    caption,
+    finish,
+    head_panel,
+    limit,
+    panels,
+    styled,
+)
 from sae_experiments.results.table import Run, RunTable
 
 FLOOR = 1e-12  # a loss below this is zero to rounding

@@ -8,7 +8,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sae_experiments.plots.base import GREY, MARKERS, NothingToDrawError, caption, finish, limit, panels, styled
+from sae_experiments.plots.base import (
+    GREY,
+    MARKERS,
+    NothingToDrawError,
+    caption,
+    finish,
+    limit,
+    panels,
+    styled,
+)
 from sae_experiments.results.table import Run, RunTable
 
 

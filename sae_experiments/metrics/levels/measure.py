@@ -18,8 +18,8 @@ from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, sparse_codes
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of
 from sae_experiments.saes.base import SAE
-from sae_experiments.saes.hierarchical import redundancy as mutual_information
 from sae_experiments.saes.hierarchical.sae import PHASES, TRACED, Hierarchical
+from sae_experiments.saes.hierarchical.sae import redundancy as mutual_information
 
 #: Numbers of bottom latents that a top latent is regressed on.
 REGRESSORS = (1, 5, 20)

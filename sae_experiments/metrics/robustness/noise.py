@@ -10,8 +10,8 @@ from torch import Tensor
 from sae_experiments.metrics.base import Bench
 from sae_experiments.models.hooks import as_sites, capture
 from sae_experiments.saes.base import SAE, Codes
-from sae_experiments.saes.purified import perturb
 from sae_experiments.saes.purified.perturb import Cloud
+from sae_experiments.saes.purified.sae import perturb
 
 NO_MODEL = "there is no language model around the rows"
 NO_INPUT = "decoder directions are no inputs: the SAE rebuilds another site than it reads"
