@@ -10,7 +10,8 @@ import torch
 from conftest import CONF
 from metric_worlds import CPU, Given, bench, play
 from omegaconf import OmegaConf
-from saes import trained
+from saes import NAMES, make, trained
+from saes import rows as sparse_rows
 
 from sae_experiments.errors import UserError
 from sae_experiments.metrics.base import Bench
@@ -217,8 +218,6 @@ def test_gaussian_change_of_a_linear_code_is_the_closed_form():
 
 @pytest.mark.parametrize("name", ["standard", "batch_topk", "topk", "jumprelu", "purified"])
 def test_certified_radii_hold_by_brute_force(name):
-    from saes import rows as sparse_rows
-
     sae = trained(name, n_train=60)
     x = sparse_rows(200, 5)
     assert has_margins(sae) and confirmed(sae, x, 300, 0) == 1
@@ -235,10 +234,14 @@ def test_certified_radii_hold_by_brute_force(name):
             assert bool(((sae.encode(x[i] + away) != 0) | ~found[i]).all())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_sae_has_radii_that_hold_or_none(name):
+    sae = make(name).eval()
+    assert not has_margins(sae) or confirmed(sae, sparse_rows(200, 5), 200, 0) == 1
+
+
 def test_a_wrong_radius_is_not_confirmed(monkeypatch):
     sae = trained("batch_topk", n_train=60)
-    from saes import rows as sparse_rows
-
     from sae_experiments.metrics.robustness import margins as robustness_margins
 
     right = robustness_margins.radii

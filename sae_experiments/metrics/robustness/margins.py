@@ -17,7 +17,7 @@ NO_CLOSED_FORM = "no closed form for this encoder"
 def has_margins(sae: SAE) -> bool:
     """Whether the support is a threshold, or a top k, of a pre-activation that is linear in the input."""
     kind = type(sae)
-    if kind.encoder_input is not SAE.encoder_input:
+    if kind.encoder_input is not SAE.encoder_input or kind.pre_acts is not SAE.pre_acts:
         return False
     if issubclass(kind, TopK):
         return kind.strength is SAE.strength and kind.shape is TopK.shape
