@@ -18,8 +18,8 @@ from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, sparse_codes
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of
 from sae_experiments.saes.base import SAE
+from sae_experiments.saes.hierarchical.redundancy import pairwise, redundancy
 from sae_experiments.saes.hierarchical.sae import PHASES, TRACED, Hierarchical
-from sae_experiments.saes.hierarchical.sae import redundancy as mutual_information
 
 #: Numbers of bottom latents that a top latent is regressed on.
 REGRESSORS = (1, 5, 20)
@@ -432,9 +432,9 @@ def _cross(
     p11 = torch.from_numpy(sums.both[np.ix_(pairs.above, pairs.below)] / sums.n)
     p = torch.from_numpy(sums.rate[pairs.above])
     q = torch.from_numpy(sums.rate[pairs.below])
-    nats = (mutual_information.pairwise(p11, p, q) - 1 / (2 * sums.n)).clamp_min(0)
+    nats = (pairwise(p11, p, q) - 1 / (2 * sums.n)).clamp_min(0)
     bits = (nats / math.log(2)).numpy()
-    redundancy = mutual_information.redundancy(p11, p, q, sums.n).numpy().max(1)
+    largest_share = redundancy(p11, p, q, sums.n).numpy().max(1)
     directions = torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1).cpu().numpy()
     cosine = directions[sums.alive[pairs.above]] @ directions[sums.alive[pairs.below]].T
     fan_in = (pearson > FAN_IN_MIN_R).sum(1)
@@ -443,8 +443,8 @@ def _cross(
         "cross_pearson_rms": np.sqrt(np.square(pearson).mean()),
         "cross_mutual_information_bits": bits.mean(),
         "cross_mutual_information_p99_bits": np.quantile(bits, 0.99),
-        "cross_redundancy": redundancy.mean(),
-        "cross_redundant_frac": (redundancy > 0.5).mean(),
+        "cross_redundancy": largest_share.mean(),
+        "cross_redundant_frac": (largest_share > 0.5).mean(),
         "cross_value_information_bits": _value_information(codes, pairs, bits, n_value_pairs),
         "cross_cka": _cka(pairs),
         "cross_coherence": cosine.max(1).mean(),
@@ -456,7 +456,7 @@ def _cross(
     arrays = {
         "levels_phi_cross": np.histogram(phi, EDGES)[0],
         "levels_pearson_cross": np.histogram(pearson, EDGES)[0],
-        "levels_redundancy": redundancy,
+        "levels_redundancy": largest_share,
         "levels_coherence": cosine.max(1),
         "levels_fan_in": fan_in,
     }
