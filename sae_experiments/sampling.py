@@ -59,3 +59,11 @@ def spread_order(n: int, run: int = 1) -> np.ndarray:
     places[np.argsort(keys)] = np.arange(runs)
     whole = (places[:, None] * run + np.arange(run)).reshape(-1)
     return np.concatenate([whole, np.arange(runs * run, n, dtype=np.int64)])
+
+
+def evenly_spaced(items: np.ndarray, n: int | None) -> np.ndarray:
+    """At most `n` of the items (N,), evenly spaced from the first to the last (None: all)."""
+    if n is None:
+        return items
+    positions = np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)
+    return items[np.unique(positions)]

@@ -113,6 +113,10 @@ class Bench:
         """Sites that the SAE reconstructs, concatenated; empty without a language model."""
         return () if self.write is None else as_sites(self.write)
 
+    def n_used(self, rows: int | None) -> int:
+        """Number of held-out rows that a metric evaluates if `rows` are asked for (None: all)."""
+        return min(rows or self.n_rows, self.n_rows)
+
     @property
     def reconstructs_input(self) -> bool:
         """True if the targets are the inputs, false for a transcoder."""
@@ -150,7 +154,7 @@ class Bench:
             One chunk after the other, with codes in inference mode.
         """
         self.sae.eval()
-        n = min(limit or self.n_rows, self.n_rows)
+        n = self.n_used(limit)
         for begin in range(0, n, size):
             part = slice(begin, min(begin + size, n))
             x = self.inputs(part).to(self.device)

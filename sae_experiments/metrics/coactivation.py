@@ -1,4 +1,4 @@
-"""Which latents fire together: phi of firing and Pearson correlation of values over all pairs, in memory for a block of latents at a time."""
+"""Co-activation of latents: phi of firing and Pearson correlation of values over all pairs."""
 
 from __future__ import annotations
 
@@ -9,23 +9,30 @@ from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, sparse_codes
 
 INFO = [
-    MetricInfo(name="coact_phi_rms", title="co-activation", formula="root mean square of phi_ij over pairs of latents", unit="", better="none"),
+    MetricInfo(
+        name="coact_phi_rms",
+        title="co-activation",
+        formula="root mean square of phi_ij over pairs of latents",
+        better="none",
+    ),
     MetricInfo(
         name="coact_pearson_rms",
         title="correlation",
         formula="root mean square of Pearson's r of values over pairs of latents",
-        unit="",
         better="none",
         shown=False,
     ),
     MetricInfo(
-        name="coact_strong_frac", title="strong pairs", formula="share of pairs with |phi| above the limit", unit="", better="none", shown=False
+        name="coact_strong_frac",
+        title="strong pairs",
+        formula="share of pairs with |phi| above the limit",
+        better="none",
+        shown=False,
     ),
     MetricInfo(
         name="coact_partner_phi",
         title="strongest partner",
         formula="mean over latents of their largest |phi| with another",
-        unit="",
         better="none",
         shown=False,
     ),
@@ -33,80 +40,223 @@ INFO = [
         name="coact_contained_frac",
         title="contained",
         formula="share of latents i with a parent j: n_ij / n_i > 0.9 and n_j > 3 n_i",
-        unit="",
         better="none",
         shown=False,
     ),
 ]
+#: Bin edges of the histograms of phi and of Pearson's r.
 EDGES = np.linspace(-1, 1, 201)
+#: Arrays that hold latents.
+LATENT_ARRAYS = ("coact_partners", "coact_parent")
 
 
-def measure(bench: Bench, *, rows: int | None, least: int, block: int, partners: int, strong: float, contained: float, larger: float) -> Measured:
-    """Statistics over ordered pairs of the latents that fire at least ``least`` times on the first ``rows`` rows.
+def measure(
+    bench: Bench,
+    *,
+    rows: int | None,
+    least: int,
+    block: int,
+    partners: int,
+    strong: float,
+    contained: float,
+    larger: float,
+) -> Measured:
+    """Statistics over ordered pairs of latents.
 
-    ``phi_ij = (n n_ij - n_i n_j) / sqrt(n_i (n - n_i) n_j (n - n_j))``, 0 where a factor is 0. Arrays have a row a latent, -1 or NaN where
-    it fires too rarely: its ``partners`` of largest |phi|, their phi, log PMI and its parent.
+    With n rows, of which latent i fires on n_i and both i and j on n_ij,
+
+        phi_ij = (n n_ij - n_i n_j) / sqrt(n_i (n - n_i) n_j (n - n_j))
+
+    or 0 if a factor of the denominator is 0. The arrays have one entry per latent: its partners of
+    largest |phi|, their phi and log PMI, and its parent; -1 or NaN if it fires too rarely.
+
+    Args:
+        bench: Evaluation context.
+        rows: Number of held-out rows, from the first on; None for all.
+        least: Number of rows that a latent must fire on to count.
+        block: Latents compared with all others at a time; bounds the memory.
+        partners: Number of partners kept per latent.
+        strong: |phi| above which a pair is strong.
+        contained: Share of a latent's firings at which its parent must fire too.
+        larger: Factor by which a parent must fire more often.
     """
     codes = sparse_codes(bench, rows)
     if codes is None:
         return nulls(INFO, NOT_FINITE)
-    n, m = codes.shape
-    fires = np.diff(codes.tocsc().indptr)
+    n = bench.n_used(rows)
+    columns = codes.tocsc()
+    fires = np.diff(columns.indptr)
     alive = np.flatnonzero(fires >= least)
     if len(alive) < 2:
         return nulls(INFO, f"{len(alive)} latents fire at least {least} times on {n} rows")
-    values = codes.tocsc()[:, alive].astype(np.float64)
-    on = sparse.csc_matrix((np.ones_like(values.data), values.indices, values.indptr), shape=values.shape)
-    values = values @ sparse.diags(1 / np.sqrt(np.asarray(values.multiply(values).mean(0)).ravel()))
-    top = min(partners, len(alive) - 1)
-    found = {
-        "coact_partners": np.full((m, top), -1, np.int32), "coact_partner_phi": np.full((m, top), np.nan),
-        "coact_partner_pmi": np.full((m, top), np.nan), "coact_parent": np.full(m, -1, np.int32), "coact_containment": np.full(m, np.nan),
-    }  # fmt: skip
-    histograms, squares, over = {"phi": np.zeros(200, np.int64), "pearson": np.zeros(200, np.int64)}, {"phi": 0.0, "pearson": 0.0}, 0
-    count, sums = fires[alive].astype(np.float64), np.asarray(values.sum(0)).ravel()
+    pairs = _Pairs(n, columns[:, alive])
+    phi_sums = _CorrelationSums()
+    pearson_sums = _CorrelationSums()
+    strong_pairs = 0
+    blocks = []
     for begin in range(0, len(alive), block):
         here = np.arange(begin, min(begin + block, len(alive)))
-        both = (on[:, here].T @ on).toarray()
-        phi = _correlation(n, both, count[here], count, count[here], count)
-        products = (values[:, here].T @ values).toarray()
-        pearson = _correlation(n, products, sums[here], sums, np.full(len(here), float(n)), np.full(len(alive), float(n)))
-        for name, matrix in (("phi", phi), ("pearson", pearson)):
-            others = matrix[np.arange(len(alive)) != here[:, None]]
-            histograms[name] += np.histogram(others, EDGES)[0]
-            squares[name] += float(np.square(others).sum())
-        over += int((np.abs(phi[np.arange(len(alive)) != here[:, None]]) > strong).sum())
-        phi[np.arange(len(here)), here] = both[np.arange(len(here)), here] = 0
-        for name, rows_of in _relations(n, phi, both, count, here, top, larger, contained).items():
-            is_index = name in ("coact_partners", "coact_parent")
-            found[name][alive[here]] = np.where(rows_of >= 0, alive[rows_of], -1) if is_index else rows_of
-    pairs = len(alive) * (len(alive) - 1)
-    values_of = {
-        "coact_phi_rms": np.sqrt(squares["phi"] / pairs), "coact_pearson_rms": np.sqrt(squares["pearson"] / pairs),
-        "coact_strong_frac": over / pairs, "coact_partner_phi": np.abs(found["coact_partner_phi"][alive, 0]).mean(),
-        "coact_contained_frac": (found["coact_parent"][alive] >= 0).mean(),
-    }  # fmt: skip
-    arrays = found | {f"coact_{name}_hist": h for name, h in histograms.items()} | {"coact_edges": EDGES}
-    return Measured({k: float(v) for k, v in values_of.items()}, arrays)
+        both = pairs.both(here)
+        phi = pairs.phi(here, both)
+        off_diagonal = np.arange(len(alive)) != here[:, None]
+        phi_sums.add(phi[off_diagonal])
+        pearson_sums.add(pairs.pearson(here)[off_diagonal])
+        strong_pairs += int((np.abs(phi[off_diagonal]) > strong).sum())
+        phi[~off_diagonal] = 0
+        both[~off_diagonal] = 0
+        count = pairs.count
+        top = min(partners, len(alive) - 1)
+        blocks.append(
+            _partners(n, phi, both, count, here, top)
+            | _parents(both, count, here, larger, contained)
+        )
+    relations = {name: np.concatenate([part[name] for part in blocks]) for name in blocks[0]}
+    n_pairs = len(alive) * (len(alive) - 1)
+    values = {
+        "coact_phi_rms": np.sqrt(phi_sums.squares / n_pairs),
+        "coact_pearson_rms": np.sqrt(pearson_sums.squares / n_pairs),
+        "coact_strong_frac": strong_pairs / n_pairs,
+        "coact_partner_phi": np.abs(relations["coact_partner_phi"][:, 0]).mean(),
+        "coact_contained_frac": (relations["coact_parent"] >= 0).mean(),
+    }
+    arrays = {
+        name: _for_all_latents(name, relation, alive, bench.sae.d_sae)
+        for name, relation in relations.items()
+    }
+    arrays["coact_phi_hist"] = phi_sums.histogram
+    arrays["coact_pearson_hist"] = pearson_sums.histogram
+    arrays["coact_edges"] = EDGES
+    return Measured({name: float(value) for name, value in values.items()}, arrays)
 
 
-def _relations(
-    n: int, phi: np.ndarray, both: np.ndarray, count: np.ndarray, here: np.ndarray, top: int, larger: float, contained: float
+class _CorrelationSums:
+    """Histogram and sum of squares of a correlation over pairs."""
+
+    def __init__(self) -> None:
+        self.histogram = np.zeros(len(EDGES) - 1, np.int64)
+        self.squares = 0.0
+
+    def add(self, correlations: np.ndarray) -> None:
+        """Add some pairs."""
+        self.histogram += np.histogram(correlations, EDGES)[0]
+        self.squares += float(np.square(correlations).sum())
+
+
+class _Pairs:
+    """Correlations of some latents with all m latents, from their codes.
+
+    Args:
+        n: Number of rows.
+        codes: Codes of the m latents, (n, m).
+    """
+
+    def __init__(self, n: int, codes: sparse.csc_matrix) -> None:
+        values = sparse.csc_matrix(codes, dtype=np.float64)
+        self.n = n
+        self.on = sparse.csc_matrix(
+            (np.ones_like(values.data), values.indices, values.indptr), shape=values.shape
+        )
+        self.count = np.diff(codes.indptr).astype(np.float64)
+        mean_squares = np.asarray(values.multiply(values).mean(0)).ravel()
+        self.scaled = values @ sparse.diags(1 / np.sqrt(mean_squares))
+        self.sums = np.asarray(self.scaled.sum(0)).ravel()
+
+    def both(self, here: np.ndarray) -> np.ndarray:
+        """Number of rows on which latents `here` and each latent both fire, (len(here), m)."""
+        return (self.on[:, here].T @ self.on).toarray()
+
+    def phi(self, here: np.ndarray, both: np.ndarray) -> np.ndarray:
+        """Phi coefficient of firing, (len(here), m), from the joint counts."""
+        count = self.count
+        return _correlation(self.n, both, count[here], count, count[here], count)
+
+    def pearson(self, here: np.ndarray) -> np.ndarray:
+        """Pearson correlation of values, (len(here), m)."""
+        products = (self.scaled[:, here].T @ self.scaled).toarray()
+        squares = np.full(len(self.sums), float(self.n))
+        return _correlation(self.n, products, self.sums[here], self.sums, squares[here], squares)
+
+
+def _correlation(
+    n: int,
+    products: np.ndarray,
+    sum_i: np.ndarray,
+    sum_j: np.ndarray,
+    squares_i: np.ndarray,
+    squares_j: np.ndarray,
+) -> np.ndarray:
+    """Correlation from sums over n rows; 0 if a variable does not vary.
+
+        (n s_ij - s_i s_j) / sqrt((n s_ii - s_i^2) (n s_jj - s_j^2))
+
+    Args:
+        n: Number of rows.
+        products: Sums of products s_ij, (I, J).
+        sum_i: Sums s_i, (I,).
+        sum_j: Sums s_j, (J,).
+        squares_i: Sums of squares s_ii, (I,).
+        squares_j: Sums of squares s_jj, (J,).
+    """
+    deviation_i = np.sqrt(np.maximum(n * squares_i - sum_i**2, 0))
+    deviation_j = np.sqrt(np.maximum(n * squares_j - sum_j**2, 0))
+    scale = deviation_i[:, None] * deviation_j
+    covariance = n * products - sum_i[:, None] * sum_j
+    varies = scale > 1e-9 * n * n
+    return np.divide(covariance, scale, out=np.zeros_like(products), where=varies).clip(-1, 1)
+
+
+def _partners(
+    n: int, phi: np.ndarray, both: np.ndarray, count: np.ndarray, here: np.ndarray, top: int
 ) -> dict[str, np.ndarray]:
-    """Strongest partners and the parent of the latents ``here``, from phi and joint counts (len(here), n_alive) with an empty diagonal."""
+    """The `top` partners of largest |phi| of the latents `here`.
+
+    Args:
+        n: Number of rows.
+        phi: Phi with every latent, (len(here), m), 0 with itself.
+        both: Joint counts with every latent, (len(here), m), 0 with itself.
+        count: Number of rows on which each latent fires, (m,).
+        here: Positions of the latents.
+        top: Number of partners.
+    """
     order = np.argsort(-np.abs(phi), axis=1, kind="stable")[:, :top]
-    pmi = np.log((np.take_along_axis(both, order, 1) + 0.5) * n / (count[here, None] * count[order]))
-    inside = np.where(count > larger * count[here, None], both / count[here, None], 0)
-    parent = inside.argmax(1)
-    share = inside[np.arange(len(here)), parent]
+    joint = np.take_along_axis(both, order, 1)
     return {
-        "coact_partners": order, "coact_partner_phi": np.take_along_axis(phi, order, 1), "coact_partner_pmi": pmi,
-        "coact_parent": np.where(share > contained, parent, -1), "coact_containment": share,
-    }  # fmt: skip
+        "coact_partners": order,
+        "coact_partner_phi": np.take_along_axis(phi, order, 1),
+        "coact_partner_pmi": np.log((joint + 0.5) * n / (count[here, None] * count[order])),
+    }
 
 
-def _correlation(n: int, products: np.ndarray, si: np.ndarray, sj: np.ndarray, sii: np.ndarray, sjj: np.ndarray) -> np.ndarray:
-    """``(n s_ij - s_i s_j) / sqrt((n s_ii - s_i^2)(n s_jj - s_j^2))`` from sums over n rows; 0 where a factor vanishes."""
-    spread = [np.sqrt(np.maximum(n * squares - total**2, 0)) for total, squares in ((si, sii), (sj, sjj))]
-    scale = spread[0][:, None] * spread[1]
-    return np.divide(n * products - si[:, None] * sj, scale, out=np.zeros_like(products), where=scale > 1e-9 * n * n).clip(-1, 1)
+def _parents(
+    both: np.ndarray, count: np.ndarray, here: np.ndarray, larger: float, contained: float
+) -> dict[str, np.ndarray]:
+    """The latent that most contains each of the latents `here`, -1 if none does, and its share.
+
+    Args:
+        both: Joint counts with every latent, (len(here), m), 0 with itself.
+        count: Number of rows on which each latent fires, (m,).
+        here: Positions of the latents.
+        larger: Factor by which a parent must fire more often.
+        contained: Share of a latent's firings at which its parent must fire too.
+    """
+    share = np.where(count > larger * count[here, None], both / count[here, None], 0)
+    parent = share.argmax(1)
+    largest = share[np.arange(len(here)), parent]
+    return {
+        "coact_parent": np.where(largest > contained, parent, -1),
+        "coact_containment": largest,
+    }
+
+
+def _for_all_latents(
+    name: str, relation: np.ndarray, alive: np.ndarray, n_latents: int
+) -> np.ndarray:
+    """One entry per latent instead of per alive latent: -1 or NaN for the others."""
+    shape = (n_latents, *relation.shape[1:])
+    if name not in LATENT_ARRAYS:
+        of_all = np.full(shape, np.nan)
+        of_all[alive] = relation
+        return of_all
+    of_all = np.full(shape, -1, np.int32)
+    of_all[alive] = np.where(relation >= 0, alive[relation], -1)
+    return of_all

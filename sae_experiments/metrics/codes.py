@@ -53,7 +53,7 @@ def read_text(bench: Bench, rows: int | None) -> Text | None:
     if bench.lm is None or bench.held_out is None or not bench.symbols:
         return None
     store = bench.held_out
-    windows = max(1, min(rows or store.n_rows, store.n_rows) // store.length)
+    windows = max(1, bench.n_used(rows) // store.length)
     starts = store.starts[:windows]
     ids, next_ids = bench.lm.tokens(starts)
     code_points = np.array([ord(symbol) for symbol in bench.symbols], dtype=np.uint32)
@@ -79,7 +79,7 @@ def sparse_codes(
     Returns:
         Codes (N, F) in float32, or None if one of them is not finite.
     """
-    n = min(rows or bench.n_rows, bench.n_rows)
+    n = bench.n_used(rows)
     if sae is not None:
         return _encode_sparse(replace(bench, sae=sae), n)
     key = f"codes of {n} rows"
@@ -107,7 +107,7 @@ def _encode_sparse(bench: Bench, n: int) -> sparse.csr_matrix | None:
 
 def raw_rows(bench: Bench, rows: int | None) -> np.ndarray:
     """Inputs of the encoder for the first `rows` held-out rows (None: all), (N, D) float32."""
-    return bench.inputs(slice(0, min(rows or bench.n_rows, bench.n_rows))).cpu().numpy()
+    return bench.inputs(slice(0, bench.n_used(rows))).cpu().numpy()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What purification costs: time and memory of a training step against the same SAE without it."""
+"""Cost of purification: time and memory of a training step against the same SAE without it."""
 
 from __future__ import annotations
 
@@ -19,100 +19,145 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sae_experiments.conditions import ON_ACTIVATIONS
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import nulls
-from sae_experiments.saes.base import SAE, Batch
+from sae_experiments.saes.base import Batch
 from sae_experiments.saes.base import Step as Moment
 from sae_experiments.saes.purified.sae import Purification, Purified
 
-
-def _info(name: str, title: str, formula: str, unit: str, *, shown: bool = False) -> MetricInfo:
-    depends = (*ON_ACTIVATIONS, "device")
-    return MetricInfo(name=name, title=title, formula=formula, unit=unit, better="down", shown=shown, depends=depends)
-
-
 WITHOUT = "the same without purification"
-INFO = [
-    _info(
-        "overhead_time",
-        "time against the host",
-        f"median over rounds of seconds a training step / {WITHOUT}",
-        "x",
-        shown=True,
+COSTS = [
+    MetricInfo(
+        name="overhead_time",
+        title="time against the host",
+        formula=f"median over rounds of seconds a training step / {WITHOUT}",
+        unit="x",
+        better="down",
     ),
-    _info(
-        "overhead_memory",
-        "memory against the host",
-        f"peak of what training steps allocate, gradients and optimiser included, / {WITHOUT}",
-        "x",
-        shown=True,
+    MetricInfo(
+        name="overhead_memory",
+        title="memory against the host",
+        formula=(
+            f"peak of what training steps allocate, gradients and optimiser included, / {WITHOUT}"
+        ),
+        unit="x",
+        better="down",
     ),
-    _info("overhead_step_ms", "purified step", "median milliseconds of a training step", "ms"),
-    _info("overhead_host_step_ms", "host step", WITHOUT, "ms"),
-    _info("overhead_memory_mib", "purified memory", "peak of what training steps allocate", "MiB"),
-    _info("overhead_host_memory_mib", "host memory", WITHOUT, "MiB"),
+    MetricInfo(
+        name="overhead_step_ms",
+        title="purified step",
+        formula="median milliseconds of a training step",
+        unit="ms",
+        better="down",
+        shown=False,
+    ),
+    MetricInfo(
+        name="overhead_host_step_ms",
+        title="host step",
+        formula=WITHOUT,
+        unit="ms",
+        better="down",
+        shown=False,
+    ),
+    MetricInfo(
+        name="overhead_memory_mib",
+        title="purified memory",
+        formula="peak of what training steps allocate",
+        unit="MiB",
+        better="down",
+        shown=False,
+    ),
+    MetricInfo(
+        name="overhead_host_memory_mib",
+        title="host memory",
+        formula=WITHOUT,
+        unit="MiB",
+        better="down",
+        shown=False,
+    ),
 ]
+INFO = [replace(info, depends=(*ON_ACTIVATIONS, "device")) for info in COSTS]
 
 
 def measure(bench: Bench, *, batch: int, steps: int, rounds: int, memory_steps: int) -> Measured:
-    """Train copies of the SAE, with and without purification, side by side on held-out rows.
+    """Train copies of the SAE with and without purification, in turn, on held-out rows.
 
-    Both make ``steps`` steps of ``batch`` rows a round, in turn, so that whatever else the machine
-    does hits them alike; every step is perturbed (in a fit the first part is not). The SAE itself
-    is left as it is.
+    The two copies alternate step by step, so that other load on the machine affects both alike.
+    Every step is perturbed, whereas in a fit the first part of training is not. The SAE itself is
+    left as it is.
+
+    Args:
+        bench: Evaluation context.
+        batch: Rows of a training step.
+        steps: Training steps of each copy per round.
+        rounds: Rounds over which medians are taken.
+        memory_steps: Training steps over which the peak of the memory is taken.
     """
     sae = bench.sae
     if not isinstance(sae, Purified) or not sae.purification.active:
         return nulls(INFO, "the SAE is not purified")
-    if getattr(sae, "second_view", 0.0):
-        return nulls(INFO, "token noise reads a second view of every row, which held-out rows do not have")
+    if sae.second_view:
+        return nulls(
+            INFO, "token noise reads a second view of every row, which held-out rows do not have"
+        )
     rows = next(bench.chunks(batch, batch))
     data = Batch(rows.x, rows.y)
-    off = replace(sae.purification, weights=dict.fromkeys(sae.purification.weights, 0.0))
+    without = dict.fromkeys(sae.purification.weights, 0.0)
+    settings = [sae.purification, replace(sae.purification, weights=without)]
     with torch.enable_grad():
-        times = _times([_trainer(sae, data, p) for p in (sae.purification, off)], steps, rounds, bench.device)
-        peaks = [_peak(_trainer(sae, data, p), memory_steps, bench.device) for p in (sae.purification, off)]
-    milliseconds = [1000 * statistics.median(column) for column in zip(*times, strict=True)]
-    found = {
-        "overhead_time": statistics.median(a / b for a, b in times),
+        trainers = [_trainer(sae, data, setting) for setting in settings]
+        times = _times(trainers, steps, rounds, bench.device)
+        del trainers
+        peaks = [
+            _peak(_trainer(sae, data, setting), memory_steps, bench.device) for setting in settings
+        ]
+    values: dict[str, float | None] = {
+        "overhead_time": statistics.median(purified / host for purified, host in times),
         "overhead_memory": peaks[0] / peaks[1],
-        "overhead_step_ms": milliseconds[0],
-        "overhead_host_step_ms": milliseconds[1],
+        "overhead_step_ms": 1000 * statistics.median(purified for purified, _ in times),
+        "overhead_host_step_ms": 1000 * statistics.median(host for _, host in times),
         "overhead_memory_mib": peaks[0] / 2**20,
         "overhead_host_memory_mib": peaks[1] / 2**20,
     }
-    return Measured(found)
+    return Measured(values)
 
 
-def _trainer(sae: SAE, data: Batch, purification: Purification) -> Callable[[], None]:
-    """One training step of a copy of ``sae`` that is purified as ``purification`` says."""
-    made = copy.deepcopy(sae).requires_grad_(True).train()
-    made._scratch, made.purification = {}, purification
-    made.watch = None  # a copy that was stopped early would rest
-    optimizer = torch.optim.Adam(made.parameters(), fused=True)
-    dead = torch.zeros(made.d_sae, dtype=torch.bool, device=data.x.device)
-    moment = Moment(phase="train", progress=1.0, dead=dead, generator=torch.Generator(data.x.device).manual_seed(0))
+def _trainer(sae: Purified, data: Batch, purification: Purification) -> Callable[[], None]:
+    """Build a function that trains a copy of `sae` with `purification` for one step."""
+    trained = copy.deepcopy(sae).requires_grad_(True).train()
+    trained._scratch = {}
+    trained.purification = purification
+    trained.watch = None  # otherwise a copy of an SAE that was stopped early would skip its steps
+    optimizer = torch.optim.Adam(trained.parameters(), fused=True)
+    moment = Moment(
+        phase="train",
+        progress=1.0,
+        dead=torch.zeros(trained.d_sae, dtype=torch.bool, device=data.x.device),
+        generator=torch.Generator(data.x.device).manual_seed(0),
+    )
 
     def step() -> None:
-        loss = made.loss(data, moment)
+        loss = trained.loss(data, moment)
         loss.total.backward()
-        made.before_update()
+        trained.before_update()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         with torch.no_grad():
-            made.after_update(loss.extra, moment)
+            trained.after_update(loss.extra, moment)
 
     return step
 
 
-def _times(trainers: list[Callable[[], None]], steps: int, rounds: int, device: torch.device) -> list[list[float]]:
-    """Seconds a step of each of ``trainers``, for every round, after one round to warm up."""
-    found = []
+def _times(
+    trainers: list[Callable[[], None]], steps: int, rounds: int, device: torch.device
+) -> list[list[float]]:
+    """Seconds per step of each trainer, for every round after one round of warm-up."""
+    times = []
     for _ in range(rounds + 1):
         spent = [0.0] * len(trainers)
         for _ in range(steps):
             for i, step in enumerate(trainers):
                 spent[i] += _seconds(step, device)
-        found.append([s / steps for s in spent])
-    return found[1:]
+        times.append([seconds / steps for seconds in spent])
+    return times[1:]
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:
@@ -124,7 +169,7 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 def _peak(step: Callable[[], None], steps: int, device: torch.device) -> int:
-    """Bytes that the first ``steps`` steps hold at the most, beyond the rows and the weights."""
+    """Peak memory of the first `steps` steps in bytes, without the rows and the weights."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -139,20 +184,24 @@ def _peak(step: Callable[[], None], steps: int, device: torch.device) -> int:
 
 
 def storages(tree: Any) -> Iterator[Any]:
-    """The memory behind every tensor of nested arguments or results."""
-    for t in tree_leaves(tree):
-        if isinstance(t, Tensor) and t.layout in (torch.strided, torch.sparse_csr):
-            sparse = t.layout == torch.sparse_csr
-            parts = (t.values(), t.col_indices(), t.crow_indices()) if sparse else (t,)
-            yield from (part.untyped_storage() for part in parts)
+    """The storages behind all tensors of nested arguments or results."""
+    for leaf in tree_leaves(tree):
+        if not isinstance(leaf, Tensor):
+            continue
+        if leaf.layout == torch.strided:
+            yield leaf.untyped_storage()
+        elif leaf.layout == torch.sparse_csr:
+            for part in (leaf.values(), leaf.col_indices(), leaf.crow_indices()):
+                yield part.untyped_storage()
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within the context: ``now``, and ``peak`` at the most."""
+    """Context that counts the bytes of the tensors allocated in it: `now`, and at most `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self._known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

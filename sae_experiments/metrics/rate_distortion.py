@@ -1,4 +1,4 @@
-"""Rate and distortion of a code as the language model sees it: bits a character against the rise of its cross-entropy."""
+"""Rate and distortion of a code: bits per character against the rise of the model's loss."""
 
 from __future__ import annotations
 
@@ -11,115 +11,201 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from sae_experiments.metrics.base import Bench
-from sae_experiments.models.hooks import patched
+from sae_experiments.metrics.base import Bench, Spliced
+from sae_experiments.models.hooks import Site, patched
+from sae_experiments.sampling import evenly_spaced
 
-#: A code's values (rows of the windows looked at) to a reconstruction.
+#: Maps dense codes (B, F) to reconstructions (B, O).
 Decode = Callable[[Tensor], Tensor]
 
 
 class Rated(NamedTuple):
-    """A code as it is sent: ``keep`` of each row's entries, quantised with ``step``; bits a row, rise of the cross-entropy in bits a character."""
+    """One transmitted version of a code, with its rate and distortion."""
 
     keep: float
+    """Share of each row's entries that is sent."""
     step: float
+    """Bin width of the quantiser in root mean squares of the latent."""
     bits: float
+    """Bits per row."""
     ce: float
+    """Rise of the cross-entropy in bits per character."""
 
 
 class Window(NamedTuple):
-    """What the language model reads and predicts in the windows looked at, and what it says undisturbed."""
+    """Windows of held-out text, with the undisturbed model's loss on them."""
 
-    rows: np.ndarray  # among the test rows
+    lm: Spliced
+    """The language model."""
+    site: Site
+    """The activation that the SAE reconstructs."""
+    rows: np.ndarray
+    """Positions of their rows among the test rows, (W T,)."""
     x: Tensor
+    """Token ids, (W, T)."""
     targets: Tensor
+    """Next token ids, (W, T)."""
     clean: Tensor
+    """Loss in nats at all positions but the first, (W, T - 1)."""
 
 
 @torch.no_grad()
 def windows_of(bench: Bench, test: np.ndarray, n: int, batch: int) -> Window | None:
-    """``n`` whole held-out windows among the test rows (a mask over all rows looked at); None without a language model, or a window."""
-    lm, store = bench.lm, bench.held_out
-    if lm is None or lm.model is None or store is None or not hasattr(bench.write, "stream") or len(test) < store.length:
+    """Choose windows all of whose rows are test rows.
+
+    Args:
+        bench: Evaluation context.
+        test: Mask of the test rows among the evaluated rows, (N,).
+        n: Number of windows at most, evenly spaced.
+        batch: Windows per forward pass.
+
+    Returns:
+        The windows, or None if there is no language model, no single site or no whole window.
+    """
+    lm = bench.lm
+    store = bench.held_out
+    if lm is None or lm.model is None or store is None or not isinstance(bench.write, Site):
         return None
     length = store.length
-    whole = np.flatnonzero(test[: len(test) // length * length].reshape(-1, length).all(1))
+    n_windows = len(test) // length
+    whole = np.flatnonzero(test[: n_windows * length].reshape(n_windows, length).all(1))
     if not len(whole):
         return None
-    picked = whole[np.unique(np.linspace(0, len(whole) - 1, min(n, len(whole))).round().astype(int))]
-    x, y = (t.to(bench.device) for t in lm.tokens(store.starts[picked]))
-    place = np.cumsum(test) - 1
-    rows = place[(picked[:, None] * length + np.arange(length)).reshape(-1)]
-    clean = torch.cat([_nats(bench, part, of) for part, of in zip(x.split(batch), y.split(batch), strict=True)])
-    return Window(rows, x, y, clean)
+    picked = evenly_spaced(whole, n)
+    x, y = (ids.to(bench.device) for ids in lm.tokens(store.starts[picked]))
+    position_among_test = np.cumsum(test) - 1
+    rows = position_among_test[(picked[:, None] * length + np.arange(length)).reshape(-1)]
+    batches = zip(x.split(batch), y.split(batch), strict=True)
+    clean = torch.cat([_nats(lm, *part) for part in batches])
+    return Window(lm, bench.write, rows, x, y, clean)
 
 
-def _nats(bench: Bench, x: Tensor, y: Tensor) -> Tensor:
-    logits = bench.lm.model(input_ids=x, use_cache=False).logits[:, 1:].float()
+def _nats(lm: Spliced, x: Tensor, y: Tensor) -> Tensor:
+    """Loss in nats at all positions but the first, (W, T - 1)."""
+    logits = lm.model(input_ids=x, use_cache=False).logits[:, 1:].float()
     return -logits.log_softmax(-1).gather(2, y[:, 1:, None]).squeeze(2)
 
 
 @torch.no_grad()
-def rise(bench: Bench, window: Window, code: sparse.csr_matrix, decode: Decode, direct: np.ndarray | None, batch: int) -> float:
-    """Mean rise of the cross-entropy, bits a character, with the decoded rows of ``code`` in place of the activations."""
-    length, total = window.x.shape[1], 0.0
+def rise(
+    bench: Bench,
+    window: Window,
+    code: sparse.csr_matrix,
+    decode: Decode,
+    direct: np.ndarray | None,
+    batch: int,
+) -> float:
+    """Mean rise of the cross-entropy with a code's reconstruction in place of the activation.
+
+    Args:
+        bench: Evaluation context.
+        window: Windows to evaluate.
+        code: Codes of the test rows, (n, F).
+        decode: Decoder of the codes.
+        direct: Part of the reconstruction that bypasses the code, (n, O), if any.
+        batch: Windows per forward pass.
+
+    Returns:
+        Bits per character.
+    """
+    length = window.x.shape[1]
+    total = 0.0
     for begin in range(0, len(window.x), batch):
         rows = window.rows[begin * length : (begin + batch) * length]
         recon = decode(torch.from_numpy(code[rows].toarray()).to(bench.device))
         if direct is not None:
             recon = recon + torch.from_numpy(direct[rows]).to(recon)
+        recon = recon.view(-1, length, recon.shape[1])
         part = slice(begin, begin + batch)
-        new = recon.view(-1, length, recon.shape[1])
-        with patched(bench.lm.model, bench.write, lambda a, new=new: new.to(a.dtype)):
-            total += float((_nats(bench, window.x[part], window.targets[part]) - window.clean[part]).double().sum())
+        with patched(window.lm.model, window.site, lambda a, new=recon: new.to(a.dtype)):
+            nats = _nats(window.lm, window.x[part], window.targets[part])
+        total += float((nats - window.clean[part]).double().sum())
     return total / window.clean.numel() / math.log(2)
 
 
 @torch.no_grad()
 def effect_sizes(bench: Bench, codes: sparse.csr_matrix, decode: Decode) -> np.ndarray:
-    """How far a latent moves the reconstruction per unit of its value (m,), at its root mean square over active rows."""
+    """Distance that each latent moves the reconstruction per unit of its value.
+
+    Measured at the root mean square of the latent's active values.
+
+    Args:
+        bench: Evaluation context.
+        codes: Codes (N, F).
+        decode: Decoder of the codes.
+
+    Returns:
+        Distances (F,).
+    """
     counts = np.maximum(np.diff(codes.tocsc().indptr), 1)
-    size = np.sqrt(np.asarray(codes.multiply(codes).sum(0)).ravel() / counts).astype(np.float32)
-    base, found = decode(torch.zeros(1, codes.shape[1], device=bench.device)), []
-    for begin in range(0, len(size), 1024):
-        index = np.arange(begin, min(begin + 1024, len(size)))
-        one = np.zeros((len(index), len(size)), np.float32)
-        one[np.arange(len(index)), index] = size[index]
-        found.append((decode(torch.from_numpy(one).to(bench.device)) - base).norm(dim=1).cpu().numpy())
-    return np.concatenate(found) / np.maximum(size, 1e-12)
+    squares = np.asarray(codes.multiply(codes).sum(0)).ravel()
+    size = np.sqrt(squares / counts).astype(np.float32)
+    n_latents = len(size)
+    base = decode(torch.zeros(1, n_latents, device=bench.device))
+    effects = []
+    for begin in range(0, n_latents, 1024):
+        latent = np.arange(begin, min(begin + 1024, n_latents))
+        one_each = np.zeros((len(latent), n_latents), np.float32)
+        one_each[np.arange(len(latent)), latent] = size[latent]
+        moved = decode(torch.from_numpy(one_each).to(bench.device)) - base
+        effects.append(moved.norm(dim=1).cpu().numpy())
+    return np.concatenate(effects) / np.maximum(size, 1e-12)
 
 
-def strongest(codes: sparse.csr_matrix, share: float, effect: np.ndarray, rows: int = 4096) -> sparse.csr_matrix:
-    """The code with only the ``share`` of each row's entries (at least one, where there is any) whose |value| times effect is largest."""
+def strongest(
+    codes: sparse.csr_matrix, share: float, effect: np.ndarray, rows: int = 4096
+) -> sparse.csr_matrix:
+    """Keep only the entries of each row that move the reconstruction most.
+
+    Args:
+        codes: Codes (N, F).
+        share: Share of each row's entries to keep, by |value| times effect; at least one entry of
+            a row that has any.
+        effect: Effect per unit of each latent's value, (F,).
+        rows: Rows processed at a time.
+    """
     if share >= 1:
         return codes
     parts = []
-    for begin in range(0, codes.shape[0], rows):
+    n_rows = len(codes.indptr) - 1
+    for begin in range(0, n_rows, rows):
         part = codes[begin : begin + rows].tocsr(copy=True)
-        size, counts = np.abs(part.data) * effect[part.indices], np.diff(part.indptr)
-        owner = np.repeat(np.arange(part.shape[0]), counts)
-        order = np.lexsort((-size, owner))
+        size = np.abs(part.data) * effect[part.indices]
+        counts = np.diff(part.indptr)
+        row = np.repeat(np.arange(part.shape[0]), counts)
+        order = np.lexsort((-size, row))
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order)) - np.repeat(part.indptr[:-1], counts)
-        part.data[rank >= np.ceil(share * counts)[owner]] = 0
+        part.data[rank >= np.ceil(share * counts)[row]] = 0
         part.eliminate_zeros()
         parts.append(part)
-    return sparse.vstack(parts).tocsr()
+    return sparse.csr_matrix(sparse.vstack(parts))
 
 
 def bits_at(points: Sequence[Rated], limit: float) -> float | None:
-    """The least rate whose cross-entropy rises by no more than ``limit``: between points of the frontier, linear in the logarithm of the rise.
+    """Lowest rate at which the cross-entropy rises by no more than `limit`.
 
-    None where no point comes that close, or all do (the rate is then below every one that was tried).
+    Interpolates between neighbouring points of the frontier, linearly in the logarithm of the rise.
+
+    Args:
+        points: Rates and distortions that were tried.
+        limit: Rise of the cross-entropy in bits per character.
+
+    Returns:
+        Bits per row; None if no point comes that close, or if all do (the rate is then below every
+        one that was tried).
     """
     frontier: list[Rated] = []
     for point in sorted(points, key=lambda p: (p.bits, p.ce)):
         if not frontier or point.ce < frontier[-1].ce:
             frontier.append(point)
-    inside = next((i for i, p in enumerate(frontier) if p.ce <= limit), None)
-    if inside is None or inside == 0:
+    inside = [i for i, point in enumerate(frontier) if point.ce <= limit]
+    if not inside or inside[0] == 0:
         return None
-    far, near = frontier[inside - 1], frontier[inside]
-    logs = [math.log(max(v, 1e-6)) for v in (far.ce, near.ce, limit)]
-    share = (logs[0] - logs[2]) / max(logs[0] - logs[1], 1e-12)
+    far = frontier[inside[0] - 1]
+    near = frontier[inside[0]]
+    log_far = math.log(max(far.ce, 1e-6))
+    log_near = math.log(max(near.ce, 1e-6))
+    log_limit = math.log(max(limit, 1e-6))
+    share = (log_far - log_limit) / max(log_far - log_near, 1e-12)
     return far.bits + min(max(share, 0.0), 1.0) * (near.bits - far.bits)

@@ -77,7 +77,7 @@ def measure(bench: Bench, *, rows: int | None) -> Measured:
         bench: Evaluation context.
         rows: Number of held-out rows, from the first on; None for all.
     """
-    n_rows = min(rows or bench.n_rows, bench.n_rows)
+    n_rows = bench.n_used(rows)
     sample = bench.targets(slice(0, min(n_rows, FEW))).to(bench.device).double()
     # Shifting by the median keeps the one-pass variance exact if the mean is much larger than the
     # spread.
