@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from scipy import sparse
 
@@ -50,17 +53,27 @@ EDGES = np.linspace(-1, 1, 201)
 LATENT_ARRAYS = ("coact_partners", "coact_parent")
 
 
-def measure(
-    bench: Bench,
-    *,
-    rows: int | None,
-    least: int,
-    block: int,
-    partners: int,
-    strong: float,
-    contained: float,
-    larger: float,
-) -> Measured:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the metric."""
+
+    rows: int | None
+    """Number of held-out rows, from the first on; None for all."""
+    least: int
+    """Number of rows that a latent must fire on to count."""
+    block: int
+    """Latents compared with all others at a time; bounds the memory."""
+    partners: int
+    """Number of partners kept per latent."""
+    strong: float
+    """|phi| above which a pair is strong."""
+    contained: float
+    """Share of a latent's firings at which its parent must fire too."""
+    larger: float
+    """Factor by which a parent must fire more often."""
+
+
+def measure(bench: Bench, **options: Any) -> Measured:
     """Statistics over ordered pairs of latents.
 
     With n rows, of which latent i fires on n_i and both i and j on n_ij,
@@ -72,50 +85,30 @@ def measure(
 
     Args:
         bench: Evaluation context.
-        rows: Number of held-out rows, from the first on; None for all.
-        least: Number of rows that a latent must fire on to count.
-        block: Latents compared with all others at a time; bounds the memory.
-        partners: Number of partners kept per latent.
-        strong: |phi| above which a pair is strong.
-        contained: Share of a latent's firings at which its parent must fire too.
-        larger: Factor by which a parent must fire more often.
+        **options: Fields of `Options`.
     """
-    codes = sparse_codes(bench, rows)
+    opts = Options(**options)
+    codes = sparse_codes(bench, opts.rows)
     if codes is None:
         return nulls(INFO, NOT_FINITE)
-    n = bench.n_used(rows)
+    n = bench.n_used(opts.rows)
     columns = codes.tocsc()
-    fires = np.diff(columns.indptr)
-    alive = np.flatnonzero(fires >= least)
+    alive = np.flatnonzero(np.diff(columns.indptr) >= opts.least)
     if len(alive) < 2:
-        return nulls(INFO, f"{len(alive)} latents fire at least {least} times on {n} rows")
+        return nulls(INFO, f"{len(alive)} latents fire at least {opts.least} times on {n} rows")
     pairs = _Pairs(n, columns[:, alive])
-    phi_sums = _CorrelationSums()
-    pearson_sums = _CorrelationSums()
-    strong_pairs = 0
+    phi = _CorrelationSums(opts.strong)
+    pearson = _CorrelationSums(opts.strong)
     blocks = []
-    for begin in range(0, len(alive), block):
-        here = np.arange(begin, min(begin + block, len(alive)))
-        both = pairs.both(here)
-        phi = pairs.phi(here, both)
-        off_diagonal = np.arange(len(alive)) != here[:, None]
-        phi_sums.add(phi[off_diagonal])
-        pearson_sums.add(pairs.pearson(here)[off_diagonal])
-        strong_pairs += int((np.abs(phi[off_diagonal]) > strong).sum())
-        phi[~off_diagonal] = 0
-        both[~off_diagonal] = 0
-        count = pairs.count
-        top = min(partners, len(alive) - 1)
-        blocks.append(
-            _partners(n, phi, both, count, here, top)
-            | _parents(both, count, here, larger, contained)
-        )
+    for begin in range(0, len(alive), opts.block):
+        here = np.arange(begin, min(begin + opts.block, len(alive)))
+        blocks.append(_block(pairs, here, phi, pearson, opts))
     relations = {name: np.concatenate([part[name] for part in blocks]) for name in blocks[0]}
     n_pairs = len(alive) * (len(alive) - 1)
     values = {
-        "coact_phi_rms": np.sqrt(phi_sums.squares / n_pairs),
-        "coact_pearson_rms": np.sqrt(pearson_sums.squares / n_pairs),
-        "coact_strong_frac": strong_pairs / n_pairs,
+        "coact_phi_rms": np.sqrt(phi.squares / n_pairs),
+        "coact_pearson_rms": np.sqrt(pearson.squares / n_pairs),
+        "coact_strong_frac": phi.strong / n_pairs,
         "coact_partner_phi": np.abs(relations["coact_partner_phi"][:, 0]).mean(),
         "coact_contained_frac": (relations["coact_parent"] >= 0).mean(),
     }
@@ -123,23 +116,26 @@ def measure(
         name: _for_all_latents(name, relation, alive, bench.sae.d_sae)
         for name, relation in relations.items()
     }
-    arrays["coact_phi_hist"] = phi_sums.histogram
-    arrays["coact_pearson_hist"] = pearson_sums.histogram
+    arrays["coact_phi_hist"] = phi.histogram
+    arrays["coact_pearson_hist"] = pearson.histogram
     arrays["coact_edges"] = EDGES
     return Measured({name: float(value) for name, value in values.items()}, arrays)
 
 
 class _CorrelationSums:
-    """Histogram and sum of squares of a correlation over pairs."""
+    """Sums of a correlation over pairs: histogram, squares, and number of strong pairs."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
         self.histogram = np.zeros(len(EDGES) - 1, np.int64)
         self.squares = 0.0
+        self.strong = 0
 
     def add(self, correlations: np.ndarray) -> None:
         """Add some pairs."""
         self.histogram += np.histogram(correlations, EDGES)[0]
         self.squares += float(np.square(correlations).sum())
+        self.strong += int((np.abs(correlations) > self.limit).sum())
 
 
 class _Pairs:
@@ -203,6 +199,27 @@ def _correlation(
     covariance = n * products - sum_i[:, None] * sum_j
     varies = scale > 1e-9 * n * n
     return np.divide(covariance, scale, out=np.zeros_like(products), where=varies).clip(-1, 1)
+
+
+def _block(
+    pairs: _Pairs,
+    here: np.ndarray,
+    phi_sums: _CorrelationSums,
+    pearson_sums: _CorrelationSums,
+    opts: Options,
+) -> dict[str, np.ndarray]:
+    """Add the pairs of latents `here` to the sums, and find their partners and parents."""
+    count = pairs.count
+    both = pairs.both(here)
+    phi = pairs.phi(here, both)
+    other = np.arange(len(count)) != here[:, None]
+    phi_sums.add(phi[other])
+    pearson_sums.add(pairs.pearson(here)[other])
+    phi[~other] = 0
+    both[~other] = 0
+    top = min(opts.partners, len(count) - 1)
+    partners = _partners(pairs.n, phi, both, count, here, top)
+    return partners | _parents(both, count, here, opts.larger, opts.contained)
 
 
 def _partners(
