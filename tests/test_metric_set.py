@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import importlib
 import inspect
 from typing import Any
@@ -22,12 +22,24 @@ def module_and_options(name: str) -> tuple[Any, dict[str, Any]]:
     return importlib.import_module(module), options
 
 
+def declared_options(module: Any) -> dict[str, bool]:
+    """Options by name, and whether each has a default: fields of `Options`, or arguments."""
+    if hasattr(module, "Options"):
+        fields = dataclasses.fields(module.Options)
+        missing = dataclasses.MISSING
+        return {
+            f.name: f.default is not missing or f.default_factory is not missing for f in fields
+        }
+    parameters = inspect.signature(module.measure).parameters.values()
+    return {p.name: p.default is not p.empty for p in parameters if p.name != "bench"}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_of_a_metric_has_its_number_in_yaml(name):
     module, options = module_and_options(name)
-    parameters = inspect.signature(functools.partial(module.measure)).parameters
-    assert set(parameters) - {"bench"} == set(options)
-    assert all(p.default is inspect.Parameter.empty for p in parameters.values())
+    declared = declared_options(module)
+    assert set(declared) == set(options)
+    assert not any(declared.values()), "no option has a default outside of YAML"
 
 
 def test_no_two_metrics_report_the_same_name():
