@@ -13,9 +13,10 @@ from sae_experiments.config.plans import complete
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+USING = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
 COMMANDS = [
     line.split("#")[0].strip()
-    for line in README.splitlines()
+    for line in (README + USING).splitlines()
     if re.match(r"(\.venv/bin/)?python experiment\.py ", line)
 ]
 
@@ -75,3 +76,9 @@ def test_the_speed_of_the_superposition_sweep_stands_in_a_result_file(result):
     assert claimed == [
         measured[name] for name in ("exclusive", "early_stopping", "control", "all three")
     ]
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.split()) <= 800
+    for target in re.findall(r"\]\(([^)#]+)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
