@@ -33,6 +33,9 @@ slow: testing    ## the slow tests
 bench: install   ## speed and memory beside the peers (PEERS_PYTHON=... adds them; docs/speed.md), about half an hour
 	$(BIN)/python benchmarks/bench.py
 
+golden: testing  ## tests/golden/ anew, after a change that is meant to move numbers
+	$(BIN)/python tests/golden.py
+
 check: testing   ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -54,4 +57,4 @@ oldest:          ## the quick tests with the oldest versions that pyproject.toml
 	$(VENV)-oldest/bin/python -m pip install -q -c $(VENV)-oldest/oldest.txt -e '.[test]'
 	$(VENV)-oldest/bin/python -m pytest -q -n $(WORKERS)
 
-.PHONY: help install testing run plot test slow bench check lock newest oldest
+.PHONY: help install testing run plot test slow bench golden check lock newest oldest

@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 #: Whether torch was imported before the line below could tell its threads anything.
 LATE = "torch" in sys.modules and "GOMP_SPINCOUNT" not in os.environ
 # Threads that wait give their core away soon: beside other work, spinning costs a training step four to ten times its time,
