@@ -1,182 +1,325 @@
-"""What the feature browser shows of every latent: contexts, histogram of values, following characters, logit effect, partners, stability."""
+"""Data of the feature browser: contexts, values, next characters and partners of each latent."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
-from sae_experiments.metrics.codes import NOT_FINITE, Text, nulls, read_text, sparse_codes
+from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.text.contexts import contexts_of, quantile_rows, top_rows
-from sae_experiments.models.hooks import Site, as_sites, blocks_of, capture
+from sae_experiments.models.hooks import Site, blocks_of, capture
 from sae_experiments.models.layouts import layout_of_model, matrix
 from sae_experiments.saes.base import SAE
-from sae_experiments.sampling import spread
+from sae_experiments.sampling import evenly_spaced, spread
 
 INFO = [
     MetricInfo(
         name="feature_next_bits",
         title="foresight",
-        formula="mean over alive latents of KL(next character where it fires || next character anywhere), less the bias of counting",
+        formula=(
+            "mean over alive latents of KL(next character where it fires || next character "
+            "anywhere), less the bias of counting"
+        ),
         unit="bit",
         better="none",
         shown=False,
     ),
 ]
+#: Joint firings are counted by a dense matrix product if more than this share of codes is active.
+DENSE_ABOVE = 0.08
 
 
-def measure(
-    bench: Bench, *, rows: int | None, latents: int | None, contexts: int, samples: int, before: int, after: int, bins: int, characters: int,
-    partners: int, pair_rows: int, windows: int,
-) -> Measured:  # fmt: skip
-    """One dict a latent for ``features/<report>_<seed>.json``; of more than ``latents`` latents that fire, so many evenly spaced ones.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the metric."""
 
-    ``latent density max mean histogram`` (counts of non-zero |z| in ``bins`` equal bins up to max); with text ``top`` and ``samples`` (contexts:
-    strongest first, one a window; and even quantiles of |z|), ``next`` ([character, share, share over its share anywhere] where it fires, by its
-    part of the KL divergence); with a language model ``promotes`` and ``suppresses`` ([character, logits], see :func:`logit_effect`); ``partners``
-    ([latent, phi] of firing on the first ``pair_rows`` rows); with replicas ``stability`` (largest cosine of its decoder row with one of the
-    replica's, mean over replicas). Latents that never fire have ``latent`` and ``density`` 0 only.
+    rows: int | None
+    """Number of held-out rows, from the first on; None for all."""
+    latents: int | None
+    """Number of latents stored, evenly spaced among those that fire; None for all."""
+    contexts: int
+    """Strongest contexts per latent, at most one per window."""
+    samples: int
+    """Contexts per latent at even quantiles of all its strengths."""
+    before: int
+    """Characters of a context before the latent's."""
+    after: int
+    """Characters of a context after the latent's."""
+    bins: int
+    """Bins of the histogram of values."""
+    characters: int
+    """Characters listed per latent that it promotes, suppresses, or that follow it."""
+    partners: int
+    """Latents listed per latent that fire together with it."""
+    pair_rows: int
+    """Rows on which joint firing is counted."""
+    windows: int
+    """Windows over which the scale of the last layer norm is averaged."""
+
+
+def measure(bench: Bench, **options: Any) -> Measured:
+    """Describe latents for `features/<report>_<seed>.json`, one dict per latent.
+
+    Every dict has `latent` and `density`; latents that never fire have nothing else. The others,
+    of which some are stored, have
+
+    - `max`, `mean`, `histogram`: of non-zero |z|; counts in equal bins from 0 to the maximum.
+    - `partners`: `[latent, phi]` of firing together, largest |phi| first.
+    - `top`, `samples` (with text): contexts, the strongest first, and at quantiles of |z|.
+    - `next` (with text): `[character, share, lift]` of the characters that follow, by their part
+      of the KL divergence; the lift is the share over the share anywhere.
+    - `promotes`, `suppresses` (with a language model): `[character, logits]`; see `logit_effect`.
+    - `stability` (with replicas): see `stability`.
+
+    Args:
+        bench: Evaluation context; `extras["latents"]` are latents that a study wants stored too.
+        **options: Fields of `Options`.
     """
-    codes = sparse_codes(bench, rows)
+    opts = Options(**options)
+    codes = sparse_codes(bench, opts.rows)
     if codes is None:
         return nulls(INFO, NOT_FINITE)
-    text = read_text(bench, rows)
-    codes = codes if text is None else codes[: len(text.chars)]
-    z = codes.tocsc()
+    text = read_text(bench, opts.rows)
+    z = sparse.csc_matrix(codes if text is None else codes[: len(text.chars)])
     z.eliminate_zeros()
     fires = np.diff(z.indptr)
     alive = np.flatnonzero(fires)
     if not len(alive):
         return nulls(INFO, "no latent fires")
-    picked = alive if latents is None else alive[np.unique(np.linspace(0, len(alive) - 1, min(latents, len(alive))).round().astype(int))]
-    picked = np.union1d(picked, [j for j in bench.extras.get("latents", ()) if fires[j]]).astype(np.int64)  # those a study asks for
-    found = {int(j): _statistics(int(j), z, bins) for j in picked}
-    for j, phi in zip(picked.tolist(), pairs_of(z[:, picked], picked, pair_rows, partners), strict=True):
-        found[j]["partners"] = phi
-    bits = None
-    if text is not None:
-        _add_contexts(found, z, text, contexts, samples, before, after)
-        following, bits = followers(z, text, characters)
-        for j in found:
-            found[j]["next"] = following[j]
-    effect = logit_effect(bench, np.array([found[j]["max"] if j in found else 0.0 for j in range(z.shape[1])]), windows)
-    for j in found if effect is not None else ():
-        order = np.argsort(-effect[j], kind="stable")
-        for name, ids in (("promotes", order[:characters]), ("suppresses", order[::-1][:characters])):
-            found[j][name] = [[bench.spell(i), _digits(effect[j, i])] for i in ids.tolist()]
-    for j, cosine in zip(found, stability(bench.sae, bench.replicas, np.array(list(found))), strict=False):
-        found[j]["stability"] = cosine
-    dead = [{"latent": j, "density": 0.0} for j in np.flatnonzero(fires == 0).tolist()]
-    value = None if bits is None else float(bits[alive].mean())
-    why = {} if bits is not None else {"feature_next_bits": "there is no text"}
-    return Measured({"feature_next_bits": value}, {} if bits is None else {"feature_next_bits": bits}, why, features=[*found.values(), *dead])
+    wanted = [latent for latent in bench.extras.get("latents", ()) if fires[latent]]
+    stored = np.union1d(evenly_spaced(alive, opts.latents), wanted).astype(np.int64)
+    features = {latent: _statistics(latent, z, opts.bins) for latent in stored.tolist()}
+    partners = pairs_of(z[:, stored], stored, opts.pair_rows, opts.partners)
+    for feature, pairs in zip(features.values(), partners, strict=True):
+        feature["partners"] = pairs
+    bits = None if text is None else _add_text(features, z, text, opts)
+    _add_logit_effect(features, bench, opts)
+    for feature, cosine in zip(
+        features.values(), stability(bench.sae, bench.replicas, stored), strict=False
+    ):
+        feature["stability"] = cosine
+    dead = [{"latent": latent, "density": 0.0} for latent in np.flatnonzero(fires == 0).tolist()]
+    described = [*features.values(), *dead]
+    if bits is None:
+        return nulls(INFO, NO_TEXT)._replace(features=described)
+    mean_bits = float(bits[alive].mean())
+    arrays = {"feature_next_bits": bits}
+    return Measured({"feature_next_bits": mean_bits}, arrays, features=described)
 
 
-def _statistics(j: int, z: sparse.csc_matrix, bins: int) -> dict[str, Any]:
-    values = np.abs(z.data[z.indptr[j] : z.indptr[j + 1]])
-    top = float(values.max())
-    counts = np.histogram(values, bins, (0, top))[0]
-    about = {"density": _digits(len(values) / z.shape[0]), "max": _digits(top), "mean": _digits(float(values.mean()))}
-    return {"latent": j, **about, "histogram": counts.tolist()}
+def _statistics(latent: int, z: sparse.csc_matrix, bins: int) -> dict[str, Any]:
+    """Density and distribution of |z| of one latent, from codes (N, F)."""
+    values = np.abs(z.data[z.indptr[latent] : z.indptr[latent + 1]])
+    largest = float(values.max())
+    return {
+        "latent": latent,
+        "density": _three_digits(len(values) / z.get_shape()[0]),
+        "max": _three_digits(largest),
+        "mean": _three_digits(float(values.mean())),
+        "histogram": np.histogram(values, bins, (0, largest))[0].tolist(),
+    }
 
 
-def _add_contexts(found: dict[int, dict[str, Any]], z: sparse.csc_matrix, text: Text, top: int, samples: int, before: int, after: int) -> None:
-    column = np.zeros(z.shape[0], z.dtype)
-    for j, feature in found.items():
-        part = slice(z.indptr[j], z.indptr[j + 1])
+def _add_text(
+    features: dict[int, dict[str, Any]], z: sparse.csc_matrix, text: Text, opts: Options
+) -> np.ndarray:
+    """Add contexts and next characters to `features`; returns the bits of `followers`."""
+    column = np.zeros(len(text.chars), z.dtype)
+    for latent, feature in features.items():
+        part = slice(z.indptr[latent], z.indptr[latent + 1])
         column[z.indices[part]] = z.data[part]
         strength = np.abs(column)
-        feature["top"] = contexts_of(text, column, top_rows(text, strength, top), before, after)
-        feature["samples"] = contexts_of(text, column, quantile_rows(strength, samples), before, after)
+        top = top_rows(text, strength, opts.contexts)
+        samples = quantile_rows(strength, opts.samples)
+        feature["top"] = contexts_of(text, column, top, opts.before, opts.after)
+        feature["samples"] = contexts_of(text, column, samples, opts.before, opts.after)
         column[z.indices[part]] = 0
+    following, bits = followers(z, text, opts.characters)
+    for latent, feature in features.items():
+        feature["next"] = following[latent]
+    return bits
+
+
+def _add_logit_effect(features: dict[int, dict[str, Any]], bench: Bench, opts: Options) -> None:
+    """Add the characters whose logits each of `features` raises and lowers most, at its maximum."""
+    strength = np.zeros(bench.sae.d_sae)
+    for latent, feature in features.items():
+        strength[latent] = feature["max"]
+    effect = logit_effect(bench, strength, opts.windows)
+    if effect is None:
+        return
+    for latent, feature in features.items():
+        logits = effect[latent]
+        order = np.argsort(-logits, kind="stable").tolist()
+        best = order[: opts.characters]
+        worst = order[::-1][: opts.characters]
+        feature["promotes"] = [[bench.spell(i), _three_digits(logits[i])] for i in best]
+        feature["suppresses"] = [[bench.spell(i), _three_digits(logits[i])] for i in worst]
 
 
 def followers(z: sparse.csc_matrix, text: Text, n: int) -> tuple[list[list[list[Any]]], np.ndarray]:
-    """For each latent the ``n`` characters that follow it most tellingly, [character, share p, p / q], and KL(p || q) in bits (m,), which is
-    corrected for the bias of counts, (K - 1) / (2 n ln 2) with K characters seen, and NaN where the latent never fires.
+    """Characters that follow each latent.
+
+    With p the distribution of the next character where the latent fires, q anywhere, and K
+    different characters in n_j firings, the information in bits is
+
+        KL(p || q) - (K - 1) / (2 n_j ln 2)
+
+    where the second term corrects the bias of estimating p from counts; at least 0.
+
+    Args:
+        z: Codes without stored zeros, (N, F).
+        text: Text of the rows.
+        n: Number of characters listed per latent.
+
+    Returns:
+        For each latent `[character, p, p / q]` of the characters with the largest (positive) terms
+        of KL(p || q), and the bits (F,), NaN for a latent that never fires.
     """
     points, ids = np.unique(text.following, return_inverse=True)
-    one_hot = sparse.csr_matrix((np.ones(len(ids)), (np.arange(len(ids)), ids)), shape=(len(ids), len(points)))
-    on = sparse.csc_matrix((np.ones(len(z.data)), z.indices, z.indptr), shape=z.shape)
+    entries = np.ones(len(ids)), (np.arange(len(ids)), ids)
+    one_hot = sparse.csr_matrix(entries, shape=(len(ids), len(points)))
+    on = sparse.csc_matrix((np.ones(len(z.data)), z.indices, z.indptr), shape=z.get_shape())
     counts = (on.T @ one_hot).toarray()
     total = counts.sum(1, keepdims=True)
-    p, q = counts / np.maximum(total, 1), np.bincount(ids) / len(ids)
-    ratio = p / q
-    parts = np.where(p > 0, p * np.log2(np.where(p > 0, ratio, 1)), 0)
+    p = counts / np.maximum(total, 1)
+    q = np.bincount(ids) / len(ids)
+    lift = p / q
+    terms = np.where(p > 0, p * np.log2(np.where(p > 0, lift, 1)), 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         bias = ((counts > 0).sum(1) - 1) / (2 * total[:, 0] * np.log(2))
-        bits = np.where(total[:, 0] > 0, np.maximum(parts.sum(1) - bias, 0), np.nan)
-    best = np.argsort(-parts, axis=1, kind="stable")[:, :n]
-    return [[[chr(points[i]), _digits(p[j, i]), _digits(ratio[j, i])] for i in row if parts[j, i] > 0] for j, row in enumerate(best.tolist())], bits
+        bits = np.where(total[:, 0] > 0, np.maximum(terms.sum(1) - bias, 0), np.nan)
+    best = np.argsort(-terms, axis=1, kind="stable")[:, :n]
+    listed = []
+    for latent, row in enumerate(best.tolist()):
+        positive = [i for i in row if terms[latent, i] > 0]
+        listed.append(
+            [
+                [chr(points[i]), _three_digits(p[latent, i]), _three_digits(lift[latent, i])]
+                for i in positive
+            ]
+        )
+    return listed, bits
 
 
 def pairs_of(z: sparse.csc_matrix, names: np.ndarray, rows: int, n: int) -> list[list[list[Any]]]:
-    """For each column its ``n`` partners of largest |phi| of firing on the first ``rows`` rows, as [name, phi]."""
+    """Partners of each latent by the phi coefficient of firing.
+
+    Args:
+        z: Codes of m latents, (N, m).
+        names: Index of each of these latents, (m,).
+        rows: Number of rows to count on, from the first on.
+        n: Number of partners per latent.
+
+    Returns:
+        For each latent `[name, phi]` of its partners with phi other than 0, largest |phi| first.
+    """
     part = z.tocsr()[:rows]
-    on = sparse.csr_matrix((np.ones(len(part.data), np.float32), part.indices, part.indptr), shape=part.shape)
-    total, m = on.shape
-    if on.nnz > 0.08 * total * m:  # a matrix product costs less than counting pairs
+    fired = (np.ones(len(part.data), np.float32), part.indices, part.indptr)
+    on = sparse.csr_matrix(fired, shape=part.shape)
+    total, m = on.get_shape()
+    if on.nnz > DENSE_ABOVE * total * m:
         dense = on.toarray()
         both = (dense.T @ dense).astype(np.float64)
     else:
         both = (on.T @ on).toarray().astype(np.float64)
     count = both.diagonal().copy()
-    scale = np.sqrt(count * (total - count))
-    scale = scale[:, None] * scale
-    phi = np.divide(total * both - count[:, None] * count, scale, out=np.zeros_like(both), where=scale > 0)
+    deviation = np.sqrt(count * (total - count))
+    scale = deviation[:, None] * deviation
+    covariance = total * both - count[:, None] * count
+    phi = np.divide(covariance, scale, out=np.zeros_like(both), where=scale > 0)
     np.fill_diagonal(phi, 0)
     order = np.argsort(-np.abs(phi), axis=1, kind="stable")[:, : min(n, m - 1)]
-    return [[[int(names[i]), _digits(phi[j, i])] for i in row if phi[j, i]] for j, row in enumerate(order.tolist())]
+    partners = []
+    for latent, row in enumerate(order.tolist()):
+        correlated = [i for i in row if phi[latent, i]]
+        partners.append([[int(names[i]), _three_digits(phi[latent, i])] for i in correlated])
+    return partners
 
 
 @torch.no_grad()
 def logit_effect(bench: Bench, strength: np.ndarray, windows: int) -> np.ndarray | None:
-    """What each latent at its ``strength`` (F,) adds to the logits on the direct path, (F, V), less the mean over characters.
+    """Logits that each latent adds on the direct path to the output, less their mean.
 
-    ``W_U (gamma * (d - mean d)) / sigma`` with d what the decoder adds to the residual stream and sigma the mean standard deviation that the
-    final layer norm divides by over ``windows`` held-out windows; what later blocks make of d is left out. None without a language model, or
-    where the SAE does not write to the residual stream (directly or through the output matrix of an MLP).
+        W_U (gamma * (d - mean d)) / sigma
+
+    with d what the decoder adds to the residual stream, gamma the weight of the final layer norm,
+    and sigma the mean standard deviation by which that norm divides. The blocks after the SAE's
+    site are left out.
+
+    Args:
+        bench: Evaluation context.
+        strength: Value of each latent, (F,).
+        windows: Number of held-out windows over which sigma is averaged.
+
+    Returns:
+        Logits (F, V); None without a language model, if the SAE does not write to the residual
+        stream (directly or through the output matrix of an MLP), or if a logit is not finite.
     """
-    lm, sites = bench.lm, as_sites(bench.write) if bench.write is not None else ()
-    if lm is None or lm.model is None or bench.held_out is None or not sites or sites[-1].stream == "mlp_in":
+    lm = bench.lm
+    store = bench.held_out
+    if lm is None or lm.model is None or store is None or not bench.write_sites:
         return None
-    site, model = sites[-1], lm.model
-    layout, head, blocks = layout_of_model(model), model.get_output_embeddings().weight, blocks_of(model)
-    norm, starts = model.get_submodule(layout.norm), bench.held_out.starts
-    tokens = lm.tokens(starts[spread(len(starts), windows)])[0].to(bench.device)
-    with capture(model, [Site("resid", len(blocks))]) as seen:
+    site = bench.write_sites[-1]
+    if site.stream == "mlp_in":
+        return None
+    model: Any = lm.model
+    layout = layout_of_model(model)
+    blocks = blocks_of(model)
+    norm = model.get_submodule(layout.norm)
+    tokens = lm.tokens(store.starts[spread(len(store.starts), windows)])[0].to(bench.device)
+    last = Site("resid", len(blocks))
+    with capture(model, [last]) as seen:
         model(input_ids=tokens, use_cache=False)
-    sigma = next(iter(seen.values())).float().var(-1, correction=0).add(norm.eps).sqrt().mean()
-    through = matrix(blocks[site.layer - 1].get_submodule(layout.down)).float() if site.stream == "mlp_act" else None
-    gamma, unembed, parts = norm.weight.float(), head.float(), []
-    eye = torch.diag(torch.as_tensor(strength, dtype=torch.float32, device=bench.device))
-    base = bench.sae.decode(torch.zeros_like(eye[:1]))
-    for rows in eye.split(1024):
-        d = (bench.sae.decode(rows) - base)[:, -_width(through, unembed) :].float()
-        d = d if through is None else d @ through
+    sigma = seen[last].float().var(-1, correction=0).add(norm.eps).sqrt().mean()
+    unembed = model.get_output_embeddings().weight.float()
+    gamma = norm.weight.float()
+    mlp_out = None
+    if site.stream == "mlp_act":
+        mlp_out = matrix(blocks[site.layer - 1].get_submodule(layout.down)).float()
+    # Of an SAE over several sites, the last part of the output belongs to the last site.
+    width = unembed.shape[1] if mlp_out is None else mlp_out.shape[0]
+    one_each = torch.diag(torch.as_tensor(strength, dtype=torch.float32, device=bench.device))
+    base = bench.sae.decode(torch.zeros_like(one_each[:1]))
+    parts = []
+    for acts in one_each.split(1024):
+        d = (bench.sae.decode(acts) - base)[:, -width:].float()
+        if mlp_out is not None:
+            d = d @ mlp_out
         logits = ((d - d.mean(1, keepdim=True)) * gamma) @ unembed.T / sigma
         parts.append((logits - logits.mean(1, keepdim=True)).cpu())
-    found = torch.cat(parts).numpy()
-    return found if np.isfinite(found).all() else None
-
-
-def _width(through: Tensor | None, unembed: Tensor) -> int:
-    return unembed.shape[1] if through is None else through.shape[0]
+    effect = torch.cat(parts).numpy()
+    return effect if np.isfinite(effect).all() else None
 
 
 def stability(sae: SAE, replicas: tuple[SAE, ...], latents: np.ndarray) -> list[float]:
-    """For each of ``latents`` the largest cosine of its decoder row with one of a replica's, mean over replicas; [] without replicas."""
-    rows = _unit(sae)[latents]
-    return [_digits(v) for v in torch.stack([(rows @ _unit(r).T).max(1).values for r in replicas]).mean(0).tolist()] if replicas else []
+    """Largest cosine of each latent's decoder row with one of a replica's, mean over replicas.
+
+    Args:
+        sae: The SAE.
+        replicas: The same SAE fitted with other seeds.
+        latents: Latents of interest, (n,).
+
+    Returns:
+        n cosines; empty without replicas.
+    """
+    if not replicas:
+        return []
+    rows = _unit_decoder(sae)[latents]
+    largest = [(rows @ _unit_decoder(replica).T).max(1).values for replica in replicas]
+    return [_three_digits(cosine) for cosine in torch.stack(largest).mean(0).tolist()]
 
 
-def _unit(sae: SAE) -> Tensor:
-    return torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1)
+def _unit_decoder(sae: SAE) -> Tensor:
+    return F.normalize(sae.W_dec.detach().float(), dim=1)
 
 
-def _digits(value: float) -> float:
+def _three_digits(value: float) -> float:
     return float(f"{value:.3g}")
