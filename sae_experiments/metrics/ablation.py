@@ -1,174 +1,321 @@
-"""What the language model loses when a latent, or a group of them, is taken out of its activation while the SAE's error stays in."""
+"""Loss of the language model when latents are removed from its activation.
+
+The SAE's reconstruction error stays in the activation.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import sparse
 from torch import Tensor
 
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import Bench, Measured, MetricInfo, Spliced
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, nulls, sparse_codes
 from sae_experiments.metrics.noise import Grouped, noise_of, noise_over, resampled_means
-from sae_experiments.models.hooks import patched
+from sae_experiments.models.hooks import Site, patched
+from sae_experiments.models.store import Store
+from sae_experiments.sampling import evenly_spaced
 
 LATENT = [
     MetricInfo(
         name="ablate_latent_ce_delta_bits",
         title="a latent's effect",
-        formula="mean over sampled latents of the rise of the cross-entropy where they are active, when they are removed there",
+        formula=(
+            "mean over sampled latents of the rise of the cross-entropy where they are active, "
+            "when they are removed there"
+        ),
         unit="bit/char",
         better="none",
     ),
     MetricInfo(
-        name="ablate_latent_kl", title="a latent's KL", formula="the same for KL(p_clean || p_ablated)", unit="nat", better="none", shown=False
+        name="ablate_latent_kl",
+        title="a latent's KL",
+        formula="the same for KL(p_clean || p_ablated)",
+        unit="nat",
+        better="none",
+        shown=False,
     ),
 ]
+#: Groups of latents: name -> (kind of group, its index among these, description).
 GROUPS = {
-    "rare": "the tenth of the living latents that fires least",
-    "frequent": "the tenth that fires most",
-    "first_level": "the first level of a nested dictionary",
-    "last_level": "its last level",
+    "rare": ("group", 0, "the tenth of the living latents that fires least"),
+    "frequent": ("group", -1, "the tenth that fires most"),
+    "first_level": ("level", 0, "the first level of a nested dictionary"),
+    "last_level": ("level", -1, "its last level"),
 }
-INFO = [
-    *LATENT,
-    *(
+
+
+def _group_infos(group: str) -> list[MetricInfo]:
+    title = f"ablate {group.replace('_', ' ')}"
+    words = GROUPS[group][-1]
+    return [
         MetricInfo(
-            name=f"ablate_{group}_{what}",
-            title=f"ablate {group.replace('_', ' ')}{'' if 'ce' in what else ' (KL)'}",
-            formula=f"{'rise of the cross-entropy' if 'ce' in what else 'KL(p_clean || p_ablated)'} when {words} is removed",
-            unit=unit,
+            name=f"ablate_{group}_ce_delta_bits",
+            title=title,
+            formula=f"rise of the cross-entropy when {words} is removed",
+            unit="bit/char",
             better="none",
             shown=False,
-        )
-        for group, words in GROUPS.items()
-        for what, unit in (("ce_delta_bits", "bit/char"), ("kl", "nat"))
-    ),
-]
+        ),
+        MetricInfo(
+            name=f"ablate_{group}_kl",
+            title=f"{title} (KL)",
+            formula=f"KL(p_clean || p_ablated) when {words} is removed",
+            unit="nat",
+            better="none",
+            shown=False,
+        ),
+    ]
+
+
+INFO = [*LATENT, *(info for group in GROUPS for info in _group_infos(group))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the metric."""
+
+    rows: int | None
+    """Held-out rows that windows are drawn from, from the first on; None for all."""
+    windows: int
+    """Number of windows, drawn at random."""
+    batch: int
+    """Windows per forward pass."""
+    latents: int
+    """Number of latents removed one by one, evenly spaced by density."""
+    per_latent: int
+    """Number of windows that each of them is removed in at most."""
+    least: int
+    """Number of active positions in the windows that such a latent needs."""
+    groups: int
+    """Number of quantiles of density, each of which is removed as a whole."""
+    mean: bool
+    """True: latents are set to their mean value instead of zero."""
+    seed: int
+    """Seed of the windows."""
 
 
 class Effect(NamedTuple):
-    """Rise of the cross-entropy in nats and KL at every position but the first of each window, (W, T - 1)."""
+    """Effect of an ablation at every position but the first of each window."""
 
     ce: Tensor
+    """Rise of the cross-entropy in nats, (W, T - 1)."""
     kl: Tensor
+    """KL(p_clean || p_ablated) in nats, (W, T - 1)."""
 
 
 @torch.no_grad()
-def measure(
-    bench: Bench, *, rows: int | None, windows: int, batch: int, latents: int, per_latent: int, least: int, groups: int, mean: bool, seed: int
-) -> Measured:
-    """``x' = x - (decode(z) - decode(z'))`` with z' the code without the latents (``mean``: with their mean value instead).
+def measure(bench: Bench, **options: Any) -> Measured:
+    """Effect on the language model of removing single latents and groups of latents.
 
-    On ``windows`` windows drawn at random from the first ``rows`` held-out rows. Latents are sampled evenly by density among those active ``least`` times there; each is
-    removed in at most ``per_latent`` of them, and its effect averaged over the positions where it was active. Groups are ``groups`` quantiles
-    of density, and the levels of an SAE whose latents have such (``sae.group``); their effect is averaged over all positions.
+    The activation x is replaced by
+
+        x' = x - (decode(z) - decode(z'))
+
+    with z' the code z without the latents. The effect of a single latent is averaged over the
+    positions where it is active, that of a group over all positions. Groups are quantiles of
+    density, and the levels of an SAE that has levels.
+
+    Args:
+        bench: Evaluation context.
+        **options: Fields of `Options`.
     """
-    if bench.lm is None or bench.held_out is None:
+    opts = Options(**options)
+    lm = bench.lm
+    store = bench.held_out
+    if lm is None or store is None:
         return nulls(INFO, NO_TEXT)
-    if not hasattr(bench.write, "stream"):
+    if not isinstance(bench.write, Site):
         return nulls(INFO, "the SAE rebuilds several sites at once")
-    codes = sparse_codes(bench, rows)
+    codes = sparse_codes(bench, opts.rows)
     if codes is None:
         return nulls(INFO, NOT_FINITE)
-    store, chance = bench.held_out, np.random.default_rng(seed)
-    there = codes.shape[0] // store.length
-    picked = np.sort(chance.choice(there, min(windows, there), replace=False))
-    world = _World(bench, codes, picked, batch, mean)
-    density = np.asarray((codes != 0).mean(0)).ravel()
-    values, arrays, why, noise = _latents(world, density, latents, per_latent, least, chance)
+    rng = np.random.default_rng(opts.seed)
+    n_windows = bench.n_used(opts.rows) // store.length
+    picked = np.sort(rng.choice(n_windows, min(opts.windows, n_windows), replace=False))
+    windows = _Windows(bench, lm, store, bench.write, codes, picked, opts)
+    density = np.asarray(sparse.csr_matrix(codes != 0).mean(0)).ravel()
+    single = _single_latents(windows, density, opts, rng)
+    groups = _groups(windows, _by_density(density, opts.groups), _levels(bench), opts.groups)
+    return Measured(
+        single.scalars | groups.scalars,
+        single.arrays | groups.arrays,
+        single.why_null | groups.why_null,
+        single.noise | groups.noise,
+    )
+
+
+def _single_latents(
+    windows: _Windows, density: np.ndarray, opts: Options, rng: np.random.Generator
+) -> Measured:
+    """Effects of single latents, each removed in some of the windows where it is active."""
+    on = windows.z != 0
+    n_active = on[:, 1:].sum((0, 1)).numpy()
+    candidates = np.flatnonzero(n_active >= opts.least)
+    n_windows = len(windows.x)
+    if not len(candidates):
+        return nulls(LATENT, f"no latent is active {opts.least} times in {n_windows} windows")
+    by_density = candidates[np.argsort(density[candidates], kind="stable")]
+    sample = evenly_spaced(by_density, opts.latents)
+    effects = []
+    ce_parts = []
+    kl_parts = []
+    for latent in sample.tolist():
+        active = on[:, :, latent]
+        active_windows = np.flatnonzero(active[:, 1:].any(1).numpy())
+        removed_in = np.sort(rng.permutation(active_windows)[: opts.per_latent])
+        effect = windows.ablate(np.array([latent]), removed_in)
+        positions = active[removed_in][:, 1:]
+        window = np.repeat(removed_in[:, None], positions.shape[1], 1)[positions.numpy()]
+        bits = effect.ce / math.log(2)
+        ce_parts.append(Grouped(bits[positions].double().numpy(), window))
+        kl_parts.append(Grouped(effect.kl[positions].double().numpy(), window))
+        mean_bits = float(effect.ce[positions].mean()) / math.log(2)
+        effects.append((mean_bits, float(effect.kl[positions].mean())))
+    columns = np.array(effects)
+    arrays = {"ablate_latents": sample, "ablate_latent_density": density[sample]}
+    values: dict[str, float | None] = {}
+    noise = {}
+    for i, (info, parts) in enumerate(zip(LATENT, (ce_parts, kl_parts), strict=True)):
+        values[info.name] = columns.mean(0).tolist()[i]
+        arrays[f"{info.name}_each"] = columns[:, i]
+        if n_windows > 1:
+            noise[info.name] = noise_over(resampled_means(parts, n_windows))
+    return Measured(values, arrays, noise=noise)
+
+
+def _by_density(density: np.ndarray, n: int) -> list[np.ndarray]:
+    """Latents that fire, in `n` quantiles of density; empty if there are fewer latents."""
     alive = np.flatnonzero(density)
-    by_density = np.array_split(alive[np.argsort(density[alive], kind="stable")], groups) if len(alive) >= groups else []
-    levels = _levels(bench)
-    found = {"group": [world.ablate(g, None) for g in by_density], "level": [world.ablate(g, None) for g in levels]}
-    reasons = {"group": f"fewer than {groups} latents are alive", "level": "the SAE has no levels"}
-    for name, (kind, which) in {"rare": ("group", 0), "frequent": ("group", -1), "first_level": ("level", 0), "last_level": ("level", -1)}.items():
-        ce, kl = f"ablate_{name}_ce_delta_bits", f"ablate_{name}_kl"
-        if not found[kind]:
-            values[ce] = values[kl] = None
-            why[ce] = why[kl] = reasons[kind]
-            continue
-        effect = found[kind][which]
-        values[ce], values[kl] = float(effect.ce.mean()) / math.log(2), float(effect.kl.mean())
-        noise[ce], noise[kl] = _noise(effect.ce) / math.log(2), _noise(effect.kl)
-    for kind, effects in found.items():
-        arrays[f"ablate_{kind}_ce_delta_bits"] = np.array([float(e.ce.mean()) / math.log(2) for e in effects])
-        arrays[f"ablate_{kind}_kl"] = np.array([float(e.kl.mean()) for e in effects])
-    return Measured(values, arrays, why, noise)
-
-
-def _noise(per_position: Tensor) -> float:
-    """Standard error of a mean over positions, by resampling windows."""
-    sums = {"sum": per_position.double().sum(1).numpy(), "n": np.full(len(per_position), per_position.shape[1], float)}
-    return noise_of(sums, lambda s: s["sum"] / s["n"], draws=200, seed=0)
+    if len(alive) < n:
+        return []
+    return np.array_split(alive[np.argsort(density[alive], kind="stable")], n)
 
 
 def _levels(bench: Bench) -> list[np.ndarray]:
+    """Latents of each level of a nested SAE; empty for any other."""
     group = getattr(bench.sae, "group", None)
     if not isinstance(group, Tensor) or group.shape != (bench.sae.d_sae,):
         return []
-    of = group.cpu().numpy()
-    return [np.flatnonzero(of == g) for g in np.unique(of)]
+    level = group.cpu().numpy()
+    return [np.flatnonzero(level == number) for number in np.unique(level)]
 
 
-def _latents(world: _World, density: np.ndarray, latents: int, per_latent: int, least: int, chance: np.random.Generator):
-    """Effects of single latents, each in some of the windows where it is active."""
-    on = world.z != 0
-    enough = np.flatnonzero(on[:, 1:].sum((0, 1)).numpy() >= least)
-    names = [i.name for i in LATENT]
-    if not len(enough):
-        return dict.fromkeys(names), {}, dict.fromkeys(names, f"no latent is active {least} times in {len(world.x)} windows"), {}
-    ranked = enough[np.argsort(density[enough], kind="stable")]
-    sample = ranked[np.unique(np.linspace(0, len(ranked) - 1, min(latents, len(ranked))).round().astype(int))]
-    rows, parts = [], []
-    for j in sample.tolist():
-        active = on[:, :, j]
-        where = chance.permutation(np.flatnonzero(active[:, 1:].any(1).numpy()))[:per_latent]
-        effect = world.ablate(np.array([j]), np.sort(where))
-        at = active[np.sort(where)][:, 1:]
-        window = np.repeat(np.sort(where)[:, None], at.shape[1], 1)[at.numpy()]
-        parts.append([Grouped(e[at].double().numpy(), window) for e in (effect.ce / math.log(2), effect.kl)])
-        rows.append((float(effect.ce[at].mean()) / math.log(2), float(effect.kl[at].mean())))
-    columns = np.array(rows)
-    values = dict(zip(names, columns.mean(0).tolist(), strict=True))
-    noise = {name: noise_over(resampled_means(part, len(world.x))) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
-    noise = noise if len(world.x) > 1 else {}
-    arrays = {"ablate_latents": sample, "ablate_latent_density": density[sample]} | dict(zip((f"{n}_each" for n in names), columns.T, strict=True))
-    return values, arrays, {}, noise
+def _groups(
+    windows: _Windows,
+    by_density: Sequence[np.ndarray],
+    levels: Sequence[np.ndarray],
+    n_groups: int,
+) -> Measured:
+    """Effects of removing each quantile of density and each level."""
+    effects = {
+        "group": [windows.ablate(latents) for latents in by_density],
+        "level": [windows.ablate(latents) for latents in levels],
+    }
+    reasons = {
+        "group": f"fewer than {n_groups} latents are alive",
+        "level": "the SAE has no levels",
+    }
+    values: dict[str, float | None] = {}
+    why_null = {}
+    noise = {}
+    for name, (kind, index, _) in GROUPS.items():
+        ce = f"ablate_{name}_ce_delta_bits"
+        kl = f"ablate_{name}_kl"
+        if not effects[kind]:
+            values |= {ce: None, kl: None}
+            why_null |= {ce: reasons[kind], kl: reasons[kind]}
+            continue
+        effect = effects[kind][index]
+        values[ce] = float(effect.ce.mean()) / math.log(2)
+        values[kl] = float(effect.kl.mean())
+        noise[ce] = _noise(effect.ce) / math.log(2)
+        noise[kl] = _noise(effect.kl)
+    arrays = {}
+    for kind, of_kind in effects.items():
+        bits = [float(effect.ce.mean()) / math.log(2) for effect in of_kind]
+        arrays[f"ablate_{kind}_ce_delta_bits"] = np.array(bits)
+        arrays[f"ablate_{kind}_kl"] = np.array([float(effect.kl.mean()) for effect in of_kind])
+    return Measured(values, arrays, why_null, noise)
 
 
-class _World:
-    """Some held-out windows: their text, codes (W, T, F) and clean log-probabilities."""
+def _noise(per_position: Tensor) -> float:
+    """Standard error over resampled windows of the mean over positions (W, T)."""
+    n_windows, n_positions = per_position.shape
+    sums = {
+        "sum": per_position.double().sum(1).numpy(),
+        "n": np.full(n_windows, n_positions, float),
+    }
+    return noise_of(sums, lambda totals: totals["sum"] / totals["n"])
 
-    def __init__(self, bench: Bench, codes, picked: np.ndarray, batch: int, mean: bool) -> None:
-        store = bench.held_out
-        self.bench, self.batch = bench, batch
-        self.x, self.y = bench.lm.tokens(store.starts[picked])
+
+class _Windows:
+    """Windows of held-out text with codes and the clean model's log-probabilities.
+
+    Args:
+        bench: Evaluation context.
+        lm: Its language model.
+        store: Its held-out activations.
+        site: The activation that the SAE reconstructs.
+        codes: Codes of the held-out rows, (N, F).
+        picked: Numbers of the windows, (W,).
+        opts: Options of the metric.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        lm: Spliced,
+        store: Store,
+        site: Site,
+        codes: sparse.csr_matrix,
+        picked: np.ndarray,
+        opts: Options,
+    ) -> None:
+        self.sae = bench.sae
+        self.device = bench.device
+        self.lm = lm
+        self.site = site
+        self.batch = opts.batch
+        # Token ids and next token ids, (W, T) each.
+        self.x, self.y = lm.tokens(store.starts[picked])
+        # Codes, (W, T, F).
         rows = (picked[:, None] * store.length + np.arange(store.length)).reshape(-1)
         self.z = torch.from_numpy(codes[rows].toarray()).view(len(picked), store.length, -1)
-        self.instead = torch.from_numpy(np.asarray(codes.mean(0), np.float32).ravel() * mean)
-        self.clean = torch.cat([self._log_probs(x) for x in self.x.split(batch)])
+        # Value of each latent when it is removed, (F,).
+        means = np.asarray(codes.mean(0), np.float32).ravel()
+        self.replacement = torch.from_numpy(means * opts.mean)
+        # Log-probabilities at all positions but the first, (W, T - 1, V).
+        self.clean = torch.cat([self._log_probs(x) for x in self.x.split(self.batch)])
 
-    def _log_probs(self, x: Tensor) -> Tensor:
-        logits = self.bench.lm.model(input_ids=x.to(self.bench.device), use_cache=False).logits[:, 1:]
-        return logits.float().log_softmax(-1).cpu()
-
-    def ablate(self, latents: np.ndarray, windows: np.ndarray | None) -> Effect:
-        """Effect of removing ``latents`` everywhere in ``windows`` (None: all)."""
-        windows = np.arange(len(self.x)) if windows is None else windows
-        ces, kls, device = [], [], self.bench.device
+    def ablate(self, latents: np.ndarray, windows: np.ndarray | None = None) -> Effect:
+        """Effect of removing `latents` everywhere in some windows (None: all)."""
+        if windows is None:
+            windows = np.arange(len(self.x))
+        ces = []
+        kls = []
         for begin in range(0, len(windows), self.batch):
             part = torch.from_numpy(windows[begin : begin + self.batch])
-            without = self.z[part].flatten(0, 1)
-            with_all = self.bench.sae.decode(without.to(device))
-            without[:, latents] = self.instead[latents]
-            change = (with_all - self.bench.sae.decode(without.to(device))).view(len(part), self.z.shape[1], -1)
-            with patched(self.bench.lm.model, self.bench.write, lambda a, change=change: a - change.to(a.dtype)):
+            acts = self.z[part].flatten(0, 1)
+            whole = self.sae.decode(acts.to(self.device))
+            acts[:, latents] = self.replacement[latents]
+            change = whole - self.sae.decode(acts.to(self.device))
+            change = change.view(len(part), self.z.shape[1], -1)
+            with patched(self.lm.model, self.site, lambda a, change=change: a - change.to(a.dtype)):
                 log_p = self._log_probs(self.x[part])
-            clean, targets = self.clean[part], self.y[part, 1:, None]
+            clean = self.clean[part]
+            targets = self.y[part, 1:, None]
             ces.append((clean - log_p).gather(2, targets).squeeze(2))
             kls.append(F.kl_div(log_p, clean, log_target=True, reduction="none").sum(2))
         return Effect(torch.cat(ces), torch.cat(kls))
+
+    def _log_probs(self, x: Tensor) -> Tensor:
+        logits = self.lm.model(input_ids=x.to(self.device), use_cache=False).logits[:, 1:]
+        return logits.float().log_softmax(-1).cpu()
