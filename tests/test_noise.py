@@ -156,7 +156,7 @@ def test_absorption(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_absorption_of_several_concepts_on_one_text() -> None:
     chance = np.random.default_rng(0)
-    shown = absorption.Shown(
+    shown = absorption.PositiveRows(
         np.repeat(np.arange(20), 30),
         *(chance.random((3, 600)) + np.repeat(chance.normal(size=20), 30)),
     )
