@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import sys
@@ -319,17 +320,13 @@ def test_everything_that_is_cached_has_its_line_in_the_table():
         "passes",
         "downloads",
     }
-    found = set()
-    for path in PACKAGE.rglob("*.py"):
-        for part in path.read_text().split("cached(")[1:]:
-            words = part.split('"')
-            if (
-                path.name != "cache.py"
-                and len(words) > 1
-                and words[1].isidentifier()
-                and "\n" not in words[0]
-            ):
-                found.add(words[1])
+    calls = (
+        node
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    )
+    found = {ast.literal_eval(c.args[1]) for c in calls if getattr(c.func, "id", "") == "cached"}
     assert found == kinds, (
         "a new kind of cached thing needs a key with its code, and its line in MOVES"
     )
@@ -525,6 +522,23 @@ def test_a_class_a_function_that_builds_it_and_what_is_handed_to_it_all_count(ow
         "sae_experiments.saes.base",
         "sae_experiments.saes.topk",
     ]
+
+
+def test_the_key_of_a_fit_names_a_users_class_with_all_that_it_imports(own):
+    study = small("data=[text8]", "sae=topk", "sae.model._target_=own_model.build")
+    ((name, arm),) = study.arms.items()
+    rows: Any = SimpleNamespace(identity=lambda *where: {})
+    ctx: Any = SimpleNamespace(device=torch.device("cpu"))
+
+    def key() -> str:
+        sae = arm.seeded(16, 16, 0)
+        return digest(study._fit_key(name, sae, rows, Cell("text8", 0, ()), ctx))
+
+    before = key()
+    assert key() == before
+    (own / "mysae/maths.py").write_text("def twice(x):\n    return 3 * x\n")
+    importlib.reload(importlib.import_module("mysae.maths"))
+    assert key() != before
 
 
 def test_what_a_study_uses_of_a_users_own_decides_about_finished_results(own):
