@@ -15,6 +15,7 @@ from saes import rows as sparse_rows
 
 from sae_experiments.errors import UserError
 from sae_experiments.metrics.base import Bench
+from sae_experiments.metrics.robustness import curves
 from sae_experiments.metrics.robustness import measure as robustness
 from sae_experiments.metrics.robustness.margins import confirmed, crosstalk, has_margins, radii
 from sae_experiments.metrics.robustness.noise import Noises
@@ -284,11 +285,11 @@ def test_distances_between_distributions():
 
 
 def test_area_and_half_size():
-    assert robustness.area([0, 0.1, 1], np.array([100, 80.0, 40.0])) == pytest.approx(60)
-    assert robustness.halved([0, 0.1, 1], np.array([100, 60.0, 40.0])) == pytest.approx(
+    assert curves.area([0, 0.1, 1], np.array([100, 80.0, 40.0])) == pytest.approx(60)
+    assert curves.size_at_half([0, 0.1, 1], np.array([100, 60.0, 40.0])) == pytest.approx(
         math.sqrt(0.1)
     )
-    assert robustness.halved([0, 0.1], np.array([100, 60.0])) is None
+    assert curves.size_at_half([0, 0.1], np.array([100, 60.0])) is None
 
 
 def test_broken_or_constant_input_is_null_with_a_reason():

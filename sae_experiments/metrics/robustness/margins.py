@@ -1,4 +1,4 @@
-"""How far an input may move before the support changes, in closed form, and what a step along one latent's decoder row does to the others."""
+"""Certified radii of active latents in closed form, and cross-talk between latents."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from sae_experiments.saes.purified.perturb import unit
 from sae_experiments.saes.topk import TopK
 
 NO_CLOSED_FORM = "no closed form for this encoder"
+#: Entries of the matrices (pairs, F) that TopK radii are computed in at a time.
+MATRIX_ENTRIES = 1 << 22
 
 
 def has_margins(sae: SAE) -> bool:
-    """Whether the support is a threshold, or a top k, of a pre-activation that is linear in the input."""
+    """True if the support is a threshold, or a top k, of a linear function of the input."""
     kind = type(sae)
     if kind.encoder_input is not SAE.encoder_input or kind.pre_acts is not SAE.pre_acts:
         return False
@@ -26,81 +28,146 @@ def has_margins(sae: SAE) -> bool:
 
 @torch.no_grad()
 def radii(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For every active latent of rows (B, D): row, latent and the l2 distance within which it stays on.
+    """l2 distance within which each active latent stays on.
 
-    Threshold encoders: ``(a_j - theta_j) / ||e_j||``, exact. TopK: the smaller of ``a_j / ||e_j||`` (a value of 0 is off) and, over the latents
-    i outside, ``(a_j - a_i) / ||e_j - e_i||``, the nearest input at which i overtakes j: there the support changes, be it by j or by another.
+    Threshold encoders: `(a_j - theta_j) / ||e_j||`, exact. TopK: the smaller of `a_j / ||e_j||` (a
+    value of 0 is off) and, over the latents i outside, `(a_j - a_i) / ||e_j - e_i||`, the distance
+    to the nearest input at which i overtakes j. There the support changes, by j or by another.
+
+    Args:
+        sae: An SAE that has margins.
+        x: Rows, (B, D).
+
+    Returns:
+        Row, latent and distance of every active latent, (n,) each.
     """
     sae.eval()
     pre = sae.pre_acts(x)
     row, col = (sae.activate(pre).dense() != 0).nonzero().unbind(1)
     norms = sae.W_enc.norm(dim=1).clamp_min(1e-12)
-    if not isinstance(sae, TopK):
-        return row, col, (sae.strength(pre)[row, col] - sae.threshold) / norms[col]
-    found = pre[row, col] / norms[col]
+    if isinstance(sae, TopK):
+        distance = torch.minimum(pre[row, col] / norms[col], _overtaken(sae, pre, row, col))
+    else:
+        distance = (sae.strength(pre)[row, col] - sae.threshold) / norms[col]
+    return row, col, distance
+
+
+def _overtaken(sae: TopK, pre: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    """Distance at which a latent outside the support overtakes an active one.
+
+    Args:
+        sae: The SAE.
+        pre: Pre-activations, (B, F).
+        row: Rows of the active latents, (n,).
+        col: The active latents, (n,).
+
+    Returns:
+        Distances, (n,).
+    """
     squares = sae.W_enc.square().sum(1)
     on = torch.zeros_like(pre, dtype=torch.bool)
     on[row, col] = True
-    for part in torch.arange(len(row), device=x.device).split(max(1, (1 << 22) // sae.d_sae)):
+    distance = torch.empty_like(pre[row, col])
+    for part in torch.arange(len(row), device=pre.device).split(
+        max(1, MATRIX_ENTRIES // sae.d_sae)
+    ):
         r, c = row[part], col[part]
-        apart = (squares[c, None] + squares - 2 * sae.W_enc[c] @ sae.W_enc.t()).clamp_min(1e-24).sqrt()
+        squared = squares[c, None] + squares - 2 * sae.W_enc[c] @ sae.W_enc.t()
+        apart = squared.clamp_min(1e-24).sqrt()
         swap = (pre[r, c][:, None] - pre[r]) / apart
-        found[part] = torch.minimum(found[part], swap.masked_fill(on[r], torch.inf).amin(1))
-    return row, col, found
+        distance[part] = swap.masked_fill(on[r], torch.inf).amin(1)
+    return distance
 
 
 @torch.no_grad()
 def confirmed(sae: SAE, x: Tensor, pairs: int, seed: int) -> float:
-    """Share of ``pairs`` random (row, latent) whose radius holds by trial: one per cent beyond it in the worst direction the latent is off (TopK:
-    the support is another), one per cent before it there it is on, and on at that length in a random direction. 1 unless the formula is wrong.
+    """Share of random pairs (row, latent) whose radius holds by trial.
+
+    One per cent beyond the radius in the worst direction the latent is off (TopK: the support has
+    changed). One per cent before it there, and at that length in a random direction, it is on.
+
+    Args:
+        sae: An SAE that has margins.
+        x: Rows, (B, D).
+        pairs: Number of pairs tried.
+        seed: Seed of the pairs and directions.
+
+    Returns:
+        The share, which is 1 unless the formula is wrong; NaN without radii to try.
     """
     row, col, radius = radii(sae, x)
     g = torch.Generator().manual_seed(seed)
     pick = torch.randperm(len(row), generator=g)[:pairs].to(row.device)
     row, col, radius = row[pick], col[pick], radius[pick]
-    here, worst = x[row], -sae.W_enc[col]
+    clean = x[row]
+    worst = _unit_rows(_worst_direction(sae, clean, col))
+    anywhere = _unit_rows(torch.randn(clean.shape, generator=g).to(clean))
+    before = sae.encode(clean) != 0
+
+    def support(direction: Tensor, factor: float) -> Tensor:
+        return sae.encode(clean + direction * (factor * radius)[:, None]) != 0
+
+    def is_on(direction: Tensor, factor: float) -> Tensor:
+        return support(direction, factor).gather(1, col[:, None])[:, 0]
+
     if isinstance(sae, TopK):
-        pre = sae.pre_acts(here)
-        codes = sae.activate(pre).dense() != 0
-        apart = torch.cdist(sae.W_enc[col], sae.W_enc).clamp_min(1e-12)
-        at = pre.gather(1, col[:, None])
-        rival = ((at - pre) / apart).masked_fill(codes, torch.inf)
-        least = rival.amin(1) < at[:, 0] / sae.W_enc[col].norm(dim=1)
-        worst = torch.where(least[:, None], sae.W_enc[rival.argmin(1)] - sae.W_enc[col], worst)
-    worst = worst / worst.norm(dim=1, keepdim=True)
-    anywhere = torch.randn(here.shape, generator=g).to(here)
-    anywhere = anywhere / anywhere.norm(dim=1, keepdim=True)
+        changed = (support(worst, 1.01) != before).any(1)
+    else:
+        changed = ~is_on(worst, 1.01)
+    holds = changed & is_on(worst, 0.99) & is_on(anywhere, 0.99)
+    # A radius near 0 is below the precision of float32.
+    resolved = radius > 1e-3 * radius.median()
+    return float(holds[resolved].float().mean()) if bool(resolved.any()) else float("nan")
 
-    before = sae.encode(here) != 0
 
-    def after(direction: Tensor, factor: float) -> Tensor:
-        return sae.encode(here + direction * (factor * radius)[:, None]) != 0
+def _worst_direction(sae: SAE, x: Tensor, col: Tensor) -> Tensor:
+    """Direction (n, D) in which rows `x` (n, D) lose their active latent `col` (n,) soonest."""
+    down = -sae.W_enc[col]
+    if not isinstance(sae, TopK):
+        return down
+    pre = sae.pre_acts(x)
+    active = sae.activate(pre).dense() != 0
+    apart = torch.cdist(sae.W_enc[col], sae.W_enc).clamp_min(1e-12)
+    own = pre.gather(1, col[:, None])
+    rival = ((own - pre) / apart).masked_fill(active, torch.inf)
+    rival_first = rival.amin(1) < own[:, 0] / sae.W_enc[col].norm(dim=1)
+    towards_rival = sae.W_enc[rival.argmin(1)] - sae.W_enc[col]
+    return torch.where(rival_first[:, None], towards_rival, down)
 
-    def on(direction: Tensor, factor: float) -> Tensor:
-        return after(direction, factor).gather(1, col[:, None])[:, 0]
 
-    beyond = (after(worst, 1.01) != before).any(1) if isinstance(sae, TopK) else ~on(worst, 1.01)
-    # A radius near 0 is below what float32 can tell.
-    sure = radius > 1e-3 * radius.median()
-    holds = beyond & on(worst, 0.99) & on(anywhere, 0.99)
-    return float(holds[sure].float().mean()) if bool(sure.any()) else float("nan")
+def _unit_rows(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True)
 
 
 @torch.no_grad()
 def crosstalk(noises: Noises, x: Tensor, eps: float) -> tuple[float | None, float | None]:
-    """A step ``+-eps R d_i`` for a random active latent i of each row: median of ``sum_{l != i} dz_l^2 / dz_i^2``, and mean of ``dz_i / (+-eps R)``
-    (the slope, ideally 1), over the rows where i stays on; each dz_l times ||d_l||, so that it does not matter how a code is scaled.
+    """Response of a code to a step `+-eps R d_i` along a random active latent i of each row.
+
+    Each change dz_l is times `||d_l||`, so that the scale of a code does not matter.
+
+    Args:
+        noises: The SAE and the spread of its rows.
+        x: Rows, (B, D).
+        eps: Length of the step in units of R.
+
+    Returns:
+        Over the rows on which i stays on: the median of `sum_{l != i} dz_l^2 / dz_i^2`, and the
+        mean slope `dz_i / (+-eps R)` (ideally 1). None if there are none.
     """
-    sae, reach = noises.sae, eps * float(noises.cloud.radius)
-    latents, sign = noises.aimed(x, torch.Generator(x.device).manual_seed(noises.seed))
-    some = latents >= 0
-    x, latents, sign = x[some], latents[some], sign[some]
-    rows, sizes = unit(sae.W_dec[latents]), sae.reach()  # a latent is worth z_j ||d_j|| in the units of the activations
-    z, after = sae.encode(x), sae.encode(x + rows * (sign * reach)[:, None])
-    change = (after - z) * sizes
+    sae = noises.sae
+    length = eps * float(noises.cloud.radius)
+    g = torch.Generator(x.device).manual_seed(noises.seed)
+    latents, sign = noises.aimed(x, g)
+    active = latents >= 0
+    x, latents, sign = x[active], latents[active], sign[active]
+    directions = unit(sae.W_dec[latents])
+    clean = sae.encode(x)
+    perturbed = sae.encode(x + directions * (sign * length)[:, None])
+    # A latent moves the reconstruction by z_j ||d_j||, in the units of the activations.
+    change = (perturbed - clean) * sae.reach()
     own = change.gather(1, latents[:, None])[:, 0]
-    kept = (after.gather(1, latents[:, None])[:, 0] != 0) & (own != 0)
+    kept = (perturbed.gather(1, latents[:, None])[:, 0] != 0) & (own != 0)
     if not bool(kept.any()):
         return None, None
     ratio = (change.square().sum(1) - own.square()) / own.square()
-    return float(ratio[kept].median()), float((own / (sign * reach))[kept].mean())
+    return float(ratio[kept].median()), float((own / (sign * length))[kept].mean())

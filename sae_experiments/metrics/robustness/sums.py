@@ -1,4 +1,4 @@
-"""Sums over pairs of codes, clean and perturbed, from which every stability measure follows; and the shapes of their distributions."""
+"""Sums over pairs of codes, clean and perturbed, and the distributions of their activations."""
 
 from __future__ import annotations
 
@@ -8,27 +8,50 @@ from torch import Tensor
 
 
 class Sums:
-    """Running float64 sums over rows of clean codes z and perturbed codes z~, (F,) a latent; every measure is a ratio of such sums."""
+    """Running float64 sums over rows of clean codes z and perturbed codes z~.
+
+    Every measure of stability is a ratio of these sums.
+
+    Args:
+        d_sae: Number of latents, F.
+    """
+
+    NAMES = ("moved", "flipped", "clean", "noisy", "z", "m", "zz", "mm", "zm", "fires", "flips")
 
     def __init__(self, d_sae: int) -> None:
-        self.names = ("moved", "flipped", "clean", "noisy", "z", "m", "zz", "mm", "zm", "fires", "flips")
-        self.by_latent = {name: np.zeros(d_sae) for name in self.names}
-        self.rows = self.jaccard_sum = self.jaccard_rows = self.cosine_sum = self.cosine_rows = 0.0
+        #: Sums per latent (F,) by name.
+        self.by_latent = {name: np.zeros(d_sae) for name in self.NAMES}
+        self.rows = 0
+        self.jaccard_sum = 0.0
+        self.jaccard_rows = 0
+        self.cosine_sum = 0.0
+        self.cosine_rows = 0
 
     def add(self, z: Tensor, moved: Tensor) -> None:
-        """Rows (B, F) of both codes."""
-        change, on, on_after = (moved - z).abs(), z != 0, moved != 0
+        """Add the same rows of clean codes `z` and perturbed codes `moved`, (B, F) each."""
+        change = (moved - z).abs()
+        on, on_after = z != 0, moved != 0
         flip = on != on_after
         parts = {
-            "moved": change.sum(0), "flipped": (change * flip).sum(0), "clean": z.abs().sum(0), "noisy": moved.abs().sum(0), "z": z.sum(0),
-            "m": moved.sum(0), "zz": z.square().sum(0), "mm": moved.square().sum(0), "zm": (z * moved).sum(0), "fires": on.sum(0), "flips": flip.sum(0),
-        }  # fmt: skip
+            "moved": change.sum(0),
+            "flipped": (change * flip).sum(0),
+            "clean": z.abs().sum(0),
+            "noisy": moved.abs().sum(0),
+            "z": z.sum(0),
+            "m": moved.sum(0),
+            "zz": z.square().sum(0),
+            "mm": moved.square().sum(0),
+            "zm": (z * moved).sum(0),
+            "fires": on.sum(0),
+            "flips": flip.sum(0),
+        }
         for name, value in parts.items():
             self.by_latent[name] += value.double().cpu().numpy()
         union = (on | on_after).sum(1)
-        some = union > 0
-        self.jaccard_sum += float(((on & on_after).sum(1)[some] / union[some]).double().sum())
-        self.jaccard_rows += int(some.sum())
+        shared = (on & on_after).sum(1)
+        active = union > 0
+        self.jaccard_sum += float((shared[active] / union[active]).double().sum())
+        self.jaccard_rows += int(active.sum())
         length = z.norm(dim=1) * moved.norm(dim=1)
         both = length > 0
         self.cosine_sum += float(((z * moved).sum(1)[both] / length[both]).double().sum())
@@ -36,52 +59,78 @@ class Sums:
         self.rows += len(z)
 
     def alive(self, least: int) -> np.ndarray:
-        """Latents (F,) that fire at least so often on the clean rows."""
+        """Mask (F,) of the latents with at least `least` (and one) firings on the clean rows."""
         return self.by_latent["fires"] >= max(least, 1)
 
     def change(self) -> float | None:
-        """``100 sum |z~ - z| / sum |z|`` over everything; None where nothing fires."""
+        """Feature change `100 sum |z~ - z| / sum |z|` over all latents; None if none fires."""
         total = self.by_latent["clean"].sum()
         return float(100 * self.by_latent["moved"].sum() / total) if total > 0 else None
 
     def latent_change(self) -> np.ndarray:
-        """``100 sum_b |z~ - z| / sum_b |z|`` of every latent; NaN where it never fires."""
+        """`100 sum_b |z~ - z| / sum_b |z|` per latent (F,); NaN if it never fires."""
         return 100 * _ratio(self.by_latent["moved"], self.by_latent["clean"])
 
     def fss(self) -> np.ndarray:
-        """``100 (1 - sum_b |z~ - z| / sum_b (|z~| + |z|))`` of every latent; NaN where it fires in neither."""
-        return 100 * (1 - _ratio(self.by_latent["moved"], self.by_latent["clean"] + self.by_latent["noisy"]))
+        """Feature stability score per latent (F,); NaN for a latent that fires in neither code.
+
+        `100 (1 - sum_b |z~ - z| / sum_b (|z~| + |z|))`
+        """
+        mass = self.by_latent["clean"] + self.by_latent["noisy"]
+        return 100 * (1 - _ratio(self.by_latent["moved"], mass))
 
     def pearson(self) -> np.ndarray:
-        """Pearson's r between z and z~ of every latent; NaN without variance in both."""
-        s, n = self.by_latent, max(self.rows, 1)
-        vz, vm = s["zz"] - s["z"] ** 2 / n, s["mm"] - s["m"] ** 2 / n
-        least = 1e-9 * np.maximum(s["zz"], s["mm"])
-        varies = (vz > least) & (vm > least)
-        return np.where(varies, (s["zm"] - s["z"] * s["m"] / n) / np.sqrt(np.where(varies, vz * vm, 1)), np.nan)
+        """Pearson's r between z and z~ per latent (F,); NaN unless both vary."""
+        s = self.by_latent
+        n = max(self.rows, 1)
+        variance_z = s["zz"] - s["z"] ** 2 / n
+        variance_m = s["mm"] - s["m"] ** 2 / n
+        smallest = 1e-9 * np.maximum(s["zz"], s["mm"])
+        varies = (variance_z > smallest) & (variance_m > smallest)
+        scale = np.sqrt(np.where(varies, variance_z * variance_m, 1))
+        return np.where(varies, (s["zm"] - s["z"] * s["m"] / n) / scale, np.nan)
 
     def summary(self, alive: np.ndarray) -> dict[str, float | None]:
-        """Every measure; those over latents are over ``alive`` ones (F,), None where there are none."""
-        s, n = self.by_latent, self.rows
-        fss, r, change = self.fss()[alive], self.pearson()[alive], self.latent_change()[alive]
-        moved, mass = s["moved"].sum(), (s["clean"] + s["noisy"]).sum()
-        varying = r[np.isfinite(r)]
+        """All measures of stability by name; None if undefined.
+
+        Args:
+            alive: Mask (F,) of the latents over which measures per latent are averaged.
+        """
+        fss = self.fss()[alive]
+        r = self.pearson()[alive]
+        defined_r = r[np.isfinite(r)]
         return {
             "change": self.change(),
-            "change_mean": _mean(change),
+            "change_mean": _mean(self.latent_change()[alive]),
             "fss": float(np.median(fss)) if len(fss) else None,
             "fss_p5": float(np.quantile(fss, 0.05)) if len(fss) else None,
-            "fss_pooled": float(100 * (1 - moved / mass)) if mass > 0 else None,
-            "sci": _mean(varying),
-            "sci_skipped": float(len(r) - len(varying)),
+            "fss_pooled": self.pooled_fss(),
+            "sci": _mean(defined_r),
+            "sci_skipped": float(len(r) - len(defined_r)),
             "sci_token": self.cosine_sum / self.cosine_rows if self.cosine_rows else None,
             "jaccard": self.jaccard_sum / self.jaccard_rows if self.jaccard_rows else None,
-            "flips": float(1000 * s["flips"].sum() / (n * len(s["flips"]))) if n else None,
-            "flip_share": float(s["flipped"].sum() / moved) if moved > 0 else None,
+            **self._flips(),
+        }
+
+    def pooled_fss(self) -> float | None:
+        """FSS with sums over all latents; None if none fires in either code."""
+        moved = self.by_latent["moved"].sum()
+        mass = (self.by_latent["clean"] + self.by_latent["noisy"]).sum()
+        return float(100 * (1 - moved / mass)) if mass > 0 else None
+
+    def _flips(self) -> dict[str, float | None]:
+        """Latents that go on or off, per 1000, and their part of the change."""
+        flips = self.by_latent["flips"]
+        moved = self.by_latent["moved"].sum()
+        flipped = self.by_latent["flipped"].sum()
+        return {
+            "flips": float(1000 * flips.sum() / (self.rows * len(flips))) if self.rows else None,
+            "flip_share": float(flipped / moved) if moved > 0 else None,
         }
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`a / b`; NaN unless b is positive."""
     return np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)
 
 
@@ -90,59 +139,122 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def structure(z: Tensor, moved: Tensor, latents: np.ndarray) -> float | None:
-    """Pearson's r between the correlations of all pairs of ``latents``, clean (N, F) and perturbed; latents that never vary are left out."""
-    found = []
-    parts = [codes[:, torch.from_numpy(latents).to(codes.device)] for codes in (z, moved)]
-    varies = (parts[0].std(0) > 0) & (parts[1].std(0) > 0)
-    for part in parts:
-        centred = part[:, varies] - part[:, varies].mean(0)
-        centred = centred / centred.norm(dim=0).clamp_min(1e-12)
-        found.append((centred.t() @ centred).double().cpu().numpy())
-    upper = np.triu_indices(len(found[0]), 1)
-    a, b = (c[upper] for c in found)
-    return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else None
+    """Pearson's r between the correlations of all pairs of latents, clean and perturbed.
+
+    Args:
+        z: Clean codes, (N, F).
+        moved: Perturbed codes, (N, F).
+        latents: Latents to pair; those that do not vary in both codes are left out.
+
+    Returns:
+        The correlation; None if there are too few pairs or they do not vary.
+    """
+    index = torch.from_numpy(latents).to(z.device)
+    clean, perturbed = z[:, index], moved[:, index]
+    varies = (clean.std(0) > 0) & (perturbed.std(0) > 0)
+    a = _pair_correlations(clean[:, varies])
+    b = _pair_correlations(perturbed[:, varies])
+    if len(a) < 2 or not a.std() > 0 or not b.std() > 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _pair_correlations(codes: Tensor) -> np.ndarray:
+    """Correlations of all pairs of the columns of codes (N, A), (A * (A - 1) / 2,)."""
+    centred = codes - codes.mean(0)
+    centred = centred / centred.norm(dim=0).clamp_min(1e-12)
+    correlations = (centred.t() @ centred).double().cpu().numpy()
+    return correlations[np.triu_indices(len(correlations), 1)]
 
 
 class Distributions:
-    """Activations of ``which`` latents, clean (N, F) against perturbed: distances between the distributions, and histograms of the positive part."""
+    """Distributions of the activations of some latents, clean against perturbed.
+
+    Args:
+        z: Clean codes, (N, F).
+        moved: Perturbed codes, (N, F).
+        which: Latents compared.
+        bins: Bins per histogram.
+
+    Attributes:
+        wasserstein: Mean over latents of W1(z, z~) / mean |z|.
+        zero_mass: Mean over latents of P(z~ = 0) - P(z = 0).
+    """
 
     def __init__(self, z: Tensor, moved: Tensor, which: np.ndarray, bins: int) -> None:
-        self.which, self.bins = which, bins
-        self.pairs = [tuple(codes[:, int(j)].cpu().numpy() for codes in (z, moved)) for j in which]
-        sizes = [np.abs(a).mean() for a, _ in self.pairs]
-        distances = [np.abs(np.sort(a) - np.sort(b)).mean() / s for (a, b), s in zip(self.pairs, sizes, strict=True) if s > 0]
+        self.which = which
+        self.bins = bins
+        #: Clean and perturbed activations (N,) of each latent of `which`.
+        self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        distances, zero_mass = [], []
+        for j in which.tolist():
+            clean, perturbed = z[:, j].cpu().numpy(), moved[:, j].cpu().numpy()
+            self.pairs.append((clean, perturbed))
+            size = np.abs(clean).mean()
+            if size > 0:
+                distances.append(np.abs(np.sort(clean) - np.sort(perturbed)).mean() / size)
+            zero_mass.append((perturbed == 0).mean() - (clean == 0).mean())
         self.wasserstein = float(np.mean(distances)) if distances else None
-        self.zero_mass = float(np.mean([(b == 0).mean() - (a == 0).mean() for a, b in self.pairs])) if self.pairs else None
+        self.zero_mass = float(np.mean(zero_mass)) if zero_mass else None
 
     def arrays(self, fss: np.ndarray, shown: int) -> dict[str, np.ndarray]:
-        """Histograms of ``shown`` latents from the 5th to the 95th percentile of FSS (F,), and of all in units of each one's mean positive value; a
-        thousandth of the largest values, and those above four means, lie outside the bins.
+        """Histograms of the non-zero activations.
+
+        Those of single latents leave out the largest thousandth of the values. The histogram of all
+        latents is in units of each latent's mean non-zero magnitude, up to four of them.
+
+        Args:
+            fss: Feature stability score per latent, (F,).
+            shown: Number of latents with a histogram of their own, spread from the 5th to the 95th
+                percentile of FSS.
         """
-        order = self.which[np.argsort(fss[self.which], kind="stable")]
-        picked = order[np.linspace(0.05 * (len(order) - 1), 0.95 * (len(order) - 1), min(shown, len(order))).round().astype(int)]
-        place = {int(j): i for i, j in enumerate(self.which)}
+        order = np.argsort(fss[self.which], kind="stable")
+        last = len(order) - 1
+        places = np.linspace(0.05 * last, 0.95 * last, min(shown, len(order)))
+        picked = order[places.round().astype(int)]
         counts = np.zeros((len(picked), 2, self.bins), np.int64)
-        edges, zeros = np.zeros((len(picked), self.bins + 1)), np.zeros((len(picked), 2))
-        for i, j in enumerate(picked):
-            pair = self.pairs[place[int(j)]]
+        edges = np.zeros((len(picked), self.bins + 1))
+        zeros = np.zeros((len(picked), 2))
+        for i, place in enumerate(picked):
+            pair = self.pairs[place]
             edges[i] = _edges(np.concatenate(pair), self.bins)
             for k, values in enumerate(pair):
                 counts[i, k] = np.histogram(values[values != 0], edges[i])[0]
                 zeros[i, k] = (values == 0).mean()
-        whole, all_edges = np.zeros((2, self.bins), np.int64), np.linspace(0, 4, self.bins + 1)
-        for a, b in self.pairs:
-            scale = np.abs(a[a != 0]).mean() if (a != 0).any() else 0
-            for k, values in enumerate((a, b)):
-                if scale > 0:
-                    whole[k] += np.histogram(np.abs(values[values != 0]) / scale, all_edges)[0]
+        latents = self.which[picked]
+        all_edges = np.linspace(0, 4, self.bins + 1)
         return {
-            "rob_hist_latents": picked, "rob_hist_fss": fss[picked], "rob_hist_counts": counts, "rob_hist_edges": edges, "rob_hist_zeros": zeros,
-            "rob_hist_all": whole, "rob_hist_all_edges": all_edges,
-        }  # fmt: skip
+            "rob_hist_latents": latents,
+            "rob_hist_fss": fss[latents],
+            "rob_hist_counts": counts,
+            "rob_hist_edges": edges,
+            "rob_hist_zeros": zeros,
+            "rob_hist_all": self._pooled_histogram(all_edges),
+            "rob_hist_all_edges": all_edges,
+        }
+
+    def _pooled_histogram(self, edges: np.ndarray) -> np.ndarray:
+        """Counts (2, bins) over all latents, in units of each one's mean non-zero magnitude."""
+        counts = np.zeros((2, self.bins), np.int64)
+        for clean, perturbed in self.pairs:
+            if not (clean != 0).any():
+                continue
+            scale = np.abs(clean[clean != 0]).mean()
+            for k, values in enumerate((clean, perturbed)):
+                counts[k] += np.histogram(np.abs(values[values != 0]) / scale, edges)[0]
+        return counts
 
 
 def _edges(values: np.ndarray, bins: int) -> np.ndarray:
-    """Bins from 0 (or the least value) to the 99.9 % quantile; some width also where the values are constant."""
-    on = values[values != 0]
-    low, high = (min(float(on.min()), 0.0), float(np.quantile(on, 0.999))) if len(on) else (0.0, 1.0)
-    return np.linspace(low, high if high > low else low + 1, bins + 1)
+    """Bin edges from 0 (or the least value) to the 99.9 % quantile of the non-zero values.
+
+    The bins have some width even if the values are constant.
+    """
+    low, high = 0.0, 1.0
+    nonzero = values[values != 0]
+    if len(nonzero):
+        low = min(float(nonzero.min()), 0.0)
+        high = float(np.quantile(nonzero, 0.999))
+    if not high > low:
+        high = low + 1
+    return np.linspace(low, high, bins + 1)

@@ -1,8 +1,9 @@
-"""What perturbed activations do to the language model, with the SAE in between and without; and whether another seed's latents are as stable."""
+"""Perturbed activations inside the language model, and agreement with SAEs from other seeds."""
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,60 +13,131 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from sae_experiments.metrics.base import Bench
-from sae_experiments.metrics.robustness.noise import Noises
+from sae_experiments.metrics.robustness.noise import WINDOWS_PER_PASS, Noises
 from sae_experiments.metrics.robustness.sums import Sums
 from sae_experiments.models.hooks import Site, patched
+from sae_experiments.saes.base import SAE
 from sae_experiments.saes.purified.perturb import Cloud
 from sae_experiments.sampling import spread
 
+#: Rows on which the stability of SAEs from different seeds is compared.
+SEED_ROWS = 16_384
+#: Decoder cosine above which latents of two SAEs count as the same feature.
+MATCH_COSINE = 0.7
+#: Fewest matched latents whose stability is correlated.
+MIN_MATCHES = 10
+
+
+class Denoising(NamedTuple):
+    """Rise of the cross-entropy under noise at the site, in bits per character."""
+
+    noisy: float | None
+    """With the noisy activation."""
+    denoised: float | None
+    """With the reconstruction of the noisy activation; the SAE's own error is part of it."""
+
 
 @torch.no_grad()
-def denoising(bench: Bench, cloud: Cloud, eps: float, windows: int, seed: int) -> tuple[float | None, float | None]:
-    """Bits a character by which Gaussian noise at the site raises the cross-entropy: as it is, and through the SAE (whose own error is in it)."""
-    site = bench.read
-    if bench.lm is None or bench.lm.model is None or bench.held_out is None or site != bench.write or not isinstance(site, Site):
-        return None, None
-    model, sae, starts = bench.lm.model, bench.sae, bench.held_out.starts[:windows]
-    g = torch.Generator(bench.device).manual_seed(seed)
-    sums = dict.fromkeys(("clean", "noisy", "rebuilt"), 0.0)
-    for begin in range(0, len(starts), 32):
-        x, y = (t.to(bench.device) for t in bench.lm.tokens(starts[begin : begin + 32]))
-        delta = cloud.directions("gaussian", x.numel(), g).mul_(eps * cloud.radius).view(*x.shape, -1)
+def denoising(bench: Bench, cloud: Cloud, eps: float, windows: int, seed: int) -> Denoising:
+    """Rise of the cross-entropy under Gaussian noise, as it is and through the SAE.
 
-        def rebuilt(activation: Tensor, delta: Tensor = delta) -> Tensor:
+    Args:
+        bench: The SAE, the language model and the held-out text.
+        cloud: Spread of the rows.
+        eps: Size of the noise in units of R.
+        windows: Held-out windows used, from the first.
+        seed: Seed of the noise.
+
+    Returns:
+        Both rises; None without a language model, or unless the SAE rebuilds the one site it reads.
+    """
+    site, lm, store = bench.read, bench.lm, bench.held_out
+    if lm is None or lm.model is None or store is None:
+        return Denoising(None, None)
+    if not isinstance(site, Site) or site != bench.write:
+        return Denoising(None, None)
+    sae, starts = bench.sae, store.starts[:windows]
+    g = torch.Generator(bench.device).manual_seed(seed)
+    clean = noisy = rebuilt = 0.0
+    for begin in range(0, len(starts), WINDOWS_PER_PASS):
+        x, y = (t.to(bench.device) for t in lm.tokens(starts[begin : begin + WINDOWS_PER_PASS]))
+        delta = cloud.directions("gaussian", x.numel(), g).mul_(eps * cloud.radius)
+        delta = delta.view(*x.shape, -1)
+
+        def add_noise(activation: Tensor, delta: Tensor = delta) -> Tensor:
+            return activation + delta
+
+        def rebuild(activation: Tensor, delta: Tensor = delta) -> Tensor:
             return sae((activation + delta).flatten(0, 1)).view_as(activation)
 
-        for name, change in (("clean", lambda a: a), ("noisy", lambda a, delta=delta: a + delta), ("rebuilt", rebuilt)):
-            with patched(model, site, change):
-                logits = model(input_ids=x, use_cache=False).logits[:, 1:].float()
-            sums[name] += float(F.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten(), reduction="sum"))
-    n = len(starts) * (bench.held_out.length - 1) * math.log(2)
-    return (sums["noisy"] - sums["clean"]) / n, (sums["rebuilt"] - sums["clean"]) / n
+        clean += _cross_entropy_sum(lm.model, x, y)
+        with patched(lm.model, site, add_noise):
+            noisy += _cross_entropy_sum(lm.model, x, y)
+        with patched(lm.model, site, rebuild):
+            rebuilt += _cross_entropy_sum(lm.model, x, y)
+    # Sums in nats over all characters, as bits per character.
+    unit = len(starts) * (store.length - 1) * math.log(2)
+    return Denoising((noisy - clean) / unit, (rebuilt - clean) / unit)
+
+
+def _cross_entropy_sum(model: Any, x: Tensor, y: Tensor) -> float:
+    """Summed cross-entropy in nats over all positions but the first of windows (B, T)."""
+    logits = model(input_ids=x, use_cache=False).logits[:, 1:].float()
+    return float(F.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten(), reduction="sum"))
 
 
 @torch.no_grad()
-def seeds_agree(bench: Bench, noises: Noises, x: Tensor, total: Sums, eps: float, least: int, match: int) -> dict[str, float | None]:
-    """Whether the latents that are stable in this SAE are stable in its replicas too: decoder rows matched one to one (Hungarian), cosine > 0.7."""
-    part, ranks, shares = x[:16384], [], []
-    mine = _some(np.flatnonzero(total.alive(least)), match)
+def seeds_agree(
+    bench: Bench, noises: Noises, x: Tensor, total: Sums, eps: float, least: int, match: int
+) -> dict[str, float | None]:
+    """Agreement about which latents are stable between an SAE and its replicas from other seeds.
+
+    Decoder rows are matched one to one (Hungarian), and those of cosine above `MATCH_COSINE` kept.
+
+    Args:
+        bench: The SAE and its replicas.
+        noises: Noise for the rows.
+        x: Held-out rows, (N, D).
+        total: Sums of the SAE over all rows.
+        eps: Size of the noise in units of R.
+        least: Firings from which a latent is alive.
+        match: Largest number of latents matched (the cost is cubic in it).
+
+    Returns:
+        Means over replicas (None without any) of `seed_rank`, the Spearman correlation of FSS
+        between matched latents, and `seed_matched`, the share of the SAE's alive latents matched.
+    """
+    ranks: list[float] = []
+    shares: list[float] = []
+    mine = _sample(np.flatnonzero(total.alive(least)), match)
     for replica in bench.replicas:
-        sums = Sums(replica.d_sae)
-        for i, rows in enumerate(part.split(4096)):
-            sums.add(replica.encode(rows), replica.encode(rows + noises.delta("gaussian", rows, i * 4096, eps)))
-        theirs = _some(np.flatnonzero(sums.alive(least)), match)
+        sums = noises.sums("gaussian", x[:SEED_ROWS], eps, replica)
+        theirs = _sample(np.flatnonzero(sums.alive(least)), match)
         if len(mine) < 3 or len(theirs) < 3:
             continue
-        a, b = (F.normalize(s.W_dec[torch.from_numpy(w).to(x.device)], dim=1) for s, w in ((noises.sae, mine), (replica, theirs)))
-        cosines = (a @ b.t()).cpu().numpy()
+        cosines = (_directions(noises.sae, mine) @ _directions(replica, theirs).t()).cpu().numpy()
         i, j = linear_sum_assignment(-cosines)
-        same = cosines[i, j] > 0.7
+        same = cosines[i, j] > MATCH_COSINE
         shares.append(same.sum() / len(mine))
-        if same.sum() >= 10:
-            ranks.append(spearmanr(total.fss()[mine[i[same]]], sums.fss()[theirs[j[same]]]).statistic)
-    ranks = [r for r in ranks if math.isfinite(r)]
-    return {"seed_rank": float(np.mean(ranks)) if ranks else None, "seed_matched": float(np.mean(shares)) if shares else None}
+        if same.sum() >= MIN_MATCHES:
+            rho: Any = spearmanr(total.fss()[mine[i[same]]], sums.fss()[theirs[j[same]]])
+            ranks.append(float(rho.statistic))
+    ranks = [rank for rank in ranks if math.isfinite(rank)]
+    return {
+        "seed_rank": float(np.mean(ranks)) if ranks else None,
+        "seed_matched": float(np.mean(shares)) if shares else None,
+    }
 
 
-def _some(latents: np.ndarray, most: int) -> np.ndarray:
-    """At most ``most`` latents: nested dictionaries keep theirs in the order of their groups, so the first ones are no sample."""
+def _directions(sae: SAE, latents: np.ndarray) -> Tensor:
+    """Unit decoder rows of some latents, (n, O)."""
+    index = torch.from_numpy(latents).to(sae.W_dec.device)
+    return F.normalize(sae.W_dec[index], dim=1)
+
+
+def _sample(latents: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` latents, spread over all of them.
+
+    Nested dictionaries keep latents in the order of their groups, so the first are no sample.
+    """
     return latents[spread(len(latents), most)]
