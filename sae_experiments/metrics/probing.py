@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from scipy import sparse
@@ -431,8 +431,8 @@ def measure(bench: Bench, **options: Any) -> Measured:
 
 def _random_latents(bench: Bench, rows: int, l0: float, seed: int) -> Features:
     sae = random_sae(bench, l0, rows=CALIBRATION_ROWS, seed=seed)
-    codes = sparse_codes(bench, rows, sae)
-    assert codes is not None, "a random SAE of finite activations has finite codes"
+    # The activations are finite, and so are the codes of a random SAE.
+    codes = cast("sparse.csr_matrix", sparse_codes(bench, rows, sae))
     return sparse_features(sparse.csc_matrix(codes))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -71,8 +72,8 @@ class Noises:
             other = x[torch.randperm(len(x), generator=g, device=x.device)]
             return self.cloud.towards(x, other, eps, beyond=False)
         if kind == "token":
-            assert self.alt is not None, NO_MODEL
-            other = self.alt[begin : begin + len(x)].to(x)
+            alt = cast("Tensor", self.alt)  # there is no such noise otherwise, see `why_not`
+            other = alt[begin : begin + len(x)].to(x)
             return self.cloud.towards(x, other, eps, beyond=True)
         if kind == "targeted":
             latents, sign = self.aimed(x, g)
