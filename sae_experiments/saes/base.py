@@ -1,7 +1,9 @@
-"""The sparse autoencoder all variants share: a variant overrides at most a handful of small methods.
+"""The base class of all sparse autoencoders; a variant overrides at most a handful of its methods.
 
-Shape letters: B rows, D d_in, O d_out, F d_sae, N rows of a calibration set, n active entries.
-``W_enc`` (F, D) and ``W_dec`` (F, O) are stored latent-major: one latent is one contiguous row.
+Shape letters: B rows of a batch, D `d_in`, O `d_out`, F `d_sae`, G nested parts of a code,
+N rows of a calibration set, n active entries.
+
+`W_enc` (F, D) and `W_dec` (F, O) are stored latent-major: one latent is one contiguous row.
 """
 
 from __future__ import annotations
@@ -15,43 +17,60 @@ from sae_experiments.saes.selection import Pattern
 from sae_experiments.saes.types import Batch, Codes, Forward, Inference, Step, Units, by_rows
 from sae_experiments.training.loop import Group, Loss, Phase
 
-#: Entries of the encoder's product that are made at once where rows can be encoded in blocks.
+#: Pre-activations computed at once where rows can be encoded in blocks.
 BLOCK = 1 << 22
 
 
 class SAE(nn.Module):
-    """Sparse autoencoder ``z = sigma(W_enc (x - b_dec) + b_enc)``, ``xhat = W_dec^T z + b_dec`` (d_out != d_in: a transcoder, no b_dec inside).
+    """Sparse autoencoder `z = sigma(W_enc (x - b_dec) + b_enc)`, `xhat = W_dec^T z + b_dec`.
 
-    The default loss is ``mean_B ||y - yhat||^2`` plus :meth:`penalties` plus AuxK on dead latents, weighted by ``aux_coeff``.
-    Codes with few active entries are decoded, and their gradients computed, from those entries only (:mod:`.ops`).
+    With `d_out != d_in` it is a transcoder, whose input is not shifted by `b_dec`.
+
+    The default loss is `mean_B ||y - yhat||^2`, plus `penalties`, plus `aux_coeff` times AuxK on
+    dead latents. Codes with few active entries are decoded, and their gradients computed, from
+    those entries only (see `ops`).
+
+    `centre` (D,) is subtracted from the input as well. It is 0 in training. Afterwards it holds
+    the part of the data's mean that `b_dec` does not cover. It is not folded into the bias because
+    `W_enc x + bias` loses digits where the mean is much larger than the spread; see `rescale`.
 
     Args:
-        d_in, d_sae, d_out: widths of input, code and output (None: d_in).
-        aux_coeff, k_aux: weight of AuxK and how many dead latents it uses a row (None: d_in // 2). 0 turns it off.
-        unit_decoder: keep every decoder row at length 1 (radial gradient removed before each step, renormalised after).
-        pre_bias: subtract b_dec from the input (needs d_out == d_in; None: where the widths allow it).
-
-    ``centre`` (D,) is subtracted from the input as well: 0 in training, and afterwards what b_dec
-    does not hold of the mean of the data. It is kept apart because ``W_enc x + bias`` loses digits
-    where the mean is much larger than the spread; see :meth:`rescale`.
+        d_in: Width of the input.
+        d_sae: Number of latents.
+        d_out: Width of the output. None: `d_in`.
+        aux_coeff: Weight of AuxK; 0 turns it off.
+        k_aux: Dead latents that AuxK uses per row. None: `d_in // 2`.
+        unit_decoder: Keep every decoder row at length 1: the radial part of the gradient is
+            removed before each step, and rows are renormalised after it.
+        pre_bias: Subtract `b_dec` from the input, which needs `d_out == d_in`. None: subtract it
+            if the widths allow it.
     """
 
-    #: Inputs and targets that consist of this many equal blocks (the sites of a crosscoder) are scaled block by block.
+    #: Number of equal blocks (the sites of a crosscoder) that inputs and targets consist of.
+    #: Each block is scaled by itself.
     blocks = 1
-    #: Whether the loss looks at what a reconstruction does to the rest of the language model (``Batch.downstream``).
+    #: The loss depends on the rest of the language model, through `Batch.downstream`.
     needs_model = False
-    #: Whether each row's support depends on that row alone, so that a large batch may be encoded a block of rows at a time.
+    #: The support of a row depends on that row alone, so that a large batch may be encoded one
+    #: block of rows at a time.
     rowwise = True
-    #: Whether ``product_dtype`` may be bfloat16.
+    #: `product_dtype` may be bfloat16.
     coarse = True
-    #: What the encoder's product is made from in training. In bfloat16 it only decides which latents are active: their values are made anew.
+    #: Precision of the encoder's matrix product in training. In bfloat16 the product only decides
+    #: which latents are active; their values are recomputed in full precision.
     product_dtype = torch.float32
-    #: Whether the SAE rebuilds what it reads, in the same units (tied weights, a refined code).
+    #: Input and output must be in the same units (tied weights, a refined code).
     same_units = False
-    #: Whether the SAE has been fitted: its weights are in the data's own units.
+    #: The SAE has been fitted: its weights are in the data's own units.
     fitted = False
-    #: Whether a fitted SAE can be trained on from where it is.
+    #: Training can continue from a fitted SAE.
     trains_on = False
+    #: Share of characters to replace in the second view of every row that the SAE asks for; 0: no
+    #: second view.
+    second_view = 0.0
+
+    threshold: Tensor
+    centre: Tensor
 
     def __init__(
         self,
@@ -70,22 +89,24 @@ class SAE(nn.Module):
                 raise UserError(f"sae: {name}={value} must be at least 1")
         if aux_coeff < 0:
             raise UserError(f"sae: aux_coeff={aux_coeff} must not be negative")
-        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out or d_in
-        self.aux_coeff, self.k_aux, self.unit_decoder = (
-            aux_coeff,
-            k_aux or max(d_in // 2, 1),
-            unit_decoder,
-        )
+        self.d_in = d_in
+        self.d_sae = d_sae
+        self.d_out = d_out or d_in
+        self.aux_coeff = aux_coeff
+        self.k_aux = k_aux or max(d_in // 2, 1)
+        self.unit_decoder = unit_decoder
         self.pre_bias = self.d_out == self.d_in if pre_bias is None else pre_bias
         if self.pre_bias and self.d_out != self.d_in:
             raise UserError(
                 f"sae: pre_bias=true needs equal widths, not d_in={d_in} and d_out={d_out}"
             )
-        rows = ops.unit_rows(torch.randn(d_sae, self.d_out))
-        self.W_dec = nn.Parameter(rows)
-        self.W_enc = nn.Parameter(
-            rows.clone() if self.d_out == d_in else ops.unit_rows(torch.randn(d_sae, d_in))
-        )
+        decoder = ops.unit_rows(torch.randn(d_sae, self.d_out))
+        if self.d_out == d_in:
+            encoder = decoder.clone()
+        else:
+            encoder = ops.unit_rows(torch.randn(d_sae, d_in))
+        self.W_dec = nn.Parameter(decoder)
+        self.W_enc = nn.Parameter(encoder)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_buffer("threshold", torch.zeros(()))
@@ -94,33 +115,56 @@ class SAE(nn.Module):
 
     @property
     def asked_l0(self) -> float | None:
-        """Active latents a row that were asked for; None where the L0 follows from other settings."""
+        """Requested active latents per row; None where the L0 follows from other settings."""
         return None
 
-    # --- what a variant overrides -------------------------------------------------------------------------------------
+    # --- what a variant overrides ----------------------------------------------------------------
 
     def support(self, pre: Tensor) -> Pattern | Tensor:
-        """Which entries of ``pre`` (B, F) are active: a pattern, or a boolean mask. In eval mode each row stands alone."""
+        """Select the active entries.
+
+        In eval mode the result for a row must depend on that row alone.
+
+        Args:
+            pre: Pre-activations (B, F).
+
+        Returns:
+            A pattern, or a boolean mask (B, F).
+        """
         return self.strength(pre) > self.threshold
 
     def strength(self, pre: Tensor) -> Tensor:
-        """What the calibrated threshold is compared with, (B, F); entries at or below 0 are never active."""
+        """Scores (B, F) that the calibrated threshold is compared with.
+
+        Entries at or below 0 are never active.
+        """
         return pre
 
     def encoder_input(self, x: Tensor) -> Tensor:
-        """What the encoder's product reads in place of rows (B, D)."""
+        """Rows (B, D) that the encoder multiplies, computed from the rows (B, D) of the input."""
         return x
 
     def linear_path(self, x: Tensor) -> Tensor | None:
-        """What the reconstruction gets from the input directly (B, O), past the code; None for nothing."""
+        """Part of the reconstruction (B, O) that bypasses the code; None for no such path."""
         return None
 
     def nested(self, codes: Codes) -> Tensor | None:
-        """Reconstructions from nested parts of the code (B, G, O), the last from all of it; None where there are no parts."""
+        """Reconstructions (B, G, O) from nested parts of the code, the last one from all of it.
+
+        None for a code without nested parts.
+        """
         return None
 
     def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
-        """The code at active entries from their pre-activations; ``col`` (n,) names each entry's latent, None means dense (B, F)."""
+        """Apply the activation function to the pre-activations of active entries.
+
+        Args:
+            entries: Pre-activations, (n,) or dense (B, F).
+            col: Latent of each entry (n,); None where `entries` is dense.
+
+        Returns:
+            The values of the code, in the shape of `entries`.
+        """
         return entries
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
@@ -128,33 +172,45 @@ class SAE(nn.Module):
         return {}
 
     def begin(self, phase: str, x: Tensor, y: Tensor) -> None:
-        """Data-dependent initialisation before ``phase``: b_dec becomes the geometric median of the outputs (N, O)."""
+        """Initialise from data: `b_dec` becomes the geometric median of the outputs.
+
+        Args:
+            phase: Name of the training phase that follows.
+            x: Inputs (N, D).
+            y: Targets (N, O).
+        """
         self.b_dec.data.copy_(ops.geometric_median(y))
-        if not self.pre_bias:  # pre-activations centred, as subtracting a bias would make them
+        if not self.pre_bias:
+            # Centre the pre-activations, as subtracting a bias from the input would.
             self.b_enc.data.copy_(-self.W_enc.data @ x.mean(0))
 
     def begin_again(self, phase: str, x: Tensor, y: Tensor) -> None:
-        """What takes the place of :meth:`begin` for a fitted SAE that is trained on."""
+        """Prepare further training of a fitted SAE; called in place of `begin`."""
 
     def after_step(self, fwd: Forward, step: Step) -> None:
-        """The only method that may write buffers during training."""
+        """Update buffers after an optimiser step; no other method may write them in training."""
 
     def finish(self, phase: str, x: Tensor) -> None:
-        """Calibrate what inference needs (thresholds) on rows (N, D) that were not trained on."""
+        """Calibrate thresholds for inference on rows (N, D) that were not trained on."""
 
     def phases(self) -> list[Phase]:
-        """One phase over every parameter, unless the variant has more."""
+        """Training phases, in order; by default a single one over every parameter."""
         return [Phase("train", 1.0, [Group(list(self.parameters()))])]
 
     def inference(self) -> Inference:
-        """The trained SAE in SAELens' terms. Raises ``NotExportable`` where there is no such form."""
+        """The trained SAE as an architecture that SAELens knows.
+
+        Raises:
+            NotExportable: SAELens has no counterpart of this variant.
+        """
         raise NotExportable(f"{type(self).__name__} has no counterpart in SAELens' format")
 
     def plain_tensors(self) -> dict[str, Tensor]:
-        """Weights under SAELens' names and orientation: W_enc (D, F), W_dec (F, O)."""
+        """Weights under SAELens' names and in its orientation: `W_enc` (D, F), `W_dec` (F, O)."""
         b_enc = self.b_enc.detach()
-        if bool(self.centre.any()):  # the format has no place for it
-            b_enc = (b_enc.double() - self.W_enc.detach().double() @ self.centre.double()).to(b_enc)
+        if bool(self.centre.any()):  # the format has no tensor for it: fold it into the bias
+            shift = self.W_enc.detach().double() @ self.centre.double()
+            b_enc = (b_enc.double() - shift).to(b_enc)
         return {
             "W_enc": self.W_enc.detach().t().contiguous(),
             "b_enc": b_enc,
@@ -163,35 +219,43 @@ class SAE(nn.Module):
         }
 
     def as_jumprelu(self) -> Inference:
-        """This SAE as ``z = a 1[a > threshold]`` with one threshold for all latents."""
-        tensors = self.plain_tensors() | {
-            "threshold": self.threshold.detach().expand(self.d_sae).contiguous()
-        }
+        """This SAE as `z = a 1[a > threshold]`, with one threshold for all latents."""
+        tensors = self.plain_tensors()
+        tensors["threshold"] = self.threshold.detach().expand(self.d_sae).contiguous()
         return Inference("jumprelu", tensors, {"apply_b_dec_to_input": self.pre_bias})
 
-    # --- the shared machinery -----------------------------------------------------------------------------------------
+    # --- shared by all variants ------------------------------------------------------------------
 
     def accepted(self, x: Tensor, width: str) -> Tensor:
-        """Rows (..., W) as a tensor of the weights' type; :class:`UserError` for another width."""
+        """Convert rows (..., W) to a tensor of the weights' type.
+
+        Args:
+            x: Rows, as a tensor or anything that converts to one.
+            width: Name of the attribute that holds W.
+
+        Raises:
+            UserError: The rows have another width.
+        """
         x = x if isinstance(x, Tensor) else torch.as_tensor(x)
-        if not x.ndim or x.shape[-1] != getattr(self, width):
+        expected = getattr(self, width)
+        if not x.ndim or x.shape[-1] != expected:
             raise UserError(
-                f"rows of shape {tuple(x.shape)} do not fit {width}={getattr(self, width)} of this SAE"
+                f"rows of shape {tuple(x.shape)} do not fit {width}={expected} of this SAE"
             )
         return x.to(next(self.parameters()).dtype)
 
     def origin(self) -> Tensor:
-        """What the encoder subtracts from its input (D,)."""
+        """Vector (D,) that the encoder subtracts from its input."""
         return self.centre + self.b_dec if self.pre_bias else self.centre
 
     def shifted(self, x: Tensor) -> Tensor:
-        """Rows (..., D) less :meth:`origin`: exact however large the mean of the data is."""
+        """Rows (..., D) minus `origin`; exact however large the mean of the data is."""
         return x - self.origin()
 
     def bias(self) -> Tensor:
-        """Encoder bias with the origin folded in, ``b_enc - W_enc origin``: for training, where
+        """Encoder bias (F,) with the origin folded in, `b_enc - W_enc origin`.
 
-        rows are centred, it saves a pass over the batch.
+        For training, where rows are centred: it saves a pass over the batch.
         """
         return self.b_enc - self.W_enc @ self.origin()
 
@@ -201,7 +265,7 @@ class SAE(nn.Module):
         return nn.functional.linear(self.shifted(self.encoder_input(x)), self.W_enc, self.b_enc)
 
     def activate(self, pre: Tensor) -> Codes:
-        """The code of pre-activations (B, F), without a graph."""
+        """The code of pre-activations (B, F) that carry no graph."""
         support = self.support(pre)
         if isinstance(support, Pattern):
             return Codes(self.shape(support.at(pre), support.col), support)
@@ -219,73 +283,95 @@ class SAE(nn.Module):
 
     @by_rows("d_sae")
     def contributions(self, acts: Tensor, direction: Tensor) -> Tensor:
-        """How far each latent moves the reconstruction along a direction of the output.
+        """Contribution of each latent to the reconstruction along a direction of the output.
 
         Args:
-            acts: dense codes (..., F).
-            direction: (O,), of any length.
+            acts: Dense codes (..., F).
+            direction: Vector (O,) of any length.
 
         Returns:
-            (..., F), in units of the activations; a row's sum is its reconstruction along the direction, less what biases put there.
+            Contributions (..., F), in units of the activations. Their sum over the latents is the
+            reconstruction along the direction, without the part that the biases contribute.
         """
         return acts * (self.W_dec @ direction)
 
     def reach(self) -> Tensor:
-        """How far one unit of each latent moves the reconstruction, (F,), in units of the activations."""
+        """Length (F,) by which one unit of each latent moves the reconstruction.
+
+        In units of the activations.
+        """
         return self.W_dec.norm(dim=1)
 
     @by_rows("d_in")
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction (..., O) of rows (..., D): ``decode(encode(x))``, plus the direct path where there is one."""
+        """Reconstruction (..., O) of rows (..., D): `decode(encode(x))` plus any direct path."""
         return self.reconstruct(x, self.encode(x))
 
     def reconstruct(self, x: Tensor, acts: Tensor) -> Tensor:
-        """The reconstruction from dense codes and the direct path."""
+        """Reconstruction (B, O) from dense codes (B, F) and the direct path from `x` (B, D)."""
         direct = self.linear_path(x)
         return self.decode(acts) if direct is None else self.decode(acts) + direct
 
     def training_forward(self, batch: Batch) -> Forward:
-        """One pass that keeps a graph only where a gradient can flow."""
+        """One forward pass that keeps a graph only where a gradient can flow."""
         bias = self.bias()
-        x, weight = self.encoder_input(batch.x), self.W_enc.detach().to(self.product_dtype)
-        found, pre = self._by_blocks(x, weight, bias), None
-        if found:
-            support, values = found
-        else:
-            values = pre = self.product(x, bias, weight)
-            support = sparse(self.support(pre))
-            support = (
-                support if isinstance(support, Pattern) else support.to(pre.dtype)
-            )  # one conversion for all uses
+        x = self.encoder_input(batch.x)
+        support, values, pre = self._select(x, bias)
         pattern = support if isinstance(support, Pattern) else None
-        if weight.dtype != x.dtype:
-            values = self.product(x, bias) if pattern is None else self._exact(x, bias, pattern)
-        at = ops.entries(x, self.W_enc, bias, values, support)
-        values = self.shape(at, pattern.col if pattern else None)
-        if pattern is None and values is not at:
+        active_pre = ops.entries(x, self.W_enc, bias, values, support)
+        values = self.shape(active_pre, None if pattern is None else pattern.col)
+        if not isinstance(support, Pattern) and values is not active_pre:
             values = ops.masked(values, support)
         codes = Codes(values, pattern)
         levels = self.nested(codes)
-        recon = (
-            ops.decode(codes.values, pattern, self.W_dec) + self.b_dec
-            if levels is None
-            else levels[:, -1]
-        )
+        if levels is None:
+            recon = ops.decode(codes.values, pattern, self.W_dec) + self.b_dec
+        else:
+            recon = levels[:, -1]
         direct = self.linear_path(batch.x)
-        mask = support if pattern is None else None
-        return Forward(
-            batch, pre, codes, recon if direct is None else recon + direct, at, levels, mask
-        )
+        if direct is not None:
+            recon = recon + direct
+        mask = None if isinstance(support, Pattern) else support
+        return Forward(batch, pre, codes, recon, active_pre, levels, mask)
+
+    def _select(self, x: Tensor, bias: Tensor) -> tuple[Pattern | Tensor, Tensor, Tensor | None]:
+        """Find the active entries of a training batch.
+
+        Returns:
+            The support, as a pattern or a mask (B, F) of 0.0 and 1.0; the pre-activations without
+            a graph, either all of them (B, F) or those of the active entries (n,); and the whole
+            matrix of pre-activations (B, F), None where it was never computed at once.
+        """
+        weight = self.W_enc.detach().to(self.product_dtype)
+        blockwise = self._by_blocks(x, weight, bias)
+        support: Pattern | Tensor
+        if blockwise is not None:
+            support, values = blockwise
+            pre = None
+        else:
+            values = pre = self.product(x, bias, weight)
+            support = sparse(self.support(pre))
+            if isinstance(support, Tensor):
+                support = support.to(pre.dtype)  # one conversion for all uses
+        if weight.dtype != x.dtype:
+            if isinstance(support, Pattern):
+                values = self._exact(x, bias, support)
+            else:
+                values = self.product(x, bias)
+        return support, values, pre
 
     @torch.no_grad()
     def _exact(self, x: Tensor, bias: Tensor, pattern: Pattern) -> Tensor:
-        """``x W_enc^T + bias`` at the active entries (n,), from these alone."""
+        """`x W_enc^T + bias` at the active entries (n,), computed for these entries alone."""
         return ops.entry_products(pattern, x, self.W_enc) + bias.index_select(0, pattern.col)
 
     @torch.no_grad()
     def _by_blocks(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Pattern, Tensor] | None:
-        """The active entries of a large batch and the pre-activations there, from a block of rows at a time: the (B, F) product, by far the
-        largest tensor of a step, is never whole. None where it has to be (a support that depends on the batch, a dense code) or is small.
+        """Active entries of a large batch and their pre-activations, one block of rows at a time.
+
+        The matrix of pre-activations (B, F), by far the largest tensor of a step, never exists as
+        a whole. None where it has to (the support depends on the whole batch, or the code is
+        dense) and where it is small.
         """
         rows = max(BLOCK // self.d_sae, 1)
         if not self.rowwise or len(x) <= rows or x.device.type != "cpu":
@@ -302,45 +388,58 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def product(self, x: Tensor, bias: Tensor, weight: Tensor | None = None) -> Tensor:
-        """``x W_enc^T + bias`` into a buffer that is reused: freshly mapped pages would cost as much as the product. ``weight``: W_enc as it is to
-        be taken, in another precision for example.
+        """`x W_enc^T + bias` (B, F) without a graph, in a buffer that the next call overwrites.
+
+        Freshly mapped memory pages would cost as much as the product itself.
+
+        Args:
+            x: Rows (B, D).
+            bias: (F,).
+            weight: `W_enc` (F, D) in the precision to multiply in. None: as it is stored.
         """
-        size = (x.shape[0], self.d_sae)
         buffer = self._scratch.get("pre")
         if (
             buffer is None
             or len(buffer) < len(x)
-            or buffer.shape[1:] != size[1:]
+            or buffer.shape[1] != self.d_sae
             or buffer.device != x.device
             or buffer.dtype != x.dtype
         ):
-            buffer = self._scratch["pre"] = torch.empty(size, device=x.device, dtype=x.dtype)
+            buffer = torch.empty(x.shape[0], self.d_sae, device=x.device, dtype=x.dtype)
+            self._scratch["pre"] = buffer
         return ops.product(x, self.W_enc if weight is None else weight, bias, out=buffer[: len(x)])
 
     def loss(self, batch: Batch, step: Step) -> Loss:
-        """Reconstruction, penalties and AuxK. Changes no parameter and no buffer."""
+        """Sum of reconstruction, penalties and AuxK. Changes no parameter and no buffer."""
         fwd = self.training_forward(batch)
         parts = self.reconstruction(fwd, step) | self.penalties(fwd, step) | self.revive(fwd, step)
         extra = Forward(batch, fwd.pre, fwd.codes.detach(), fwd.recon.detach(), fwd.at.detach())
         return Loss(sum(parts.values()), {k: v.detach() for k, v in parts.items()}, extra)
 
     def reconstruction(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
-        """The reconstruction term: ``mean_B ||y - yhat||^2``."""
+        """The reconstruction term `mean_B ||y - yhat||^2`."""
         return {"mse": ops.squared_error(fwd.recon, fwd.batch.y)}
 
     def revive(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
-        """The AuxK term over the latents in ``step.dead`` (empty where there are none)."""
+        """The AuxK term over the latents in `step.dead`; empty without dead latents."""
         if not self.aux_coeff or not bool(step.dead.any()):
             return {}
-        return {
-            "aux_k": self.aux_coeff
-            * self.explain(fwd.batch.x, fwd.batch.y - fwd.recon, step.dead.nonzero().squeeze(1))
-        }
+        dead = step.dead.nonzero().squeeze(1)
+        unexplained = self.explain(fwd.batch.x, fwd.batch.y - fwd.recon, dead)
+        return {"aux_k": self.aux_coeff * unexplained}
 
     def explain(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-        """How much of ``residual`` (B, O) the latents ``dead`` leave unexplained (:func:`.ops.aux_k`); no live parameter gets a gradient."""
-        w_enc, bias = self.W_enc.index_select(0, dead), self.b_enc.index_select(0, dead)
-        bias = bias - w_enc @ self.origin().detach()
+        """Share of `residual` that the dead latents leave unexplained (see `ops.aux_k`).
+
+        No parameter of a live latent gets a gradient.
+
+        Args:
+            x: Inputs (B, D).
+            residual: Targets minus reconstructions (B, O).
+            dead: Indices of the dead latents.
+        """
+        w_enc = self.W_enc.index_select(0, dead)
+        bias = self.b_enc.index_select(0, dead) - w_enc @ self.origin().detach()
         return ops.aux_k(
             self.encoder_input(x),
             residual,
@@ -351,7 +450,7 @@ class SAE(nn.Module):
         )
 
     def before_update(self) -> None:
-        """Remove the radial part of the decoder's gradient, so that Adam's moments hold none of it."""
+        """Remove the radial part of the decoder's gradient, before it enters Adam's moments."""
         if self.unit_decoder and self.W_dec.grad is not None:
             ops.remove_radial(self.W_dec.grad, self.W_dec.data)
 
@@ -363,56 +462,70 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def rescale(self, inputs: Units, outputs: Units) -> None:
-        """Turn an SAE of ``inputs.apply(x)`` and ``outputs.apply(y)`` into one of x and y.
+        """Turn an SAE of `inputs.apply(x)` and `outputs.apply(y)` into an SAE of x and y.
 
-        Codes are unchanged. Folded in float64. Where b_dec is subtracted from the input it takes
-        the mean of the outputs along; ``centre`` is what the mean of the inputs differs by.
+        Codes do not change. The factors are folded into the weights in float64. `b_dec` takes up
+        the mean of the outputs; where it is subtracted from the input as well, `centre` takes up
+        the difference to the mean of the inputs.
+
+        Args:
+            inputs: Units of the input in training, (D,) each.
+            outputs: Units of the output in training, (O,) each.
         """
         self.W_enc.copy_(self.W_enc.double() * inputs.scale.double())
         self.W_dec.copy_(self.W_dec.double() / outputs.scale.double())
         self._move_origin(inputs, outputs)
 
     def _move_origin(self, inputs: Units, outputs: Units) -> None:
+        """Convert `b_dec` and `centre` from the units of training to those of the data."""
         b_dec = outputs.undo(self.b_dec.double())
-        centre = (
-            self.centre.double() + self.b_dec.double() if self.pre_bias else self.centre.double()
-        )
-        centre = inputs.undo(centre)
-        self.centre.copy_(centre - b_dec if self.pre_bias else centre)
+        origin = self.centre.double()
+        if self.pre_bias:
+            origin = origin + self.b_dec.double()
+        origin = inputs.undo(origin)
+        self.centre.copy_(origin - b_dec if self.pre_bias else origin)
         self.b_dec.copy_(b_dec)
 
     @torch.no_grad()
     def calibrate_threshold(self, x: Tensor, target_l0: float, rows: int = 4096) -> None:
-        """Set the threshold so that exactly ``target_l0`` latents a row are active on (N, D), or to 0 if fewer can be.
+        """Set the threshold so that exactly `target_l0` latents per row are active on average.
 
-        The exact quantile: the N * target_l0 largest strengths are kept chunk by chunk. A moving average of each batch's least active
-        value, the usual choice, lags behind the weights and misses the asked-for L0.
+        The threshold is 0 if fewer latents can be active.
+
+        It is the exact quantile: the `N * target_l0` highest scores are kept, chunk by chunk. The
+        usual moving average of each batch's smallest active value lags behind the weights and
+        misses the requested L0.
+
+        Args:
+            x: Calibration rows (N, D).
+            target_l0: Active latents per row.
+            rows: Rows encoded at once.
         """
         n = round(x.shape[0] * target_l0)
         kept = x.new_zeros(0)
         for chunk in x.split(rows):
-            seen = self.shifted(self.encoder_input(chunk))
-            strength = self.strength(self.product(seen, self.b_enc)).reshape(-1)
-            least = kept.min() if kept.numel() == n and n else strength.new_zeros(())
-            kept = torch.cat([kept, strength[strength > least]])
+            centred = self.shifted(self.encoder_input(chunk))
+            scores = self.strength(self.product(centred, self.b_enc)).reshape(-1)
+            smallest = kept.min() if kept.numel() == n and n else scores.new_zeros(())
+            kept = torch.cat([kept, scores[scores > smallest]])
             if kept.numel() > n:
                 kept = kept.topk(n, sorted=False).values
-        # The least of the n largest must stay active, and active means strictly above the threshold.
-        full = kept.numel() == n and n > 0
-        self.threshold.fill_(
-            torch.nextafter(kept.min(), kept.new_tensor(-torch.inf)).clamp_min(0) if full else 0.0
-        )
+        if kept.numel() < n or n == 0:
+            self.threshold.fill_(0.0)
+            return
+        # The smallest kept score must stay active, and only scores above the threshold are.
+        just_below = torch.nextafter(kept.min(), kept.new_tensor(-torch.inf))
+        self.threshold.fill_(just_below.clamp_min(0))
 
 
 def sparse(support: Pattern | Tensor) -> Pattern | Tensor:
-    """A mask as a pattern, if it is sparse enough for that to pay."""
-    if (
-        isinstance(support, Pattern)
-        or int(torch.count_nonzero(support)) >= ops.SPARSE_BELOW * support.numel()
-    ):
+    """Convert a mask (B, F) to a pattern if it is sparse enough for that to save time."""
+    if isinstance(support, Pattern):
+        return support
+    if int(torch.count_nonzero(support)) >= ops.SPARSE_BELOW * support.numel():
         return support
     return Pattern.from_mask(support)
 
 
 class NotExportable(UserError):
-    """This variant has no counterpart in the interchange format."""
+    """The SAE variant has no counterpart in SAELens' format."""

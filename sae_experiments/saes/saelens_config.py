@@ -1,9 +1,8 @@
-"""What a SAELens ``cfg.json`` and its tensors say, whatever version wrote them, in one plain form.
+"""Reader of SAELens' `cfg.json` and tensors, of every version, into one common form.
 
-Everything that changes what the SAE computes is read, or refused in one line that names the key.
-Keys that say how it was trained are left alone; a key that is not known is refused unless its value
-switches nothing on. Where a directory says that its SAE sits is compared with the site by
-:func:`site_of_hook`.
+Every key that changes what the SAE computes is read, or refused in one line that names the key.
+Keys about training are ignored. An unknown key is refused unless its value switches nothing on.
+`site_of_hook` translates the hook point of a directory, so that it can be compared with a site.
 """
 
 from __future__ import annotations
@@ -20,10 +19,11 @@ from torch import Tensor
 from sae_experiments.errors import UserError
 from sae_experiments.saes.base import Inference
 
+#: Names of the two files of a directory.
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-#: What sae-lens reads our directories as: without a version of 6 or later it drops the metadata.
+#: Version written into our directories: sae-lens drops the metadata of versions before 6.
 VERSION = "6.54.12"
-#: Tensors of each architecture beside W_enc, W_dec and b_dec.
+#: Tensors of each architecture beside `W_enc`, `W_dec` and `b_dec`.
 TENSORS = {
     "standard": ("b_enc",),
     "topk": ("b_enc",),
@@ -32,96 +32,120 @@ TENSORS = {
 }
 #: Names of the tensor that scales the codes of a fine-tuned SAE, in decoding only.
 SCALES = ("scaling_factor", "finetuning_scaling_factor")
-#: Values that switch nothing on, for keys that are not known.
+#: Reason to refuse the index of an attention head.
+SINGLE_HEAD = "is not supported: an SAE of a single head has no site here"
+#: Values that switch nothing on, for unknown keys.
 NEUTRAL = (None, False, 0, 0.0, "", "none", [], {})
+#: Accepted types of the weights.
 DTYPES = ("float32", "float", "float64", "double", "float16", "half", "bfloat16")
-#: Keys about training, data, logging and files, of every version from 2 to 6: they do not change what is computed.
+#: Keys about training, data, logging and files, of every version from 2 to 6. They do not change
+#: what the SAE computes.
 _ABOUT = """
-    act_store_device adam_beta1 adam_beta2 autocast autocast_lm aux_loss_coefficient b_dec_init_method begin_batch_token
-    begin_sequence_token buffer_size_gb cached_activations_path checkpoint_path column_name compile_llm compile_sae
-    context_size data_dir data_files dataset_name dataset_path dataset_trust_remote_code dead_feature_threshold
-    dead_feature_window decoder_heuristic_init decoder_heuristic_init_norm decoder_init_norm decoder_orthogonal_init device
-    disable_concat_sequences eval_batch_size_prompts eval_every_n_wandb_logs exclude_special_tokens expansion_factor
-    feature_sampling_window finetuning_method finetuning_tokens from_pretrained_path hf_is_private_repo hf_num_shards
-    hf_repo_id hf_revision hook_eval hook_point_eval init_encoder_as_decoder_transpose is_dataset_tokenized
-    jumprelu_bandwidth jumprelu_init_threshold jumprelu_sparsity_loss_mode jumprelu_ste_to_input jumprelu_tanh_scale k_aux l0_coefficient
-    l0_warm_up_steps l1_coefficient l1_warm_up_steps llm_batch_size llm_compilation_mode log_activations_store_to_wandb
-    log_optimizer_state_to_wandb log_to_wandb log_weights_to_wandb lp_norm lr lr_decay_steps lr_end lr_scheduler_name
-    lr_warm_up_steps metadata model_batch_size model_class_name model_from_pretrained_kwargs model_kwargs model_name
-    mse_loss_normalization n_batches_in_buffer n_checkpoints n_eval_batches n_eval_seqs n_restart_cycles n_training_steps
-    neuronpedia_id new_cached_activations_path noise_scale normalize_sae_decoder num_proc output_path
-    pre_act_loss_coefficient prepend_bos pretokenize_batch_size resume resume_from_checkpoint run_name sae_compilation_mode
-    sae_lens_training_version sae_lens_version save_final_checkpoint save_path scale_sparsity_penalty_by_decoder_norm seed
-    seqpos_slice sequence_separator_token shuffle shuffle_every_n_buffers sparsity_penalty split store_batch_size
-    store_batch_size_prompts streaming target_l0 tokenizer_name tokens_per_buffer topk_threshold_lr
-    total_training_samples total_training_steps total_training_tokens
-    train_batch_size train_batch_size_samples train_batch_size_tokens training_tokens unique_id use_cached_activations
-    use_ghost_grads use_sparse_activations verbose wandb_entity wandb_id wandb_log_frequency wandb_project warm_up_steps
-    x_norm_coeff
+    act_store_device adam_beta1 adam_beta2 autocast autocast_lm aux_loss_coefficient
+    b_dec_init_method begin_batch_token begin_sequence_token buffer_size_gb
+    cached_activations_path checkpoint_path column_name compile_llm compile_sae context_size
+    data_dir data_files dataset_name dataset_path dataset_trust_remote_code
+    dead_feature_threshold dead_feature_window decoder_heuristic_init
+    decoder_heuristic_init_norm decoder_init_norm decoder_orthogonal_init device
+    disable_concat_sequences eval_batch_size_prompts eval_every_n_wandb_logs
+    exclude_special_tokens expansion_factor feature_sampling_window finetuning_method
+    finetuning_tokens from_pretrained_path hf_is_private_repo hf_num_shards hf_repo_id
+    hf_revision hook_eval hook_point_eval init_encoder_as_decoder_transpose is_dataset_tokenized
+    jumprelu_bandwidth jumprelu_init_threshold jumprelu_sparsity_loss_mode jumprelu_ste_to_input
+    jumprelu_tanh_scale k_aux l0_coefficient l0_warm_up_steps l1_coefficient l1_warm_up_steps
+    llm_batch_size llm_compilation_mode log_activations_store_to_wandb
+    log_optimizer_state_to_wandb log_to_wandb log_weights_to_wandb lp_norm lr lr_decay_steps
+    lr_end lr_scheduler_name lr_warm_up_steps metadata model_batch_size model_class_name
+    model_from_pretrained_kwargs model_kwargs model_name mse_loss_normalization
+    n_batches_in_buffer n_checkpoints n_eval_batches n_eval_seqs n_restart_cycles
+    n_training_steps neuronpedia_id new_cached_activations_path noise_scale
+    normalize_sae_decoder num_proc output_path pre_act_loss_coefficient prepend_bos
+    pretokenize_batch_size resume resume_from_checkpoint run_name sae_compilation_mode
+    sae_lens_training_version sae_lens_version save_final_checkpoint save_path
+    scale_sparsity_penalty_by_decoder_norm seed seqpos_slice sequence_separator_token shuffle
+    shuffle_every_n_buffers sparsity_penalty split store_batch_size store_batch_size_prompts
+    streaming target_l0 tokenizer_name tokens_per_buffer topk_threshold_lr
+    total_training_samples total_training_steps total_training_tokens train_batch_size
+    train_batch_size_samples train_batch_size_tokens training_tokens unique_id
+    use_cached_activations use_ghost_grads use_sparse_activations verbose wandb_entity wandb_id
+    wandb_log_frequency wandb_project warm_up_steps x_norm_coeff
 """
 ABOUT = frozenset(_ABOUT.split())
-#: Keys that are read here.
+#: Keys that this module reads.
 _READ = """
-    architecture activation_fn activation_fn_str activation_fn_kwargs k d_in d_sae d_out dtype apply_b_dec_to_input
-    normalize_activations reshape_activations rescale_acts_by_decoder_norm finetuning_scaling_factor hook_head_index
-    hook_point_head_index hook_name hook_point hook_layer hook_point_layer
+    architecture activation_fn activation_fn_str activation_fn_kwargs k d_in d_sae d_out dtype
+    apply_b_dec_to_input normalize_activations reshape_activations rescale_acts_by_decoder_norm
+    finetuning_scaling_factor hook_head_index hook_point_head_index hook_name hook_point
+    hook_layer hook_point_layer
 """
 READ = frozenset(_READ.split())
 
 
 class Directory(NamedTuple):
-    """An SAE in plain form (see :data:`TENSORS`), and what was left alone though it is worth a word."""
+    """An SAE in common form, with notes for the user."""
 
     inference: Inference
+    """Architecture, its tensors (see `TENSORS`) and its settings."""
     notes: tuple[str, ...]
+    """Settings that were ignored although a user may want to know of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Config:
-    """A configuration that refuses in one line."""
+    """A configuration whose readers refuse a wrong value in one line."""
 
     values: Mapping[str, Any]
+    """Keys and values, unchecked."""
     path: Path
+    """File they come from, for messages."""
 
     def wrong(self, key: str, why: str) -> UserError:
-        """The refusal of a key's value."""
-        value, name = repr(self.values.get(key)), key if key.isidentifier() else repr(key)
-        return UserError(
-            f"{self.path}: {name}={value if len(value) < 100 else value[:97] + '...'} {why}"
-        )
+        """The error for the value of a key."""
+        name = key if key.isidentifier() else repr(key)
+        value = repr(self.values.get(key))
+        if len(value) >= 100:
+            value = value[:97] + "..."
+        return UserError(f"{self.path}: {name}={value} {why}")
 
     def whole(self, key: str) -> int:
-        """A whole number of at least 1."""
+        """Read a whole number of at least 1."""
         value = self.values.get(key)
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not fine or value != value or value < 1 or value != value // 1:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # The first comparison refuses NaN, the last one fractions and infinity.
+        if not is_number or value != value or value < 1 or value != value // 1:
             raise self.wrong(key, "must be a whole number of at least 1")
         return int(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Read true or false."""
         value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise self.wrong(key, "must be true or false")
         return value
 
-    def among(self, key: str, fine: tuple[Any, ...], why: str) -> None:
-        """Refuse a value that is not one of ``fine`` (null always is)."""
+    def among(self, key: str, allowed: tuple[Any, ...], why: str) -> None:
+        """Refuse a value that is neither null nor in `allowed`."""
         value = self.values.get(key)
-        if value is not None and not any(type(value) is type(f) and value == f for f in fine):
+        if value is not None and not _is_among(value, allowed):
             raise self.wrong(key, why)
 
 
+def _is_among(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Membership by type and value: 0 is not among (False,)."""
+    return any(type(value) is type(other) and value == other for other in allowed)
+
+
 def understood(values: Any, tensors: Mapping[str, Tensor], folder: Path) -> Directory:
-    """The SAE of a directory in plain form.
+    """Bring the SAE of a directory into the common form.
 
     Args:
-        values: the parsed ``cfg.json``.
-        tensors: those of the weights file, in their own types.
-        folder: where they come from, for messages.
+        values: The parsed `cfg.json`.
+        tensors: Tensors of the weights file, in the types of the file.
+        folder: Directory they come from, for messages.
 
     Raises:
-        UserError: something changes what the SAE computes and is not supported, or does not fit.
+        UserError: A setting that changes what the SAE computes is not supported or is wrong, or
+            the tensors do not fit the configuration.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{folder / CONFIG} is not a mapping")
@@ -133,8 +157,8 @@ def understood(values: Any, tensors: Mapping[str, Tensor], folder: Path) -> Dire
             "k": _k(config),
             "rescale_acts_by_decoder_norm": config.flag("rescale_acts_by_decoder_norm", False),
         }
-    _refuse_what_is_not_done(config, architecture)
-    found = _tensors(config, architecture, tensors, folder / WEIGHTS)
+    _refuse_unsupported(config, architecture)
+    weights = _tensors(config, architecture, tensors, folder / WEIGHTS)
     scale = _scale(config, tensors)
     if scale is not None:
         if settings.get("rescale_acts_by_decoder_norm"):
@@ -142,24 +166,20 @@ def understood(values: Any, tensors: Mapping[str, Tensor], folder: Path) -> Dire
                 "finetuning_scaling_factor",
                 "is not supported together with rescale_acts_by_decoder_norm",
             )
-        found["W_dec"] = found["W_dec"] * scale[:, None]
-    noise = config.values.get("noise_scale")
-    notes = (
-        (f"{config.path}: noise_scale={noise!r} was noise in training, none is added here",)
-        if noise
-        else ()
-    )
-    return Directory(Inference(architecture, found, settings), notes)
+        weights["W_dec"] = weights["W_dec"] * scale[:, None]
+    notes: tuple[str, ...] = ()
+    if noise := config.values.get("noise_scale"):
+        notes = (f"{config.path}: noise_scale={noise!r} was noise in training, none is added here",)
+    return Directory(Inference(architecture, weights, settings), notes)
 
 
 def _architecture(config: _Config) -> str:
-    """The architecture, from its name and from the activation function that older versions name beside it."""
+    """Read the architecture from its name and the activation function of older versions."""
     name = config.values.get("architecture", "standard")  # up to version 3.5 there was no other
     if not isinstance(name, str) or name not in TENSORS:
         raise config.wrong("architecture", f"is not one of {', '.join(TENSORS)}")
-    named = [
-        key for key in ("activation_fn_str", "activation_fn") if config.values.get(key) is not None
-    ]
+    keys = ("activation_fn_str", "activation_fn")
+    named = [key for key in keys if config.values.get(key) is not None]
     for key in named:
         value = config.values[key]
         if value not in ("relu", "topk"):
@@ -172,70 +192,112 @@ def _architecture(config: _Config) -> str:
 
 
 def _k(config: _Config) -> int:
-    """How many latents are active, from the place where the version puts it."""
-    more = config.values.get("activation_fn_kwargs") or {}
-    if not isinstance(more, Mapping) or set(more) - {"k"}:
+    """Read the number of active latents, at the key where the version stores it."""
+    kwargs = config.values.get("activation_fn_kwargs") or {}
+    if not isinstance(kwargs, Mapping) or set(kwargs) - {"k"}:
         raise config.wrong("activation_fn_kwargs", "is not supported: only k is")
-    inner = _Config(more, config.path)
-    places = [c for c in (config, inner) if "k" in c.values]
-    found = {c.whole("k") for c in places} or {config.whole("k")}
-    if len(found) > 1:
-        raise config.wrong("k", f"contradicts activation_fn_kwargs={dict(more)!r}")
-    (k,) = found
+    inner = _Config(kwargs, config.path)
+    sources = [c for c in (config, inner) if "k" in c.values] or [config]
+    values = {c.whole("k") for c in sources}
+    if len(values) > 1:
+        raise config.wrong("k", f"contradicts activation_fn_kwargs={dict(kwargs)!r}")
+    (k,) = values
     if k > config.whole("d_sae"):
         raise UserError(f"{config.path}: k={k} is above d_sae={config.values['d_sae']}")
     return k
 
 
-def _refuse_what_is_not_done(config: _Config, architecture: str) -> None:
-    """Settings that would change the result, and keys that might."""
+def _refuse_unsupported(config: _Config, architecture: str) -> None:
+    """Refuse settings that would change the result, and unknown keys that might."""
     config.among(
         "normalize_activations",
         ("none", False),
         "is not supported, only none: choose an SAE of plain activations",
     )
-    # Heads side by side are how activations come here already.
+    # hook_z is fine: activations come with their heads side by side already.
     config.among(
         "reshape_activations", ("none", "hook_z"), "is not supported, only none and hook_z"
     )
     config.among(
         "dtype",
-        tuple(p + d for p in ("", "torch.") for d in DTYPES),
+        tuple(prefix + dtype for prefix in ("", "torch.") for dtype in DTYPES),
         f"is not one of {', '.join(DTYPES)}",
     )
     for key in ("hook_head_index", "hook_point_head_index"):
-        config.among(key, (), "is not supported: an SAE of a single head has no site here")
+        config.among(key, (), SINGLE_HEAD)
     if config.values.get("d_out") is not None and config.whole("d_out") != config.whole("d_in"):
         raise config.wrong(
             "d_out", f"is not d_in={config.values['d_in']}: transcoders are not supported"
         )
-    own = {"k", "activation_fn_kwargs", "rescale_acts_by_decoder_norm"}
-    known = (READ if architecture == "topk" else READ - own) | ABOUT
-    for key, value in config.values.items():
-        neutral = (None, False, {}) if key in own else NEUTRAL
-        if key not in known and not any(type(value) is type(n) and value == n for n in neutral):
-            where = f" (architecture {architecture})" if key in own else ""
-            raise config.wrong(
-                key,
-                f"is not understood{where}: remove it if it does not change what the SAE computes",
-            )
+    _refuse_unknown_keys(config, architecture)
     metadata = config.values.get("metadata")
-    if metadata is not None and not isinstance(metadata, Mapping):
+    if metadata is None:
+        return
+    if not isinstance(metadata, Mapping):
         raise config.wrong("metadata", "is not a mapping")
-    if metadata and metadata.get("hook_head_index") is not None:
-        raise _Config(metadata, config.path).wrong(
-            "hook_head_index", "is not supported: an SAE of a single head has no site here"
+    _Config(metadata, config.path).among("hook_head_index", (), SINGLE_HEAD)
+
+
+def _refuse_unknown_keys(config: _Config, architecture: str) -> None:
+    """Refuse keys of unknown meaning, or of another architecture, that switch something on."""
+    of_topk = {"k", "activation_fn_kwargs", "rescale_acts_by_decoder_norm"}
+    known = READ | ABOUT
+    if architecture != "topk":
+        known = known - of_topk
+    for key, value in config.values.items():
+        neutral = (None, False, {}) if key in of_topk else NEUTRAL
+        if key in known or _is_among(value, neutral):
+            continue
+        where = f" (architecture {architecture})" if key in of_topk else ""
+        raise config.wrong(
+            key,
+            f"is not understood{where}: remove it if it does not change what the SAE computes",
         )
 
 
 def _tensors(
     config: _Config, architecture: str, tensors: Mapping[str, Tensor], path: Path
 ) -> dict[str, Tensor]:
-    """The tensors of the plain form as float32, each of its shape, and none left over that would matter."""
-    d_in, d_sae = config.whole("d_in"), config.whole("d_sae")
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)} | dict.fromkeys(
-        TENSORS[architecture], (d_sae,)
-    )
+    """Check the tensors and bring them into the common form.
+
+    Args:
+        config: The configuration, for the widths.
+        architecture: A key of `TENSORS`.
+        tensors: Tensors of the weights file.
+        path: The weights file, for messages.
+
+    Returns:
+        The tensors of the architecture as float32.
+
+    Raises:
+        UserError: A tensor is missing, not finite, of another shape, or of unknown meaning.
+    """
+    d_in = config.whole("d_in")
+    d_sae = config.whole("d_sae")
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes |= dict.fromkeys(TENSORS[architecture], (d_sae,))
+    floats = _as_float32(tensors, path)
+    if architecture == "jumprelu" and "threshold" not in floats and "log_threshold" in floats:
+        floats["threshold"] = floats.pop("log_threshold").exp()  # training stores the logarithm
+    for name, shape in shapes.items():
+        if name not in floats:
+            raise UserError(f"{path}: tensor {name} is missing (architecture {architecture})")
+        actual = tuple(floats[name].shape)
+        if actual != shape:
+            raise UserError(
+                f"{path}: tensor {name} has shape {actual}, not {shape} "
+                f"(d_in={d_in}, d_sae={d_sae})"
+            )
+    for name in floats.keys() - shapes.keys() - set(SCALES):
+        if bool(floats[name].any()):
+            raise UserError(
+                f"{path}: tensor {name} is not understood (architecture {architecture})"
+            )
+    return {name: floats[name] for name in shapes}
+
+
+def _as_float32(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Convert tensors to float32; refuse integers and values that are not finite."""
     for name, value in tensors.items():
         if not value.is_floating_point():
             raise UserError(
@@ -243,120 +305,128 @@ def _tensors(
             )
         if not bool(torch.isfinite(value.float()).all()):
             raise UserError(f"{path}: tensor {name} holds values that are not finite")
-    found = {name: value.float() for name, value in tensors.items()}
-    if architecture == "jumprelu" and "threshold" not in found and "log_threshold" in found:
-        found["threshold"] = found.pop("log_threshold").exp()  # as training keeps it
-    for name, shape in shapes.items():
-        if name not in found:
-            raise UserError(f"{path}: tensor {name} is missing (architecture {architecture})")
-        if tuple(found[name].shape) != shape:
-            raise UserError(
-                f"{path}: tensor {name} has shape {tuple(found[name].shape)}, not {shape} (d_in={d_in}, d_sae={d_sae})"
-            )
-    for name in found.keys() - shapes.keys() - set(SCALES):
-        if bool(found[name].any()):
-            raise UserError(
-                f"{path}: tensor {name} is not understood (architecture {architecture})"
-            )
-    return {name: found[name] for name in shapes}
+    return {name: value.float() for name, value in tensors.items()}
 
 
 def _scale(config: _Config, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """What the codes (F,) are multiplied by in decoding; None for nothing."""
+    """Factors (F,) of the codes in decoding; None for an SAE without them."""
     key = "finetuning_scaling_factor"
-    asked = False if config.values.get(key) is None else config.flag(key, False)
-    given = [tensors[name].float() for name in SCALES if name in tensors]
-    if not asked:
-        if any(bool((g != 1).any()) for g in given):
+    scaled = config.values.get(key) is not None and config.flag(key, False)
+    factors = [tensors[name].float() for name in SCALES if name in tensors]
+    if not scaled:
+        if any(bool((factor != 1).any()) for factor in factors):
             raise config.wrong(key, "but the weights hold scaling factors that are not 1")
         return None
-    if len(given) != 1 or tuple(given[0].shape) != (config.whole("d_sae"),):
+    if len(factors) != 1 or tuple(factors[0].shape) != (config.whole("d_sae"),):
         raise config.wrong(key, f"needs one tensor {' or '.join(SCALES)} of d_sae numbers")
-    return given[0]
+    return factors[0]
 
 
-# ------------------------------------------------------------------------------------------------ sites
+# --- sites ----------------------------------------------------------------------------------
 
 
-#: TransformerLens' names of what lies in a block, and ours. Its ``hook_mlp_in`` is the stream before the layer norm,
-#: which has no name here; ``mlp.hook_in`` is what the MLP reads.
+#: Streams of a block: TransformerLens' names and ours. Its `hook_mlp_in` is the residual stream
+#: before the layer norm, which has no name here; its `mlp.hook_in` is the input of the MLP.
 HOOKS = {
     "hook_resid_post": "resid",
     "mlp.hook_post": "mlp_act",
     "hook_mlp_out": "mlp_out",
     "mlp.hook_in": "mlp_in",
 }
+#: Our names of sites.
 OURS = re.compile(r"(resid|mlp_in|mlp_act|mlp_out)\.(\d+)")
 
 
 def hook_of_site(name: str) -> str | None:
-    """TransformerLens' name of one of our sites, ``blocks.1.hook_resid_post`` for ``resid.2``; None for anything else."""
+    """TransformerLens' name of one of our sites; None for anything else.
+
+    For example `blocks.1.hook_resid_post` for `resid.2`.
+    """
     match = OURS.fullmatch(name)
     if not match:
         return None
     if name == "resid.0":
         return "blocks.0.hook_resid_pre"
-    hooks = {stream: hook for hook, stream in HOOKS.items()}
-    return f"blocks.{int(match[2]) - 1}.{hooks[match[1]]}" if int(match[2]) else None
+    stream, layer = match[1], int(match[2])
+    hooks = {ours: hook for hook, ours in HOOKS.items()}
+    return f"blocks.{layer - 1}.{hooks[stream]}" if layer else None
 
 
 def site_of_hook(name: str) -> str | None:
-    """Our name of a hook point, in TransformerLens' terms or in ours; None where there is no such site here."""
+    """Our name of a hook point, given in TransformerLens' terms or in ours.
+
+    None for a hook point that is no site here.
+    """
     if OURS.fullmatch(name):
         return name
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    if match and match[2] == "hook_resid_pre":
-        return f"resid.{int(match[1])}"
-    return f"{HOOKS[match[2]]}.{int(match[1]) + 1}" if match and match[2] in HOOKS else None
+    if not match:
+        return None
+    block, hook = int(match[1]), match[2]
+    if hook == "hook_resid_pre":
+        return f"resid.{block}"
+    return f"{HOOKS[hook]}.{block + 1}" if hook in HOOKS else None
 
 
 def hook_name(values: Any, path: Path) -> str:
-    """The hook point that a configuration names, wherever its version puts it; "" where it names none.
+    """Read the hook point of a configuration of any version; "" if it names none.
 
     Raises:
-        UserError: it names two, or a layer that is not the name's.
+        UserError: It names two hook points, or a layer that contradicts the name.
     """
-    values = values if isinstance(values, Mapping) else {}
-    metadata = values.get("metadata")
-    places = [values, metadata if isinstance(metadata, Mapping) else {}]
-    layers = {
-        str(p[k])
-        for p in places
-        for k in ("hook_layer", "hook_point_layer")
-        if p.get(k) is not None
-    }
-    names = {str(p[k]) for p in places for k in ("hook_name", "hook_point") if p.get(k) is not None}
+    places = _places(values)
+    layers = _named(places, ("hook_layer", "hook_point_layer"))
+    names = _named(places, ("hook_name", "hook_point"))
     if len(layers) == 1:
-        names = {n.replace("{layer}", next(iter(layers))) for n in names}
+        (layer,) = layers
+        names = {name.replace("{layer}", layer) for name in names}
     if len(names) > 1:
         raise UserError(f"{path}: hook_name is {' and '.join(sorted(names))}: an SAE has one")
     name = next(iter(names), "")
     match = re.match(r"blocks\.(\d+)\.", name)
-    if len(layers) > 1 or (match and layers and layers != {match[1]}):
+    contradicts = match is not None and bool(layers) and layers != {match[1]}
+    if len(layers) > 1 or contradicts:
         raise UserError(
             f"{path}: hook_layer={', '.join(sorted(layers))} contradicts hook_name={name!r}"
         )
     return name
 
 
+def _places(values: Any) -> list[Mapping[str, Any]]:
+    """Mappings where a version may store a key: the configuration itself and its metadata."""
+    if not isinstance(values, Mapping):
+        return []
+    metadata = values.get("metadata")
+    return [values, metadata] if isinstance(metadata, Mapping) else [values]
+
+
+def _named(places: list[Mapping[str, Any]], keys: tuple[str, ...]) -> set[str]:
+    """Values of the keys, other than null, as text."""
+    return {str(place[key]) for place in places for key in keys if place.get(key) is not None}
+
+
 def exported(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata as sae-lens keeps it: with its version, and the hook point in TransformerLens' terms (ours is ``site``)."""
-    found = {"sae_lens_version": VERSION, "prepend_bos": False, **metadata}
+    """Metadata in the form that sae-lens keeps.
+
+    It gets a version; the hook point is given in TransformerLens' terms, and `site` holds ours.
+    """
+    full = {"sae_lens_version": VERSION, "prepend_bos": False, **metadata}
     hook = hook_of_site(str(metadata.get("hook_name")))
-    return found | ({"hook_name": hook, "site": metadata["hook_name"]} if hook else {})
+    if hook:
+        full |= {"hook_name": hook, "site": metadata["hook_name"]}
+    return full
 
 
 def centred_in_training(values: Any) -> bool:
-    """Whether sae-lens trained the SAE on a model whose streams have no mean over the width.
+    """True if sae-lens trained the SAE on a model whose streams have no mean over the width.
 
-    Before version 3.19.2 it read models that TransformerLens had processed in this way; a directory of no known
-    version may come from there.
+    Before version 3.19.2 it read models that TransformerLens had processed in this way. A
+    directory of unknown version may be that old, so it counts as centred.
     """
-    values = values if isinstance(values, Mapping) else {}
-    metadata = values.get("metadata")
-    places = [p for p in (values, metadata) if isinstance(p, Mapping)]
+    places = _places(values)
     for key in ("sae_lens_training_version", "sae_lens_version"):
         for place in places:
-            if match := re.match(r"(\d+)\.(\d+)\.(\d+)", str(place.get(key))):
+            match = re.match(r"(\d+)\.(\d+)\.(\d+)", str(place.get(key)))
+            if match:
                 return tuple(map(int, match.groups())) < (3, 19, 2)
     return True
