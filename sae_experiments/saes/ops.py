@@ -1,7 +1,10 @@
-"""Stateless maths shared by the variants: sparse encoding and decoding with sparse gradients, auxiliary losses.
+"""Stateless maths shared by the variants: sparse encoding and decoding, auxiliary losses.
 
-Shape letters: B rows, D d_in, O d_out, F d_sae, n active entries. A step of a sparse code costs the encoder product 2BDF plus terms in
-n alone (spec: 2Bdm + 8Bkd instead of 12Bdm), because decoding and all gradients visit active entries only.
+Shape letters: B rows, D `d_in`, O `d_out`, F `d_sae`, G nested parts of a code, n active entries.
+
+A training step of a sparse code costs the encoder's product, 2BDF operations, plus terms in n
+alone, because decoding and all gradients visit active entries only. With k active latents per row
+and width D that is `2BDF + 8BkD` in place of `12BDF`.
 """
 
 from __future__ import annotations
@@ -25,10 +28,11 @@ SPARSE_BELOW = 0.1
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """Within the context, large float32 products on a CPU go through oneDNN where that computes the same in less time.
+    """Compute large float32 products on a CPU with oneDNN where it is as exact and faster.
 
-    The switch allows oneDNN to round to bf16; on processors without matrix units for it, oneDNN stays in float32 and is 2 to 2.4 times
-    faster than the default library on AMD. Whether it stays in float32 is measured once, not assumed.
+    The switch allows oneDNN to round to bfloat16. On processors without matrix units for that type
+    it stays in float32, and is 2 to 2.4 times faster than the default library on AMD. A
+    measurement, made once, decides if it stays in float32.
     """
     if not _onednn_keeps_float32():
         yield
@@ -44,15 +48,15 @@ def fast_products() -> Iterator[None]:
 
 @cache
 def _onednn_keeps_float32() -> bool:
+    """Multiply two matrices with the switch on; True if the error is that of float32."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if (
-        matmul is None
-        or not hasattr(matmul, "fp32_precision")
-        or not torch.backends.mkldnn.is_available()
-    ):
+    if matmul is None or not hasattr(matmul, "fp32_precision"):
+        return False
+    if not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(256, 128, generator=generator), torch.randn(128, 256, generator=generator)
+    a = torch.randn(256, 128, generator=generator)
+    b = torch.randn(128, 256, generator=generator)
     exact = a.double() @ b.double()
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
@@ -63,11 +67,23 @@ def _onednn_keeps_float32() -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
-    """``x weight^T + bias`` into ``out``, without a graph. With a ``weight`` in bfloat16, x is rounded to it as well, and so is the product."""
+    """Compute `x weight^T + bias` without a graph.
+
+    With a `weight` in bfloat16, x and the product are rounded to that type as well.
+
+    Args:
+        x: Rows (B, D).
+        weight: (F, D), in the type of x or in bfloat16.
+        bias: (F,).
+        out: Matrix (B, F) that receives the result.
+
+    Returns:
+        `out`.
+    """
     if weight.dtype != x.dtype:
         rows = max(TILE // len(weight), 1) if x.device.type == "cpu" else len(x)
-        for part, room in zip(x.split(rows), out.split(rows), strict=True):
-            room.copy_(torch.mm(part.to(weight.dtype), weight.t())).add_(bias)
+        for x_part, out_part in zip(x.split(rows), out.split(rows), strict=True):
+            out_part.copy_(torch.mm(x_part.to(weight.dtype), weight.t())).add_(bias)
         return out
     if x.device.type != "cpu":
         return torch.addmm(bias, x, weight.t(), out=out)
@@ -76,33 +92,42 @@ def product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
 
 
 def _csr_matmul(crow: Tensor, col: Tensor, values: Tensor, n_cols: int, dense: Tensor) -> Tensor:
-    """Sparse (rows, n_cols) times dense (n_cols, d)."""
-    if values.is_cuda and _has_sparse_blas(
-        values
-    ):  # on a CPU bags of rows take a third of its time
-        return (
-            torch.sparse_csr_tensor(
-                crow, col, values, (crow.shape[0] - 1, n_cols), check_invariants=False
-            )
-            @ dense
-        )
+    """Product (rows, d) of a sparse matrix (rows, n_cols) and a dense one (n_cols, d)."""
+    # On a CPU, embedding_bag takes a third of the time of a sparse product.
+    if values.is_cuda and _has_sparse_blas(values):
+        shape = (crow.shape[0] - 1, n_cols)
+        matrix = torch.sparse_csr_tensor(crow, col, values, shape, check_invariants=False)
+        return matrix @ dense
     return F.embedding_bag(col, dense, crow[:-1], per_sample_weights=values, mode="sum")
 
 
 def _has_sparse_blas(t: Tensor) -> bool:
-    return t.dtype == torch.float32 and (
-        t.is_cuda or (t.device.type == "cpu" and torch.backends.mkl.is_available())
-    )
+    """True if a library for sparse products covers the tensor's device and type."""
+    if t.dtype != torch.float32:
+        return False
+    return t.is_cuda or (t.device.type == "cpu" and torch.backends.mkl.is_available())
 
 
 def weight_gradient(pattern: Pattern, values: Tensor, dense: Tensor) -> Tensor:
-    """``C^T dense`` (F, d) for the sparse code C: the gradient of a weight from active entries only."""
+    """`C^T dense` (F, d) for a sparse code C: the gradient of a weight, from active entries only.
+
+    Args:
+        pattern: Positions of the active entries of C (B, F).
+        values: Their values (n,).
+        dense: (B, d).
+    """
     crow, row, order = pattern.transposed
     return _csr_matmul(crow, row, values.index_select(0, order), pattern.n_rows, dense)
 
 
 def entry_products(pattern: Pattern, left: Tensor, right: Tensor) -> Tensor:
-    """``left[row] . right[col]`` for every active entry, (n,); left (B, d), right (F, d)."""
+    """Inner product `left[row] . right[col]` of every active entry, (n,).
+
+    Args:
+        pattern: Positions of the active entries of a matrix (B, F).
+        left: (B, d).
+        right: (F, d).
+    """
     if _has_sparse_blas(left):
         zeros = torch.sparse_csr_tensor(
             pattern.crow,
@@ -112,15 +137,13 @@ def entry_products(pattern: Pattern, left: Tensor, right: Tensor) -> Tensor:
             check_invariants=False,
         )
         return torch.sparse.sampled_addmm(zeros, left, right.t(), beta=0.0).values()
-    out = [
-        (left[r] * right[c]).sum(1)
-        for r, c in zip(pattern.row.split(1 << 14), pattern.col.split(1 << 14), strict=True)
-    ]
-    return torch.cat(out) if out else left.new_zeros(0)
+    chunks = zip(pattern.row.split(1 << 14), pattern.col.split(1 << 14), strict=True)
+    products = [(left[row] * right[col]).sum(1) for row, col in chunks]
+    return torch.cat(products) if products else left.new_zeros(0)
 
 
 class _Entries(torch.autograd.Function):
-    """Pre-activations at the active entries, with gradients for weight, bias and input from those entries only."""
+    """Pre-activations of the active entries, whose gradients visit these entries only."""
 
     @staticmethod
     def forward(
@@ -133,21 +156,23 @@ class _Entries(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        p: Pattern = ctx.pattern
-        grad_x = (
-            _csr_matmul(p.crow, p.col, grad, p.n_cols, weight) if ctx.needs_input_grad[0] else None
-        )
-        grad_w = weight_gradient(p, grad, x) if ctx.needs_input_grad[1] else None
-        grad_b = (
-            torch.bincount(p.col, weights=grad, minlength=p.n_cols).to(grad.dtype)
-            if ctx.needs_input_grad[2]
-            else None
-        )
+        pattern: Pattern = ctx.pattern
+        grad_x = grad_w = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _csr_matmul(pattern.crow, pattern.col, grad, pattern.n_cols, weight)
+        if ctx.needs_input_grad[1]:
+            grad_w = weight_gradient(pattern, grad, x)
+        if ctx.needs_input_grad[2]:
+            sums = torch.bincount(pattern.col, weights=grad, minlength=pattern.n_cols)
+            grad_b = sums.to(grad.dtype)
         return grad_x, grad_w, grad_b, None, None
 
 
 class _Masked(torch.autograd.Function):
-    """The dense twin of :class:`_Entries`: pre-activations where ``mask`` holds, zero elsewhere; reuses the product already made."""
+    """Dense counterpart of `_Entries`: pre-activations where `mask` holds, zero elsewhere.
+
+    The forward pass reuses a product that has been computed already.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, mask: Tensor) -> Tensor:
@@ -162,11 +187,12 @@ class _Masked(torch.autograd.Function):
         with fast_products():
             grad_x = grad @ weight if ctx.needs_input_grad[0] else None
             grad_w = grad.t() @ x if ctx.needs_input_grad[1] else None
-        return grad_x, grad_w, grad.sum(0) if ctx.needs_input_grad[2] else None, None, None
+        grad_b = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_w, grad_b, None, None
 
 
 class _Where(torch.autograd.Function):
-    """``values`` where ``mask`` (0.0 or 1.0) holds, zero elsewhere."""
+    """`values` where `mask` is 1.0, zero where it is 0.0."""
 
     @staticmethod
     def forward(ctx, values: Tensor, mask: Tensor) -> Tensor:
@@ -179,12 +205,15 @@ class _Where(torch.autograd.Function):
 
 
 def _where(mask: Tensor, values: Tensor) -> Tensor:
-    """``torch.where(mask, values, 0)`` for a mask of floats: the backward pass of ReLU is this, and ten times faster on a CPU."""
+    """`torch.where(mask, values, 0)` for a mask of 0.0 and 1.0.
+
+    ReLU's backward pass computes this, and is ten times faster than `torch.where` on a CPU.
+    """
     return torch.ops.aten.threshold_backward(values, mask, 0.5)
 
 
 class _Decode(torch.autograd.Function):
-    """``sum_j z_j W_dec[j]`` over the active entries."""
+    """`sum_j z_j W_dec[j]` over the active entries of each row."""
 
     @staticmethod
     def forward(ctx, values: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
@@ -196,13 +225,16 @@ class _Decode(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         values, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_values = entry_products(ctx.pattern, grad, weight) if ctx.needs_input_grad[0] else None
-        grad_w = weight_gradient(ctx.pattern, values, grad) if ctx.needs_input_grad[1] else None
+        grad_values = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_values = entry_products(ctx.pattern, grad, weight)
+        if ctx.needs_input_grad[1]:
+            grad_w = weight_gradient(ctx.pattern, values, grad)
         return grad_values, grad_w, None
 
 
 class _DenseDecode(torch.autograd.Function):
-    """``C W_dec`` for a dense code; all three products on the fast path."""
+    """`C W_dec` for a dense code C; all three products use `fast_products`."""
 
     @staticmethod
     def forward(ctx, values: Tensor, weight: Tensor) -> Tensor:
@@ -215,45 +247,64 @@ class _DenseDecode(torch.autograd.Function):
         values, weight = ctx.saved_tensors
         with fast_products():
             grad_values = grad @ weight.t() if ctx.needs_input_grad[0] else None
-            return grad_values, values.t() @ grad if ctx.needs_input_grad[1] else None
+            grad_w = values.t() @ grad if ctx.needs_input_grad[1] else None
+        return grad_values, grad_w
 
 
 def entries(
     x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, support: Pattern | Tensor
 ) -> Tensor:
-    """Differentiable ``x W^T + bias`` at ``support``: (n,) for a pattern, (B, F) with zeros outside for a mask (booleans, or 0.0 and 1.0).
+    """Differentiable `x W^T + bias` at the active entries.
 
-    ``pre`` is the same product, already made without a graph (for a pattern its entries (n,) will do); it is read here and may be overwritten
-    afterwards.
+    Args:
+        x: Rows (B, D).
+        weight: (F, D).
+        bias: (F,).
+        pre: The same product, computed before without a graph: (B, F), or with a pattern its
+            active entries (n,). It is read here and may be overwritten afterwards.
+        support: A pattern, or a mask (B, F) of booleans or of 0.0 and 1.0.
+
+    Returns:
+        (n,) for a pattern; (B, F) with zeros outside the support for a mask.
     """
-    return (
-        _Entries.apply(x, weight, bias, pre, support)
-        if isinstance(support, Pattern)
-        else _Masked.apply(x, weight, bias, pre, support)
-    )
+    function = _Entries if isinstance(support, Pattern) else _Masked
+    return function.apply(x, weight, bias, pre, support)
 
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
-    """``values`` (B, F) where ``mask`` (B, F) holds (booleans, or 0.0 and 1.0), zero elsewhere; differentiable in ``values``."""
+    """`values` (B, F) where `mask` (B, F) holds, zero elsewhere; differentiable in `values`.
+
+    The mask consists of booleans, or of 0.0 and 1.0.
+    """
     return _Where.apply(values, mask.to(values.dtype))
 
 
 def decode(values: Tensor, pattern: Pattern | None, weight: Tensor) -> Tensor:
-    """``C W_dec`` (B, O) for the code C given densely (``pattern`` None) or by its active entries."""
-    return (
-        _DenseDecode.apply(values, weight)
-        if pattern is None
-        else _Decode.apply(values, weight, pattern)
-    )
+    """Decode a code C to `C W_dec` (B, O); differentiable.
+
+    Args:
+        values: The code, dense (B, F), or its active entries (n,).
+        pattern: Positions of the active entries; None for a dense code.
+        weight: `W_dec` (F, O).
+    """
+    if pattern is None:
+        return _DenseDecode.apply(values, weight)
+    return _Decode.apply(values, weight, pattern)
 
 
 def squared_error(recon: Tensor, target: Tensor) -> Tensor:
-    """Mean over rows of the squared distance: ``mean_B ||y - yhat||^2`` (sum over d; the project's loss scale)."""
+    """Mean over rows of the squared distance, `mean_B ||y - yhat||^2`.
+
+    It is a sum over the width, not a mean: all losses of the project are on this scale.
+    """
     return (recon - target).square().sum() / target.shape[0]
 
 
 class _PrefixSums(torch.autograd.Function):
-    """``out_g = sum_{h <= g} parts_h``; backwards without the three temporaries of its size that cumsum's takes."""
+    """`out_g = sum_{h <= g} parts_h`.
+
+    The backward pass avoids the three temporary tensors of this size that `cumsum` takes.
+    """
 
     @staticmethod
     def forward(ctx, parts: Tensor) -> Tensor:
@@ -268,12 +319,15 @@ class _PrefixSums(torch.autograd.Function):
 
 
 def prefix_sums(parts: Tensor) -> Tensor:
-    """Running sums of (B, G, O) over G."""
+    """Cumulative sums of `parts` (B, G, O) over G; differentiable."""
     return _PrefixSums.apply(parts)
 
 
 class _LevelErrors(torch.autograd.Function):
-    """Squared distances of levels (B, G, O) to one target (B, O), (G,): keeps no difference for the way back."""
+    """Squared distances (G,) of levels (B, G, O) to one target (B, O).
+
+    No differences are kept for the backward pass.
+    """
 
     @staticmethod
     def forward(ctx, levels: Tensor, target: Tensor) -> Tensor:
@@ -287,35 +341,64 @@ class _LevelErrors(torch.autograd.Function):
 
 
 def level_errors(levels: Tensor, target: Tensor) -> Tensor:
-    """:func:`squared_error` of each of the reconstructions (B, G, O) of one target (B, O), (G,); differentiable in the reconstructions."""
+    """`squared_error` of each reconstruction of one target; differentiable in the reconstructions.
+
+    Args:
+        levels: Reconstructions (B, G, O).
+        target: (B, O).
+
+    Returns:
+        Errors (G,).
+    """
     return _LevelErrors.apply(levels, target) / target.shape[0]
 
 
 def aux_k(
     x: Tensor, residual: Tensor, w_enc: Tensor, bias: Tensor, w_dec: Tensor, k: int
 ) -> Tensor:
-    """AuxK (Gao et al. 2024): how well the dead latents' ``k`` largest pre-activations explain what the live ones left over.
+    """AuxK (Gao et al. 2024, arXiv 2406.04093): share of the residual that dead latents miss.
 
-    ``||e - ehat||^2 / ||e - mean e||^2`` with e the detached ``residual``, no bias on either side, and leaky pre-activations (slope 0.1
-    below zero), so that latents which are negative everywhere still get a gradient. The weights are the dead rows only.
+    `||e - ehat||^2 / ||e - mean e||^2`, where e is the detached residual and ehat its
+    reconstruction from the `k` largest pre-activations of dead latents, without a decoder bias.
+    Pre-activations are leaky (slope 0.1 below zero), so that latents whose pre-activations are
+    negative everywhere still get a gradient.
+
+    Args:
+        x: Inputs (B, D).
+        residual: Targets minus reconstructions (B, O).
+        w_enc: Encoder rows of the dead latents (F_dead, D).
+        bias: Their encoder biases (F_dead,).
+        w_dec: Their decoder rows (F_dead, O).
+        k: Dead latents used per row.
     """
-    e, x = residual.detach(), x.detach()
+    e = residual.detach()
+    x = x.detach()
     pre = product(x, w_enc.detach(), bias.detach(), out=x.new_empty(len(x), len(w_enc)))
     if k < SPARSE_BELOW * pre.shape[1]:
         pattern = top_k(pre, k)
-        ehat = decode(F.leaky_relu(entries(x, w_enc, bias, pre, pattern), 0.1), pattern, w_dec)
+        active_pre = entries(x, w_enc, bias, pre, pattern)
     else:
+        pattern = None
         mask = top_mask(pre, k) if k < pre.shape[1] else torch.ones_like(pre)
-        ehat = decode(F.leaky_relu(entries(x, w_enc, bias, pre, mask), 0.1), None, w_dec)
+        active_pre = entries(x, w_enc, bias, pre, mask)
+    ehat = decode(F.leaky_relu(active_pre, 0.1), pattern, w_dec)
     return (e - ehat).square().sum() / (e - e.mean(0)).square().sum().clamp_min(1e-12)
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
-    """Weiszfeld's point with the least summed distance to the rows of x (N, D); a row that is hit exactly does no harm."""
+    """Point (D,) with the smallest sum of distances to the rows, by Weiszfeld's algorithm.
+
+    An iterate that coincides with a row does no harm.
+
+    Args:
+        x: Rows (N, D).
+        iterations: Most iterations.
+        tolerance: Length of an update, in units of x, below which the iteration stops.
+    """
     y = x.mean(0)
     for _ in range(iterations):
-        w = 1 / (x - y).norm(dim=1).clamp_min(1e-8)
-        new = (w[:, None] * x).sum(0) / w.sum()
+        weights = 1 / (x - y).norm(dim=1).clamp_min(1e-8)
+        new = (weights[:, None] * x).sum(0) / weights.sum()
         if (new - y).norm() < tolerance:
             return new
         y = new
@@ -323,17 +406,16 @@ def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) 
 
 
 def unit_rows(weight: Tensor) -> Tensor:
-    """Rows scaled to length 1."""
+    """Rows (R, d) scaled to length 1."""
     return weight / weight.norm(dim=1, keepdim=True).clamp_min(1e-8)
 
 
 def remove_radial(grad: Tensor, weight: Tensor) -> None:
-    """Take the part of ``grad`` along each row of ``weight`` (unit or not) out, in place: what is left only turns the row."""
-    for g, w in zip(
-        grad.split(1024), weight.split(1024), strict=True
-    ):  # no temporary of the weight's size
-        g.addcmul_(
-            (g * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True).clamp_min(1e-12),
-            w,
-            value=-1,
-        )
+    """Remove the component of each row of `grad` along that row of `weight`, in place.
+
+    The rest of the gradient only turns the row. Both are (R, d); rows may have any length.
+    """
+    # Chunks of rows avoid a temporary tensor of the weight's size.
+    for g, w in zip(grad.split(1024), weight.split(1024), strict=True):
+        squared_norm = w.square().sum(1, keepdim=True).clamp_min(1e-12)
+        g.addcmul_((g * w).sum(1, keepdim=True) / squared_norm, w, value=-1)
