@@ -1,25 +1,41 @@
-"""Ask for an L0, get that L0: the controller that steers a sparsity coefficient."""
+"""Controller that steers a sparsity coefficient to a requested L0."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
 
 
 class L0Controller(nn.Module):
-    """A coefficient ``lambda`` that makes the mean number of active latents meet ``target``: PI control in log space.
+    """A coefficient `lambda` that brings the mean number of active latents to `target`.
 
-    ``e = ln(EMA(L0) / (aim * target))``; ``ln lambda += clip(Ki e + Kp (e - e_prev), +-0.1)``, with ``Ki = gain / horizon`` so that the
-    speed follows the length of the run. A penalty that is scaled by ``1 - L0/target`` instead vanishes at the target and never gets
-    there; the integral part has no such steady-state error. ``aim`` above 1 leaves the final threshold calibration something to trim, so
-    that the L0 of inference is exact.
+    PI control in log space:
 
-    With ``coeff`` given, the coefficient stays there and ``target`` is not steered at.
+        e = ln(EMA(L0) / (aim * target))
+        ln lambda += clip(Ki e + Kp (e - e_prev), -0.1, 0.1)
+
+    with `Ki = gain / horizon`, so that the speed follows the length of the run, and `Kp = damping`.
+    A penalty scaled by `1 - L0/target` instead vanishes at the target and never reaches it; the
+    integral part has no such steady-state error.
+
+    Args:
+        target: Requested active latents per row.
+        coeff: Fixed coefficient, which switches steering off. None: steer.
+        start: Coefficient at which steering starts.
+        horizon: Number of training steps.
+        aim: L0 steered at, as a multiple of `target`. Above 1, the final calibration of the
+            threshold has latents to trim, so that the L0 of inference is exact.
+        gain: Integral gain over the whole run.
+        damping: Gain of the change of the error.
     """
+
+    log_coeff: Tensor
+    average: Tensor
+    error: Tensor
 
     def __init__(
         self,
@@ -37,30 +53,24 @@ class L0Controller(nn.Module):
             raise UserError(f"sae: coeff={coeff} must not be negative")
         if not target > 0:
             raise UserError(f"sae: target_l0={target} must be positive")
-        self.target, self.fixed, self.horizon, self.aim, self.gain, self.damping = (
-            target,
-            coeff is not None,
-            horizon,
-            aim,
-            gain,
-            damping,
-        )
-        self.register_buffer(
-            "log_coeff",
-            torch.tensor(
-                math.log(start if coeff is None else max(coeff, 1e-30)), dtype=torch.float64
-            ),
-        )
+        self.target = target
+        self.fixed = coeff is not None
+        self.horizon = horizon
+        self.aim = aim
+        self.gain = gain
+        self.damping = damping
+        log_coeff = math.log(start if coeff is None else max(coeff, 1e-30))
+        self.register_buffer("log_coeff", torch.tensor(log_coeff, dtype=torch.float64))
         self.register_buffer("average", torch.tensor(math.nan, dtype=torch.float64))
         self.register_buffer("error", torch.tensor(math.nan, dtype=torch.float64))
 
     @property
     def coeff(self) -> float:
-        """The coefficient now."""
+        """The current coefficient."""
         return math.exp(self.log_coeff.item())
 
     def update(self, l0: float) -> None:
-        """Tell the controller the L0 of the step that was just made."""
+        """Adapt the coefficient to the L0 of the last training step."""
         average = l0 if math.isnan(self.average.item()) else 0.9 * self.average.item() + 0.1 * l0
         self.average.fill_(average)
         error = math.log(max(average, 1e-3) / (self.aim * self.target))
@@ -72,5 +82,5 @@ class L0Controller(nn.Module):
 
 
 def ramp(progress: float, until: float) -> float:
-    """Linear warm-up of a penalty: 0 at the start, 1 once ``until`` of the phase is done."""
+    """Linear warm-up factor: 0 at the start of a phase, 1 from the share `until` of it on."""
     return 1.0 if until <= 0 else min(progress / until, 1.0)

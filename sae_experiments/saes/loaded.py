@@ -1,4 +1,4 @@
-"""An SAE that was read from a directory: it computes what its file says, and can be trained on."""
+"""SAE read from a SAELens directory, for use or further training."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from sae_experiments.saes.gated import as_gated
 from sae_experiments.saes.selection import Pattern
 from sae_experiments.sampling import spread_rows
 
-#: Weight of AuxK, which brings dead latents back, as in ``conf/sae/topk.yaml``.
+#: Weight of AuxK, which brings dead latents back, as in `conf/sae/topk.yaml`.
 AUX_COEFF = 1 / 32
-#: Rows on which the number of active latents is counted before training goes on.
+#: Rows on which active latents are counted before further training.
 COUNTED = 8192
 
 
 class Loaded(BatchTopK):
-    """One of four architectures, ``a = W_enc (x - b_dec) + b_enc`` in each::
+    """SAE of one of four architectures, with `a = W_enc (x - b_dec) + b_enc` in each:
 
         standard  z = ReLU(a)                   topk   z = ReLU(TopK_k(a))
         jumprelu  z = ReLU(a) 1[a > theta]      gated  z = 1[a > 0] ReLU(e^r (a - b_enc) + b_mag)
 
-    Trained on, it keeps its L0. ``topk`` selects as before. For the others that L0 is counted on
-    the first rows; in training the entries of a batch that lie furthest above their thresholds
-    are active (all that are positive, where these are too few), and at the end all thresholds
-    move by one number, so that the L0 is exact. Decoder rows may have any length.
+    Further training keeps the L0. `topk` selects as before. For the others the L0 is counted on
+    the first rows. In training, the entries of a batch that lie furthest above their thresholds
+    are active (all positive ones, if these are too few). At the end all thresholds move by the
+    same amount, so that the L0 is exact. Decoder rows may have any length.
 
     Args:
-        inference: architecture, tensors under SAELens' names, settings.
-        notes: what its configuration says that was left alone.
+        inference: Architecture, tensors under SAELens' names, and settings.
+        notes: Settings of its configuration that were ignored, for the user.
     """
 
     fitted = True
@@ -46,7 +46,7 @@ class Loaded(BatchTopK):
         architecture, tensors, config = inference
         d_in, d_sae = tensors["W_enc"].shape
         pre_bias = bool(config.get("apply_b_dec_to_input", True))
-        with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced at once
+        with torch.random.fork_rng(devices=[]):  # the random weights are replaced below
             super().__init__(
                 d_in=d_in,
                 d_sae=d_sae,
@@ -55,14 +55,16 @@ class Loaded(BatchTopK):
                 pre_bias=pre_bias,
                 aux_coeff=AUX_COEFF,
             )
-        self.architecture, self.config, self.notes = architecture, config, notes
-        gated = self.architecture == "gated"
-        self.rowwise = self.architecture == "topk"
+        self.architecture = architecture
+        self.config = config
+        self.notes = notes
+        gated = architecture == "gated"
+        self.rowwise = architecture == "topk"
         if self.rowwise:
             self.k = int(config["k"])
         norms = torch.ones(d_sae)
         if self.rowwise and config.get("rescale_acts_by_decoder_norm"):
-            norms = tensors["W_dec"].norm(dim=1)  # codes are in units of these: fold them in
+            norms = tensors["W_dec"].norm(dim=1)  # the units of the codes: fold them in
         self.W_enc = nn.Parameter((tensors["W_enc"].t() * norms[:, None]).contiguous())
         self.b_enc = nn.Parameter(tensors["b_gate" if gated else "b_enc"] * norms)
         self.W_dec = nn.Parameter(tensors["W_dec"] / norms.clamp_min(1e-12)[:, None])
@@ -77,11 +79,13 @@ class Loaded(BatchTopK):
 
     @property
     def asked_l0(self) -> float | None:
+        """L0 that further training keeps; None before it has been counted."""
         if self.architecture == "topk":
             return float(self.k)
         return None if bool(self.wanted.isnan()) else self.budget()
 
     def support(self, pre: Tensor) -> Pattern | Tensor:
+        """Active entries: per row for `topk`, else per batch in training and by threshold."""
         if self.architecture == "topk":
             return selection.top_k(pre.detach(), int(self.k))
         if self.training:
@@ -89,11 +93,15 @@ class Loaded(BatchTopK):
         return super().support(pre)
 
     def strength(self, pre: Tensor) -> Tensor:
+        """Distance of the pre-activations (B, F) above each latent's own threshold."""
         if self.architecture == "gated":
             return torch.where(self.shape(pre, None) > 0, pre, 0)
-        return torch.where(pre > 0, pre - self.theta, 0) if self.architecture == "jumprelu" else pre
+        if self.architecture == "jumprelu":
+            return torch.where(pre > 0, pre - self.theta, 0)
+        return pre
 
     def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+        """ReLU, or the magnitude of a gated SAE."""
         if self.architecture != "gated":
             return torch.relu(entries)
         parts = (self.b_enc, self.r_mag.exp(), self.b_mag)
@@ -101,14 +109,16 @@ class Loaded(BatchTopK):
         return torch.relu(scale * (entries - gate) + bias)
 
     def budget(self) -> float:
+        """Counted active latents per row."""
         return self.wanted.item()
 
     @torch.no_grad()
     def begin_again(self, phase: str, x: Tensor, y: Tensor) -> None:
-        """Count the L0 on rows (N, D), and leave thresholds room to fall."""
+        """Count the L0 on rows (N, D), and leave the thresholds room to fall."""
         if self.architecture == "topk":
             return
-        rows, was_training = spread_rows(x, COUNTED), self.training
+        rows = spread_rows(x, COUNTED)
+        was_training = self.training
         self.eval()
         active = sum(int((self.encode(part) != 0).sum()) for part in rows.split(1024))
         self.train(was_training)
@@ -119,6 +129,7 @@ class Loaded(BatchTopK):
 
     @torch.no_grad()
     def finish(self, phase: str, x: Tensor) -> None:
+        """Shift all thresholds by one amount, so that the L0 on rows (N, D) is the counted one."""
         if self.architecture == "topk":
             return
         self.calibrate_threshold(x, self.budget())
@@ -126,10 +137,12 @@ class Loaded(BatchTopK):
             self.b_enc.sub_(self.threshold)
         else:
             self.theta.add_(self.threshold)
-            self.architecture = "jumprelu" if bool(self.theta.any()) else self.architecture
+            if bool(self.theta.any()):
+                self.architecture = "jumprelu"
         self.threshold.zero_()
 
     def inference(self) -> Inference:
+        """The SAE in its own architecture."""
         settings: dict[str, Any] = {"apply_b_dec_to_input": self.pre_bias}
         if self.architecture == "topk":
             settings |= {"k": self.k, "rescale_acts_by_decoder_norm": False}

@@ -1,6 +1,7 @@
-"""SAEs as SAELens directories: ``cfg.json`` and ``sae_weights.safetensors``, plus reference rows that are checked on every load.
+"""Reading and writing of SAELens directories, `cfg.json` and `sae_weights.safetensors`.
 
-What is written here loads in sae-lens 6.x and computes the same; what sae-lens writes loads here as a :class:`Loaded` SAE.
+A directory written here also holds reference rows, which every load checks. It loads in sae-lens
+6.x and computes the same there. A directory of sae-lens loads here as a `Loaded` SAE.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from sae_experiments.saes.base import SAE
 from sae_experiments.saes.loaded import Loaded
 from sae_experiments.saes.saelens_config import CONFIG, WEIGHTS, exported, understood
 
+#: Name of the file with rows, their codes and their reconstructions.
 REFERENCE = "reference.safetensors"
-CHECKSUM = "sha256"  # in the metadata of a safetensors file that was written here
+#: Metadata key of our safetensors files that holds the checksum of their tensors.
+CHECKSUM = "sha256"
 
 
 @torch.no_grad()
@@ -34,13 +37,20 @@ def save_sae(
 ) -> None:
     """Write a trained SAE in SAELens' directory format.
 
-    ``reference`` (N, D) rows are stored with the SAE's codes and reconstructions, so that a loader can tell whether it computes the same.
-    Raises :class:`NotExportable` for a variant that has no counterpart in the format.
+    Args:
+        sae: The SAE; it is put in eval mode.
+        folder: Directory to write.
+        reference: Rows (N, D) that are stored with their codes and reconstructions, so that a
+            loader can check that it computes the same.
+        metadata: Further keys of `cfg.json`, JSON-like; other values are stored as text.
+
+    Raises:
+        NotExportable: The format has no counterpart of the variant.
+        UserError: A tensor or a number of the metadata is not finite.
     """
     folder = Path(folder)
-    if (
-        next(sae.parameters()).dtype != torch.float32
-    ):  # the file is in float32, and so its reference rows must be
+    if next(sae.parameters()).dtype != torch.float32:
+        # The file is in float32, so its reference rows must be computed in float32.
         sae = copy.deepcopy(sae).float()
     sae.eval()
     architecture, tensors, config = sae.inference()
@@ -70,23 +80,30 @@ def save_sae(
 
 
 def _check_finite(value: Any, where: str) -> None:
-    """Raise :class:`UserError` for a number in JSON-like ``value`` that JSON does not have."""
+    """Refuse infinite numbers and NaN, which JSON does not have, in a JSON-like `value`."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(
-            f"save_sae: {where}={value} is no number that JSON has: leave it out, or give it as text"
+            f"save_sae: {where}={value} is no number that JSON has: "
+            "leave it out, or give it as text"
         )
     if isinstance(value, dict):
         for key, inner in value.items():
             _check_finite(inner, f"{where}.{key}" if where else key)
-    for i, inner in enumerate(value if isinstance(value, list) else ()):
-        _check_finite(inner, f"{where}[{i}]")
+    if isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_finite(inner, f"{where}[{i}]")
 
 
 def load_sae(folder: Path | str) -> Loaded:
-    """Read a SAELens directory, written here or by sae-lens, as an SAE that can be used and trained on.
+    """Read a SAELens directory, written here or by sae-lens.
 
-    Raises :class:`UserError`, one line that names the file, for a folder that is not one, a tensor that is missing or has another shape, an
-    architecture or setting that is not known, and, where reference rows are stored, weights that compute something else than they say.
+    Returns:
+        An SAE that can be used and trained further.
+
+    Raises:
+        UserError: The folder is not an SAE directory, a tensor is missing or has another shape, an
+            architecture or setting is unknown, or the weights do not reproduce the stored
+            reference rows.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
@@ -96,16 +113,17 @@ def load_sae(folder: Path | str) -> Loaded:
     inference, notes = understood(config, tensors, folder)
     sae = Loaded(inference, notes)
     if (folder / REFERENCE).is_file():
-        _check_reference(
-            sae, {k: v.float() for k, v in _tensors(folder / REFERENCE).items()}, folder
-        )
+        reference = {name: t.float() for name, t in _tensors(folder / REFERENCE).items()}
+        _check_reference(sae, reference, folder)
     return sae
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file and verify its checksum, if it has one."""
     try:
         with safe_open(path, framework="pt") as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open is not a mapping)
+            names = f.keys()  # safe_open is not a mapping: it cannot be iterated over
+            tensors = {name: f.get_tensor(name) for name in names}
             written = (f.metadata() or {}).get(CHECKSUM)
         if written is not None and written != _checksum(tensors):
             raise ValueError("its checksum differs")
@@ -115,25 +133,30 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_reference(sae: Loaded, reference: dict[str, Tensor], folder: Path) -> None:
+    """Refuse weights that do not reproduce the stored reconstructions of the reference rows."""
     for key in ("x", "recon"):
         if key not in reference:
             raise UserError(f"{folder / REFERENCE}: tensor {key} is missing")
-    found, stored = sae(reference["x"]), reference["recon"]
-    error = float((found - stored).norm() / stored.norm().clamp_min(1e-12))
-    if not error <= 1e-3:
+    stored = reference["recon"]
+    recon = sae(reference["x"])
+    error = float((recon - stored).norm() / stored.norm().clamp_min(1e-12))
+    if not error <= 1e-3:  # NaN is refused as well
         raise UserError(
-            f"{folder}: the weights do not compute the stored reference rows (error {error:.2g}): tensors are swapped or damaged"
+            f"{folder}: the weights do not compute the stored reference rows "
+            f"(error {error:.2g}): tensors are swapped or damaged"
         )
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file of the tensors as float32, with their checksum in its metadata."""
     plain = {k: v.detach().float().cpu().contiguous().clone() for k, v in tensors.items()}
     return save(plain, {CHECKSUM: _checksum(plain)})
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
+    """SHA-256 of names, shapes and bytes of the tensors, in the order of their names."""
+    digest = hashlib.sha256()
     for key in sorted(tensors):
-        found.update(f"{key}{list(tensors[key].shape)}".encode())
-        found.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(f"{key}{list(tensors[key].shape)}".encode())
+        digest.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,6 +1,6 @@
-"""What SAEs are given and give back: batches, codes, units, and a way to read rows of any shape.
+"""Data types that SAEs take and return: batches, codes, units; a decorator for rows of any shape.
 
-Shape letters: B rows, D d_in, O d_out, F d_sae, G nested parts of a code, n active entries.
+Shape letters: B rows, D `d_in`, O `d_out`, F `d_sae`, G nested parts of a code, n active entries.
 """
 
 from __future__ import annotations
@@ -17,44 +17,50 @@ from sae_experiments.saes.selection import Pattern
 
 
 class Batch(NamedTuple):
-    """Rows for one step: ``x`` (B, D) is read by the encoder, ``y`` (B, O) rebuilt by the decoder (x itself for an autoencoder)."""
+    """Rows of one training step."""
 
     x: Tensor
+    """Input of the encoder, (B, D)."""
     y: Tensor
-    alt: Tensor | None = None  # a second view of the same rows, where a variant asks for one
-    downstream: Callable[[Tensor], dict[str, Tensor]] | None = (
-        None  # what a reconstruction (B, O) does to the rest of the model
-    )
+    """Target of the decoder, (B, O); x itself for an autoencoder."""
+    alt: Tensor | None = None
+    """Second view of the same rows, for a variant that asks for one."""
+    downstream: Callable[[Tensor], dict[str, Tensor]] | None = None
+    """Effect of a reconstruction (B, O) on the rest of the language model."""
 
 
 class Codes:
-    """A code: dense (B, F) with ``pattern`` None, or the values (n,) of the active entries of ``pattern``. Unpacks to these two."""
+    """A code, dense or sparse. Unpacks to `values, pattern`.
+
+    Args:
+        values: (B, F) for a dense code, the values (n,) of the active entries for a sparse one.
+        pattern: Positions of the active entries; None for a dense code.
+    """
 
     def __init__(self, values: Tensor, pattern: Pattern | None = None) -> None:
-        self.values, self.pattern = values, pattern
+        self.values = values
+        self.pattern = pattern
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.values, self.pattern))
 
     @cached_property
     def fires(self) -> Tensor:
-        """How often each latent is active in the batch, (F,)."""
-        if self.pattern is None:  # a sum of bytes: PyTorch widens booleans to 64 bits first
+        """Number of rows of the batch in which each latent is active, (F,)."""
+        if self.pattern is None:
+            # A sum of bytes: PyTorch would widen booleans to 64 bits first.
             return (self.values != 0).view(torch.uint8).sum(0, dtype=torch.int32)
-        zero = (self.values == 0).nonzero().squeeze(1)
         counts = self.pattern.counts
-        return (
-            counts - torch.bincount(self.pattern.col[zero], minlength=self.pattern.n_cols)
-            if zero.numel()
-            else counts
-        )
+        zero = (self.values == 0).nonzero().squeeze(1)
+        if not zero.numel():
+            return counts
+        return counts - torch.bincount(self.pattern.col[zero], minlength=self.pattern.n_cols)
 
     @property
     def l0(self) -> float:
-        """Mean number of active latents a row."""
-        return int(self.fires.sum()) / (
-            self.values.shape[0] if self.pattern is None else self.pattern.n_rows
-        )
+        """Mean number of active latents per row."""
+        n_rows = self.values.shape[0] if self.pattern is None else self.pattern.n_rows
+        return int(self.fires.sum()) / n_rows
 
     def detach(self) -> Codes:
         """The same code without its graph."""
@@ -66,82 +72,97 @@ class Codes:
 
 
 class Forward(NamedTuple):
-    """One training forward pass.
-
-    ``pre`` is the (B, F) product without a graph: valid until the next pass, which overwrites it; None where it was never whole. ``at``
-    holds the pre-activations where the support is, laid out as the code's values, and carries the graph to the encoder. ``levels``
-    (B, G, O) are the reconstructions of nested parts of the code, the last of them whole, where a variant has such. ``mask`` (B, F) of 0.0
-    and 1.0 is the support of a dense code: ``at`` is 0 outside it, which is no pre-activation. It is None where the code is sparse.
-    """
+    """One training forward pass."""
 
     batch: Batch
+    """The rows."""
     pre: Tensor | None
+    """Pre-activations (B, F) without a graph, valid until the next pass, which overwrites them.
+    None where they were never computed at once."""
     codes: Codes
+    """The code."""
     recon: Tensor
+    """Reconstruction (B, O)."""
     at: Tensor
+    """Pre-activations of the active entries, laid out as the values of the code; they carry the
+    graph to the encoder."""
     levels: Tensor | None = None
+    """Reconstructions (B, G, O) from nested parts of the code, the last one from all of it; None
+    for a variant without nested parts."""
     mask: Tensor | None = None
+    """Support (B, F) of a dense code, as 0.0 and 1.0. Outside it `at` is 0, which is not a
+    pre-activation. None where the code is sparse."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What a loss may know about the moment: ``progress`` (0..1 within ``phase``), latents silent for long, and its only randomness."""
+    """State of training that a loss may depend on."""
 
     phase: str
+    """Name of the training phase."""
     progress: float
+    """Share of the phase that is done, 0 to 1."""
     dead: Tensor
+    """Latents that have not been active for long, (F,) boolean."""
     generator: torch.Generator
+    """The only source of randomness of a loss."""
 
 
 class Units(NamedTuple):
-    """The units an SAE is trained in: ``scale (x - centre)``; both (D,).
+    """The units an SAE is trained in, `scale (x - centre)`.
 
-    The scale is the same number throughout a block of the input (a site of a crosscoder).
+    The scale is constant within a block of the input (a site of a crosscoder).
     """
 
     centre: Tensor
+    """(D,), in the units of the data."""
     scale: Tensor
+    """(D,)."""
 
     def apply(self, x: Tensor) -> Tensor:
-        """Rows (N, D) in these units."""
+        """Convert rows (N, D) to these units."""
         return (x - self.centre).mul_(self.scale)
 
     def undo(self, x: Tensor) -> Tensor:
-        """Rows (N, D) in these units, back in their own."""
+        """Convert rows (N, D) in these units back to their own."""
         return x / self.scale + self.centre
 
     def inverse(self) -> Units:
-        """The units, as seen from these, in which rows have their own values."""
-        centre, scale = self.centre.double(), self.scale.double()
+        """The units whose `apply` is the `undo` of these."""
+        centre = self.centre.double()
+        scale = self.scale.double()
         return Units(-centre * scale, 1 / scale)
 
 
 class Inference(NamedTuple):
-    """What remains of an SAE when training is over: a plain encoder and decoder under a known architecture name."""
+    """A trained SAE as a plain encoder and decoder of a known architecture."""
 
     architecture: str
+    """Name of the architecture, as SAELens has it."""
     tensors: dict[str, Tensor]
+    """Weights under SAELens' names and in its orientation."""
     config: dict[str, Any]
+    """Settings of the architecture, under SAELens' keys."""
 
 
 def by_rows(width: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A method of rows (N, W) that takes any number of leading dimensions, (W,) included.
+    """Let a method of rows (N, W) take any number of leading dimensions, or none.
 
-    Rows of another type (NumPy, half precision) are brought to that of the SAE's weights.
+    Rows of another type (NumPy, half precision) are converted to that of the SAE's weights.
 
     Args:
-        width: the SAE's attribute that holds W.
+        width: Name of the SAE's attribute that holds W.
     """
 
     def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
-        def taken(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def with_any_shape(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             x = self.accepted(x, width)
             if x.ndim == 2:
                 return method(self, x, *args, **kwargs)
             out = method(self, x.reshape(-1, x.shape[-1]), *args, **kwargs)
             return None if out is None else out.reshape(*x.shape[:-1], out.shape[-1])
 
-        return taken
+        return with_any_shape
 
     return wrap
