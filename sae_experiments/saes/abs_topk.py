@@ -1,4 +1,7 @@
-"""AbsTopK: the k largest pre-activations by size, with their sign (Zhu et al. 2025, arXiv 2510.00404)."""
+"""AbsTopK: the k largest pre-activations by absolute value, with their sign.
+
+Zhu et al. 2025, arXiv 2510.00404.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,19 @@ from sae_experiments.saes.topk import TopK
 
 
 class AbsTopK(TopK):
-    """``z_j = a_j`` for the k largest ``|a_j|`` of a row, 0 elsewhere: one latent holds both poles of a direction. Loss as TopK's."""
+    """`z_j = a_j` for the k largest `|a_j|` of a row, 0 elsewhere; loss of `TopK`.
+
+    One latent represents both poles of a direction.
+    """
 
     def support(self, pre: Tensor) -> Pattern:
+        """The k largest absolute values of every row."""
         return super().support(pre.abs())
 
     def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+        """The identity: codes keep their sign."""
         return entries
 
     def inference(self) -> Inference:
+        """Not exportable: SAELens has no signed codes."""
         raise NotExportable("signed codes have no counterpart in SAELens' format")

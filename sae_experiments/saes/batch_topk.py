@@ -1,4 +1,7 @@
-"""BatchTopK: k latents a row on average, chosen over the whole batch (Bussmann et al. 2024, arXiv 2412.06410)."""
+"""BatchTopK: k latents per row on average, selected over the whole batch.
+
+Bussmann et al. 2024, arXiv 2412.06410.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,15 @@ from sae_experiments.saes.selection import Pattern
 
 
 class BatchTopK(SAE):
-    """In training the ``B k`` largest positive pre-activations of the batch are the code; loss as TopK's.
+    """The `B k` largest positive pre-activations of a training batch are its code; loss of `TopK`.
 
-    In eval mode one global threshold decides, calibrated on unseen rows as the exact quantile that leaves k active a row: a moving
-    average of the batches' smallest kept value, the usual choice, lags and misses the asked-for L0.
+    In eval mode one global threshold decides. It is calibrated on unseen rows, as the exact
+    quantile that leaves k latents per row active. The usual moving average of each batch's smallest
+    kept value lags behind the weights and misses the requested L0.
+
+    Args:
+        k: Active latents per row, on average.
+        **kwargs: Further arguments of `SAE`.
     """
 
     rowwise = False
@@ -26,33 +34,38 @@ class BatchTopK(SAE):
         if not 0 < k <= self.d_sae:
             raise UserError(f"sae.model.k={k} must be positive and at most d_sae={self.d_sae}")
         self.k = k
-        self._guess: dict[
-            tuple[str, int], float
-        ] = {}  # by code and number of rows; speeds the selection up, never changes it
+        # Last threshold by code and number of rows. It only makes the selection faster.
+        self._guess: dict[tuple[str, int], float] = {}
 
     @property
     def asked_l0(self) -> float | None:
+        """The argument `k`."""
         return float(self.k)
 
     def support(self, pre: Tensor) -> Pattern | Tensor:
-        if not self.training:
-            return super().support(pre)
-        return self.largest(pre)
+        """Selection over the batch in training, by the calibrated threshold in eval mode."""
+        return self.largest(pre) if self.training else super().support(pre)
 
     def largest(self, pre: Tensor, code: str = "") -> Pattern:
-        """The ``B budget`` largest positive entries of (B, F); ``code`` tells selections apart that have thresholds of their own."""
-        key = code, len(pre)
-        pattern, self._guess[key] = selection.batch_top_k(
-            pre, round(self.budget() * len(pre)), self._guess.get(key)
-        )
+        """Select the `B * budget()` largest positive entries.
+
+        Args:
+            pre: Pre-activations (B, F).
+            code: Name of the code, for a variant that selects several with different thresholds.
+        """
+        n = round(self.budget() * len(pre))
+        key = (code, len(pre))
+        pattern, self._guess[key] = selection.batch_top_k(pre, n, self._guess.get(key))
         return pattern
 
     def budget(self) -> float:
-        """Active latents a row in training, on average."""
+        """Active latents per row in training, on average."""
         return self.k
 
     def finish(self, phase: str, x: Tensor) -> None:
+        """Calibrate the threshold to k on rows (N, D)."""
         self.calibrate_threshold(x, self.k)
 
     def inference(self) -> Inference:
+        """A JumpReLU with the same threshold for all latents."""
         return self.as_jumprelu()

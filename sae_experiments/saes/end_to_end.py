@@ -1,4 +1,7 @@
-"""End-to-end SAE: trained on what its reconstruction does to the model's output (Braun et al. 2024, arXiv 2405.12241)."""
+"""End-to-end SAE: trained on the effect of its reconstruction on the model's output.
+
+Braun et al. 2024, arXiv 2405.12241.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,20 @@ from sae_experiments.saes.batch_topk import BatchTopK
 
 
 class EndToEnd(BatchTopK):
-    """``kl_coeff KL(p(x) || p(xhat)) + local_coeff ||x - xhat||^2 + later_coeff mean_l FVU_l`` on a BatchTopK code.
+    """BatchTopK code with the loss
 
-    KL is taken after the rest of the model ran on the reconstruction; FVU_l is the error it causes in the residual stream after each later
-    block, relative to that stream's variance. Only KL (local_coeff 0): features that explain the output, and drift off the activations.
-    Batches are whole windows, not shuffled rows.
+        kl_coeff KL(p(x) || p(xhat)) + local_coeff ||x - xhat||^2 + later_coeff mean_l FVU_l
+
+    KL is taken after the rest of the model has run on the reconstruction. `FVU_l` is the error that
+    the reconstruction causes in the residual stream after each later block, relative to the
+    variance of that stream. With KL alone (`local_coeff` 0), features explain the output and drift
+    away from the activations. Batches are whole windows, not shuffled rows.
+
+    Args:
+        kl_coeff: Weight of KL.
+        local_coeff: Weight of the squared error.
+        later_coeff: Weight of the errors after later blocks.
+        **kwargs: Further arguments of `BatchTopK`.
     """
 
     needs_model = True
@@ -26,21 +38,22 @@ class EndToEnd(BatchTopK):
         self, *, kl_coeff: float, local_coeff: float, later_coeff: float, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        for name, value in (
-            ("kl_coeff", kl_coeff),
-            ("local_coeff", local_coeff),
-            ("later_coeff", later_coeff),
-        ):
+        coeffs = {"kl_coeff": kl_coeff, "local_coeff": local_coeff, "later_coeff": later_coeff}
+        for name, value in coeffs.items():
             if value < 0:
                 raise UserError(f"sae.model.{name}={value} must not be negative")
-        self.kl_coeff, self.local_coeff, self.later_coeff = kl_coeff, local_coeff, later_coeff
+        self.kl_coeff = kl_coeff
+        self.local_coeff = local_coeff
+        self.later_coeff = later_coeff
 
     def reconstruction(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
-        parts = {"mse": self.local_coeff * ops.squared_error(fwd.recon, fwd.batch.y)}
+        """Squared error, KL and errors after later blocks, each with its weight."""
         if fwd.batch.downstream is None:
             raise UserError("an end_to_end SAE needs the language model: use it in study=language")
+        mse = ops.squared_error(fwd.recon, fwd.batch.y)
         effect = fwd.batch.downstream(fwd.recon)
-        return parts | {
+        return {
+            "mse": self.local_coeff * mse,
             "kl": self.kl_coeff * effect["kl"],
             "later": self.later_coeff * effect["later"],
         }

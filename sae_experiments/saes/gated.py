@@ -1,4 +1,7 @@
-"""Gated SAE: one half decides whether a latent is active, the other how much (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
+"""Gated SAE: a gate selects the active latents, a magnitude sets their values.
+
+Rajamanoharan et al. 2024, arXiv 2404.16014.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,20 @@ from sae_experiments.saes.standard import Standard
 
 
 class Gated(Standard):
-    """``u = W_enc (x - b_dec)``; gate ``pi = u + b_enc``; magnitude ``h = ReLU(exp(r_mag) u + b_mag)``; ``z = 1[pi > 0] h``.
+    """Gate `pi` and magnitude `h` from a common product:
 
-    Loss ``||x - xhat||^2 + lambda sum ReLU(pi) + ||x - sg(W_dec)^T ReLU(pi) - sg(b_dec)||^2``: the penalty and the third term train the gate,
-    which the code itself passes no gradient to, so magnitudes do not shrink.
+        u = W_enc (x - b_dec)
+        pi = u + b_enc,  h = ReLU(exp(r_mag) u + b_mag),  z = 1[pi > 0] h
+
+    The loss, with sg for stop-gradient, is
+
+        ||x - xhat||^2 + lambda sum ReLU(pi) + ||x - sg(W_dec)^T ReLU(pi) - sg(b_dec)||^2
+
+    The second and third term train the gate, to which the code itself passes no gradient, so that
+    the penalty does not shrink the magnitudes.
+
+    Args:
+        **kwargs: Arguments of `Standard`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -25,16 +38,18 @@ class Gated(Standard):
         self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
 
     def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
-        gate, scale, bias = (
-            p if col is None else p[col] for p in (self.b_enc, self.r_mag.exp(), self.b_mag)
-        )
+        """The magnitudes of active entries."""
+        parameters = (self.b_enc, self.r_mag.exp(), self.b_mag)
+        gate, scale, bias = (p if col is None else p[col] for p in parameters)
         return torch.relu(scale * (entries - gate) + bias)
 
     def strength(self, pre: Tensor) -> Tensor:
-        # An open gate with no magnitude behind it is not an active latent.
+        """Pre-activations of the gate where the magnitude is positive, 0 elsewhere."""
+        # A latent with an open gate and no magnitude is not active.
         return torch.where(self.shape(pre, None) > 0, pre, 0)
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
+        """The L1 penalty on the gate, and its squared error against a fixed decoder."""
         gate = torch.relu(fwd.at)
         rebuilt = ops.decode(gate, fwd.codes.pattern, self.W_dec.detach()) + self.b_dec.detach()
         return {
@@ -43,14 +58,17 @@ class Gated(Standard):
         }
 
     def inference(self) -> Inference:
+        """A gated SAE in SAELens' terms."""
         return as_gated(self)
 
 
 def as_gated(sae: SAE) -> Inference:
-    """A gated SAE (with ``r_mag`` and ``b_mag``) in SAELens' terms."""
+    """A gated SAE, with parameters `r_mag` and `b_mag`, in SAELens' terms."""
     tensors = sae.plain_tensors()
-    gate, scale = tensors.pop("b_enc"), sae.r_mag.detach().exp()
-    folded = gate - sae.b_enc.detach()  # the centre, which the magnitudes read as well
-    tensors["b_gate"] = gate - sae.threshold  # magnitudes do not see the threshold
-    tensors |= {"r_mag": sae.r_mag.detach(), "b_mag": sae.b_mag.detach() + scale * folded}
+    gate = tensors.pop("b_enc")
+    scale = sae.r_mag.detach().exp()
+    folded = gate - sae.b_enc.detach()  # due to the centre, which shifts the magnitudes as well
+    tensors["b_gate"] = gate - sae.threshold  # the threshold does not act on the magnitudes
+    tensors["r_mag"] = sae.r_mag.detach()
+    tensors["b_mag"] = sae.b_mag.detach() + scale * folded
     return Inference("gated", tensors, {"apply_b_dec_to_input": sae.pre_bias})

@@ -1,4 +1,7 @@
-"""JumpReLU: a learned threshold for every latent, trained with straight-through estimates (Rajamanoharan et al. 2024, arXiv 2407.14435)."""
+"""JumpReLU: a learned threshold for every latent, trained with straight-through estimates.
+
+Rajamanoharan et al. 2024, arXiv 2407.14435.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,11 @@ from sae_experiments.saes.standard import Standard
 
 
 class _Jump(torch.autograd.Function):
-    """``z = a H(a - theta)``; ``dz/dtheta := -(theta/eps) K((a - theta)/eps)``, K = 1 on |u| < 1/2 (``through``: dz/da := 1 in the window too)."""
+    """`z = a H(a - theta)`, with the estimate `dz/dtheta := -(theta/eps) K((a - theta)/eps)`.
+
+    H is the Heaviside function, and K = 1 on |u| < 1/2. With `through`, `dz/da := 1` in the window
+    of K as well.
+    """
 
     @staticmethod
     def forward(ctx, a: Tensor, theta: Tensor, eps: float, through: bool) -> Tensor:
@@ -26,12 +33,14 @@ class _Jump(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         a, theta = ctx.saved_tensors
         window = (a - theta).abs() < ctx.eps / 2
-        open_ = (a > theta) | window if ctx.through else a > theta
-        return grad * open_, -grad * window * theta / ctx.eps, None, None
+        passes = a > theta
+        if ctx.through:
+            passes = passes | window
+        return grad * passes, -grad * window * theta / ctx.eps, None, None
 
 
 class _Step(torch.autograd.Function):
-    """``H(a - theta)``; ``dH/dtheta := -(1/eps) K((a - theta)/eps)``, no gradient to a."""
+    """`H(a - theta)`, with `dH/dtheta := -(1/eps) K((a - theta)/eps)` and no gradient to a."""
 
     @staticmethod
     def forward(ctx, a: Tensor, theta: Tensor, eps: float) -> Tensor:
@@ -42,17 +51,36 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         a, theta = ctx.saved_tensors
-        return None, -grad * ((a - theta).abs() < ctx.eps / 2) / ctx.eps, None
+        window = (a - theta).abs() < ctx.eps / 2
+        return None, -grad * window / ctx.eps, None
 
 
 class JumpReLU(Standard):
-    """``z = a H(a - theta)`` with one threshold a latent, kept raw (a logarithm would freeze under Adam) and at least 0.
+    """`z = a H(a - theta)` with one threshold theta per latent.
 
-    ``form=step``: loss ``||x - xhat||^2 + lambda mean_B sum H(a - theta)``. ``form=tanh`` (Anthropic, January 2025): the penalty is
-    ``lambda sum tanh(c z ||d||)``, the gradient passes through to a within the window, and dead latents are pulled up by
-    ``pre_act_coeff sum ReLU(theta - a)``. lambda is steered to ``target_l0``; the last trim shifts all thresholds by one number.
-    A dead latent has no sample near its threshold and so no gradient to it: its threshold melts, by the factor ``melt`` a step.
-    The penalty counts on a, not on z: on z every inactive latent falls into the window once theta < eps/2.
+    Thresholds are stored as they are, at least 0; their logarithms would freeze under Adam. lambda
+    is steered to `target_l0`. At the end all thresholds are shifted by one number, so that the L0
+    is exact.
+
+    With `form=step` the loss is `||x - xhat||^2 + lambda mean_B sum H(a - theta)`. With `form=tanh`
+    (Anthropic, January 2025) the penalty is `lambda sum tanh(c z ||d||)`, the gradient passes
+    through to a within the window, and dead latents are pulled up by
+    `pre_act_coeff sum ReLU(theta - a)`.
+
+    A dead latent has no sample near its threshold, and so the threshold gets no gradient. Instead
+    it falls by the factor `melt` at each step.
+
+    The penalty counts active latents on a, not on z: on z every inactive latent would lie in the
+    window once theta < eps/2.
+
+    Args:
+        form: `step` or `tanh`.
+        bandwidth: Width eps of the straight-through window, on inputs of unit mean square.
+        start_threshold: theta at the start.
+        tanh_scale: c of `form=tanh`.
+        pre_act_coeff: Weight of the term for dead latents of `form=tanh`.
+        melt: Factor in (0, 1] of the threshold of a dead latent, per step; 1 leaves it.
+        **kwargs: Further arguments of `Standard`.
     """
 
     def __init__(
@@ -73,62 +101,63 @@ class JumpReLU(Standard):
             raise UserError(f"sae.model.bandwidth={bandwidth} must be positive")
         if not 0 < melt <= 1:
             raise UserError(f"sae.model.melt={melt} must lie in (0, 1]")
+        self.form = form
+        self.bandwidth = bandwidth
+        self.tanh_scale = tanh_scale
+        self.pre_act_coeff = pre_act_coeff
         self.melt = melt
-        self.form, self.bandwidth, self.tanh_scale, self.pre_act_coeff = (
-            form,
-            bandwidth,
-            tanh_scale,
-            pre_act_coeff,
-        )
         self.theta = nn.Parameter(torch.full((self.d_sae,), float(start_threshold)))
 
     def support(self, pre: Tensor) -> Tensor:
+        """Entries above the threshold; in training those in the window below it as well."""
         if not self.training:
             return self.strength(pre) > self.threshold
-        return (
-            pre > self.theta.detach() - self.bandwidth / 2
-        )  # the window is part of the support: it carries gradient
+        # The window is part of the support because it carries a gradient.
+        return pre > self.theta.detach() - self.bandwidth / 2
 
     def strength(self, pre: Tensor) -> Tensor:
+        """Distance of positive pre-activations above their thresholds."""
         return torch.where(pre > 0, pre - self.theta, 0)
 
     def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+        """The jump `a H(a - theta)`."""
         theta = self.theta if col is None else self.theta[col]
         return _Jump.apply(entries, theta, self.bandwidth, self.form == "tanh")
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
-        rows, pattern = len(fwd.batch.x), fwd.codes.pattern
+        """The sparsity penalty of the form, and the term for dead latents."""
         if self.form == "tanh":
-            out = {
-                "sparsity": self.coefficient(step)
-                * torch.tanh(self.tanh_scale * fwd.codes.values).sum()
-                / rows
-            }
-            dead = step.dead.nonzero().squeeze(1)
-            if self.pre_act_coeff and dead.numel():
-                a = nn.functional.linear(fwd.batch.x, self.W_enc[dead], self.bias()[dead])
-                out["pre_act"] = self.pre_act_coeff * torch.relu(self.theta[dead] - a).sum() / rows
-            return out
-        theta = self.theta if pattern is None else self.theta[pattern.col]
-        active = _Step.apply(
-            fwd.at, theta.expand_as(fwd.at) if pattern is None else theta, self.bandwidth
-        )
-        if (
-            fwd.mask is not None
-        ):  # the zeros outside the support are no pre-activations, and would lie in the window of a small theta
+            return self._tanh_penalties(fwd, step)
+        pattern = fwd.codes.pattern
+        theta = self.theta.expand_as(fwd.at) if pattern is None else self.theta[pattern.col]
+        active = _Step.apply(fwd.at, theta, self.bandwidth)
+        if fwd.mask is not None:
+            # The zeros outside the support are no pre-activations, and would lie in the window of
+            # a small theta.
             active = ops.masked(active, fwd.mask)
-        return {"sparsity": self.coefficient(step) * active.sum() / rows}
+        return {"sparsity": self.coefficient(step) * active.sum() / len(fwd.batch.x)}
+
+    def _tanh_penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
+        """The terms of `form=tanh`."""
+        n_rows = len(fwd.batch.x)
+        saturated = torch.tanh(self.tanh_scale * fwd.codes.values)
+        terms = {"sparsity": self.coefficient(step) * saturated.sum() / n_rows}
+        dead = step.dead.nonzero().squeeze(1)
+        if self.pre_act_coeff and dead.numel():
+            a = nn.functional.linear(fwd.batch.x, self.W_enc[dead], self.bias()[dead])
+            below = torch.relu(self.theta[dead] - a)
+            terms["pre_act"] = self.pre_act_coeff * below.sum() / n_rows
+        return terms
 
     def after_step(self, fwd: Forward, step: Step) -> None:
+        """Keep thresholds at 0 or above, lower those of dead latents, and steer lambda."""
         self.theta.data.clamp_min_(0)
         if self.melt < 1:
             self.theta.data[step.dead] *= self.melt
         super().after_step(fwd, step)
 
     def inference(self) -> Inference:
-        # The trim is a shift: a > theta and a - theta > threshold is a > theta + threshold.
-        return Inference(
-            "jumprelu",
-            self.plain_tensors() | {"threshold": self.theta.detach() + self.threshold},
-            {"apply_b_dec_to_input": self.pre_bias},
-        )
+        """A JumpReLU SAE in SAELens' terms."""
+        # The final threshold is a shift: a - theta > threshold is a > theta + threshold.
+        tensors = self.plain_tensors() | {"threshold": self.theta.detach() + self.threshold}
+        return Inference("jumprelu", tensors, {"apply_b_dec_to_input": self.pre_bias})

@@ -1,4 +1,4 @@
-"""LISTA-Matryoshka: one refinement of the code before it is used (after Chanin 2026; Gregor and LeCun 2010)."""
+"""LISTA-Matryoshka: one refinement step of the code (after Chanin 2026; Gregor and LeCun 2010)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,24 @@ from sae_experiments.saes.matryoshka import Matryoshka
 
 
 class Lista(Matryoshka):
-    """``a0 = W_enc (x - b) + b_enc``, ``z0 = BatchTopK(a0)``, ``a1 = a0 + eta W_enc (x - b - W_dec^T z0)``, ``z = BatchTopK(a1)``.
+    """Matryoshka with a code refined once:
 
-    a1 is the plain encoder at ``b + (1 + eta)(x - b) - eta W_dec^T z0``, so the refinement is a change of what the encoder reads. In eval mode
-    each of the two codes has its own calibrated threshold. The reconstruction is compared with x itself (the published code compares it
-    with the centred input).
+        a0 = W_enc (x - b) + b_enc,  z0 = BatchTopK(a0)
+        a1 = a0 + eta W_enc (x - b - W_dec^T z0),  z = BatchTopK(a1)
+
+    a1 is the plain encoder at `b + (1 + eta)(x - b) - eta W_dec^T z0`, so the refinement only
+    changes the input of the encoder. In eval mode each of the two codes has its own calibrated
+    threshold. The reconstruction is compared with x itself; the published code compares it with
+    the centred input.
+
+    Args:
+        eta: Size of the refinement step.
+        **kwargs: Further arguments of `Matryoshka`.
     """
 
     same_units = True
+
+    first_threshold: Tensor
 
     def __init__(self, *, eta: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -32,6 +42,7 @@ class Lista(Matryoshka):
         self._refining = True
 
     def encoder_input(self, x: Tensor) -> Tensor:
+        """The rows whose plain pre-activations are a1."""
         if not self._refining or not self.eta:
             return x
         centred = self.shifted(x)
@@ -44,6 +55,7 @@ class Lista(Matryoshka):
         return x + self.eta * (centred - ops.decode(values, pattern, self.W_dec))
 
     def finish(self, phase: str, x: Tensor) -> None:
+        """Calibrate the threshold of the first code, then that of the refined one."""
         self._refining = False
         super().finish(phase, x)
         self.first_threshold.copy_(self.threshold)
@@ -54,4 +66,5 @@ class Lista(Matryoshka):
         self.train(was_training)
 
     def inference(self) -> Inference:
+        """Not exportable: SAELens has no refined encoders."""
         raise NotExportable("a refined encoder has no counterpart in SAELens' format")

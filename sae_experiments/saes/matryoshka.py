@@ -1,4 +1,7 @@
-"""Matryoshka BatchTopK: every prefix of the latents reconstructs on its own (Bussmann et al. 2025, arXiv 2503.17547)."""
+"""Matryoshka BatchTopK: every prefix of the latents reconstructs on its own.
+
+Bussmann et al. 2025, arXiv 2503.17547.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,26 @@ from sae_experiments.saes.selection import Pattern
 
 
 class Matryoshka(BatchTopK):
-    """One BatchTopK code; with prefix widths m_1 < ... < m_G = F, ``xhat_g = b_dec + sum_{j <= m_g} z_j d_j``.
+    """BatchTopK code with prefixes of m_1 < ... < m_G = F latents that each reconstruct:
 
-    Loss ``mean_g ||x - xhat_g||^2`` plus AuxK of every level on that level's residual (dead latents come back in their own group).
+        xhat_g = b_dec + sum_{j <= m_g} z_j d_j
+
+    The loss is `mean_g ||x - xhat_g||^2` plus AuxK of every level on the residual of that level, so
+    that dead latents come back in their own group.
 
     Args:
-        fractions: share of the latents in each group, in order; they sum to 1.
-        k_start: the number of active latents falls linearly from ``k_start * k`` to k over the first ``k_decay`` of the run.
-        detach_inner: every inner loss trains only its own group (the outermost trains all).
-        sort_by_frequency: groups follow the running firing frequency instead of the index; latents are put in that order at the end.
+        fractions: Share of the latents in each group, in order; they sum to 1.
+        k_start: Active latents at the start, as a multiple of k.
+        k_decay: Share of the run over which their number falls linearly to k.
+        detach_inner: Every inner loss trains its own group alone; the outermost trains all.
+        sort_by_frequency: Groups follow a moving average of the firing frequency, not the index.
+            Latents are put in that order at the end.
+        **kwargs: Further arguments of `BatchTopK`.
     """
+
+    group: Tensor
+    frequency: Tensor
+    k_now: Tensor
 
     def __init__(
         self,
@@ -44,7 +57,8 @@ class Matryoshka(BatchTopK):
         ends = [round(sum(fractions[: i + 1]) * self.d_sae) for i in range(len(fractions))]
         if ends[0] < 1 or any(b <= a for a, b in pairwise(ends)):
             raise UserError(
-                f"sae.model.fractions={list(fractions)} leave a group without latents at d_sae={self.d_sae}"
+                f"sae.model.fractions={list(fractions)} leave a group without latents "
+                f"at d_sae={self.d_sae}"
             )
         if k_start < 1 or not 0 <= k_decay <= 1:
             raise UserError(
@@ -52,10 +66,14 @@ class Matryoshka(BatchTopK):
             )
         if k_start * self.k > self.d_sae:
             raise UserError(
-                f"sae.model.k_start={k_start} asks for {k_start * self.k:g} active latents, more than d_sae={self.d_sae}"
+                f"sae.model.k_start={k_start} asks for {k_start * self.k:g} active latents, "
+                f"more than d_sae={self.d_sae}"
             )
-        self.ends, self.k_start, self.k_decay = ends, k_start, k_decay
-        self.detach_inner, self.sort_by_frequency = detach_inner, sort_by_frequency
+        self.ends = ends
+        self.k_start = k_start
+        self.k_decay = k_decay
+        self.detach_inner = detach_inner
+        self.sort_by_frequency = sort_by_frequency
         groups = torch.zeros(self.d_sae, dtype=torch.int64)
         for end in ends[:-1]:
             groups[end:] += 1
@@ -64,21 +82,26 @@ class Matryoshka(BatchTopK):
         self.register_buffer("k_now", torch.tensor(float(k_start * self.k), dtype=torch.float64))
 
     def budget(self) -> float:
+        """Active latents per row at the current point of training."""
         return self.k_now.item()
 
     def nested(self, codes: Codes) -> Tensor:
-        """Reconstructions of all prefixes (B, G, O), each group decoded once: row b of the code becomes G rows, one a group."""
+        """Reconstructions (B, G, O) of all prefixes, with each group decoded once.
+
+        Every row of the code is split into G rows, one for each group.
+        """
         values, pattern = codes
-        n = len(self.ends)
-        row, col = pattern.row * n + self.group[pattern.col], pattern.col
-        if self.sort_by_frequency:  # the columns of a group no longer stand side by side
+        n_groups = len(self.ends)
+        n_rows = pattern.n_rows * n_groups
+        col = pattern.col
+        row = pattern.row * n_groups + self.group[col]
+        if self.sort_by_frequency:  # the columns of a group no longer lie side by side
             order = torch.argsort(row, stable=True)
             values, row, col = values[order], row[order], col[order]
-        crow = torch.zeros(pattern.n_rows * n + 1, dtype=torch.int32, device=col.device)
-        crow[1:] = torch.bincount(row, minlength=pattern.n_rows * n).cumsum(0)
-        parts = ops.decode(values, Pattern(crow, col, pattern.n_cols), self.W_dec).view(
-            pattern.n_rows, n, -1
-        )
+        crow = torch.zeros(n_rows + 1, dtype=torch.int32, device=col.device)
+        crow[1:] = torch.bincount(row, minlength=n_rows).cumsum(0)
+        parts = ops.decode(values, Pattern(crow, col, pattern.n_cols), self.W_dec)
+        parts = parts.view(pattern.n_rows, n_groups, -1)
         sums = ops.prefix_sums(parts)
         if self.detach_inner:
             inner = (sums - parts).detach()[:, :-1] + parts[:, :-1]
@@ -86,11 +109,13 @@ class Matryoshka(BatchTopK):
         return sums + self.b_dec
 
     def reconstruction(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
-        n = len(self.ends)
-        errors = ops.level_errors(fwd.levels, fwd.batch.y) / n
-        return {f"mse_{g}" if g < n - 1 else "mse": e for g, e in enumerate(errors)}
+        """The squared error of every prefix; that of the whole code is named `mse`."""
+        n_groups = len(self.ends)
+        *inner, outer = ops.level_errors(fwd.levels, fwd.batch.y) / n_groups
+        return {f"mse_{g}": error for g, error in enumerate(inner)} | {"mse": outer}
 
     def revive(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
+        """AuxK of the dead latents of every group on the residual of its prefix."""
         if not self.aux_coeff or not bool(step.dead.any()):
             return {}
         terms = []
@@ -101,21 +126,26 @@ class Matryoshka(BatchTopK):
         return {"aux_k": self.aux_coeff * sum(terms)} if terms else {}
 
     def after_step(self, fwd: Forward, step: Step) -> None:
+        """Lower the number of active latents to k, and regroup the latents."""
         super().after_step(fwd, step)
         if self.k_start > 1:
             left = 1 - min(step.progress / self.k_decay, 1.0) if self.k_decay else 0.0
             self.k_now.fill_(self.k * (1 + (self.k_start - 1) * left))
         if self.sort_by_frequency:
             self.frequency.lerp_(fwd.codes.fires / len(fwd.batch.x), 0.01)
-            rank = torch.empty_like(self.group)
-            rank[self.frequency.argsort(descending=True, stable=True)] = torch.arange(
-                self.d_sae, device=rank.device
-            )
-            self.group.copy_(
-                (rank[:, None] >= torch.tensor(self.ends[:-1], device=rank.device)).sum(1)
-            )
+            self._regroup()
+
+    def _regroup(self) -> None:
+        """Assign latents to groups in the order of their firing frequency."""
+        device = self.group.device
+        order = self.frequency.argsort(descending=True, stable=True)
+        rank = torch.empty_like(self.group)
+        rank[order] = torch.arange(self.d_sae, device=device)
+        starts = torch.tensor(self.ends[:-1], device=device)
+        self.group.copy_((rank[:, None] >= starts).sum(1))
 
     def finish(self, phase: str, x: Tensor) -> None:
+        """Put latents in the order of their groups, and calibrate the threshold."""
         if self.sort_by_frequency:
             order = torch.argsort(self.group, stable=True)
             for t in (self.W_enc, self.b_enc, self.W_dec):

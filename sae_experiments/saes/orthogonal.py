@@ -1,4 +1,7 @@
-"""OrtSAE: BatchTopK whose decoder rows are pushed apart (Korznikov et al. 2025, arXiv 2509.22033)."""
+"""OrtSAE: BatchTopK whose decoder rows are pushed apart.
+
+Korznikov et al. 2025, arXiv 2509.22033.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,15 @@ from sae_experiments.saes.batch_topk import BatchTopK
 
 
 class Orthogonal(BatchTopK):
-    """BatchTopK plus ``gamma (1/F) sum_j max_{i != j} ReLU(cos(d_i, d_j))^2``.
+    """BatchTopK plus the penalty `gamma (1/F) sum_j max_{i != j} ReLU(cos(d_i, d_j))^2`.
 
-    The maximum is taken inside random chunks of ``chunk`` latents, drawn anew each step, so the cost is linear in d_sae. Negative cosines
-    are left alone: antipodal pairs are legitimate.
+    The maximum is taken within random chunks of latents, drawn anew at each step, so that the cost
+    is linear in `d_sae`. Negative cosines are not penalised: antipodal pairs are legitimate.
+
+    Args:
+        gamma: Weight of the penalty.
+        chunk: Latents of a chunk.
+        **kwargs: Further arguments of `BatchTopK`.
     """
 
     def __init__(self, *, gamma: float, chunk: int, **kwargs: Any) -> None:
@@ -26,9 +34,11 @@ class Orthogonal(BatchTopK):
             raise UserError(
                 f"sae.model: gamma={gamma} must not be negative and chunk={chunk} be at least 2"
             )
-        self.gamma, self.chunk = gamma, chunk
+        self.gamma = gamma
+        self.chunk = chunk
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
+        """The orthogonality penalty."""
         order = torch.randperm(self.d_sae, generator=step.generator, device=self.W_dec.device)
         rows = ops.unit_rows(self.W_dec)
         total = sum(closest(rows[part]).square().sum() for part in order.split(self.chunk))
@@ -36,10 +46,7 @@ class Orthogonal(BatchTopK):
 
 
 def closest(rows: Tensor) -> Tensor:
-    """For each unit row the largest cosine with another one, at least 0; (n,)."""
+    """Largest cosine (n,) of each unit row (n, d) with another one, at least 0."""
     cosines = rows @ rows.t()
-    return (
-        cosines.masked_fill(torch.eye(len(rows), dtype=torch.bool, device=rows.device), -1)
-        .amax(1)
-        .clamp_min(0)
-    )
+    itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    return cosines.masked_fill(itself, -1).amax(1).clamp_min(0)

@@ -1,4 +1,7 @@
-"""Random dictionaries: the sanity row of every table (Korznikov et al. 2026, arXiv 2602.14111; Heap et al. 2025)."""
+"""Random dictionaries, the sanity check of every table.
+
+Korznikov et al. 2026, arXiv 2602.14111; Heap et al. 2025.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,13 @@ from sae_experiments.training.loop import Group, Phase
 
 
 class Random(BatchTopK):
-    """BatchTopK with a random decoder that never learns. ``learn=nothing``: the encoder is its transpose, times the one factor that fits the
-    calibration rows best; ``learn=encoder``: the encoder is trained against the frozen random decoder.
+    """BatchTopK with a random decoder that is never trained.
+
+    Args:
+        learn: `nothing`: the encoder is the transpose of the decoder, times the one factor that
+            fits the calibration rows best. `encoder`: the encoder and both biases are trained
+            against the frozen random decoder.
+        **kwargs: Further arguments of `BatchTopK`.
     """
 
     def __init__(self, *, learn: str, **kwargs: Any) -> None:
@@ -24,22 +32,23 @@ class Random(BatchTopK):
         self.learn = learn
 
     def phases(self) -> list[Phase]:
-        return [
-            Phase(
-                "train",
-                1.0,
-                [Group([self.W_enc, self.b_enc, self.b_dec])] if self.learn == "encoder" else [],
-            )
-        ]
+        """One phase, over the encoder and the biases or over nothing."""
+        groups = []
+        if self.learn == "encoder":
+            groups = [Group([self.W_enc, self.b_enc, self.b_dec])]
+        return [Phase("train", 1.0, groups)]
 
     def finish(self, phase: str, x: Tensor) -> None:
+        """Calibrate the threshold; scale an untrained encoder to the rows (N, D)."""
         super().finish(phase, x)
-        if self.learn == "nothing":
-            was_training = self.training
-            self.eval()
-            rows = spread_rows(x, 8192)
-            part, centred = rows - self.b_dec, self(rows) - self.b_dec
-            self.train(was_training)
-            factor = (part * centred).sum() / centred.square().sum().clamp_min(1e-12)
-            for t in (self.W_enc.data, self.b_enc.data, self.threshold):
-                t.mul_(factor)
+        if self.learn != "nothing":
+            return
+        was_training = self.training
+        self.eval()
+        rows = spread_rows(x, 8192)
+        target = rows - self.b_dec
+        recon = self(rows) - self.b_dec
+        self.train(was_training)
+        factor = (target * recon).sum() / recon.square().sum().clamp_min(1e-12)
+        for t in (self.W_enc.data, self.b_enc.data, self.threshold):
+            t.mul_(factor)

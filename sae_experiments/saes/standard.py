@@ -15,14 +15,24 @@ from sae_experiments.sampling import spread_rows
 
 
 class Standard(SAE):
-    """``z = ReLU(W_enc (x - b_dec) + b_enc)``; loss ``||x - xhat||^2 + lambda(t) mean_B sum_j z_j`` with unit-norm decoder rows.
+    """`z = ReLU(W_enc (x - b_dec) + b_enc)` with an L1 penalty:
 
-    ``norm_weighted``: the April 2024 form, ``lambda mean_B sum_j z_j ||d_j||`` with a free decoder (gradient flows into the norms).
-    lambda warms up over ``warmup`` of the run. It is ``coeff`` where that is given, else steered so that ``target_l0`` latents are active;
-    the final threshold makes that exact.
+        ||x - xhat||^2 + lambda(t) mean_B sum_j z_j
 
-    ``start_l0``: biases start where every latent fires equally often and ``start_l0 * target_l0`` are active (None: biases start at 0, where
-    a third of all latents is active and the first steps are dense).
+    Decoder rows have length 1. lambda is fixed to `coeff`, or steered so that `target_l0` latents
+    are active; the final threshold makes that L0 exact.
+
+    Args:
+        target_l0: Requested active latents per row.
+        coeff: Fixed lambda. None: steer it.
+        start_coeff: lambda where steering starts.
+        warmup: Share of the run over which lambda warms up.
+        start_l0: Biases start where every latent is active equally often and
+            `start_l0 * target_l0` are active per row. None: biases start at 0, where a third of all
+            latents is active and the first steps are dense.
+        norm_weighted: Use the form of April 2024, `lambda mean_B sum_j z_j ||d_j||` with a free
+            decoder. The gradient flows into the norms.
+        **kwargs: Further arguments of `SAE`.
     """
 
     def __init__(
@@ -39,7 +49,9 @@ class Standard(SAE):
         super().__init__(unit_decoder=not norm_weighted, **kwargs)
         if start_l0 is not None and not start_l0 > 0:
             raise UserError(f"sae.model.start_l0={start_l0} must be positive, or null")
-        self.norm_weighted, self.warmup, self.start_l0 = norm_weighted, warmup, start_l0
+        self.norm_weighted = norm_weighted
+        self.warmup = warmup
+        self.start_l0 = start_l0
         self.controller = L0Controller(target=target_l0, coeff=coeff, start=start_coeff)
         if norm_weighted:
             self.W_dec.data.mul_(0.1)
@@ -47,36 +59,40 @@ class Standard(SAE):
 
     @property
     def asked_l0(self) -> float | None:
+        """The argument `target_l0`; None for a fixed coefficient."""
         return None if self.controller.fixed else float(self.controller.target)
 
     @torch.no_grad()
     def begin(self, phase: str, x: Tensor, y: Tensor) -> None:
+        """Initialise from data: `b_dec`, and biases at which `start_l0 * target_l0` are active."""
         super().begin(phase, x, y)
         if self.start_l0 is None:
             return
         rows = spread_rows(x, 8192)
-        kept = max(
-            round(min(self.start_l0 * self.controller.target / self.d_sae, 1.0) * len(rows)), 1
-        )
-        rows, levels = self.encoder_input(rows), []
-        for weight, bias in zip(
-            self.W_enc.split(256), self.bias().split(256), strict=True
-        ):  # all latents at once would be the peak of training
-            levels.append(torch.addmm(bias, rows, weight.t()).t().topk(kept, dim=1).values[:, -1])
+        active_share = min(self.start_l0 * self.controller.target / self.d_sae, 1.0)
+        n_active = max(round(active_share * len(rows)), 1)  # rows on which each latent is active
+        rows = self.encoder_input(rows)
+        levels = []
+        # All latents at once would be the peak of the memory that training takes.
+        for weight, bias in zip(self.W_enc.split(256), self.bias().split(256), strict=True):
+            pre = torch.addmm(bias, rows, weight.t()).t()
+            levels.append(pre.topk(n_active, dim=1).values[:, -1])
         self.b_enc.data.sub_(torch.cat(levels))
 
     def support(self, pre: Tensor) -> Tensor:
+        """Positive entries in training, by the calibrated threshold in eval mode."""
         return pre > 0 if self.training else super().support(pre)
 
     def coefficient(self, step: Step) -> float:
-        """The penalty's weight at this moment."""
+        """Current weight of the penalty."""
         return self.controller.coeff * sparsity.ramp(step.progress, self.warmup)
 
     def row_norms(self) -> Tensor:
-        """What a latent's activity is weighted with in the norm-weighted penalty, (F,)."""
+        """Weights (F,) of the latents in the norm-weighted penalty."""
         return self.W_dec.norm(dim=1)
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
+        """The L1 penalty."""
         values, pattern = fwd.codes
         if self.norm_weighted:
             norms = self.row_norms()
@@ -84,18 +100,18 @@ class Standard(SAE):
         return {"sparsity": self.coefficient(step) * values.sum() / len(fwd.batch.x)}
 
     def after_step(self, fwd: Forward, step: Step) -> None:
+        """Steer lambda, once it has warmed up."""
         if step.progress >= self.warmup:
             self.controller.update(fwd.codes.l0)
 
     def finish(self, phase: str, x: Tensor) -> None:
+        """Calibrate the threshold to `target_l0` on rows (N, D), unless lambda is fixed."""
         if not self.controller.fixed:
             self.calibrate_threshold(x, self.controller.target)
 
     def inference(self) -> Inference:
-        return (
-            self.as_jumprelu()
-            if self.threshold > 0
-            else Inference(
-                "standard", self.plain_tensors(), {"apply_b_dec_to_input": self.pre_bias}
-            )
-        )
+        """A JumpReLU with one threshold for all latents, or a standard SAE without a threshold."""
+        if self.threshold > 0:
+            return self.as_jumprelu()
+        config = {"apply_b_dec_to_input": self.pre_bias}
+        return Inference("standard", self.plain_tensors(), config)

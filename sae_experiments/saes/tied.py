@@ -11,9 +11,13 @@ from sae_experiments.saes.standard import Standard
 
 
 class Tied(Standard):
-    """``z = ReLU(W (x - b_dec) + b_enc)``, ``xhat = W^T z + b_dec`` with unit rows; loss as the standard SAE's.
+    """`z = ReLU(W (x - b_dec) + b_enc)`, `xhat = W^T z + b_dec` with unit rows; loss of `Standard`.
 
-    Half the parameters; the best linear encoder under interference is not the transpose, so reconstruction is worse at equal L0.
+    It has half the parameters. Under interference the best linear encoder is not the transpose of
+    the decoder, so the reconstruction is worse at equal L0.
+
+    Args:
+        **kwargs: Arguments of `Standard`.
     """
 
     same_units = True
@@ -24,7 +28,8 @@ class Tied(Standard):
 
     @torch.no_grad()
     def rescale(self, inputs: Units, outputs: Units) -> None:
-        # One matrix cannot take a factor and its inverse: the codes shrink instead (ReLU is homogeneous).
+        """Turn an SAE of scaled rows into one of the data's own rows, by scaling its codes."""
+        # One matrix cannot take up a factor and its inverse. As ReLU is homogeneous, the codes can.
         scale = inputs.scale[0].double()
         for t in (self.b_enc, self.threshold):
             t.copy_(t.double() / scale)

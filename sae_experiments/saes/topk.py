@@ -1,4 +1,4 @@
-"""TopK: exactly k latents a row (Gao et al. 2024, arXiv 2406.04093)."""
+"""TopK: exactly k latents per row (Gao et al. 2024, arXiv 2406.04093)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from sae_experiments.saes.selection import Pattern
 
 
 class TopK(SAE):
-    """``z = ReLU(TopK_k(W_enc (x - b_dec) + b_enc))``; loss ``||x - xhat||^2 + aux_coeff AuxK``.
+    """`z = ReLU(TopK_k(W_enc (x - b_dec) + b_enc))`; loss `||x - xhat||^2 + aux_coeff AuxK`.
 
     Fewer than k latents are active where fewer than k pre-activations are positive.
+
+    Args:
+        k: Active latents per row.
+        **kwargs: Further arguments of `SAE`.
     """
 
     def __init__(self, *, k: int, **kwargs: Any) -> None:
@@ -27,21 +31,22 @@ class TopK(SAE):
 
     @property
     def asked_l0(self) -> float | None:
+        """The argument `k`."""
         return float(self.k)
 
     def support(self, pre: Tensor) -> Pattern:
+        """The k largest pre-activations of every row."""
         return selection.top_k(pre.detach(), self.k)
 
     def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+        """ReLU."""
         return torch.relu(entries)
 
     def inference(self) -> Inference:
-        return Inference(
-            "topk",
-            self.plain_tensors(),
-            {
-                "k": self.k,
-                "apply_b_dec_to_input": self.pre_bias,
-                "rescale_acts_by_decoder_norm": False,
-            },
-        )
+        """A TopK SAE in SAELens' terms."""
+        config = {
+            "k": self.k,
+            "apply_b_dec_to_input": self.pre_bias,
+            "rescale_acts_by_decoder_norm": False,
+        }
+        return Inference("topk", self.plain_tensors(), config)

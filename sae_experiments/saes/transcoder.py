@@ -1,4 +1,7 @@
-"""Transcoders: rebuild what a layer writes from what it reads (Dunefsky et al. 2024; with a skip path: Paulo et al. 2025)."""
+"""Transcoders: reconstruct the output of a layer from its input.
+
+Dunefsky et al. 2024; with a skip path: Paulo et al. 2025.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,14 @@ from sae_experiments.saes.batch_topk import BatchTopK
 
 
 class Transcoder(BatchTopK):
-    """``z = BatchTopK(W_enc x + b_enc)``, ``yhat = W_dec^T z + b_dec (+ W_skip x)``; loss ``||y - yhat||^2`` plus AuxK.
+    """`z = BatchTopK(W_enc x + b_enc)`, `yhat = W_dec^T z + b_dec (+ W_skip x)`.
 
-    b_dec starts at the outputs' median and pre-activations start centred. W_skip starts at 0.
+    The loss is `||y - yhat||^2` plus AuxK. `b_dec` starts at the median of the outputs, `W_skip` at
+    0, and the pre-activations start centred.
+
+    Args:
+        skip: Add a linear path past the code.
+        **kwargs: Further arguments of `BatchTopK`.
     """
 
     def __init__(self, *, skip: bool, **kwargs: Any) -> None:
@@ -23,14 +31,17 @@ class Transcoder(BatchTopK):
 
     @by_rows("d_in")
     def linear_path(self, x: Tensor) -> Tensor | None:
+        """The skip path of rows (..., D)."""
         return None if self.W_skip is None else (x - self.centre) @ self.W_skip.t()
 
     @torch.no_grad()
     def rescale(self, inputs: Units, outputs: Units) -> None:
+        """Turn an SAE of scaled rows into one of the data's own rows, skip path included."""
         super().rescale(inputs, outputs)
         if self.W_skip is not None:
             weight = self.W_skip.double() * inputs.scale.double()
             self.W_skip.copy_(weight / outputs.scale.double()[:, None])
 
     def inference(self) -> Inference:
+        """Not exportable: SAELens' transcoders have no calibrated threshold."""
         raise NotExportable("SAELens' transcoder formats have no threshold of the calibrated kind")
