@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from sae_experiments.errors import UserError
-from sae_experiments.plots.base import ALARM, NothingToDrawError, clip, looks, percent, save
-from sae_experiments.report.figures import choose, default_out, draw_all
+from sae_experiments.plots.base import NothingToDrawError, save
+from sae_experiments.plots.style import ALARM, run_styles
+from sae_experiments.plots.text import clip, percent
+from sae_experiments.report.figures import choose_figures, default_out, draw_all
 from sae_experiments.results.records import (
     CurveWriter,
     Record,
@@ -319,7 +321,7 @@ def test_too_many_runs_are_cut_and_said(tmp_path: Path) -> None:
     fig = drawn("final_metrics", *paths, max_runs=3)
     assert len(bars(fig.axes[0])) == 3
     assert "Only the first 3 of 5 runs are drawn." in caption(fig)
-    many = looks(
+    many = run_styles(
         load_table([make_run(tmp_path, f"more_{i}", seeds=(0,), curves=False) for i in range(30)])
     )
     assert len(set(many.values())) == len(many) == 31  # with run_0; no two look alike
@@ -380,7 +382,7 @@ def test_small_things() -> None:
         "/r/runs/comparison"
     )
     with pytest.raises(UserError, match="did you mean pareto"):
-        choose("paretto", ["pareto", "density"])
+        choose_figures("paretto", ["pareto", "density"])
 
 
 def plot(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,39 +1,28 @@
-"""What all figures share: colours, sizes, panels, the caption that says what was drawn, and saving. Draws with Agg, without pyplot.
+"""Figures with panels, a title, a legend and a caption, and how they are saved.
 
-A figure is ``draw(table, **options) -> Figure`` in a file of its own and a YAML file in ``conf/plot``; it raises
-:class:`NothingToDrawError` where no run has what it shows.
+A figure is a function `draw(table, **options) -> Figure` in a file of its own, with a YAML file in
+`conf/plot` that sets the options. It raises `NothingToDrawError` if no run has its data. Figures
+are drawn with matplotlib's Agg canvas, without pyplot.
 """
 
 from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from sae_experiments.errors import UserError
 from sae_experiments.files import write_bytes
-from sae_experiments.results.table import Run, RunTable
 
-# Okabe and Ito's palette (without the yellow, too pale on white), then Tol's: told apart with any colour vision; shapes differ as well.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-Line = Literal["-", "--", "-.", ":"]
-LINES: tuple[Line, ...] = ("-", "--", "-.", ":")
-BASELINE_COLOUR = "#222222"
-GREY = "#777777"
-ALARM = "#B00020"  # stand-in text, dead latents
 DPI = 150
-BETTER = {"up": "higher is better", "down": "lower is better", "target": "has a target", "none": ""}
+LINE_HEIGHT = 0.13  # inches of one line of the caption
 STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -52,40 +41,53 @@ STYLE: Any = {
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.5,
     "legend.frameon": False,
-    "svg.hashsalt": "sae_experiments",  # the same figure, the same bytes
+    "svg.hashsalt": "sae_experiments",  # the same figure gives the same bytes
 }
-styled = mpl.rc_context(STYLE)  # a decorator for draw()
+#: Decorator of every `draw` function: applies `STYLE` while it runs.
+styled = mpl.rc_context(STYLE)
 
 
 class NothingToDrawError(UserError):
-    """No run holds what the figure shows."""
+    """No run holds the data of a figure."""
 
 
-class Look(NamedTuple):
-    """How a run is drawn in every figure."""
+def panels(
+    rows: int, cols: int, *, width: float, height: float, **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """Make a figure with a grid of panels; the layout engine adds room around them.
 
-    color: str
-    marker: str
-    line: Line
+    Args:
+        rows: Rows of panels.
+        cols: Columns of panels.
+        width: Width of a panel, in inches.
+        height: Height of a panel, in inches.
+        **options: Passed to `Figure.subplots`, such as `sharex`.
 
-
-def looks(table: RunTable) -> dict[str, Look]:
-    """A look for each run by name; the baseline is black. Beyond eight runs, markers and line styles tell equal colours apart."""
-    others = [run.name for run in table.runs if run is not table.baseline]
-    found = {name: Look(PALETTE[i % 8], MARKERS[(i + i // 8) % 8], LINES[(i // 8) % 4]) for i, name in enumerate(others)}
-    return found | ({table.baseline.name: Look(BASELINE_COLOUR, "*", "-")} if table.baseline else {})
-
-
-def panels(rows: int, cols: int, *, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure of ``rows`` x ``cols`` panels of ``width`` x ``height`` inches, with room around them found by the layout engine."""
-    fig = Figure(figsize=(max(cols * width, 4.2), rows * height + 1.2), dpi=DPI, layout="constrained")
+    Returns:
+        The figure and its axes, (rows, cols).
+    """
+    size = (max(cols * width, 4.2), rows * height + 1.2)
+    fig = Figure(figsize=size, dpi=DPI, layout="constrained")
     FigureCanvasAgg(fig)
-    fig.get_layout_engine().set(w_pad=0.08, h_pad=0.06)  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
+    engine: Any = fig.get_layout_engine()
+    engine.set(w_pad=0.08, h_pad=0.06)
     return fig, fig.subplots(rows, cols, squeeze=False, **options)
 
 
 def finish(fig: Figure, title: str, caption: Sequence[str], handles: Sequence[Any] = ()) -> Figure:
-    """Title above; legend right of the panels (the figure grows for it); caption below, wrapped to the width."""
+    """Add the title above, the legend to the right and the caption below the panels.
+
+    The figure grows for the legend and the caption.
+
+    Args:
+        fig: Figure with its panels drawn.
+        title: Title of the figure.
+        caption: Paragraphs of the caption; each is wrapped to the width of the figure.
+        handles: Legend entries; none for a figure without a legend.
+
+    Returns:
+        The same figure.
+    """
     if handles:
         longest = max(len(str(handle.get_label())) for handle in handles)
         fig.set_figwidth(fig.get_figwidth() + 0.55 + 0.068 * longest)
@@ -93,140 +95,43 @@ def finish(fig: Figure, title: str, caption: Sequence[str], handles: Sequence[An
         fig.legend(handles=list(handles), loc="outside right upper")
     chars = int(fig.get_figwidth() * 17)
     lines = [line for text in caption for line in textwrap.wrap(text, chars)]
-    fig.set_figheight(fig.get_figheight() + 0.13 * len(lines))
+    fig.set_figheight(fig.get_figheight() + LINE_HEIGHT * len(lines))
     fig.suptitle(title, x=0.01, ha="left", weight="bold")
     fig.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5, color="#444444")
     return fig
 
 
-def caption(table: RunTable, runs: Iterable[Run], datasets: Sequence[str], *, error: str = "") -> list[str]:
-    """What was drawn: seeds, kind of error bar, presets, corpora, stand-in text, runs that are not finished."""
-    runs = list(runs)
-    counts = {sum(record.dataset == dataset for record in run.records) for run in runs for dataset in datasets if dataset in run.stats} - {0}
-    many = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts, default=0)}"
-    seeds = f"n = {many} seed{'s' * (max(counts) > 1)}" if counts else "seeds unknown"
-    lines = [f"{seeds}{'; ' * bool(error)}{error}. {_grouped('Preset', {run.name: run.preset or 'unknown' for run in runs})}"]
-    for dataset in datasets:
-        corpora = {run.name: str(run.provenance(dataset).get("corpus") or "") for run in runs if dataset in run.stats}
-        if set(corpora.values()) - {"", dataset}:
-            lines[0] += f" {_grouped(f'{dataset}: corpus', {name: corpus or 'unknown' for name, corpus in corpora.items()})}"
-    stand_ins = [dataset for dataset in datasets if any(run.stand_in(dataset) for run in runs)]
-    if stand_ins:
-        lines.append(f"STAND-IN TEXT, not the real corpus: {', '.join(stand_ins)}. Compare with no published number.")
-    states = [f"{run.name} {run.status}" for run in runs if run.status not in ("", "done")]
-    return lines + ([f"Not finished in good order: {', '.join(states)}."] if states else [])
-
-
-def _grouped(what: str, by_run: dict[str, str]) -> str:
-    """``Preset laptop; full for run_6.``: what most runs have, then the exceptions."""
-    groups: dict[str, list[str]] = {}
-    for name, value in by_run.items():
-        groups.setdefault(value, []).append(name)
-    first, *others = sorted(groups, key=lambda value: -len(groups[value]))
-    return f"{what} {'; '.join([first, *(f'{value} for {short_list(groups[value])}' for value in others)])}."
-
-
-def short_list(names: Sequence[str], most: int = 4) -> str:
-    """``a, b, c, d and 4 more``."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def not_comparable(table: RunTable, runs: Iterable[Run], datasets: Sequence[str], metrics: Sequence[str]) -> list[str]:
-    """The caption line for hollow markers: which runs must not be compared with the baseline, and why."""
-    reasons: dict[str, dict[str, None]] = {}
-    for run in runs:
-        for dataset in datasets:
-            for metric in metrics:
-                if metric in run.stats.get(dataset, {}) and hollow(table, run, dataset, metric):
-                    reasons.setdefault(table.why_not(run, dataset, metric), {})[run.name] = None
-    texts = [f"{short_list(list(names))} ({why})" for why, names in reasons.items()]
-    return [f"Hollow: not comparable with the baseline: {'; '.join(texts)}."] if texts else []
-
-
-def hollow(table: RunTable, run: Run, dataset: str, *metrics: str) -> bool:
-    """Whether a run's marker is drawn hollow: the baseline has this dataset too, but one of the metrics must not be compared with its own."""
-    base = table.baseline
-    return base is not None and run is not base and dataset in base.stats and any(table.why_not(run, dataset, metric) for metric in metrics)
-
-
-def limit(items: Sequence[Any], most: int, what: str, notes: list[str]) -> list[Any]:
-    """The first ``most`` items; what is left out is said in the caption."""
-    if len(items) > most:
-        notes.append(f"Only the first {most} of {len(items)} {what} are drawn.")
-    return list(items[:most])
-
-
-def head_panel(ax: Axes, runs: Iterable[Run], dataset: str) -> None:
-    """Title of a dataset's panel; where a run drew on stand-in text it says so in red on a tinted panel."""
-    having = [run for run in runs if dataset in run.stats]
-    stand_in = [run.name for run in having if run.stand_in(dataset)]
-    some = f" in {short_list(stand_in, 1)}" if len(stand_in) < len(having) else ""
-    ax.set_title(f"{dataset}\nSTAND-IN TEXT{some}" if stand_in else dataset, color=ALARM if stand_in else "black", weight="bold", loc="left")
-    tint(ax, bool(stand_in))
-
-
-def tint(ax: Axes, stand_in: bool) -> None:
-    """A reddish panel means stand-in text."""
-    ax.set_facecolor("#FFF4F1" if stand_in else "white")
-
-
-def percent(share: float) -> str:
-    """A share in per cent, two significant digits and no more than one decimal."""
-    value = 100 * share
-    return "0 %" if value == 0 else "< 0.1 %" if 0 < value < 0.1 else f"{value:.1f} %" if value < 9.95 and round(value, 1) % 1 else f"{value:.0f} %"
-
-
-def metric_label(table: RunTable, metric: str, *, direction: bool = True) -> str:
-    """``title (unit)`` and, on a second line, which way is better."""
-    info = table.info(metric)
-    better = BETTER[info["better"]] if direction else ""
-    return info["title"] + (f" ({info['unit']})" if info["unit"] else "") + (f"\n{better}" if better else "")
-
-
-def handle(run: Run, look: Look, *, line: bool) -> Line2D:
-    """The legend entry of a run."""
-    kind: dict[str, Any] = {"linestyle": look.line, "marker": ""} if line else {"linestyle": "", "marker": look.marker}
-    return Line2D([], [], color=look.color, markersize=9 if look.marker == "*" else 6, label=clip(run.title), **kind)
-
-
-def clip(text: str, width: int = 38) -> str:
-    """Long names lose their middle, where they differ least."""
-    return text if len(text) <= width else f"{text[: width // 2]}…{text[-(width - width // 2 - 1) :]}"
-
-
-def plain_log(ax: Axes, which: str, low: float, high: float, *, least: float = 4.0) -> None:
-    """A logarithmic axis from ``low`` > 0 to ``high``, at least a factor ``least`` wide, with ticks such as 1, 2, 5 in plain numbers."""
-    stretch = max((high / low) ** 0.07, (least * low / high) ** 0.5, 1.05)
-    axis = ax.xaxis if which == "x" else ax.yaxis
-    (ax.set_xscale if which == "x" else ax.set_yscale)("log")
-    (ax.set_xlim if which == "x" else ax.set_ylim)(low / stretch, high * stretch)
-    decades = np.log10(high * stretch) - np.log10(low / stretch)
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2.5 else (1,), numticks=99))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
-
-
 def bare(fig: Figure) -> tuple[str, str, bytes]:
-    """Title, caption, and the figure without them as SVG, for pages that set them as text. The figure is changed: save it before."""
-    title, below = fig.get_suptitle(), fig.get_supxlabel()
-    n = len(below.splitlines())
+    """Take title and caption off a figure, for pages that set them as text.
+
+    The figure is changed: save it before.
+
+    Returns:
+        Title, caption, and the figure without them as SVG.
+    """
+    title = fig.get_suptitle()
+    caption = fig.get_supxlabel()
+    freed = LINE_HEIGHT * len(caption.splitlines()) + 0.35
     fig.suptitle("")
     fig.supxlabel("")
-    fig.set_figheight(max(fig.get_figheight() - 0.13 * n - 0.35, 1.0))
-    with mpl.rc_context(STYLE):
-        buffer = io.BytesIO()
-        fig.savefig(buffer, format="svg", dpi=DPI, metadata={"Date": None})
-    return title, " ".join(below.split()), buffer.getvalue()
+    fig.set_figheight(max(fig.get_figheight() - freed, 1.0))
+    return title, " ".join(caption.split()), _rendered(fig, "svg")
 
 
 def save(fig: Figure, name: str, folder: Path) -> list[Path]:
-    """Write ``<folder>/<name>.png`` and ``.svg``, whole or not at all, without a date in them."""
-    found = []
+    """Write `<folder>/<name>.png` and `.svg`, each whole or not at all; returns their paths."""
+    paths = []
+    for kind in ("png", "svg"):
+        path = folder / f"{name}.{kind}"
+        write_bytes(path, _rendered(fig, kind))
+        paths.append(path)
+    return paths
+
+
+def _rendered(fig: Figure, kind: str) -> bytes:
+    """The figure as a file of this kind, without the date or the version that wrote it."""
+    metadata = {"Software": None} if kind == "png" else {"Date": None}
+    buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            buffer = io.BytesIO()
-            fig.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
-            write_bytes(folder / f"{name}.{kind}", buffer.getvalue())
-            found.append(folder / f"{name}.{kind}")
-    return found
+        fig.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+    return buffer.getvalue()

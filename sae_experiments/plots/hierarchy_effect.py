@@ -1,62 +1,124 @@
-"""Ablation of each level: what the language model loses with one level alone, and when one is taken out."""
+"""Ablation of each level: the language model's loss with one level alone, and with one replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from sae_experiments.plots.base import (
-    NothingToDrawError,
-    caption,
-    finish,
-    head_panel,
-    limit,
-    looks,
-    panels,
-    plain_log,
-    styled,
-)
+from sae_experiments.plots.axes import head_panel, plain_log
+from sae_experiments.plots.base import finish, panels, styled
+from sae_experiments.plots.captions import OVER_SEEDS, caption
+from sae_experiments.plots.selection import Mean, choose_panels, find_panels, mean_of
+from sae_experiments.plots.style import run_styles
 from sae_experiments.results.table import Run, RunTable
+
+Effects = dict[tuple[str, str], Mean]  # by stem and ending of the metric
 
 
 @styled
-def draw(table: RunTable, *, title: str, bars: dict[str, str], kinds: dict[str, str], max_runs: int, max_datasets: int) -> Figure:
-    """A row for each of ``kinds`` (metric ending: axis label), a column for each dataset; bars of every run for each of ``bars`` (metric stem: words)."""
+def draw(
+    table: RunTable,
+    *,
+    title: str,
+    bars: Mapping[str, str],
+    kinds: Mapping[str, str],
+    max_runs: int,
+    max_datasets: int,
+) -> Figure:
+    """Draw a row of panels per kind of effect and a column per dataset, with bars of every run.
+
+    Args:
+        table: Runs.
+        title: Title of the figure.
+        bars: Label of each ablation, by the stem of its metrics.
+        kinds: Axis label of each kind of effect, by the ending of its metrics.
+        max_runs: Number of runs to draw at most.
+        max_datasets: Number of datasets to draw at most.
+
+    Raises:
+        NothingToDrawError: No run has any of the metrics.
+    """
     notes: list[str] = []
-    runs = limit([r for r in table.runs if _has(r, r.stats, bars, kinds)], max_runs, "runs", notes)
-    datasets = limit([d for d in table.datasets if any(_has(r, [d], bars, kinds) for r in runs)], max_datasets, "datasets", notes)
-    if not datasets:
-        raise NothingToDrawError("no run has ablations of levels (metric levels_effect)")
-    look, width = looks(table), 0.84 / len(runs)
-    fig, axes = panels(len(kinds), len(datasets), width=1.0 + 0.9 * len(bars), height=2.4, sharex=True, sharey="row")
-    for row, kind in enumerate(kinds):
-        for column, dataset in enumerate(datasets):
-            ax = axes[row, column]
+    effects = find_panels(
+        table,
+        lambda run, dataset: _effects(run, dataset, bars, kinds),
+        missing="no run has ablations of levels (metric levels_effect)",
+    )
+    runs, datasets = choose_panels(
+        table, effects, max_runs=max_runs, max_datasets=max_datasets, notes=notes
+    )
+    effects_of = {
+        dataset: [effects.get((run.name, dataset), {}) for run in runs] for dataset in datasets
+    }
+    styles = run_styles(table)
+    colors = [styles[run.name].color for run in runs]
+    width = 1.0 + 0.9 * len(bars)
+    fig, axes = panels(
+        len(kinds), len(datasets), width=width, height=2.4, sharex=True, sharey="row"
+    )
+    for row, (kind, label) in enumerate(kinds.items()):
+        for ax, dataset in zip(axes[row], datasets, strict=True):
             if row == 0:
                 head_panel(ax, runs, dataset)
-            for i, run in enumerate(runs):
-                for x, stem in enumerate(bars):
-                    stat = run.stats.get(dataset, {}).get(f"{stem}_{kind}")
-                    if stat and stat.mean is not None:
-                        place = x + (i - (len(runs) - 1) / 2) * width
-                        error = {"elinewidth": 0.9, "capsize": 1.5}
-                        ax.bar(place, stat.mean, 0.92 * width, yerr=stat.stderr, color=look[run.name].color, error_kw=error)
-            ax.grid(visible=False, axis="x")
-            ax.set_xticks(range(len(bars)), list(bars.values()), rotation=35, ha="right", rotation_mode="anchor")
-        values = [abs(s.mean) for r in runs for d in datasets for b in bars if (s := r.stats.get(d, {}).get(f"{b}_{kind}")) and s.mean]
-        if values and max(values) > 10 * min(values):  # a level alone and without it are worlds apart
-            for ax in axes[row]:
-                plain_log(ax, "y", 0.7 * min(values), max(values))
-        axes[row, 0].set_ylabel(kinds[kind] + (", logarithmic" if values and max(values) > 10 * min(values) else ""))
-    handles = [Patch(color=look[run.name].color, label=run.title) for run in runs]
-    notes += [
-        "Alone: that reconstruction in place of the activation. At its mean or at zero: that level's code replaced in the whole, the SAE's error kept in."
+            _draw_bars(ax, effects_of[dataset], colors, bars, kind)
+        axes[row, 0].set_ylabel(label)
+        _scale_row(axes[row], list(effects_of.values()), kind)
+    notes.append(
+        "Alone: that reconstruction in place of the activation. At its mean or at zero: that "
+        "level's code replaced in the whole, the SAE's error kept in."
+    )
+    handles = [Patch(color=styles[run.name].color, label=run.title) for run in runs]
+    return finish(fig, title, notes + caption(runs, datasets, error=OVER_SEEDS), handles)
+
+
+def _effects(run: Run, dataset: str, stems: Iterable[str], kinds: Iterable[str]) -> Effects | None:
+    """The effects that a run measured; None without any."""
+    effects = {}
+    for stem, kind in product(stems, kinds):
+        mean = mean_of(run, dataset, f"{stem}_{kind}")
+        if mean:
+            effects[stem, kind] = mean
+    return effects or None
+
+
+def _draw_bars(
+    ax: Axes, effects: Sequence[Effects], colors: Sequence[str], bars: Mapping[str, str], kind: str
+) -> None:
+    """Draw the bars of all runs side by side, for every ablation."""
+    width = 0.84 / len(effects)
+    error_kw = {"elinewidth": 0.9, "capsize": 1.5}
+    for i, (of_run, color) in enumerate(zip(effects, colors, strict=True)):
+        shift = (i - (len(effects) - 1) / 2) * width
+        for x, stem in enumerate(bars):
+            mean = of_run.get((stem, kind))
+            if mean:
+                bar = (x + shift, mean.value, 0.92 * width)
+                ax.bar(*bar, yerr=mean.stderr, color=color, error_kw=error_kw)
+    ax.grid(visible=False, axis="x")
+    ticks = range(len(bars))
+    ax.set_xticks(ticks, list(bars.values()), rotation=35, ha="right", rotation_mode="anchor")
+
+
+def _scale_row(row: np.ndarray, effects: Sequence[Sequence[Effects]], kind: str) -> None:
+    """Make the axes of a row logarithmic if its effects differ by more than a factor of ten.
+
+    The effect of a level alone and of the whole without it are often that far apart.
+    """
+    of_kind = [
+        mean.value
+        for of_dataset in effects
+        for of_run in of_dataset
+        for (_, its_kind), mean in of_run.items()
+        if its_kind == kind
     ]
-    return finish(fig, title, notes + caption(table, runs, datasets, error="error bars: ±1 standard error over seeds (none where n = 1)"), handles)
-
-
-def _has(run: Run, datasets: Iterable[str], bars: Iterable[str], kinds: Iterable[str]) -> bool:
-    found = [run.stats.get(d, {}).get(f"{stem}_{kind}") for d in datasets for stem in bars for kind in kinds]
-    return any(stat and stat.mean is not None for stat in found)
+    sizes = [abs(value) for value in of_kind if value]
+    if not sizes or max(sizes) <= 10 * min(sizes):
+        return
+    for ax in row:
+        plain_log(ax, "y", 0.7 * min(sizes), max(sizes))
+    row[0].set_ylabel(f"{row[0].get_ylabel()}, logarithmic")

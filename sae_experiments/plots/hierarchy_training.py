@@ -1,99 +1,170 @@
-"""Training of a hierarchical SAE by phase: both sparsities against their targets, the L1 coefficients that steer them, the gate."""
+"""Training of a hierarchical SAE by phase: sparsity against its targets, L1 coefficients, gate."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sae_experiments.plots.base import (
-    GREY,
-    PALETTE,
-    NothingToDrawError,
-    caption,
-    finish,
-    head_panel,
-    limit,
-    panels,
-    plain_log,
-    styled,
-    tint,
-)
+from sae_experiments.plots.axes import head_panel, plain_log, tint
+from sae_experiments.plots.base import NothingToDrawError, finish, panels, styled
+from sae_experiments.plots.captions import caption
+from sae_experiments.plots.selection import Arrays, PanelKey, find_panels, limit
+from sae_experiments.plots.style import GREY, PALETTE
 from sae_experiments.results.table import Run, RunTable
 
-COLOURS = {"bottom": PALETTE[0], "top": PALETTE[1]}
+LEVEL_COLORS = {"bottom": PALETTE[0], "top": PALETTE[1]}
+GATE_COLOR = PALETTE[2]
 PHASES = ("bottom", "top", "both")
-ROWS = ("zeros in a code (share)", "L1 coefficient", "gate (active latents)")
+# Columns of `levels_trace`: after the progress, zeros and L1 coefficients of bottom and top, gate.
+ZEROS = (1, 2)
+COEFFICIENTS = (3, 4)
+GATE = 5
+Traces = list[Arrays]  # the arrays of each seed
 
 
 @styled
 def draw(table: RunTable, *, title: str, run: str | None, max_datasets: int) -> Figure:
-    """One run (``run``, or the first with both levels): a column for each dataset, a line for each level, mean over seeds with their range."""
+    """Draw one run: a column of panels per dataset, a line per level, mean and range over seeds.
+
+    Args:
+        table: Runs.
+        title: Title of the figure.
+        run: Name of the run to draw; None for the first with both levels, else the first.
+        max_datasets: Number of datasets to draw at most.
+
+    Raises:
+        NothingToDrawError: No run, or not the named one, stored `levels_trace`.
+    """
     notes: list[str] = []
-    having = {r.name: r for r in table.runs if any(_records(r, d) for d in r.stats)}
-    chosen = having.get(run) if run else next((r for r in having.values() if _levels(r) == 2), next(iter(having.values()), None))
+    missing = "no run has the record of a hierarchical fit (levels_trace)"
+    traces = find_panels(table, _traces, missing)
+    chosen = _choose_run(table, traces, run)
     if chosen is None:
-        raise NothingToDrawError("no run has the record of a hierarchical fit (levels_trace)")
-    datasets = limit([d for d in table.datasets if d in chosen.stats and _records(chosen, d)], max_datasets, "datasets", notes)
-    rows = ROWS if any(np.isfinite(a["levels_trace"][:, 5]).any() for d in datasets for a in _records(chosen, d)) else ROWS[:2]
-    fig, axes = panels(len(rows), len(datasets), width=3.7, height=1.9, sharex=True, sharey="row")
-    for column, dataset in enumerate(datasets):
-        head_panel(axes[0, column], [chosen], dataset)
-        found = _records(chosen, dataset)
-        for row, name in enumerate(rows):
-            ax = axes[row, column]
+        raise NothingToDrawError(missing)
+    datasets = [dataset for name, dataset in traces if name == chosen.name]
+    datasets = limit(datasets, max_datasets, "datasets", notes)
+    traces_of = {dataset: traces[chosen.name, dataset] for dataset in datasets}
+
+    labels = ["zeros in a code (share)", "L1 coefficient"]
+    if any(np.isfinite(_columns(of_seeds, GATE)).any() for of_seeds in traces_of.values()):
+        labels.append("gate (active latents)")
+    fig, axes = panels(len(labels), len(datasets), width=3.7, height=1.9, sharex=True, sharey="row")
+    for column, (dataset, of_seeds) in enumerate(traces_of.items()):
+        _draw_zeros(axes[0, column], of_seeds)
+        _draw_coefficients(axes[1, column], of_seeds)
+        for ax in axes[2:, column]:
+            _draw_gate(ax, of_seeds)
+        for ax in axes[:, column]:
             tint(ax, chosen.stand_in(dataset))
-            _panel(ax, found, row)
-            ax.set_ylabel(name if column == 0 else "")
-        _name_phases(axes[0, column], found[0]["levels_phase_ends"])
+            _draw_phases(ax, of_seeds[0])
+        head_panel(axes[0, column], [chosen], dataset)
+        _name_phases(axes[0, column], of_seeds[0]["levels_phase_ends"])
         axes[-1, column].set_xlabel("share of the steps done")
+    for ax, label in zip(axes[:, 0], labels, strict=True):
+        ax.set_ylabel(label)
     axes[0, 0].set_ylim(0.45, 1.06)
-    handles = [Line2D([], [], color=c, label=level) for level, c in COLOURS.items()]
-    handles += [Line2D([], [], color=GREY, linestyle="--", label="target")]
-    others = [r.name for r in having.values() if r is not chosen]
-    notes += [
-        f"Run {chosen.title}{'; not drawn: ' + ', '.join(others) if others else ''}. In training; inference uses thresholds calibrated at the end."
-    ]
-    return finish(fig, title, notes + caption(table, [chosen], datasets, error="lines: mean over seeds, bands: their range"), handles)
+    notes.append(_run_note(chosen, traces))
+    error = "lines: mean over seeds, bands: their range"
+    return finish(fig, title, notes + caption([chosen], datasets, error=error), _handles())
 
 
-def _records(run: Run, dataset: str) -> list[dict[str, Any]]:
-    return [a for a in run.arrays(dataset).values() if "levels_trace" in a and np.isfinite(a["levels_trace"][:, 1]).any()]
+def _traces(run: Run, dataset: str) -> Traces | None:
+    """The arrays of the seeds that recorded the sparsity of the bottom level; None without any."""
+    stored = [a for a in run.arrays(dataset).values() if "levels_trace" in a]
+    return [a for a in stored if np.isfinite(a["levels_trace"][:, ZEROS[0]]).any()] or None
 
 
-def _levels(run: Run) -> int:
-    return max((len(a["levels_targets"]) for d in run.stats for a in _records(run, d)), default=0)
+def _choose_run(table: RunTable, traces: dict[PanelKey, Traces], name: str | None) -> Run | None:
+    """The run called `name`; without a name the first with both levels, else the first."""
+    recorded = {of_run for of_run, _ in traces}
+    runs = [run for run in table.runs if run.name in recorded]
+    if name:
+        return next((run for run in runs if run.name == name), None)
+    both_levels = {
+        of_run
+        for (of_run, _), of_seeds in traces.items()
+        if any(len(a["levels_targets"]) == 2 for a in of_seeds)
+    }
+    return next((run for run in runs if run.name in both_levels), runs[0])
 
 
-def _panel(ax: Axes, found: list[dict[str, Any]], row: int) -> None:
-    for i, colour in enumerate(COLOURS.values()):
-        columns = np.stack([a["levels_trace"][:, (1 + i, 3 + i, 5)[row]] for a in found])
-        if (row == 2 and i) or not np.isfinite(columns).any():
+def _run_note(chosen: Run, traces: dict[PanelKey, Traces]) -> str:
+    others = [name for name in dict.fromkeys(name for name, _ in traces) if name != chosen.name]
+    left_out = f"; not drawn: {', '.join(others)}" if others else ""
+    return (
+        f"Run {chosen.title}{left_out}. "
+        "In training; inference uses thresholds calibrated at the end."
+    )
+
+
+def _handles() -> list[Line2D]:
+    handles = [Line2D([], [], color=color, label=level) for level, color in LEVEL_COLORS.items()]
+    return [*handles, Line2D([], [], color=GREY, linestyle="--", label="target")]
+
+
+def _columns(traces: Traces, column: int) -> np.ndarray:
+    """One column of the trace of every seed, (seeds, records)."""
+    return np.stack([a["levels_trace"][:, column] for a in traces])
+
+
+def _draw_zeros(ax: Axes, traces: Traces) -> None:
+    """Draw the share of zeros in the code of each level, and its target."""
+    targets = traces[0]["levels_targets"]
+    for i, (column, color) in enumerate(zip(ZEROS, LEVEL_COLORS.values(), strict=True)):
+        columns = _columns(traces, column)
+        if not np.isfinite(columns).any():
             continue
-        x = (np.arange(columns.shape[1]) + 0.5) / columns.shape[1]
-        known = np.isfinite(columns).all(0)
-        if row == 1 and i:  # the top's coefficient waits for its phase
-            known &= x > found[0]["levels_phase_ends"][0]
-        ax.plot(x[known], columns[:, known].mean(0), color=PALETTE[2] if row == 2 else colour, linewidth=1.1)
-        ax.fill_between(
-            x[known], columns[:, known].min(0), columns[:, known].max(0), color=PALETTE[2] if row == 2 else colour, alpha=0.2, linewidth=0
-        )
-        if row == 0 and i < len(found[0]["levels_targets"]):
-            ax.axhline(found[0]["levels_targets"][i], color=colour, linestyle="--", linewidth=0.9)
-    for end in found[0]["levels_phase_ends"][:-1]:
+        _draw_seeds(ax, columns, color)
+        if i < len(targets):
+            ax.axhline(targets[i], color=color, linestyle="--", linewidth=0.9)
+
+
+def _draw_coefficients(ax: Axes, traces: Traces) -> None:
+    """Draw the L1 coefficient of each level; that of the top starts with its phase."""
+    starts = (0.0, float(traces[0]["levels_phase_ends"][0]))
+    colors = LEVEL_COLORS.values()
+    for column, color, start in zip(COEFFICIENTS, colors, starts, strict=True):
+        _draw_seeds(ax, _columns(traces, column), color, start)
+    both = np.concatenate([_columns(traces, column) for column in COEFFICIENTS])
+    positive = both[both > 0]
+    plain_log(ax, "y", positive.min(), positive.max())
+
+
+def _draw_gate(ax: Axes, traces: Traces) -> None:
+    """Draw the number of latents that the gate leaves active."""
+    _draw_seeds(ax, _columns(traces, GATE), GATE_COLOR)
+    ax.set_ylim(0, None)
+
+
+def _draw_seeds(ax: Axes, columns: np.ndarray, color: str, start: float = 0.0) -> None:
+    """Draw mean and range over seeds, where all are known and after `start` of the training.
+
+    Args:
+        ax: Panel.
+        columns: Recorded values, (seeds, records); nothing is drawn if all are NaN.
+        color: Colour of line and band.
+        start: Fraction of training before which nothing is drawn.
+    """
+    if not np.isfinite(columns).any():
+        return
+    x = (np.arange(columns.shape[1]) + 0.5) / columns.shape[1]
+    known = np.isfinite(columns).all(0) & (x > start)
+    x, columns = x[known], columns[:, known]
+    ax.plot(x, columns.mean(0), color=color, linewidth=1.1)
+    ax.fill_between(x, columns.min(0), columns.max(0), color=color, alpha=0.2, linewidth=0)
+
+
+def _draw_phases(ax: Axes, arrays: Arrays) -> None:
+    for end in arrays["levels_phase_ends"][:-1]:
         ax.axvline(end, color=GREY, linewidth=0.8)
     ax.set_xlim(0, 1)
-    if row == 1:
-        shown = [v for a in found for v in a["levels_trace"][:, 3:5].ravel() if v > 0]
-        plain_log(ax, "y", min(shown), max(shown))
-    if row == 2:
-        ax.set_ylim(0, None)
 
 
 def _name_phases(ax: Axes, ends: np.ndarray) -> None:
     starts = [0.0, *ends[:-1]]
+    top = ax.get_xaxis_transform()
     for name, start, end in zip(PHASES, starts, ends, strict=False):
-        ax.text((start + end) / 2, 0.99, name, transform=ax.get_xaxis_transform(), ha="center", va="top", fontsize=7.5, color=GREY)
+        x = (start + end) / 2
+        ax.text(x, 0.99, name, transform=top, ha="center", va="top", fontsize=7.5, color=GREY)

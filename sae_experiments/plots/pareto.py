@@ -1,97 +1,127 @@
-"""What sparsity costs: L0 against reconstruction and against the language model's loss, a marker for each run."""
+"""Sparsity against fidelity: L0 against reconstruction and the language model's loss, per run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sae_experiments.plots.base import (
-    GREY,
-    MARKERS,
-    PALETTE,
-    Look,
-    NothingToDrawError,
-    caption,
-    clip,
-    finish,
-    handle,
-    head_panel,
-    hollow,
-    limit,
-    looks,
-    metric_label,
-    not_comparable,
-    panels,
-    plain_log,
-    styled,
-    tint,
-)
+from sae_experiments.plots.axes import head_panel, plain_log
+from sae_experiments.plots.base import NothingToDrawError, finish, panels, styled
+from sae_experiments.plots.captions import OF_THE_MEAN, caption, hollow, not_comparable
+from sae_experiments.plots.selection import limit, mean_of
+from sae_experiments.plots.style import GREY, RunStyle, nth_style, run_handle, run_styles
+from sae_experiments.plots.text import clip, metric_label
 from sae_experiments.results.table import Run, RunTable
+
+JOIN_FROM = 1.3  # runs of a variant are joined by a line if their L0 differ by this factor
+VariantRuns = dict[str, list[Run]]
 
 
 class Point(NamedTuple):
-    """A run on a panel: means and standard errors."""
+    """One run in a panel: means and standard errors over seeds."""
 
     x: float
     y: float
     x_error: float | None
     y_error: float | None
+    hollow: bool  # must not be compared with the baseline
+
+
+PanelPoints = dict[str, Point]  # by name of the run
+Points = dict[tuple[str, str], PanelPoints]  # by dataset and metric
 
 
 @styled
-def draw(table: RunTable, *, title: str, x: str, y: Sequence[str], group_by: Sequence[str], max_legend: int, max_datasets: int) -> Figure:
-    """A row for each metric of ``y``, a column for each dataset, ``x`` on a logarithmic axis; error bars over seeds on both.
+def draw(
+    table: RunTable,
+    *,
+    title: str,
+    x: str,
+    y: Sequence[str],
+    group_by: Sequence[str],
+    max_legend: int,
+    max_datasets: int,
+) -> Figure:
+    """Draw a row of panels per metric of `y` and a column per dataset, with error bars over seeds.
 
-    Runs with the same configuration value at the first of the keys ``group_by`` that they have (the variant) are joined by a line.
-    Beyond ``max_legend`` runs the variants get the colours and the legend.
+    Args:
+        table: Runs.
+        title: Title of the figure.
+        x: Metric of the horizontal axis, which is logarithmic.
+        y: Metrics of the vertical axes.
+        group_by: Configuration keys that name the variant; the first that a run has counts. Runs
+            of one variant are joined by a line.
+        max_legend: Number of runs beyond which colours and legend stand for variants.
+        max_datasets: Number of datasets to draw at most.
+
+    Raises:
+        NothingToDrawError: No run has `x` above 0 together with a metric of `y`.
     """
     notes: list[str] = []
     table = table.by_arm
-    runs = [run for run in table.runs if any(_point(run, d, x, metric) for d in run.stats for metric in y)]
-    having = [d for d in table.datasets if any(_point(run, d, x, metric) for run in runs for metric in y)]
-    datasets = limit(table.with_rivals(having), max_datasets, "datasets", notes)
-    metrics = [metric for metric in y if any(_point(run, d, x, metric) for run in runs for d in datasets)]
-    if not datasets:
+    points = _points(table, x, y)
+    if not points:
         raise NothingToDrawError(f"no run has {x} (above 0) together with {' or '.join(y)}")
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(_variant(run, group_by), []).append(run)
-    by_variant = len(runs) > max_legend and len(groups) < len(runs)
-    look = looks(table) | (_variant_looks(table, groups) if by_variant else {})
+    with_points = set().union(*points.values())
+    runs = [run for run in table.runs if run.name in with_points]
+    datasets = table.with_rivals(sorted({dataset for dataset, _ in points}))
+    datasets = limit(datasets, max_datasets, "datasets", notes)
+    measured = {metric for dataset, metric in points if dataset in datasets}
+    metrics = [metric for metric in y if metric in measured]
+
+    variants = _group_runs(runs, group_by)
+    styles = run_styles(table)
+    handles = [run_handle(run, styles[run.name], line=False) for run in runs]
+    if len(runs) > max_legend and len(variants) < len(runs):
+        styles |= _variant_styles(table, variants)
+        handles = _variant_handles(table, variants, styles)
+
     fig, axes = panels(len(metrics), len(datasets), width=3.6, height=2.7, sharex="col")
     joined = False
     for row, metric in enumerate(metrics):
-        for column, dataset in enumerate(datasets):
-            ax = axes[row, column]
-            for members in groups.values():
-                joined |= _draw_group(ax, table, members, dataset, x, metric, look)
-            ax.set_ylabel(metric_label(table, metric) if column == 0 else "")
-            means = [found.y for run in runs if (found := _point(run, dataset, x, metric))]
-            if means and 0 < 3 * min(means) < max(means):
-                plain_log(ax, "y", min(means), max(means))
-            if row == 0:
-                head_panel(ax, runs, dataset)
-            tint(ax, any(run.stand_in(dataset) for run in runs))
-    _x_axes(axes[-1], runs, datasets, x, metrics, metric_label(table, x, direction=False))
-    handles = _variant_handles(table, groups, look) if by_variant else [handle(run, look[run.name], line=False) for run in runs]
-    notes += ["Lines join runs of the same variant."] if joined else []
+        for ax, dataset in zip(axes[row], datasets, strict=True):
+            head_panel(ax, runs, dataset, title=row == 0)
+            shown = points.get((dataset, metric), {})
+            joined |= _draw_panel(ax, shown, variants.values(), styles, table.baseline)
+        axes[row, 0].set_ylabel(metric_label(table, metric))
+    _x_axes(axes[-1], datasets, points, f"{metric_label(table, x, direction=False)}, logarithmic")
+    if joined:
+        notes.append("Lines join runs of the same variant.")
     notes += not_comparable(table, runs, datasets, [x, *metrics])
-    return finish(fig, title, notes + caption(table, runs, datasets, error="error bars: ±1 standard error of the mean (none where n = 1)"), handles)
+    return finish(fig, title, notes + caption(runs, datasets, error=OF_THE_MEAN), handles)
 
 
-def _point(run: Run, dataset: str, x: str, y: str) -> Point | None:
-    stats = run.stats.get(dataset, {})
-    a, b = stats.get(x), stats.get(y)
-    if a is None or b is None or a.mean is None or b.mean is None or a.mean <= 0:
-        return None
-    return Point(a.mean, b.mean, a.stderr, b.stderr)
+def _points(table: RunTable, x: str, y: Sequence[str]) -> Points:
+    """The points of all runs that have both metrics and `x` above 0."""
+    points: Points = {}
+    for run in table.runs:
+        for dataset in run.stats:
+            x_mean = mean_of(run, dataset, x)
+            if x_mean is None or x_mean.value <= 0:
+                continue
+            for metric in y:
+                y_mean = mean_of(run, dataset, metric)
+                if y_mean is None:
+                    continue
+                is_hollow = hollow(table, run, dataset, x, metric)
+                point = Point(x_mean.value, y_mean.value, x_mean.stderr, y_mean.stderr, is_hollow)
+                points.setdefault((dataset, metric), {})[run.name] = point
+    return points
+
+
+def _group_runs(runs: Sequence[Run], keys: Sequence[str]) -> VariantRuns:
+    variants: VariantRuns = {}
+    for run in runs:
+        variants.setdefault(_variant(run, keys), []).append(run)
+    return variants
 
 
 def _variant(run: Run, keys: Sequence[str]) -> str:
+    """The first configuration value at one of `keys`; the name of a run without any."""
     for key in keys:
         value = run.config
         for part in key.split("."):
@@ -101,44 +131,90 @@ def _variant(run: Run, keys: Sequence[str]) -> str:
     return run.name
 
 
-def _variant_looks(table: RunTable, groups: dict[str, list[Run]]) -> dict[str, Look]:
-    """One look for all runs of a variant; the baseline keeps its own."""
-    kinds = [Look(PALETTE[i % 8], MARKERS[(i + i // 8) % 8], "-") for i in range(len(groups))]
-    return {run.name: kind for kind, members in zip(kinds, groups.values(), strict=True) for run in members if run is not table.baseline}
+def _variant_styles(table: RunTable, variants: VariantRuns) -> dict[str, RunStyle]:
+    """One style for all runs of a variant; the baseline keeps its own."""
+    styles = {}
+    for i, members in enumerate(variants.values()):
+        style = nth_style(i)._replace(line="-")
+        styles |= {run.name: style for run in members if run is not table.baseline}
+    return styles
 
 
-def _draw_group(ax: Axes, table: RunTable, members: Sequence[Run], dataset: str, x: str, metric: str, look: dict[str, Look]) -> bool:
-    """The runs of a variant; returns whether a line joins them, which runs at one L0 do not deserve."""
-    found = [(point, run) for run in members if (point := _point(run, dataset, x, metric))]
-    points = sorted(found, key=lambda pair: pair[0].x)
-    joined = len(points) > 1 and points[-1][0].x > 1.3 * points[0][0].x
-    if joined:
-        colors = {look[run.name].color for run in members if run is not table.baseline}
-        color = colors.pop() if len(colors) == 1 else GREY
-        ax.plot([point.x for point, _ in points], [point.y for point, _ in points], color=color, linewidth=1, alpha=0.6, zorder=1)
-    for point, run in points:
-        kind = look[run.name]
-        right = point.x_error
-        left = min(right, 0.99 * point.x) if right else None  # a bar cannot reach 0 on a logarithmic axis
-        size = 10 if kind.marker == "*" else 6
-        face = "white" if hollow(table, run, dataset, x, metric) else kind.color
-        bars: dict[str, Any] = {"xerr": [[left], [right]] if right else None, "yerr": point.y_error, "capsize": 2.5, "elinewidth": 1}
-        ax.errorbar(point.x, point.y, fmt=kind.marker, color=kind.color, markerfacecolor=face, markersize=size, label=run.name, zorder=3, **bars)
+def _variant_handles(
+    table: RunTable, variants: VariantRuns, styles: dict[str, RunStyle]
+) -> list[Line2D]:
+    """A legend entry for the baseline, if it is drawn, then one for each variant."""
+    handles = []
+    for name, members in variants.items():
+        others = [run for run in members if run is not table.baseline]
+        if others:
+            color, marker, _ = styles[others[0].name]
+            label = clip(name.rsplit(".", 1)[-1])
+            handles.append(
+                Line2D([], [], color=color, marker=marker, markersize=6, linewidth=1, label=label)
+            )
+        if len(others) < len(members) and table.baseline:
+            style = styles[table.baseline.name]
+            handles.insert(0, run_handle(table.baseline, style, line=False))
+    return handles
+
+
+def _draw_panel(
+    ax: Axes,
+    points: PanelPoints,
+    variants: Iterable[Sequence[Run]],
+    styles: dict[str, RunStyle],
+    baseline: Run | None,
+) -> bool:
+    """Draw the points of a panel; returns True if lines join any of them."""
+    joined = False
+    for members in variants:
+        shown = [run.name for run in members if run.name in points]
+        shown.sort(key=lambda name: points[name].x)
+        curve = [points[name] for name in shown]
+        if len(curve) > 1 and curve[-1].x > JOIN_FROM * curve[0].x:
+            joined = True
+            colors = {styles[run.name].color for run in members if run is not baseline}
+            _join(ax, curve, colors.pop() if len(colors) == 1 else GREY)
+        for name in shown:
+            _draw_point(ax, name, points[name], styles[name])
+    means = [point.y for point in points.values()]
+    if means and 0 < 3 * min(means) < max(means):
+        plain_log(ax, "y", min(means), max(means))
     return joined
 
 
-def _x_axes(bottom: Sequence[Axes], runs: Sequence[Run], datasets: Sequence[str], x: str, metrics: Sequence[str], label: str) -> None:
+def _join(ax: Axes, curve: Sequence[Point], color: str) -> None:
+    xs = [point.x for point in curve]
+    ys = [point.y for point in curve]
+    ax.plot(xs, ys, color=color, linewidth=1, alpha=0.6, zorder=1)
+
+
+def _draw_point(ax: Axes, name: str, point: Point, style: RunStyle) -> None:
+    x_bars = None
+    if point.x_error:
+        left = min(point.x_error, 0.99 * point.x)  # a bar cannot reach 0 on a logarithmic axis
+        x_bars = [[left], [point.x_error]]
+    ax.errorbar(
+        point.x,
+        point.y,
+        xerr=x_bars,
+        yerr=point.y_error,
+        fmt=style.marker,
+        color=style.color,
+        markerfacecolor="white" if point.hollow else style.color,
+        markersize=10 if style.marker == "*" else 6,
+        label=name,
+        zorder=3,
+        capsize=2.5,
+        elinewidth=1,
+    )
+
+
+def _x_axes(bottom: Sequence[Axes], datasets: Sequence[str], points: Points, label: str) -> None:
+    """Scale and label the horizontal axes, each of which a column of panels shares."""
     for ax, dataset in zip(bottom, datasets, strict=True):
-        means = [found.x for run in runs for metric in metrics if (found := _point(run, dataset, x, metric))]
+        panels_above = [panel for (of, _), panel in points.items() if of == dataset]
+        means = [point.x for panel in panels_above for point in panel.values()]
         plain_log(ax, "x", min(means), max(means))
-        ax.set_xlabel(f"{label}, logarithmic")
-
-
-def _variant_handles(table: RunTable, groups: dict[str, list[Run]], look: dict[str, Look]) -> list[Line2D]:
-    """One entry for each variant, after one for the baseline."""
-    found = [handle(run, look[run.name], line=False) for members in groups.values() for run in members if run is table.baseline]
-    for name, members in groups.items():
-        others = [look[run.name] for run in members if run is not table.baseline]
-        for kind in others[:1]:
-            found.append(Line2D([], [], color=kind.color, marker=kind.marker, markersize=6, linewidth=1, label=clip(name.rsplit(".", 1)[-1])))
-    return found
+        ax.set_xlabel(label)

@@ -1,4 +1,4 @@
-"""Purification: how the code holds out as the noise grows, a line for each run with a band over seeds."""
+"""Purification: stability of the code as the noise grows, a line per fit with a band over seeds."""
 
 from __future__ import annotations
 
@@ -9,75 +9,117 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from sae_experiments.plots.base import (
-    NothingToDrawError,
-    caption,
-    clip,
-    finish,
-    limit,
-    panels,
-    styled,
+from sae_experiments.plots.base import NothingToDrawError, finish, panels, styled
+from sae_experiments.plots.captions import caption
+from sae_experiments.plots.purification_runs import (
+    Fit,
+    all_corpora,
+    fit_handles,
+    fit_styles,
+    fits_of,
 )
-from sae_experiments.plots.purification_runs import Fit, fits_of, handles_of, looks_of
+from sae_experiments.plots.selection import limit
 from sae_experiments.results.table import RunTable
 
-LABELS = {"fss": "FSS (pooled)", "change": "feature change (%)", "sci": "SCI (mean r)", "jaccard": "Jaccard index", "fvu": "FVU under noise"}
+LABELS = {
+    "fss": "FSS (pooled)",
+    "change": "feature change (%)",
+    "sci": "SCI (mean r)",
+    "jaccard": "Jaccard index",
+    "fvu": "FVU under noise",
+}
+LOGARITHMIC = ("change", "fvu")
 
 
 @styled
-def draw(table: RunTable, *, title: str, value: str, kinds: Sequence[str], max_fits: int, max_corpora: int) -> Figure:
-    """A row for each kind of noise, a column for each corpus: ``value`` (fss, change, sci, jaccard or fvu) over the size of the noise.
+def draw(
+    table: RunTable,
+    *,
+    title: str,
+    value: str,
+    kinds: Sequence[str],
+    max_fits: int,
+    max_corpora: int,
+) -> Figure:
+    """Draw a row of panels per kind of noise and a column per corpus, over the size of the noise.
 
-    Lines are means over seeds, bands reach from the least to the greatest seed.
+    Lines are means over seeds; bands reach from the smallest to the largest seed.
+
+    Args:
+        table: Runs.
+        title: Title of the figure.
+        value: Measure to draw: fss, change, sci, jaccard or fvu.
+        kinds: Kinds of noise; those that no fit was measured with are left out.
+        max_fits: Number of fits to draw at most.
+        max_corpora: Number of corpora to draw at most.
+
+    Raises:
+        NothingToDrawError: No run has robustness curves.
     """
     notes: list[str] = []
     fits = limit(fits_of(table, "rob_curve_fss"), max_fits, "fits", notes)
     if not fits:
         raise NothingToDrawError("no run has robustness curves: add robustness to its metrics")
-    corpora = limit(list(dict.fromkeys(c for fit in fits for c in fit.corpora)), max_corpora, "corpora", notes)
-    present = [k for k in kinds if any(np.isfinite(line).any() for fit in fits for c in corpora if (line := _lines(fit, c, value, k)[1]).size)]
-    fig, axes = panels(len(present), len(corpora), width=3.5, height=2.3, sharex=True, sharey="row")
-    look = looks_of(fits)
-    for row, kind in enumerate(present):
-        for column, corpus in enumerate(corpora):
-            ax = axes[row, column]
+    corpora = limit(all_corpora(fits), max_corpora, "corpora", notes)
+    shown = [kind for kind in kinds if _is_measured(fits, corpora, value, kind)]
+    fig, axes = panels(len(shown), len(corpora), width=3.5, height=2.3, sharex=True, sharey="row")
+    styles = fit_styles(fits)
+    for row, kind in enumerate(shown):
+        for ax, corpus in zip(axes[row], corpora, strict=True):
             for fit in fits:
                 sizes, lines = _lines(fit, corpus, value, kind)
                 if lines.size:
-                    colour, marker, dash = look[fit.label]
-                    ax.fill_between(sizes, lines.min(0), lines.max(0), color=colour, alpha=0.2, linewidth=0)
-                    ax.plot(sizes, lines.mean(0), color=colour, marker=marker, markersize=4, linestyle=dash)
-            _axes(ax, value, corpus if row == 0 else "", row == len(present) - 1)
+                    color, marker, dash = styles[fit.label]
+                    band = (lines.min(0), lines.max(0))
+                    ax.fill_between(sizes, *band, color=color, alpha=0.2, linewidth=0)
+                    mean = lines.mean(0)
+                    ax.plot(sizes, mean, color=color, marker=marker, markersize=4, linestyle=dash)
+            _scale_axes(ax, logarithmic=value in LOGARITHMIC)
+            if row == 0:
+                ax.set_title(corpus, weight="bold", loc="left")
         axes[row, 0].set_ylabel(f"{kind}\n{LABELS[value]}")
-    notes += ["Noise of size eps R, R = mean distance of the held-out rows from their mean. Size 0 is left out."]
+    for ax in axes[-1]:
+        ax.set_xlabel("size of the noise (% of R)")
+    notes.append(
+        "Noise of size eps R, R = mean distance of the held-out rows from their mean. "
+        "Size 0 is left out."
+    )
     reports = list(fits[0].reports.values())
-    band = "lines: mean over seeds; bands: least to greatest seed"
-    return finish(fig, title, notes + caption(table, table.runs, reports, error=band), handles_of(fits, look, clip))
+    error = "lines: mean over seeds; bands: least to greatest seed"
+    lines = notes + caption(table.runs, reports, error=error)
+    return finish(fig, title, lines, fit_handles(fits, styles))
+
+
+def _is_measured(fits: Sequence[Fit], corpora: Sequence[str], value: str, kind: str) -> bool:
+    curves = [_lines(fit, corpus, value, kind)[1] for fit in fits for corpus in corpora]
+    return any(of_fit.size for of_fit in curves)
 
 
 def _lines(fit: Fit, corpus: str, value: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes above 0, and a curve for each seed (n, sizes)."""
-    found = []
+    """Sizes of the noise above 0, (sizes,), and a curve for each seed, (seeds, sizes).
+
+    Both are empty if no seed was measured with this kind of noise.
+    """
+    curves = []
     sizes = np.zeros(0)
-    for a in fit.arrays(corpus):
-        names = [str(k) for k in a["rob_kinds"]]
-        if kind in names and np.isfinite(curve := a[f"rob_curve_{value}"][names.index(kind)]).all():
-            sizes = a["rob_sizes"]
-            found.append(curve[sizes > 0])
-    return sizes[sizes > 0], np.array(found)
+    for arrays in fit.arrays(corpus):
+        kinds = [str(known) for known in arrays["rob_kinds"]]
+        if kind not in kinds:
+            continue
+        curve = arrays[f"rob_curve_{value}"][kinds.index(kind)]
+        if np.isfinite(curve).all():
+            sizes = arrays["rob_sizes"]
+            curves.append(curve[sizes > 0])
+    return sizes[sizes > 0], np.array(curves)
 
 
-def _axes(ax: Axes, value: str, corpus: str, last: bool) -> None:
+def _scale_axes(ax: Axes, *, logarithmic: bool) -> None:
     ax.set_xscale("log")
     ax.set_xticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5])
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g}"))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{100 * size:g}"))
     ax.minorticks_off()
-    if value in ("change", "fvu"):
+    if logarithmic:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    if corpus:
-        ax.set_title(corpus, weight="bold", loc="left")
-    if last:
-        ax.set_xlabel("size of the noise (% of R)")
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))

@@ -1,79 +1,121 @@
-"""Purification: what helps against what. Feature change under each kind of noise (columns) after training with each (rows)."""
+"""Purification: feature change under each kind of noise (columns), by kind trained with (rows)."""
 
 from __future__ import annotations
 
-import matplotlib as mpl
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from sae_experiments.plots.base import (
-    NothingToDrawError,
-    caption,
-    clip,
-    finish,
-    limit,
-    panels,
-    styled,
-)
+from sae_experiments.plots.base import finish, panels, styled
+from sae_experiments.plots.captions import caption
 from sae_experiments.plots.purification_runs import Fit, fits_of, hosts_of
+from sae_experiments.plots.selection import limit
+from sae_experiments.plots.text import clip
 from sae_experiments.results.table import RunTable
 
 
 @styled
 def draw(table: RunTable, *, title: str, host: str, max_fits: int, max_corpora: int) -> Figure:
-    """A panel for each corpus, a row for each fit, a column for each kind of noise it is tested with: feature change in per cent of the host's.
+    """Draw a panel per corpus, a row per fit and a column per kind of noise in the test.
 
-    Numbers are means over seeds; a frame marks the kinds of noise that a fit was trained with.
+    Numbers are feature changes in per cent of the host's, means over seeds; a frame marks the kinds
+    of noise that a fit was trained with.
+
+    Args:
+        table: Runs.
+        title: Title of the figure.
+        host: SAE that the others are compared with; see `hosts_of`.
+        max_fits: Number of fits to draw at most, hosts included.
+        max_corpora: Number of corpora to draw at most.
+
+    Raises:
+        NothingToDrawError: No corpus has a host and another fit.
     """
     notes: list[str] = []
     fits = limit(fits_of(table, "rob_kind_change"), max_fits, "fits", notes)
-    hosts = hosts_of(fits, table, host)
-    if not hosts:
-        raise NothingToDrawError("a noise matrix needs a host and a fit to compare with it on one corpus, both with the metric robustness")
+    hosts = hosts_of(fits, table, host, figure="a noise matrix")
     corpora = limit(list(hosts), max_corpora, "corpora", notes)
-    rows = [f for f in fits if f not in hosts.values() and any(c in f.corpora for c in corpora)]
-    kinds = [str(k) for k in rows[0].arrays(next(c for c in corpora if c in rows[0].corpora))[0]["rob_kinds"]]
-    fig, axes = panels(1, len(corpora), width=1.0 + 0.47 * len(kinds), height=0.6 + 0.27 * len(rows), sharey=True)
-    colours = mpl.colormaps["RdYlGn_r"]
+    compared = [fit for fit in fits if fit not in hosts.values()]
+    rows = [fit for fit in compared if not set(corpora).isdisjoint(fit.corpora)]
+    kinds = _kinds(rows[0], corpora)
+    width, height = 1.0 + 0.47 * len(kinds), 0.6 + 0.27 * len(rows)
+    fig, axes = panels(1, len(corpora), width=width, height=height, sharey=True)
     for ax, corpus in zip(axes[0], corpora, strict=True):
-        grid = np.array([[_ratio(fit, hosts[corpus], corpus, kind) for kind in kinds] for fit in rows])
-        ax.imshow(grid, cmap=colours, vmin=0, vmax=150, aspect="auto")
-        ax.grid(visible=False)
-        for i, fit in enumerate(rows):
-            trained = _trained_with(fit)
-            for j, kind in enumerate(kinds):
-                text = f"{grid[i, j]:.0f}" if np.isfinite(grid[i, j]) else "–"
-                ax.text(j, i, text, ha="center", va="center", fontsize=7.5, color="black")
-                if trained.get(kind):
-                    ax.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, linewidth=1.4, edgecolor="black"))
+        ratios = [[_ratio(fit, hosts[corpus], corpus, kind) for kind in kinds] for fit in rows]
+        _draw_ratios(ax, np.array(ratios))
+        _frame_trained(ax, rows, kinds)
         ax.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
         ax.set_yticks(range(len(rows)), [clip(fit.label, 34) for fit in rows])
         ax.tick_params(length=0)
         ax.set_title(corpus, weight="bold", loc="left")
-    notes += [f"Feature change in % of that of the host ({clip(hosts[corpora[0]].label)}) under noise of size metric.robustness.eps (10 % of R unless "
-              "changed): below 100 is more stable. Frames: kinds of noise used in training. – : not measured."]  # fmt: skip
-    reports = [hosts[c].reports[c] for c in corpora]
-    return finish(fig, title, notes + caption(table, table.runs, reports, error="means over seeds"))
+    notes.append(
+        f"Feature change in % of that of the host ({clip(hosts[corpora[0]].label)}) under noise of "
+        "size metric.robustness.eps (10 % of R unless changed): below 100 is more stable. "
+        "Frames: kinds of noise used in training. – : not measured."
+    )
+    reports = [hosts[corpus].reports[corpus] for corpus in corpora]
+    return finish(fig, title, notes + caption(table.runs, reports, error="means over seeds"))
 
 
-def _ratio(fit: Fit, base: Fit, corpus: str, kind: str) -> float:
-    mine, theirs = (f.values(corpus, f"rob_change_{kind}") for f in (fit, base))
-    return float(100 * mine.mean() / theirs.mean()) if len(mine) and len(theirs) and theirs.mean() > 0 else np.nan
+def _kinds(fit: Fit, corpora: Sequence[str]) -> list[str]:
+    """The kinds of noise that a fit was tested with, on its first corpus."""
+    corpus = next(corpus for corpus in corpora if corpus in fit.corpora)
+    return [str(kind) for kind in fit.arrays(corpus)[0]["rob_kinds"]]
+
+
+def _ratio(fit: Fit, host: Fit, corpus: str, kind: str) -> float:
+    """Feature change in per cent of the host's; NaN if either was not measured."""
+    change = fit.values(corpus, f"rob_change_{kind}")
+    of_host = host.values(corpus, f"rob_change_{kind}")
+    if not len(change) or not len(of_host) or of_host.mean() <= 0:
+        return np.nan
+    return float(100 * change.mean() / of_host.mean())
+
+
+def _draw_ratios(ax: Axes, ratios: np.ndarray) -> None:
+    """Draw the ratios, (fits, kinds), as coloured cells with numbers."""
+    ax.imshow(ratios, cmap="RdYlGn_r", vmin=0, vmax=150, aspect="auto")
+    ax.grid(visible=False)
+    for (i, j), ratio in np.ndenumerate(ratios):
+        text = f"{ratio:.0f}" if np.isfinite(ratio) else "–"
+        ax.text(j, i, text, ha="center", va="center", fontsize=7.5, color="black")
+
+
+def _frame_trained(ax: Axes, fits: Sequence[Fit], kinds: Sequence[str]) -> None:
+    """Frame the cells of the kinds of noise that each fit was trained with."""
+    for i, fit in enumerate(fits):
+        trained = _trained_with(fit)
+        for j, kind in enumerate(kinds):
+            if trained.get(kind):
+                corner = (j - 0.46, i - 0.46)
+                frame = Rectangle(corner, 0.92, 0.92, fill=False, linewidth=1.4, edgecolor="black")
+                ax.add_patch(frame)
 
 
 def _trained_with(fit: Fit) -> dict[str, float]:
-    """Shares of the kinds of noise that the configuration of a fit names."""
-    arms = fit.run.config.get("arms")
-    arm = arms.get(fit.arm or next(iter(arms), ""), {}) if isinstance(arms, dict) else {}
-    model = arm.get("model") if isinstance(arm, dict) else None
-    if (
-        not isinstance(model, dict)
-        or "mixture" not in model
-        or not any(model.get("weights", {}).get(t) for t in ("stability", "denoise", "targeted"))
-    ):
+    """Shares of the kinds of noise in the training of a fit, from its configuration."""
+    model = _model_config(fit)
+    if "mixture" not in model:
         return {}
-    noise = str(model.get("noise", "mixture"))
-    if noise in model["mixture"]:
+    weights = model.get("weights", {})
+    if not any(weights.get(term) for term in ("stability", "denoise", "targeted")):
+        return {}
+    mixture = model["mixture"]
+    noise = str(model.get("noise", "mixture"))  # one kind, "mixture", or "not_" and a kind
+    if noise in mixture:
         return {noise: 1.0}
-    return {kind: share for kind, share in model["mixture"].items() if share and noise != f"not_{kind}"}
+    return {kind: share for kind, share in mixture.items() if share and noise != f"not_{kind}"}
+
+
+def _model_config(fit: Fit) -> dict[str, Any]:
+    """The configuration of a fit's SAE; empty if the run does not record it."""
+    arms = fit.run.config.get("arms")
+    if not isinstance(arms, dict) or not arms:
+        return {}
+    arm = arms.get(fit.arm or next(iter(arms)), {})
+    model = arm.get("model") if isinstance(arm, dict) else None
+    return model if isinstance(model, dict) else {}

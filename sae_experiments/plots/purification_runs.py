@@ -1,86 +1,118 @@
-"""What the purification figures share: the fits of all runs (a run may hold several SAEs), their names and looks."""
+"""Fits that the purification figures compare: every SAE of every run, with its style and its host.
+
+The host is the fit that the others are compared with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.lines import Line2D
 
-from sae_experiments.plots.base import BASELINE_COLOUR, LINES, MARKERS, PALETTE
+from sae_experiments.plots.base import NothingToDrawError
+from sae_experiments.plots.selection import Arrays
+from sae_experiments.plots.style import BASELINE_STYLE, RunStyle, nth_style
+from sae_experiments.plots.text import clip
 from sae_experiments.results.table import Run, RunTable
-
-Looks = dict[str, tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One SAE of one run on every corpus: ``reports`` are its top-level names by corpus (``text8`` or ``text8.purified``)."""
+    """One SAE of one run on every corpus."""
 
     run: Run
-    arm: str
-    reports: dict[str, str]
+    arm: str  # name of the SAE; empty if it is the only one of its run
+    reports: dict[str, str]  # name in the results by corpus: `text8` or `text8.purified`
     label: str
 
     @property
     def corpora(self) -> list[str]:
-        """The corpora it was fitted on."""
+        """Corpora that it was fitted on."""
         return list(self.reports)
 
-    def arrays(self, corpus: str) -> list[dict[str, np.ndarray]]:
-        """The stored arrays of the metric, one a seed."""
-        return [a for a in self.run.arrays(self.reports.get(corpus, "")).values() if "rob_kinds" in a]
+    def arrays(self, corpus: str) -> list[Arrays]:
+        """Arrays of the metric `robustness`, one entry per seed."""
+        stored = self.run.arrays(self.reports.get(corpus, "")).values()
+        return [arrays for arrays in stored if "rob_kinds" in arrays]
 
     def values(self, corpus: str, metric: str) -> np.ndarray:
-        """A metric's values, one a seed (empty where there is none)."""
+        """Values of a metric, (seeds,); the mean alone if single seeds are unknown; else empty."""
         stat = self.run.stats.get(self.reports.get(corpus, ""), {}).get(metric)
         if stat is None:
             return np.zeros(0)
-        listed = [v for v in stat.values.values() if v is not None]
-        return np.array(listed or ([stat.mean] if stat.mean is not None else []))
+        of_seeds = [value for value in stat.values.values() if value is not None]
+        if not of_seeds and stat.mean is not None:
+            of_seeds = [stat.mean]
+        return np.array(of_seeds)
 
 
 def fits_of(table: RunTable, array: str) -> list[Fit]:
-    """Every fit that has the array; named by its run, or by its arm where a run has several."""
-    found: list[Fit] = []
+    """Every fit that stored the array, named by its run, or by run and SAE if a run has several."""
+    fits = []
     for run in table.runs:
-        arms: dict[str, dict[str, str]] = {}
+        reports_of: dict[str, dict[str, str]] = {}
         for report in sorted(run.stats):
             corpus, _, arm = report.partition(".")
-            if any(array in a for a in run.arrays(report).values()):
-                arms.setdefault(arm, {})[corpus] = report
-        for arm, reports in arms.items():
-            found.append(Fit(run, arm, reports, f"{run.name}: {arm}" if arm else run.title))
-    return found
+            if any(array in arrays for arrays in run.arrays(report).values()):
+                reports_of.setdefault(arm, {})[corpus] = report
+        for arm, reports in reports_of.items():
+            label = f"{run.name}: {arm}" if arm else run.title
+            fits.append(Fit(run, arm, reports, label))
+    return fits
 
 
-def host_of(fits: Sequence[Fit], table: RunTable, host: str, corpus: str) -> Fit | None:
-    """The fit that others are compared with on a corpus: the arm called ``host``, else the baseline run's only SAE, else the first."""
-    here = [fit for fit in fits if corpus in fit.corpora]
-    ranked = [f for f in here if f.arm == host] + [f for f in here if not f.arm and f.run is table.baseline] + here
-    return ranked[0] if len(here) > 1 else None
+def all_corpora(fits: Sequence[Fit]) -> list[str]:
+    """Corpora of any of the fits, in the order of the fits."""
+    return list(dict.fromkeys(corpus for fit in fits for corpus in fit.corpora))
 
 
-def looks_of(fits: Sequence[Fit]) -> Looks:
-    """Colour, marker and line of each fit by label; the first is black."""
-    first = fits[0].label
-    others = [fit.label for fit in fits[1:]]
-    return {first: (BASELINE_COLOUR, "*", "-")} | {
-        label: (PALETTE[i % 8], MARKERS[(i + i // 8) % 8], LINES[(i // 8) % 4]) for i, label in enumerate(others)
-    }
+def hosts_of(fits: Sequence[Fit], table: RunTable, host: str, *, figure: str) -> dict[str, Fit]:
+    """The host on each corpus that several fits share.
+
+    Args:
+        fits: Fits to compare.
+        table: Runs, with their baseline.
+        host: Name of the SAE to prefer; else the only SAE of the baseline, else the first fit.
+        figure: Figure that needs the hosts, for the error.
+
+    Returns:
+        Hosts by corpus, in the order of the fits.
+
+    Raises:
+        NothingToDrawError: No corpus is shared by several fits.
+    """
+    hosts = {}
+    for corpus in all_corpora(fits):
+        candidates = [fit for fit in fits if corpus in fit.corpora]
+        named = [fit for fit in candidates if fit.arm == host]
+        of_baseline = [fit for fit in candidates if not fit.arm and fit.run is table.baseline]
+        if len(candidates) > 1:
+            hosts[corpus] = [*named, *of_baseline, *candidates][0]
+    if not hosts:
+        raise NothingToDrawError(
+            f"{figure} needs a host and a fit to compare with it on one corpus, "
+            "both with the metric robustness"
+        )
+    return hosts
 
 
-def handles_of(fits: Sequence[Fit], look: Looks, name: Callable[[str], str], *, line: bool = True) -> list[Line2D]:
-    """Legend entries."""
-    return [
-        Line2D([], [], color=colour, marker=marker, markersize=5, linestyle=dash if line else "", label=name(fit.label))
-        for fit in fits
-        for colour, marker, dash in [look[fit.label]]
-    ]
+def fit_styles(fits: Sequence[Fit]) -> dict[str, RunStyle]:
+    """Style of each fit by label; the first is black."""
+    styles = {fit.label: nth_style(i) for i, fit in enumerate(fits[1:])}
+    return {fits[0].label: BASELINE_STYLE} | styles
 
 
-def hosts_of(fits: Sequence[Fit], table: RunTable, host: str) -> dict[str, Fit]:
-    """The host of each corpus that has one, in the order of the fits."""
-    corpora = dict.fromkeys(c for fit in fits for c in fit.corpora)
-    return {c: found for c in corpora if (found := host_of(fits, table, host, c)) is not None}
+def fit_handles(
+    fits: Sequence[Fit], styles: dict[str, RunStyle], *, line: bool = True
+) -> list[Line2D]:
+    """Legend entries: markers, with lines if `line` is set."""
+    handles = []
+    for fit in fits:
+        color, marker, dash = styles[fit.label]
+        label = clip(fit.label)
+        handle = Line2D([], [], color=color, marker=marker, markersize=5, label=label)
+        handle.set_linestyle(dash if line else "")
+        handles.append(handle)
+    return handles

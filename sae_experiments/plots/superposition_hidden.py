@@ -1,110 +1,185 @@
-"""Superposition: loss over hidden size, a line for each depth; and for each depth the smallest hidden size below the threshold."""
+"""Superposition: loss over hidden size per depth, and the smallest hidden size that is enough."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from sae_experiments.plots.base import (
-    ALARM,
-    GREY,
-    MARKERS,
-    NothingToDrawError,
-    caption,
-    finish,
-    head_panel,
-    limit,
-    looks,
-    panels,
-    styled,
-)
-from sae_experiments.plots.superposition_loss import FLOOR, grid
+from sae_experiments.plots.axes import head_panel
+from sae_experiments.plots.base import finish, panels, styled
+from sae_experiments.plots.captions import caption
+from sae_experiments.plots.selection import Arrays, choose_panels, find_panels, mean_of
+from sae_experiments.plots.style import ALARM, GREY, MARKERS, run_styles
+from sae_experiments.plots.superposition_loss import FLOOR, NO_SWEEP, Grid, loss_grid, sweep_arrays
 from sae_experiments.results.table import Run, RunTable
+
+DepthStyles = dict[int, tuple[Any, str]]  # colour and marker of each depth
+
+
+class Smallest(NamedTuple):
+    """Smallest hidden size that holds a tree of some depth."""
+
+    depth: int
+    size: float | None  # mean over the seeds that reach the threshold; None if none does
+    largest: int  # largest size in the sweep
 
 
 @styled
 def draw_lines(table: RunTable, *, title: str, max_runs: int, max_datasets: int) -> Figure:
-    """A row for each run, a column for each dataset; full lines: best instance, dotted: mean over the instances."""
+    """Draw a row of panels per run and a column per dataset, with a line per depth.
+
+    Solid lines are the best instance, dotted lines the mean over the instances.
+
+    Args:
+        table: Runs.
+        title: Title of the figure.
+        max_runs: Number of runs to draw at most.
+        max_datasets: Number of datasets to draw at most.
+
+    Raises:
+        NothingToDrawError: No run has a sweep over depth and hidden size.
+    """
     notes: list[str] = []
-    runs, datasets = _having(table, max_runs, max_datasets, notes)
+    sweeps = find_panels(table, lambda run, dataset: sweep_arrays(run, dataset) or None, NO_SWEEP)
+    runs, datasets = choose_panels(
+        table, sweeps, max_runs=max_runs, max_datasets=max_datasets, notes=notes
+    )
+    keys = [(run.name, dataset) for run in runs for dataset in datasets]
+    styles = _depth_styles([sweeps[key] for key in keys if key in sweeps])
     fig, axes = panels(len(runs), len(datasets), width=3.6, height=2.6, sharex=True, sharey=True)
-    colours = mpl.colormaps["viridis"]
-    depths = sorted({int(d) for run in runs for name in datasets for a in run.arrays(name).values() if "depth" in a for d in a["depth"]})
-    styles = {d: (colours(0.92 * i / max(len(depths) - 1, 1)), MARKERS[i % len(MARKERS)]) for i, d in enumerate(depths)}
     for row, run in enumerate(runs):
         for ax, dataset in zip(axes[row], datasets, strict=True):
             if row == 0:
                 head_panel(ax, runs, dataset)
-            arrays = [a for a in run.arrays(dataset).values() if {"depth", "hidden", "loss"} <= a.keys()]
-            for depth in depths if arrays else []:
-                chosen = arrays[0]["depth"] == depth
-                colour, marker = styles[depth]
-                for reduce, line, shown in ((np.min, "-", marker), (np.mean, ":", "")):
-                    values = np.mean([reduce(a["loss"][chosen], axis=1) for a in arrays if len(a["loss"]) == len(chosen)], axis=0)
-                    ax.plot(arrays[0]["hidden"][chosen], np.maximum(values, FLOOR), line, color=colour, marker=shown, markersize=4)
-            for a in arrays[:1]:
-                ax.axhline(float(a["threshold"]), color=GREY, linewidth=0.8, linestyle="--")
+            if (run.name, dataset) in sweeps:
+                _draw_depths(ax, sweeps[run.name, dataset], styles)
             ax.set_yscale("log")
-            if row == len(runs) - 1:
-                ax.set_xlabel("hidden units")
         axes[row, 0].set_ylabel(f"{run.title}\nloss" if len(runs) > 1 else "loss")
-    handles = [Line2D([], [], color=colour, marker=marker, markersize=4, label=f"depth {d}") for d, (colour, marker) in styles.items()]
-    handles += [Line2D([], [], color="black", label="best instance"), Line2D([], [], color="black", linestyle=":", label="mean of instances")]
-    notes += ["Dashed: the threshold below which a tree counts as solved."]
-    return finish(fig, title, notes + caption(table, runs, datasets, error="mean over seeds"), handles)
+    for ax in axes[-1]:
+        ax.set_xlabel("hidden units")
+    notes.append("Dashed: the threshold below which a tree counts as solved.")
+    lines = notes + caption(runs, datasets, error="mean over seeds")
+    return finish(fig, title, lines, _line_handles(styles))
+
+
+def _depth_styles(sweeps: Sequence[Sequence[Arrays]]) -> DepthStyles:
+    depths = {int(d) for seeds in sweeps for arrays in seeds for d in arrays["depth"]}
+    colors = mpl.colormaps["viridis"]
+    last = max(len(depths) - 1, 1)
+    return {
+        depth: (colors(0.92 * i / last), MARKERS[i % len(MARKERS)])
+        for i, depth in enumerate(sorted(depths))
+    }
+
+
+def _draw_depths(ax: Axes, seeds: Sequence[Arrays], styles: DepthStyles) -> None:
+    """Draw best and mean loss over the hidden size of every depth, and the threshold."""
+    first = seeds[0]
+    for depth, (color, marker) in styles.items():
+        of_depth = first["depth"] == depth
+        sizes = first["hidden"][of_depth]
+        losses = [a["loss"][of_depth] for a in seeds if len(a["loss"]) == len(of_depth)]
+        best = np.mean([loss.min(axis=1) for loss in losses], axis=0)
+        mean = np.mean([loss.mean(axis=1) for loss in losses], axis=0)
+        ax.plot(sizes, np.maximum(best, FLOOR), "-", color=color, marker=marker, markersize=4)
+        ax.plot(sizes, np.maximum(mean, FLOOR), ":", color=color, marker="", markersize=4)
+    ax.axhline(float(first["threshold"]), color=GREY, linewidth=0.8, linestyle="--")
+
+
+def _line_handles(styles: DepthStyles) -> list[Line2D]:
+    handles = []
+    for depth, (color, marker) in styles.items():
+        label = f"depth {depth}"
+        handles.append(Line2D([], [], color=color, marker=marker, markersize=4, label=label))
+    handles.append(Line2D([], [], color="black", label="best instance"))
+    handles.append(Line2D([], [], color="black", linestyle=":", label="mean of instances"))
+    return handles
 
 
 @styled
 def draw_smallest(table: RunTable, *, title: str, max_runs: int, max_datasets: int) -> Figure:
-    """Bars: least hidden size at which the best instance is below the threshold; hatched up to the top where no size of the sweep is."""
+    """Draw bars of the smallest hidden size at which the best instance is below the threshold.
+
+    A hatched bar up to the largest size of the sweep means that no size reaches it.
+
+    Args:
+        table: Runs.
+        title: Title of the figure.
+        max_runs: Number of runs to draw at most.
+        max_datasets: Number of datasets to draw at most.
+
+    Raises:
+        NothingToDrawError: No run has a sweep over depth and hidden size.
+    """
     notes: list[str] = []
-    runs, datasets = _having(table, max_runs, max_datasets, notes)
+    grids = find_panels(table, loss_grid, NO_SWEEP)
+    runs, datasets = choose_panels(
+        table, grids, max_runs=max_runs, max_datasets=max_datasets, notes=notes
+    )
+    keys = [(run.name, dataset) for run in runs for dataset in datasets]
+    largest = max(int(grids[key].hidden.max()) for key in keys if key in grids)
+    styles = run_styles(table)
     fig, axes = panels(1, len(datasets), width=3.8, height=2.6, sharey=True)
-    look, width = looks(table), 0.8 / len(runs)
-    top = 0
+    width = 0.8 / len(runs)
     for ax, dataset in zip(axes[0], datasets, strict=True):
         head_panel(ax, runs, dataset)
+        depths: set[int] = set()
         for i, run in enumerate(runs):
-            for depth, size, largest in _smallest(run, dataset):
-                x = depth + (i - (len(runs) - 1) / 2) * width
-                top = max(top, largest)
-                if size is None:
-                    ax.bar(x, largest, 0.9 * width, fill=False, edgecolor=ALARM, hatch="///", linewidth=0.6, alpha=0.6)
-                    ax.text(x, largest + 0.2, "none", ha="center", va="bottom", fontsize=7, color=ALARM, rotation=90 if len(runs) > 2 else 0)
-                else:
-                    ax.bar(x, size, 0.9 * width, color=look[run.name].color)
-                    ax.text(x, size + 0.2, f"{size:g}", ha="center", va="bottom", fontsize=7)
+            shift = (i - (len(runs) - 1) / 2) * width
+            for smallest in _smallest(run, dataset, grids.get((run.name, dataset))):
+                rotation = 90 if len(runs) > 2 else 0
+                color = styles[run.name].color
+                _draw_bar(ax, smallest, shift, width, color, rotation)
+                depths.add(smallest.depth)
         ax.set_xlabel("depth")
         ax.grid(visible=False, axis="x")
-        ax.set_xticks(sorted({depth for run in runs for depth, _, _ in _smallest(run, dataset)}))
-    axes[0, 0].set_ylim(0, top + 1.8)
+        ax.set_xticks(sorted(depths))
+    axes[0, 0].set_ylim(0, largest + 1.8)
     axes[0, 0].set_ylabel("smallest hidden size")
-    handles = [Patch(color=look[run.name].color, label=run.title) for run in runs]
-    handles += [Patch(fill=False, edgecolor=ALARM, hatch="///", label="none reaches it")]  # type: ignore[list-item]
-    thresholds = {f"{float(a['threshold']):g}" for run in runs for d in datasets for a in run.arrays(d).values() if "threshold" in a}
-    notes += [f"Threshold of the loss: {', '.join(sorted(thresholds))}, for the best instance; mean over the seeds that reach it."]
-    return finish(fig, title, notes + caption(table, runs, datasets), handles)
+    handles = [Patch(color=styles[run.name].color, label=run.title) for run in runs]
+    handles.append(Patch(fill=False, edgecolor=ALARM, hatch="///", label="none reaches it"))
+    notes.append(
+        f"Threshold of the loss: {', '.join(_thresholds(runs, datasets))}, for the best instance; "
+        "mean over the seeds that reach it."
+    )
+    return finish(fig, title, notes + caption(runs, datasets), handles)
 
 
-def _smallest(run: Run, dataset: str) -> list[tuple[int, float | None, int]]:
-    """(depth, smallest hidden size or None, largest of the sweep)."""
-    found = grid(run, dataset) if dataset in run.stats else None
-    if found is None:
+def _smallest(run: Run, dataset: str, grid: Grid | None) -> list[Smallest]:
+    """The smallest hidden size of every depth in a sweep."""
+    if grid is None:
         return []
-    depths, hidden, losses = found
     rows = []
-    for depth, row in zip(depths, losses, strict=True):
-        stat = run.stats[dataset].get(f"smallest_hidden_depth_{depth}")
-        rows.append((int(depth), stat.mean if stat else None, int(hidden[np.isfinite(row)].max())))
+    for depth, losses in zip(grid.depths, grid.values, strict=True):
+        mean = mean_of(run, dataset, f"smallest_hidden_depth_{depth}")
+        largest = int(grid.hidden[np.isfinite(losses)].max())
+        rows.append(Smallest(int(depth), mean.value if mean else None, largest))
     return rows
 
 
-def _having(table: RunTable, max_runs: int, max_datasets: int, notes: list[str]) -> tuple[list[Run], list[str]]:
-    runs = limit([run for run in table.runs if any(grid(run, d) for d in run.stats)], max_runs, "runs", notes)
-    datasets = limit([d for d in table.datasets if any(grid(run, d) for run in runs if d in run.stats)], max_datasets, "datasets", notes)
-    if not datasets:
-        raise NothingToDrawError("no run has a sweep over depth and hidden size")
-    return runs, datasets
+def _draw_bar(
+    ax: Axes, smallest: Smallest, shift: float, width: float, color: str, rotation: int
+) -> None:
+    """Draw the bar of one run and depth, with its size, or hatched with the word "none"."""
+    x = smallest.depth + shift
+    text: Any = {"ha": "center", "va": "bottom", "fontsize": 7}
+    if smallest.size is None:
+        hatched: Any = {"fill": False, "edgecolor": ALARM, "hatch": "///", "linewidth": 0.6}
+        ax.bar(x, smallest.largest, 0.9 * width, alpha=0.6, **hatched)
+        ax.text(x, smallest.largest + 0.2, "none", color=ALARM, rotation=rotation, **text)
+    else:
+        ax.bar(x, smallest.size, 0.9 * width, color=color)
+        ax.text(x, smallest.size + 0.2, f"{smallest.size:g}", **text)
+
+
+def _thresholds(runs: Sequence[Run], datasets: Sequence[str]) -> list[str]:
+    """The thresholds of the loss, as numbers in the caption."""
+    cells = [arrays for run in runs for d in datasets for arrays in run.arrays(d).values()]
+    return sorted({f"{float(cell['threshold']):g}" for cell in cells if "threshold" in cell})

@@ -1,109 +1,164 @@
-"""Superposition: loss over depth and hidden size as a heat map, by itself or relative to the control without hierarchy."""
+"""Superposition: loss over depth and hidden size as a heat map, alone or relative to a control."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from sae_experiments.plots.base import (
-    NothingToDrawError,
-    caption,
-    finish,
-    head_panel,
-    limit,
-    panels,
-    styled,
-)
+from sae_experiments.plots.axes import first_image, head_panel
+from sae_experiments.plots.base import finish, panels, styled
+from sae_experiments.plots.captions import caption
+from sae_experiments.plots.selection import Arrays, choose_panels, find_panels
+from sae_experiments.plots.text import minus
 from sae_experiments.results.table import Run, RunTable
 
-FLOOR = 1e-12  # a loss below this is zero to rounding
+FLOOR = 1e-12  # a loss below this is zero up to rounding
 CLIP = 8.0  # powers of two at which the colours of a ratio end
+NO_SWEEP = "no run has a sweep over depth and hidden size"
 
 
-def grid(run: Run, dataset: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Depths (D,), hidden sizes (H,) and the best instance's loss (D, H), mean over seeds, NaN where there is no such configuration."""
-    arrays = [a for a in run.arrays(dataset).values() if {"depth", "hidden", "loss"} <= a.keys()]
-    if not arrays:
+class Grid(NamedTuple):
+    """Loss of every configuration of a sweep."""
+
+    depths: np.ndarray  # (D,)
+    hidden: np.ndarray  # (H,) hidden sizes
+    values: np.ndarray  # (D, H), NaN for a configuration that is not in the sweep
+
+
+def sweep_arrays(run: Run, dataset: str) -> list[Arrays]:
+    """Arrays of the sweep over depth and hidden size, one entry per seed."""
+    stored = run.arrays(dataset).values()
+    return [arrays for arrays in stored if arrays.keys() >= {"depth", "hidden", "loss"}]
+
+
+def loss_grid(run: Run, dataset: str) -> Grid | None:
+    """Loss of the best instance of every configuration, mean over seeds; None without a sweep."""
+    seeds = sweep_arrays(run, dataset)
+    if not seeds:
         return None
-    depths, hidden = (np.unique(arrays[0][name]) for name in ("depth", "hidden"))
-    tables = []
-    for a in arrays:
-        table = np.full((len(depths), len(hidden)), np.nan)
-        known = np.isin(a["depth"], depths) & np.isin(a["hidden"], hidden)
-        table[np.searchsorted(depths, a["depth"][known]), np.searchsorted(hidden, a["hidden"][known])] = a["loss"].min(1)[known]
-        tables.append(table)
-    return depths, hidden, np.mean(tables, axis=0)
+    depths = np.unique(seeds[0]["depth"])
+    hidden = np.unique(seeds[0]["hidden"])
+    losses = []
+    for arrays in seeds:
+        loss = np.full((len(depths), len(hidden)), np.nan)
+        known = np.isin(arrays["depth"], depths) & np.isin(arrays["hidden"], hidden)
+        rows = np.searchsorted(depths, arrays["depth"][known])
+        columns = np.searchsorted(hidden, arrays["hidden"][known])
+        loss[rows, columns] = arrays["loss"].min(1)[known]
+        losses.append(loss)
+    return Grid(depths, hidden, np.mean(losses, axis=0))
 
 
 @styled
-def draw(table: RunTable, *, title: str, relative_to: Mapping[str, str] | None, max_runs: int, max_datasets: int) -> Figure:
-    """A row for each run, a column for each dataset: least loss of the instances.
+def draw(
+    table: RunTable,
+    *,
+    title: str,
+    relative_to: Mapping[str, str] | None,
+    max_runs: int,
+    max_datasets: int,
+) -> Figure:
+    """Draw a row of panels per run and a column per dataset: loss of the best instance.
 
-    ``relative_to``: dataset -> its control; then the datasets named there are drawn, as log2 of the ratio to the control's loss.
+    Args:
+        table: Runs.
+        title: Title of the figure.
+        relative_to: Control of each dataset, without the hierarchy. If it is given, these datasets
+            alone are drawn, as log2 of the ratio to the control's loss.
+        max_runs: Number of runs to draw at most.
+        max_datasets: Number of datasets to draw at most.
+
+    Raises:
+        NothingToDrawError: No run has a sweep, or none together with its control.
     """
     notes: list[str] = []
-    runs = limit([run for run in table.runs if any(_values(run, d, relative_to) is not None for d in run.stats)], max_runs, "runs", notes)
-    datasets = limit(
-        [d for d in table.datasets if any(_values(run, d, relative_to) is not None for run in runs if d in run.stats)],
-        max_datasets,
-        "datasets",
-        notes,
+    controls = relative_to or {}
+    missing = NO_SWEEP
+    if controls:
+        missing += f" together with its control ({', '.join(controls.values())})"
+    grids = find_panels(
+        table,
+        lambda run, dataset: (
+            _relative_grid(run, dataset, controls) if controls else _floored_grid(run, dataset)
+        ),
+        missing,
     )
-    if not datasets:
-        raise NothingToDrawError(
-            "no run has a sweep over depth and hidden size"
-            + (f" together with its control ({', '.join(relative_to.values())})" if relative_to else "")
-        )
-    found = {(run.name, d): values for run in runs for d in datasets if d in run.stats and (values := _values(run, d, relative_to))}
-    shown = np.concatenate([values.ravel() for _, _, values in found.values()])
-    shown = shown[np.isfinite(shown)]
-    span = min(max(float(np.abs(shown).max(initial=0)), 0.1), CLIP)
-    norm = TwoSlopeNorm(0, -span, span) if relative_to else LogNorm(FLOOR, max(shown.max(), 10 * FLOOR))
+    runs, datasets = choose_panels(
+        table, grids, max_runs=max_runs, max_datasets=max_datasets, notes=notes
+    )
+    keys = [(run.name, dataset) for run in runs for dataset in datasets]
+    shown = np.concatenate([grids[key].values.ravel() for key in keys if key in grids])
+    colors, label, note = _colors(shown[np.isfinite(shown)], relative=bool(controls))
     fig, axes = panels(len(runs), len(datasets), width=3.6, height=2.5)
     for row, run in enumerate(runs):
         for ax, dataset in zip(axes[row], datasets, strict=True):
             if row == 0:
                 head_panel(ax, runs, dataset)
-            if (run.name, dataset) not in found:
+            grid = grids.get((run.name, dataset))
+            if grid is None:
                 ax.set_axis_off()
                 continue
-            _panel(ax, *found[run.name, dataset], norm=norm, cmap="RdBu_r" if relative_to else "viridis", exponents=not relative_to)
-            ax.set_ylabel(f"{run.title}\ndepth" if dataset == datasets[0] and len(runs) > 1 else "depth")
-    label = "log2 of loss / loss of the control" if relative_to else "loss of the best instance"
-    fig.colorbar(next(image for ax in axes.flat for image in ax.images), ax=axes, label=label, fraction=0.03)
-    notes += [
-        "Blue: easier than independent features with the same marginal probabilities. "
-        + f"A loss below {FLOOR:g} counts as that; colours end at 2^{span:g}."
-        if relative_to
-        else "In the cells: log10 of the loss, -12 or less drawn as -12. White: more hidden units than features."
-    ]
-    return finish(fig, title, notes + caption(table, runs, datasets, error="cells: mean over seeds"))
+            _draw_grid(ax, grid, colors, exponents=not controls)
+        if len(runs) > 1:
+            axes[row, 0].set_ylabel(f"{run.title}\ndepth")
+    fig.colorbar(first_image(axes), ax=axes, label=label, fraction=0.03)
+    lines = [*notes, note, *caption(runs, datasets, error="cells: mean over seeds")]
+    return finish(fig, title, lines)
 
 
-def _values(run: Run, dataset: str, relative_to: Mapping[str, str] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    own = grid(run, dataset)
-    if own is None or not relative_to:
-        return own and (own[0], own[1], np.maximum(own[2], FLOOR))
-    other = grid(run, relative_to[dataset]) if dataset in relative_to else None
-    if other is None or other[2].shape != own[2].shape:
+def _floored_grid(run: Run, dataset: str) -> Grid | None:
+    grid = loss_grid(run, dataset)
+    return grid and grid._replace(values=np.maximum(grid.values, FLOOR))
+
+
+def _relative_grid(run: Run, dataset: str, controls: Mapping[str, str]) -> Grid | None:
+    """log2 of the ratio to the control's loss; None without a control of the same sweep."""
+    grid = _floored_grid(run, dataset)
+    control = _floored_grid(run, controls[dataset]) if dataset in controls else None
+    if grid is None or control is None or control.values.shape != grid.values.shape:
         return None
-    return own[0], own[1], np.log2(np.maximum(own[2], FLOOR) / np.maximum(other[2], FLOOR))
+    return grid._replace(values=np.log2(grid.values / control.values))
 
 
-def _panel(ax: Axes, depths: np.ndarray, hidden: np.ndarray, values: np.ndarray, *, norm: object, cmap: str, exponents: bool) -> None:
-    image = ax.imshow(values, origin="lower", aspect="auto", cmap=cmap, norm=norm)  # type: ignore[arg-type]
+def _colors(values: np.ndarray, *, relative: bool) -> tuple[dict[str, Any], str, str]:
+    """Colours for all panels, label of their colour bar, and their explanation in the caption."""
+    if not relative:
+        norm = LogNorm(FLOOR, max(values.max(), 10 * FLOOR))
+        label = "loss of the best instance"
+        note = (
+            "In the cells: log10 of the loss, -12 or less drawn as -12. "
+            "White: more hidden units than features."
+        )
+        return {"norm": norm, "cmap": "viridis"}, label, note
+    span = min(max(float(np.abs(values).max(initial=0)), 0.1), CLIP)
+    note = (
+        "Blue: easier than independent features with the same marginal probabilities. "
+        f"A loss below {FLOOR:g} counts as that; colours end at 2^{span:g}."
+    )
+    label = "log2 of loss / loss of the control"
+    return {"norm": TwoSlopeNorm(0, -span, span), "cmap": "RdBu_r"}, label, note
+
+
+def _draw_grid(ax: Axes, grid: Grid, colors: dict[str, Any], *, exponents: bool) -> None:
+    """Draw a grid as coloured cells with numbers: the values, or their powers of ten."""
+    image = ax.imshow(grid.values, origin="lower", aspect="auto", **colors)
     ax.grid(visible=False)
-    ax.set_xticks(range(len(hidden)), [str(h) for h in hidden])
-    ax.set_yticks(range(len(depths)), [str(d) for d in depths])
+    ax.set_xticks(range(len(grid.hidden)), [str(size) for size in grid.hidden])
+    ax.set_yticks(range(len(grid.depths)), [str(depth) for depth in grid.depths])
     ax.set_xlabel("hidden units")
-    for (i, j), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            red, green, blue, _ = image.cmap(image.norm(value))
-            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-            power = np.log10(value) if exponents else value
-            text = f"{power:.{0 if power < -9 else 1}f}"
-            ax.text(j, i, text.replace("-", "\N{MINUS SIGN}"), ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
+    ax.set_ylabel("depth")
+    for (i, j), value in np.ndenumerate(grid.values):
+        if not np.isfinite(value):
+            continue
+        red, green, blue, _ = image.cmap(image.norm(value))
+        is_dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+        number = np.log10(value) if exponents else value
+        decimals = 0 if number < -9 else 1
+        text = minus(f"{number:.{decimals}f}")
+        color = "white" if is_dark else "black"
+        ax.text(j, i, text, ha="center", va="center", fontsize=6.5, color=color)

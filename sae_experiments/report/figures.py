@@ -1,51 +1,137 @@
-"""From run folders to a folder of figures and tables: what ``plot.py`` does once its options are read."""
+"""Figures, tables and report of some run folders, as `plot.py` and the end of a run make them."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 from sae_experiments.cache import clearing
 from sae_experiments.errors import UserError
 from sae_experiments.files import write_bytes
 from sae_experiments.plots.base import NothingToDrawError, bare, save
+from sae_experiments.plots.text import short_list
 from sae_experiments.report.page import Picture, write_report
 from sae_experiments.results.compare import compare, markdown, terminal
 from sae_experiments.results.table import RunTable, find_runs, load_table, runs_in
 
 log = logging.getLogger(__name__)
-Figures = Mapping[str, Callable[[], Callable[..., Any]]]  # name in conf/plot -> what makes its draw(table)
+#: Makes the `draw(table)` of each figure, by its name in `conf/plot`. A figure is made when it is
+#: drawn, so that a mistake in its YAML file leaves the others alone.
+Figures = Mapping[str, Callable[[], Callable[..., Any]]]
 REPORT = "report.html"
-NO_RUNS = "no runs in {}: make one with 'python experiment.py --out_dir=run_0', or name run folders: 'python plot.py runs/run_1'"
 
 
-def found_runs(named: Sequence[Path], here: Path, home: Path) -> list[Path]:
-    """The run folders to compare: those in ``named``; else ``runs/*`` and ``run_*`` in the current folder, else beside plot.py.
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise one line in place of the whole usage."""
+        raise UserError(f"plot.py: {message}; 'python plot.py --help' lists the options")
 
-    Raises :class:`UserError`, which says what to run, where there are none.
+
+def parse_options(argv: Sequence[str], description: str | None) -> argparse.Namespace:
+    """Parse the command line of `plot.py`.
+
+    Args:
+        argv: Arguments after the name of the program.
+        description: First part of the help.
+
+    Returns:
+        `runs`, `out`, `png_dir`, `baseline` and `figures`.
+
+    Raises:
+        UserError: An option is unknown or lacks its value.
+    """
+    parser = _Parser(
+        prog="plot.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=Path,
+        help="run folders, or folders of runs (default: runs/)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where figures and tables go (default: comparison/ beside the runs)",
+    )
+    parser.add_argument(
+        "--png_dir",
+        type=Path,
+        default=Path() if Path("experiment.py").is_file() else None,
+        help="PNGs go here too (default: the current folder if it holds experiment.py)",
+    )
+    parser.add_argument(
+        "--baseline",
+        help="name or path of the run to compare with "
+        "(default: run_0; at full scale the published figures)",
+    )
+    parser.add_argument("--figures", help="names from conf/plot, with commas (default: all)")
+    return parser.parse_args(argv)
+
+
+def runs_to_compare(named: Sequence[Path], here: Path, home: Path) -> list[Path]:
+    """Find the run folders to compare.
+
+    Args:
+        named: Run folders, or folders of runs, that the user named.
+        here: Folder to search if none is named, for `runs/*` and `run_*`.
+        home: Folder to search if `here` holds no runs.
+
+    Raises:
+        UserError: There are no runs.
     """
     if named:
-        found = find_runs(named)
+        runs = find_runs(named)
     else:
-        roots = ([root / "runs", *sorted(root.glob("run_*"))] for root in (here, home))
-        found = next((runs for paths in roots if (runs := [run.resolve() for path in paths for run in runs_in(path)])), [])
-    if not found:
-        raise UserError(NO_RUNS.format(", ".join(map(str, named)) or here / "runs"))
-    return found
+        runs = _runs_below(here) or _runs_below(home)
+    if not runs:
+        searched = ", ".join(map(str, named)) or here / "runs"
+        raise UserError(
+            f"no runs in {searched}: make one with 'python experiment.py --out_dir=run_0', "
+            "or name run folders: 'python plot.py runs/run_1'"
+        )
+    return runs
+
+
+def _runs_below(root: Path) -> list[Path]:
+    folders = [root / "runs", *sorted(root.glob("run_*"))]
+    return [run.resolve() for folder in folders for run in runs_in(folder)]
 
 
 def default_out(runs: Sequence[Path]) -> Path:
-    """``comparison`` in the folder that holds the runs."""
+    """`comparison` in the folder that holds the runs."""
     return Path(os.path.commonpath([run.parent for run in runs])) / "comparison"
 
 
+def choose_figures(names: str | None, known: Sequence[str]) -> list[str]:
+    """Split a list of figures, with commas; None stands for all.
+
+    Raises:
+        UserError: A name is not in `known`.
+    """
+    if not names:
+        return list(known)
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise UserError(f"--figures={name} is not in conf/plot; {hint}")
+    return chosen
+
+
 def write_tables(table: RunTable, out: Path) -> str:
-    """Write ``comparison.csv`` (everything) and ``comparison.md``; returns the text for the terminal."""
+    """Write `comparison.csv` (everything) and `comparison.md`; returns text for the terminal."""
     rows = compare(table)
     write_bytes(out / "comparison.csv", rows.to_csv(index=False).encode())
     write_bytes(out / "comparison.md", markdown(table, rows).encode())
@@ -53,72 +139,108 @@ def write_tables(table: RunTable, out: Path) -> str:
     return terminal(table, rows, colour=colour)
 
 
-def choose(names: str | None, known: Sequence[str]) -> list[str]:
-    """The figures named, with commas; all where nothing is said."""
-    chosen = [name.strip() for name in names.split(",")] if names else list(known)
-    for name in chosen:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(f"--figures={name} is not in conf/plot" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"))
-    return chosen
+def draw_all(
+    table: RunTable, figures: Figures, out: Path | None, png_dir: Path | None
+) -> tuple[list[Path], list[Picture]]:
+    """Draw every figure; one that fails is a warning line and stops no other.
 
+    Args:
+        table: Runs.
+        figures: Figures to draw.
+        out: Folder for PNG and SVG files; None writes none.
+        png_dir: Second folder for the PNG files; None writes none.
 
-def draw_all(table: RunTable, figures: Figures, out: Path | None, png_dir: Path | None) -> tuple[list[Path], list[Picture]]:
-    """Draw every figure; ``figures`` makes each one's ``draw`` on demand. One that fails is a warning line and stops no other.
-
-    Returns the files written to ``out`` (None: none), and the figures as a report shows them.
+    Returns:
+        The files written to `out`, and the figures as a report shows them.
     """
     written: list[Path] = []
     pictures: list[Picture] = []
     without_data: list[str] = []
-    for name, make in figures.items():
+    for name, make_draw in figures.items():
         try:
-            fig = make()(table)
-            files = save(fig, name, out) if out else []
-            if png_dir and files:
-                write_bytes(png_dir / f"{name}.png", files[0].read_bytes())
-            written += files
+            fig = make_draw()(table)
+            if out:
+                written += _save(fig, name, out, png_dir)
             pictures.append(Picture(name, *bare(fig)))
         except NothingToDrawError as reason:
             without_data.append(name if len(figures) > 1 else f"{name} ({reason})")
-        except Exception as error:  # whatever a figure of the user's raises, the others must be drawn
-            log.warning("%s: not drawn, %s: %s", name, type(error).__name__, " ".join(str(error).split())[:300])
+        except Exception as error:  # a user's figure may raise anything; the others must be drawn
+            message = " ".join(str(error).split())[:300]
+            log.warning("%s: not drawn, %s: %s", name, type(error).__name__, message)
     if without_data:
-        more = f" and {len(without_data) - 3} more" if len(without_data) > 3 else ""
-        log.info("not drawn, since no run has their data: %s%s", ", ".join(without_data[:3]), more)
+        names = short_list(without_data, 3)
+        log.info("not drawn, since no run has their data: %s", names)
     return written, pictures
 
 
-def report(table: RunTable, figures: Figures, out: Path, png_dir: Path | None, asked: Sequence[Path]) -> int:
-    """Write tables, figures and ``report.html`` to ``out`` (PNGs to ``png_dir`` too) and print the comparison.
+def _save(fig: Any, name: str, out: Path, png_dir: Path | None) -> list[Path]:
+    png, svg = save(fig, name, out)
+    if png_dir:
+        write_bytes(png_dir / f"{name}.png", png.read_bytes())
+    return [png, svg]
+
+
+def report(
+    table: RunTable, figures: Figures, out: Path, png_dir: Path | None, asked: Sequence[Path]
+) -> int:
+    """Write tables, figures and `report.html`, and print the comparison.
+
+    Args:
+        table: Runs; the baseline may be one that was not asked for.
+        figures: Figures to draw.
+        out: Folder for everything.
+        png_dir: Second folder for the PNG files; None writes none.
+        asked: Run folders that were asked for.
 
     Returns:
-        The exit status: 1 where each of the runs that were ``asked`` for has failed.
+        Exit status: 1 if all runs that were asked for have failed, else 0.
 
     Raises:
-        UserError: none of them has results.
+        UserError: No run that was asked for has results.
     """
-    own = [run for run in table.runs if run.path in {path.resolve() for path in asked}]
+    folders = {path.resolve() for path in asked}
+    own = [run for run in table.runs if run.path in folders]
     if not own:
-        raise UserError("no run has results yet; wait for a first cell to finish, or look at the warnings above")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue] (a terminal without ± must not end the program)
+        raise UserError(
+            "no run has results yet; wait for a first cell to finish, or look at the warnings above"
+        )
+    _replace_unprintable(sys.stdout)
     with clearing(out):
         print(write_tables(table, out), flush=True)
         written, pictures = draw_all(table, figures, out, png_dir)
         page = write_report(table, pictures, out / REPORT)
-    print(f"\n{len(written)} figure files, comparison.csv and comparison.md in {out}\nopen {page} in a browser: tables, figures, features")
-    failed = all(run.manifest.get("status") == "failed" for run in own)
+    print(f"\n{len(written)} figure files, comparison.csv and comparison.md in {out}")
+    print(f"open {page} in a browser: tables, figures, features")
+    failed = all(run.status == "failed" for run in own)
     if failed:
-        log.warning("%s failed: these are no finished results", "the only run" if len(own) == 1 else f"all {len(own)} runs")
+        which = "the only run" if len(own) == 1 else f"all {len(own)} runs"
+        log.warning("%s failed: these are no finished results", which)
     return int(failed)
 
 
+def _replace_unprintable(stream: TextIO) -> None:
+    """Let a terminal without characters such as ± show `?` in place of raising an error."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
+
+
 def run_report(folder: Path, figures: Figures) -> Path:
-    """Write ``report.html`` and ``figures/`` of one run into its folder; deltas are against ``run_0`` beside it. Returns the report's path."""
+    """Write `report.html` of one run into its folder; deltas are against `run_0` beside it.
+
+    Args:
+        folder: Run folder.
+        figures: Figures to draw, which are written to `figures/` in the folder.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        UserError: The run has no results.
+    """
     table = load_table([folder.resolve()])
     own = [run for run in table.runs if run.path == folder.resolve()]
     if not own:
         raise UserError(f"{folder} has no results to report")
     table = RunTable(own, table.baseline)
-    return write_report(table, draw_all(table, figures, folder / "figures", None)[1], folder / REPORT)
+    _, pictures = draw_all(table, figures, folder / "figures", None)
+    return write_report(table, pictures, folder / REPORT)

@@ -1,0 +1,54 @@
+"""Colours, markers and line styles, and which of them each run has in every figure."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from matplotlib.lines import Line2D
+
+from sae_experiments.plots.text import clip
+from sae_experiments.results.table import Run, RunTable
+
+# The palette of Okabe and Ito (without its yellow, which is too pale on white), then two colours
+# of Tol's. They stay distinct under any kind of colour vision; markers differ as well.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+Line = Literal["-", "--", "-.", ":"]
+LINES: tuple[Line, ...] = ("-", "--", "-.", ":")
+BASELINE_COLOR = "#222222"
+GREY = "#777777"
+ALARM = "#B00020"  # stand-in text, dead latents, failures
+
+
+class RunStyle(NamedTuple):
+    """Colour, marker and line style of a run."""
+
+    color: str
+    marker: str
+    line: Line
+
+
+BASELINE_STYLE = RunStyle(BASELINE_COLOR, "*", "-")
+
+
+def nth_style(i: int) -> RunStyle:
+    """Style number `i`: eight colours; beyond these, marker and line tell equal colours apart."""
+    return RunStyle(PALETTE[i % 8], MARKERS[(i + i // 8) % 8], LINES[(i // 8) % 4])
+
+
+def run_styles(table: RunTable) -> dict[str, RunStyle]:
+    """Style of each run by name; the baseline is black."""
+    others = [run.name for run in table.runs if run is not table.baseline]
+    styles = {name: nth_style(i) for i, name in enumerate(others)}
+    if table.baseline:
+        styles[table.baseline.name] = BASELINE_STYLE
+    return styles
+
+
+def run_handle(run: Run, style: RunStyle, *, line: bool) -> Line2D:
+    """Legend entry of a run, as a line or as a marker."""
+    kind: dict[str, Any] = {"linestyle": "", "marker": style.marker}
+    if line:
+        kind = {"linestyle": style.line, "marker": ""}
+    size = 9 if style.marker == "*" else 6
+    return Line2D([], [], color=style.color, markersize=size, label=clip(run.title), **kind)
