@@ -14,7 +14,7 @@ from conftest import lm_spec
 from torch import nn
 
 from sae_experiments.errors import UserError
-from sae_experiments.models import hooks as activations_module
+from sae_experiments.models import store as activations_module
 from sae_experiments.models.gpt2 import build_lm
 from sae_experiments.models.hooks import Site, activations, capture, parse_site, patched
 from sae_experiments.models.store import Store, collect

@@ -26,7 +26,7 @@ from sae_experiments.cache import cached
 from sae_experiments.errors import NonFinite, UserError
 from sae_experiments.fitting import fit
 from sae_experiments.models import gpt2 as lm
-from sae_experiments.models import hooks as activations
+from sae_experiments.models import store as activations
 from sae_experiments.results.records import (
     Record,
     checksums,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -222,6 +223,6 @@ def test_what_metrics_say_about_a_latent_is_joined() -> None:
             k: (lambda bench, v=v: Measured({}, features=v))
             for k, v in (("x", one), ("y", None), ("z", other))
         },
-        None,
+        SimpleNamespace(held_out=None, n_rows=1),
     )
     assert outcome.features == merged(one, other)

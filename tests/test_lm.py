@@ -16,6 +16,7 @@ from conftest import CONF, lm_spec
 from transformers import GPT2LMHeadModel
 
 from sae_experiments.errors import UserError
+from sae_experiments.models import cpu_kernels
 from sae_experiments.models import gpt2 as lm
 from sae_experiments.models.gpt2 import LMLearner, LMSpec, autocast, build_lm, generate, train_lm
 from sae_experiments.training.loop import At, Session, train
@@ -507,7 +508,9 @@ def test_attention_with_dropout_is_causal_attention(length):
         )
         for i in range(3)
     )
-    ours, _ = lm.causal_attention(torch.nn.Module(), q, k, v, None, dropout=1e-9, scaling=0.3)
+    ours, _ = cpu_kernels.causal_attention(
+        torch.nn.Module(), q, k, v, None, dropout=1e-9, scaling=0.3
+    )
     plain = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=0.3
     ).transpose(1, 2)
@@ -539,7 +542,7 @@ def test_attention_in_bf16_rounds_no_more_than_twice_as_much_as_the_kernel_it_re
     halves = [t.detach().bfloat16().requires_grad_() for t in made]
     off = []
     for attend in (
-        lambda q, k, v: lm.causal_attention(torch.nn.Module(), q, k, v, None)[0],
+        lambda q, k, v: cpu_kernels.causal_attention(torch.nn.Module(), q, k, v, None)[0],
         lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True
         ).transpose(1, 2),
@@ -558,10 +561,10 @@ def test_attention_in_bf16_rounds_no_more_than_twice_as_much_as_the_kernel_it_re
 
 def test_cheap_dropout_drops_a_share_p_and_keeps_the_mean():
     torch.manual_seed(0)
-    found = lm.dropped(torch.ones(1_000_003), 0.2)
+    found = cpu_kernels.dropped(torch.ones(1_000_003), 0.2)
     assert set(found.unique().tolist()) == {0.0, 1.25}
     assert abs((found == 0).double().mean().item() - 0.2) < 0.002  # five standard errors
     halves = (found[:-1] == 0).double() * (found[1:] == 0)  # neighbours share a draw but no bits
     assert abs(halves.mean().item() - 0.04) < 0.0011
     torch.manual_seed(0)
-    assert torch.equal(lm.dropped(torch.ones(1_000_003), 0.2), found)
+    assert torch.equal(cpu_kernels.dropped(torch.ones(1_000_003), 0.2), found)

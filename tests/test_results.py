@@ -226,6 +226,11 @@ def test_runs_are_found_in_order_and_one_level_deep(
     assert "is no folder" in caplog.messages[1]
 
 
+def _rows(table, run: str, metric: str):
+    values = table.values
+    return values[(values["run"] == run) & (values["metric"] == metric)]
+
+
 def test_bad_runs_do_not_hide_good_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = make_run(tmp_path, "run_0", curves=False)
     running = make_run(tmp_path, "run_1", seeds=(0,), status="running", curves=False)
@@ -253,8 +258,8 @@ def test_bad_runs_do_not_hide_good_ones(tmp_path: Path, caplog: pytest.LogCaptur
     table = load_table([good, running, empty, broken, foreign])
     assert table.baseline is table.runs[0]
     assert table.values.columns.tolist() == ["run", "label", "dataset", "seed", "metric", "value"]
-    assert table.values.query("run == 'run_4' and metric == 'm'")["seed"].isna().all()
-    assert table.values.query("run == 'run_0' and metric == 'sae_fvu'")["seed"].tolist() == [
+    assert _rows(table, "run_4", "m")["seed"].isna().all()
+    assert _rows(table, "run_0", "sae_fvu")["seed"].tolist() == [
         0,
         1,
         2,
