@@ -29,6 +29,7 @@ TIMED = {
     "avg_inference_tokens_per_second",
     "sae_train_time",
     "sae_tokens_per_second",
+    "attribution_targets_per_second",
 }
 #: SAEs that need a language model, several sites or a study of their own.
 NOT_PLANTED = {

@@ -64,6 +64,7 @@ TABLE: dict[str, set[str]] = {
     "config": FOUNDATIONS | {"results"},
     "sweeps": FOUNDATIONS | {"config", "results"},
     "cli": FOUNDATIONS | {"config", "report", "results", "runner", "sweeps"},
+    "__main__": {"cli", "files"},
     "api": FOUNDATIONS | {"", "config", "fitting", "metrics", "saes", "training"},
 }
 #: Only these rooms (or modules) may import these packages.
