@@ -54,7 +54,7 @@ def watch(shared: mmap.mmap) -> None:
     from sae_experiments.corpora import corpus as data
     from sae_experiments.corpora import download as fetch
     from sae_experiments.models import gpt2 as lm
-    from sae_experiments.models import hooks as activations
+    from sae_experiments.models import store as activations
     from sae_experiments.report import figures
     from sae_experiments.runner import run
     from sae_experiments.studies import base
