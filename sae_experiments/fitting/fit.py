@@ -1,6 +1,7 @@
 """Fit one or many SAEs in one pass over a stream of activations. Needs no Hydra and no run folder.
 
-The policy all variants share sits here, once: input scale, dead-latent tracking, calibration, folding.
+The policy that all variants share is here: input scale, dead-latent tracking, calibration and
+folding.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from sae_experiments.training.loop import (
 
 
 class FitReport(NamedTuple):
-    """What fitting one SAE took: ``seconds`` of its own steps plus its share of reading batches, rows used a second, curves."""
+    """Outcome of fitting one SAE.
+
+    Args:
+        seconds: Time of its own steps plus its share of reading batches.
+        rows_per_second: Rows it was trained on, per second.
+        steps: Steps done.
+        history: Curves, as (step, name, value).
+        cut: Whether the deadline ended the fit early.
+    """
 
     seconds: float
     rows_per_second: float
@@ -36,7 +45,13 @@ class FitReport(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Rows outside the stream: ``x, y`` to initialise from, ``held`` (N, D) to calibrate thresholds on, never trained on."""
+    """Rows outside the stream of batches.
+
+    Args:
+        x: Inputs (N, D) to initialise from.
+        y: Targets (N, O) to initialise from.
+        held: Inputs (M, D) to calibrate thresholds on, never trained on.
+    """
 
     x: Tensor
     y: Tensor
@@ -44,7 +59,7 @@ class Sample(NamedTuple):
 
 
 class SAELearner(Learner):
-    """An SAE as a learner: keeps count of the rows since each latent last fired, and calls the SAE's hooks."""
+    """An SAE as a learner: counts the rows since each latent fired and calls the SAE's hooks."""
 
     def __init__(
         self, name: str, sae: SAE, cfg: TrainConfig, sample: Sample, *, dead_after: int, seed: int
@@ -59,7 +74,9 @@ class SAELearner(Learner):
             "rows_used", torch.zeros((), dtype=torch.int64, device=sae.b_enc.device)
         )
         super().__init__(name, module, cfg, seed=seed)
-        self.sae, self.sample, self.dead_after = sae, sample, dead_after
+        self.sae = sae
+        self.sample = sample
+        self.dead_after = dead_after
 
     def phases(self) -> list[Phase]:
         return self.sae.phases()
@@ -118,14 +135,23 @@ def fit_saes(
     scale: str = "spread",
     session: Session | None = None,
 ) -> dict[str, FitReport]:
-    """Train ``saes`` side by side on the batches ``batch_at(step)`` (in raw units) and leave them calibrated, in eval mode and raw units.
+    """Fit `saes` side by side and leave them calibrated, in eval mode and in raw units.
 
-    Inside, inputs and outputs are centred and scaled by one number each (:func:`units_of`), which is folded into the weights at the end, so
-    that coefficients and learning rates carry over between models, and neither the unit of the data nor its mean matters. An SAE's result
-    does not depend on which others are trained beside it. A fitted SAE goes on from where it is, if it can.
+    During the fit, inputs and outputs are centred and scaled by one number each
+    (:func:`units_of`), which is folded into the weights at the end. Coefficients and learning
+    rates thus carry over between models, and neither the unit nor the mean of the data matters.
+    An SAE's result does not depend on the others in the same pass. Training a fitted SAE
+    continues from its weights, if it allows that.
 
     Args:
-        scale: one of :data:`SCALES`; with none the SAE sees the rows in their own units.
+        saes: SAEs by name.
+        batch_at: Gives the batch of a step, in raw units.
+        cfg: Numbers of the fit, for all or by name.
+        sample: Rows for initialisation and calibration, in raw units.
+        seed: Seed of everything random in the fit.
+        dead_after: Rows without firing after which a latent counts as dead.
+        scale: One of :data:`SCALES`; with "none" the SAE sees the rows in their own units.
+        session: Log, progress, checkpoint and deadline.
 
     Raises:
         NonFinite: a loss became NaN or infinite (names SAE, step and term).
@@ -195,8 +221,9 @@ def _check_start(name: str, sae: SAE, same: bool, rows: int) -> None:
     """
     if sae.asked_l0 is not None and round(sae.asked_l0 * rows) < 1:
         raise UserError(
-            f"{name}: target_l0={sae.asked_l0:g} leaves no latent active in {rows} rows, so nothing could be learnt: "
-            f"ask for more than {0.5 / rows:.2g}, or use larger batches and more calibration rows"
+            f"{name}: target_l0={sae.asked_l0:g} leaves no latent active in {rows} rows, so "
+            f"nothing could be learnt: ask for more than {0.5 / rows:.2g}, or use larger batches "
+            "and more calibration rows"
         )
     if sae.same_units and not same:
         raise UserError(
@@ -204,8 +231,8 @@ def _check_start(name: str, sae: SAE, same: bool, rows: int) -> None:
         )
     if sae.fitted and not sae.trains_on:
         raise UserError(
-            f"{name} is fitted already, and its weights are in the data's units: build it anew, or save it "
-            "with save_sae and train what load_sae gives on"
+            f"{name} is fitted already, and its weights are in the data's units: build it anew, or "
+            "save it with save_sae and train what load_sae gives on"
         )
     if (dtype := next(sae.parameters()).dtype) != torch.float32:
         raise UserError(
@@ -213,11 +240,11 @@ def _check_start(name: str, sae: SAE, same: bool, rows: int) -> None:
         )
 
 
-#: How the centre and the scale of activations are found.
+#: Ways to centre and scale activations.
 SCALES = ("spread", "robust", "none")
-#: Share of the rows that ``robust`` looks at, those nearest to the medians of the columns.
+#: Share of the rows that "robust" uses: those nearest to the medians of the columns.
 ORDINARY = 0.95
-#: Float32 holds seven digits: what varies by less than this share of its size is constant.
+#: Float32 has seven digits: values that vary by less, relative to their size, are constant.
 RESOLUTION = 1e-7
 
 
@@ -240,7 +267,8 @@ def units_of(x: Tensor, what: str, blocks: int = 1, *, scale: str = "spread") ->
         size = part.square().sum(1).mean()
         if not bool(size > 0) or not bool(torch.isfinite(size)):
             raise UserError(
-                f"{what} cannot be scaled: their mean square is {size.item():g} (constant zero or non-finite values in the store)"
+                f"{what} cannot be scaled: their mean square is {size.item():g} "
+                "(constant zero or non-finite values in the store)"
             )
         middle, spread = _middle(part, robust=scale == "robust")
         if not bool(

@@ -1,4 +1,4 @@
-"""The SAEs of a run ("arms") and how they are fitted: what every study that trains SAEs shares."""
+"""SAEs of a run and numbers of their fit, shared by every study that trains SAEs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sae_experiments.saes.base import SAE
 from sae_experiments.source import modules_behind
 from sae_experiments.training.loop import TrainConfig, seed_of
 
-#: Numbers of the fit that an SAE may have for itself; the others are shared by all SAEs of one pass.
+#: Fields of `TrainConfig` that may differ between SAEs of one pass.
 OWN = (
     "lr",
     "min_lr",
@@ -29,29 +29,24 @@ OWN = (
     "decay_from",
     "optimizer",
 )
-#: Precisions that an encoder's product may have in training.
+#: Precisions of the encoder's matrix product in training.
 PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One SAE to fit: ``model`` builds it from d_in, d_sae and d_out; ``train`` holds numbers of the fit that this variant changes.
+    """One SAE to fit: its model, its size, the sites it reads and rebuilds, and its own recipe."""
 
-    ``read`` and ``write`` name sites (null: the study's; ``read`` may be a list for a crosscoder). ``active_frac`` asks for an L0 as a share
-    of the latents, whatever the width; it takes the place of ``target_l0``. ``host`` is the arm around which an SAE such as ``purified`` is built:
-    its ``model`` is part of this one's. ``product``: fp32 or bf16, see :attr:`.base.SAE.product_dtype`.
-    """
-
-    model: Callable[..., SAE]
-    target_l0: float
-    expansion: float
-    d_sae: int | None
-    read: str | Sequence[str] | None
-    write: str | None
-    train: Mapping[str, Any]
-    active_frac: float | None = None
-    product: str = "fp32"
-    host: Arm | None = None
+    model: Callable[..., SAE]  # builds the SAE from d_in, d_sae and d_out
+    target_l0: float  # active latents per row
+    expansion: float  # latents per input dimension, if d_sae is null
+    d_sae: int | None  # number of latents; null: expansion * d_in
+    read: str | Sequence[str] | None  # site to encode; null: the study's; a list for a crosscoder
+    write: str | None  # site to reconstruct; null: the one that is read
+    train: Mapping[str, Any]  # fields of fit.train that this SAE overrides
+    active_frac: float | None = None  # L0 as a fraction of the latents, instead of target_l0
+    product: str = "fp32"  # encoder precision in training: fp32 or bf16 (`SAE.product_dtype`)
+    host: Arm | None = None  # SAE that a variant such as purified wraps; its model is part of ours
 
     def build(self, d_in: int, d_out: int) -> SAE:
         """The untrained SAE. Raises :class:`UserError` for sizes that cannot work."""
@@ -64,40 +59,43 @@ class Arm:
         asked = self.target_l0 if sae.asked_l0 is None else sae.asked_l0
         if asked is not None and asked >= d_sae:
             raise UserError(
-                f"sae.target_l0={asked:g} must be below d_sae={d_sae}: ask for fewer, or raise sae.expansion or sae.d_sae"
+                f"sae.target_l0={asked:g} must be below d_sae={d_sae}: "
+                "ask for fewer, or raise sae.expansion or sae.d_sae"
             )
         sae.product_dtype = PRODUCTS[self.product]
         if not sae.coarse and sae.product_dtype != torch.float32:
             raise UserError(
-                f"sae.product={self.product} is not for this SAE, which makes its products in its own way: use fp32"
+                f"sae.product={self.product} is not for this SAE, "
+                "which makes its products in its own way: use fp32"
             )
         return sae
 
     def _asked(self, d_sae: int) -> dict[str, float]:
-        """The L0 that ``active_frac`` means, under the name that the model has for it."""
+        """The L0 that `active_frac` asks for, under the name of the model's argument."""
         if self.active_frac is None:
             return {}
         names = [n for n in ("k", "target_l0") if n in getattr(self.model, "keywords", {})]
         if not names or not 0 < self.active_frac < 1:
             raise UserError(
-                f"sae.active_frac={self.active_frac} must lie between 0 and 1, and the SAE take an L0: give null and its own numbers"
+                f"sae.active_frac={self.active_frac} must lie between 0 and 1, "
+                "and the SAE take an L0: give null and its own numbers"
             )
         return {names[0]: self.active_frac * d_sae}
 
     def seeded(self, d_in: int, d_out: int, seed: int) -> SAE:
-        """The untrained SAE with weights that depend on the seed alone, not on what is fitted beside it."""
+        """Build the untrained SAE with weights that depend on the seed alone."""
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             torch.manual_seed(seed_of(seed, "sae"))
             return self.build(d_in, d_out)
 
     def check(self, d_in: int, d_out: int, cfg: TrainConfig) -> None:
-        """Build on the meta device and read the recipe: bad numbers die before the first second of compute."""
+        """Build on the meta device and read the recipe: bad numbers fail before any compute."""
         self.config(cfg)
         with torch.device("meta"):
             self.build(d_in, d_out)
 
     def sites(self, default: str, n_layer: int) -> tuple[Site | Sites, Site | Sites]:
-        """Where the encoder reads and what the decoder rebuilds."""
+        """The sites that the encoder reads and that the decoder reconstructs."""
         named = self.read if self.read is not None else default
         read = (
             tuple(parse_site(s, n_layer) for s in named)
@@ -107,7 +105,7 @@ class Arm:
         return read, parse_site(self.write, n_layer) if self.write else read
 
     def config(self, cfg: TrainConfig) -> TrainConfig:
-        """The fit's numbers with the variant's own on top."""
+        """The numbers of the fit, with this SAE's own in their place."""
         own = {k: v for k, v in self.train.items() if v is not None}
         for key in own.keys() - set(OWN):
             raise UserError(
@@ -127,7 +125,7 @@ class Arm:
         } | self._unusual()
 
     def _unusual(self) -> dict[str, Any]:
-        """Settings that came later: fits that leave them alone keep their cache keys."""
+        """Settings added later, if used: fits without them keep their cache keys."""
         given = {} if self.active_frac is None else {"active_frac": self.active_frac}
         return given if self.product == "fp32" else given | {"product": self.product}
 
@@ -153,17 +151,17 @@ def code_of(arms: Mapping[str, Arm], saes: Mapping[str, SAE]) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitSpec:
-    """How activations are sampled and SAEs fitted. ``dead_after_frac``: silent for this share of the run's rows means dead."""
+    """Sampling of activations and fitting of SAEs."""
 
-    train_rows: int
-    calibration_rows: int
-    held_out_rows: int
-    init_rows: int
-    dead_after_frac: float
-    store_dtype: str
-    collect_batch: int
-    train: TrainConfig
-    scale: str = "spread"  # how activations are centred and scaled in the fit, see fit.units_of
+    train_rows: int  # rows of activations to train on
+    calibration_rows: int  # rows to calibrate thresholds on, never trained on
+    held_out_rows: int  # rows to evaluate on
+    init_rows: int  # rows to initialise SAEs from
+    dead_after_frac: float  # a latent silent for this fraction of all rows of the fit is dead
+    store_dtype: str  # precision of stored activations: float16 or float32
+    collect_batch: int  # windows of text per forward pass while activations are collected
+    train: TrainConfig  # optimisation
+    scale: str = "spread"  # centring and scaling: spread, robust or none, see `fit.units_of`
 
     def __post_init__(self) -> None:
         for name in (
@@ -181,7 +179,8 @@ class FitSpec:
             raise UserError(f"fit.scale={self.scale!r} is not one of {', '.join(SCALES)}")
         if self.train.batch_size > self.train_rows:
             raise UserError(
-                f"fit.train.batch_size={self.train.batch_size} exceeds fit.train_rows={self.train_rows}"
+                f"fit.train.batch_size={self.train.batch_size} "
+                f"exceeds fit.train_rows={self.train_rows}"
             )
 
     @property

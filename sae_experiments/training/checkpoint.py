@@ -17,19 +17,26 @@ from sae_experiments.files import write_bytes
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Write ``tensors`` and JSON-able ``info``. Tied weights share storage, which the format refuses: every tensor is written as a copy."""
+    """Write `tensors` and `info`, which JSON can hold.
+
+    Tied weights share storage, which the format refuses, so that every tensor is written as a copy.
+    """
     text = json.dumps(info)
     copies = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     write_bytes(path, save(copies, {"info": text, "sha256": _checksum(copies, text)}))
 
 
 def read_checkpoint(path: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors (on the CPU) and info; None where there is no file. A damaged one is removed and said: it costs time, never a wrong number."""
+    """Tensors (on the CPU) and info, or None if there is no file.
+
+    A damaged file is reported and removed: training starts again, and no wrong number is used.
+    """
     if path is None or not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open is not a mapping)
+            # safe_open is not a mapping
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
             written = f.metadata()
         if written["sha256"] != _checksum(tensors, written["info"]):
             raise ValueError("its checksum differs")
@@ -41,8 +48,8 @@ def read_checkpoint(path: Path | None) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    found = hashlib.sha256(text.encode())
+    digest = hashlib.sha256(text.encode())
     for key in sorted(tensors):
-        found.update(key.encode())
-        found.update(tensors[key].reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(key.encode())
+        digest.update(tensors[key].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,7 +1,8 @@
 """The one training loop: language models, sparse autoencoders and toy models all pass here.
 
-Everything random is a function of (seed, step), so a run that was killed and resumed from its checkpoint ends with the same bits
-as one that was not, and several learners on one stream of batches do not disturb each other.
+Everything random is a function of (seed, step). A run that was killed and resumed from its
+checkpoint ends with the same bits as one that was not, and several learners on one stream of
+batches do not influence each other.
 """
 
 from __future__ import annotations
@@ -31,72 +32,91 @@ DECAYS = ("cosine", "quarter_cosine", "linear", "constant")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How to train: the numbers live in ``conf/``; nothing here has a scientific default.
+    """Numbers of a training run. Their values are in `conf/`; none has a default here.
 
-    ``lr`` warms up linearly over ``warmup_steps`` to its peak; then ``cosine`` falls to ``min_lr`` over the rest as half a period,
-    ``(1 + cos(pi t)) / 2`` with t from 0 to 1, ``quarter_cosine`` as a quarter of one, ``cos(pi t / 2)``; ``linear`` stays up to
-    ``decay_from`` (a fraction of the steps) and falls linearly, ``constant`` stays.
-    ``optimizer`` is adam, adamw (decay on matrices only) or muon (``muon_lr`` for the matrices a learner marks, AdamW elsewhere).
+    The learning rate rises linearly over `warmup_steps` to its peak `lr`. After that, `decay` is
+
+    - `cosine`: down to `min_lr` as half a period, `(1 + cos(pi t)) / 2` with t from 0 to 1;
+    - `quarter_cosine`: down to `min_lr` as a quarter of a period, `cos(pi t / 2)`;
+    - `linear`: constant up to `decay_from`, then linearly down to `min_lr`;
+    - `constant`: no decay.
     """
 
-    steps: int
-    batch_size: int
-    lr: float
-    min_lr: float
-    warmup_steps: int
-    decay: str
-    decay_from: float
-    optimizer: str
-    muon_lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    clip: float
-    log_every: int
-    eval_every: int
-    checkpoint_every_s: float
+    steps: int  # optimiser steps
+    batch_size: int  # rows per step (sequences, for a language model)
+    lr: float  # peak learning rate
+    min_lr: float  # learning rate at the end of the decay
+    warmup_steps: int  # steps of linear warmup, at most half of a phase
+    decay: str  # cosine, quarter_cosine, linear or constant
+    decay_from: float  # for linear: fraction of the steps after which the learning rate falls
+    optimizer: str  # adam, adamw (decay on matrices only) or muon (AdamW where it does not apply)
+    muon_lr: float  # peak learning rate of the matrices that muon updates
+    betas: tuple[float, float]  # Adam's decay rates of the first and second moment
+    eps: float  # Adam's epsilon
+    weight_decay: float  # decoupled weight decay; 0 disables it
+    clip: float  # largest gradient norm; 0 disables clipping
+    log_every: int  # steps between two points of the training curves
+    eval_every: int  # steps between two held-out evaluations
+    checkpoint_every_s: float  # seconds between two checkpoints
 
     def __post_init__(self) -> None:
-        for name in (
-            "lr",
-            "min_lr",
-            "decay_from",
-            "muon_lr",
-            "eps",
-            "weight_decay",
-            "clip",
-            "checkpoint_every_s",
-        ):
-            if isinstance(getattr(self, name), bool) or not isinstance(
-                getattr(self, name), (int, float)
-            ):
-                raise UserError(f"{name}={getattr(self, name)!r} must be a number")
+        self._check_types()
+        self._check_choices()
+        self._check_ranges()
+
+    def _check_types(self) -> None:
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise UserError(f"{name}={value!r} must be a number")
         for name in ("steps", "batch_size", "warmup_steps", "log_every", "eval_every"):
-            if not isinstance(getattr(self, name), int):
-                raise UserError(f"{name}={getattr(self, name)!r} must be a whole number")
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise UserError(f"{name}={value!r} must be a whole number")
+
+    def _check_choices(self) -> None:
         for name in ("steps", "batch_size", "log_every", "eval_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
         for name, known in (("decay", DECAYS), ("optimizer", ("adam", "adamw", "muon"))):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"{name}={value!r} is not one of {', '.join(known)}")
+
+    def _check_ranges(self) -> None:
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise UserError(f"betas={list(self.betas)} must be two numbers in [0, 1)")
         for name in ("lr", "eps"):
-            if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
-                raise UserError(f"{name}={getattr(self, name)} must be a positive number")
-        for name in (
-            "min_lr",
-            "warmup_steps",
-            "weight_decay",
-            "clip",
-            "muon_lr",
-            "checkpoint_every_s",
-        ):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name}={getattr(self, name)} must not be negative")
+            value = getattr(self, name)
+            if not value > 0 or not math.isfinite(value):
+                raise UserError(f"{name}={value} must be a positive number")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if not value >= 0:
+                raise UserError(f"{name}={value} must not be negative")
         if not 0 <= self.decay_from <= 1:
             raise UserError(f"decay_from={self.decay_from} must lie between 0 and 1")
+
+
+_NUMBERS = (
+    "lr",
+    "min_lr",
+    "decay_from",
+    "muon_lr",
+    "eps",
+    "weight_decay",
+    "clip",
+    "checkpoint_every_s",
+)
+_NOT_NEGATIVE = (
+    "min_lr",
+    "warmup_steps",
+    "weight_decay",
+    "clip",
+    "muon_lr",
+    "checkpoint_every_s",
+)
 
 
 class Group(NamedTuple):
@@ -109,7 +129,10 @@ class Group(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """A stretch of the steps in which ``groups`` learn and every other parameter is frozen. Fractions sum to 1."""
+    """A part of training in which `groups` learn and every other parameter is frozen.
+
+    The fractions of all phases sum to 1.
+    """
 
     name: str
     fraction: float
@@ -117,7 +140,13 @@ class Phase(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """``parts`` are weighted and sum to ``total``; ``extra`` is what ``after_update`` wants to see (detached)."""
+    """A training loss.
+
+    Args:
+        total: The scalar to minimise.
+        parts: Weighted terms by name, which sum to `total`.
+        extra: Anything that `after_update` needs, detached.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -125,7 +154,7 @@ class Loss(NamedTuple):
 
 
 class At(NamedTuple):
-    """Where training stands: ``step`` of the whole run, ``progress`` in 0..1 and ``index`` within ``phase``."""
+    """The current step: `step` of the whole run, `index` and `progress` (0 to 1) in `phase`."""
 
     step: int
     phase: str
@@ -139,14 +168,17 @@ class At(NamedTuple):
 
 
 class Learner:
-    """One thing that learns. Subclasses give ``loss`` and override the hooks they need.
+    """One model with its loss. Subclasses give `loss` and override the hooks that they need.
 
-    ``loss`` changes no state; ``after_update`` is the place where buffers may change. All state that must survive a kill lives in
-    ``module``'s parameters and buffers (and in the optimisers, which the loop saves by itself).
+    `loss` changes no state; only `after_update` may write buffers. All state that must survive a
+    kill is in the parameters and buffers of `module` (the loop saves the optimisers itself).
     """
 
     def __init__(self, name: str, module: nn.Module, cfg: TrainConfig, *, seed: int) -> None:
-        self.name, self.module, self.cfg, self.seed = name, module, cfg, seed
+        self.name = name
+        self.module = module
+        self.cfg = cfg
+        self.seed = seed
 
     def phases(self) -> list[Phase]:
         """The phases, in order; one phase with every parameter by default."""
@@ -181,7 +213,14 @@ class Learner:
 
 @dataclass
 class Session:
-    """The edges of training: where progress is told, where the checkpoint lives, and when time is up (``time.monotonic``)."""
+    """Connections of a training run to its surroundings.
+
+    Args:
+        log: Called with a step and its numbers.
+        tick: Called with the number of steps done and in all.
+        checkpoint: File of the checkpoint; None disables checkpoints.
+        deadline: Time (`time.monotonic`) at which training stops early; None: never.
+    """
 
     log: Callable[[int, dict[str, float]], None] = lambda step, values: None
     tick: Callable[[int, int], None] = lambda done, total: None
@@ -191,7 +230,15 @@ class Session:
 
 @dataclass
 class Progress:
-    """What training left behind: steps done, seconds spent (kills not counted twice), whether time ran out, and the curves."""
+    """State and outcome of a training run.
+
+    Args:
+        step: Steps done.
+        seconds: Time spent, in which steps lost to a kill are not counted twice.
+        cut: Whether the deadline ended training early.
+        history: Curves, as (step, name, value).
+        own_seconds: Time of the steps of each learner, by name.
+    """
 
     step: int = 0
     seconds: float = 0.0
@@ -200,17 +247,19 @@ class Progress:
     own_seconds: dict[str, float] = field(default_factory=dict)
 
     def seconds_of(self, name: str) -> float:
-        """Seconds of one learner's own steps plus its share of what all of them wait for (batches, checkpoints)."""
+        """Seconds of a learner's own steps plus its share of common work (batches, checkpoints)."""
         shared = self.seconds - sum(self.own_seconds.values())
         return self.own_seconds[name] + shared / len(self.own_seconds)
 
 
 def lr_at(index: int, steps: int, cfg: TrainConfig) -> float:
-    """Learning rate as a fraction of the peak, at step ``index`` of a phase of ``steps``. Never zero at the first step."""
+    """Learning rate as a fraction of the peak, at step `index` of a phase of `steps` steps.
+
+    It is never zero at the first step.
+    """
     floor = cfg.min_lr / cfg.lr
-    warmup = min(
-        cfg.warmup_steps, steps // 2
-    )  # a phase much shorter than planned still reaches its peak
+    # A phase much shorter than planned still reaches its peak.
+    warmup = min(cfg.warmup_steps, steps // 2)
     if index < warmup:
         return (index + 1) / (warmup + 1)
     if cfg.decay == "constant":
@@ -251,9 +300,8 @@ class _Running:
             for i in range(len(self.phases))
         ]
         spans = list(zip([0, *ends[:-1]], ends, strict=True))
-        kept = [
-            i for i, (start, end) in enumerate(spans) if end > start
-        ]  # a phase too short for one step does not happen
+        # A phase too short for one step is left out.
+        kept = [i for i, (start, end) in enumerate(spans) if end > start]
         self.phases, self.spans = [self.phases[i] for i in kept], [spans[i] for i in kept]
         self.optimizers: list[torch.optim.Optimizer] = []
         self.factors: list[tuple[dict[str, Any], float]] = []
@@ -300,7 +348,8 @@ class _Running:
                 make(adam_groups, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
             )
         if muon_groups:
-            # RMS matching makes the step size independent of a matrix's orientation (GPT-2 stores its weights transposed).
+            # RMS matching makes the step size independent of a matrix's orientation (GPT-2 stores
+            # its weights transposed).
             self.optimizers.append(
                 torch.optim.Muon(
                     muon_groups, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
@@ -324,9 +373,8 @@ class _Running:
             loss.total.backward()
         learner.before_update()
         norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
-        self.watch.see(
-            step, loss, norm
-        )  # before clipping, which would spread a NaN to every gradient
+        # Before clipping, which would spread a NaN to every gradient.
+        self.watch.see(step, loss, norm)
         if learner.cfg.clip:
             nn.utils.clip_grads_with_norm_(self.params, learner.cfg.clip, norm)
         for optimizer in self.optimizers:
@@ -368,13 +416,19 @@ class _Running:
 def train(
     learners: Sequence[Learner], batch_at: Callable[[int], Any], cfg: TrainConfig, session: Session
 ) -> Progress:
-    """Train ``learners`` side by side on the same batches for ``cfg.steps`` steps.
+    """Train `learners` side by side on the same batches for `cfg.steps` steps.
 
-    ``batch_at(step)`` must depend on the step alone. A checkpoint is written every ``cfg.checkpoint_every_s`` seconds and at the end;
-    if ``session.checkpoint`` exists, training continues from it. Stops early, in good order, at ``session.deadline`` and after a signal.
+    A checkpoint is written every `cfg.checkpoint_every_s` seconds. If `session.checkpoint` exists,
+    training continues from it. Training stops early at `session.deadline` and after a signal.
+
+    Args:
+        learners: The models, which do not influence each other.
+        batch_at: Gives the batch of a step; must depend on the step alone.
+        cfg: Steps and intervals. The other numbers are those of each learner.
+        session: Log, progress, checkpoint and deadline.
 
     Raises:
-        NonFinite: a loss or gradient is not finite; the message names the step, the term and the tensor.
+        NonFinite: A loss or gradient is not finite; names the step, the term and the tensor.
     """
     memory.keep()
     running = [_Running(learner, cfg.steps) for learner in learners]
@@ -467,7 +521,7 @@ def _note(values: dict[str, float], step: int, progress: Progress, session: Sess
 
 
 def save_checkpoint(path: Path, running: Sequence[_Running], progress: Progress) -> None:
-    """Write everything that changes: parameters, buffers, optimisers, how far training got and its curves."""
+    """Write parameters, buffers, optimisers, progress and curves."""
     tensors: dict[str, Tensor] = {}
     for r in running:
         r.watch.check()
