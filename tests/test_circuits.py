@@ -479,7 +479,8 @@ def test_what_cannot_be_a_circuit_is_said_in_one_line() -> None:
             Site("resid", 2),
             memory_mb=1,
         )
-    lm.transformer.h[2].attn.scaling = 3.0  # an option the path reads ...
+    attention = lm.transformer.h[2].attn  # options the path reads ...
+    attention.scaling, attention.scale_attn_weights = 1.0, False
     Path(lm, Site("resid", 1), Site("resid", 3)).check(tokens(2))
     lm.transformer.h[2].mlp.register_forward_hook(
         lambda *args: args[2] * 2

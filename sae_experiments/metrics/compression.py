@@ -49,7 +49,14 @@ INFO = [
         better="down",
         shown=False,
     ),
-    MetricInfo(name="code_support_bits_bernoulli", title="support (Bernoulli)", formula="sum_j h2(f_j)", unit="bit/char", better="down", shown=False),
+    MetricInfo(
+        name="code_support_bits_bernoulli",
+        title="support (Bernoulli)",
+        formula="sum_j h2(f_j)",
+        unit="bit/char",
+        better="down",
+        shown=False,
+    ),
     MetricInfo(
         name="code_value_bits",
         title="values",
@@ -58,8 +65,22 @@ INFO = [
         better="down",
         shown=False,
     ),
-    MetricInfo(name="code_step", title="step", formula="width of a bin in root mean squares of the latent", unit="", better="none", shown=False),
-    MetricInfo(name="code_fvu", title="coded FVU", formula="FVU of the dequantised code", unit="", better="down", shown=False),
+    MetricInfo(
+        name="code_step",
+        title="step",
+        formula="width of a bin in root mean squares of the latent",
+        unit="",
+        better="none",
+        shown=False,
+    ),
+    MetricInfo(
+        name="code_fvu",
+        title="coded FVU",
+        formula="FVU of the dequantised code",
+        unit="",
+        better="down",
+        shown=False,
+    ),
     MetricInfo(
         name="code_bits_pca",
         title="code length (PCA)",
@@ -76,7 +97,14 @@ INFO = [
         better="none",
         shown=False,
     ),
-    MetricInfo(name="code_bits_alphabet", title="alphabet", formula="log2 of the number of symbols", unit="bit/char", better="none", shown=False),
+    MetricInfo(
+        name="code_bits_alphabet",
+        title="alphabet",
+        formula="log2 of the number of symbols",
+        unit="bit/char",
+        better="none",
+        shown=False,
+    ),
     MetricInfo(
         name="code_bits_ce",
         title="code length (CE)",
@@ -85,7 +113,14 @@ INFO = [
         better="down",
         shown=False,
     ),
-    MetricInfo(name="code_ce_delta_bits", title="coded delta CE", formula="delta CE of that code", unit="bit/char", better="down", shown=False),
+    MetricInfo(
+        name="code_ce_delta_bits",
+        title="coded delta CE",
+        formula="delta CE of that code",
+        unit="bit/char",
+        better="down",
+        shown=False,
+    ),
     *(
         MetricInfo(
             name=f"bits_per_char{suffix}",
@@ -95,7 +130,11 @@ INFO = [
             better="down",
             shown=not suffix,
         )
-        for suffix, words, of in (("", "", ""), ("_bottom", " below", " of the bottom alone"), ("_top", " above", " of the top alone"))
+        for suffix, words, of in (
+            ("", "", ""),
+            ("_bottom", " below", " of the bottom alone"),
+            ("_top", " above", " of the top alone"),
+        )
     ),
 ]
 
@@ -127,13 +166,18 @@ def measure(
     steps = sorted(steps, reverse=True)  # coarsest first
     codes = sparse_codes(bench, rows)
     if codes is not None and codes.nnz > entries:
-        codes = codes[: max(round(entries / codes.nnz * codes.shape[0]) // (2 * block), 1) * 2 * block]
+        codes = codes[
+            : max(round(entries / codes.nnz * codes.shape[0]) // (2 * block), 1) * 2 * block
+        ]
     y = None if codes is None else _targets(bench, codes.shape[0])
     if codes is None or not np.isfinite(y).all():
         return nulls(INFO, NOT_FINITE)
     test = np.arange(codes.shape[0]) // block % 2 == 1
     if not test.any() or not codes.nnz:
-        return nulls(INFO, "no latent fires" if test.any() else f"{len(test)} rows make fewer than two blocks")
+        return nulls(
+            INFO,
+            "no latent fires" if test.any() else f"{len(test)} rows make fewer than two blocks",
+        )
     train, code, y = codes[~test], codes[test], y[test]
     variance = float(np.square(y - y.mean(0)).sum())
     if not variance > 1e-12 * len(y):
@@ -148,11 +192,20 @@ def measure(
     if best is None:
         least = min(curve, key=lambda p: p.fvu)
         reason = f"the finest steps (best {least.step:g}) give FVU {least.fvu:.4g}, more than {tolerance:.0%} above {exact:.4g}"
-        why |= dict.fromkeys(why.keys() - {"code_bits_alphabet"}, f"{reason}: add finer metric.compression.steps")
-    arrays = {f"code_curve_{name}": np.array([getattr(p, name) for p in curve]) for name in ("step", "value_bits", "fvu")}
+        why |= dict.fromkeys(
+            why.keys() - {"code_bits_alphabet"}, f"{reason}: add finer metric.compression.steps"
+        )
+    arrays = {
+        f"code_curve_{name}": np.array([getattr(p, name) for p in curve])
+        for name in ("step", "value_bits", "fvu")
+    }
     arrays |= {"code_curve_bits": arrays["code_curve_value_bits"] + support["code_support_bits"]}
     found = _rated(bench, train, code, test, direct, steps, tolerance, keep, limit, windows, batch)
-    return Measured({i.name: (values | found.scalars).get(i.name) for i in INFO}, arrays | found.arrays, why | found.why_null)
+    return Measured(
+        {i.name: (values | found.scalars).get(i.name) for i in INFO},
+        arrays | found.arrays,
+        why | found.why_null,
+    )
 
 
 def _rated(
@@ -160,10 +213,21 @@ def _rated(
     tolerance: float, keep: Sequence[float], limit: float, windows: int, batch: int,
 ) -> Measured:  # fmt: skip
     """What the language model makes of the coded activations: the metrics from ``code_bits_ce`` on, and the curves."""
-    names = ["code_bits_ce", "code_ce_delta_bits", "bits_per_char", "bits_per_char_bottom", "bits_per_char_top"]
+    names = [
+        "code_bits_ce",
+        "code_ce_delta_bits",
+        "bits_per_char",
+        "bits_per_char_bottom",
+        "bits_per_char_top",
+    ]
     window = windows_of(bench, test, windows, batch)
     if window is None:
-        return Measured({}, why_null=dict.fromkeys(names, "there is no language model, or no whole window to test it on"))
+        return Measured(
+            {},
+            why_null=dict.fromkeys(
+                names, "there is no language model, or no whole window to test it on"
+            ),
+        )
     sae, values, why, arrays = bench.sae, {}, {}, {"code_ce_limit": np.array(limit)}
     parts: dict[str, tuple[np.ndarray, Decode]] = {"": (np.arange(code.shape[1]), sae.decode)}
     for name, members in levels_of(sae).items() if len(levels_of(sae)) > 1 else ():
@@ -171,12 +235,23 @@ def _rated(
     for suffix, (members, decode) in parts.items():
         kept = np.zeros(code.shape[1], np.float32)
         kept[members] = 1
-        pair = [train, code] if not suffix else [(m @ sparse.diags(kept)).tocsr() for m in (train, code)]
-        points = _points(bench, window, pair, decode, direct, steps, keep if not suffix else [1.0], batch)
-        arrays |= {f"code_ce{suffix}_{name}": np.array([getattr(p, name) for p in points]) for name in Rated._fields}
+        pair = (
+            [train, code]
+            if not suffix
+            else [(m @ sparse.diags(kept)).tocsr() for m in (train, code)]
+        )
+        points = _points(
+            bench, window, pair, decode, direct, steps, keep if not suffix else [1.0], batch
+        )
+        arrays |= {
+            f"code_ce{suffix}_{name}": np.array([getattr(p, name) for p in points])
+            for name in Rated._fields
+        }
         values[f"bits_per_char{suffix}"] = bits_at(points, limit)
         if values[f"bits_per_char{suffix}"] is None:
-            why[f"bits_per_char{suffix}"] = f"delta CE goes from {min(p.ce for p in points):.3g} to {max(p.ce for p in points):.3g}, not past {limit}"
+            why[f"bits_per_char{suffix}"] = (
+                f"delta CE goes from {min(p.ce for p in points):.3g} to {max(p.ce for p in points):.3g}, not past {limit}"
+            )
         if not suffix:
             exact = rise(bench, window, code, decode, direct, batch)
             whole = [p for p in points if p.keep == 1]
@@ -185,7 +260,9 @@ def _rated(
             if best is None:
                 reason = f"no step brings delta CE within {tolerance:.0%} of {exact:.3g}: add finer metric.compression.steps"
                 why |= dict.fromkeys(("code_bits_ce", "code_ce_delta_bits"), reason)
-    return Measured(values, arrays, why | {n: "the SAE has one level" for n in names if n not in values})
+    return Measured(
+        values, arrays, why | {n: "the SAE has one level" for n in names if n not in values}
+    )
 
 
 def _points(
@@ -199,15 +276,30 @@ def _points(
         support = support_bits(train, code)["code_support_bits"]
         for step in steps:
             bits, rebuilt = quantised(train, code, step)
-            found.append(Rated(share, step, support + bits, rise(bench, window, rebuilt, decode, direct, batch)))
+            found.append(
+                Rated(
+                    share, step, support + bits, rise(bench, window, rebuilt, decode, direct, batch)
+                )
+            )
     return found
 
 
-def chosen(best: Point | None, support_bits: float, y: np.ndarray, symbols: int) -> dict[str, float | None]:
+def chosen(
+    best: Point | None, support_bits: float, y: np.ndarray, symbols: int
+) -> dict[str, float | None]:
     """What the chosen quantiser costs, and other codes of the same FVU; None for all of it where no quantiser is fine enough."""
     if best is None:
-        names = ("code_bits", "code_value_bits", "code_step", "code_fvu", "code_bits_pca", "code_bits_dense")
-        return dict.fromkeys(names, None) | {"code_bits_alphabet": math.log2(symbols) if symbols else None}
+        names = (
+            "code_bits",
+            "code_value_bits",
+            "code_step",
+            "code_fvu",
+            "code_bits_pca",
+            "code_bits_dense",
+        )
+        return dict.fromkeys(names, None) | {
+            "code_bits_alphabet": math.log2(symbols) if symbols else None
+        }
     own = {"code_bits": support_bits + best.value_bits, "code_value_bits": best.value_bits}
     return own | {"code_step": best.step, "code_fvu": best.fvu} | landmarks(y, best.fvu, symbols)
 
@@ -222,21 +314,39 @@ def support_bits(train: sparse.csr_matrix, test: sparse.csr_matrix) -> dict[str,
     """Bits a row to say which latents are active: three codes, the adaptive one with add-1/2 frequencies from ``train``."""
     m, n = test.shape[1], test.shape[0]
     active = np.diff(test.indptr).astype(np.float64)
-    uniform = float((gammaln(m + 1) - gammaln(active + 1) - gammaln(m - active + 1)).mean() / math.log(2)) + math.log2(m)
+    uniform = float(
+        (gammaln(m + 1) - gammaln(active + 1) - gammaln(m - active + 1)).mean() / math.log(2)
+    ) + math.log2(m)
     f = np.diff(test.tocsc().indptr) / n
     p = (np.diff(train.tocsc().indptr) + 0.5) / (train.shape[0] + 1)
     inside = (f > 0) & (f < 1)
-    bernoulli = float(-(f[inside] * np.log2(f[inside]) + (1 - f[inside]) * np.log2(1 - f[inside])).sum())
+    bernoulli = float(
+        -(f[inside] * np.log2(f[inside]) + (1 - f[inside]) * np.log2(1 - f[inside])).sum()
+    )
     adaptive = float(-(f * np.log2(p) + (1 - f) * np.log2(1 - p)).sum())
-    return {"code_support_bits": adaptive, "code_support_bits_uniform": uniform, "code_support_bits_bernoulli": bernoulli}
+    return {
+        "code_support_bits": adaptive,
+        "code_support_bits_uniform": uniform,
+        "code_support_bits_bernoulli": bernoulli,
+    }
 
 
-def _point(bench: Bench, train: sparse.csr_matrix, code: sparse.csr_matrix, y: np.ndarray, variance: float, direct, step: float) -> Point:
+def _point(
+    bench: Bench,
+    train: sparse.csr_matrix,
+    code: sparse.csr_matrix,
+    y: np.ndarray,
+    variance: float,
+    direct,
+    step: float,
+) -> Point:
     bits, rebuilt = quantised(train, code, step)
     return Point(step, bits, _fvu(bench, rebuilt, y, variance, direct))
 
 
-def quantised(train: sparse.csr_matrix, test: sparse.csr_matrix, step: float) -> tuple[float, sparse.csr_matrix]:
+def quantised(
+    train: sparse.csr_matrix, test: sparse.csr_matrix, step: float
+) -> tuple[float, sparse.csr_matrix]:
     """Value bits a row of ``test``, and its code with every value at the middle of its bin.
 
     Bins of ``step`` times the latent's root mean square, counted on ``train``; a bin's probability is (count + 1/2) / (n + K/2) over the
@@ -248,21 +358,36 @@ def quantised(train: sparse.csr_matrix, test: sparse.csr_matrix, step: float) ->
     squares = np.bincount(latent[0], columns[0].data.astype(np.float64) ** 2, train.shape[1])
     width = np.where(counts > 0, np.sqrt(squares / np.maximum(counts, 1)), 1.0) * step
     width[width == 0] = step
-    bins = [np.floor(m.data / width[j]).astype(np.int64).clip(-(1 << 20), 1 << 20) for m, j in zip(columns, latent, strict=True)]
-    span = np.zeros((2, train.shape[1]), np.int64)  # lowest and highest bin of every latent, in either part: the alphabet is agreed on
+    bins = [
+        np.floor(m.data / width[j]).astype(np.int64).clip(-(1 << 20), 1 << 20)
+        for m, j in zip(columns, latent, strict=True)
+    ]
+    span = np.zeros(
+        (2, train.shape[1]), np.int64
+    )  # lowest and highest bin of every latent, in either part: the alphabet is agreed on
     for b, j in zip(bins, latent, strict=True):
         np.minimum.at(span[0], j, b)
         np.maximum.at(span[1], j, b)
     sizes = span[1] - span[0] + 1
     keys = [j * (1 << 22) + (b + (1 << 20)) for b, j in zip(bins, latent, strict=True)]
     known, inverse, seen = np.unique(keys[0], return_inverse=True, return_counts=True)
-    centre = np.bincount(inverse, columns[0].data, len(known)) / np.maximum(seen, 1) if len(known) else np.zeros(0)
+    centre = (
+        np.bincount(inverse, columns[0].data, len(known)) / np.maximum(seen, 1)
+        if len(known)
+        else np.zeros(0)
+    )
     at = np.searchsorted(known, keys[1]).clip(max=max(len(known) - 1, 0))
     hit = known[at] == keys[1] if len(known) else np.zeros(len(keys[1]), bool)
     j = latent[1]
-    probability = (np.where(hit, seen[at] if len(known) else 0, 0) + 0.5) / (counts[j] + sizes[j] / 2)
-    values = np.where(hit, centre[at] if len(known) else 0, (bins[1] + 0.5) * width[j]).astype(np.float32)
-    rebuilt = sparse.csc_matrix((values, columns[1].indices, columns[1].indptr), shape=test.shape).tocsr()
+    probability = (np.where(hit, seen[at] if len(known) else 0, 0) + 0.5) / (
+        counts[j] + sizes[j] / 2
+    )
+    values = np.where(hit, centre[at] if len(known) else 0, (bins[1] + 0.5) * width[j]).astype(
+        np.float32
+    )
+    rebuilt = sparse.csc_matrix(
+        (values, columns[1].indices, columns[1].indptr), shape=test.shape
+    ).tocsr()
     return max(float(-np.log2(probability).sum() / test.shape[0]), 0.0), rebuilt
 
 
@@ -273,7 +398,11 @@ def landmarks(y: np.ndarray, fvu: float, symbols: int) -> dict[str, float | None
         return {"code_bits_pca": None, "code_bits_dense": None, "code_bits_alphabet": alphabet}
     centred = y.astype(np.float64) - y.mean(0, dtype=np.float64)
     spectrum = np.linalg.eigvalsh(centred.T @ centred / len(y)).clip(min=0)
-    return {"code_bits_pca": water_filling(spectrum, fvu), "code_bits_dense": _dense_bits(centred, fvu), "code_bits_alphabet": alphabet}
+    return {
+        "code_bits_pca": water_filling(spectrum, fvu),
+        "code_bits_dense": _dense_bits(centred, fvu),
+        "code_bits_alphabet": alphabet,
+    }
 
 
 def water_filling(spectrum: np.ndarray, fvu: float) -> float:
@@ -291,7 +420,9 @@ def _dense_bits(centred: np.ndarray, fvu: float) -> float:
     low, high = 0.0, float(np.sqrt(12 * variances.max())) + 1e-30
     for _ in range(60):
         step = (low + high) / 2
-        low, high = (step, high) if np.minimum(step * step / 12, variances).sum() < target else (low, step)
+        low, high = (
+            (step, high) if np.minimum(step * step / 12, variances).sum() < target else (low, step)
+        )
     bits = 0.0
     for column, variance in zip(centred.T, variances, strict=True):
         if variance > step * step / 12:
@@ -302,12 +433,20 @@ def _dense_bits(centred: np.ndarray, fvu: float) -> float:
 
 
 @torch.no_grad()
-def _fvu(bench: Bench, code: sparse.csr_matrix, y: np.ndarray, variance: float, direct: np.ndarray | None) -> float:
+def _fvu(
+    bench: Bench, code: sparse.csr_matrix, y: np.ndarray, variance: float, direct: np.ndarray | None
+) -> float:
     error = 0.0
     for begin in range(0, len(y), 4096):
         part = slice(begin, begin + 4096)
-        recon = bench.sae.decode(torch.from_numpy(code[part].toarray()).to(bench.device)).cpu().numpy()
-        error += float(np.square(y[part] - recon - (0 if direct is None else direct[part]), dtype=np.float64).sum())
+        recon = (
+            bench.sae.decode(torch.from_numpy(code[part].toarray()).to(bench.device)).cpu().numpy()
+        )
+        error += float(
+            np.square(
+                y[part] - recon - (0 if direct is None else direct[part]), dtype=np.float64
+            ).sum()
+        )
     return error / variance
 
 
@@ -316,7 +455,11 @@ def _direct(bench: Bench, test: np.ndarray) -> np.ndarray | None:
     """What the reconstruction gets past the code, (n, O); None for nothing."""
     if bench.sae.linear_path(torch.zeros(1, bench.sae.d_in, device=bench.device)) is None:
         return None
-    return bench.sae.linear_path(torch.from_numpy(raw_rows(bench, len(test))[test]).to(bench.device)).cpu().numpy()
+    return (
+        bench.sae.linear_path(torch.from_numpy(raw_rows(bench, len(test))[test]).to(bench.device))
+        .cpu()
+        .numpy()
+    )
 
 
 def _targets(bench: Bench, n: int) -> np.ndarray:

@@ -31,6 +31,17 @@ class Attended(NamedTuple):
     rstd: Tensor  # what it was scaled with, (P, T, 1)
 
 
+def _scale_of(attention: nn.Module) -> float:
+    """The factor of GPT-2's attention scores; the first releases of transformers 5 store none."""
+    known = getattr(attention, "scaling", None)
+    if known is not None:
+        return float(known)
+    scale = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
+    if attention.scale_attn_by_inverse_layer_idx:
+        scale /= attention.layer_idx + 1
+    return scale
+
+
 class Block:
     """One block: ``r = h + attention(ln_1(h))``, ``h' = r + mlp(ln_2(r))``, the MLP being ``c_proj(act(c_fc(.)))``.
 
@@ -58,7 +69,7 @@ class Block:
             self.W_o, self.b_o, self.scale = (
                 inner.c_proj.weight.detach(),
                 inner.c_proj.bias.detach(),
-                float(inner.scaling),
+                _scale_of(inner),
             )
         elif all(hasattr(inner, n) for n in ("q_proj", "k_proj", "v_proj", "out_proj")):
             parts = (inner.q_proj, inner.k_proj, inner.v_proj)
