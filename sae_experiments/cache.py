@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, digests that name them, and a cache that many processes may share."""
+"""A content-addressed cache of folders that many processes may share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, digests that name them, and a cache that many processes may share."""
+"""Errors that are shown to the user as one line without a traceback."""
 
 from __future__ import annotations
 

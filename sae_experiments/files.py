@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, digests that name them, and a cache that many processes may share."""
+"""Files that are either whole or absent, sealed JSON, and digests that name values and files."""
 
 from __future__ import annotations
 

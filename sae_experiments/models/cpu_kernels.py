@@ -1,4 +1,7 @@
-"""A character GPT-2: building, training, evaluation and sampling. The only module that imports transformers."""
+"""Attention and dropout of GPT-2 that are cheap on a CPU.
+
+`use_cheap_paths` puts them into a model in place of PyTorch's own.
+"""
 
 from __future__ import annotations
 

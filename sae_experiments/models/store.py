@@ -1,9 +1,4 @@
-"""Reading and replacing a language model's activations, and a store of them on disk.
-
-Sites are named ``<stream>.<block>``, blocks counted from 1: ``resid.3`` is the residual stream after block 3 (``resid.0``: the
-embeddings), ``resid.mid`` after block n_layer // 2; ``mlp_in.2`` is what the MLP of block 2 reads (after its layer norm), ``mlp_act.2``
-its hidden activations after the non-linearity, ``mlp_out.2`` what it writes. Shape letters: B sequences, T positions, D width, N rows.
-"""
+"""Activations of a language model at its sites, collected once and kept on disk."""
 
 from __future__ import annotations
 
