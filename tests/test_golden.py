@@ -12,7 +12,9 @@ import pytest
 #: Jobs whose rows do not come from a model that was trained here: rounding differences between
 #: kinds of processors stay small enough in them to compare losses elsewhere.
 PORTABLE = ("planted", "palindrome")
-PORTABLE_STEPS = 10
+#: With the instructions of another processor (ATEN_CPU_CAPABILITY=avx2) all losses agree to 1e-6
+#: over ten steps but JumpReLU's, where one entry crosses its threshold in step 3 (1.8e-6).
+PORTABLE_STEPS = 3
 REMEDY = "if the change is meant to move it: make golden, and say why in the commit"
 
 
