@@ -126,7 +126,8 @@ def latent_entropy(values: np.ndarray) -> float:
     low, high = np.quantile(on, [0.001, 0.999])
     if not high - low > 1e-12 * max(1.0, abs(high)):
         return firing
-    counts = np.histogram(on.clip(low, high), BINS, (low, high))[0]
+    # In float64: older releases of numpy work out the width of the bins in the type of the values.
+    counts = np.histogram(on.astype(np.float64).clip(low, high), BINS, (low, high))[0]
     p = counts[counts > 0] / len(on)
     bias = (len(p) - 1) / (2 * len(on) * math.log(2))
     value_bits = float(-(p * np.log2(p)).sum()) + bias
