@@ -292,6 +292,18 @@ def test_area_and_half_size():
     assert curves.size_at_half([0, 0.1], np.array([100, 60.0])) is None
 
 
+def test_the_fvu_under_noise_is_that_of_the_size_asked_for():
+    """The identity rebuilds the noisy row: its error is the noise, eps^2 R^2 per row."""
+    x = torch.randn(2000, 8, generator=generator()) + 10
+    radius = float(Cloud(8).learn(x).radius)
+    variance = float((x - x.mean(0)).square().sum(1).mean())
+    for eps in (0.1, 0.25):
+        given = options(rows=None, curve_rows=2000, type_rows=2000, eps=eps)
+        scalars = robustness.measure(Bench(sae=Given(d_in=8), device=CPU, x=x), **given).scalars
+        expected = eps**2 * radius**2 / variance
+        assert scalars["rob_denoised_fvu"] == pytest.approx(expected, rel=0.05), eps
+
+
 def test_broken_or_constant_input_is_null_with_a_reason():
     for x in (torch.full((256, 4), math.nan), torch.full((256, 4), 2.0)):
         found = robustness.measure(Bench(sae=Given(), device=CPU, x=x), **options(rows=None))

@@ -45,8 +45,6 @@ WINDOW_WITHOUT_TEXT = 128
 CONFIRMED_PAIRS = 512
 #: Bootstrap samples of the documents.
 BOOTSTRAP = 1000
-#: Size of the noise, in units of R, under which the FVU is reported.
-DENOISED_SIZE = 0.1
 
 
 def _info(
@@ -549,9 +547,8 @@ def _curves(results: Results, noises: Noises, bench: Bench, x: Tensor, opts: Opt
         fss = values[i, curves.NAMES.index("fss")]
         area, eps50 = curves.area(opts.sizes, fss), curves.size_at_half(opts.sizes, fss)
         results.put(**{f"area_{kind}": area, f"eps50_{kind}": eps50})
-    nearest = int(np.argmin(np.abs(np.array(opts.sizes) - DENOISED_SIZE)))
-    fvu = values[TYPES.index("gaussian"), curves.NAMES.index("fvu")]
-    results.put(denoised_fvu=float(fvu[nearest]))
+    gaussian = curves.curve(noises, "gaussian", rows, [opts.eps])
+    results.put(denoised_fvu=float(gaussian[curves.NAMES.index("fvu"), 0]))
     results.arrays["rob_sizes"] = np.array(opts.sizes)
     for i, name in enumerate(curves.NAMES):
         results.arrays[f"rob_curve_{name}"] = values[:, i]
