@@ -97,7 +97,7 @@ INFO = [
 SHUFFLED_BLOCK = 1000
 #: |phi| above which a latent counts as matched with a concept.
 MATCHED_PHI = 0.5
-#: Family-wise error, over all pairs of latent and concept, below which a phi is not chance.
+#: A phi counts if chance exceeds it, for any pair of latent and concept, with this probability.
 SIGNIFICANCE = 0.01
 #: Columns of `Description.counts`.
 HITS, PREDICTED, FIRED = range(3)
@@ -291,7 +291,7 @@ def binarised(
         threshold: A latent is on above this share of the 99.9 % quantile of its non-zero values.
 
     Returns:
-        Ones where latents are on, (N, m), and the limits (m,).
+        Binary codes (N, m), and the limit of each latent (m,).
     """
     columns = np.split(magnitudes.data, magnitudes.indptr[1:-1])
     limits = np.array([threshold * np.quantile(v, 0.999) if len(v) else 0.0 for v in columns])
@@ -369,7 +369,7 @@ def concept_match(halves: Halves, on: sparse.csr_matrix) -> ConceptMatch:
 
     Args:
         halves: The text, of T test rows.
-        on: Ones where latents are on in the test half, (T, m).
+        on: Binary codes of the test half, (T, m).
     """
     labels = halves.labels[:, halves.test].astype(np.float64)
     n, m = on.get_shape()

@@ -182,7 +182,7 @@ def _summary(by_window: dict[str, np.ndarray]) -> Measured:
 
 
 def _changes(sae: SAE, mean: Tensor) -> dict[str, Reconstruct]:
-    """Changed reconstructions by splice or ablation.
+    """Functions that reconstruct a code under each splice or ablation, by its name.
 
     Args:
         sae: The SAE.

@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.hierarchical.sae import Hierarchical
 
-#: Reason for metrics that compare levels and have none to compare.
+#: Reason why a metric that compares levels is null.
 ONE_LEVEL = "the SAE has one level"
 
 

@@ -370,7 +370,7 @@ def _gaussian(results: Results, noises: Noises, x: Tensor, document: int, opts: 
     """Measure stability under Gaussian noise per latent, per row and per fold of the text.
 
     Args:
-        results: Where values go.
+        results: Collects the values.
         noises: Noise for the rows.
         x: Held-out rows, (N, D).
         document: Rows per document.
@@ -486,7 +486,7 @@ def _distributions(
     """Compare distributions of activations and correlations between latents.
 
     Args:
-        results: Where values go; holds FSS per latent.
+        results: Collects the values; already holds FSS per latent.
         noises: Noise for the rows.
         x: Rows, (N, D).
         alive: Mask of the latents compared, (F,).

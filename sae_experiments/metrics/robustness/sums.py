@@ -59,7 +59,7 @@ class Sums:
         self.rows += len(z)
 
     def alive(self, least: int) -> np.ndarray:
-        """Mask (F,) of the latents with at least `least` (and one) firings on the clean rows."""
+        """Mask (F,) of the latents with at least `least` firings on the clean rows, and one."""
         return self.by_latent["fires"] >= max(least, 1)
 
     def change(self) -> float | None:
@@ -246,7 +246,7 @@ class Distributions:
 
 
 def _edges(values: np.ndarray, bins: int) -> np.ndarray:
-    """Bin edges from 0 (or the least value) to the 99.9 % quantile of the non-zero values.
+    """Bin edges from 0 (or the smallest value) to the 99.9 % quantile of the non-zero values.
 
     The bins have some width even if the values are constant.
     """
