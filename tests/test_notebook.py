@@ -237,8 +237,17 @@ def test_a_hundredth_of_huge_rows_has_a_number_of_its_own():
     sd = float((x - x.mean(0)).square().sum(1).mean().sqrt())
     for y in (x, held):
         y[::100, 3] += 100 * sd
-    sae = build_sae("batch_topk", D, target_l0=L0, d_sae=48)
-    fit_saes(sae, x, steps=300, batch_size=256, lr=3e-3, warmup_steps=20, scale="robust")
+    clean, plain, sae = (build_sae("topk", D, target_l0=L0, d_sae=48) for _ in range(3))
+    settings = {"steps": 300, "batch_size": 256, "lr": 3e-3, "warmup_steps": 20}
+    fit_saes(clean, rows(8192, 0), **settings)
+    fit_saes(plain, x, **settings)
+    fit_saes(sae, x, scale="robust", **settings)
+    without, scaled_by_all = (
+        evaluate(clean, rows(4096, 1))["sae_fvu"],
+        evaluate(plain, held)["sae_fvu_ordinary"],
+    )
+    gain = (scaled_by_all - evaluate(sae, held)["sae_fvu_ordinary"]) / (scaled_by_all - without)
+    assert gain > 0.5, "most of what the huge rows cost the others is back"
     found, ordinary = evaluate(sae, held), evaluate(sae, held[torch.arange(len(held)) % 100 != 0])
     assert found["sae_outlier_frac"] == pytest.approx(41 / 4096)
     assert found["sae_fvu_ordinary"] == pytest.approx(ordinary["sae_fvu"], rel=1e-6)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from saes import L0, NAMES, D, config, effect, make, rows, trained
+from safetensors.torch import load_file
+from test_interop import EXPORTABLE
 from torch import Tensor
 
+from sae_experiments import load_sae, save_sae
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.fit import Sample, fit_saes, units_of
 from sae_experiments.saes.base import SAE, Batch
@@ -25,10 +29,10 @@ def fitted(
     there: Map = lambda x: x,
     back: Map = lambda x: x,
     target: Map | None = None,
-    scale: str = "spread",
+    **settings: Any,
 ) -> SAE:
     """An SAE of rows mapped by ``there``; ``back`` undoes it for the stand-in of the language model."""
-    sae, start, held = make(name), there(rows(2048, 10)), there(rows(4096, 11))
+    sae, start, held = make(name, **settings), there(rows(2048, 10)), there(rows(4096, 11))
     target = target or (lambda x: x)
     if name == "end_to_end":
         target = lambda x: x  # noqa: E731
@@ -44,7 +48,6 @@ def fitted(
         Sample(start, target(start), held),
         seed=0,
         dead_after=4000,
-        scale=scale,
     )
     return sae
 
@@ -181,6 +184,23 @@ def test_other_types_are_read_and_wrong_widths_named(name):
     ):
         with pytest.raises(UserError, match=f"do not fit {width}="):
             call(torch.zeros(3, 7))
+
+
+@pytest.mark.parametrize("name", EXPORTABLE)
+@pytest.mark.parametrize("pre_bias", [True, False])
+def test_a_directory_holds_the_mean(name, pre_bias, tmp_path):
+    """Where b_dec is subtracted it holds the mean; else the encoder's bias does, and loses digits that a sum in float32 has not."""
+    sae = fitted(name, lambda x: x + OFFSET, lambda x: x - OFFSET, pre_bias=pre_bias)
+    x = rows(4096, 77) + OFFSET
+    save_sae(sae, tmp_path / "sae", reference=x[:64], metadata={})
+    loaded, weights = (
+        load_sae(tmp_path / "sae"),
+        load_file(tmp_path / "sae" / "sae_weights.safetensors"),
+    )
+    close(numbers(loaded, x), numbers(sae, x), 1e-3)
+    seen = x - weights["b_dec"] if pre_bias else x  # as sae-lens computes it
+    pre = seen @ weights["W_enc"] + weights.get("b_enc", weights.get("b_gate"))
+    torch.testing.assert_close(pre, loaded.pre_acts(x), rtol=1e-3, atol=1e-3 * float(pre.std()))
 
 
 def test_the_l0_asked_for_is_met_far_from_the_origin():

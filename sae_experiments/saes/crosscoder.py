@@ -19,7 +19,7 @@ class Crosscoder(Standard):
         sum_l ||x_l - xhat_l||^2 + lambda mean_B sum_j z_j sum_l ||d_{l,j}||
 
     with a free decoder. The sum of norms, unlike the norm of the whole row, lets a latent live in a
-    few of the sites. Every site is scaled to unit mean square by itself.
+    few of the sites. Every site is centred and scaled by itself.
 
     Args:
         n_sites: Number of sites L.
