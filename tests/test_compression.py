@@ -10,7 +10,7 @@ import torch
 from metric_worlds import CPU, Chunked, Given
 from scipy import sparse
 
-from sae_experiments.metrics import compression
+from sae_experiments.metrics import coding, compression
 from sae_experiments.metrics.base import Bench, Spliced
 from sae_experiments.metrics.codes import sparse_codes
 from sae_experiments.metrics.rate_distortion import rise, windows_of
@@ -58,7 +58,7 @@ def test_independent_coins_cost_their_entropy_and_nothing_for_values(f):
 def test_the_uniform_support_code_is_a_binomial_coefficient():
     codes = np.zeros((10, 12), np.float32)
     codes[:, :3] = 1
-    found = compression.support_bits(sparse.csr_matrix(codes), sparse.csr_matrix(codes))
+    found = coding.support_bits(sparse.csr_matrix(codes), sparse.csr_matrix(codes))
     assert found["code_support_bits_uniform"] == pytest.approx(
         math.log2(math.comb(12, 3)) + math.log2(12)
     )
@@ -71,7 +71,7 @@ def test_uniform_values_cost_the_logarithm_of_the_number_of_bins():
     values = sparse.csr_matrix(
         np.random.default_rng(0).uniform(0.001, 1.732, (20_000, 1)).astype(np.float32)
     )  # root mean square 1
-    bits, rebuilt = compression.quantised(values, values, 1.732 / 8)
+    bits, rebuilt = coding.quantised(values, values, 1.732 / 8)
     assert bits == pytest.approx(3, abs=0.02)
     assert float(np.square((values - rebuilt).data).mean()) == pytest.approx(
         (1.732 / 8) ** 2 / 12, rel=0.05
@@ -82,21 +82,21 @@ def test_values_never_seen_in_training_still_cost_finitely_many_bits_and_are_reb
     train, test = (
         sparse.csr_matrix(np.array(v, np.float32)[:, None]) for v in ([1, 1, 1, 1], [5.3, 1, -2, 1])
     )
-    bits, rebuilt = compression.quantised(train, test, 0.5)
+    bits, rebuilt = coding.quantised(train, test, 0.5)
     assert 0 < bits < 20 and np.abs((test - rebuilt).toarray()).max() <= 0.25 + 1e-6
 
 
 def test_water_filling_has_its_closed_forms():
-    assert compression.water_filling(np.full(8, 2.0), 0.25) == pytest.approx(8 * 0.5 * math.log2(4))
-    assert compression.water_filling(np.array([4.0, 1.0]), 2 / 5) == pytest.approx(
+    assert coding.water_filling(np.full(8, 2.0), 0.25) == pytest.approx(8 * 0.5 * math.log2(4))
+    assert coding.water_filling(np.array([4.0, 1.0]), 2 / 5) == pytest.approx(
         0.5 * math.log2(4 / 1)
     )
-    assert compression.water_filling(np.array([4.0, 1.0, 0.0]), 1.0) == 0
+    assert coding.water_filling(np.array([4.0, 1.0, 0.0]), 1.0) == 0
 
 
 def test_the_dense_code_of_a_gaussian_costs_a_quarter_bit_above_its_bound_at_high_rate():
     x = np.random.default_rng(0).normal(size=(100_000, 2)).astype(np.float32)
-    found = compression.landmarks(x, 0.01, 2)
+    found = coding.landmarks(x, 0.01, 2)
     assert found["code_bits_pca"] == pytest.approx(2 * 0.5 * math.log2(100), rel=0.01)
     assert found["code_bits_dense"] - found["code_bits_pca"] == pytest.approx(2 * 0.254, abs=0.03)
     assert found["code_bits_alphabet"] == 1

@@ -1,19 +1,24 @@
-"""What a sparse code costs to send: bits a character for its support and its quantised values, against what it still rebuilds."""
+"""Code length of an SAE: bits to send its sparse code, against what the code still reconstructs.
+
+Ayonrinde et al. 2024 (arXiv 2410.11179), but with held-out statistics, and with bins for non-zero
+values only.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy import sparse
-from scipy.special import gammaln
 
 from sae_experiments.metrics.base import Bench, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, raw_rows, sparse_codes
-from sae_experiments.metrics.levels.paths import levels_of, only
+from sae_experiments.metrics.coding import landmarks, quantised, support_bits
+from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of, only
 from sae_experiments.metrics.rate_distortion import (
     Decode,
     Rated,
@@ -25,11 +30,14 @@ from sae_experiments.metrics.rate_distortion import (
     windows_of,
 )
 
-INFO = [
+FVU_INFO = [
     MetricInfo(
         name="code_bits",
         title="code length",
-        formula="support + value bits at the coarsest quantiser whose FVU stays within the tolerance of the unquantised one's",
+        formula=(
+            "support + value bits at the coarsest quantiser whose FVU stays within the tolerance "
+            "of the unquantised one's"
+        ),
         unit="bit/char",
         better="down",
     ),
@@ -60,7 +68,9 @@ INFO = [
     MetricInfo(
         name="code_value_bits",
         title="values",
-        formula="sum_j f_j times the cross-entropy of j's bin, with add-1/2 histograms from other rows",
+        formula=(
+            "sum_j f_j times the cross-entropy of j's bin, with add-1/2 histograms from other rows"
+        ),
         unit="bit/char",
         better="down",
         shown=False,
@@ -69,7 +79,6 @@ INFO = [
         name="code_step",
         title="step",
         formula="width of a bin in root mean squares of the latent",
-        unit="",
         better="none",
         shown=False,
     ),
@@ -77,14 +86,16 @@ INFO = [
         name="code_fvu",
         title="coded FVU",
         formula="FVU of the dequantised code",
-        unit="",
         better="down",
         shown=False,
     ),
     MetricInfo(
         name="code_bits_pca",
         title="code length (PCA)",
-        formula="rate at the same FVU of Gaussian components, reverse water-filling: sum 1/2 log2 max(1, lambda_i/theta)",
+        formula=(
+            "rate at the same FVU of Gaussian components, reverse water-filling: "
+            "sum 1/2 log2 max(1, lambda_i/theta)"
+        ),
         unit="bit/char",
         better="none",
         shown=False,
@@ -105,10 +116,31 @@ INFO = [
         better="none",
         shown=False,
     ),
+]
+
+
+def _rate_info(suffix: str, where: str, code: str) -> MetricInfo:
+    return MetricInfo(
+        name=f"bits_per_char{suffix}",
+        title=f"rate{where} at matched delta CE",
+        formula=(
+            f"least bits a character{code} over quantisers and entries kept, whose delta CE is "
+            "the limit; interpolated"
+        ),
+        unit="bit/char",
+        better="down",
+        shown=not suffix,
+    )
+
+
+CE_INFO = [
     MetricInfo(
         name="code_bits_ce",
         title="code length (CE)",
-        formula="support + value bits at the coarsest quantiser whose delta CE stays within the tolerance of the unquantised one's",
+        formula=(
+            "support + value bits at the coarsest quantiser whose delta CE stays within the "
+            "tolerance of the unquantised one's"
+        ),
         unit="bit/char",
         better="down",
         shown=False,
@@ -121,348 +153,326 @@ INFO = [
         better="down",
         shown=False,
     ),
-    *(
-        MetricInfo(
-            name=f"bits_per_char{suffix}",
-            title=f"rate{words} at matched delta CE",
-            formula=f"least bits a character{of} over quantisers and entries kept, whose delta CE is the limit; interpolated",
-            unit="bit/char",
-            better="down",
-            shown=not suffix,
-        )
-        for suffix, words, of in (
-            ("", "", ""),
-            ("_bottom", " below", " of the bottom alone"),
-            ("_top", " above", " of the top alone"),
-        )
-    ),
+    _rate_info("", "", ""),
+    _rate_info("_bottom", " below", " of the bottom alone"),
+    _rate_info("_top", " above", " of the top alone"),
 ]
-
+INFO = [*FVU_INFO, *CE_INFO]
 
 #: FVU by which float32 arithmetic alone can miss the tolerance of a code that is exact.
 ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the metric."""
+
+    rows: int | None
+    """Number of held-out rows, from the first on; None for all. Half of them give statistics."""
+    entries: int
+    """Number of active entries evaluated, roughly; denser codes are evaluated on fewer rows."""
+    steps: Sequence[float]
+    """Bin widths of the quantisers, in root mean squares of a latent."""
+    tolerance: float
+    """Relative increase of the FVU, and of the loss, that the chosen quantisers may cause."""
+    block: int
+    """Rows that stay together when the rows are split."""
+    keep: Sequence[float]
+    """Shares of each row's entries that are sent, for the curve of the loss; 1 is always tried."""
+    limit: float
+    """Rise of the cross-entropy at which SAEs are compared by their rate, in bits per character."""
+    windows: int
+    """Held-out windows on which the language model is evaluated."""
+    batch: int
+    """Windows per forward pass."""
 
 
 class Point(NamedTuple):
     """One point of the rate-distortion curve."""
 
     step: float
+    """Bin width in root mean squares of a latent."""
     value_bits: float
+    """Bits per row for the values."""
     fvu: float
+    """FVU of the reconstruction from the quantised code."""
 
 
-def measure(
-    bench: Bench, *, rows: int | None, entries: int, steps: Sequence[float], tolerance: float, block: int, keep: Sequence[float], limit: float, windows: int,
-    batch: int,
-) -> Measured:  # fmt: skip
-    """Code lengths on every second block of rows with statistics of the others, and the curve over quantiser ``steps``.
+class _Split(NamedTuple):
+    """Codes of alternate blocks of rows."""
 
-    Ayonrinde et al. 2024 (arXiv 2410.11179), but with honest (held-out) statistics and bins on the non-zero values only. A decoder that
-    gets anything past the code (a skip connection) is charged for the code alone. With a language model also the rise of its cross-entropy
-    over ``windows`` windows: at every step, and with each share in ``keep`` of a row's entries kept (those that move the reconstruction
-    most); at most about ``entries`` active entries are looked at, fewer rows for denser codes. ``bits_per_char`` is the rate at which the rise
-    is ``limit``, of the whole code and of each level by itself. Where no step comes within the tolerance, what depends on it is null.
+    bench: Bench
+    """Evaluation context."""
+    train: sparse.csr_matrix
+    """Codes that give the statistics, (n_train, F)."""
+    code: sparse.csr_matrix
+    """Codes to be sent, (n, F)."""
+    test: np.ndarray
+    """Mask of the rows of `code` among all rows."""
+    direct: np.ndarray | None
+    """Part of the reconstruction that bypasses the code, (n, O), if any."""
+
+
+def measure(bench: Bench, **options: Any) -> Measured:
+    """Code lengths of every second block of rows, with statistics from the other blocks.
+
+    Evaluates a curve over quantisers. The code length is that of the coarsest quantiser within the
+    tolerance; where none is, all that depends on it is null. A decoder that gets anything past the
+    code (a skip connection) is charged for the code alone.
+
+    With a language model also evaluates the rise of its cross-entropy, for every quantiser and for
+    every share in `keep` of the entries that move the reconstruction most. `bits_per_char` is the
+    rate at which the rise is `limit`, for the whole code and for each level by itself.
+
+    Args:
+        bench: Evaluation context.
+        **options: Fields of `Options`.
     """
-    steps = sorted(steps, reverse=True)  # coarsest first
-    codes = sparse_codes(bench, rows)
-    if codes is not None and codes.nnz > entries:
-        codes = codes[
-            : max(round(entries / codes.nnz * codes.shape[0]) // (2 * block), 1) * 2 * block
-        ]
-    y = None if codes is None else _targets(bench, codes.shape[0])
-    if codes is None or not np.isfinite(y).all():
+    opts = Options(**options)
+    codes = sparse_codes(bench, opts.rows)
+    if codes is None:
         return nulls(INFO, NOT_FINITE)
-    test = np.arange(codes.shape[0]) // block % 2 == 1
-    if not test.any() or not codes.nnz:
-        return nulls(
-            INFO,
-            "no latent fires" if test.any() else f"{len(test)} rows make fewer than two blocks",
-        )
-    train, code, y = codes[~test], codes[test], y[test]
+    n = _n_evaluated(bench, codes, opts)
+    codes = codes[:n]
+    y = bench.targets(slice(0, n)).cpu().numpy()
+    if not np.isfinite(y).all():
+        return nulls(INFO, NOT_FINITE)
+    test = np.arange(n) // opts.block % 2 == 1
+    if not test.any():
+        return nulls(INFO, f"{n} rows make fewer than two blocks")
+    if not codes.nnz:
+        return nulls(INFO, "no latent fires")
+    split = _Split(bench, codes[~test], codes[test], test, _direct(bench, test))
+    y = y[test]
     variance = float(np.square(y - y.mean(0)).sum())
     if not variance > 1e-12 * len(y):
         return nulls(INFO, "the held-out rows do not vary")
-    direct = _direct(bench, test)
-    exact = _fvu(bench, code, y, variance, direct)
-    curve = [_point(bench, train, code, y, variance, direct, step) for step in steps]
-    support = support_bits(train, code)
-    best = next((p for p in curve if p.fvu <= (1 + tolerance) * exact + ROUNDING), None)
-    values = support | chosen(best, support["code_support_bits"], y, len(bench.symbols))
-    why = {name: _why(name, best) for name, value in values.items() if value is None}
-    if best is None:
-        least = min(curve, key=lambda p: p.fvu)
-        reason = f"the finest steps (best {least.step:g}) give FVU {least.fvu:.4g}, more than {tolerance:.0%} above {exact:.4g}"
-        why |= dict.fromkeys(
-            why.keys() - {"code_bits_alphabet"}, f"{reason}: add finer metric.compression.steps"
+    by_fvu = _by_fvu(split, y, variance, opts)
+    by_ce = _by_ce(split, opts)
+    values = by_fvu.scalars | by_ce.scalars
+    return Measured(
+        {info.name: values[info.name] for info in INFO},
+        by_fvu.arrays | by_ce.arrays,
+        by_fvu.why_null | by_ce.why_null,
+    )
+
+
+def _n_evaluated(bench: Bench, codes: sparse.csr_matrix, opts: Options) -> int:
+    """Number of rows evaluated: fewer, in whole pairs of blocks, for a dense code."""
+    n = bench.n_used(opts.rows)
+    if codes.nnz <= opts.entries:
+        return n
+    pair = 2 * opts.block
+    affordable = round(opts.entries / codes.nnz * n)
+    return min(max(affordable // pair, 1) * pair, n)
+
+
+@torch.no_grad()
+def _direct(bench: Bench, test: np.ndarray) -> np.ndarray | None:
+    """Part of the test rows' reconstruction that bypasses the code, (n, O); None if there is none.
+
+    Args:
+        bench: Evaluation context.
+        test: Mask of the test rows among the evaluated rows, (N,).
+    """
+    sae = bench.sae
+    if sae.linear_path(torch.zeros(1, sae.d_in, device=bench.device)) is None:
+        return None
+    x = torch.from_numpy(raw_rows(bench, len(test))[test]).to(bench.device)
+    direct = sae.linear_path(x)
+    return None if direct is None else direct.cpu().numpy()
+
+
+# ------------------------------------------------------------------------------- at a matched FVU
+
+
+def _by_fvu(split: _Split, y: np.ndarray, variance: float, opts: Options) -> Measured:
+    """Metrics of `FVU_INFO`, and the curve of the FVU.
+
+    Args:
+        split: Codes.
+        y: Targets of the rows to be sent, (n, O).
+        variance: Their sum of squared distances from the mean.
+        opts: Options of the metric.
+    """
+    exact = _fvu(split, split.code, y, variance)
+    curve = []
+    for step in sorted(opts.steps, reverse=True):
+        bits, rebuilt = quantised(split.train, split.code, step)
+        curve.append(Point(step, bits, _fvu(split, rebuilt, y, variance)))
+    limit = (1 + opts.tolerance) * exact + ROUNDING
+    within = [point for point in curve if point.fvu <= limit]
+    coarsest = within[0] if within else None
+    support = support_bits(split.train, split.code)
+    symbols = len(split.bench.symbols)
+    values = support | chosen(coarsest, support["code_support_bits"], y, symbols)
+    null = [name for name, value in values.items() if value is None]
+    why_null = {name: _why(name, coarsest) for name in null}
+    if coarsest is None:
+        best = min(curve, key=lambda point: point.fvu)
+        reason = (
+            f"the finest steps (best {best.step:g}) give FVU {best.fvu:.4g}, more than "
+            f"{opts.tolerance:.0%} above {exact:.4g}: add finer metric.compression.steps"
         )
+        why_null |= {name: reason for name in null if name != "code_bits_alphabet"}
     arrays = {
-        f"code_curve_{name}": np.array([getattr(p, name) for p in curve])
-        for name in ("step", "value_bits", "fvu")
+        f"code_curve_{name}": np.array([getattr(point, name) for point in curve])
+        for name in Point._fields
     }
-    arrays |= {"code_curve_bits": arrays["code_curve_value_bits"] + support["code_support_bits"]}
-    found = _rated(bench, train, code, test, direct, steps, tolerance, keep, limit, windows, batch)
-    return Measured(
-        {i.name: (values | found.scalars).get(i.name) for i in INFO},
-        arrays | found.arrays,
-        why | found.why_null,
-    )
+    arrays["code_curve_bits"] = arrays["code_curve_value_bits"] + support["code_support_bits"]
+    return Measured(values, arrays, why_null)
 
 
-def _rated(
-    bench: Bench, train: sparse.csr_matrix, code: sparse.csr_matrix, test: np.ndarray, direct: np.ndarray | None, steps: Sequence[float],
-    tolerance: float, keep: Sequence[float], limit: float, windows: int, batch: int,
-) -> Measured:  # fmt: skip
-    """What the language model makes of the coded activations: the metrics from ``code_bits_ce`` on, and the curves."""
-    names = [
-        "code_bits_ce",
-        "code_ce_delta_bits",
-        "bits_per_char",
-        "bits_per_char_bottom",
-        "bits_per_char_top",
-    ]
-    window = windows_of(bench, test, windows, batch)
-    if window is None:
-        return Measured(
-            {},
-            why_null=dict.fromkeys(
-                names, "there is no language model, or no whole window to test it on"
-            ),
-        )
-    sae, values, why, arrays = bench.sae, {}, {}, {"code_ce_limit": np.array(limit)}
-    parts: dict[str, tuple[np.ndarray, Decode]] = {"": (np.arange(code.shape[1]), sae.decode)}
-    for name, members in levels_of(sae).items() if len(levels_of(sae)) > 1 else ():
-        parts[f"_{name}"] = members, lambda acts, name=name: only(sae, acts, name)
-    for suffix, (members, decode) in parts.items():
-        kept = np.zeros(code.shape[1], np.float32)
-        kept[members] = 1
-        pair = (
-            [train, code]
-            if not suffix
-            else [(m @ sparse.diags(kept)).tocsr() for m in (train, code)]
-        )
-        points = _points(
-            bench, window, pair, decode, direct, steps, keep if not suffix else [1.0], batch
-        )
-        arrays |= {
-            f"code_ce{suffix}_{name}": np.array([getattr(p, name) for p in points])
-            for name in Rated._fields
-        }
-        values[f"bits_per_char{suffix}"] = bits_at(points, limit)
-        if values[f"bits_per_char{suffix}"] is None:
-            why[f"bits_per_char{suffix}"] = (
-                f"delta CE goes from {min(p.ce for p in points):.3g} to {max(p.ce for p in points):.3g}, not past {limit}"
-            )
-        if not suffix:
-            exact = rise(bench, window, code, decode, direct, batch)
-            whole = [p for p in points if p.keep == 1]
-            best = next((p for p in whole if p.ce <= exact + tolerance * abs(exact)), None)
-            values |= {"code_bits_ce": best and best.bits, "code_ce_delta_bits": best and best.ce}
-            if best is None:
-                reason = f"no step brings delta CE within {tolerance:.0%} of {exact:.3g}: add finer metric.compression.steps"
-                why |= dict.fromkeys(("code_bits_ce", "code_ce_delta_bits"), reason)
-    return Measured(
-        values, arrays, why | {n: "the SAE has one level" for n in names if n not in values}
-    )
-
-
-def _points(
-    bench: Bench, window: Window, pair: Sequence[sparse.csr_matrix], decode: Decode, direct: np.ndarray | None, steps: Sequence[float],
-    keep: Sequence[float], batch: int,
-) -> list[Rated]:  # fmt: skip
-    """A point for each share kept and each step."""
-    effect, found = effect_sizes(bench, pair[0], decode), []
-    for share in sorted({*keep, 1.0}):
-        train, code = (strongest(m, share, effect) for m in pair)
-        support = support_bits(train, code)["code_support_bits"]
-        for step in steps:
-            bits, rebuilt = quantised(train, code, step)
-            found.append(
-                Rated(
-                    share, step, support + bits, rise(bench, window, rebuilt, decode, direct, batch)
-                )
-            )
-    return found
+@torch.no_grad()
+def _fvu(split: _Split, code: sparse.csr_matrix, y: np.ndarray, variance: float) -> float:
+    """FVU of the reconstruction of targets y (n, O) from a code (n, F)."""
+    bench = split.bench
+    error = 0.0
+    for begin in range(0, len(y), 4096):
+        part = slice(begin, begin + 4096)
+        recon = bench.sae.decode(torch.from_numpy(code[part].toarray()).to(bench.device))
+        residual = y[part] - recon.cpu().numpy()
+        if split.direct is not None:
+            residual = residual - split.direct[part]
+        error += float(np.square(residual, dtype=np.float64).sum())
+    return error / variance
 
 
 def chosen(
     best: Point | None, support_bits: float, y: np.ndarray, symbols: int
 ) -> dict[str, float | None]:
-    """What the chosen quantiser costs, and other codes of the same FVU; None for all of it where no quantiser is fine enough."""
+    """Cost of the chosen quantiser, and of other codes at the same FVU.
+
+    Args:
+        best: The chosen quantiser; None if none is fine enough.
+        support_bits: Bits per row for the support.
+        y: Targets (n, O).
+        symbols: Number of symbols of the text; 0 without text.
+
+    Returns:
+        Values by metric name, None for all that depend on the quantiser if there is none.
+    """
     if best is None:
-        names = (
-            "code_bits",
-            "code_value_bits",
-            "code_step",
-            "code_fvu",
-            "code_bits_pca",
-            "code_bits_dense",
-        )
-        return dict.fromkeys(names, None) | {
-            "code_bits_alphabet": math.log2(symbols) if symbols else None
+        return {
+            "code_bits": None,
+            "code_value_bits": None,
+            "code_step": None,
+            "code_fvu": None,
+            "code_bits_pca": None,
+            "code_bits_dense": None,
+            "code_bits_alphabet": math.log2(symbols) if symbols else None,
         }
-    own = {"code_bits": support_bits + best.value_bits, "code_value_bits": best.value_bits}
-    return own | {"code_step": best.step, "code_fvu": best.fvu} | landmarks(y, best.fvu, symbols)
+    own = {
+        "code_bits": support_bits + best.value_bits,
+        "code_value_bits": best.value_bits,
+        "code_step": best.step,
+        "code_fvu": best.fvu,
+    }
+    return own | landmarks(y, best.fvu, symbols)
 
 
 def _why(name: str, best: Point | None) -> str:
+    """The reason why a metric is None although a quantiser is fine enough."""
     if name == "code_bits_alphabet":
         return "there is no text"
-    return f"no code is needed for FVU {best.fvu:.3g}" if best and best.fvu >= 1 else "the FVU is 0"
+    if best is not None and best.fvu >= 1:
+        return f"no code is needed for FVU {best.fvu:.3g}"
+    return "the FVU is 0"
 
 
-def support_bits(train: sparse.csr_matrix, test: sparse.csr_matrix) -> dict[str, float]:
-    """Bits a row to say which latents are active: three codes, the adaptive one with add-1/2 frequencies from ``train``."""
-    m, n = test.shape[1], test.shape[0]
-    active = np.diff(test.indptr).astype(np.float64)
-    uniform = float(
-        (gammaln(m + 1) - gammaln(active + 1) - gammaln(m - active + 1)).mean() / math.log(2)
-    ) + math.log2(m)
-    f = np.diff(test.tocsc().indptr) / n
-    p = (np.diff(train.tocsc().indptr) + 0.5) / (train.shape[0] + 1)
-    inside = (f > 0) & (f < 1)
-    bernoulli = float(
-        -(f[inside] * np.log2(f[inside]) + (1 - f[inside]) * np.log2(1 - f[inside])).sum()
+# ------------------------------------------------------------------------------ at a matched loss
+
+
+def _by_ce(split: _Split, opts: Options) -> Measured:
+    """Metrics of `CE_INFO`, and the curves of the cross-entropy."""
+    window = windows_of(split.bench, split.test, opts.windows, opts.batch)
+    if window is None:
+        return nulls(CE_INFO, "there is no language model, or no whole window to test it on")
+    sae = split.bench.sae
+    points = _points(split, window, sae.decode, opts.keep, opts)
+    exact = rise(split.bench, window, split.code, sae.decode, split.direct, opts.batch)
+    values, why_null, arrays = _at_limit("", points, opts.limit)
+    arrays = {"code_ce_limit": np.array(opts.limit)} | arrays
+    within = [p for p in points if p.keep == 1 and p.ce <= exact + opts.tolerance * abs(exact)]
+    values["code_bits_ce"] = within[0].bits if within else None
+    values["code_ce_delta_bits"] = within[0].ce if within else None
+    if not within:
+        reason = (
+            f"no step brings delta CE within {opts.tolerance:.0%} of {exact:.3g}: "
+            "add finer metric.compression.steps"
+        )
+        why_null |= {"code_bits_ce": reason, "code_ce_delta_bits": reason}
+    levels = levels_of(sae)
+    if len(levels) == 1:
+        why_null |= {"bits_per_char_bottom": ONE_LEVEL, "bits_per_char_top": ONE_LEVEL}
+        values |= {"bits_per_char_bottom": None, "bits_per_char_top": None}
+        return Measured(values, arrays, why_null)
+    for level, members in levels.items():
+        part = _only_members(split, members)
+        points = _points(part, window, lambda acts, level=level: only(sae, acts, level), (), opts)
+        level_values, level_why, level_arrays = _at_limit(f"_{level}", points, opts.limit)
+        values |= level_values
+        why_null |= level_why
+        arrays |= level_arrays
+    return Measured(values, arrays, why_null)
+
+
+def _only_members(split: _Split, members: np.ndarray) -> _Split:
+    """The same codes with all latents but `members` at zero."""
+    kept = np.zeros(split.bench.sae.d_sae, np.float32)
+    kept[members] = 1
+    diagonal = sparse.diags(kept)
+    return split._replace(
+        train=sparse.csr_matrix(split.train @ diagonal),
+        code=sparse.csr_matrix(split.code @ diagonal),
     )
-    adaptive = float(-(f * np.log2(p) + (1 - f) * np.log2(1 - p)).sum())
-    return {
-        "code_support_bits": adaptive,
-        "code_support_bits_uniform": uniform,
-        "code_support_bits_bernoulli": bernoulli,
-    }
 
 
-def _point(
-    bench: Bench,
-    train: sparse.csr_matrix,
-    code: sparse.csr_matrix,
-    y: np.ndarray,
-    variance: float,
-    direct,
-    step: float,
-) -> Point:
-    bits, rebuilt = quantised(train, code, step)
-    return Point(step, bits, _fvu(bench, rebuilt, y, variance, direct))
+def _at_limit(
+    suffix: str, points: Sequence[Rated], limit: float
+) -> tuple[dict[str, float | None], dict[str, str], dict[str, np.ndarray]]:
+    """Rate at the limit, the reason if it is None, and the curve.
 
-
-def quantised(
-    train: sparse.csr_matrix, test: sparse.csr_matrix, step: float
-) -> tuple[float, sparse.csr_matrix]:
-    """Value bits a row of ``test``, and its code with every value at the middle of its bin.
-
-    Bins of ``step`` times the latent's root mean square, counted on ``train``; a bin's probability is (count + 1/2) / (n + K/2) over the
-    K bins between the latent's smallest and largest. The middle is the mean of the training values in the bin, where there are any.
+    Args:
+        suffix: End of the metric's name.
+        points: Rates and rises of the cross-entropy.
+        limit: Rise of the cross-entropy in bits per character.
     """
-    columns = [m.tocsc() for m in (train, test)]
-    latent = [np.repeat(np.arange(m.shape[1]), np.diff(m.indptr)) for m in columns]
-    counts = np.bincount(latent[0], minlength=train.shape[1])
-    squares = np.bincount(latent[0], columns[0].data.astype(np.float64) ** 2, train.shape[1])
-    width = np.where(counts > 0, np.sqrt(squares / np.maximum(counts, 1)), 1.0) * step
-    width[width == 0] = step
-    bins = [
-        np.floor(m.data / width[j]).astype(np.int64).clip(-(1 << 20), 1 << 20)
-        for m, j in zip(columns, latent, strict=True)
-    ]
-    span = np.zeros(
-        (2, train.shape[1]), np.int64
-    )  # lowest and highest bin of every latent, in either part: the alphabet is agreed on
-    for b, j in zip(bins, latent, strict=True):
-        np.minimum.at(span[0], j, b)
-        np.maximum.at(span[1], j, b)
-    sizes = span[1] - span[0] + 1
-    keys = [j * (1 << 22) + (b + (1 << 20)) for b, j in zip(bins, latent, strict=True)]
-    known, inverse, seen = np.unique(keys[0], return_inverse=True, return_counts=True)
-    centre = (
-        np.bincount(inverse, columns[0].data, len(known)) / np.maximum(seen, 1)
-        if len(known)
-        else np.zeros(0)
-    )
-    at = np.searchsorted(known, keys[1]).clip(max=max(len(known) - 1, 0))
-    hit = known[at] == keys[1] if len(known) else np.zeros(len(keys[1]), bool)
-    j = latent[1]
-    probability = (np.where(hit, seen[at] if len(known) else 0, 0) + 0.5) / (
-        counts[j] + sizes[j] / 2
-    )
-    values = np.where(hit, centre[at] if len(known) else 0, (bins[1] + 0.5) * width[j]).astype(
-        np.float32
-    )
-    rebuilt = sparse.csc_matrix(
-        (values, columns[1].indices, columns[1].indptr), shape=test.shape
-    ).tocsr()
-    return max(float(-np.log2(probability).sum() / test.shape[0]), 0.0), rebuilt
-
-
-def landmarks(y: np.ndarray, fvu: float, symbols: int) -> dict[str, float | None]:
-    """What other codes need for the same FVU: Gaussian principal components, the dense activation, one character."""
-    alphabet = math.log2(symbols) if symbols else None
-    if not 0 < fvu < 1:
-        return {"code_bits_pca": None, "code_bits_dense": None, "code_bits_alphabet": alphabet}
-    centred = y.astype(np.float64) - y.mean(0, dtype=np.float64)
-    spectrum = np.linalg.eigvalsh(centred.T @ centred / len(y)).clip(min=0)
-    return {
-        "code_bits_pca": water_filling(spectrum, fvu),
-        "code_bits_dense": _dense_bits(centred, fvu),
-        "code_bits_alphabet": alphabet,
+    name = f"bits_per_char{suffix}"
+    bits = bits_at(points, limit)
+    why_null = {}
+    if bits is None:
+        rises = [point.ce for point in points]
+        why_null[name] = (
+            f"delta CE goes from {min(rises):.3g} to {max(rises):.3g}, not past {limit}"
+        )
+    arrays = {
+        f"code_ce{suffix}_{field}": np.array([getattr(point, field) for point in points])
+        for field in Rated._fields
     }
+    return {name: bits}, why_null, arrays
 
 
-def water_filling(spectrum: np.ndarray, fvu: float) -> float:
-    """``sum_i 1/2 log2 max(1, lambda_i / theta)`` with theta such that ``sum_i min(lambda_i, theta) = fvu sum_i lambda_i``."""
-    ordered = np.sort(spectrum)
-    below, left = np.concatenate([[0.0], np.cumsum(ordered)[:-1]]), np.arange(len(ordered), 0, -1)
-    levels = (fvu * ordered.sum() - below) / left
-    theta = levels[np.flatnonzero(levels <= ordered)[0]]
-    return float(0.5 * np.log2(np.maximum(1, ordered / theta)).sum())
+def _points(
+    split: _Split, window: Window, decode: Decode, keep: Sequence[float], opts: Options
+) -> list[Rated]:
+    """Rate and rise of the cross-entropy for each share of entries kept and each step.
 
-
-def _dense_bits(centred: np.ndarray, fvu: float) -> float:
-    """Entropy of all dimensions after one uniform quantiser whose error is step^2/12 a dimension, kept below each one's variance."""
-    target, variances = fvu * float(np.square(centred).sum() / len(centred)), centred.var(0)
-    low, high = 0.0, float(np.sqrt(12 * variances.max())) + 1e-30
-    for _ in range(60):
-        step = (low + high) / 2
-        low, high = (
-            (step, high) if np.minimum(step * step / 12, variances).sum() < target else (low, step)
-        )
-    bits = 0.0
-    for column, variance in zip(centred.T, variances, strict=True):
-        if variance > step * step / 12:
-            counts = np.unique(np.round(column / step), return_counts=True)[1]
-            p = counts / len(column)
-            bits -= float((p * np.log2(p)).sum())
-    return bits
-
-
-@torch.no_grad()
-def _fvu(
-    bench: Bench, code: sparse.csr_matrix, y: np.ndarray, variance: float, direct: np.ndarray | None
-) -> float:
-    error = 0.0
-    for begin in range(0, len(y), 4096):
-        part = slice(begin, begin + 4096)
-        recon = (
-            bench.sae.decode(torch.from_numpy(code[part].toarray()).to(bench.device)).cpu().numpy()
-        )
-        error += float(
-            np.square(
-                y[part] - recon - (0 if direct is None else direct[part]), dtype=np.float64
-            ).sum()
-        )
-    return error / variance
-
-
-@torch.no_grad()
-def _direct(bench: Bench, test: np.ndarray) -> np.ndarray | None:
-    """What the reconstruction gets past the code, (n, O); None for nothing."""
-    if bench.sae.linear_path(torch.zeros(1, bench.sae.d_in, device=bench.device)) is None:
-        return None
-    return (
-        bench.sae.linear_path(torch.from_numpy(raw_rows(bench, len(test))[test]).to(bench.device))
-        .cpu()
-        .numpy()
-    )
-
-
-def _targets(bench: Bench, n: int) -> np.ndarray:
-    if bench.held_out is None:
-        return (bench.x if bench.y is None else bench.y)[:n].cpu().numpy()
-    return bench.held_out.rows(bench.write, slice(0, n)).numpy()
+    Args:
+        split: Codes.
+        window: Windows on which the language model is evaluated.
+        decode: Decoder of the codes.
+        keep: Shares of entries kept besides 1.
+        opts: Options of the metric.
+    """
+    effect = effect_sizes(split.bench, split.train, decode)
+    points = []
+    for share in sorted({*keep, 1.0}):
+        train = strongest(split.train, share, effect)
+        code = strongest(split.code, share, effect)
+        support = support_bits(train, code)["code_support_bits"]
+        for step in sorted(opts.steps, reverse=True):
+            bits, rebuilt = quantised(train, code, step)
+            ce = rise(split.bench, window, rebuilt, decode, split.direct, opts.batch)
+            points.append(Rated(share, step, support + bits, ce))
+    return points
