@@ -192,16 +192,29 @@ def measure(bench: Bench, **options: Any) -> Measured:
             f"{len(parents)} parents have a probe with F1 of at least {opts.min_f1} and "
             f"{opts.least} rows: fewer than {opts.min_parents}",
         )
+    return _summary(parents, positives, drawn.tested)
+
+
+def _summary(
+    parents: dict[str, Parent], positives: Sequence[PositiveRows], documents: np.ndarray
+) -> Measured:
+    """Means over parents.
+
+    Args:
+        parents: Result of each parent by name.
+        positives: Rows of each parent.
+        documents: Numbers of all test documents, ascending.
+    """
     arrays = {
         f"absorption_{field}": np.array([getattr(parent, field) for parent in parents.values()])
         for field in Parent._fields
     }
     values: dict[str, float | None] = {
-        info.name: float(arrays[info.name].mean()) for info in INFO if info.name in arrays
+        name: float(column.mean()) for name, column in arrays.items()
     }
     values["absorption_parents"] = float(len(parents))
     arrays["absorption_names"] = np.array(list(parents), dtype=str)
-    return Measured(values, arrays, noise=_noise(positives, drawn.tested))
+    return Measured(values, arrays, noise=_noise(positives, documents))
 
 
 def _noise(positives: Sequence[PositiveRows], documents: np.ndarray) -> dict[str, float]:
