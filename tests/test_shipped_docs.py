@@ -51,11 +51,12 @@ def test_the_notebook_example_runs(tmp_path, monkeypatch):
     assert (tmp_path / "my_sae" / "cfg.json").is_file()
 
 
-def test_the_files_that_the_readme_names_exist():
-    for name in re.findall(
-        r"`((?:sae_experiments|conf|tests|benchmarks)/[\w/.]+\.(?:py|yaml|md))`", README
-    ):
-        assert (ROOT / name).is_file(), name
+def test_the_files_that_the_pages_name_exist():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    pattern = r"`((?:sae_experiments|conf|tests|benchmarks)/[\w/.]+\.(?:py|yaml|md|c))`"
+    for page in pages:
+        for name in re.findall(pattern, page.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), f"{page.name}: {name}"
 
 
 @pytest.mark.parametrize("result", ["superposition", "superposition_no_compiler"])
