@@ -30,9 +30,9 @@ K, BATCH = 32, 4096
 #: After the @, a setting for our side. A gated SAE starts dense, and what it costs once it is sparse is another question.
 VARIANTS = (
     "topk",
-    "topk@sae.product=bf16",
+    "topk@sae.matmul_precision=bf16",
     "batch_topk",
-    "batch_topk@sae.product=bf16",
+    "batch_topk@sae.matmul_precision=bf16",
     "matryoshka",
     "standard",
     "jumprelu",

@@ -44,11 +44,11 @@ def ours(
         *overrides,
     )
     pool = pool_of(d, batch)
-    arm = next(iter(chosen.arms.values()))
-    cfg = arm.config(chosen.fit.train)
+    sae_spec = next(iter(chosen.saes.values()))
+    cfg = sae_spec.config(chosen.fit.train)
     start = torch.cat(pool)[: max(8192, batch)]
     turns.prepared()
-    saes = {f"{variant}_{i}": arm.seeded(d, d, i) for i in range(copies)}
+    saes = {f"{variant}_{i}": sae_spec.seeded(d, d, i) for i in range(copies)}
     first = next(iter(saes.values()))
     loss = first.loss
 
@@ -84,7 +84,7 @@ def encoder_product(turns: Turns, d: int, m: int, batch: int, library: str) -> N
     while True:
         turns.next()
         if library == "onednn":
-            ops.product(x, weight, bias, out=out)
+            ops.encoder_matmul(x, weight, bias, out=out)
         else:
             torch.mm(x, weight.t(), out=out)
 
@@ -126,7 +126,7 @@ def matrix_rate(turns: Turns, size: int, library: str) -> None:
     while True:
         turns.next()
         if library == "onednn":
-            with ops.fast_products():
+            with ops.fast_matmul():
                 torch.mm(a, b, out=out)
         else:
             torch.mm(a, b, out=out)

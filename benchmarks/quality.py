@@ -86,16 +86,16 @@ def ours(turns: Turns, work: str, variant: str, steps: int, l0: float, lr: float
     chosen = study(
         f"sae={variant}", f"sae.target_l0={l0}", f"sae.d_sae={M}", f"fit.train.steps={steps}", *own
     )
-    arm = next(iter(chosen.arms.values()))
+    sae_spec = next(iter(chosen.saes.values()))
     batch_at, first = _stream(work, BATCH)
-    sae = arm.seeded(first.shape[1], first.shape[1], 0)
+    sae = sae_spec.seeded(first.shape[1], first.shape[1], 0)
     start = torch.cat([first, *(batch_at(10**6 + i) for i in range(1, 8))])
     held = torch.from_numpy(np.load(Path(work) / "calibration.npy").astype(np.float32))
     dead_after = round(chosen.fit.dead_after_frac * steps * BATCH)
     report = fit_saes(
         {"sae": sae},
         lambda i: Batch(x := batch_at(i), x),
-        arm.config(chosen.fit.train),
+        sae_spec.config(chosen.fit.train),
         Sample(start, start, held),
         seed=0,
         dead_after=dead_after,
@@ -170,7 +170,7 @@ def prepare(work: Path) -> None:
         lm = train_lm(
             language.lm, corpus, recipe, seed=0, cache=ctx.cache, device=ctx.device, session=session
         )
-    site = language.sites(next(iter(language.arms.values())))[0]
+    site = language.sites(next(iter(language.saes.values())))[0]
     stores = Stores(language.fit, [site], corpus, lm, 0, ctx)
     for name in ("train", "calibration", "held_out"):
         np.save(

@@ -20,9 +20,9 @@ from sae_experiments.errors import UserError
 from sae_experiments.files import conf_folder
 from sae_experiments.fitting import fit
 from sae_experiments.fitting.fit import FitReport, Sample
-from sae_experiments.fitting.spec import Arm
+from sae_experiments.fitting.spec import SAESpec
 from sae_experiments.metrics import reconstruction, sparsity
-from sae_experiments.metrics.base import Bench
+from sae_experiments.metrics.base import EvalContext
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.training.loop import TrainConfig, seed_of
 
@@ -36,9 +36,9 @@ def build_sae(name: str, d_in: int, *, seed: int = 0, **settings: Any) -> SAE:
     ``settings`` are its options without the leading ``sae.``: ``build_sae("jumprelu", 512, target_l0=20, d_sae=4096)``; options of the
     model itself with two underscores, ``model__bandwidth=0.05``.
     """
-    arm, _ = _arm(name, settings)
-    sae = arm.seeded(d_in, d_in, seed)
-    if sae.blocks != 1 or sae.needs_model:
+    sae_spec, _ = _sae_spec(name, settings)
+    sae = sae_spec.seeded(d_in, d_in, seed)
+    if sae.n_sites != 1 or sae.needs_model:
         raise UserError(
             f"{name} needs more than one tensor of activations: use it in study=language"
         )
@@ -108,13 +108,13 @@ def evaluate(sae: SAE, activations: Tensor | np.ndarray) -> dict[str, float | No
     Raises:
         UserError: rows of another width, none at all, or with values that are not finite.
     """
-    bench = Bench(
+    ctx = EvalContext(
         sae=sae, device=sae.b_enc.device, x=_rows(activations, [sae.d_in], "activations").float()
     )
     out: dict[str, float | None] = {}
     for measured in (
-        reconstruction.measure(bench, rows=None),
-        sparsity.measure(bench, rows=None, entropy_latents=256),
+        reconstruction.measure(ctx, rows=None),
+        sparsity.measure(ctx, rows=None, entropy_latents=256),
     ):
         out |= measured.scalars
     return out
@@ -157,7 +157,7 @@ def _config(train: Mapping[str, Any]) -> TrainConfig:
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
             raise UserError(f"fit_saes: {name} is no setting of the training; {hint}")
     try:
-        return replace(_arm("batch_topk", {})[1], **train)
+        return replace(_sae_spec("batch_topk", {})[1], **train)
     except TypeError as error:
         raise UserError(
             f"fit_saes: {', '.join(f'{k}={v!r}' for k, v in train.items())} cannot be used ({error})"
@@ -175,12 +175,12 @@ def _tell_late() -> None:
         )
 
 
-def _arm(name: str, settings: dict[str, Any]) -> tuple[Arm, TrainConfig]:
+def _sae_spec(name: str, settings: dict[str, Any]) -> tuple[SAESpec, TrainConfig]:
     overrides = [f"sae.{k.replace('__', '.')}={_text(v)}" for k, v in settings.items()]
     cfg, _ = compose_checked(conf_folder(), ["preset=laptop", f"sae={name}", *overrides])
     study = build(cfg.study)
-    arm = next(iter(study.arms.values()))
-    return arm, arm.config(study.fit.train)
+    sae_spec = next(iter(study.saes.values()))
+    return sae_spec, sae_spec.config(study.fit.train)
 
 
 def _text(value: Any) -> str:

@@ -25,12 +25,12 @@ class Warned(NamedTuple):
     do: str  # what to change
 
 
-def of_metrics(metrics: Mapping[str, float | None], asked_l0: float | None) -> list[Warned]:
+def of_metrics(metrics: Mapping[str, float | None], fixed_l0: float | None) -> list[Warned]:
     """What the numbers of a cell say: a reconstruction worse than the mean, an L0 off its target.
 
     Args:
         metrics: values by name.
-        asked_l0: active latents a row that were asked for; None where none were.
+        fixed_l0: active latents a row that were asked for; None where none were.
     """
     found = []
     fvu, explained, l0 = (metrics.get(n) for n in ("sae_fvu", "explained_variance", "sae_l0"))
@@ -41,10 +41,10 @@ def of_metrics(metrics: Mapping[str, float | None], asked_l0: float | None) -> l
     if explained is not None and explained < 0:
         says = f"explained_variance is {explained:.4g}: {worse}"
         found.append(Warned("explained_variance", explained, says, do))
-    if l0 is not None and asked_l0 and abs(l0 / asked_l0 - 1) > OFF_TARGET:
-        side = "above" if l0 > asked_l0 else "below"
-        off = f"{abs(l0 / asked_l0 - 1):.0%} {side}"
-        says = f"sae_l0 is {l0:.4g}, {off} the {asked_l0:.4g} asked for"
+    if l0 is not None and fixed_l0 and abs(l0 / fixed_l0 - 1) > OFF_TARGET:
+        side = "above" if l0 > fixed_l0 else "below"
+        off = f"{abs(l0 / fixed_l0 - 1):.0%} {side}"
+        says = f"sae_l0 is {l0:.4g}, {off} the {fixed_l0:.4g} asked for"
         do = "train longer (fit.train.steps), or compare at the L0 that was reached"
         found.append(Warned("sae_l0", l0, says, do))
     return found

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_experiments.metrics.base import Bench, Rows, Spliced
+from sae_experiments.metrics.base import EvalContext, LMSplice, Rows
 from sae_experiments.models.hooks import Site
 from sae_experiments.saes.base import SAE
 
@@ -50,8 +50,8 @@ class Given(SAE):
             self.b_enc.data.copy_(b_enc)
 
 
-class Chunked(Bench):
-    """A bench that gives 37 rows at a time."""
+class Chunked(EvalContext):
+    """A ctx that gives 37 rows at a time."""
 
     def chunks(self, limit: int | None = None, size: int = 4096) -> Iterator[Rows]:
         return super().chunks(limit, 37)
@@ -75,16 +75,16 @@ def play(n: int, seed: int = 0) -> str:
     return out[:n]
 
 
-def bench(
+def ctx(
     text: str,
     features: Callable[[str], Sequence[np.ndarray]],
     sae: SAE | None = None,
     *,
-    kind: type[Bench] = Bench,
+    kind: type[EvalContext] = EvalContext,
     model: Any = None,
     **kwargs: Any,
-) -> Bench:
-    """A bench over ``text`` in windows; ``features(text)`` gives the columns of the activations."""
+) -> EvalContext:
+    """A ctx over ``text`` in windows; ``features(text)`` gives the columns of the activations."""
     symbols = sorted(set(text))
     ids = np.array([symbols.index(c) for c in text])
     starts = np.arange(0, len(text) - LENGTH, LENGTH)
@@ -102,7 +102,7 @@ def bench(
         read=SITE,
         write=SITE,
         held_out=TextStore(x, starts, LENGTH),
-        lm=Spliced(model, SITE, tokens),
+        lm=LMSplice(model, SITE, tokens),
         symbols=symbols,
         **kwargs,
     )

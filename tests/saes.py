@@ -20,18 +20,18 @@ D, M, L0, TRUE = 16, 48, 4, 40
 
 
 @functools.cache
-def arm(name: str, *overrides: str) -> Any:
-    """The arm of ``conf/sae/<name>.yaml`` with ``target_l0`` L0."""
+def sae_spec(name: str, *overrides: str) -> Any:
+    """The sae_spec of ``conf/sae/<name>.yaml`` with ``target_l0`` L0."""
     cfg, _ = compose_checked(
         CONF, ["preset=smoke", f"sae={name}", f"sae.target_l0={L0}", *overrides]
     )
-    return next(iter(build(cfg.study).arms.values()))
+    return next(iter(build(cfg.study).saes.values()))
 
 
 def make(name: str, *overrides: str, seed: int = 0, d_sae: int = M, **kwargs: Any) -> SAE:
     """A small untrained SAE whose biases and scales are not at their (zero) start, so that nothing is trivially true."""
     torch.manual_seed(seed)
-    sae = arm(name, *overrides).model(d_in=D, d_sae=d_sae, d_out=D, **kwargs)
+    sae = sae_spec(name, *overrides).model(d_in=D, d_sae=d_sae, d_out=D, **kwargs)
     return unsettled(sae, seed)
 
 

@@ -12,7 +12,7 @@ import torch
 from metric_worlds import CPU, Given
 
 from sae_experiments.metrics import ablation, downstream
-from sae_experiments.metrics.base import Bench, Measured, Spliced
+from sae_experiments.metrics.base import EvalContext, LMSplice, Measured
 from sae_experiments.models.hooks import Site
 from sae_experiments.models.store import collect
 
@@ -23,7 +23,7 @@ OPTIONS = {
     "batch": 8,
     "latents": 8,
     "per_latent": 40,
-    "least": 5,
+    "min_fires": 5,
     "groups": 1,
     "mean": False,
     "seed": 0,
@@ -33,7 +33,7 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def world(
     trained: Any, corpus: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Bench]:
+) -> Callable[..., EvalContext]:
     store = collect(
         trained.model,
         lambda s: corpus.windows("val", s, 16),
@@ -47,13 +47,13 @@ def world(
         batch=16,
     )
     tokens = lambda starts: tuple(corpus.windows("val", starts + shift, 16) for shift in (0, 1))  # noqa: E731
-    return lambda sae: Bench(
+    return lambda sae: EvalContext(
         sae=sae,
         device=CPU,
         read=SITE,
         write=SITE,
         held_out=store,
-        lm=Spliced(trained.model, SITE, tokens),
+        lm=LMSplice(trained.model, SITE, tokens),
     )
 
 
@@ -65,18 +65,18 @@ def both_signs(extra: int = 0) -> Given:
     )
 
 
-def measure(bench: Bench, **options: Any) -> Measured:
-    return ablation.measure(bench, **(OPTIONS | options))
+def measure(ctx: EvalContext, **options: Any) -> Measured:
+    return ablation.measure(ctx, **(OPTIONS | options))
 
 
 @pytest.mark.parametrize(
     ("mean", "key"), [(False, "loss_recovered_zero"), (True, "loss_recovered")]
 )
 def test_all_latents_together_are_zero_or_mean_ablation(world, mean, key):
-    bench = world(both_signs())
-    found = measure(bench, mean=mean).scalars
+    ctx = world(both_signs())
+    found = measure(ctx, mean=mean).scalars
     zero = Given(torch.zeros(1, 16), w_dec=torch.zeros(1, 16))
-    mean_activation = bench.held_out.rows(SITE, slice(None)).mean(0)
+    mean_activation = ctx.held_out.rows(SITE, slice(None)).mean(0)
     zero.b_dec.data.copy_(mean_activation * mean)
     expected = downstream.measure(world(zero), windows=40, batch=8).scalars
     assert expected[key] == pytest.approx(0, abs=1e-5)
@@ -131,7 +131,7 @@ def test_batch_size_changes_nothing(world, batch):
 
 
 def test_what_cannot_be_measured_is_null_with_a_reason(world):
-    no_text = measure(Bench(sae=Given(), device=CPU, x=torch.randn(9, 4)))
+    no_text = measure(EvalContext(sae=Given(), device=CPU, x=torch.randn(9, 4)))
     broken = measure(world(Given(torch.eye(16) * math.nan)))
     for found in (no_text, broken):
         assert set(found.scalars) == {i.name for i in ablation.INFO} == set(found.why_null) and set(

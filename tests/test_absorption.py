@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from metric_worlds import CPU, Chunked, Given, bench, play
+from metric_worlds import CPU, Chunked, Given, ctx, play
 
 from sae_experiments.metrics import absorption
-from sae_experiments.metrics.base import Bench
+from sae_experiments.metrics.base import EvalContext
 
 OPTIONS = {
     "rows": None,
     "n_train": 1500,
     "n_test": 800,
-    "least": 20,
+    "min_positives": 20,
     "skip": 0,
     "block": 4,
     "test_frac": 0.5,
@@ -86,8 +86,8 @@ def dictionary(absorbs: str) -> Given:
     return Given(w_enc, w_dec=w_dec, b_enc=bias)
 
 
-def of_vowels(sae: Given, kind: type[Bench] = Bench) -> dict[str, float]:
-    found = absorption.measure(bench(TEXT, one_hot, sae, kind=kind), **OPTIONS)
+def of_vowels(sae: Given, kind: type[EvalContext] = EvalContext) -> dict[str, float]:
+    found = absorption.measure(ctx(TEXT, one_hot, sae, kind=kind), **OPTIONS)
     at = found.arrays["absorption_names"].tolist().index("vowel")
     return {k: float(found.arrays[f"absorption_{k}"][at]) for k in absorption.Parent._fields}
 
@@ -116,10 +116,12 @@ def test_the_size_of_chunks_and_the_order_of_latents_change_nothing():
 
 def test_what_cannot_be_measured_is_null_with_a_reason():
     names = {i.name for i in absorption.INFO}
-    no_text = absorption.measure(Bench(sae=Given(), device=CPU, x=torch.randn(9, 4)), **OPTIONS)
-    few = absorption.measure(bench(TEXT, one_hot, dictionary("")), **OPTIONS | {"min_parents": 30})
+    no_text = absorption.measure(
+        EvalContext(sae=Given(), device=CPU, x=torch.randn(9, 4)), **OPTIONS
+    )
+    few = absorption.measure(ctx(TEXT, one_hot, dictionary("")), **OPTIONS | {"min_parents": 30})
     broken = absorption.measure(
-        bench(TEXT, lambda t: [np.full(len(t), np.nan)] * 8, dictionary("")), **OPTIONS
+        ctx(TEXT, lambda t: [np.full(len(t), np.nan)] * 8, dictionary("")), **OPTIONS
     )
     for found in (no_text, few, broken):
         assert set(found.scalars) == names == set(found.why_null) and set(
@@ -127,7 +129,7 @@ def test_what_cannot_be_measured_is_null_with_a_reason():
         ) == {None}
     assert "fewer than 30" in few.why_null["absorption_full"]
     blind = absorption.measure(
-        bench(TEXT, lambda t: list(np.random.default_rng(0).random((8, len(t)))), dictionary("")),
+        ctx(TEXT, lambda t: list(np.random.default_rng(0).random((8, len(t)))), dictionary("")),
         **OPTIONS,
     )
     assert set(blind.scalars.values()) == {None}, "the activation shows no parent"

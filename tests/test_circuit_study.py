@@ -35,7 +35,7 @@ SMALL = [
     "study=circuits",
     "metric=[reconstruction,rules]",
     "metric.rules.latents=4",
-    "metric.rules.least=2",
+    "metric.rules.min_fires=2",
     "fit.train.steps=20",
     "fit.train.batch_size=256",
     "data=[text8]",
@@ -44,7 +44,7 @@ SMALL = [
     "study.checks.targets=40",
     "study.checks.checked=12",
     "study.checks.bootstrap=10",
-    "study.graph.least=2",
+    "study.graph.min_fires=2",
     "study.graph.count=2",
     "seeds=[0]",
 ]
@@ -417,7 +417,7 @@ def composed() -> Any:
         ("study.checks.counts=[4,2]", "that grow"),
         ("study.checks.nudges=[0.0]", "positive"),
         ("study.graph.edges=0", "at least 1"),
-        ("arms=two", "one kind of SAE"),
+        ("saes=two", "one kind of SAE"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_computed(
@@ -425,8 +425,8 @@ def test_mistakes_are_one_line_before_anything_is_computed(
 ) -> None:
     key, value = override.split("=", 1)
     cfg = copy.deepcopy(composed)
-    if key == "arms":
-        cfg.arms = {"topk": cfg.arms.batch_topk, "batch_topk": cfg.arms.batch_topk}
+    if key == "saes":
+        cfg.saes = {"topk": cfg.saes.batch_topk, "batch_topk": cfg.saes.batch_topk}
     else:
         OmegaConf.update(cfg, key, yaml.safe_load(value))
     with pytest.raises(UserError, match=told):

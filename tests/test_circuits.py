@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from circuit_worlds import C, F, T, circuit, model, sae, tokens
-from saes import NAMES, arm, make, unsettled
+from saes import NAMES, make, sae_spec, unsettled
 from scipy import sparse
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -122,7 +122,7 @@ def test_the_gradient_of_a_chosen_latent_is_known_for_all_upstream_latents(
         latents=None,
         count=1,
         order=1,
-        least=1,
+        min_fires=1,
         upstream_latent=None,
         firings=5,
         edges=3,
@@ -404,7 +404,7 @@ def test_variants_of_every_kind_have_a_pre_activation_and_a_decoder(name: str) -
 
 def downstream(name: str) -> SAE:
     """A variant as wide as the residual stream, random, for inference."""
-    made = unsettled(arm(name).model(d_in=C, d_sae=F, d_out=C)).double()
+    made = unsettled(sae_spec(name).model(d_in=C, d_sae=F, d_out=C)).double()
     return made.eval().requires_grad_(False)
 
 
@@ -553,13 +553,14 @@ def test_the_most_specific_latents_are_those_planted_for_a_trigram() -> None:
                 1,
             ]
     grams = Grams(ids, 30, 3)
-    found = most_specific(sparse.csr_matrix(ends), grams, n=3, least=5)
+    found = most_specific(sparse.csr_matrix(ends), grams, n=3, min_fires=5)
     assert [(s.latent, s.gram, s.f1) for s in found[:2]] == [
         (0, (0, 1, 2), 1.0),
         (2, (2, 2, 0), 1.0),
     ], "one latent for each trigram"
     assert (
-        found[2].f1 < 0.6 and most_specific(sparse.csr_matrix(ends), grams, n=9, least=10**6) == []
+        found[2].f1 < 0.6
+        and most_specific(sparse.csr_matrix(ends), grams, n=9, min_fires=10**6) == []
     )
     alone = grams.best(sparse.csr_matrix(ends))
     assert alone[4] is None and alone[1].f1 == pytest.approx(

@@ -10,11 +10,11 @@ import torch
 from metric_worlds import CPU, Chunked, Given
 
 from sae_experiments.metrics import coactivation
-from sae_experiments.metrics.base import Bench
+from sae_experiments.metrics.base import EvalContext
 
 OPTIONS = {
     "rows": None,
-    "least": 5,
+    "min_fires": 5,
     "block": 512,
     "partners": 3,
     "strong": 0.2,
@@ -23,7 +23,7 @@ OPTIONS = {
 }
 
 
-def measure(x: np.ndarray, kind: type[Bench] = Bench, **options):
+def measure(x: np.ndarray, kind: type[EvalContext] = EvalContext, **options):
     x = torch.from_numpy(np.asarray(x, np.float32))
     return coactivation.measure(
         kind(sae=Given(d_in=x.shape[1]), device=CPU, x=x), **(OPTIONS | options)
@@ -53,7 +53,7 @@ def test_blocks_agree_with_correlation_coefficients(block):
     )
     assert found.scalars["coact_strong_frac"] == pytest.approx((np.abs(phi[off]) > 0.2).mean())
     apart = np.abs(
-        found.arrays["coact_phi_hist"] - np.histogram(phi[off], coactivation.EDGES)[0]
+        found.arrays["coact_phi_hist"] - np.histogram(phi[off], coactivation.BIN_EDGES)[0]
     ).sum()
     assert apart <= 8, "but for a few values on an edge"
     ours = found.arrays["coact_partner_phi"]

@@ -11,7 +11,7 @@ from metric_worlds import CPU, Chunked, Given
 from scipy import sparse
 
 from sae_experiments.metrics import coding, compression
-from sae_experiments.metrics.base import Bench, Spliced
+from sae_experiments.metrics.base import EvalContext, LMSplice
 from sae_experiments.metrics.codes import sparse_codes
 from sae_experiments.metrics.rate_distortion import rise, windows_of
 from sae_experiments.models.hooks import Site
@@ -37,7 +37,9 @@ def coins(n: int, m: int, f: float, seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).random((n, m)) < f).astype(np.float32)
 
 
-def measure(x: np.ndarray, sae: Given | None = None, kind: type[Bench] = Bench, **options):
+def measure(
+    x: np.ndarray, sae: Given | None = None, kind: type[EvalContext] = EvalContext, **options
+):
     return compression.measure(
         kind(sae=sae or Given(d_in=x.shape[1]), device=CPU, x=torch.from_numpy(x)),
         **(OPTIONS | options),
@@ -177,21 +179,21 @@ def test_the_same_for_the_cross_entropy(steps, tolerance, trained, corpus, tmp_p
     tokens = lambda starts: tuple(corpus.windows("val", starts + shift, 16) for shift in (0, 1))  # noqa: E731
     eye = torch.eye(16)[:12]
     sae = Given(torch.cat([eye, -eye]))
-    bench = Bench(
+    ctx = EvalContext(
         sae=sae,
         device=CPU,
         read=site,
         write=site,
         held_out=store,
-        lm=Spliced(trained.model, site, tokens),
+        lm=LMSplice(trained.model, site, tokens),
     )
     found = compression.measure(
-        bench, **(OPTIONS | {"steps": steps, "tolerance": tolerance, "block": 16})
+        ctx, **(OPTIONS | {"steps": steps, "tolerance": tolerance, "block": 16})
     )
     whole = found.arrays["code_ce_keep"] == 1
     test = np.arange(640) // 16 % 2 == 1
-    window = windows_of(bench, test, 16, 8)
-    exact = rise(bench, window, sparse_codes(bench, None)[test], sae.decode, None, 8)
+    window = windows_of(ctx, test, 16, 8)
+    exact = rise(ctx, window, sparse_codes(ctx, None)[test], sae.decode, None, 8)
     fine = found.arrays["code_ce_ce"][whole] <= exact + tolerance * abs(exact)
     if fine.any():
         assert (

@@ -72,14 +72,14 @@ def study_of(*overrides: str, preset: str = "smoke") -> Language:
 
 @pytest.mark.parametrize("sae", SAES)
 def test_every_sae_composes_and_builds_on_meta_at_every_preset(sae):
-    arms = study_of(f"sae={sae}").arms
-    assert list(arms) == [sae]
+    saes = study_of(f"sae={sae}").saes
+    assert list(saes) == [sae]
     for preset in PRESETS:  # composing is what takes time, and the presets leave the SAE's own numbers alone (see below)
-        study = replace(study_of(preset=preset), arms=arms)
+        study = replace(study_of(preset=preset), saes=saes)
         study.check()
-        read, write = study.sites(arms[sae])
+        read, write = study.sites(saes[sae])
         with torch.device("meta"):
-            built = arms[sae].build(study.width(read), study.width(write))
+            built = saes[sae].build(study.width(read), study.width(write))
         assert built.d_in == study.width(read) < built.d_sae, "overcomplete by default"
         assert all(p.is_meta for p in built.parameters())
 
@@ -88,7 +88,7 @@ def test_presets_change_sizes_only():
     before = composed(preset="smoke")
     for preset in PRESETS:
         other = composed(preset=preset)
-        for part in ("sae", "arms", "metric", "track", "site"):
+        for part in ("sae", "saes", "metric", "track", "site"):
             assert other[part] == before[part], f"{preset} changes {part}"
 
 
@@ -115,7 +115,7 @@ def test_every_choice_of_every_group_composes_and_builds(group, name):
     "saes", [SAES[:3], pytest.param(SAES, marks=pytest.mark.slow)], ids=["three", "all"]
 )
 def test_saes_of_any_kind_fit_into_one_run(saes):
-    assert list(study_of(f"sae=[{','.join(saes)}]").arms) == saes
+    assert list(study_of(f"sae=[{','.join(saes)}]").saes) == saes
 
 
 def test_the_presets_are_a_ladder_of_sizes():
@@ -159,7 +159,7 @@ def test_the_full_preset_is_the_published_protocol():
         ("enwik8", 0),
         ("text8", 0),
     ]
-    assert str(study.sites(next(iter(study.arms.values())))[0]) == "resid.3", (
+    assert str(study.sites(next(iter(study.saes.values())))[0]) == "resid.3", (
         "the residual stream after block n_layer // 2"
     )
 
@@ -333,9 +333,9 @@ def test_a_run_that_the_plan_does_not_name_is_plain_and_says_so():
 
 
 def test_the_users_overrides_win_over_the_file_and_the_file_over_the_plan():
-    assert list(values(["out_dir=run_1", "sae=batch_topk"])[0].arms) == ["batch_topk"]
-    assert list(values(["out_dir=run_1"], extra=["sae=batch_topk"])[0].arms) == ["batch_topk"]
-    assert list(values(["out_dir=run_1", "sae=standard"], extra=["sae=batch_topk"])[0].arms) == [
+    assert list(values(["out_dir=run_1", "sae=batch_topk"])[0].saes) == ["batch_topk"]
+    assert list(values(["out_dir=run_1"], extra=["sae=batch_topk"])[0].saes) == ["batch_topk"]
+    assert list(values(["out_dir=run_1", "sae=standard"], extra=["sae=batch_topk"])[0].saes) == [
         "standard"
     ]
     assert values(["sae.target_l0=8", "sae.target_l0=9"])[0].sae.target_l0 == 9, (
@@ -386,8 +386,8 @@ def test_a_plan_that_does_not_exist_is_named_with_those_that_do():
 def test_two_saes_and_two_l0s_are_four_arms_with_the_right_values():
     study = study_of("sae=[topk,batch_topk]", "sae.target_l0=[16,32]")
     found = {
-        name: (arm.model.func.__name__, arm.target_l0, arm.model.keywords["k"])
-        for name, arm in study.arms.items()
+        name: (sae_spec.model.func.__name__, sae_spec.target_l0, sae_spec.model.keywords["k"])
+        for name, sae_spec in study.saes.items()
     }
     assert len(found) == 4
     assert sorted(found.values()) == [
@@ -401,7 +401,7 @@ def test_two_saes_and_two_l0s_are_four_arms_with_the_right_values():
             str(l0)
         )
     assert [c.reports for c in study.cells() if c.dataset == "text8"] == [
-        tuple(f"text8.{name}" for name in study.arms)
+        tuple(f"text8.{name}" for name in study.saes)
     ]
 
 
@@ -410,13 +410,13 @@ def test_a_grid_of_one_sae_keeps_other_overrides():
         "sae=topk", "sae.target_l0=[4,8,16]", "sae.expansion=4", "sae.model.aux_coeff=0"
     )
     assert [
-        (a.target_l0, a.expansion, a.model.keywords["aux_coeff"]) for a in study.arms.values()
+        (a.target_l0, a.expansion, a.model.keywords["aux_coeff"]) for a in study.saes.values()
     ] == [(4, 4, 0), (8, 4, 0), (16, 4, 0)]
 
 
 def test_a_grid_may_span_several_keys():
     study = study_of("sae=topk", "sae.target_l0=[4,8]", "sae.expansion=[2,4]")
-    assert [(a.target_l0, a.expansion) for a in study.arms.values()] == [
+    assert [(a.target_l0, a.expansion) for a in study.saes.values()] == [
         (4, 2),
         (4, 4),
         (8, 2),
@@ -431,7 +431,9 @@ def test_a_key_may_be_for_one_sae_of_the_list_alone():
         "sae.target_l0=16",
         "sae.batch_topk.expansion=2",
     )
-    assert {name: (arm.target_l0, arm.expansion) for name, arm in study.arms.items()} == {
+    assert {
+        name: (sae_spec.target_l0, sae_spec.expansion) for name, sae_spec in study.saes.items()
+    } == {
         "topk-target_l0_4": (4, 8),
         "topk-target_l0_8": (8, 8),
         "batch_topk": (16, 2),
@@ -460,25 +462,30 @@ def test_the_five_runs_of_purification_hold_all_that_the_study_must_show():
         build(values([f"out_dir=run_{i}"], extra=["preset=smoke"], plan="purification")[0].study)
         for i in (3, 4)
     )
-    patience = {name: arm.model.keywords["stop"]["patience"] for name, arm in third.arms.items()}
+    patience = {
+        name: sae_spec.model.keywords["stop"]["patience"] for name, sae_spec in third.saes.items()
+    }
     assert (
         sum(p > 0 for p in patience.values()) == 1 and sum(p == 0 for p in patience.values()) == 10
     )
-    assert len({arm.model.keywords["noise"] for arm in third.arms.values()}) == 10
+    assert len({sae_spec.model.keywords["noise"] for sae_spec in third.saes.values()}) == 10
     assert {"overhead_time", "overhead_memory"} <= {
         info.name for info in fourth.infos() if info.shown
     }
-    assert any(isinstance(arm.build(16, 16), Purified) for arm in fourth.arms.values())
+    assert any(isinstance(sae_spec.build(16, 16), Purified) for sae_spec in fourth.saes.values())
 
 
 def test_null_and_truth_values_may_stand_in_a_grid():
     study = study_of("sae=gated", "sae.model.start_l0=[null,3]")
-    assert {name: arm.model.keywords["start_l0"] for name, arm in study.arms.items()} == {
+    assert {name: sae_spec.model.keywords["start_l0"] for name, sae_spec in study.saes.items()} == {
         "gated-start_l0_null": None,
         "gated-start_l0_3": 3,
     }
     study = study_of("sae=matryoshka", "sae.model.detach_inner=[true,false]")
-    assert [arm.model.keywords["detach_inner"] for arm in study.arms.values()] == [True, False]
+    assert [sae_spec.model.keywords["detach_inner"] for sae_spec in study.saes.values()] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -519,20 +526,20 @@ def test_values_of_a_grid_mean_what_they_mean_alone(typed):
 
 def test_a_list_for_a_key_that_holds_a_list_is_one_value_and_no_grid():
     study = study_of("sae=topk", "sae.train.betas=[0.5,0.95]")
-    assert len(study.arms) == 1
-    assert [tuple(a.config(study.fit.train).betas) for a in study.arms.values()] == [(0.5, 0.95)]
+    assert len(study.saes) == 1
+    assert [tuple(a.config(study.fit.train).betas) for a in study.saes.values()] == [(0.5, 0.95)]
     assert tuple(study_of("fit.train.betas=[0.5,0.95]").fit.train.betas) == (0.5, 0.95)
     assert list(study_of("seeds=[3,4]").seeds) == [3, 4]
 
 
 def test_a_list_of_one_sae_is_that_sae():
-    assert study_of("sae=[topk]").arms.keys() == study_of("sae=topk").arms.keys() == {"topk"}
+    assert study_of("sae=[topk]").saes.keys() == study_of("sae=topk").saes.keys() == {"topk"}
 
 
 def test_an_own_number_of_a_variant_comes_on_top_of_the_fits():
     study = study_of("sae=topk", "sae.train.lr=0.123", "fit.train.lr=0.5")
-    (arm,) = study.arms.values()
-    assert arm.config(study.fit.train).lr == 0.123 and study.fit.train.lr == 0.5
+    (sae_spec,) = study.saes.values()
+    assert sae_spec.config(study.fit.train).lr == 0.123 and study.fit.train.lr == 0.5
 
 
 def test_metric_all_is_every_metric():

@@ -440,9 +440,9 @@ def nan_at(
     """From ``step`` on, the loss or the gradient of a learner is not finite."""
     plain = owner.loss
 
-    def loss(self: Any, batch: Any, at: Any) -> Any:
-        found = plain(self, batch, at)
-        if at.step != step or (seed is not None and self.seed != seed):
+    def loss(self: Any, batch: Any, info: Any) -> Any:
+        found = plain(self, batch, info)
+        if info.step != step or (seed is not None and self.seed != seed):
             return found
         if what == "loss":
             name = next(iter(found.parts))
@@ -587,9 +587,9 @@ def test_numbers_that_leave_the_last_step_broken_are_noticed(experiment, monkeyp
     """The loss of a step is computed before its update: what the last update does, no loss ever sees."""
     plain = fit.SAELearner.after_update
 
-    def after_update(self: Any, loss: Any, at: Any) -> None:
-        plain(self, loss, at)
-        if at.step == self.cfg.steps - 1:
+    def after_update(self: Any, loss: Any, info: Any) -> None:
+        plain(self, loss, info)
+        if info.step == self.cfg.steps - 1:
             with torch.no_grad():
                 next(self.module.parameters())[0] = float("nan")
 

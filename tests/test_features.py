@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from metric_worlds import CPU, LENGTH, Given, bench, play
+from metric_worlds import CPU, LENGTH, Given, ctx, play
 from scipy import sparse
 from torch import nn
 
 from sae_experiments.metrics import features
-from sae_experiments.metrics.base import Bench, Measured
+from sae_experiments.metrics.base import EvalContext, Measured
 from sae_experiments.models.hooks import Site
 from sae_experiments.studies.base import Outcome, merged
 
@@ -46,7 +46,7 @@ def ends(*wanted: str):
 
 def measured(columns, sae=None, **options: Any) -> tuple[Measured, dict[int, dict[str, Any]]]:
     world = {k: options.pop(k) for k in ("replicas", "model") if k in options}
-    found = features.measure(bench(TEXT, columns, sae, **world), **(OPTIONS | options))
+    found = features.measure(ctx(TEXT, columns, sae, **world), **(OPTIONS | options))
     return found, {f["latent"]: f for f in found.features or []}
 
 
@@ -139,7 +139,7 @@ class Tiny(nn.Module):
 def test_the_logit_effect_is_the_derivative_of_the_logits_along_the_decoder_row() -> None:
     symbols = len(set(TEXT))
     model, sae = Tiny(6, symbols), Given(torch.randn(4, 6), torch.randn(4, 6))
-    world = bench(
+    world = ctx(
         TEXT, lambda text: list(np.random.default_rng(0).random((6, len(text)))), sae, model=model
     )
     found = features.logit_effect(world, np.array([1.0, 2.0, 0.0, 1.0]), 1)
@@ -161,14 +161,14 @@ def test_promoted_and_suppressed_characters_are_the_ends_of_the_logit_effect() -
     model, sae = Tiny(6, len(set(TEXT))), Given(torch.eye(6), torch.randn(6, 6))
     columns = lambda text: list((np.random.default_rng(0).random((6, len(text))) < 0.1) * 1.0)  # noqa: E731
     _, by = measured(columns, sae, model=model)
-    effect = features.logit_effect(bench(TEXT, columns, sae, model=model), np.ones(6), 2)
+    effect = features.logit_effect(ctx(TEXT, columns, sae, model=model), np.ones(6), 2)
     symbols = sorted(set(TEXT))
     assert [c for c, _ in by[3]["promotes"]] == [symbols[i] for i in np.argsort(-effect[3])[:3]]
     assert [c for c, _ in by[3]["suppresses"]] == [symbols[i] for i in np.argsort(effect[3])[:3]]
 
 
 def test_an_sae_that_does_not_write_to_the_residual_stream_has_no_logit_effect() -> None:
-    world = bench(TEXT, ends("e"), model=Tiny(1, len(set(TEXT))))
+    world = ctx(TEXT, ends("e"), model=Tiny(1, len(set(TEXT))))
     object.__setattr__(world, "write", Site("mlp_in", 1))
     assert features.logit_effect(world, np.ones(1), 1) is None
 
@@ -201,7 +201,7 @@ def test_what_cannot_be_measured_is_null_with_a_reason(columns) -> None:
 
 
 def test_without_text_there_are_values_but_no_contexts() -> None:
-    found = features.measure(Bench(sae=Given(), device=CPU, x=torch.rand(50, 4)), **OPTIONS)
+    found = features.measure(EvalContext(sae=Given(), device=CPU, x=torch.rand(50, 4)), **OPTIONS)
     assert found.why_null == {"feature_next_bits": "there is no text"}
     assert set(found.features[0]) == {"latent", "density", "max", "mean", "histogram", "partners"}
 
@@ -220,7 +220,7 @@ def test_what_metrics_say_about_a_latent_is_joined() -> None:
     outcome = Outcome()
     outcome.measure(
         {
-            k: (lambda bench, v=v: Measured({}, features=v))
+            k: (lambda ctx, v=v: Measured({}, features=v))
             for k, v in (("x", one), ("y", None), ("z", other))
         },
         SimpleNamespace(held_out=None, n_rows=1),

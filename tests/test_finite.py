@@ -10,8 +10,8 @@ from conftest import train_config
 from torch import nn
 
 from sae_experiments.errors import NonFinite
-from sae_experiments.training.finite import Watch
-from sae_experiments.training.loop import At, Learner, Loss, Session, train
+from sae_experiments.training.finite import FiniteGuard
+from sae_experiments.training.loop import Learner, Loss, Session, StepInfo, train
 
 CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="until this machine has a CUDA device"
@@ -23,13 +23,13 @@ DEVICES = ["cpu", "cpu, as an accelerator", pytest.param("cuda", marks=CUDA)]
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A device; on a processor that plays an accelerator, the watch asks as seldom as it does there."""
     if request.param.endswith("accelerator"):
-        plain = Watch.__init__
+        plain = FiniteGuard.__init__
 
-        def init(self: Watch, *args: Any) -> None:
+        def init(self: FiniteGuard, *args: Any) -> None:
             plain(self, *args)
             self.at_once = False
 
-        monkeypatch.setattr(Watch, "__init__", init)
+        monkeypatch.setattr(FiniteGuard, "__init__", init)
     return request.param.split(",")[0]
 
 
@@ -44,13 +44,13 @@ class Line(Learner):
         super().__init__("line", nn.Linear(4, 1).to(device), cfg, seed=0)
         self.loss_at, self.weights_at, self.evaluation_at = loss_at, weights_at, evaluation_at
 
-    def loss(self, batch: torch.Tensor, at: At) -> Loss:
+    def loss(self, batch: torch.Tensor, info: StepInfo) -> Loss:
         error = self.module(batch).square().mean()
-        broken = error * (float("nan") if at.step == self.loss_at else 1.0)
+        broken = error * (float("nan") if info.step == self.loss_at else 1.0)
         return Loss(broken, {"mse": broken.detach()})
 
-    def after_update(self, loss: Loss, at: At) -> None:
-        if at.step == self.weights_at:
+    def after_update(self, loss: Loss, info: StepInfo) -> None:
+        if info.step == self.weights_at:
             with torch.no_grad():
                 self.module.weight[0, 2] = float("inf")
 
@@ -96,7 +96,7 @@ def test_a_held_out_number_that_is_none_is_named(device):
 
 @CUDA
 def test_on_an_accelerator_the_watch_does_not_wait_for_each_step():
-    watch = Watch("w", nn.Linear(2, 2).cuda(), 0.1)
+    watch = FiniteGuard("w", nn.Linear(2, 2).cuda(), 0.1)
     loss = Loss(torch.ones((), device="cuda"), {})
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):

@@ -157,7 +157,7 @@ def all_keys() -> dict[str, Any]:
                 compose_checked(CONF, ["preset=smoke", *overrides])[0], resolve=False
             )
         )
-    return {key: found[key] for key in sorted(found) if not key.startswith(("arms", "study."))}
+    return {key: found[key] for key in sorted(found) if not key.startswith(("saes", "study."))}
 
 
 def try_many(typed: Callable[..., str], n: int, seed: int) -> collections.Counter[str]:

@@ -10,7 +10,7 @@ from metric_worlds import CPU, Chunked, Given
 from torch import Tensor
 
 from sae_experiments.metrics import geometry
-from sae_experiments.metrics.base import Bench
+from sae_experiments.metrics.base import EvalContext
 
 OPTIONS = {"rows": None, "match": 2048, "block": 3, "twin": 0.5, "found_again": 0.7, "seed": 0}
 
@@ -21,7 +21,11 @@ def directions(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def measure(
-    sae: Given, *others: Given, kind: type[Bench] = Bench, x: Tensor | None = None, **options
+    sae: Given,
+    *others: Given,
+    kind: type[EvalContext] = EvalContext,
+    x: Tensor | None = None,
+    **options,
 ):
     x = torch.randn(500, sae.d_in, generator=torch.Generator().manual_seed(9)) if x is None else x
     return geometry.measure(kind(sae=sae, device=CPU, x=x, replicas=others), **(OPTIONS | options))

@@ -13,11 +13,11 @@ from sklearn.metrics import f1_score
 
 from sae_experiments.errors import UserError
 from sae_experiments.metrics import recovery
-from sae_experiments.metrics.base import Bench
+from sae_experiments.metrics.base import EvalContext
 from sae_experiments.metrics.recovery import Truth
 from sae_experiments.studies.ground_truth.world import Planted, World
 
-OPTIONS = {"rows": None, "least": 5, "found": 0.9, "seed": 0}
+OPTIONS = {"rows": None, "min_fires": 5, "found": 0.9, "seed": 0}
 
 
 def recipe(**changes: Any) -> Planted:
@@ -45,7 +45,7 @@ def oracle(world: World) -> Given:
     return Given(world.directions, b_enc=torch.full((len(world.directions),), -1.5))
 
 
-def measure(world: World, sae: Given, kind: type[Bench] = Bench, n: int = 6000):
+def measure(world: World, sae: Given, kind: type[EvalContext] = EvalContext, n: int = 6000):
     acts = world.acts(n, 7)
     return recovery.measure(
         kind(
@@ -130,7 +130,7 @@ def test_f1_of_latents_is_against_the_feature_they_point_to():
 
 def test_what_cannot_be_measured_is_null_with_a_reason():
     world = orthogonal()
-    unknown = recovery.measure(Bench(sae=Given(), device=CPU, x=torch.randn(9, 4)), **OPTIONS)
+    unknown = recovery.measure(EvalContext(sae=Given(), device=CPU, x=torch.randn(9, 4)), **OPTIONS)
     dead = measure(world, Given(world.directions, b_enc=torch.full((80,), -1e6)))
     broken = measure(world, Given(world.directions * torch.nan))
     for found in (unknown, dead, broken):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from saes import CONF, D, arm, batch, config, make, rows, step
+from saes import CONF, D, batch, config, make, rows, sae_spec, step
 from torch import Tensor
 
 from sae_experiments.config.compose import build, compose_checked
@@ -283,7 +283,7 @@ def test_a_total_l0_scales_both_levels_alike():
         ("sae.model.sparsity=[0.9]", "two numbers"),
         ("sae.model.sparsity=[0.9,1.0]", "two numbers"),
         ("sae.model.levels=middle", "not one of both, bottom, top"),
-        ("sae.model.fractions=[0.5,0.5,0.5]", "sum to 1"),
+        ("sae.model.phase_fracs=[0.5,0.5,0.5]", "sum to 1"),
         ("sae.model.top_frac=0.001", "without latents"),
         ("sae.model.drop_bottom=0.95", "more than 1"),
         ("sae.model.rank=0", "at least 1"),
@@ -388,18 +388,20 @@ def test_directions_and_readers_of_the_top_are_those_of_its_products():
 
 
 def test_an_l0_may_be_asked_for_as_a_share_of_the_latents():
-    assert arm("batch_topk", "sae.active_frac=0.14").build(16, 16).k == pytest.approx(0.14 * 128)
+    assert sae_spec("batch_topk", "sae.active_frac=0.14").build(16, 16).k == pytest.approx(
+        0.14 * 128
+    )
     assert (
-        arm("standard", "sae.active_frac=0.25", "sae.d_sae=40").build(16, 16).controller.target
+        sae_spec("standard", "sae.active_frac=0.25", "sae.d_sae=40").build(16, 16).controller.target
         == 10
     )
-    plain, asked = arm("standard"), arm("standard", "sae.active_frac=0.25")
+    plain, asked = sae_spec("standard"), sae_spec("standard", "sae.active_frac=0.25")
     assert "active_frac" not in plain.describe() and asked.describe()["active_frac"] == 0.25, (
         "fits that do not use it keep their cache keys"
     )
     for name, share in (("hierarchical", 1.5), ("standard", 0.0), ("kl_rate", 2)):
         with pytest.raises(UserError, match="active_frac"):
-            arm(name, f"sae.active_frac={share}").build(16, 16)
+            sae_spec(name, f"sae.active_frac={share}").build(16, 16)
 
 
 def test_the_baselines_of_the_plan_have_the_size_and_the_sparsity_of_the_pair():
@@ -409,7 +411,7 @@ def test_the_baselines_of_the_plan_have_the_size_and_the_sparsity_of_the_pair():
             [f"out_dir={run}"], plan="hierarchical", extra=["preset=laptop"], conf=CONF
         )
         built_for[run] = next(
-            iter(build(compose_checked(CONF, overrides)[0].study).arms.values())
+            iter(build(compose_checked(CONF, overrides)[0].study).saes.values())
         ).build(128, 128)
     pair = built_for["run_2"]
     assert pair.widths == (512, 128)

@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from metric_worlds import CPU, LENGTH, Chunked, Given, bench, play
+from metric_worlds import CPU, LENGTH, Chunked, Given, ctx, play
 from scipy import sparse
 
 from sae_experiments.metrics import rules
-from sae_experiments.metrics.base import Bench
+from sae_experiments.metrics.base import EvalContext
 from sae_experiments.metrics.codes import Text, read_text
 from sae_experiments.metrics.text import ngrams
 from sae_experiments.metrics.text.contexts import contexts_of, quantile_rows, top_rows
@@ -29,11 +29,18 @@ from sae_experiments.metrics.text.patterns import (
     unpack,
 )
 
-NGRAMS = {"rows": None, "longest": 4, "least": 10, "min_count": 3, "predictable": 0.1, "block": 4}
+NGRAMS = {
+    "rows": None,
+    "longest": 4,
+    "min_fires": 10,
+    "min_count": 3,
+    "predictable": 0.1,
+    "block": 4,
+}
 RULES = {
     "rows": None,
     "latents": None,
-    "least": 10,
+    "min_fires": 10,
     "threshold": 0.1,
     "block": 4,
     "keep": 0.9,
@@ -66,7 +73,7 @@ def chance(n: int, p: float = 0.1):
 
 
 def test_a_latent_that_is_an_n_gram_has_that_order_and_r2_1():
-    found = ngrams.measure(bench(TEXT, suffix("e", "th", "the", "hat ")), **NGRAMS)
+    found = ngrams.measure(ctx(TEXT, suffix("e", "th", "the", "hat ")), **NGRAMS)
     assert found.arrays["ngram_order"].tolist() == [1, 2, 3, 4]
     assert found.arrays["ngram_r2"].max(1) == pytest.approx([1, 1, 1, 1], abs=0.05)
     assert (
@@ -77,7 +84,7 @@ def test_a_latent_that_is_an_n_gram_has_that_order_and_r2_1():
 
 
 def test_a_latent_that_is_chance_cannot_be_predicted():
-    found = ngrams.measure(bench(TEXT, chance(4)), **NGRAMS).scalars
+    found = ngrams.measure(ctx(TEXT, chance(4)), **NGRAMS).scalars
     assert (
         found["ngram_r2"] < 0.02
         and abs(found["ngram_score"]) < 0.15
@@ -87,7 +94,7 @@ def test_a_latent_that_is_chance_cannot_be_predicted():
 
 
 def test_tables_agree_with_a_dictionary_filled_row_by_row():
-    world = bench(
+    world = ctx(
         TEXT[:3000],
         lambda t: list(
             np.abs(np.random.default_rng(1).normal(size=(3, len(t)))) * (np.array(list(t)) != "e")
@@ -95,7 +102,7 @@ def test_tables_agree_with_a_dictionary_filled_row_by_row():
     )
     text = read_text(world, None)
     z = world.held_out.x.numpy().astype(float)
-    found = simulate(sparse.csr_matrix(z), text, longest=3, least=1, min_count=3, block=4)
+    found = simulate(sparse.csr_matrix(z), text, longest=3, min_fires=1, min_count=3, block=4)
     train, chars, offset = text.blocks(4) % 2 == 0, text.chars.tolist(), text.offset
     tables: dict[tuple, list[np.ndarray]] = {}
     for t in np.flatnonzero(train):
@@ -121,15 +128,15 @@ def test_characters_before_the_window_are_not_used():
 
 
 def test_n_grams_do_not_depend_on_the_size_of_chunks():
-    plain = ngrams.measure(bench(TEXT, suffix("e", "th")), **NGRAMS).scalars
-    assert ngrams.measure(bench(TEXT, suffix("e", "th"), kind=Chunked), **NGRAMS).scalars == plain
+    plain = ngrams.measure(ctx(TEXT, suffix("e", "th")), **NGRAMS).scalars
+    assert ngrams.measure(ctx(TEXT, suffix("e", "th"), kind=Chunked), **NGRAMS).scalars == plain
 
 
 # ------------------------------------------------------------------------------------------------ rules
 
 
-def described(features, sae=None, kind: type[Bench] = Bench, **options):
-    found = rules.measure(bench(TEXT, features, sae, kind=kind), **(RULES | options))
+def described(features, sae=None, kind: type[EvalContext] = EvalContext, **options):
+    found = rules.measure(ctx(TEXT, features, sae, kind=kind), **(RULES | options))
     return found, {f["latent"]: f for f in found.features or []}
 
 
@@ -212,10 +219,10 @@ def test_contexts_stay_inside_their_window_and_are_the_strongest():
 def test_what_cannot_be_measured_is_null_with_a_reason(metric):
     module, options = metric
     for world in (
-        Bench(sae=Given(), device=CPU, x=torch.randn(50, 4)),
-        bench(TEXT, lambda t: [np.full(len(t), math.nan)] * 2),
-        bench(TEXT, lambda t: [np.zeros(len(t))] * 2),
-        bench(TEXT[:70], chance(2)),
+        EvalContext(sae=Given(), device=CPU, x=torch.randn(50, 4)),
+        ctx(TEXT, lambda t: [np.full(len(t), math.nan)] * 2),
+        ctx(TEXT, lambda t: [np.zeros(len(t))] * 2),
+        ctx(TEXT[:70], chance(2)),
     ):
         found = module.measure(world, **options)
         assert set(found.scalars) == {i.name for i in module.INFO} == set(found.why_null) and set(

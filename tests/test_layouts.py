@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sae_experiments.errors import UserError
-from sae_experiments.metrics.base import Bench, Spliced
+from sae_experiments.metrics.base import EvalContext, LMSplice
 from sae_experiments.metrics.features import logit_effect
 from sae_experiments.models.hooks import Site, activations, blocks_of, capture, patched
 from sae_experiments.models.layouts import LAYOUTS, layout_of_model, matrix
@@ -132,9 +132,11 @@ def test_the_effect_on_logits_is_that_of_the_models_own_modules(
 
     held = Held()
     held.starts = starts
-    lm = Spliced(model, site, lambda s: (ids()[: len(s)], ids()[: len(s)]))
-    bench = Bench(sae=sae, device=torch.device("cpu"), read=site, write=site, held_out=held, lm=lm)
-    found = logit_effect(bench, np.ones(8), 3)
+    lm = LMSplice(model, site, lambda s: (ids()[: len(s)], ids()[: len(s)]))
+    ctx = EvalContext(
+        sae=sae, device=torch.device("cpu"), read=site, write=site, held_out=held, lm=lm
+    )
+    found = logit_effect(ctx, np.ones(8), 3)
     down = blocks_of(model)[1].get_submodule(layout.down)
     d = sae.W_dec.detach()
     d = down(d) - down(torch.zeros_like(d)) if stream == "mlp_act" else d

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from drawing import drawn
-from metric_worlds import CPU, Given, bench, play
+from metric_worlds import CPU, Given, ctx, play
 from saes import batch, make
 from scipy import sparse
 
-from sae_experiments.metrics.base import Bench
+from sae_experiments.metrics.base import EvalContext
 from sae_experiments.metrics.levels import effect as levels_effect
 from sae_experiments.metrics.levels import meaning as levels_meaning
 from sae_experiments.metrics.levels import measure as levels
@@ -20,12 +20,12 @@ from sae_experiments.metrics.levels.paths import levels_of, only
 from sae_experiments.metrics.probing import Sample, Task
 from sae_experiments.metrics.rate_distortion import Rated, bits_at, effect_sizes, strongest
 
-LEVELS = {"rows": None, "least": 5, "pairs": 10, "map_top": 4, "map_bottom": 4, "relatives": 2}
+LEVELS = {"rows": None, "min_fires": 5, "pairs": 10, "map_top": 4, "map_bottom": 4, "relatives": 2}
 MEANING = {
     "rows": None,
     "n_train": 400,
     "n_test": 400,
-    "least": 10,
+    "min_positives": 10,
     "skip": 0,
     "block": 4,
     "test_frac": 0.5,
@@ -59,7 +59,7 @@ def correlated(n: int = 4000) -> np.ndarray:
 
 def measured(x: np.ndarray, groups: list[int], **options):
     return levels.measure(
-        Bench(sae=Grouped(groups), device=CPU, x=torch.from_numpy(x)), **(LEVELS | options)
+        EvalContext(sae=Grouped(groups), device=CPU, x=torch.from_numpy(x)), **(LEVELS | options)
     )
 
 
@@ -197,7 +197,7 @@ def test_latents_get_the_level_of_what_they_detect():
     late = lambda t: _position(t) >= 5  # noqa: E731
     far = lambda t: _column(t) > 40  # noqa: E731
     coin = lambda t: np.random.default_rng(0).random(len(t)) < 0.3  # noqa: E731
-    made = bench(text, lambda t: [vowels(t), late(t), far(t), coin(t)], Grouped([1, 1, 0, 0]))
+    made = ctx(text, lambda t: [vowels(t), late(t), far(t), coin(t)], Grouped([1, 1, 0, 0]))
     found = levels_meaning.measure(made, **MEANING)
     assert np.nan_to_num(found.arrays["meaning_semantic_level"]).tolist() == [1, 2, 3, 0]
     assert found.arrays["meaning_concept"].tolist() == [
@@ -269,13 +269,16 @@ def test_a_latents_effect_is_the_length_of_what_it_adds():
     sae = Given(torch.eye(2), rows)
     codes = sparse.csr_matrix(np.array([[1.0, 0], [2, 1]], np.float32))
     assert effect_sizes(
-        Bench(sae=sae, device=CPU, x=torch.eye(2)), codes, sae.decode
+        EvalContext(sae=sae, device=CPU, x=torch.eye(2)), codes, sae.decode
     ) == pytest.approx([5, 1], rel=1e-5)
 
 
 def test_without_a_language_model_effects_are_null_with_a_reason():
     found = levels_effect.measure(
-        Bench(sae=Grouped([0, 1]), device=CPU, x=torch.eye(2)), windows=4, batch=2, mean_rows=4
+        EvalContext(sae=Grouped([0, 1]), device=CPU, x=torch.eye(2)),
+        windows=4,
+        batch=2,
+        mean_rows=4,
     )
     assert set(found.scalars.values()) == {None} and set(found.why_null) == {
         i.name for i in levels_effect.INFO

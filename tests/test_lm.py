@@ -19,7 +19,7 @@ from sae_experiments.errors import UserError
 from sae_experiments.models import cpu_kernels
 from sae_experiments.models import gpt2 as lm
 from sae_experiments.models.gpt2 import LMLearner, LMSpec, autocast, build_lm, generate, train_lm
-from sae_experiments.training.loop import At, Session, train
+from sae_experiments.training.loop import Session, StepInfo, train
 
 CPU = torch.device("cpu")
 
@@ -226,8 +226,8 @@ def test_on_cuda_auto_asks_the_device(monkeypatch, supported):
 # ------------------------------------------------------------------------------------------------ loss and evaluation
 
 
-def at_step(step: int) -> At:
-    return At(step, "train", step, 10, torch.Generator())
+def at_step(step: int) -> StepInfo:
+    return StepInfo(step, "train", step, 10, torch.Generator())
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_next_character_and_its_parts_sum_to_it(corpus):

@@ -31,7 +31,7 @@ def declared_options(module: Any) -> dict[str, bool]:
             f.name: f.default is not missing or f.default_factory is not missing for f in fields
         }
     parameters = inspect.signature(module.measure).parameters.values()
-    return {p.name: p.default is not p.empty for p in parameters if p.name != "bench"}
+    return {p.name: p.default is not p.empty for p in parameters if p.name != "ctx"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae_experiments.metrics import downstream, reconstruction, sparsity
-from sae_experiments.metrics.base import Bench, Measured, Rows, Spliced
+from sae_experiments.metrics.base import EvalContext, LMSplice, Measured, Rows
 from sae_experiments.metrics.sparsity import DENSITY_EDGES, latent_entropy
 from sae_experiments.models.hooks import Site, activations
 from sae_experiments.models.store import Store, collect
@@ -42,12 +42,12 @@ class Stub(SAE):
     def decode(self, acts: Tensor) -> Tensor:
         return self.rebuild(acts)
 
-    def accepted(self, x: Tensor, width: str) -> Tensor:
+    def as_rows(self, x: Tensor, width: str) -> Tensor:
         return x  # of any width
 
 
-class Chunked(Bench):
-    """A bench that gives ``size`` rows at a time."""
+class Chunked(EvalContext):
+    """A ctx that gives ``size`` rows at a time."""
 
     size = 3
 
@@ -60,7 +60,7 @@ def gaussian(n: int = 200, d: int = 4, seed: int = 0) -> Tensor:
 
 
 def rebuilt(
-    x: Tensor, recon: Tensor, kind: type[Bench] = Bench, rows: int | None = None
+    x: Tensor, recon: Tensor, kind: type[EvalContext] = EvalContext, rows: int | None = None
 ) -> Measured:
     """Reconstruction metrics where row i of ``x`` is rebuilt as row i of ``recon``."""
     at = 0
@@ -208,14 +208,16 @@ def test_only_the_first_rows_are_looked_at_where_a_limit_is_given():
 
 def test_a_transcoder_is_measured_against_its_target_and_not_its_input():
     x, y = gaussian(), gaussian(seed=1)
-    bench = Bench(sae=Stub(rebuild=lambda z: y[: len(z)]), device=CPU, x=x, y=y)
-    assert reconstruction.measure(bench, rows=None).scalars["sae_fvu"] == 0
+    ctx = EvalContext(sae=Stub(rebuild=lambda z: y[: len(z)]), device=CPU, x=x, y=y)
+    assert reconstruction.measure(ctx, rows=None).scalars["sae_fvu"] == 0
 
 
 # ------------------------------------------------------------------------------------------------ sparsity
 
 
-def measured(codes: Tensor, kind: type[Bench] = Bench, entropy_latents: int = 256) -> Measured:
+def measured(
+    codes: Tensor, kind: type[EvalContext] = EvalContext, entropy_latents: int = 256
+) -> Measured:
     return sparsity.measure(
         kind(sae=Stub(d_sae=codes.shape[1]), device=CPU, x=codes),
         rows=None,
@@ -420,20 +422,20 @@ def spliced(trained: Any, corpus: Any, held_out: Store) -> Callable[..., Measure
         sae: SAE, *, read: Site = SITE, write: Site = SITE, windows: int = 40, batch: int = 8
     ) -> Measured:
         tokens = lambda starts: tuple(corpus.windows("val", starts + shift, 16) for shift in (0, 1))  # noqa: E731
-        bench = Bench(
+        ctx = EvalContext(
             sae=sae,
             device=CPU,
             read=read,
             write=write,
             held_out=held_out,
-            lm=Spliced(trained.model, write, tokens),
+            lm=LMSplice(trained.model, write, tokens),
         )
-        return downstream.measure(bench, windows=windows, batch=batch)
+        return downstream.measure(ctx, windows=windows, batch=batch)
 
     return measure
 
 
-def test_a_perfect_copy_costs_nothing_and_recovers_everything(spliced):
+def test_a_perfect_copy_costs_nothing_and_recovers_everything(splice):
     found = spliced(Stub()).scalars
     assert found["ce_spliced"] == pytest.approx(found["ce_clean"], rel=1e-7)
     assert found["ce_delta_bits"] == pytest.approx(0, abs=1e-6) and found["kl"] == pytest.approx(
@@ -444,19 +446,19 @@ def test_a_perfect_copy_costs_nothing_and_recovers_everything(spliced):
     ] == pytest.approx(1)
 
 
-def test_zero_is_zero_ablation(spliced):
+def test_zero_is_zero_ablation(splice):
     found = spliced(Stub(rebuild=torch.zeros_like)).scalars
     assert found["loss_recovered_zero"] == pytest.approx(0, abs=1e-9)
     assert found["ce_delta_bits"] > 0.1 and found["kl"] > 0.05
 
 
-def test_the_mean_activation_is_mean_ablation(spliced, held_out):
+def test_the_mean_activation_is_mean_ablation(splice, held_out):
     mean = held_out.rows(SITE, slice(None)).mean(0)
     found = spliced(Stub(rebuild=lambda z: mean.expand_as(z))).scalars
     assert found["loss_recovered"] == pytest.approx(0, abs=1e-6)
 
 
-def test_halfway_lies_between(spliced):
+def test_halfway_lies_between(splice):
     found = spliced(
         Stub(
             rebuild=lambda z: (
@@ -470,7 +472,7 @@ def test_halfway_lies_between(spliced):
     )
 
 
-def test_downstream_losses_equal_those_computed_by_hand(spliced, trained, corpus, held_out):
+def test_downstream_losses_equal_those_computed_by_hand(splice, trained, corpus, held_out):
     """Window by window and block by block, without hooks; the first position has no context and is left out."""
     body, head = trained.model.transformer, trained.model.lm_head
     rebuild = lambda z: 0.7 * z + 0.1  # noqa: E731
@@ -503,14 +505,14 @@ def test_downstream_losses_equal_those_computed_by_hand(spliced, trained, corpus
 
 
 @pytest.mark.parametrize("batch", [1, 7, 100])
-def test_downstream_does_not_depend_on_the_batch_size(spliced, batch):
+def test_downstream_does_not_depend_on_the_batch_size(splice, batch):
     sae = Stub(rebuild=lambda z: 0.8 * z)
     assert spliced(sae, batch=batch).scalars == pytest.approx(
         spliced(sae, batch=40).scalars, rel=1e-4
     )
 
 
-def test_a_transcoder_that_computes_the_mlp_costs_nothing(spliced, trained):
+def test_a_transcoder_that_computes_the_mlp_costs_nothing(splice, trained):
     mlp = copy.deepcopy(trained.model.transformer.h[1].mlp)  # without the hooks of the measurement
     found = spliced(
         Stub(rebuild=lambda z: mlp(z)), read=Site("mlp_in", 2), write=Site("mlp_out", 2)
@@ -520,7 +522,7 @@ def test_a_transcoder_that_computes_the_mlp_costs_nothing(spliced, trained):
     ] == pytest.approx(0, abs=1e-6)
 
 
-def test_an_ablation_that_costs_nothing_gives_null_with_a_reason(spliced, trained):
+def test_an_ablation_that_costs_nothing_gives_null_with_a_reason(splice, trained):
     with torch.no_grad():
         kept = trained.model.lm_head.weight.clone()
         trained.model.lm_head.weight.zero_()  # nothing matters to this model
@@ -536,18 +538,20 @@ def test_an_ablation_that_costs_nothing_gives_null_with_a_reason(spliced, traine
     assert found.scalars["ce_clean"] == pytest.approx(math.log(trained.model.config.vocab_size))
 
 
-def test_a_reconstruction_that_is_not_finite_gives_nulls_with_reasons(spliced):
+def test_a_reconstruction_that_is_not_finite_gives_nulls_with_reasons(splice):
     found = reasons(spliced(Stub(rebuild=lambda z: z * math.nan)))
     assert {"ce_spliced", "ce_delta_bits", "kl"} <= set(found) and NOT_GIVEN not in found.values()
 
 
 def test_without_a_language_model_everything_is_null_with_a_reason():
-    found = downstream.measure(Bench(sae=Stub(), device=CPU, x=gaussian()), windows=4, batch=2)
+    found = downstream.measure(
+        EvalContext(sae=Stub(), device=CPU, x=gaussian()), windows=4, batch=2
+    )
     assert set(found.scalars) == {i.name for i in downstream.INFO} == set(found.why_null)
     assert set(found.scalars.values()) == {None}
 
 
-def test_measuring_changes_neither_sae_nor_language_model(spliced, trained, corpus):
+def test_measuring_changes_neither_sae_nor_language_model(splice, trained, corpus):
     x, _ = corpus.batch_at("val", 0, rows=2, length=16, seed=0)
     before = activations(trained.model, x, [SITE])[SITE]
     sae = Stub(rebuild=lambda z: 0.5 * z)
@@ -564,12 +568,12 @@ def test_measuring_changes_neither_sae_nor_language_model(spliced, trained, corp
 @pytest.mark.parametrize(
     "module", [reconstruction, sparsity, downstream], ids=lambda m: m.__name__.rpartition(".")[2]
 )
-def test_every_metric_is_described_and_every_description_is_measured(module, spliced):
+def test_every_metric_is_described_and_every_description_is_measured(module, splice):
     if module is downstream:
         found = spliced(Stub())
     else:
         options = {"rows": None} | ({"entropy_latents": 4} if module is sparsity else {})
-        found = module.measure(Bench(sae=Stub(), device=CPU, x=gaussian()), **options)
+        found = module.measure(EvalContext(sae=Stub(), device=CPU, x=gaussian()), **options)
     assert [i.name for i in module.INFO] == sorted(
         found.scalars, key=[i.name for i in module.INFO].index
     )
@@ -577,14 +581,14 @@ def test_every_metric_is_described_and_every_description_is_measured(module, spl
 
 
 def test_rows_beyond_the_last_and_an_absent_limit_are_all_rows():
-    bench = Bench(sae=Stub(), device=CPU, x=gaussian(10))
+    ctx = EvalContext(sae=Stub(), device=CPU, x=gaussian(10))
     assert (
-        [len(r.x) for r in bench.chunks(None, size=4)]
+        [len(r.x) for r in ctx.chunks(None, size=4)]
         == [4, 4, 2]
-        == [len(r.x) for r in bench.chunks(99, size=4)]
+        == [len(r.x) for r in ctx.chunks(99, size=4)]
     )
-    assert [len(r.x) for r in bench.chunks(5, size=4)] == [4, 1]
-    assert F.mse_loss(next(bench.chunks()).recon, gaussian(10)) == 0
+    assert [len(r.x) for r in ctx.chunks(5, size=4)] == [4, 1]
+    assert F.mse_loss(next(ctx.chunks()).recon, gaussian(10)) == 0
 
 
 def test_the_noise_of_fvu_is_the_spread_over_resampled_windows_and_zero_where_windows_are_alike():
@@ -601,8 +605,8 @@ def test_the_noise_of_fvu_is_the_spread_over_resampled_windows_and_zero_where_wi
     from sae_experiments import build_sae
 
     sae = build_sae("topk", 4, target_l0=1, d_sae=8).eval().requires_grad_(False)
-    bench = Bench(sae=sae, device=torch.device("cpu"), x=x)
-    found = reconstruction.measure(bench, rows=None).noise["sae_fvu"]
+    ctx = EvalContext(sae=sae, device=torch.device("cpu"), x=x)
+    found = reconstruction.measure(ctx, rows=None).noise["sae_fvu"]
     windows, recon = x.view(6, WINDOW, 4).double(), sae(x).view(6, WINDOW, 4).double()
     values = []
     for weights in document_weights(6, 200, 0):
@@ -610,5 +614,5 @@ def test_the_noise_of_fvu_is_the_spread_over_resampled_windows_and_zero_where_wi
         y, yhat = windows[pick].reshape(-1, 4), recon[pick].reshape(-1, 4)
         values.append(float((y - yhat).square().sum() / (y - y.mean(0)).square().sum()))
     assert found == pytest.approx(float(np.std(values, ddof=1)), rel=1e-6)
-    alike = Bench(sae=sae, device=torch.device("cpu"), x=x[:WINDOW].repeat(5, 1))
+    alike = EvalContext(sae=sae, device=torch.device("cpu"), x=x[:WINDOW].repeat(5, 1))
     assert reconstruction.measure(alike, rows=None).noise["sae_fvu"] == pytest.approx(0, abs=1e-9)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from metric_worlds import CPU, LENGTH, Given, bench, play
+from metric_worlds import CPU, LENGTH, Given, ctx, play
 
 from sae_experiments.metrics import ablation, absorption, probing, rules
-from sae_experiments.metrics.base import Bench, Measured, Spliced
+from sae_experiments.metrics.base import EvalContext, LMSplice, Measured
 from sae_experiments.metrics.noise import Grouped, noise_over, resampled_auc, resampled_means
 from sae_experiments.models.hooks import Site
 from sae_experiments.models.store import collect
@@ -129,7 +129,7 @@ def rules_of(copies: int) -> list[Measured]:
     """On documents that are alike, and on others."""
     if copies not in _KNOWN:
         _KNOWN[copies] = [
-            rules.measure(bench(text, fires(copies), Given(d_in=4 * copies)), **RULES)
+            rules.measure(ctx(text, fires(copies), Given(d_in=4 * copies)), **RULES)
             for text in (ALIKE, UNLIKE)
         ]
     return _KNOWN[copies]
@@ -147,7 +147,7 @@ def test_absorption(monkeypatch: pytest.MonkeyPatch) -> None:
 
     sae = Given(torch.eye(4))
     alike, unlike = (
-        absorption.measure(bench(text, columns, sae), **ABSORPTION) for text in (ALIKE, UNLIKE)
+        absorption.measure(ctx(text, columns, sae), **ABSORPTION) for text in (ALIKE, UNLIKE)
     )
     for name in ("absorption_full", "absorption_fraction", "absorption_main_recall"):
         assert alike.noise[name] == pytest.approx(0, abs=1e-12)
@@ -183,7 +183,7 @@ def test_probes_of_many_concepts_promise_no_less_noise(
     copies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One concept under several names, each in a group of its own."""
-    made = bench(UNLIKE, fires(1), Given(d_in=4))
+    made = ctx(UNLIKE, fires(1), Given(d_in=4))
     vowel = next(c for c in probing.bank(made.symbols) if c.name == "vowel")
     measured = {}
     for n in (1, copies):
@@ -199,8 +199,8 @@ def test_probes_of_many_concepts_promise_no_less_noise(
 @pytest.fixture(scope="module")
 def windows_at(
     trained: Any, corpus: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[np.ndarray], Bench]:
-    def made(starts: np.ndarray) -> Bench:
+) -> Callable[[np.ndarray], EvalContext]:
+    def made(starts: np.ndarray) -> EvalContext:
         site = Site("resid", 1)
         store = collect(
             trained.model,
@@ -216,19 +216,19 @@ def windows_at(
         )
         tokens = lambda at: tuple(corpus.windows("val", at + shift, 16) for shift in (0, 1))  # noqa: E731
         sae = Given(torch.cat([torch.eye(16), -torch.eye(16)]))
-        return Bench(
+        return EvalContext(
             sae=sae,
             device=CPU,
             read=site,
             write=site,
             held_out=store,
-            lm=Spliced(trained.model, site, tokens),
+            lm=LMSplice(trained.model, site, tokens),
         )
 
     return made
 
 
-def test_effects_of_latents(windows_at: Callable[[np.ndarray], Bench]) -> None:
+def test_effects_of_latents(windows_at: Callable[[np.ndarray], EvalContext]) -> None:
     alike = ablation.measure(windows_at(np.full(40, 32)), **ABLATION).noise
     unlike = ablation.measure(windows_at(np.arange(0, 640, 16)), **ABLATION).noise
     for name in ("ablate_latent_ce_delta_bits", "ablate_latent_kl"):

@@ -207,7 +207,7 @@ def test_the_random_numbers_of_others_are_left_alone(name, tmp_path):
 )
 def test_an_l0_that_leaves_no_latent_in_a_batch_is_one_line(name):
     sae = build_sae(name, D, target_l0=0.0005, d_sae=48)
-    if sae.asked_l0 is None:
+    if sae.fixed_l0 is None:
         pytest.skip("this configuration asks for no L0")
     with pytest.raises(UserError, match=r"target_l0=0\.0005 leaves no latent active in 64 rows"):
         fit_saes(sae, rows(2048, 0), **SETTINGS)

@@ -9,7 +9,7 @@ import torch
 from saes import batch, make
 
 from sae_experiments.metrics import overhead
-from sae_experiments.metrics.base import Bench, Measured
+from sae_experiments.metrics.base import EvalContext, Measured
 from sae_experiments.metrics.overhead import Held
 
 SETTINGS: dict[str, Any] = {"batch": 256, "steps": 1, "rounds": 2, "memory_steps": 2}
@@ -20,7 +20,9 @@ def measured(name: str, *overrides: str) -> tuple[Measured, Any]:
     sae = make(name, *overrides)
     x = batch(512).x
     sae.begin("train", x, x)
-    return overhead.measure(Bench(sae=sae.eval(), device=torch.device("cpu"), x=x), **SETTINGS), sae
+    return overhead.measure(
+        EvalContext(sae=sae.eval(), device=torch.device("cpu"), x=x), **SETTINGS
+    ), sae
 
 
 def test_memory_is_that_of_living_tensors_and_of_no_view():
@@ -62,7 +64,7 @@ def test_every_purified_sae_has_its_price_and_stays_as_it_is(name):
 
 def test_more_perturbed_rows_take_more_memory():
     few, all_rows = (
-        measured("purified", f"sae.model.rows={share}")[0].scalars["overhead_memory"]
+        measured("purified", f"sae.model.row_frac={share}")[0].scalars["overhead_memory"]
         for share in (0.125, 1.0)
     )
     assert all_rows > few

@@ -222,10 +222,10 @@ def test_the_published_language_model_has_embeddings_of_its_own(published: Any) 
 
 def test_the_published_sae_loss_is_elementwise_on_raw_vectors_and_raw_codes(published: Any) -> None:
     """A step of the fit has the gradient of ``mean (x - xhat)^2 + 1e-3 sum KL(0.05 || mean z)``, everything in the vectors' own units."""
-    (arm,) = published.arms.values()
+    (sae_spec,) = published.saes.values()
     assert published.fit.scale == "none" and not published.center
     x = 0.3 * torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) + 0.2
-    sae = arm.seeded(128, 128, 0)
+    sae = sae_spec.seeded(128, 128, 0)
     sae.begin("train", x, x)
     step = Step(
         phase="train",
@@ -247,12 +247,12 @@ def test_the_published_sae_loss_is_elementwise_on_raw_vectors_and_raw_codes(publ
 
 
 def test_the_published_fit_leaves_units_and_decoder_lengths_alone(published: Any) -> None:
-    (arm,) = published.arms.values()
+    (sae_spec,) = published.saes.values()
     x = 0.3 * torch.randn(512, 128, generator=torch.Generator().manual_seed(0)) + 0.2
     seen = []
 
     def fitted(scale: str) -> SAE:
-        sae = arm.seeded(128, 128, 0)
+        sae = sae_spec.seeded(128, 128, 0)
         loss = sae.loss
         sae.loss = lambda batch, step: (seen.append(batch.x), loss(batch, step))[1]
         cfg = replace(published.fit.train, steps=30, lr=1e-2)

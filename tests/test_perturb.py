@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONF
-from metric_worlds import CPU, Given, bench, play
+from metric_worlds import CPU, Given, ctx, play
 from omegaconf import OmegaConf
 from saes import NAMES, make, trained
 from saes import rows as sparse_rows
 
 from sae_experiments.errors import UserError
-from sae_experiments.metrics.base import Bench
+from sae_experiments.metrics.base import EvalContext
 from sae_experiments.metrics.robustness import curves
 from sae_experiments.metrics.robustness import measure as robustness
 from sae_experiments.metrics.robustness.margins import confirmed, crosstalk, has_margins, radii
-from sae_experiments.metrics.robustness.noise import Noises
+from sae_experiments.metrics.robustness.noise import NoiseSource
 from sae_experiments.metrics.robustness.sums import Distributions, Sums
 from sae_experiments.saes.base import Codes
 from sae_experiments.saes.purified import perturb
-from sae_experiments.saes.purified.perturb import SHARED, TYPES, Cloud
+from sae_experiments.saes.purified.perturb import SHARED, TYPES, NoiseModel
 from sae_experiments.saes.selection import Pattern
 
 D, N = 12, 20_000
@@ -39,8 +39,8 @@ def rows() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def cloud(rows) -> Cloud:
-    return Cloud(D).learn(rows)
+def cloud(rows) -> NoiseModel:
+    return NoiseModel(D).learn(rows)
 
 
 def options(**changes):
@@ -49,7 +49,7 @@ def options(**changes):
         "rows": 2048,
         "type_rows": 512,
         "curve_rows": 256,
-        "least": 5,
+        "min_fires": 5,
         "margin_rows": 64,
         "windows": 4,
         "block": 2,
@@ -81,7 +81,7 @@ def test_shared_directions_have_mean_square_length_one_and_the_right_covariance(
 
 def test_mask_removes_squared_size_eps_of_the_centred_row():
     rows = torch.randn(N, D, generator=generator(4)) + 5
-    cloud = Cloud(D).learn(rows)
+    cloud = NoiseModel(D).learn(rows)
     delta = cloud.mask(rows, 0.3, generator())
     gone = delta != 0
     torch.testing.assert_close(
@@ -206,9 +206,9 @@ def test_gaussian_change_of_a_linear_code_is_the_closed_form():
     """Identity encoder far from its thresholds: |dz| is half-normal with standard deviation eps R / sqrt d."""
     x = 10 + torch.randn(4096, 8, generator=generator())
     found = robustness.measure(
-        Bench(sae=Given(d_in=8), device=CPU, x=x), **options(rows=None)
+        EvalContext(sae=Given(d_in=8), device=CPU, x=x), **options(rows=None)
     ).scalars
-    sigma = 0.1 * float(Cloud(8).learn(x).radius) / math.sqrt(8)
+    sigma = 0.1 * float(NoiseModel(8).learn(x).radius) / math.sqrt(8)
     assert found["rob_change"] == pytest.approx(100 * sigma * math.sqrt(2 / math.pi) / 10, rel=0.03)
     assert found["rob_flips"] == 0 and found["rob_jaccard"] == 1 and found["rob_flip_share"] == 0
     assert found["rob_crosstalk"] == pytest.approx(0, abs=1e-8) and found[
@@ -255,7 +255,7 @@ def test_a_wrong_radius_is_not_confirmed(monkeypatch):
 def test_crosstalk_of_a_dictionary_with_known_gram_matrix():
     """Unit rows with cosine 0.6 and a tied encoder: a step along one moves the other by 0.6 of it."""
     rows = torch.tensor([[1.0, 0], [0.6, 0.8]])
-    noises = Noises(sae=Given(rows), cloud=Cloud(2), attack_steps=1, seed=0, alt=None)
+    noises = NoiseSource(sae=Given(rows), cloud=NoiseModel(2), attack_steps=1, seed=0, alt=None)
     ratio, slope = crosstalk(noises, torch.full((50, 2), 10.0), 0.1)
     assert ratio == pytest.approx(0.36, rel=1e-3) and slope == pytest.approx(1, rel=1e-3)
 
@@ -295,25 +295,27 @@ def test_area_and_half_size():
 def test_the_fvu_under_noise_is_that_of_the_size_asked_for():
     """The identity rebuilds the noisy row: its error is the noise, eps^2 R^2 per row."""
     x = torch.randn(2000, 8, generator=generator()) + 10
-    radius = float(Cloud(8).learn(x).radius)
+    radius = float(NoiseModel(8).learn(x).radius)
     variance = float((x - x.mean(0)).square().sum(1).mean())
     for eps in (0.1, 0.25):
         given = options(rows=None, curve_rows=2000, type_rows=2000, eps=eps)
-        scalars = robustness.measure(Bench(sae=Given(d_in=8), device=CPU, x=x), **given).scalars
+        scalars = robustness.measure(
+            EvalContext(sae=Given(d_in=8), device=CPU, x=x), **given
+        ).scalars
         expected = eps**2 * radius**2 / variance
         assert scalars["rob_denoised_fvu"] == pytest.approx(expected, rel=0.05), eps
 
 
 def test_broken_or_constant_input_is_null_with_a_reason():
     for x in (torch.full((256, 4), math.nan), torch.full((256, 4), 2.0)):
-        found = robustness.measure(Bench(sae=Given(), device=CPU, x=x), **options(rows=None))
+        found = robustness.measure(EvalContext(sae=Given(), device=CPU, x=x), **options(rows=None))
         assert set(found.scalars.values()) == {None} and set(found.why_null) == set(found.scalars)
 
 
 def test_text_is_split_into_documents_and_everything_has_a_value_or_a_reason():
     found = robustness.measure(
-        bench(play(6000), lambda t: [np.array([ord(c) % m for c in t]) / m for m in (3, 5, 7, 11)]),
-        **options(rows=None, least=20),
+        ctx(play(6000), lambda t: [np.array([ord(c) % m for c in t]) / m for m in (3, 5, 7, 11)]),
+        **options(rows=None, min_fires=20),
     )
     assert {k for k, v in found.scalars.items() if v is None} == set(found.why_null)
     assert found.scalars["rob_fold_rank"] is not None and found.noise["rob_change"] > 0

@@ -226,9 +226,9 @@ def test_sae_curves_name_the_parts_only_one_variant_has(two: list[Path]) -> None
 def test_several_saes_of_one_run_are_drawn_side_by_side(tmp_path: Path) -> None:
     names = [f"{sae}-target_l0_{k}" for sae in ("topk", "gated") for k in (8, 16)]
     reports = [f"{corpus}.{name}" for corpus in ("enwik8", "text8") for name in names]
-    arms = {name: {"model": {"k": int(name.rsplit("_", 1)[1])}} for name in names}
-    run = make_run(tmp_path, "grid", datasets=reports, config={"arms": arms})
-    table = load_table([run]).by_arm
+    saes = {name: {"model": {"k": int(name.rsplit("_", 1)[1])}} for name in names}
+    run = make_run(tmp_path, "grid", datasets=reports, config={"saes": saes})
+    table = load_table([run]).by_sae
     assert [r.title for r in table.runs] == sorted(
         names, key=lambda n: (n[0], int(n.rsplit("_", 1)[1]))
     )
@@ -236,7 +236,7 @@ def test_several_saes_of_one_run_are_drawn_side_by_side(tmp_path: Path) -> None:
     assert {r.config["variant"] for r in table.runs} == {"topk", "gated"}
     whole = load_table([run]).runs[0]
     for part in table.runs:
-        assert part.stats["text8"] == whole.stats[f"text8.{part.arm}"]
+        assert part.stats["text8"] == whole.stats[f"text8.{part.sae_spec}"]
         assert set(part.curves["dataset"]) == {"enwik8", "text8"} and set(part.arrays("text8")) == {
             0,
             1,
@@ -247,13 +247,13 @@ def test_several_saes_of_one_run_are_drawn_side_by_side(tmp_path: Path) -> None:
         "a panel for a corpus and a metric, a point for an SAE"
     )
     beside = load_table([make_run(tmp_path, "run_0", datasets=["text8"]), run])
-    assert [r.name for r in beside.by_arm.runs][1:] == [r.name for r in table.runs], (
+    assert [r.name for r in beside.by_sae.runs][1:] == [r.name for r in table.runs], (
         "the baseline needs no name in front of theirs"
     )
-    assert beside.by_arm.baseline is beside.by_arm.runs[0] and beside.by_arm.with_rivals(
+    assert beside.by_sae.baseline is beside.by_sae.runs[0] and beside.by_sae.with_rivals(
         ["text8", "shakespeare_char"]
     ) == ["text8"]
-    two = load_table([run, make_run(tmp_path, "other", datasets=["text8"])]).by_arm
+    two = load_table([run, make_run(tmp_path, "other", datasets=["text8"])]).by_sae
     assert "grid gated-target_l0_8" in [r.name for r in two.runs], (
         "among several runs the run is named too"
     )

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from metric_worlds import CPU, Chunked, Given, bench, play
+from metric_worlds import CPU, Chunked, Given, ctx, play
 from sklearn.metrics import roc_auc_score
 
 from sae_experiments.metrics import probing
-from sae_experiments.metrics.base import Bench
+from sae_experiments.metrics.base import EvalContext
 from sae_experiments.metrics.noise import auc, noise_of, resampled_auc, smallest_difference
 
 OPTIONS = {
@@ -21,7 +21,7 @@ OPTIONS = {
     "ceilings": [],
     "n_train": 600,
     "n_test": 300,
-    "least": 20,
+    "min_positives": 20,
     "skip": 2,
     "block": 4,
     "test_frac": 0.4,
@@ -51,7 +51,7 @@ def of_concept(found, source: str = "sae", k: str = "1", part: str = "auc") -> d
 
 
 def test_a_latent_that_is_the_concept_is_found_and_scores_1():
-    found = probing.measure(bench(TEXT, knows_vowels), **OPTIONS)
+    found = probing.measure(ctx(TEXT, knows_vowels), **OPTIONS)
     assert (
         of_concept(found)["vowel"] == 1
         and of_concept(found, part="accuracy")["vowel"] == 1
@@ -61,7 +61,7 @@ def test_a_latent_that_is_the_concept_is_found_and_scores_1():
 
 
 def test_latents_that_know_nothing_score_one_half():
-    found = probing.measure(bench(TEXT, lambda t: noise_like(t, 4)), **OPTIONS)
+    found = probing.measure(ctx(TEXT, lambda t: noise_like(t, 4)), **OPTIONS)
     for name in (
         "probe_auc_char_k1",
         "probe_auc_word_k1",
@@ -79,14 +79,14 @@ def test_a_concept_that_needs_two_latents_needs_k_2():
         )
         return [*noise_like(text, 2), *(v * 1.0 for v in vowel)]
 
-    found = probing.measure(bench(TEXT, halves), **OPTIONS)
+    found = probing.measure(ctx(TEXT, halves), **OPTIONS)
     assert of_concept(found, k="1")["vowel"] < 0.95 and of_concept(found, k="2")["vowel"] == 1
 
 
 def test_knowing_the_character_does_not_solve_a_matched_concept():
     """One-hot characters score 1 on character concepts and a half on where in a word a character stands."""
     found = probing.measure(
-        bench(TEXT, lambda t: [np.array([x == c for x in t]) for c in sorted(set(TEXT))]),
+        ctx(TEXT, lambda t: [np.array([x == c for x in t]) for c in sorted(set(TEXT))]),
         **OPTIONS | {"k": ["all"]},
     )
     scores = of_concept(found, k="all")
@@ -102,25 +102,25 @@ def test_knowing_the_character_does_not_solve_a_matched_concept():
 
 
 def test_permuting_the_latents_or_scaling_them_changes_nothing():
-    plain = probing.measure(bench(TEXT, knows_vowels), **OPTIONS)
+    plain = probing.measure(ctx(TEXT, knows_vowels), **OPTIONS)
     order = torch.tensor([2, 0, 3, 1])
     moved = Given(torch.eye(4)[order] * torch.tensor([0.1, 3.0, 7.0, 1.0])[:, None])
-    found = probing.measure(bench(TEXT, knows_vowels, moved), **OPTIONS)
+    found = probing.measure(ctx(TEXT, knows_vowels, moved), **OPTIONS)
     assert found.scalars == pytest.approx(plain.scalars, abs=2e-3)
 
 
 def test_batch_size_changes_nothing():
     options = OPTIONS | {"floors": [1], "ceilings": ["all"]}
     assert probing.measure(
-        bench(TEXT, knows_vowels, kind=Chunked), **options
+        ctx(TEXT, knows_vowels, kind=Chunked), **options
     ).scalars == pytest.approx(
-        probing.measure(bench(TEXT, knows_vowels), **options).scalars, abs=1e-9
+        probing.measure(ctx(TEXT, knows_vowels), **options).scalars, abs=1e-9
     )
 
 
 def test_baselines_are_measured_on_the_same_tasks():
     found = probing.measure(
-        bench(TEXT, knows_vowels), **OPTIONS | {"floors": [1], "ceilings": ["all"]}
+        ctx(TEXT, knows_vowels), **OPTIONS | {"floors": [1], "ceilings": ["all"]}
     )
     assert (
         of_concept(found, "raw", "all")["vowel"] == 1
@@ -132,15 +132,17 @@ def test_baselines_are_measured_on_the_same_tasks():
 
 def test_a_silent_sae_scores_one_half():
     silent = Given(torch.eye(4), b_enc=torch.full((4,), -10.0))
-    found = probing.measure(bench(TEXT, knows_vowels, silent), **OPTIONS)
+    found = probing.measure(ctx(TEXT, knows_vowels, silent), **OPTIONS)
     assert set(of_concept(found).values()) == {0.5}
 
 
 def test_what_cannot_be_measured_is_null_with_a_reason():
-    without_text = probing.measure(Bench(sae=Given(), device=CPU, x=torch.randn(50, 4)), **OPTIONS)
-    broken = probing.measure(bench(TEXT, lambda t: [np.full(len(t), math.nan)] * 4), **OPTIONS)
-    short = probing.measure(bench(TEXT[:100], knows_vowels), **OPTIONS)
-    text8 = probing.measure(bench("the cat sat on a mat and then " * 200, knows_vowels), **OPTIONS)
+    without_text = probing.measure(
+        EvalContext(sae=Given(), device=CPU, x=torch.randn(50, 4)), **OPTIONS
+    )
+    broken = probing.measure(ctx(TEXT, lambda t: [np.full(len(t), math.nan)] * 4), **OPTIONS)
+    short = probing.measure(ctx(TEXT[:100], knows_vowels), **OPTIONS)
+    text8 = probing.measure(ctx("the cat sat on a mat and then " * 200, knows_vowels), **OPTIONS)
     for found in (without_text, broken, short):
         assert set(found.scalars.values()) == {None} and set(found.why_null) == set(found.scalars)
     assert (

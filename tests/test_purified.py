@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import CONF
 from drawing import drawn
-from saes import D, M, arm, batch, config, make, rows, step, unsettled
+from saes import D, M, batch, config, make, rows, sae_spec, step, unsettled
 
 from sae_experiments.config.compose import build, compose_checked
 from sae_experiments.errors import NonFinite, UserError
@@ -47,7 +47,9 @@ def weights(**values: float) -> list[str]:
 
 def plainly(*overrides: str, host: str = "batch_topk", seed: int = 0):
     """What ``make("purified", "sae/host=...", *overrides)`` builds, without the half second that composing a configuration takes."""
-    settings = copy.deepcopy(dict(arm("purified").model.keywords)) | {"host": arm(host).model}
+    settings = copy.deepcopy(dict(sae_spec("purified").model.keywords)) | {
+        "host": sae_spec(host).model
+    }
     for override in overrides:
         *path, last = override.removeprefix("sae.model.").split("=")[0].split(".")
         value = override.split("=")[1]
@@ -90,8 +92,8 @@ def ready(*overrides: str, host: str = "batch_topk"):
 
 
 def answer_of(sae, x: Batch):
-    moment = step(sae)
-    return sae.answer(sae.training_forward(x), moment)
+    info = step(sae)
+    return sae.answer(sae.training_forward(x), info)
 
 
 @pytest.mark.parametrize("off", ["sae.model.eps=0", "weights"])
@@ -134,18 +136,18 @@ def test_host_and_its_numbers_come_from_the_command_line():
             "sae.target_l0=7",
         ],
     )
-    arms = build(cfg.study).arms
-    assert label == "batch_topk, purified-topk, purified-jumprelu" and len(arms) == 3
-    assert arms["purified-jumprelu"].model.keywords["host"].keywords["target_l0"] == 7
+    saes = build(cfg.study).saes
+    assert label == "batch_topk, purified-topk, purified-jumprelu" and len(saes) == 3
+    assert saes["purified-jumprelu"].model.keywords["host"].keywords["target_l0"] == 7
     cfg, _ = compose_checked(
         CONF, ["preset=smoke", "sae=purified", "sae/host=jumprelu", "sae.host.model.bandwidth=0.5"]
     )
     assert (
-        next(iter(build(cfg.study).arms.values())).model.keywords["host"].keywords["bandwidth"]
+        next(iter(build(cfg.study).saes.values())).model.keywords["host"].keywords["bandwidth"]
         == 0.5
     )
     cfg, _ = compose_checked(CONF, ["preset=smoke", "sae=purified", "sae/host=transcoder"])
-    assert (cfg.arms.purified["read"], cfg.arms.purified["write"]) == ("mlp_in.mid", "mlp_out.mid")
+    assert (cfg.saes.purified["read"], cfg.saes.purified["write"]) == ("mlp_in.mid", "mlp_out.mid")
     for wrong, words in (
         (["sae=topk", "sae/host=topk"], "sae=purified"),
         (["sae=purified", "sae/host=jumprel"], "did you mean jumprelu"),
@@ -157,7 +159,9 @@ def test_host_and_its_numbers_come_from_the_command_line():
 @pytest.mark.parametrize("kind", SHARED)
 def test_the_pool_gives_the_pre_activations_of_the_rows_it_moved(kind):
     """W_enc (x + delta) = W_enc x + W_enc delta: the code of the moved rows is what the encoder says to them."""
-    sae = ready(*kinds(**{kind: 1.0}), "sae.model.rows=0.7", "sae.model.pool=5", host="standard")
+    sae = ready(
+        *kinds(**{kind: 1.0}), "sae.model.row_frac=0.7", "sae.model.pool=5", host="standard"
+    )
     x = batch(64)
     answer = answer_of(sae, x)
     delta = answer.x - x.x[answer.rows]
@@ -188,7 +192,7 @@ def test_all_kinds_together_move_every_row_by_the_asked_for_size(pool):
             targeted=0.1,
         ),
         *weights(stability=1, targeted=1),
-        "sae.model.rows=1.0",
+        "sae.model.row_frac=1.0",
         f"sae.model.pool={pool}",
         host="standard",
     )
@@ -216,7 +220,10 @@ def test_token_noise_without_a_second_view_is_one_line():
 @pytest.mark.parametrize("host", ["batch_topk", "standard"])  # sparse and dense codes
 def test_stability_is_the_squared_change_of_the_code(host, relative):
     sae = ready(
-        *weights(stability=3.0), "sae.model.rows=1.0", f"sae.model.relative={relative}", host=host
+        *weights(stability=3.0),
+        "sae.model.row_frac=1.0",
+        f"sae.model.relative={relative}",
+        host=host,
     )
     x = batch(64)
     fwd, answer = sae.training_forward(x), answer_of(sae, x)
@@ -237,7 +244,7 @@ def test_l2_norm_and_denoising_terms():
     sae = ready(
         *weights(stability=1.0, denoise=2.0),
         "sae.model.norm=l2",
-        "sae.model.rows=1.0",
+        "sae.model.row_frac=1.0",
         "sae.model.relative=0",
     )
     x = batch(64)
@@ -260,7 +267,7 @@ def test_a_code_can_be_made_stable_neither_by_shrinking_nor_by_a_constant():
     for relative in (1.0, 0.5, 0.0):
         sae = ready(
             *weights(stability=1.0),
-            "sae.model.rows=1.0",
+            "sae.model.row_frac=1.0",
             f"sae.model.relative={relative}",
             host="standard",
         )
@@ -294,7 +301,10 @@ def test_denoising_on_few_rows_says_what_all_rows_would():
     """Its mean over draws of rows is the error over the whole batch, and it varies far less than the plain mean over the perturbed rows."""
     few, all_rows = (
         ready(
-            *weights(denoise=1.0), f"sae.model.rows={share}", "sae.model.eps=0.02", host="standard"
+            *weights(denoise=1.0),
+            f"sae.model.row_frac={share}",
+            "sae.model.eps=0.02",
+            host="standard",
         )
         for share in (0.125, 1.0)
     )
@@ -302,39 +312,42 @@ def test_denoising_on_few_rows_says_what_all_rows_would():
     whole = all_rows.robustness(all_rows.training_forward(x), step(all_rows))["denoise"].item()
     found, plain = [], []
     for draw in range(40):
-        moment = replace(step(few), generator=torch.Generator().manual_seed(draw))
-        found.append(few.robustness(few.training_forward(x), moment)["denoise"].item())
-        moment.generator.manual_seed(draw)
-        answer = few.answer(few.training_forward(x), moment)
+        info = replace(step(few), generator=torch.Generator().manual_seed(draw))
+        found.append(few.robustness(few.training_forward(x), info)["denoise"].item())
+        info.generator.manual_seed(draw)
+        answer = few.answer(few.training_forward(x), info)
         plain.append(ops.squared_error(few.rebuilt(answer), x.y[answer.rows]).item())
     assert np.mean(found) == pytest.approx(whole, rel=0.01) and np.std(found) < 0.2 * np.std(plain)
 
 
 def test_the_clean_error_is_computed_once_and_forgotten():
-    sae = ready(*weights(denoise=3.0), "sae.model.rows=0.25")
-    x, moment = batch(256), step(sae, progress=0.5)
-    parts = sae.loss(x, moment).parts
-    moment = step(sae, progress=0.5)
+    sae = ready(*weights(denoise=3.0), "sae.model.row_frac=0.25")
+    x, info = batch(256), step(sae, progress=0.5)
+    parts = sae.loss(x, info).parts
+    info = step(sae, progress=0.5)
     fwd = sae.training_forward(x)
     assert (
         parts["denoise"].item()
-        == pytest.approx(sae.robustness(fwd, moment)["denoise"].item(), rel=1e-5)
+        == pytest.approx(sae.robustness(fwd, info)["denoise"].item(), rel=1e-5)
         and sae._clean is None
     )
 
 
 def test_dead_latents_are_revived_from_as_many_rows_as_are_perturbed():
-    sae, plain = ready("sae.model.rows=0.25"), ready("sae.model.rows=0.25", "sae.model.eps=0")
+    sae, plain = (
+        ready("sae.model.row_frac=0.25"),
+        ready("sae.model.row_frac=0.25", "sae.model.eps=0"),
+    )
     dead = torch.zeros(M, dtype=torch.bool)
     dead[:3] = True
     x = batch(256)
     for one, n in ((sae, 64), (plain, 256)):
-        fwd, moment = one.training_forward(x), replace(step(one), dead=dead)
+        fwd, info = one.training_forward(x), replace(step(one), dead=dead)
         seen = spread(256, n)
-        expected = one.aux_coeff * one.explain(
+        expected = one.aux_coeff * one.aux_k_loss(
             x.x[seen], (x.y - fwd.recon)[seen], dead.nonzero().squeeze(1)
         )
-        assert one.revive(fwd, moment)["aux_k"].item() == pytest.approx(expected.item(), rel=1e-6)
+        assert one.aux_loss(fwd, info)["aux_k"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def as_masks(sae):
@@ -365,7 +378,7 @@ def test_zeros_that_a_sparse_code_holds_are_not_active_latents(host, noise, monk
         options = [
             *weights(denoise=5.0, stability=18.0, targeted=0.5),
             *kinds(**{noise: 1.0}),
-            "sae.model.rows=0.5",
+            "sae.model.row_frac=0.5",
             "sae.model.pool=0",
         ]
         sae = ready(*options, "sae.model.eps=0.3", host=host)
@@ -400,7 +413,7 @@ def test_the_clean_code_is_a_constant_only_if_asked():
         sae = ready(
             *weights(stability=1.0),
             f"sae.model.stop_gradient={stop}",
-            "sae.model.rows=1.0",
+            "sae.model.row_frac=1.0",
             host="standard",
         )
         answer = answer_of(sae, batch(64))
@@ -443,7 +456,7 @@ def test_the_analytic_term_is_the_mean_of_sampled_gaussian_noise_without_flips()
     sae = ready(
         *weights(stability=1.0, analytic=1.0),
         *kinds(gaussian=1.0),
-        "sae.model.rows=1.0",
+        "sae.model.row_frac=1.0",
         "sae.model.eps=0.001",
         "sae.model.pool=0",
         "sae.model.relative=0",
@@ -533,7 +546,7 @@ def test_purification_forgets_directions_in_which_the_rows_do_not_vary():
     found = {}
     for name in ("batch_topk", "purified"):
         sae, start = (
-            plainly("sae.model.rows=1.0") if name == "purified" else make(name),
+            plainly("sae.model.row_frac=1.0") if name == "purified" else make(name),
             flat(2048, 1),
         )
         fit_saes(
@@ -571,7 +584,9 @@ def test_purification_forgets_directions_in_which_the_rows_do_not_vary():
 def stopping(**changes):
     return [
         f"sae.model.stop.{k}={v}"
-        for k, v in ({"patience": 2, "every": 0.1, "rows": 256, "start": 0.2} | changes).items()
+        for k, v in (
+            {"patience": 2, "eval_every_frac": 0.1, "eval_rows": 256, "start_frac": 0.2} | changes
+        ).items()
     ]
 
 
@@ -585,12 +600,12 @@ def test_early_stopping_puts_the_best_state_back(monkeypatch):
             kept.update(copy.deepcopy(dict(sae.named_parameters())))
         return (50.0 + len(looks) if len(looks) <= 3 else 10.0), 0.1
 
-    monkeypatch.setattr(purified.Watch, "measure", measure)
+    monkeypatch.setattr(purified.StabilityEarlyStopping, "measure", measure)
     sae = fitted(plainly(*stopping()), 40)
-    assert len(looks) == 5 and sae.watch.stopped
-    assert sae.watch.stopped_at == pytest.approx(
+    assert len(looks) == 5 and sae.early_stopping.stopped
+    assert sae.early_stopping.stopped_at == pytest.approx(
         0.6, abs=0.03
-    ) and sae.watch.score_at == pytest.approx(0.4, abs=0.03)
+    ) and sae.early_stopping.score_at == pytest.approx(0.4, abs=0.03)
     assert same_bits(
         kept["b_enc"].detach(), sae.b_enc.detach()
     )  # the one parameter that the scale, folded in at the end, leaves alone
@@ -598,7 +613,7 @@ def test_early_stopping_puts_the_best_state_back(monkeypatch):
 
 def test_a_state_with_a_worse_reconstruction_is_not_the_best():
     sae = ready(*stopping())
-    watch = sae.watch
+    watch = sae.early_stopping
     watch.note(least_fvu=0.1)
     assert watch.score(90, 0.105) == 90 and watch.score(90, 0.125) == pytest.approx(70)
     watch.note(least_fvu=0.05)  # what was good is judged by what has been seen since
@@ -609,7 +624,7 @@ def test_looking_changes_nothing():
     one = fitted(plainly(), 40)
     other = fitted(plainly(*stopping(patience=100, start=0.0)), 40)
     # The last step may be better than the last look; all else is the same fit.
-    assert other.watch.trace[:, 1].isfinite().sum() >= 8
+    assert other.early_stopping.trace[:, 1].isfinite().sum() >= 8
     assert same_bits(one.eps_trace, other.eps_trace)
     assert same_bits(one.cloud.root, other.cloud.root)
 
@@ -644,14 +659,14 @@ def test_a_host_with_a_pass_of_its_own_is_refused():
     [
         ("sae.model.relative=2", "relative"),
         ("sae.model.weights.stability=-1", "stability"),
-        ("sae.model.rows=0", "rows"),
+        ("sae.model.row_frac=0", "rows"),
         ("sae.model.eps=-1", "eps"),
         ("sae.model.norm=l1", "l2sq"),
         ("sae.model.weights.denoise=-1", "denoise"),
         ("sae.model.mixture.gaussian=0", "no kind"),
         ("sae.model.adapt.target=2", "adapt"),
         ("sae.model.aim.weak=-1", "weak"),
-        ("sae.model.stop.every=2", "every"),
+        ("sae.model.stop.eval_every_frac=2", "every"),
         ("sae.model.noise=gausian", "noise"),
         ("sae.model.noise=not_gaussian", "no kind"),
     ],
@@ -702,7 +717,7 @@ def test_from_the_command_line_to_the_figures_token_noise_included(experiment, t
         "sae.model.noise=[gaussian,token]",
         "sae.model.token_share=0.2",
         "metric=[downstream,robustness]",
-        "metric.robustness.least=3",
+        "metric.robustness.min_fires=3",
         "--out_dir=both",
         "seeds=[0]",
     )

@@ -192,7 +192,7 @@ def test_the_script_makes_no_markup_from_strings_and_asks_no_network() -> None:
 def test_packed_contexts_are_the_text_and_the_values_that_were_stored(tmp_path: Path) -> None:
     text = text_of(20_000)
     stored = features_of(text, 40)
-    cell = features.Cell("run_1", "d", 0, False, stored)
+    cell = features.FeatureCell("run_1", "d", 0, False, stored)
     found = json.loads(gzip.decompress(features.pack(cell, features.FULL)))
     assert len(found["latents"]) == 40
     for was, now in zip(stored, found["latents"], strict=True):
@@ -214,7 +214,7 @@ def test_contexts_that_disagree_about_a_row_keep_their_own_text() -> None:
     one = {"before": "ab", "at": "c", "after": "d", "acts": [0, 0, 2.0, 0], "row": 12}
     other, without = one | {"before": "xy"}, {k: v for k, v in one.items() if k != "row"}
     packed = features.pack(
-        features.Cell(
+        features.FeatureCell(
             "r",
             "d",
             0,
@@ -236,7 +236,7 @@ def test_contexts_that_disagree_about_a_row_keep_their_own_text() -> None:
 
 def test_numbers_that_json_does_not_have_become_null() -> None:
     packed = features.pack(
-        features.Cell(
+        features.FeatureCell(
             "r",
             "d",
             0,
@@ -255,7 +255,8 @@ def test_negative_and_tiny_values_keep_their_sign() -> None:
     found = json.loads(
         gzip.decompress(
             features.pack(
-                features.Cell("r", "d", 0, False, [{"latent": 0, "max": 4.0, "top": [top]}]), (1, 0)
+                features.FeatureCell("r", "d", 0, False, [{"latent": 0, "max": 4.0, "top": [top]}]),
+                (1, 0),
             )
         )
     )
@@ -263,7 +264,7 @@ def test_negative_and_tiny_values_keep_their_sign() -> None:
 
 
 def test_whole_strings_become_contexts() -> None:
-    cell = features.Cell(
+    cell = features.FeatureCell(
         "r",
         "palindrome",
         0,
@@ -291,7 +292,7 @@ def test_whole_strings_become_contexts() -> None:
 def test_a_laptop_run_fits_and_what_does_not_is_said() -> None:
     text = text_of(131_072)
     assert LENGTH == 128
-    cell = features.Cell("r", "shakespeare_char", 0, False, features_of(text, 256))
+    cell = features.FeatureCell("r", "shakespeare_char", 0, False, features_of(text, 256))
     found, note = features.packed([cell], 4_000_000)
     assert not note and 20 * len(found[0][1]) < 4_200_000, (
         "five cells of 1024 latents, and the rest of the page, in 5 MB"

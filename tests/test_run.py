@@ -36,7 +36,7 @@ class Fake:
         seeds: tuple[int, ...] = (0, 1),
         act: Callable[[Cell, Context], Any] = lambda cell, ctx: None,
     ) -> None:
-        self.datasets, self.seeds, self.act, self.ran, self.arms = datasets, seeds, act, [], ("",)
+        self.datasets, self.seeds, self.act, self.ran, self.saes = datasets, seeds, act, [], ("",)
 
     def check(self) -> None:
         pass
@@ -46,7 +46,7 @@ class Fake:
 
     def cells(self) -> list[Cell]:
         return [
-            Cell(d, s, tuple(f"{d}{arm}" for arm in self.arms))
+            Cell(d, s, tuple(f"{d}{sae_spec}" for sae_spec in self.saes))
             for d in self.datasets
             for s in self.seeds
         ]
@@ -272,12 +272,12 @@ def test_what_is_logged_is_on_disk_at_once(folder):
 
 def test_several_reports_of_a_cell_are_kept_apart(folder):
     study = Fake(datasets=("a",))
-    study.arms = (".topk", ".gated")
+    study.saes = (".topk", ".gated")
     go(study, folder)
     assert set(final(folder)) == {"a.topk", "a.gated"}
     assert len(read_records(folder)) == 4
     again = Fake(datasets=("a",))
-    again.arms = study.arms
+    again.saes = study.saes
     go(again, folder)
     assert not again.ran
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from saes import L0, NAMES, D, M, arm, batch, config, make, rows, step, trained
+from saes import L0, NAMES, D, M, batch, config, make, rows, sae_spec, step, trained
 from torch import nn
 
 from sae_experiments.errors import UserError
@@ -194,14 +194,14 @@ def test_a_batch_in_blocks_of_rows_gives_the_loss_and_gradients_of_the_whole(
 def test_a_coarse_product_decides_what_is_active_and_leaves_values_exact(
     name, in_blocks, monkeypatch
 ):
-    if not make(name).coarse:
-        with pytest.raises(UserError, match="sae.product=bf16"):
-            arm(name, "sae.product=bf16").build(D, D)
+    if not make(name).supports_bf16:
+        with pytest.raises(UserError, match="sae.matmul_precision=bf16"):
+            sae_spec(name, "sae.matmul_precision=bf16").build(D, D)
         return
     monkeypatch.setattr(ops, "SPARSE_BELOW", 1.1)
-    assert arm(name, "sae.product=bf16").build(D, D).product_dtype == torch.bfloat16
+    assert sae_spec(name, "sae.matmul_precision=bf16").build(D, D).matmul_dtype == torch.bfloat16
     sae, plain = make(name).train(), make(name).train()
-    sae.product_dtype = torch.bfloat16
+    sae.matmul_dtype = torch.bfloat16
     if in_blocks:
         monkeypatch.setattr(base, "BLOCK", 7 * sae.d_sae)
     coarse, exact = sae.training_forward(batch()), plain.training_forward(batch())
@@ -209,16 +209,19 @@ def test_a_coarse_product_decides_what_is_active_and_leaves_values_exact(
     rounded = nn.functional.linear(
         sae.encoder_input(batch().x).bfloat16(), sae.W_enc.bfloat16()
     ).float()
-    assert not torch.allclose(coarse.at, pattern.at(rounded.detach() + sae.bias()), atol=1e-5), (
-        "bf16 was asked for and would show"
-    )
+    assert not torch.allclose(
+        coarse.active_pre, pattern.gather(rounded.detach() + sae.bias()), atol=1e-5
+    ), "bf16 was asked for and would show"
     torch.testing.assert_close(
-        coarse.at, pattern.at(sae.pre_acts(batch().x).contiguous()), rtol=1e-5, atol=1e-5
+        coarse.active_pre,
+        pattern.gather(sae.pre_acts(batch().x).contiguous()),
+        rtol=1e-5,
+        atol=1e-5,
     )
-    both = (pattern.dense(torch.ones_like(coarse.at)) > 0) & (
-        exact.codes.pattern.dense(torch.ones_like(exact.at)) > 0
+    both = (pattern.dense(torch.ones_like(coarse.active_pre)) > 0) & (
+        exact.codes.pattern.dense(torch.ones_like(exact.active_pre)) > 0
     )
-    assert int(both.sum()) > 0.97 * len(exact.at)
+    assert int(both.sum()) > 0.97 * len(exact.active_pre)
     monkeypatch.setattr(ops, "SPARSE_BELOW", 0.0)
     dense = sae.training_forward(batch())
     if (
@@ -331,9 +334,9 @@ def test_what_is_fitted_beside_an_sae_does_not_change_it():
 @every_sae
 def test_an_l0_at_or_above_the_width_is_refused(name: str) -> None:
     """Every variant knows what it was asked for, so that it can be refused, and missed aloud."""
-    asked = replace(arm(name), d_sae=M)
+    asked = replace(sae_spec(name), d_sae=M)
     with torch.device("meta"):
-        assert asked.build(D, D).asked_l0 == (None if name == "kl_rate" else pytest.approx(L0))
+        assert asked.build(D, D).fixed_l0 == (None if name == "kl_rate" else pytest.approx(L0))
         for d_sae in (L0, L0 - 1):
             with pytest.raises(UserError, match="target_l0|k=|k_start|latents"):
                 replace(asked, d_sae=d_sae).build(D, D)

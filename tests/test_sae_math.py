@@ -12,7 +12,7 @@ from sae_experiments.errors import UserError
 from sae_experiments.saes import ops, selection
 from sae_experiments.saes.base import Batch
 from sae_experiments.saes.controller import L0Controller
-from sae_experiments.saes.jumprelu import _Jump, _Step
+from sae_experiments.saes.jumprelu import _Heaviside, _Jump
 from sae_experiments.saes.p_anneal import power_sum
 from sae_experiments.saes.selection import Pattern
 
@@ -123,7 +123,7 @@ def test_without_a_sparse_library_the_results_are_the_same(monkeypatch):
 
 
 def test_a_two_by_two_standard_sae_by_hand():
-    sae = make("standard", "sae.model.coeff=0.5", "sae.model.warmup=0.0")
+    sae = make("standard", "sae.model.coeff=0.5", "sae.model.warmup_frac=0.0")
     for p, value in ((sae.W_enc, 0.0), (sae.W_dec, 0.0), (sae.b_enc, 0.0), (sae.b_dec, 0.0)):
         p.data.fill_(value)
     sae.W_enc.data[0, 0] = sae.W_dec.data[0, 0] = 1.0
@@ -185,7 +185,7 @@ def test_jumprelu_threshold_gradients_match_the_kernel_smoothed_loss(theta):
         - 1
     )
     t = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
-    _Step.apply(a, t.expand_as(a), eps).mean().backward()
+    _Heaviside.apply(a, t.expand_as(a), eps).mean().backward()
     step_grad = t.grad.item()
 
     def smoothed(x: float) -> float:  # H convolved with the box kernel of width eps
@@ -276,7 +276,7 @@ def test_kl_penalty_is_zero_at_the_target_rate_and_by_formula_elsewhere():
         "sae.model.form=sigmoid",
         "sae.model.coeff=2.0",
         "sae.model.rho=0.2",
-        "sae.model.warmup=0.0",
+        "sae.model.warmup_frac=0.0",
     )
     sae.W_enc.data.zero_()
     sae.b_enc.data.fill_(math.log(0.2 / 0.8))
@@ -316,7 +316,7 @@ def test_aux_k_reaches_dead_rows_and_no_live_parameter(name):
     dead = torch.arange(M) % 3 == 0
     sae.b_enc.data[dead] = -50.0  # negative everywhere: only the leaky slope gives these a gradient
     fwd = sae.training_forward(batch())
-    aux = sae.revive(fwd, step(sae, dead=dead))["aux_k"]
+    aux = sae.aux_loss(fwd, step(sae, dead=dead))["aux_k"]
     grads = torch.autograd.grad(
         aux, [sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec], allow_unused=True
     )
@@ -390,8 +390,8 @@ def test_decreasing_k_starts_high_and_ends_at_k():
 
 BTK = ("batch_topk",)
 REDUCTIONS = [
-    (("matryoshka", "sae.model.fractions=[1.0]"), BTK),
-    (("lista", "sae.model.fractions=[1.0]", "sae.model.eta=0.0"), BTK),
+    (("matryoshka", "sae.model.group_fracs=[1.0]"), BTK),
+    (("lista", "sae.model.group_fracs=[1.0]", "sae.model.eta=0.0"), BTK),
     (("orthogonal", "sae.model.gamma=0.0"), BTK),
     (("end_to_end", "sae.model.kl_coeff=0.0", "sae.model.later_coeff=0.0"), BTK),
     (("p_anneal", "sae.model.p_end=1.0"), ("standard",)),
@@ -447,8 +447,8 @@ def test_the_controller_brings_a_slow_plant_to_its_target(start):
         ("topk", {"k": 0}, "k=0"),
         ("topk", {"k": 49}, "k=49"),
         ("batch_topk", {"k": 100}, "k=100"),
-        ("matryoshka", {"fractions": [0.5, 0.4]}, "fractions"),
-        ("matryoshka", {"fractions": [0.001, 0.999]}, "without latents"),
+        ("matryoshka", {"group_fracs": [0.5, 0.4]}, "group_fracs"),
+        ("matryoshka", {"group_fracs": [0.001, 0.999]}, "without latents"),
         ("matryoshka", {"k_start": 100.0}, "k_start"),
         ("standard", {"coeff": -1.0}, "coeff"),
         ("standard", {"aux_coeff": -1.0}, "aux_coeff"),

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from saes import CONF, NAMES, M, effect, make, rows, step
 from test_purified import HOSTS, kinds, plainly
 
-from sae_experiments.metrics.base import Bench
+from sae_experiments.metrics.base import EvalContext
 from sae_experiments.metrics.robustness import measure as robustness
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.sampling import spread, spread_order, spread_rows
@@ -105,7 +105,9 @@ VARIANTS = [*NAMES, *(f"purified-{host}" for host in HOSTS), "stopped"]
 def variant(name: str) -> SAE:
     """One of them; batches are larger than what a hierarchy reads of them, and than what is watched for early stopping."""
     if name == "stopped":
-        return plainly("sae.model.stop.patience=3", "sae.model.stop.rows=4096", host="topk").train()
+        return plainly(
+            "sae.model.stop.patience=3", "sae.model.stop.eval_rows=4096", host="topk"
+        ).train()
     if name.startswith("purified-"):
         return plainly(*kinds(gaussian=1.0), host=name.removeprefix("purified-")).train()
     return make(name, *(["sae.model.rows=64"] if name == "hierarchical" else [])).train()
@@ -175,14 +177,16 @@ def test_the_order_of_the_rows_does_not_matter_to_margins_and_curves():
     options = {k: v for k, v in options.items() if not k.startswith("_")} | {
         "rows": None,
         "sizes": [0.1, 0.3],
-        "least": 5,
+        "min_fires": 5,
     }
     sae = make("standard").eval()
     x = two_texts(8192)
     sae.begin("train", x, x)
     names = ("rob_radius", "rob_crosstalk", "rob_area_gaussian", "rob_denoised_fvu")
     ordered, mixed = (
-        robustness.measure(Bench(sae=sae, device=torch.device("cpu"), x=part), **options).scalars
+        robustness.measure(
+            EvalContext(sae=sae, device=torch.device("cpu"), x=part), **options
+        ).scalars
         for part in (x, shuffled(x))
     )
     for name in names:

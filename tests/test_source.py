@@ -191,8 +191,8 @@ def keys(
 
     def fit(*overrides: str) -> Any:
         made = study("data=[text8]", *overrides)
-        ((name, arm),) = made.arms.items()
-        sae = arm.seeded(16, 16, 0)
+        ((name, sae_spec),) = made.saes.items()
+        sae = sae_spec.seeded(16, 16, 0)
         return made._fit_key(name, sae, rows, cell, ctx)
 
     def collected() -> Any:
@@ -389,7 +389,7 @@ def texts(value: Any) -> Iterator[str]:
 
 #: ``ctx.session`` shows, and says when the time is over; the third names what is cached meanwhile. They compute nothing.
 SHOWN = {"sae_experiments.console", "sae_experiments.studies.base", "sae_experiments.source"}
-NOISY = ["sae.model.noise=token", "sae.model.clean=0", "sae.model.warmup=0"]
+NOISY = ["sae.model.noise=token", "sae.model.clean_frac=0", "sae.model.warmup_frac=0"]
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_the_key_of_a_cached_thing_names_all_the_code_that_made_it(
 
 # ------------------------------------------------------------------------------ a user's own modules
 
-OWN = {
+PER_SAE_SETTINGS = {
     "mysae/__init__.py": "from .layers import Encoder as Encoder\n",
     "mysae/layers.py": "from . import maths\n\nclass Encoder:\n    def run(self):\n        return maths.twice(2)\n",
     "mysae/maths.py": "def twice(x):\n    return 2 * x\n",
@@ -484,24 +484,26 @@ OWN = {
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of a user's modules somewhere on the path; nothing of it is imported yet."""
-    for name, text in OWN.items():
+    for name, text in PER_SAE_SETTINGS.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(textwrap.dedent(text))
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in {n.split("/")[0].removesuffix(".py") for n in OWN}:
+        if name.partition(".")[0] in {
+            n.split("/")[0].removesuffix(".py") for n in PER_SAE_SETTINGS
+        }:
             del sys.modules[name]
 
 
-COUNTS = {name: name not in ("mysae/unused.py", "only_for_types.py") for name in OWN}
+COUNTS = {name: name not in ("mysae/unused.py", "only_for_types.py") for name in PER_SAE_SETTINGS}
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_module_that_a_users_class_imports_counts_wherever_it_lies(own, name):
     before = source_digest("own_model")
-    (own / name).write_text(textwrap.dedent(OWN[name]) + "\n0\n")
+    (own / name).write_text(textwrap.dedent(PER_SAE_SETTINGS[name]) + "\n0\n")
     assert (source_digest("own_model") != before) == COUNTS[name]
 
 
@@ -514,8 +516,8 @@ def test_the_modules_of_a_users_class_are_followed_into_the_package():
 def test_a_class_a_function_that_builds_it_and_what_is_handed_to_it_all_count(own):
     own_model = importlib.import_module("own_model")
     late = importlib.import_module("mysae.layers").Encoder
-    arm = SimpleNamespace(model=functools.partial(own_model.build, parts=[late()]))
-    found = source.modules_behind(arm.model)
+    sae_spec = SimpleNamespace(model=functools.partial(own_model.build, parts=[late()]))
+    found = source.modules_behind(sae_spec.model)
     assert found == ["mysae.layers", "own_model"]
     assert source.modules_behind(own_model.Mine) == [
         "own_model",
@@ -526,12 +528,12 @@ def test_a_class_a_function_that_builds_it_and_what_is_handed_to_it_all_count(ow
 
 def test_the_key_of_a_fit_names_a_users_class_with_all_that_it_imports(own):
     study = small("data=[text8]", "sae=topk", "sae.model._target_=own_model.build")
-    ((name, arm),) = study.arms.items()
+    ((name, sae_spec),) = study.saes.items()
     rows: Any = SimpleNamespace(identity=lambda *where: {})
     ctx: Any = SimpleNamespace(device=torch.device("cpu"))
 
     def key() -> str:
-        sae = arm.seeded(16, 16, 0)
+        sae = sae_spec.seeded(16, 16, 0)
         return digest(study._fit_key(name, sae, rows, Cell("text8", 0, ()), ctx))
 
     before = key()

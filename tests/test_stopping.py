@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sae_experiments import stopping
 from sae_experiments.stopping import OutOfTime, Stopped, limited, listening
 from sae_experiments.training.checkpoint import read_checkpoint
-from sae_experiments.training.loop import At, Learner, Loss, Progress, Session, train
+from sae_experiments.training.loop import Learner, Loss, Progress, Session, StepInfo, train
 
 
 def ask() -> None:
@@ -162,7 +162,7 @@ def test_who_waits_for_children_is_given_the_time(monkeypatch):
 class Line(Learner):
     """Fits a linear map to noise; the step does not matter here."""
 
-    def loss(self, batch: Tensor, at: At) -> Loss:
+    def loss(self, batch: Tensor, info: StepInfo) -> Loss:
         total = self.module(batch).square().mean()
         return Loss(total, {"square": total.detach()})
 

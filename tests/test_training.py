@@ -18,13 +18,13 @@ from sae_experiments.errors import NonFinite, UserError
 from sae_experiments.training import loop as training
 from sae_experiments.training.loop import (
     DECAYS,
-    At,
     Group,
     Learner,
     Loss,
     Phase,
     Progress,
     Session,
+    StepInfo,
     lr_at,
     seed_of,
     train,
@@ -69,14 +69,14 @@ class Toy(Learner):
     def finish(self, phase: str) -> None:
         self.calls.append(("finish", phase))
 
-    def loss(self, batch: Tensor, at: At) -> Loss:
-        torch.manual_seed(seed_of(self.seed, "dropout", at.step))
-        noise = torch.randn(batch.shape[0], 3, generator=at.generator)
+    def loss(self, batch: Tensor, info: StepInfo) -> Loss:
+        torch.manual_seed(seed_of(self.seed, "dropout", info.step))
+        noise = torch.randn(batch.shape[0], 3, generator=info.generator)
         out = self.module(batch)
         parts = {"mse": (out - batch[:, :3]).square().mean(), "noise": 0.1 * (out * noise).mean()}
         return Loss(sum(parts.values()), {k: v.detach() for k, v in parts.items()}, out.detach())
 
-    def after_update(self, loss: Loss, at: At) -> None:
+    def after_update(self, loss: Loss, info: StepInfo) -> None:
         self.module.average.mul_(0.9).add_(loss.extra.mean(0), alpha=0.1)
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -407,9 +407,11 @@ def test_what_a_phase_does_not_train_asks_for_no_gradient():
     learner = Toy(phases=[("first", 0.5, "0"), ("second", 0.5, "3")])
     loss = learner.loss
 
-    def look(batch: Tensor, at: At) -> Loss:
-        seen[at.phase] = {name for name, p in learner.module.named_parameters() if p.requires_grad}
-        return loss(batch, at)
+    def look(batch: Tensor, info: StepInfo) -> Loss:
+        seen[info.phase] = {
+            name for name, p in learner.module.named_parameters() if p.requires_grad
+        }
+        return loss(batch, info)
 
     learner.loss = look  # pyright: ignore[reportAttributeAccessIssue]
     run(learner)
@@ -420,8 +422,8 @@ def test_the_noise_of_a_step_is_a_function_of_seed_and_step():
     def noise(seed: int) -> list[float]:
         found: list[float] = []
         learner = Toy(seed=seed)
-        learner.after_update = lambda loss, at: found.append(
-            torch.rand((), generator=at.generator).item()
+        learner.after_update = lambda loss, info: found.append(
+            torch.rand((), generator=info.generator).item()
         )  # pyright: ignore
         run(learner)
         return found
@@ -449,7 +451,7 @@ def test_a_phase_too_short_for_one_step_does_not_keep_the_one_before_from_being_
 class Plain(Toy):
     """Without dropout and noise: its steps depend on nothing but weights and batch."""
 
-    def loss(self, batch: Tensor, at: At) -> Loss:
+    def loss(self, batch: Tensor, info: StepInfo) -> Loss:
         self.module.eval()
         loss = (self.module(batch) - batch[:, :3]).square().mean()
         return Loss(loss, {"mse": loss.detach()}, batch[:, :3])
@@ -476,7 +478,10 @@ def test_progress_runs_from_zero_towards_one_in_every_phase():
     seen: list[tuple[str, float]] = []
     learner = Toy(steps=10, phases=[("a", 0.4, ""), ("b", 0.6, "")])
     loss = learner.loss
-    learner.loss = lambda batch, at: (seen.append((at.phase, at.progress)), loss(batch, at))[1]  # pyright: ignore[reportAttributeAccessIssue]
+    learner.loss = lambda batch, info: (
+        seen.append((info.phase, info.progress)),
+        loss(batch, info),
+    )[1]  # pyright: ignore[reportAttributeAccessIssue]
     run(learner)
     assert [p for name, p in seen if name == "a"] == pytest.approx([0, 0.25, 0.5, 0.75])
     assert [p for name, p in seen if name == "b"] == pytest.approx([i / 6 for i in range(6)])
@@ -488,7 +493,7 @@ def test_progress_runs_from_zero_towards_one_in_every_phase():
 class Flat(Toy):
     """Its gradient is zero: only weight decay moves anything."""
 
-    def loss(self, batch: Tensor, at: At) -> Loss:
+    def loss(self, batch: Tensor, info: StepInfo) -> Loss:
         loss = sum(p.sum() for p in self.module.parameters()) * 0.0
         return Loss(loss, {"nothing": loss.detach()}, torch.zeros(1, 3))
 
@@ -542,9 +547,9 @@ def test_gradients_are_clipped_to_their_common_norm():
     seen = []
     learner = Plain(clip=0.01, steps=1)
     after = learner.after_update
-    learner.after_update = lambda loss, at: (
+    learner.after_update = lambda loss, info: (
         seen.append(torch.stack([p.grad.norm() for p in learner.module.parameters()]).norm()),
-        after(loss, at),
+        after(loss, info),
     )  # pyright: ignore
     zero = torch.optim.Adam.zero_grad
     torch.optim.Adam.zero_grad = lambda self, set_to_none=True: (
@@ -569,9 +574,9 @@ class Broken(Toy):
     bad = math.nan
     gradient = False
 
-    def loss(self, batch: Tensor, at: At) -> Loss:
-        loss = super().loss(batch, at)
-        if at.step < 3:
+    def loss(self, batch: Tensor, info: StepInfo) -> Loss:
+        loss = super().loss(batch, info)
+        if info.step < 3:
             return loss
         if self.gradient:
             extra = (self.module[3].bias * 0).abs().sqrt().sum()
@@ -586,7 +591,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_names_learner_step_and_
     learner.bad = bad
     before: dict[int, dict[str, Tensor]] = {}
     learner.after_update, keep = (
-        lambda loss, at: (before.update({at.step: bits(learner)}), keep(loss, at)),
+        lambda loss, info: (before.update({info.step: bits(learner)}), keep(loss, info)),
         learner.after_update,
     )  # pyright: ignore
     with pytest.raises(NonFinite) as caught:

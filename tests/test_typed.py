@@ -291,7 +291,7 @@ def typed(
     here.mkdir()
 
     def begin(study: Any, settings: Any, *rest: Any) -> None:
-        raise Began(settings, next(iter(study.arms)))
+        raise Began(settings, next(iter(study.saes)))
 
     monkeypatch.setattr("sae_experiments.runner.run.run", begin)
     monkeypatch.chdir(here)
@@ -319,14 +319,14 @@ def check(typed: Callable[..., Any], text: str, most: int = 2) -> bool:
         if not all(may_be(key, text) for key in keys):
             assert isinstance(found, str) and any(key in found for key in keys), (way, found)
             return False
-        settings, arm = found
+        settings, sae_spec = found
         assert settings.folder == Path(text).expanduser() / text
-        assert settings.label == (text or arm) and settings.cache == Path(text).expanduser()
+        assert settings.label == (text or sae_spec) and settings.cache == Path(text).expanduser()
         assert settings.config["data"]["text8"]["file"] == text
         planned = next(
             (o.removeprefix("sae=") for o in PLANNED.get(str(PurePath(text)), [])), "standard"
         )
-        assert arm == planned, (way, arm)
+        assert sae_spec == planned, (way, sae_spec)
         assert json.loads(json.dumps(settings.about))["overrides"]
     return True
 

@@ -15,7 +15,7 @@ from test_run import Fake, go, outcome
 from sae_experiments.cli.main import print_summary
 from sae_experiments.files import read_json
 from sae_experiments.metrics import sparsity
-from sae_experiments.metrics.base import Bench
+from sae_experiments.metrics.base import EvalContext
 from sae_experiments.quality_warnings import (
     Warned,
     checked,
@@ -85,8 +85,8 @@ def test_a_dead_share_from_few_rows_is_doubtful(rows: int) -> None:
     """Latents of a small random TopK SAE all fire now and then: on few rows most seem dead."""
     torch.manual_seed(0)
     sae = TopK(k=4, d_in=32, d_sae=64)
-    bench = Bench(sae=sae, device=torch.device("cpu"), x=torch.randn(rows, 32))
-    found = sparsity.measure(bench, rows=None, entropy_latents=8)
+    ctx = EvalContext(sae=sae, device=torch.device("cpu"), x=torch.randn(rows, 32))
+    found = sparsity.measure(ctx, rows=None, entropy_latents=8)
     assert keys(found.warnings) == (["sae_dead_frac"] if rows < 1000 else [])
 
 

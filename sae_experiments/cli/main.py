@@ -244,7 +244,7 @@ def _prepared(cfg: DictConfig, about: Mapping[str, Any], label: str) -> tuple[An
 
 
 def recorded(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration without what it says twice: references inside ``study``, and ``arms`` where there is one SAE."""
+    """The resolved configuration without what it says twice: references inside ``study``, and ``saes`` where there is one SAE."""
     config = OmegaConf.to_container(cfg, resolve=True)
     raw = OmegaConf.to_container(cfg.study, resolve=False)
     config["study"] = {
@@ -252,7 +252,7 @@ def recorded(cfg: DictConfig) -> dict[str, Any]:
         for k, v in config["study"].items()
         if not (isinstance(raw[k], str) and raw[k].startswith("${"))
     }
-    config.pop("arms" if len(cfg.arms) == 1 else "sae")
+    config.pop("saes" if len(cfg.saes) == 1 else "sae")
     return config
 
 

@@ -43,7 +43,7 @@ _HOST, _HYDRA_HOST = "sae/host", "sae@sae.host"
 
 
 def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, str]:
-    """The configuration of ``overrides`` with ``arms`` filled in, and a label made of their names. Whatever is wrong is a one-line error.
+    """The configuration of ``overrides`` with ``saes`` filled in, and a label made of their names. Whatever is wrong is a one-line error.
 
     ``sae=[a,b]`` and a list for a ``sae.*`` key that holds a single value span a grid of SAEs, all fitted in one run. ``sae.<name>.<key>``
     is for the SAE ``<name>`` of the list alone.
@@ -73,7 +73,7 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
         )
         bases = [_compose([*groups, f"sae={name}", *hosts[str(name)][:1]]) for name in names]
         _check_keys(parsed, bases)
-        arms: dict[str, Any] = {}
+        saes: dict[str, Any] = {}
         for name, base in zip(names, bases, strict=True):
             own = alone.get(str(name), [])
             _check_keys(own, [base])
@@ -97,13 +97,13 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
                 label = "-".join(
                     [str(name), *inside, *(f"{k.rsplit('.', 1)[1]}_{v}" for k, v in values)]
                 )
-                arms[re.sub(r"[^A-Za-z0-9_.-]", "_", label)] = OmegaConf.to_container(
+                saes[re.sub(r"[^A-Za-z0-9_.-]", "_", label)] = OmegaConf.to_container(
                     cfg.sae, resolve=True
                 )
     _check_texts(cfg)
     OmegaConf.set_struct(cfg, False)
-    cfg.arms = arms
-    return cfg, ", ".join(arms)
+    cfg.saes = saes
+    return cfg, ", ".join(saes)
 
 
 def _for_one_sae(

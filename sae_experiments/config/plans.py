@@ -10,7 +10,7 @@ import yaml
 
 from sae_experiments.config.typed import did_you_mean, folder_of, key_of, last_text, value_of
 from sae_experiments.errors import UserError
-from sae_experiments.results.records import EDGES
+from sae_experiments.results.records import RESULT_NEUTRAL_KEYS
 
 
 def complete(
@@ -34,7 +34,7 @@ def complete(
         not in (planned if any(key_of(o) == "study" for o in planned) else ["study=language"])
     ):
         planned, note = [], f"plan {plan} is not about study={study}: plain configuration"
-    changed = {key_of(o) for o in [*extra, *user]} - {"out_dir", *EDGES}
+    changed = {key_of(o) for o in [*extra, *user]} - {"out_dir", *RESULT_NEUTRAL_KEYS}
     if changed:  # the plan's name for the run would lie about what it is now
         planned = [o for o in planned if key_of(o) != "label"]
     merged = {key_of(o): o for o in [*planned, *extra, *user]}

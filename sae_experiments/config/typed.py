@@ -165,9 +165,28 @@ def choices_of(override: str) -> list[str] | None:
     return found
 
 
+#: Keys of earlier versions, by their last part, with the names that replaced them.
+RENAMED_KEYS = {
+    "arms": ("saes",),
+    "product": ("matmul_precision",),
+    "warmup": ("warmup_frac",),
+    "fractions": ("group_fracs", "phase_fracs"),
+    "least": ("min_fires", "min_positives", "min_gain"),
+    "clean": ("clean_frac",),
+    "start": ("start_frac",),
+    "every": ("eval_every_frac",),
+    "rows": ("row_frac", "eval_rows"),
+}
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that was probably meant, as the end of a message; "" where none is near."""
+    """The known name that was probably meant, as the end of a message; "" if none is near."""
     known = list(known)
+    group, _, last = name.rpartition(".")
+    for renamed in RENAMED_KEYS.get(last, ()):
+        full = f"{group}.{renamed}" if group else renamed
+        if full in known:
+            return f"; did you mean {full}?"
     close = difflib.get_close_matches(name, known, 1, 0.6) or difflib.get_close_matches(
         name.rsplit(".", 1)[-1], [k for k in known if "." not in k], 1, 0.8
     )

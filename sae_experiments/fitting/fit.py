@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from sae_experiments.errors import UserError
 from sae_experiments.saes.base import SAE, Batch, Forward, Step, Units
 from sae_experiments.training.loop import (
-    At,
     History,
     Learner,
     Loss,
     Phase,
     Session,
+    StepInfo,
     TrainConfig,
     train,
 )
@@ -82,37 +82,37 @@ class SAELearner(Learner):
         return self.sae.phases()
 
     def begin(self, phase: str) -> None:
-        begin = self.sae.begin_again if self.sae.fitted else self.sae.begin
+        begin = self.sae.resume_training if self.sae.fitted else self.sae.begin
         begin(phase, self.sample.x, self.sample.y)
 
     def finish(self, phase: str) -> None:
         with torch.no_grad():
             self.sae.finish(phase, self.sample.held)
 
-    def moment(self, at: At) -> Step:
+    def step_of(self, info: StepInfo) -> Step:
         return Step(
-            phase=at.phase,
-            progress=at.progress,
+            phase=info.phase,
+            progress=info.progress,
             dead=self.module.since_fired > self.dead_after,
-            generator=at.generator,
+            generator=info.generator,
         )
 
-    def loss(self, batch: Batch, at: At) -> Loss:
-        return self.sae.loss(batch, self.moment(at))
+    def loss(self, batch: Batch, info: StepInfo) -> Loss:
+        return self.sae.loss(batch, self.step_of(info))
 
     def before_update(self) -> None:
         self.sae.before_update()
 
     @torch.no_grad()
-    def after_update(self, loss: Loss, at: At) -> None:
+    def after_update(self, loss: Loss, info: StepInfo) -> None:
         fwd: Forward = loss.extra
-        moment = self.moment(at)
+        step = self.step_of(info)
         self.module.rows_used.add_(fwd.batch.x.shape[0])
         self.module.since_fired.add_(fwd.batch.x.shape[0]).masked_fill_(fwd.codes.fires > 0, 0)
-        self.sae.after_update(fwd, moment)
+        self.sae.after_update(fwd, step)
 
     @torch.no_grad()
-    def observe(self, loss: Loss, at: At) -> dict[str, float]:
+    def observe(self, loss: Loss, info: StepInfo) -> dict[str, float]:
         fwd: Forward = loss.extra
         variance = (fwd.batch.y - fwd.batch.y.mean(0)).square().sum()
         values = {
@@ -159,7 +159,7 @@ def fit_saes(
             trained on, or rebuilds something else than it has to read.
     """
     configs = cfg if isinstance(cfg, Mapping) else dict.fromkeys(saes, cfg)
-    blocks = {sae.blocks for sae in saes.values()}
+    blocks = {sae.n_sites for sae in saes.values()}
     if len(blocks) != 1:
         raise UserError("SAEs over different numbers of sites cannot share one pass")
     same = sample.y is sample.x or torch.equal(sample.x, sample.y)
@@ -219,9 +219,9 @@ def _check_start(name: str, sae: SAE, same: bool, rows: int) -> None:
         same: whether targets and inputs are the same rows.
         rows: in a batch, or kept for calibration, whichever is less.
     """
-    if sae.asked_l0 is not None and round(sae.asked_l0 * rows) < 1:
+    if sae.fixed_l0 is not None and round(sae.fixed_l0 * rows) < 1:
         raise UserError(
-            f"{name}: target_l0={sae.asked_l0:g} leaves no latent active in {rows} rows, so "
+            f"{name}: target_l0={sae.fixed_l0:g} leaves no latent active in {rows} rows, so "
             f"nothing could be learnt: ask for more than {0.5 / rows:.2g}, or use larger batches "
             "and more calibration rows"
         )

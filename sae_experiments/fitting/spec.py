@@ -17,7 +17,7 @@ from sae_experiments.source import modules_behind
 from sae_experiments.training.loop import TrainConfig, seed_of
 
 #: Fields of `TrainConfig` that may differ between SAEs of one pass.
-OWN = (
+PER_SAE_SETTINGS = (
     "lr",
     "min_lr",
     "betas",
@@ -30,11 +30,11 @@ OWN = (
     "optimizer",
 )
 #: Precisions of the encoder's matrix product in training.
-PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MATMUL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arm:
+class SAESpec:
     """One SAE to fit: its model, its size, the sites it reads and rebuilds, and its own recipe."""
 
     model: Callable[..., SAE]  # builds the SAE from d_in, d_sae and d_out
@@ -45,27 +45,32 @@ class Arm:
     write: str | None  # site to reconstruct; null: the one that is read
     train: Mapping[str, Any]  # fields of fit.train that this SAE overrides
     active_frac: float | None = None  # L0 as a fraction of the latents, instead of target_l0
-    product: str = "fp32"  # encoder precision in training: fp32 or bf16 (`SAE.product_dtype`)
-    host: Arm | None = None  # SAE that a variant such as purified wraps; its model is part of ours
+    matmul_precision: str = (
+        "fp32"  # encoder precision in training: fp32 or bf16 (`SAE.matmul_dtype`)
+    )
+    host: SAESpec | None = None
+    """SAE that a variant such as purified wraps; its model is part of ours."""
 
     def build(self, d_in: int, d_out: int) -> SAE:
         """The untrained SAE. Raises :class:`UserError` for sizes that cannot work."""
         if self.d_sae is not None and (not isinstance(self.d_sae, int) or self.d_sae < 1):
             raise UserError(f"sae.d_sae={self.d_sae} must be a whole number of at least 1")
         d_sae = self.d_sae if self.d_sae is not None else round(self.expansion * d_in)
-        if self.product not in PRODUCTS:
-            raise UserError(f"sae.product={self.product!r} is not one of {', '.join(PRODUCTS)}")
+        if self.matmul_precision not in MATMUL_DTYPES:
+            raise UserError(
+                f"sae.matmul_precision={self.matmul_precision!r} is not one of {', '.join(MATMUL_DTYPES)}"
+            )
         sae = self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **self._asked(d_sae))
-        asked = self.target_l0 if sae.asked_l0 is None else sae.asked_l0
+        asked = self.target_l0 if sae.fixed_l0 is None else sae.fixed_l0
         if asked is not None and asked >= d_sae:
             raise UserError(
                 f"sae.target_l0={asked:g} must be below d_sae={d_sae}: "
                 "ask for fewer, or raise sae.expansion or sae.d_sae"
             )
-        sae.product_dtype = PRODUCTS[self.product]
-        if not sae.coarse and sae.product_dtype != torch.float32:
+        sae.matmul_dtype = MATMUL_DTYPES[self.matmul_precision]
+        if not sae.supports_bf16 and sae.matmul_dtype != torch.float32:
             raise UserError(
-                f"sae.product={self.product} is not for this SAE, "
+                f"sae.matmul_precision={self.matmul_precision} is not for this SAE, "
                 "which makes its products in its own way: use fp32"
             )
         return sae
@@ -107,7 +112,7 @@ class Arm:
     def config(self, cfg: TrainConfig) -> TrainConfig:
         """The numbers of the fit, with this SAE's own in their place."""
         own = {k: v for k, v in self.train.items() if v is not None}
-        for key in own.keys() - set(OWN):
+        for key in own.keys() - set(PER_SAE_SETTINGS):
             raise UserError(
                 f"sae.train.{key} cannot differ between the SAEs of one pass: set fit.train.{key}"
             )
@@ -116,7 +121,7 @@ class Arm:
     def describe(self) -> dict[str, Any]:
         """A JSON-like description, for cache keys."""
         return {
-            "model": _plain(self.model),
+            "model": _to_jsonable(self.model),
             "d_sae": self.d_sae,
             "expansion": self.expansion,
             "read": self.read,
@@ -127,25 +132,29 @@ class Arm:
     def _unusual(self) -> dict[str, Any]:
         """Settings added later, if used: fits without them keep their cache keys."""
         given = {} if self.active_frac is None else {"active_frac": self.active_frac}
-        return given if self.product == "fp32" else given | {"product": self.product}
+        return (
+            given
+            if self.matmul_precision == "fp32"
+            else given | {"matmul_precision": self.matmul_precision}
+        )
 
 
-def _plain(value: Any) -> Any:
+def _to_jsonable(value: Any) -> Any:
     if isinstance(value, functools.partial):
         return {"target": f"{value.func.__module__}.{value.func.__qualname__}"} | {
-            k: _plain(v) for k, v in value.keywords.items()
+            k: _to_jsonable(v) for k, v in value.keywords.items()
         }
     return value
 
 
-def code_of(arms: Mapping[str, Arm], saes: Mapping[str, SAE]) -> list[str]:
+def code_of(specs: Mapping[str, SAESpec], saes: Mapping[str, SAE]) -> list[str]:
     """The modules, wherever they lie, whose code builds SAEs and decides what they compute.
 
     Args:
-        arms: what builds them.
+        specs: Their descriptions.
         saes: the SAEs, whose parts may come from modules that the builder does not import.
     """
-    models = [arm.model for arm in arms.values()]
+    models = [spec.model for spec in specs.values()]
     return modules_behind(*models, *{type(part) for sae in saes.values() for part in sae.modules()})
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo, Spliced
+from sae_experiments.metrics.base import EvalContext, LMSplice, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, nulls, sparse_codes
 from sae_experiments.metrics.noise import Grouped, noise_of, noise_over, resampled_means
 from sae_experiments.models.hooks import Site, patched
@@ -92,7 +92,7 @@ class Options:
     """Number of latents removed one by one, evenly spaced by density."""
     per_latent: int
     """Number of windows that each of them is removed in at most."""
-    least: int
+    min_fires: int
     """Number of active positions in the windows that such a latent needs."""
     groups: int
     """Number of quantiles of density, each of which is removed as a whole."""
@@ -112,7 +112,7 @@ class Effect(NamedTuple):
 
 
 @torch.no_grad()
-def measure(bench: Bench, **options: Any) -> Measured:
+def measure(ctx: EvalContext, **options: Any) -> Measured:
     """Effect on the language model of removing single latents and groups of latents.
 
     The activation x is replaced by
@@ -124,26 +124,26 @@ def measure(bench: Bench, **options: Any) -> Measured:
     density, and the levels of an SAE that has levels.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         **options: Fields of `Options`.
     """
     opts = Options(**options)
-    lm = bench.lm
-    store = bench.held_out
+    lm = ctx.lm
+    store = ctx.held_out
     if lm is None or store is None:
         return nulls(INFO, NO_TEXT)
-    if not isinstance(bench.write, Site):
+    if not isinstance(ctx.write, Site):
         return nulls(INFO, "the SAE rebuilds several sites at once")
-    codes = sparse_codes(bench, opts.rows)
+    codes = sparse_codes(ctx, opts.rows)
     if codes is None:
         return nulls(INFO, NOT_FINITE)
     rng = np.random.default_rng(opts.seed)
-    n_windows = bench.n_used(opts.rows) // store.length
+    n_windows = ctx.n_used(opts.rows) // store.length
     picked = np.sort(rng.choice(n_windows, min(opts.windows, n_windows), replace=False))
-    windows = _Windows(bench, lm, store, bench.write, codes, picked, opts)
+    windows = _Windows(ctx, lm, store, ctx.write, codes, picked, opts)
     density = np.asarray(sparse.csr_matrix(codes != 0).mean(0)).ravel()
     single = _single_latents(windows, density, opts, rng)
-    groups = _groups(windows, _by_density(density, opts.groups), _levels(bench), opts.groups)
+    groups = _groups(windows, _by_density(density, opts.groups), _levels(ctx), opts.groups)
     return Measured(
         single.scalars | groups.scalars,
         single.arrays | groups.arrays,
@@ -158,10 +158,10 @@ def _single_latents(
     """Effects of single latents, each removed in some of the windows where it is active."""
     on = windows.z != 0
     n_active = on[:, 1:].sum((0, 1)).numpy()
-    candidates = np.flatnonzero(n_active >= opts.least)
+    candidates = np.flatnonzero(n_active >= opts.min_fires)
     n_windows = len(windows.x)
     if not len(candidates):
-        return nulls(LATENT, f"no latent is active {opts.least} times in {n_windows} windows")
+        return nulls(LATENT, f"no latent is active {opts.min_fires} times in {n_windows} windows")
     by_density = candidates[np.argsort(density[candidates], kind="stable")]
     sample = evenly_spaced(by_density, opts.latents)
     effects = []
@@ -199,10 +199,10 @@ def _by_density(density: np.ndarray, n: int) -> list[np.ndarray]:
     return np.array_split(alive[np.argsort(density[alive], kind="stable")], n)
 
 
-def _levels(bench: Bench) -> list[np.ndarray]:
+def _levels(ctx: EvalContext) -> list[np.ndarray]:
     """Latents of each level of a nested SAE; empty for any other."""
-    group = getattr(bench.sae, "group", None)
-    if not isinstance(group, Tensor) or group.shape != (bench.sae.d_sae,):
+    group = getattr(ctx.sae, "group", None)
+    if not isinstance(group, Tensor) or group.shape != (ctx.sae.d_sae,):
         return []
     level = group.cpu().numpy()
     return [np.flatnonzero(level == number) for number in np.unique(level)]
@@ -260,7 +260,7 @@ class _Windows:
     """Windows of held-out text with codes and the clean model's log-probabilities.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         lm: Its language model.
         store: Its held-out activations.
         site: The activation that the SAE reconstructs.
@@ -271,16 +271,16 @@ class _Windows:
 
     def __init__(
         self,
-        bench: Bench,
-        lm: Spliced,
+        ctx: EvalContext,
+        lm: LMSplice,
         store: Store,
         site: Site,
         codes: sparse.csr_matrix,
         picked: np.ndarray,
         opts: Options,
     ) -> None:
-        self.sae = bench.sae
-        self.device = bench.device
+        self.sae = ctx.sae
+        self.device = ctx.device
         self.lm = lm
         self.site = site
         self.batch = opts.batch

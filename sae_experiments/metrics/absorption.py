@@ -15,7 +15,7 @@ import torch
 from scipy import sparse
 from sklearn.metrics import f1_score
 
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import (
     NO_TEXT,
     NOT_FINITE,
@@ -153,7 +153,7 @@ class PositiveRows(NamedTuple):
     """True if a main latent fires, (n,)."""
 
 
-def measure(bench: Bench, **options: Any) -> Measured:
+def measure(ctx: EvalContext, **options: Any) -> Measured:
     """Rate at which latents for a concept stay silent because others have absorbed it.
 
     A concept counts as a parent if a probe for it on the activation reaches `min_f1` on balanced
@@ -163,26 +163,26 @@ def measure(bench: Bench, **options: Any) -> Measured:
     the main latents beside it.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         **options: Fields of `Options`.
     """
     opts = Options(**options)
-    text = read_text(bench, opts.rows)
+    text = read_text(ctx, opts.rows)
     if text is None:
         return nulls(INFO, NO_TEXT)
-    if bench.read != bench.write or bench.sae.d_in != bench.sae.d_out:
+    if ctx.read != ctx.write or ctx.sae.d_in != ctx.sae.d_out:
         return nulls(INFO, "encoder and decoder live in different spaces")
-    codes = sparse_codes(bench, opts.rows)
-    x = raw_rows(bench, len(text.chars))
+    codes = sparse_codes(ctx, opts.rows)
+    x = raw_rows(ctx, len(text.chars))
     if codes is None or not np.isfinite(x).all():
         return nulls(INFO, NOT_FINITE)
-    concepts = [c for c in bank(bench.symbols) if c.name in PARENTS or c.group in PARENTS]
+    concepts = [c for c in bank(ctx.symbols) if c.name in PARENTS or c.group in PARENTS]
     labels = label_all(concepts, text.chars, text.following, text.breaks)
     drawn = draw_tasks(concepts, labels, text, opts)
     parents: dict[str, Parent] = {}
     positives: list[PositiveRows] = []
     for task in drawn.tasks:
-        result = _parent(bench, task, x, codes, drawn.document, opts)
+        result = _parent(ctx, task, x, codes, drawn.document, opts)
         if result is not None:
             parents[task.concept.name] = result[0]
             positives.append(result[1])
@@ -190,7 +190,7 @@ def measure(bench: Bench, **options: Any) -> Measured:
         return nulls(
             INFO,
             f"{len(parents)} parents have a probe with F1 of at least {opts.min_f1} and "
-            f"{opts.least} rows: fewer than {opts.min_parents}",
+            f"{opts.min_positives} rows: fewer than {opts.min_parents}",
         )
     return _summary(parents, positives, drawn.tested)
 
@@ -237,7 +237,7 @@ def _noise(positives: Sequence[PositiveRows], documents: np.ndarray) -> dict[str
 
 
 def _parent(
-    bench: Bench,
+    ctx: EvalContext,
     task: Task,
     x: np.ndarray,
     codes: sparse.csr_matrix,
@@ -247,7 +247,7 @@ def _parent(
     """Measure one concept.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         task: The concept with its training and test rows.
         x: Activations (N, D).
         codes: Codes (N, F).
@@ -269,19 +269,19 @@ def _parent(
     direction = probe.coef_[0] / deviation
     direction /= np.linalg.norm(direction)
     rows = task.test.rows[task.test.labels & predicted]
-    b_dec = bench.sae.b_dec.detach().cpu().numpy()
+    b_dec = ctx.sae.b_dec.detach().cpu().numpy()
     projection = (x[rows] - b_dec).astype(np.float64) @ direction
     kept = projection > 0
     if not kept.any():
         return None
     rows = rows[kept]
     main = main_latents(codes, task, document, opts.strength, opts.min_gain, opts.max_main)
-    W_dec = bench.sae.W_dec.detach()
+    W_dec = ctx.sae.W_dec.detach()
     atoms = W_dec.cpu().double().numpy()
     cosine = atoms @ direction / np.maximum(np.linalg.norm(atoms, axis=1), 1e-12)
     z = codes[rows].toarray().astype(np.float64)
     with torch.no_grad():
-        contribution = bench.sae.contributions(
+        contribution = ctx.sae.contributions(
             torch.from_numpy(z).to(W_dec), torch.from_numpy(direction).to(W_dec)
         )
     contribution = contribution.cpu().double().numpy()

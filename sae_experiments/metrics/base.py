@@ -1,4 +1,4 @@
-"""Evaluation context of the metrics (`Bench`) and the form of their results (`Measured`)."""
+"""Evaluation context of the metrics (`EvalContext`) and the form of their results (`Measured`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sae_experiments.models.store import Store
 from sae_experiments.quality_warnings import Warned
 from sae_experiments.saes.base import SAE
 
-__all__ = ["Bench", "Measured", "Metric", "MetricInfo", "Rows", "Spliced"]
+__all__ = ["EvalContext", "LMSplice", "Measured", "Metric", "MetricInfo", "Rows"]
 
 
 class Rows(NamedTuple):
@@ -49,11 +49,11 @@ class Measured(NamedTuple):
     """Results that are worse than they look."""
 
 
-Metric = Callable[["Bench"], Measured]
+Metric = Callable[["EvalContext"], Measured]
 
 
-class Spliced(NamedTuple):
-    """The language model into which reconstructions are spliced, and its held-out text."""
+class LMSplice(NamedTuple):
+    """The language model into which reconstructions are splice, and its held-out text."""
 
     model: nn.Module
     """The language model."""
@@ -64,7 +64,7 @@ class Spliced(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class EvalContext:
     """A trained SAE with the held-out data on which metrics evaluate it.
 
     Metrics read this and change nothing, except for values that they cache in `extras`.
@@ -87,7 +87,7 @@ class Bench:
     """Inputs (N, D) if there is no store."""
     y: Tensor | None = None
     """Targets (N, O) if there is no store; None if the SAE reconstructs its input."""
-    lm: Spliced | None = None
+    lm: LMSplice | None = None
     """The language model, if any."""
     symbols: Sequence[str] = ()
     """The character of every token id, if tokens are characters."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, sparse_codes
 
 INFO = [
@@ -48,7 +48,7 @@ INFO = [
     ),
 ]
 #: Bin edges of the histograms of phi and of Pearson's r.
-EDGES = np.linspace(-1, 1, 201)
+BIN_EDGES = np.linspace(-1, 1, 201)
 #: Arrays that hold latents.
 LATENT_ARRAYS = ("coact_partners", "coact_parent")
 
@@ -59,7 +59,7 @@ class Options:
 
     rows: int | None
     """Number of held-out rows, from the first on; None for all."""
-    least: int
+    min_fires: int
     """Number of rows that a latent must fire on to count."""
     block: int
     """Latents compared with all others at a time; bounds the memory."""
@@ -73,7 +73,7 @@ class Options:
     """Factor by which a parent must fire more often."""
 
 
-def measure(bench: Bench, **options: Any) -> Measured:
+def measure(ctx: EvalContext, **options: Any) -> Measured:
     """Statistics over ordered pairs of latents.
 
     With n rows, of which latent i fires on n_i and both i and j on n_ij,
@@ -84,18 +84,18 @@ def measure(bench: Bench, **options: Any) -> Measured:
     largest |phi|, their phi and log PMI, and its parent; -1 or NaN if it fires too rarely.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         **options: Fields of `Options`.
     """
     opts = Options(**options)
-    codes = sparse_codes(bench, opts.rows)
+    codes = sparse_codes(ctx, opts.rows)
     if codes is None:
         return nulls(INFO, NOT_FINITE)
-    n = bench.n_used(opts.rows)
+    n = ctx.n_used(opts.rows)
     columns = codes.tocsc()
-    alive = np.flatnonzero(np.diff(columns.indptr) >= opts.least)
+    alive = np.flatnonzero(np.diff(columns.indptr) >= opts.min_fires)
     if len(alive) < 2:
-        return nulls(INFO, f"{len(alive)} latents fire at least {opts.least} times on {n} rows")
+        return nulls(INFO, f"{len(alive)} latents fire at least {opts.min_fires} times on {n} rows")
     pairs = _Pairs(n, columns[:, alive])
     phi = _CorrelationSums(opts.strong)
     pearson = _CorrelationSums(opts.strong)
@@ -113,12 +113,12 @@ def measure(bench: Bench, **options: Any) -> Measured:
         "coact_contained_frac": (relations["coact_parent"] >= 0).mean(),
     }
     arrays = {
-        name: _for_all_latents(name, relation, alive, bench.sae.d_sae)
+        name: _for_all_latents(name, relation, alive, ctx.sae.d_sae)
         for name, relation in relations.items()
     }
     arrays["coact_phi_hist"] = phi.histogram
     arrays["coact_pearson_hist"] = pearson.histogram
-    arrays["coact_edges"] = EDGES
+    arrays["coact_edges"] = BIN_EDGES
     return Measured({name: float(value) for name, value in values.items()}, arrays)
 
 
@@ -127,13 +127,13 @@ class _CorrelationSums:
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
-        self.histogram = np.zeros(len(EDGES) - 1, np.int64)
+        self.histogram = np.zeros(len(BIN_EDGES) - 1, np.int64)
         self.squares = 0.0
         self.strong = 0
 
     def add(self, correlations: np.ndarray) -> None:
         """Add some pairs."""
-        self.histogram += np.histogram(correlations, EDGES)[0]
+        self.histogram += np.histogram(correlations, BIN_EDGES)[0]
         self.squares += float(np.square(correlations).sum())
         self.strong += int((np.abs(correlations) > self.limit).sum())
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.saes.base import SAE
 
 NO_TEXT = "there is no text"
@@ -39,24 +39,24 @@ class Text(NamedTuple):
         return np.arange(len(self.chars)) // (self.length * windows)
 
 
-def read_text(bench: Bench, rows: int | None) -> Text | None:
+def read_text(ctx: EvalContext, rows: int | None) -> Text | None:
     """Text of the held-out rows.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         rows: Number of rows, from the first on, rounded down to whole windows (at least one);
             None for all.
 
     Returns:
         The text, or None if there is no language model over characters.
     """
-    if bench.lm is None or bench.held_out is None or not bench.symbols:
+    if ctx.lm is None or ctx.held_out is None or not ctx.symbols:
         return None
-    store = bench.held_out
-    windows = max(1, bench.n_used(rows) // store.length)
+    store = ctx.held_out
+    windows = max(1, ctx.n_used(rows) // store.length)
     starts = store.starts[:windows]
-    ids, next_ids = bench.lm.tokens(starts)
-    code_points = np.array([ord(symbol) for symbol in bench.symbols], dtype=np.uint32)
+    ids, next_ids = ctx.lm.tokens(starts)
+    code_points = np.array([ord(symbol) for symbol in ctx.symbols], dtype=np.uint32)
     gaps = np.diff(starts, prepend=starts[0] - 1)
     return Text(
         chars=code_points[ids.cpu().numpy().reshape(-1)],
@@ -67,32 +67,32 @@ def read_text(bench: Bench, rows: int | None) -> Text | None:
 
 
 def sparse_codes(
-    bench: Bench, rows: int | None, sae: SAE | None = None
+    ctx: EvalContext, rows: int | None, sae: SAE | None = None
 ) -> sparse.csr_matrix | None:
-    """Codes of held-out rows as a sparse matrix, computed once per bench and number of rows.
+    """Codes of held-out rows as a sparse matrix, computed once per ctx and number of rows.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         rows: Number of rows, from the first on; None for all.
-        sae: Another SAE to encode the same rows with (not cached); None for the bench's own.
+        sae: Another SAE to encode the same rows with (not cached); None for the ctx's own.
 
     Returns:
         Codes (N, F) in float32, or None if one of them is not finite.
     """
-    n = bench.n_used(rows)
+    n = ctx.n_used(rows)
     if sae is not None:
-        return _encode_sparse(replace(bench, sae=sae), n)
+        return _encode_sparse(replace(ctx, sae=sae), n)
     key = f"codes of {n} rows"
-    if key not in bench.extras:
-        bench.extras[key] = _encode_sparse(bench, n)
-    return bench.extras[key]
+    if key not in ctx.extras:
+        ctx.extras[key] = _encode_sparse(ctx, n)
+    return ctx.extras[key]
 
 
-def _encode_sparse(bench: Bench, n: int) -> sparse.csr_matrix | None:
+def _encode_sparse(ctx: EvalContext, n: int) -> sparse.csr_matrix | None:
     counts = [np.zeros(1, np.int64)]
     columns = []
     values = []
-    for chunk in bench.chunks(n):
+    for chunk in ctx.chunks(n):
         row, column = chunk.acts.nonzero().unbind(1)
         active = chunk.acts[row, column]
         if not torch.isfinite(active).all():
@@ -102,32 +102,32 @@ def _encode_sparse(bench: Bench, n: int) -> sparse.csr_matrix | None:
         values.append(active.float().cpu().numpy())
     row_starts = np.concatenate(counts).cumsum()
     entries = np.concatenate(values), np.concatenate(columns), row_starts
-    return sparse.csr_matrix(entries, shape=(n, bench.sae.d_sae))
+    return sparse.csr_matrix(entries, shape=(n, ctx.sae.d_sae))
 
 
-def raw_rows(bench: Bench, rows: int | None) -> np.ndarray:
+def raw_rows(ctx: EvalContext, rows: int | None) -> np.ndarray:
     """Inputs of the encoder for the first `rows` held-out rows (None: all), (N, D) float32."""
-    return bench.inputs(slice(0, bench.n_used(rows))).cpu().numpy()
+    return ctx.inputs(slice(0, ctx.n_used(rows))).cpu().numpy()
 
 
 @torch.no_grad()
-def random_sae(bench: Bench, l0: float, *, rows: int, seed: int) -> SAE:
+def random_sae(ctx: EvalContext, l0: float, *, rows: int, seed: int) -> SAE:
     """Build an untrained SAE of the same size as a reference.
 
     Its decoder rows are random unit vectors, its encoder is tied to them, and one threshold is
     calibrated for all latents.
 
     Args:
-        bench: Evaluation context with the SAE to match in size.
+        ctx: Evaluation context with the SAE to match in size.
         l0: Mean number of active latents per row (capped at the number of latents).
         rows: Held-out rows on which the threshold is calibrated.
         seed: Seed of the random directions; the global generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sae = SAE(d_in=bench.sae.d_in, d_sae=bench.sae.d_sae, d_out=bench.sae.d_out)
-        sae = sae.to(bench.device)
-    x = torch.from_numpy(raw_rows(bench, rows)).to(bench.device)
+        sae = SAE(d_in=ctx.sae.d_in, d_sae=ctx.sae.d_sae, d_out=ctx.sae.d_out)
+        sae = sae.to(ctx.device)
+    x = torch.from_numpy(raw_rows(ctx, rows)).to(ctx.device)
     if sae.pre_bias:
         sae.b_dec.copy_(x.mean(0))
     sae.calibrate_threshold(x, min(l0, sae.d_sae))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, raw_rows, sparse_codes
 from sae_experiments.metrics.coding import landmarks, quantised, support_bits
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of, only
@@ -201,7 +201,7 @@ class Point(NamedTuple):
 class _Split(NamedTuple):
     """Codes of alternate blocks of rows."""
 
-    bench: Bench
+    ctx: EvalContext
     """Evaluation context."""
     train: sparse.csr_matrix
     """Codes that give the statistics, (n_train, F)."""
@@ -213,7 +213,7 @@ class _Split(NamedTuple):
     """Part of the reconstruction that bypasses the code, (n, O), if any."""
 
 
-def measure(bench: Bench, **options: Any) -> Measured:
+def measure(ctx: EvalContext, **options: Any) -> Measured:
     """Code lengths of every second block of rows, with statistics from the other blocks.
 
     Evaluates a curve over quantisers. The code length is that of the coarsest quantiser within the
@@ -225,16 +225,16 @@ def measure(bench: Bench, **options: Any) -> Measured:
     rate at which the rise is `limit`, for the whole code and for each level by itself.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         **options: Fields of `Options`.
     """
     opts = Options(**options)
-    codes = sparse_codes(bench, opts.rows)
+    codes = sparse_codes(ctx, opts.rows)
     if codes is None:
         return nulls(INFO, NOT_FINITE)
-    n = _n_evaluated(bench, codes, opts)
+    n = _n_evaluated(ctx, codes, opts)
     codes = codes[:n]
-    y = bench.targets(slice(0, n)).cpu().numpy()
+    y = ctx.targets(slice(0, n)).cpu().numpy()
     if not np.isfinite(y).all():
         return nulls(INFO, NOT_FINITE)
     test = np.arange(n) // opts.block % 2 == 1
@@ -242,7 +242,7 @@ def measure(bench: Bench, **options: Any) -> Measured:
         return nulls(INFO, f"{n} rows make fewer than two blocks")
     if not codes.nnz:
         return nulls(INFO, "no latent fires")
-    split = _Split(bench, codes[~test], codes[test], test, _direct(bench, test))
+    split = _Split(ctx, codes[~test], codes[test], test, _direct(ctx, test))
     y = y[test]
     variance = float(np.square(y - y.mean(0)).sum())
     if not variance > 1e-12 * len(y):
@@ -257,9 +257,9 @@ def measure(bench: Bench, **options: Any) -> Measured:
     )
 
 
-def _n_evaluated(bench: Bench, codes: sparse.csr_matrix, opts: Options) -> int:
+def _n_evaluated(ctx: EvalContext, codes: sparse.csr_matrix, opts: Options) -> int:
     """Number of rows evaluated: fewer, in whole pairs of blocks, for a dense code."""
-    n = bench.n_used(opts.rows)
+    n = ctx.n_used(opts.rows)
     if codes.nnz <= opts.entries:
         return n
     pair = 2 * opts.block
@@ -268,17 +268,17 @@ def _n_evaluated(bench: Bench, codes: sparse.csr_matrix, opts: Options) -> int:
 
 
 @torch.no_grad()
-def _direct(bench: Bench, test: np.ndarray) -> np.ndarray | None:
+def _direct(ctx: EvalContext, test: np.ndarray) -> np.ndarray | None:
     """Part of the test rows' reconstruction that bypasses the code, (n, O); None if there is none.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         test: Mask of the test rows among the evaluated rows, (N,).
     """
-    sae = bench.sae
-    if sae.linear_path(torch.zeros(1, sae.d_in, device=bench.device)) is None:
+    sae = ctx.sae
+    if sae.linear_path(torch.zeros(1, sae.d_in, device=ctx.device)) is None:
         return None
-    x = torch.from_numpy(raw_rows(bench, len(test))[test]).to(bench.device)
+    x = torch.from_numpy(raw_rows(ctx, len(test))[test]).to(ctx.device)
     direct = sae.linear_path(x)
     return None if direct is None else direct.cpu().numpy()
 
@@ -304,7 +304,7 @@ def _by_fvu(split: _Split, y: np.ndarray, variance: float, opts: Options) -> Mea
     within = [point for point in curve if point.fvu <= limit]
     coarsest = within[0] if within else None
     support = support_bits(split.train, split.code)
-    symbols = len(split.bench.symbols)
+    symbols = len(split.ctx.symbols)
     values = support | chosen(coarsest, support["code_support_bits"], y, symbols)
     null = [name for name, value in values.items() if value is None]
     why_null = {name: _why(name, coarsest) for name in null}
@@ -326,11 +326,11 @@ def _by_fvu(split: _Split, y: np.ndarray, variance: float, opts: Options) -> Mea
 @torch.no_grad()
 def _fvu(split: _Split, code: sparse.csr_matrix, y: np.ndarray, variance: float) -> float:
     """FVU of the reconstruction of targets y (n, O) from a code (n, F)."""
-    bench = split.bench
+    ctx = split.ctx
     error = 0.0
     for begin in range(0, len(y), 4096):
         part = slice(begin, begin + 4096)
-        recon = bench.sae.decode(torch.from_numpy(code[part].toarray()).to(bench.device))
+        recon = ctx.sae.decode(torch.from_numpy(code[part].toarray()).to(ctx.device))
         residual = y[part] - recon.cpu().numpy()
         if split.direct is not None:
             residual = residual - split.direct[part]
@@ -385,12 +385,12 @@ def _why(name: str, best: Point | None) -> str:
 
 def _by_ce(split: _Split, opts: Options) -> Measured:
     """Metrics of `CE_INFO`, and the curves of the cross-entropy."""
-    window = windows_of(split.bench, split.test, opts.windows, opts.batch)
+    window = windows_of(split.ctx, split.test, opts.windows, opts.batch)
     if window is None:
         return nulls(CE_INFO, "there is no language model, or no whole window to test it on")
-    sae = split.bench.sae
+    sae = split.ctx.sae
     points = _points(split, window, sae.decode, opts.keep, opts)
-    exact = rise(split.bench, window, split.code, sae.decode, split.direct, opts.batch)
+    exact = rise(split.ctx, window, split.code, sae.decode, split.direct, opts.batch)
     values, why_null, arrays = _at_limit("", points, opts.limit)
     arrays = {"code_ce_limit": np.array(opts.limit)} | arrays
     within = [p for p in points if p.keep == 1 and p.ce <= exact + opts.tolerance * abs(exact)]
@@ -419,7 +419,7 @@ def _by_ce(split: _Split, opts: Options) -> Measured:
 
 def _only_members(split: _Split, members: np.ndarray) -> _Split:
     """The same codes with all latents but `members` at zero."""
-    kept = np.zeros(split.bench.sae.d_sae, np.float32)
+    kept = np.zeros(split.ctx.sae.d_sae, np.float32)
     kept[members] = 1
     diagonal = sparse.diags(kept)
     return split._replace(
@@ -465,7 +465,7 @@ def _points(
         keep: Shares of entries kept besides 1.
         opts: Options of the metric.
     """
-    effect = effect_sizes(split.bench, split.train, decode)
+    effect = effect_sizes(split.ctx, split.train, decode)
     points = []
     for share in sorted({*keep, 1.0}):
         train = strongest(split.train, share, effect)
@@ -473,6 +473,6 @@ def _points(
         support = support_bits(train, code)["code_support_bits"]
         for step in sorted(opts.steps, reverse=True):
             bits, rebuilt = quantised(train, code, step)
-            ce = rise(split.bench, window, rebuilt, decode, split.direct, opts.batch)
+            ce = rise(split.ctx, window, rebuilt, decode, split.direct, opts.batch)
             points.append(Rated(share, step, support + bits, ce))
     return points

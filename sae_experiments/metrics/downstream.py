@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sae_experiments.conditions import OF_MODEL_ON_ROWS
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo, Spliced
+from sae_experiments.metrics.base import EvalContext, LMSplice, Measured, MetricInfo
 from sae_experiments.metrics.codes import nulls
 from sae_experiments.metrics.noise import noise_of
 from sae_experiments.models.hooks import Site, capture, patched
@@ -69,7 +69,7 @@ INFO = [
 #: Held-out rows over which mean ablation takes its mean.
 MEAN_ROWS = 1 << 16
 
-#: Metrics as functions of the mean loss in nats of the clean, spliced, mean-ablated and
+#: Metrics as functions of the mean loss in nats of the clean, splice, mean-ablated and
 #: zero-ablated model, and of the mean KL divergence.
 FORMULAS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "ce_clean": lambda s: s["clean"],
@@ -92,7 +92,7 @@ def rows_read(settings: dict[str, Any], length: int) -> int:
 
 
 @torch.no_grad()
-def measure(bench: Bench, *, windows: int, batch: int) -> Measured:
+def measure(ctx: EvalContext, *, windows: int, batch: int) -> Measured:
     """Cross-entropy with the reconstruction spliced in, and the KL divergence from the clean model.
 
     The reconstruction replaces the activation at every position, and at every site for an SAE over
@@ -101,20 +101,20 @@ def measure(bench: Bench, *, windows: int, batch: int) -> Measured:
     than 0.01 bit.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         windows: Number of held-out windows, from the first on.
         batch: Windows per forward pass.
     """
-    lm = bench.lm
-    store = bench.held_out
+    lm = ctx.lm
+    store = ctx.held_out
     if lm is None or store is None:
         return nulls(INFO, "there is no language model")
     length = store.length
     starts = store.starts[:windows]
     part = slice(0, min(store.n_rows, MEAN_ROWS))
-    means = {s: store.rows(s, part).mean(0).to(bench.device) for s in bench.write_sites}
+    means = {s: store.rows(s, part).mean(0).to(ctx.device) for s in ctx.write_sites}
     batches = [
-        _window_sums(bench, lm, means, starts[begin : begin + batch])
+        _window_sums(ctx, lm, means, starts[begin : begin + batch])
         for begin in range(0, len(starts), batch)
     ]
     window_means = {
@@ -126,39 +126,39 @@ def measure(bench: Bench, *, windows: int, batch: int) -> Measured:
 
 
 def _window_sums(
-    bench: Bench, lm: Spliced, means: dict[Site, Tensor], starts: np.ndarray
+    ctx: EvalContext, lm: LMSplice, means: dict[Site, Tensor], starts: np.ndarray
 ) -> dict[str, Tensor]:
     """Sum over positions of each loss and of the KL divergence, (windows,) float64.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         lm: Its language model.
         means: Mean activation (D,) at each site that the SAE reconstructs.
         starts: Starts of the windows.
     """
     model = lm.model
-    reads = bench.read_sites
-    x, y = (ids.to(bench.device) for ids in lm.tokens(starts))
+    reads = ctx.read_sites
+    x, y = (ids.to(ctx.device) for ids in lm.tokens(starts))
     with capture(model, reads) as seen:
         clean = _log_probs(model, x)
     inputs = torch.cat([seen[site].flatten(0, 1) for site in reads], 1)
-    recon = bench.sae(inputs).view(*x.shape, -1)
+    recon = ctx.sae(inputs).view(*x.shape, -1)
     widths = [len(mean) for mean in means.values()]
     by_site = dict(zip(means, recon.split(widths, -1), strict=True))
     averages = {site: mean.expand(*x.shape, -1) for site, mean in means.items()}
     zeros = {site: torch.zeros_like(part) for site, part in by_site.items()}
-    spliced = _replaced_log_probs(model, x, by_site)
+    splice = _replaced_log_probs(model, x, by_site)
     log_probs = {
         "clean": clean,
         "mean": _replaced_log_probs(model, x, averages),
         "zero": _replaced_log_probs(model, x, zeros),
-        "spliced": spliced,
+        "spliced": splice,
     }
     targets = y[:, 1:].reshape(-1)
     losses = {
         name: F.nll_loss(log_p, targets, reduction="none") for name, log_p in log_probs.items()
     }
-    losses["kl"] = F.kl_div(spliced, clean, log_target=True, reduction="none").sum(1)
+    losses["kl"] = F.kl_div(splice, clean, log_target=True, reduction="none").sum(1)
     return {name: loss.view(len(x), -1).double().sum(1).cpu() for name, loss in losses.items()}
 
 

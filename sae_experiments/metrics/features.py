@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.text.contexts import contexts_of, quantile_rows, top_rows
 from sae_experiments.models.hooks import Site, blocks_of, capture
@@ -64,7 +64,7 @@ class Options:
     """Windows over which the scale of the last layer norm is averaged."""
 
 
-def measure(bench: Bench, **options: Any) -> Measured:
+def measure(ctx: EvalContext, **options: Any) -> Measured:
     """Describe latents for `features/<report>_<seed>.json`, one dict per latent.
 
     Every dict has `latent` and `density`; latents that never fire have nothing else. The others,
@@ -79,30 +79,30 @@ def measure(bench: Bench, **options: Any) -> Measured:
     - `stability` (with replicas): see `stability`.
 
     Args:
-        bench: Evaluation context; `extras["latents"]` are latents that a study wants stored too.
+        ctx: Evaluation context; `extras["latents"]` are latents that a study wants stored too.
         **options: Fields of `Options`.
     """
     opts = Options(**options)
-    codes = sparse_codes(bench, opts.rows)
+    codes = sparse_codes(ctx, opts.rows)
     if codes is None:
         return nulls(INFO, NOT_FINITE)
-    text = read_text(bench, opts.rows)
+    text = read_text(ctx, opts.rows)
     z = sparse.csc_matrix(codes if text is None else codes[: len(text.chars)])
     z.eliminate_zeros()
     fires = np.diff(z.indptr)
     alive = np.flatnonzero(fires)
     if not len(alive):
         return nulls(INFO, "no latent fires")
-    wanted = [latent for latent in bench.extras.get("latents", ()) if fires[latent]]
+    wanted = [latent for latent in ctx.extras.get("latents", ()) if fires[latent]]
     stored = np.union1d(evenly_spaced(alive, opts.latents), wanted).astype(np.int64)
     features = {latent: _statistics(latent, z, opts.bins) for latent in stored.tolist()}
     partners = pairs_of(z[:, stored], stored, opts.pair_rows, opts.partners)
     for feature, pairs in zip(features.values(), partners, strict=True):
         feature["partners"] = pairs
     bits = None if text is None else _add_text(features, z, text, opts)
-    _add_logit_effect(features, bench, opts)
+    _add_logit_effect(features, ctx, opts)
     for feature, cosine in zip(
-        features.values(), stability(bench.sae, bench.replicas, stored), strict=False
+        features.values(), stability(ctx.sae, ctx.replicas, stored), strict=False
     ):
         feature["stability"] = cosine
     dead = [{"latent": latent, "density": 0.0} for latent in np.flatnonzero(fires == 0).tolist()]
@@ -147,12 +147,12 @@ def _add_text(
     return bits
 
 
-def _add_logit_effect(features: dict[int, dict[str, Any]], bench: Bench, opts: Options) -> None:
+def _add_logit_effect(features: dict[int, dict[str, Any]], ctx: EvalContext, opts: Options) -> None:
     """Add the characters whose logits each of `features` raises and lowers most, at its maximum."""
-    strength = np.zeros(bench.sae.d_sae)
+    strength = np.zeros(ctx.sae.d_sae)
     for latent, feature in features.items():
         strength[latent] = feature["max"]
-    effect = logit_effect(bench, strength, opts.windows)
+    effect = logit_effect(ctx, strength, opts.windows)
     if effect is None:
         return
     for latent, feature in features.items():
@@ -160,8 +160,8 @@ def _add_logit_effect(features: dict[int, dict[str, Any]], bench: Bench, opts: O
         order = np.argsort(-logits, kind="stable").tolist()
         best = order[: opts.characters]
         worst = order[::-1][: opts.characters]
-        feature["promotes"] = [[bench.spell(i), _three_digits(logits[i])] for i in best]
-        feature["suppresses"] = [[bench.spell(i), _three_digits(logits[i])] for i in worst]
+        feature["promotes"] = [[ctx.spell(i), _three_digits(logits[i])] for i in best]
+        feature["suppresses"] = [[ctx.spell(i), _three_digits(logits[i])] for i in worst]
 
 
 def followers(z: sparse.csc_matrix, text: Text, n: int) -> tuple[list[list[list[Any]]], np.ndarray]:
@@ -245,7 +245,7 @@ def pairs_of(z: sparse.csc_matrix, names: np.ndarray, rows: int, n: int) -> list
 
 
 @torch.no_grad()
-def logit_effect(bench: Bench, strength: np.ndarray, windows: int) -> np.ndarray | None:
+def logit_effect(ctx: EvalContext, strength: np.ndarray, windows: int) -> np.ndarray | None:
     """Logits that each latent adds on the direct path to the output, less their mean.
 
         W_U (gamma * (d - mean d)) / sigma
@@ -255,7 +255,7 @@ def logit_effect(bench: Bench, strength: np.ndarray, windows: int) -> np.ndarray
     site are left out.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         strength: Value of each latent, (F,).
         windows: Number of held-out windows over which sigma is averaged.
 
@@ -263,18 +263,18 @@ def logit_effect(bench: Bench, strength: np.ndarray, windows: int) -> np.ndarray
         Logits (F, V); None without a language model, if the SAE does not write to the residual
         stream (directly or through the output matrix of an MLP), or if a logit is not finite.
     """
-    lm = bench.lm
-    store = bench.held_out
-    if lm is None or lm.model is None or store is None or not bench.write_sites:
+    lm = ctx.lm
+    store = ctx.held_out
+    if lm is None or lm.model is None or store is None or not ctx.write_sites:
         return None
-    site = bench.write_sites[-1]
+    site = ctx.write_sites[-1]
     if site.stream == "mlp_in":
         return None
     model: Any = lm.model
     layout = layout_of_model(model)
     blocks = blocks_of(model)
     norm = model.get_submodule(layout.norm)
-    tokens = lm.tokens(store.starts[spread(len(store.starts), windows)])[0].to(bench.device)
+    tokens = lm.tokens(store.starts[spread(len(store.starts), windows)])[0].to(ctx.device)
     last = Site("resid", len(blocks))
     with capture(model, [last]) as seen:
         model(input_ids=tokens, use_cache=False)
@@ -286,11 +286,11 @@ def logit_effect(bench: Bench, strength: np.ndarray, windows: int) -> np.ndarray
         mlp_out = matrix(blocks[site.layer - 1].get_submodule(layout.down)).float()
     # Of an SAE over several sites, the last part of the output belongs to the last site.
     width = unembed.shape[1] if mlp_out is None else mlp_out.shape[0]
-    one_each = torch.diag(torch.as_tensor(strength, dtype=torch.float32, device=bench.device))
-    base = bench.sae.decode(torch.zeros_like(one_each[:1]))
+    one_each = torch.diag(torch.as_tensor(strength, dtype=torch.float32, device=ctx.device))
+    base = ctx.sae.decode(torch.zeros_like(one_each[:1]))
     parts = []
     for acts in one_each.split(1024):
-        d = (bench.sae.decode(acts) - base)[:, -width:].float()
+        d = (ctx.sae.decode(acts) - base)[:, -width:].float()
         if mlp_out is not None:
             d = d @ mlp_out
         logits = ((d - d.mean(1, keepdim=True)) * gamma) @ unembed.T / sigma

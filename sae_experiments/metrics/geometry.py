@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sae_experiments.conditions import WITH_REPLICAS
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, sparse_codes
 from sae_experiments.saes.base import SAE
 
@@ -104,7 +104,7 @@ INFO = [*WITHIN, *(replace(info, depends=WITH_REPLICAS) for info in ACROSS)]
 
 
 def measure(
-    bench: Bench,
+    ctx: EvalContext,
     *,
     rows: int | None,
     match: int,
@@ -116,11 +116,11 @@ def measure(
     """Cosines of decoder rows within the dictionary and with the dictionaries of other seeds.
 
     Only latents that fire on the evaluated rows count. Values across seeds are means over
-    `bench.replicas`, which must have been fitted to the same activations: dictionaries of different
+    `ctx.replicas`, which must have been fitted to the same activations: dictionaries of different
     language models have no common basis.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         rows: Number of held-out rows, from the first on; None for all.
         match: Number of latents matched one to one with another seed's; the most active ones if
             more are alive, since matching is cubic in it.
@@ -129,8 +129,8 @@ def measure(
         found_again: Decoder and encoder cosine above which a matched latent is found again.
         seed: Seed of the random reference dictionary.
     """
-    codes = sparse_codes(bench, rows)
-    own = None if codes is None else _alive_part(bench.sae, codes)
+    codes = sparse_codes(ctx, rows)
+    own = None if codes is None else _alive_part(ctx.sae, codes)
     if own is None:
         return nulls(INFO, NOT_FINITE)
     n, d = own.atoms.shape
@@ -148,13 +148,13 @@ def measure(
         "dict_encoder_cosine": None,
     }
     why_null = {}
-    if bench.sae.W_enc.shape == bench.sae.W_dec.shape and bench.sae.pre_bias:
+    if ctx.sae.W_enc.shape == ctx.sae.W_dec.shape and ctx.sae.pre_bias:
         values["dict_encoder_cosine"] = float((own.encoder * own.atoms).sum(1).mean())
     else:
         why_null["dict_encoder_cosine"] = "encoder and decoder live in different spaces"
-    nearest_of_all = np.full(bench.sae.d_sae, np.nan)
+    nearest_of_all = np.full(ctx.sae.d_sae, np.nan)
     nearest_of_all[own.alive.numpy()] = nearest.numpy()
-    across = _across(bench, rows, own, random, match, found_again)
+    across = _across(ctx, rows, own, random, match, found_again)
     return Measured(
         values | across.scalars,
         {"dict_max_cosine": nearest_of_all} | across.arrays,
@@ -191,7 +191,7 @@ def _alive_part(sae: SAE, codes: sparse.csr_matrix) -> _Dictionary | None:
 
 
 def _across(
-    bench: Bench,
+    ctx: EvalContext,
     rows: int | None,
     own: _Dictionary,
     random: Tensor,
@@ -199,12 +199,12 @@ def _across(
     found_again: float,
 ) -> Measured:
     """Metrics across seeds, means over the replicas."""
-    if not bench.replicas:
+    if not ctx.replicas:
         return nulls(ACROSS, "no other seed was fitted to the same activations")
     compared: list[dict[str, float]] = []
-    again_frac = np.zeros(bench.sae.d_sae)
-    for replica in bench.replicas:
-        codes = sparse_codes(bench, rows, replica)
+    again_frac = np.zeros(ctx.sae.d_sae)
+    for replica in ctx.replicas:
+        codes = sparse_codes(ctx, rows, replica)
         other = None if codes is None else _alive_part(replica, codes)
         if other is None or other.atoms.shape[1] != own.atoms.shape[1]:
             return nulls(ACROSS, f"a replica does not fit: {NOT_FINITE}, or its width differs")
@@ -212,7 +212,7 @@ def _across(
             return nulls(ACROSS, "a replica is dead")
         values, again = _compare(own, other, match, found_again)
         compared.append(values)
-        again_frac[own.alive[again].numpy()] += 1 / len(bench.replicas)
+        again_frac[own.alive[again].numpy()] += 1 / len(ctx.replicas)
     means: dict[str, float | None] = {
         name: float(np.mean([values[name] for values in compared])) for name in compared[0]
     }

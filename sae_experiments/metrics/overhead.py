@@ -17,10 +17,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sae_experiments.conditions import ON_ACTIVATIONS
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import nulls
-from sae_experiments.saes.base import Batch
-from sae_experiments.saes.base import Step as Moment
+from sae_experiments.saes.base import Batch, Step
 from sae_experiments.saes.purified.sae import Purification, Purified
 
 WITHOUT = "the same without purification"
@@ -77,7 +76,9 @@ COSTS = [
 INFO = [replace(info, depends=(*ON_ACTIVATIONS, "device")) for info in COSTS]
 
 
-def measure(bench: Bench, *, batch: int, steps: int, rounds: int, memory_steps: int) -> Measured:
+def measure(
+    ctx: EvalContext, *, batch: int, steps: int, rounds: int, memory_steps: int
+) -> Measured:
     """Train copies of the SAE with and without purification, in turn, on held-out rows.
 
     The two copies alternate step by step, so that other load on the machine affects both alike.
@@ -85,29 +86,29 @@ def measure(bench: Bench, *, batch: int, steps: int, rounds: int, memory_steps: 
     left as it is.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         batch: Rows of a training step.
         steps: Training steps of each copy per round.
         rounds: Rounds over which medians are taken.
         memory_steps: Training steps over which the peak of the memory is taken.
     """
-    sae = bench.sae
+    sae = ctx.sae
     if not isinstance(sae, Purified) or not sae.purification.active:
         return nulls(INFO, "the SAE is not purified")
     if sae.second_view:
         return nulls(
             INFO, "token noise reads a second view of every row, which held-out rows do not have"
         )
-    rows = next(bench.chunks(batch, batch))
+    rows = next(ctx.chunks(batch, batch))
     data = Batch(rows.x, rows.y)
     without = dict.fromkeys(sae.purification.weights, 0.0)
     settings = [sae.purification, replace(sae.purification, weights=without)]
     with torch.enable_grad():
         trainers = [_trainer(sae, data, setting) for setting in settings]
-        times = _times(trainers, steps, rounds, bench.device)
+        times = _times(trainers, steps, rounds, ctx.device)
         del trainers
         peaks = [
-            _peak(_trainer(sae, data, setting), memory_steps, bench.device) for setting in settings
+            _peak(_trainer(sae, data, setting), memory_steps, ctx.device) for setting in settings
         ]
     values: dict[str, float | None] = {
         "overhead_time": statistics.median(purified / host for purified, host in times),
@@ -125,9 +126,11 @@ def _trainer(sae: Purified, data: Batch, purification: Purification) -> Callable
     trained = copy.deepcopy(sae).requires_grad_(True).train()
     trained._scratch = {}
     trained.purification = purification
-    trained.watch = None  # otherwise a copy of an SAE that was stopped early would skip its steps
+    trained.early_stopping = (
+        None  # otherwise a copy of an SAE that was stopped early would skip its steps
+    )
     optimizer = torch.optim.Adam(trained.parameters(), fused=True)
-    moment = Moment(
+    info = Step(
         phase="train",
         progress=1.0,
         dead=torch.zeros(trained.d_sae, dtype=torch.bool, device=data.x.device),
@@ -135,13 +138,13 @@ def _trainer(sae: Purified, data: Batch, purification: Purification) -> Callable
     )
 
     def step() -> None:
-        loss = trained.loss(data, moment)
+        loss = trained.loss(data, info)
         loss.total.backward()
         trained.before_update()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         with torch.no_grad():
-            trained.after_update(loss.extra, moment)
+            trained.after_update(loss.extra, info)
 
     return step
 

@@ -12,7 +12,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 from sae_experiments.metric_info import Better
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import (
     NO_TEXT,
     NOT_FINITE,
@@ -96,7 +96,7 @@ class Sampling:
     """Largest number of training rows per concept, half of them positive."""
     n_test: int
     """Largest number of test rows per concept."""
-    least: int
+    min_positives: int
     """A concept with fewer positives, or matching negatives, is left out."""
     skip: int
     """Characters at the start of a window that are left out: the model has read little yet."""
@@ -135,7 +135,7 @@ def draw_tasks(
     test = rng.random(document[-1] + 1)[document] < sampling.test_frac
     parts = (usable & ~test, usable & test)
     sizes = (sampling.n_train, sampling.n_test)
-    tasks = tasks_of(concepts, labels, text.chars, parts, sizes, sampling.least, rng)
+    tasks = tasks_of(concepts, labels, text.chars, parts, sizes, sampling.min_positives, rng)
     return TaskSet(tasks, document, np.unique(document[test]))
 
 
@@ -145,7 +145,7 @@ def tasks_of(
     chars: np.ndarray,
     parts: tuple[np.ndarray, np.ndarray],
     sizes: tuple[int, int],
-    least: int,
+    min_positives: int,
     rng: np.random.Generator,
 ) -> list[Task]:
     """Tasks of the concepts that occur often enough.
@@ -156,7 +156,7 @@ def tasks_of(
         chars: Code points of the rows, (N,).
         parts: Masks (N,) of the rows for training and for testing.
         sizes: Largest numbers of rows for training and for testing.
-        least: Positives, and matching negatives, that a concept needs in both parts.
+        min_positives: Positives, and matching negatives, that a concept needs in both parts.
         rng: Source of the samples.
     """
     tasks = []
@@ -166,7 +166,7 @@ def tasks_of(
             balanced(label, matched_chars, part, size, rng)
             for part, size in zip(parts, sizes, strict=True)
         )
-        if min(train.labels.sum(), test.labels.sum()) >= least:
+        if min(train.labels.sum(), test.labels.sum()) >= min_positives:
             tasks.append(Task(concept, train, test))
     return tasks
 
@@ -384,7 +384,7 @@ class Options(Sampling):
     """Bootstrap samples of the documents for the noise."""
 
 
-def measure(bench: Bench, **options: Any) -> Measured:
+def measure(ctx: EvalContext, **options: Any) -> Measured:
     """AUC of sparse probes per concept family, for latents and baselines.
 
     Latents are chosen on training documents by |mean over positives - mean over negatives| over
@@ -393,19 +393,19 @@ def measure(bench: Bench, **options: Any) -> Measured:
     the mean over a family.
 
     Args:
-        bench: The SAE and its held-out text.
+        ctx: The SAE and its held-out text.
         **options: Fields of `Options`.
     """
     opts = Options(**options)
-    text, codes = read_text(bench, opts.rows), sparse_codes(bench, opts.rows)
+    text, codes = read_text(ctx, opts.rows), sparse_codes(ctx, opts.rows)
     names = {_metric_name("sae", family, k) for family in FAMILIES for k in opts.k}
     infos = [i for i in INFO if i.name in names]
     if text is None:
         return nulls(infos, NO_TEXT)
-    x = raw_rows(bench, len(text.chars))
+    x = raw_rows(ctx, len(text.chars))
     if codes is None or not np.isfinite(x).all():
         return nulls(infos, NOT_FINITE)
-    concepts = bank(bench.symbols)
+    concepts = bank(ctx.symbols)
     labels = label_all(concepts, text.chars, text.following, text.breaks)
     drawn = draw_tasks(concepts, labels, text, opts)
     fitter = Fitter(drawn.document, opts.strengths, opts.bootstrap, opts.seed, drawn.tested)
@@ -417,7 +417,7 @@ def measure(bench: Bench, **options: Any) -> Measured:
     if opts.floors:
         l0 = codes.nnz / codes.get_shape()[0]
         baselines = {
-            "random": _random_latents(bench, len(text.chars), l0, opts.seed),
+            "random": _random_latents(ctx, len(text.chars), l0, opts.seed),
             "pca": dense_features(principal(x)),
             "raw": dimensions,
         }
@@ -429,10 +429,10 @@ def measure(bench: Bench, **options: Any) -> Measured:
     return _report(drawn.tasks, scores)
 
 
-def _random_latents(bench: Bench, rows: int, l0: float, seed: int) -> Features:
-    sae = random_sae(bench, l0, rows=CALIBRATION_ROWS, seed=seed)
+def _random_latents(ctx: EvalContext, rows: int, l0: float, seed: int) -> Features:
+    sae = random_sae(ctx, l0, rows=CALIBRATION_ROWS, seed=seed)
     # The activations are finite, and so are the codes of a random SAE.
-    codes = cast("sparse.csr_matrix", sparse_codes(bench, rows, sae))
+    codes = cast("sparse.csr_matrix", sparse_codes(ctx, rows, sae))
     return sparse_features(sparse.csc_matrix(codes))
 
 

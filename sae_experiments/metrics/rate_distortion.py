@@ -11,7 +11,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from sae_experiments.metrics.base import Bench, Spliced
+from sae_experiments.metrics.base import EvalContext, LMSplice
 from sae_experiments.models.hooks import Site, patched
 from sae_experiments.sampling import evenly_spaced
 
@@ -35,7 +35,7 @@ class Rated(NamedTuple):
 class Window(NamedTuple):
     """Windows of held-out text, with the undisturbed model's loss on them."""
 
-    lm: Spliced
+    lm: LMSplice
     """The language model."""
     site: Site
     """The activation that the SAE reconstructs."""
@@ -50,11 +50,11 @@ class Window(NamedTuple):
 
 
 @torch.no_grad()
-def windows_of(bench: Bench, test: np.ndarray, n: int, batch: int) -> Window | None:
+def windows_of(ctx: EvalContext, test: np.ndarray, n: int, batch: int) -> Window | None:
     """Choose windows all of whose rows are test rows.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         test: Mask of the test rows among the evaluated rows, (N,).
         n: Number of windows at most, evenly spaced.
         batch: Windows per forward pass.
@@ -62,9 +62,9 @@ def windows_of(bench: Bench, test: np.ndarray, n: int, batch: int) -> Window | N
     Returns:
         The windows, or None if there is no language model, no single site or no whole window.
     """
-    lm = bench.lm
-    store = bench.held_out
-    if lm is None or lm.model is None or store is None or not isinstance(bench.write, Site):
+    lm = ctx.lm
+    store = ctx.held_out
+    if lm is None or lm.model is None or store is None or not isinstance(ctx.write, Site):
         return None
     length = store.length
     n_windows = len(test) // length
@@ -72,15 +72,15 @@ def windows_of(bench: Bench, test: np.ndarray, n: int, batch: int) -> Window | N
     if not len(whole):
         return None
     picked = evenly_spaced(whole, n)
-    x, y = (ids.to(bench.device) for ids in lm.tokens(store.starts[picked]))
+    x, y = (ids.to(ctx.device) for ids in lm.tokens(store.starts[picked]))
     position_among_test = np.cumsum(test) - 1
     rows = position_among_test[(picked[:, None] * length + np.arange(length)).reshape(-1)]
     batches = zip(x.split(batch), y.split(batch), strict=True)
     clean = torch.cat([_nats(lm, *part) for part in batches])
-    return Window(lm, bench.write, rows, x, y, clean)
+    return Window(lm, ctx.write, rows, x, y, clean)
 
 
-def _nats(lm: Spliced, x: Tensor, y: Tensor) -> Tensor:
+def _nats(lm: LMSplice, x: Tensor, y: Tensor) -> Tensor:
     """Loss in nats at all positions but the first, (W, T - 1)."""
     logits = lm.model(input_ids=x, use_cache=False).logits[:, 1:].float()
     return -logits.log_softmax(-1).gather(2, y[:, 1:, None]).squeeze(2)
@@ -88,7 +88,7 @@ def _nats(lm: Spliced, x: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rise(
-    bench: Bench,
+    ctx: EvalContext,
     window: Window,
     code: sparse.csr_matrix,
     decode: Decode,
@@ -98,7 +98,7 @@ def rise(
     """Mean rise of the cross-entropy with a code's reconstruction in place of the activation.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         window: Windows to evaluate.
         code: Codes of the test rows, (n, F).
         decode: Decoder of the codes.
@@ -112,7 +112,7 @@ def rise(
     total = 0.0
     for begin in range(0, len(window.x), batch):
         rows = window.rows[begin * length : (begin + batch) * length]
-        recon = decode(torch.from_numpy(code[rows].toarray()).to(bench.device))
+        recon = decode(torch.from_numpy(code[rows].toarray()).to(ctx.device))
         if direct is not None:
             recon = recon + torch.from_numpy(direct[rows]).to(recon)
         recon = recon.view(-1, length, recon.shape[1])
@@ -124,13 +124,13 @@ def rise(
 
 
 @torch.no_grad()
-def effect_sizes(bench: Bench, codes: sparse.csr_matrix, decode: Decode) -> np.ndarray:
+def effect_sizes(ctx: EvalContext, codes: sparse.csr_matrix, decode: Decode) -> np.ndarray:
     """Distance that each latent moves the reconstruction per unit of its value.
 
     Measured at the root mean square of the latent's active values.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         codes: Codes (N, F).
         decode: Decoder of the codes.
 
@@ -141,13 +141,13 @@ def effect_sizes(bench: Bench, codes: sparse.csr_matrix, decode: Decode) -> np.n
     squares = np.asarray(codes.multiply(codes).sum(0)).ravel()
     size = np.sqrt(squares / counts).astype(np.float32)
     n_latents = len(size)
-    base = decode(torch.zeros(1, n_latents, device=bench.device))
+    base = decode(torch.zeros(1, n_latents, device=ctx.device))
     effects = []
     for begin in range(0, n_latents, 1024):
         latent = np.arange(begin, min(begin + 1024, n_latents))
         one_each = np.zeros((len(latent), n_latents), np.float32)
         one_each[np.arange(len(latent)), latent] = size[latent]
-        moved = decode(torch.from_numpy(one_each).to(bench.device)) - base
+        moved = decode(torch.from_numpy(one_each).to(ctx.device)) - base
         effects.append(moved.norm(dim=1).cpu().numpy())
     return np.concatenate(effects) / np.maximum(size, 1e-12)
 

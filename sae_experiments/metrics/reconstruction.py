@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.noise import DRAWS, document_weights
 
 #: Rows further from the median row than this many times the median distance are outliers.
@@ -63,7 +63,7 @@ INFO = [
 ]
 
 
-def measure(bench: Bench, *, rows: int | None) -> Measured:
+def measure(ctx: EvalContext, *, rows: int | None) -> Measured:
     """Fraction of variance unexplained (FVU), MSE, cosine similarity and norm ratio.
 
     The FVU is pooled: a ratio of sums over all rows, with the variance about their own mean. It is
@@ -74,22 +74,22 @@ def measure(bench: Bench, *, rows: int | None) -> Measured:
     distance.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         rows: Number of held-out rows, from the first on; None for all.
     """
-    n_rows = bench.n_used(rows)
-    sample = bench.targets(slice(0, min(n_rows, FEW))).to(bench.device).double()
+    n_rows = ctx.n_used(rows)
+    sample = ctx.targets(slice(0, min(n_rows, FEW))).to(ctx.device).double()
     # Shifting by the median keeps the one-pass variance exact if the mean is much larger than the
     # spread.
     shift = sample.median(0).values
     limit = FAR**2 * (sample - shift).square().sum(1).median()
     every_row = _Sums()
     ordinary = _Sums()
-    length = bench.held_out.length if bench.held_out is not None else WINDOW
-    windows = _Windows(n_rows, bench.sae.d_out, length)
+    length = ctx.held_out.length if ctx.held_out is not None else WINDOW
+    windows = _Windows(n_rows, ctx.sae.d_out, length)
     cosine = 0.0
     ratio = 0.0
-    for chunk in bench.chunks(rows):
+    for chunk in ctx.chunks(rows):
         y = chunk.y.double()
         recon = chunk.recon.double()
         shifted = y - shift
@@ -107,7 +107,7 @@ def measure(bench: Bench, *, rows: int | None) -> Measured:
     reasons = _why_null(values, every_row)
     values |= {
         "sae_outlier_frac": 1 - ordinary.n / n,
-        "sae_mse": every_row.error / n / bench.sae.d_out,
+        "sae_mse": every_row.error / n / ctx.sae.d_out,
         "sae_cosine": cosine / n,
         "sae_l2_ratio": ratio / n,
     }

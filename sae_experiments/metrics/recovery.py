@@ -1,4 +1,4 @@
-"""Recovery of known features by a dictionary, on data with `bench.extras["truth"]`."""
+"""Recovery of known features by a dictionary, on data with `ctx.extras["truth"]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, sparse_codes
 from sae_experiments.metrics.geometry import unit
 
@@ -80,29 +80,31 @@ class Truth(NamedTuple):
     """Activations of the features on the held-out rows, (N, G)."""
 
 
-def measure(bench: Bench, *, rows: int | None, least: int, found: float, seed: int) -> Measured:
+def measure(
+    ctx: EvalContext, *, rows: int | None, min_fires: int, found: float, seed: int
+) -> Measured:
     """Match decoder rows of live latents with the true features, by direction and by firing.
 
     Args:
-        bench: Evaluation context; `extras["truth"]` is a `Truth`.
+        ctx: Evaluation context; `extras["truth"]` is a `Truth`.
         rows: Number of held-out rows, from the first on; None for all.
-        least: Number of rows that a feature must be active on to count.
+        min_fires: Number of rows that a feature must be active on to count.
         found: |cos| above which a feature counts as found.
         seed: Seed of the random reference directions.
     """
-    truth: Truth | None = bench.extras.get("truth")
+    truth: Truth | None = ctx.extras.get("truth")
     if truth is None:
         return nulls(INFO, "the true features are not known")
-    codes = sparse_codes(bench, rows)
-    atoms = unit(bench.sae.W_dec.detach().cpu())
+    codes = sparse_codes(ctx, rows)
+    atoms = unit(ctx.sae.W_dec.detach().cpu())
     if codes is None or not torch.isfinite(atoms).all():
         return nulls(INFO, NOT_FINITE)
-    n = bench.n_used(rows)
+    n = ctx.n_used(rows)
     on = sparse.csr_matrix(truth.acts[:n].cpu().numpy() != 0, dtype=np.float64)
-    features = np.flatnonzero(np.diff(on.tocsc().indptr) >= least)
+    features = np.flatnonzero(np.diff(on.tocsc().indptr) >= min_fires)
     alive = np.flatnonzero(np.diff(codes.tocsc().indptr))
     if not len(features):
-        return nulls(INFO, f"no feature fires {least} times")
+        return nulls(INFO, f"no feature fires {min_fires} times")
     if not len(alive):
         return nulls(INFO, "no latent fires")
     directions = unit(truth.directions.cpu())[features]
@@ -115,7 +117,7 @@ def measure(bench: Bench, *, rows: int | None, least: int, found: float, seed: i
     generator = torch.Generator().manual_seed(seed + 0x5EED)
     random = unit(torch.randn(len(alive), atoms.shape[1], generator=generator))
     random_cosines = (directions @ random.t()).abs().numpy()
-    d_sae = bench.sae.d_sae
+    d_sae = ctx.sae.d_sae
     values: dict[str, float | None] = {
         "truth_mcc": matched(cosines, d_sae),
         "truth_f1": float(latent_f1.sum() / d_sae),

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 from scipy.stats import chi2
 
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.noise import DRAWS, document_weights, noise_over
 from sae_experiments.metrics.text.concepts import Concept, bank, label_all
@@ -111,7 +111,7 @@ class Options:
     """Held-out rows used, from the first (None: all); half to find rules, half to test them."""
     latents: int | None
     """Latents described, evenly spaced among those alive (None: all)."""
-    least: int
+    min_fires: int
     """Firings that a latent needs in each half."""
     threshold: float
     """A latent is on above this share of the 99.9 % quantile of its non-zero magnitudes."""
@@ -186,33 +186,33 @@ class ConceptMatch(NamedTuple):
     """Number of that concept."""
 
 
-def measure(bench: Bench, **options: Any) -> Measured:
+def measure(ctx: EvalContext, **options: Any) -> Measured:
     """Quality of rules for latents (N2G, Foote et al. 2023, over characters and classes).
 
     Rules start from the literal characters at a latent's top contexts and at a sample of its other
     contexts. `features` holds what the feature browser shows: rule, n-gram order and concept of
-    each described latent. The latents in `bench.extras["latents"]` are described as well, but are
+    each described latent. The latents in `ctx.extras["latents"]` are described as well, but are
     in no average.
 
     Args:
-        bench: The SAE and its held-out text.
+        ctx: The SAE and its held-out text.
         **options: Fields of `Options`.
     """
     opts = Options(**options)
-    text, codes = read_text(bench, opts.rows), sparse_codes(bench, opts.rows)
+    text, codes = read_text(ctx, opts.rows), sparse_codes(ctx, opts.rows)
     if text is None:
         return nulls(INFO, NO_TEXT)
     if codes is None:
         return nulls(INFO, NOT_FINITE)
     codes = sparse.csr_matrix(codes[: len(text.chars)])
     magnitudes = sparse.csc_matrix(abs(codes))
-    halves = _split(bench, text, opts.block)
+    halves = _split(ctx, text, opts.block)
     on, limits = binarised(magnitudes, opts.threshold)
     on_train, on_test = on.tocsr()[halves.train], on.tocsr()[halves.test]
     fires = np.minimum(_column_sums(on_train), _column_sums(on_test))
-    alive = np.flatnonzero(fires >= opts.least)
+    alive = np.flatnonzero(fires >= opts.min_fires)
     if not len(alive):
-        return nulls(INFO, f"no latent fires {opts.least} times in both halves of the text")
+        return nulls(INFO, f"no latent fires {opts.min_fires} times in both halves of the text")
     picked = _evenly_spaced(alive, opts.latents)
     rng = np.random.default_rng(opts.seed)
 
@@ -228,14 +228,14 @@ def measure(bench: Bench, **options: Any) -> Measured:
         order = _shuffled_order(len(text.chars), rng)
         firing, values = _column(on, j) > 0, _column(magnitudes, j)
         shuffled.append(describe(halves, firing[order], values[order], rng, opts))
-    requested = bench.extras.get("latents", ())
-    more = describe_all(j for j in requested if fires[j] >= opts.least and j not in described)
+    requested = ctx.extras.get("latents", ())
+    more = describe_all(j for j in requested if fires[j] >= opts.min_fires and j not in described)
     match = concept_match(halves, on_test)
     simulated = simulate(
         codes,
         text,
         longest=opts.longest,
-        least=opts.least,
+        min_fires=opts.min_fires,
         min_count=opts.min_count,
         block=opts.block,
     )
@@ -256,11 +256,11 @@ def measure(bench: Bench, **options: Any) -> Measured:
     return measured._replace(noise=noise)
 
 
-def _split(bench: Bench, text: Text, block: int) -> Halves:
+def _split(ctx: EvalContext, text: Text, block: int) -> Halves:
     """Split the text into documents of even number (training) and odd number (test)."""
-    concepts = [c for c in bank(bench.symbols) if c.causal]
+    concepts = [c for c in bank(ctx.symbols) if c.causal]
     labels = label_all(concepts, text.chars, text.following, text.breaks)
-    elements = elements_of(bench.symbols)
+    elements = elements_of(ctx.symbols)
     document = text.blocks(block)
     even = document % 2 == 0
     train, test = np.flatnonzero(even), np.flatnonzero(~even)

@@ -9,7 +9,7 @@ import torch
 
 from sae_experiments import quality_warnings as warned
 from sae_experiments.errors import UserError
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 
 INFO = [
     MetricInfo(
@@ -54,11 +54,11 @@ BINS = 64
 DENSITY_EDGES = np.linspace(-7.0, 0.0, 29)
 
 
-def measure(bench: Bench, *, rows: int | None, entropy_latents: int) -> Measured:
+def measure(ctx: EvalContext, *, rows: int | None, entropy_latents: int) -> Measured:
     """L0, sparsity, dead and dense shares, mean entropy of a latent, and the density histogram.
 
     Args:
-        bench: Evaluation context.
+        ctx: Evaluation context.
         rows: Number of held-out rows, from the first on; None for all.
         entropy_latents: Number of latents, evenly spaced, that the mean entropy is taken over at
             most; bounds the memory.
@@ -68,12 +68,12 @@ def measure(bench: Bench, *, rows: int | None, entropy_latents: int) -> Measured
     """
     if entropy_latents < 1:
         raise UserError(f"metric.sparsity.entropy_latents={entropy_latents} must be at least 1")
-    stride = max(1, math.ceil(bench.sae.d_sae / entropy_latents))
-    picked = torch.arange(0, bench.sae.d_sae, stride, device=bench.device)
-    fires = torch.zeros(bench.sae.d_sae, dtype=torch.int64, device=bench.device)
+    stride = max(1, math.ceil(ctx.sae.d_sae / entropy_latents))
+    picked = torch.arange(0, ctx.sae.d_sae, stride, device=ctx.device)
+    fires = torch.zeros(ctx.sae.d_sae, dtype=torch.int64, device=ctx.device)
     picked_acts = []
     n = 0
-    for chunk in bench.chunks(rows):
+    for chunk in ctx.chunks(rows):
         fires += (chunk.acts != 0).sum(0)
         picked_acts.append(chunk.acts[:, picked].cpu())
         n += len(chunk.acts)
@@ -94,7 +94,7 @@ def measure(bench: Bench, *, rows: int | None, entropy_latents: int) -> Measured
     arrays = {"density": density, "density_hist": counts, "density_edges": DENSITY_EDGES}
     once = int((fires == 1).sum())
     twice = int((fires == 2).sum())
-    warnings = warned.of_dead(n, l0, bench.sae.d_sae, once, twice)
+    warnings = warned.of_dead(n, l0, ctx.sae.d_sae, once, twice)
     why_null = {} if entropies else {"sae_latent_entropy": "no latent fires"}
     return Measured(values, arrays, why_null, warnings=tuple(warnings))
 

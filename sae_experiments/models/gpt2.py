@@ -32,13 +32,13 @@ from sae_experiments.models.cpu_kernels import use_cheap_paths
 from sae_experiments.resources import Need
 from sae_experiments.source import source_digest
 from sae_experiments.training.loop import (
-    At,
     Group,
     History,
     Learner,
     Loss,
     Phase,
     Session,
+    StepInfo,
     TrainConfig,
     seed_of,
     train,
@@ -313,10 +313,10 @@ class LMLearner(Learner):
         ]
         return [Phase("train", 1.0, [g for g in chosen if g.params])]
 
-    def loss(self, batch: tuple[Tensor, Tensor], at: At) -> Loss:
+    def loss(self, batch: tuple[Tensor, Tensor], info: StepInfo) -> Loss:
         x, y = batch
         if self.spec.dropout:
-            torch.manual_seed(seed_of(self.seed, "dropout", at.step))
+            torch.manual_seed(seed_of(self.seed, "dropout", info.step))
         with self.autocast():
             logits = self.forward(input_ids=x, use_cache=False).logits
         loss = F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), y.view(-1))
@@ -365,7 +365,7 @@ def train_lm(
     cfg = spec.train_config(recipe)
     key = {
         "what": "lm",
-        "spec": _plain(spec) | {"train": _plain(cfg)},
+        "spec": _to_jsonable(spec) | {"train": _to_jsonable(cfg)},
         "corpus": corpus.key,
         "seed": seed,
         "device": device.type,
@@ -434,7 +434,7 @@ def _final_evaluation(learner: LMLearner) -> dict[str, float]:
     }
 
 
-def _plain(value: Any) -> dict[str, Any]:
+def _to_jsonable(value: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     return json.loads(json.dumps(asdict(value), default=str))

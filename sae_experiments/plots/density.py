@@ -83,7 +83,7 @@ def draw(
         NothingToDrawError: No run has both arrays.
     """
     notes: list[str] = []
-    table = table.by_arm
+    table = table.by_sae
     densities = find_panels(
         table,
         lambda run, dataset: _density(run, dataset, counts, edges, dead),

@@ -113,9 +113,9 @@ def _trained_with(fit: Fit) -> dict[str, float]:
 
 def _model_config(fit: Fit) -> dict[str, Any]:
     """The configuration of a fit's SAE; empty if the run does not record it."""
-    arms = fit.run.config.get("arms")
-    if not isinstance(arms, dict) or not arms:
+    saes = fit.run.sae_configs
+    if not saes:
         return {}
-    arm = arms.get(fit.arm or next(iter(arms)), {})
-    model = arm.get("model") if isinstance(arm, dict) else None
+    sae = saes.get(fit.sae or next(iter(saes)), {})
+    model = sae.get("model") if isinstance(sae, dict) else None
     return model if isinstance(model, dict) else {}

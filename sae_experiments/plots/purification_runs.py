@@ -23,7 +23,7 @@ class Fit:
     """One SAE of one run on every corpus."""
 
     run: Run
-    arm: str  # name of the SAE; empty if it is the only one of its run
+    sae: str  # name of the SAE; empty if it is the only one of its run
     reports: dict[str, str]  # name in the results by corpus: `text8` or `text8.purified`
     label: str
 
@@ -54,12 +54,12 @@ def fits_of(table: RunTable, array: str) -> list[Fit]:
     for run in table.runs:
         reports_of: dict[str, dict[str, str]] = {}
         for report in sorted(run.stats):
-            corpus, _, arm = report.partition(".")
+            corpus, _, sae = report.partition(".")
             if any(array in arrays for arrays in run.arrays(report).values()):
-                reports_of.setdefault(arm, {})[corpus] = report
-        for arm, reports in reports_of.items():
-            label = f"{run.name}: {arm}" if arm else run.title
-            fits.append(Fit(run, arm, reports, label))
+                reports_of.setdefault(sae, {})[corpus] = report
+        for sae, reports in reports_of.items():
+            label = f"{run.name}: {sae}" if sae else run.title
+            fits.append(Fit(run, sae, reports, label))
     return fits
 
 
@@ -86,8 +86,8 @@ def hosts_of(fits: Sequence[Fit], table: RunTable, host: str, *, figure: str) ->
     hosts = {}
     for corpus in all_corpora(fits):
         candidates = [fit for fit in fits if corpus in fit.corpora]
-        named = [fit for fit in candidates if fit.arm == host]
-        of_baseline = [fit for fit in candidates if not fit.arm and fit.run is table.baseline]
+        named = [fit for fit in candidates if fit.sae == host]
+        of_baseline = [fit for fit in candidates if not fit.sae and fit.run is table.baseline]
         if len(candidates) > 1:
             hosts[corpus] = [*named, *of_baseline, *candidates][0]
     if not hosts:

@@ -25,7 +25,7 @@ SCALE = 99
 ROWS = 1 << 23  # contexts further down keep their own text
 
 
-class Cell(NamedTuple):
+class FeatureCell(NamedTuple):
     """The features of one cell of one run, as stored."""
 
     run: str
@@ -39,12 +39,12 @@ class Cell(NamedTuple):
         return f"{self.dataset}, seed {self.seed}"
 
 
-def cells_of(run: Run) -> Iterator[Cell]:
+def cells_of(run: Run) -> Iterator[FeatureCell]:
     """Every cell of a run that has features; a damaged file is a warning and is left out."""
     for dataset, seed, found in _stored(run, "features"):
         features = [f for f in found if isinstance(f, dict) and isinstance(f.get("latent"), int)]
         if features:
-            yield Cell(run.name, dataset, seed, _is_bytes(run, dataset), features)
+            yield FeatureCell(run.name, dataset, seed, _is_bytes(run, dataset), features)
 
 
 def graphs_of(run: Run) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ def _plain(contexts: Any) -> dict[str, Any]:
     return {"contexts": [_inline(c, top) for c in found], "max": top}
 
 
-def pack(cell: Cell, size: tuple[int, int]) -> bytes:
+def pack(cell: FeatureCell, size: tuple[int, int]) -> bytes:
     """``{"latents": [...], "text": [[row, characters], ...]}`` as compressed JSON; a latent keeps ``size`` contexts and samples.
 
     A context is ``[row, length, at, [place, value, ...]]``, or ``[text, at, [place, value, ...]]`` where its row is not known.
@@ -191,7 +191,7 @@ def _segments(pool: Sequence[str | None]) -> list[list[Any]]:
     return [[run[0][0], "".join(str(c) for _, c in run)] for run in runs]
 
 
-def packed(cells: Sequence[Cell], room: int) -> tuple[list[tuple[Cell, str]], str]:
+def packed(cells: Sequence[FeatureCell], room: int) -> tuple[list[tuple[FeatureCell, str]], str]:
     """Cells as base64 of compressed JSON, altogether at most ``room`` characters, and a note on what had to be left out.
 
     First fewer contexts a latent, then only the first seed of every dataset, then only as many cells as there is room for.
@@ -226,11 +226,13 @@ def packed(cells: Sequence[Cell], room: int) -> tuple[list[tuple[Cell, str]], st
     )
 
 
-def _text(cell: Cell, size: tuple[int, int]) -> str:
+def _text(cell: FeatureCell, size: tuple[int, int]) -> str:
     return base64.b64encode(pack(cell, size)).decode()
 
 
-def _all(cells: Sequence[Cell], size: tuple[int, int], room: int) -> list[tuple[Cell, str]] | None:
+def _all(
+    cells: Sequence[FeatureCell], size: tuple[int, int], room: int
+) -> list[tuple[FeatureCell, str]] | None:
     """All cells, or None as soon as it is clear that there is no room for them, at the size that a latent has had so far."""
     found, used, latents, total = [], 0, 0, sum(len(c.features) for c in cells)
     for cell in cells:

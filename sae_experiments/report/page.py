@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from sae_experiments.files import write_bytes
 from sae_experiments.report import summary
-from sae_experiments.report.features import Cell, cells_of, graphs_of, packed
+from sae_experiments.report.features import FeatureCell, cells_of, graphs_of, packed
 from sae_experiments.report.markup import Markup, join, json_block, tag
 from sae_experiments.results.compare import compare
 from sae_experiments.results.table import RunTable
@@ -120,7 +120,7 @@ def page(table: RunTable, pictures: Sequence[Picture]) -> str:
     )
 
 
-def _cells(table: RunTable, room: int) -> tuple[list[tuple[Cell, str]], str]:
+def _cells(table: RunTable, room: int) -> tuple[list[tuple[FeatureCell, str]], str]:
     found = (
         _safely("features", lambda: [cell for run in table.runs for cell in cells_of(run)]) or []
     )

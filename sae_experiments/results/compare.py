@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from sae_experiments import quality_warnings as warned
-from sae_experiments.results.records import EDGES, Stat, mean_stderr
+from sae_experiments.results.records import RESULT_NEUTRAL_KEYS, Stat, mean_stderr
 from sae_experiments.results.table import Run, RunTable
 
 WIDTH = 100
@@ -195,7 +195,7 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    config = {key: value for key, value in run.config.items() if key not in EDGES}
+    config = {key: value for key, value in run.config.items() if key not in RESULT_NEUTRAL_KEYS}
     around = {
         key: run.manifest[key]
         for key in ("preset", "device", "git", "versions")

@@ -37,7 +37,7 @@ from sae_experiments.files import (
 log = logging.getLogger(__name__)
 FINAL_INFO = "final_info.json"
 #: Configuration that does not change results: a run may be continued with other values of these, and comparisons leave them out.
-EDGES = (
+RESULT_NEUTRAL_KEYS = (
     "out_dir",
     "runs_root",
     "cache",

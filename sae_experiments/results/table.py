@@ -50,7 +50,7 @@ class Run:
     records: list[Record]
     final_info: dict[str, Any]
     stats: dict[str, dict[str, Stat]]
-    arm: str = ""  # the SAE, in one of the parts that :meth:`by_arm` makes of a run with several
+    sae: str = ""  # the SAE, in one of the parts that :meth:`by_sae` makes of a run with several
 
     @property
     def title(self) -> str:
@@ -119,25 +119,30 @@ class Run:
             re.fullmatch(r"([A-Za-z0-9_.-]+)_(-?\d+)", p.name.removesuffix(suffix))
             for p in (self.path / folder).glob(f"*{suffix}")
         ]
-        end = f".{self.arm}" if self.arm else ""
+        end = f".{self.sae}" if self.sae else ""
         return sorted(
             (self.path, m[1], m[1].removesuffix(end), int(m[2]))
             for m in names
             if m and m[1].endswith(end)
         )
 
-    def by_arm(self, *, alone: bool) -> list[Run]:
+    @property
+    def sae_configs(self) -> dict[str, Any]:
+        """The configuration of each SAE of the run, by name; runs before version 0.2 said `arms`."""
+        return _mapping(self.config.get("saes", self.config.get("arms")))
+
+    def by_sae(self, *, alone: bool) -> list[Run]:
         """A run of several SAEs as a run for each, on the corpora themselves; ``alone``: their names need not say which run it was.
 
         The configuration of each gets ``sae``, and ``variant``: its name without the L0 that was asked for.
         """
-        arms = _mapping(self.config.get("arms"))
-        if len(arms) < 2:
+        saes = self.sae_configs
+        if len(saes) < 2:
             return [
-                replace(self, manifest=self._with_sae(name, arm)) for name, arm in arms.items()
+                replace(self, manifest=self._with_sae(name, sae)) for name, sae in saes.items()
             ] or [self]
         parts = []
-        for name, arm in sorted(arms.items(), key=lambda item: _natural(item[0])):
+        for name, sae in sorted(saes.items(), key=lambda item: _natural(item[0])):
             end = f".{name}"
             stats = {
                 report.removesuffix(end): found
@@ -150,7 +155,7 @@ class Run:
                 if report.endswith(end)
             }
             corpora = {d: self.provenance(d + end) for d in stats}
-            manifest = self._with_sae(name, arm) | {"corpora": corpora}
+            manifest = self._with_sae(name, sae) | {"corpora": corpora}
             records = [
                 replace(r, dataset=r.dataset.removesuffix(end))
                 for r in self.records
@@ -167,7 +172,7 @@ class Run:
                         stats=stats,
                         final_info=info,
                         records=records,
-                        arm=name,
+                        sae=name,
                     )
                 ]
                 if stats
@@ -175,9 +180,9 @@ class Run:
             )
         return parts or [self]
 
-    def _with_sae(self, name: str, arm: Any) -> dict[str, Any]:
+    def _with_sae(self, name: str, sae: Any) -> dict[str, Any]:
         return self.manifest | {
-            "config": self.config | {"sae": arm, "variant": re.sub(r"-target_l0_[\d.]+", "", name)}
+            "config": self.config | {"sae": sae, "variant": re.sub(r"-target_l0_[\d.]+", "", name)}
         }
 
 
@@ -209,12 +214,12 @@ class RunTable:
         return table.astype({"seed": "Int64", "value": "float64"})
 
     @cached_property
-    def by_arm(self) -> RunTable:
+    def by_sae(self) -> RunTable:
         """The same with each SAE of a run that fitted several as a run of its own, so that figures show them side by side on one corpus."""
         parts = [
             (
                 run,
-                run.by_arm(
+                run.by_sae(
                     alone=len(self.runs) == 1
                     or (self.baseline in self.runs and len(self.runs) == 2)
                 ),

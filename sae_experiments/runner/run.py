@@ -24,7 +24,7 @@ from sae_experiments.errors import NonFinite, UserError
 from sae_experiments.files import PACKAGE, NewFolder, digest, read_json, remove_stale, write_json
 from sae_experiments.metric_info import describe
 from sae_experiments.results.records import (
-    EDGES,
+    RESULT_NEUTRAL_KEYS,
     CurveWriter,
     Record,
     checksums,
@@ -84,7 +84,7 @@ def run(
     """
     study.check()
     folder = settings.folder
-    config = {k: v for k, v in settings.config.items() if k not in EDGES}
+    config = {k: v for k, v in settings.config.items() if k not in RESULT_NEUTRAL_KEYS}
     try:
         new = NewFolder(folder)
         probe = folder / f".writable.{os.getpid()}"
@@ -366,7 +366,9 @@ def _refuse_other_configuration(folder: Path, config: Mapping[str, Any], overwri
     path = folder / "manifest.json"
     if overwrite or not path.exists() or not any(folder.glob("cells/*.json")):
         return
-    before = flat({k: v for k, v in read_json(path)["config"].items() if k not in EDGES})
+    before = flat(
+        {k: v for k, v in read_json(path)["config"].items() if k not in RESULT_NEUTRAL_KEYS}
+    )
     now = flat(config)
     keys = sorted(
         before.keys() | now.keys(), key=lambda k: (k.count("."), k)

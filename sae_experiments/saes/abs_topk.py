@@ -22,7 +22,7 @@ class AbsTopK(TopK):
         """The k largest absolute values of every row."""
         return super().support(pre.abs())
 
-    def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+    def activation(self, entries: Tensor, col: Tensor | None) -> Tensor:
         """The identity: codes keep their sign."""
         return entries
 

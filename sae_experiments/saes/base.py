@@ -48,17 +48,17 @@ class SAE(nn.Module):
 
     #: Number of equal blocks (the sites of a crosscoder) that inputs and targets consist of.
     #: Each block is scaled by itself.
-    blocks = 1
+    n_sites = 1
     #: The loss depends on the rest of the language model, through `Batch.downstream`.
     needs_model = False
     #: The support of a row depends on that row alone, so that a large batch may be encoded one
     #: block of rows at a time.
-    rowwise = True
-    #: `product_dtype` may be bfloat16.
-    coarse = True
+    support_is_rowwise = True
+    #: `matmul_dtype` may be bfloat16.
+    supports_bf16 = True
     #: Precision of the encoder's matrix product in training. In bfloat16 the product only decides
     #: which latents are active; their values are recomputed in full precision.
-    product_dtype = torch.float32
+    matmul_dtype = torch.float32
     #: Input and output must be in the same units (tied weights, a refined code).
     same_units = False
     #: The SAE has been fitted: its weights are in the data's own units.
@@ -114,7 +114,7 @@ class SAE(nn.Module):
         self._scratch: dict[str, Tensor] = {}
 
     @property
-    def asked_l0(self) -> float | None:
+    def fixed_l0(self) -> float | None:
         """Requested active latents per row; None where the L0 follows from other settings."""
         return None
 
@@ -131,9 +131,9 @@ class SAE(nn.Module):
         Returns:
             A pattern, or a boolean mask (B, F).
         """
-        return self.strength(pre) > self.threshold
+        return self.threshold_score(pre) > self.threshold
 
-    def strength(self, pre: Tensor) -> Tensor:
+    def threshold_score(self, pre: Tensor) -> Tensor:
         """Scores (B, F) that the calibrated threshold is compared with.
 
         Entries at or below 0 are never active.
@@ -148,14 +148,14 @@ class SAE(nn.Module):
         """Part of the reconstruction (B, O) that bypasses the code; None for no such path."""
         return None
 
-    def nested(self, codes: Codes) -> Tensor | None:
+    def nested_recons(self, codes: Codes) -> Tensor | None:
         """Reconstructions (B, G, O) from nested parts of the code, the last one from all of it.
 
         None for a code without nested parts.
         """
         return None
 
-    def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+    def activation(self, entries: Tensor, col: Tensor | None) -> Tensor:
         """Apply the activation function to the pre-activations of active entries.
 
         Args:
@@ -184,7 +184,7 @@ class SAE(nn.Module):
             # Centre the pre-activations, as subtracting a bias from the input would.
             self.b_enc.data.copy_(-self.W_enc.data @ x.mean(0))
 
-    def begin_again(self, phase: str, x: Tensor, y: Tensor) -> None:
+    def resume_training(self, phase: str, x: Tensor, y: Tensor) -> None:
         """Prepare further training of a fitted SAE; called in place of `begin`."""
 
     def after_step(self, fwd: Forward, step: Step) -> None:
@@ -226,7 +226,7 @@ class SAE(nn.Module):
 
     # --- shared by all variants ------------------------------------------------------------------
 
-    def accepted(self, x: Tensor, width: str) -> Tensor:
+    def as_rows(self, x: Tensor, width: str) -> Tensor:
         """Convert rows (..., W) to a tensor of the weights' type.
 
         Args:
@@ -268,8 +268,8 @@ class SAE(nn.Module):
         """The code of pre-activations (B, F) that carry no graph."""
         support = self.support(pre)
         if isinstance(support, Pattern):
-            return Codes(self.shape(support.at(pre), support.col), support)
-        return Codes(self.shape(pre, None) * support)
+            return Codes(self.activation(support.gather(pre), support.col), support)
+        return Codes(self.activation(pre, None) * support)
 
     @by_rows("d_in")
     def encode(self, x: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ class SAE(nn.Module):
         """
         return acts * (self.W_dec @ direction)
 
-    def reach(self) -> Tensor:
+    def decoder_norms(self) -> Tensor:
         """Length (F,) by which one unit of each latent moves the reconstruction.
 
         In units of the activations.
@@ -319,11 +319,11 @@ class SAE(nn.Module):
         support, values, pre = self._select(x, bias)
         pattern = support if isinstance(support, Pattern) else None
         active_pre = ops.entries(x, self.W_enc, bias, values, support)
-        values = self.shape(active_pre, None if pattern is None else pattern.col)
+        values = self.activation(active_pre, None if pattern is None else pattern.col)
         if not isinstance(support, Pattern) and values is not active_pre:
             values = ops.masked(values, support)
         codes = Codes(values, pattern)
-        levels = self.nested(codes)
+        levels = self.nested_recons(codes)
         if levels is None:
             recon = ops.decode(codes.values, pattern, self.W_dec) + self.b_dec
         else:
@@ -342,14 +342,14 @@ class SAE(nn.Module):
             a graph, either all of them (B, F) or those of the active entries (n,); and the whole
             matrix of pre-activations (B, F), None where it was never computed at once.
         """
-        weight = self.W_enc.detach().to(self.product_dtype)
+        weight = self.W_enc.detach().to(self.matmul_dtype)
         blockwise = self._by_blocks(x, weight, bias)
         support: Pattern | Tensor
         if blockwise is not None:
             support, values = blockwise
             pre = None
         else:
-            values = pre = self.product(x, bias, weight)
+            values = pre = self.encoder_matmul(x, bias, weight)
             support = sparse(self.support(pre))
             if isinstance(support, Tensor):
                 support = support.to(pre.dtype)  # one conversion for all uses
@@ -357,7 +357,7 @@ class SAE(nn.Module):
             if isinstance(support, Pattern):
                 values = self._exact(x, bias, support)
             else:
-                values = self.product(x, bias)
+                values = self.encoder_matmul(x, bias)
         return support, values, pre
 
     @torch.no_grad()
@@ -374,20 +374,20 @@ class SAE(nn.Module):
         dense) and where it is small.
         """
         rows = max(BLOCK // self.d_sae, 1)
-        if not self.rowwise or len(x) <= rows or x.device.type != "cpu":
+        if not self.support_is_rowwise or len(x) <= rows or x.device.type != "cpu":
             return None
         patterns, values = [], []
         for part in x.split(rows):
-            pre = self.product(part, bias, weight)
+            pre = self.encoder_matmul(part, bias, weight)
             support = sparse(self.support(pre))
             if not isinstance(support, Pattern):
                 return None
             patterns.append(support)
-            values.append(support.at(pre))
+            values.append(support.gather(pre))
         return Pattern.stacked(patterns), torch.cat(values)
 
     @torch.no_grad()
-    def product(self, x: Tensor, bias: Tensor, weight: Tensor | None = None) -> Tensor:
+    def encoder_matmul(self, x: Tensor, bias: Tensor, weight: Tensor | None = None) -> Tensor:
         """`x W_enc^T + bias` (B, F) without a graph, in a buffer that the next call overwrites.
 
         Freshly mapped memory pages would cost as much as the product itself.
@@ -407,28 +407,34 @@ class SAE(nn.Module):
         ):
             buffer = torch.empty(x.shape[0], self.d_sae, device=x.device, dtype=x.dtype)
             self._scratch["pre"] = buffer
-        return ops.product(x, self.W_enc if weight is None else weight, bias, out=buffer[: len(x)])
+        return ops.encoder_matmul(
+            x, self.W_enc if weight is None else weight, bias, out=buffer[: len(x)]
+        )
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         """Sum of reconstruction, penalties and AuxK. Changes no parameter and no buffer."""
         fwd = self.training_forward(batch)
-        parts = self.reconstruction(fwd, step) | self.penalties(fwd, step) | self.revive(fwd, step)
-        extra = Forward(batch, fwd.pre, fwd.codes.detach(), fwd.recon.detach(), fwd.at.detach())
+        parts = (
+            self.reconstruction(fwd, step) | self.penalties(fwd, step) | self.aux_loss(fwd, step)
+        )
+        extra = Forward(
+            batch, fwd.pre, fwd.codes.detach(), fwd.recon.detach(), fwd.active_pre.detach()
+        )
         return Loss(sum(parts.values()), {k: v.detach() for k, v in parts.items()}, extra)
 
     def reconstruction(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """The reconstruction term `mean_B ||y - yhat||^2`."""
         return {"mse": ops.squared_error(fwd.recon, fwd.batch.y)}
 
-    def revive(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
+    def aux_loss(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """The AuxK term over the latents in `step.dead`; empty without dead latents."""
         if not self.aux_coeff or not bool(step.dead.any()):
             return {}
         dead = step.dead.nonzero().squeeze(1)
-        unexplained = self.explain(fwd.batch.x, fwd.batch.y - fwd.recon, dead)
+        unexplained = self.aux_k_loss(fwd.batch.x, fwd.batch.y - fwd.recon, dead)
         return {"aux_k": self.aux_coeff * unexplained}
 
-    def explain(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+    def aux_k_loss(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         """Share of `residual` that the dead latents leave unexplained (see `ops.aux_k`).
 
         No parameter of a live latent gets a gradient.
@@ -505,7 +511,7 @@ class SAE(nn.Module):
         kept = x.new_zeros(0)
         for chunk in x.split(rows):
             centred = self.shifted(self.encoder_input(chunk))
-            scores = self.strength(self.product(centred, self.b_enc)).reshape(-1)
+            scores = self.threshold_score(self.encoder_matmul(centred, self.b_enc)).reshape(-1)
             smallest = kept.min() if kept.numel() == n and n else scores.new_zeros(())
             kept = torch.cat([kept, scores[scores > smallest]])
             if kept.numel() > n:

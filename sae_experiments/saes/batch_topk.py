@@ -27,7 +27,7 @@ class BatchTopK(SAE):
         **kwargs: Further arguments of `SAE`.
     """
 
-    rowwise = False
+    support_is_rowwise = False
 
     def __init__(self, *, k: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -38,7 +38,7 @@ class BatchTopK(SAE):
         self._guess: dict[tuple[str, int], float] = {}
 
     @property
-    def asked_l0(self) -> float | None:
+    def fixed_l0(self) -> float | None:
         """The argument `k`."""
         return float(self.k)
 

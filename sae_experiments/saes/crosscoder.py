@@ -34,14 +34,14 @@ class Crosscoder(Standard):
                 f"sae.read must name {n_sites} sites of equal width (d_in={self.d_in}), "
                 "and sae.write must be null"
             )
-        self.blocks = n_sites
+        self.n_sites = n_sites
         # Rows of a norm-weighted SAE start at length 0.1; here the length is given per site.
         self.W_dec.data.mul_(start_norm * n_sites**0.5 / 0.1)
         self.W_enc.data.mul_(start_norm * n_sites**0.5 / 0.1)
 
     def row_norms(self) -> Tensor:
         """`sum_l ||d_{l,j}||`, (F,)."""
-        return self.W_dec.view(self.d_sae, self.blocks, -1).norm(dim=2).sum(1)
+        return self.W_dec.view(self.d_sae, self.n_sites, -1).norm(dim=2).sum(1)
 
     def inference(self) -> Inference:
         """Not exportable: SAELens has no crosscoders."""

@@ -37,20 +37,20 @@ class Gated(Standard):
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
         self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
 
-    def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+    def activation(self, entries: Tensor, col: Tensor | None) -> Tensor:
         """The magnitudes of active entries."""
         parameters = (self.b_enc, self.r_mag.exp(), self.b_mag)
         gate, scale, bias = (p if col is None else p[col] for p in parameters)
         return torch.relu(scale * (entries - gate) + bias)
 
-    def strength(self, pre: Tensor) -> Tensor:
+    def threshold_score(self, pre: Tensor) -> Tensor:
         """Pre-activations of the gate where the magnitude is positive, 0 elsewhere."""
         # A latent with an open gate and no magnitude is not active.
-        return torch.where(self.shape(pre, None) > 0, pre, 0)
+        return torch.where(self.activation(pre, None) > 0, pre, 0)
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """The L1 penalty on the gate, and its squared error against a fixed decoder."""
-        gate = torch.relu(fwd.at)
+        gate = torch.relu(fwd.active_pre)
         rebuilt = ops.decode(gate, fwd.codes.pattern, self.W_dec.detach()) + self.b_dec.detach()
         return {
             "sparsity": self.coefficient(step) * gate.sum() / len(fwd.batch.x),

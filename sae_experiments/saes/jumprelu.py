@@ -39,7 +39,7 @@ class _Jump(torch.autograd.Function):
         return grad * passes, -grad * window * theta / ctx.eps, None, None
 
 
-class _Step(torch.autograd.Function):
+class _Heaviside(torch.autograd.Function):
     """`H(a - theta)`, with `dH/dtheta := -(1/eps) K((a - theta)/eps)` and no gradient to a."""
 
     @staticmethod
@@ -111,15 +111,15 @@ class JumpReLU(Standard):
     def support(self, pre: Tensor) -> Tensor:
         """Entries above the threshold; in training those in the window below it as well."""
         if not self.training:
-            return self.strength(pre) > self.threshold
+            return self.threshold_score(pre) > self.threshold
         # The window is part of the support because it carries a gradient.
         return pre > self.theta.detach() - self.bandwidth / 2
 
-    def strength(self, pre: Tensor) -> Tensor:
+    def threshold_score(self, pre: Tensor) -> Tensor:
         """Distance of positive pre-activations above their thresholds."""
         return torch.where(pre > 0, pre - self.theta, 0)
 
-    def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+    def activation(self, entries: Tensor, col: Tensor | None) -> Tensor:
         """The jump `a H(a - theta)`."""
         theta = self.theta if col is None else self.theta[col]
         return _Jump.apply(entries, theta, self.bandwidth, self.form == "tanh")
@@ -129,8 +129,8 @@ class JumpReLU(Standard):
         if self.form == "tanh":
             return self._tanh_penalties(fwd, step)
         pattern = fwd.codes.pattern
-        theta = self.theta.expand_as(fwd.at) if pattern is None else self.theta[pattern.col]
-        active = _Step.apply(fwd.at, theta, self.bandwidth)
+        theta = self.theta.expand_as(fwd.active_pre) if pattern is None else self.theta[pattern.col]
+        active = _Heaviside.apply(fwd.active_pre, theta, self.bandwidth)
         if fwd.mask is not None:
             # The zeros outside the support are no pre-activations, and would lie in the window of
             # a small theta.

@@ -63,11 +63,11 @@ class KL(Standard):
             return super().support(pre)
         return torch.ones_like(pre, dtype=torch.bool)
 
-    def strength(self, pre: Tensor) -> Tensor:
+    def threshold_score(self, pre: Tensor) -> Tensor:
         """The activations."""
-        return self.shape(pre, None)
+        return self.activation(pre, None)
 
-    def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+    def activation(self, entries: Tensor, col: Tensor | None) -> Tensor:
         """Sigmoid, GELU or ReLU."""
         functions = {"sigmoid": torch.sigmoid, "gelu": F.gelu, "relu": torch.relu}
         return functions[self.form](entries)

@@ -46,7 +46,7 @@ class Lista(Matryoshka):
         if not self._refining or not self.eta:
             return x
         centred = self.shifted(x)
-        pre = self.product(centred, self.b_enc)
+        pre = self.encoder_matmul(centred, self.b_enc)
         if self.training:
             pattern = self.largest(pre, "first")
         else:

@@ -59,11 +59,11 @@ class Loaded(BatchTopK):
         self.config = config
         self.notes = notes
         gated = architecture == "gated"
-        self.rowwise = architecture == "topk"
-        if self.rowwise:
+        self.support_is_rowwise = architecture == "topk"
+        if self.support_is_rowwise:
             self.k = int(config["k"])
         norms = torch.ones(d_sae)
-        if self.rowwise and config.get("rescale_acts_by_decoder_norm"):
+        if self.support_is_rowwise and config.get("rescale_acts_by_decoder_norm"):
             norms = tensors["W_dec"].norm(dim=1)  # the units of the codes: fold them in
         self.W_enc = nn.Parameter((tensors["W_enc"].t() * norms[:, None]).contiguous())
         self.b_enc = nn.Parameter(tensors["b_gate" if gated else "b_enc"] * norms)
@@ -78,7 +78,7 @@ class Loaded(BatchTopK):
         self.eval().requires_grad_(False)
 
     @property
-    def asked_l0(self) -> float | None:
+    def fixed_l0(self) -> float | None:
         """L0 that further training keeps; None before it has been counted."""
         if self.architecture == "topk":
             return float(self.k)
@@ -89,18 +89,18 @@ class Loaded(BatchTopK):
         if self.architecture == "topk":
             return selection.top_k(pre.detach(), int(self.k))
         if self.training:
-            return self.largest(self.strength(pre.detach()))
+            return self.largest(self.threshold_score(pre.detach()))
         return super().support(pre)
 
-    def strength(self, pre: Tensor) -> Tensor:
+    def threshold_score(self, pre: Tensor) -> Tensor:
         """Distance of the pre-activations (B, F) above each latent's own threshold."""
         if self.architecture == "gated":
-            return torch.where(self.shape(pre, None) > 0, pre, 0)
+            return torch.where(self.activation(pre, None) > 0, pre, 0)
         if self.architecture == "jumprelu":
             return torch.where(pre > 0, pre - self.theta, 0)
         return pre
 
-    def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+    def activation(self, entries: Tensor, col: Tensor | None) -> Tensor:
         """ReLU, or the magnitude of a gated SAE."""
         if self.architecture != "gated":
             return torch.relu(entries)
@@ -113,7 +113,7 @@ class Loaded(BatchTopK):
         return self.wanted.item()
 
     @torch.no_grad()
-    def begin_again(self, phase: str, x: Tensor, y: Tensor) -> None:
+    def resume_training(self, phase: str, x: Tensor, y: Tensor) -> None:
         """Count the L0 on rows (N, D), and leave the thresholds room to fall."""
         if self.architecture == "topk":
             return

@@ -28,7 +28,7 @@ class Matryoshka(BatchTopK):
     that dead latents come back in their own group.
 
     Args:
-        fractions: Share of the latents in each group, in order; they sum to 1.
+        group_fracs: Share of the latents in each group, in order; they sum to 1.
         k_start: Active latents at the start, as a multiple of k.
         k_decay: Share of the run over which their number falls linearly to k.
         detach_inner: Every inner loss trains its own group alone; the outermost trains all.
@@ -44,7 +44,7 @@ class Matryoshka(BatchTopK):
     def __init__(
         self,
         *,
-        fractions: Sequence[float],
+        group_fracs: Sequence[float],
         k_start: float,
         k_decay: float,
         detach_inner: bool,
@@ -52,12 +52,14 @@ class Matryoshka(BatchTopK):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-            raise UserError(f"sae.model.fractions={list(fractions)} must be positive and sum to 1")
-        ends = [round(sum(fractions[: i + 1]) * self.d_sae) for i in range(len(fractions))]
+        if not group_fracs or min(group_fracs) <= 0 or abs(sum(group_fracs) - 1) > 1e-6:
+            raise UserError(
+                f"sae.model.group_fracs={list(group_fracs)} must be positive and sum to 1"
+            )
+        ends = [round(sum(group_fracs[: i + 1]) * self.d_sae) for i in range(len(group_fracs))]
         if ends[0] < 1 or any(b <= a for a, b in pairwise(ends)):
             raise UserError(
-                f"sae.model.fractions={list(fractions)} leave a group without latents "
+                f"sae.model.group_fracs={list(group_fracs)} leave a group without latents "
                 f"at d_sae={self.d_sae}"
             )
         if k_start < 1 or not 0 <= k_decay <= 1:
@@ -85,7 +87,7 @@ class Matryoshka(BatchTopK):
         """Active latents per row at the current point of training."""
         return self.k_now.item()
 
-    def nested(self, codes: Codes) -> Tensor:
+    def nested_recons(self, codes: Codes) -> Tensor:
         """Reconstructions (B, G, O) of all prefixes, with each group decoded once.
 
         Every row of the code is split into G rows, one for each group.
@@ -114,7 +116,7 @@ class Matryoshka(BatchTopK):
         *inner, outer = ops.level_errors(fwd.levels, fwd.batch.y) / n_groups
         return {f"mse_{g}": error for g, error in enumerate(inner)} | {"mse": outer}
 
-    def revive(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
+    def aux_loss(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """AuxK of the dead latents of every group on the residual of its prefix."""
         if not self.aux_coeff or not bool(step.dead.any()):
             return {}
@@ -122,7 +124,7 @@ class Matryoshka(BatchTopK):
         for g in range(len(self.ends)):
             dead = (step.dead & (self.group == g)).nonzero().squeeze(1)
             if dead.numel():
-                terms.append(self.explain(fwd.batch.x, fwd.batch.y - fwd.levels[:, g], dead))
+                terms.append(self.aux_k_loss(fwd.batch.x, fwd.batch.y - fwd.levels[:, g], dead))
         return {"aux_k": self.aux_coeff * sum(terms)} if terms else {}
 
     def after_step(self, fwd: Forward, step: Step) -> None:

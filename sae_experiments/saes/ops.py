@@ -27,7 +27,7 @@ SPARSE_BELOW = 0.1
 
 
 @contextmanager
-def fast_products() -> Iterator[None]:
+def fast_matmul() -> Iterator[None]:
     """Compute large float32 products on a CPU with oneDNN where it is as exact and faster.
 
     The switch allows oneDNN to round to bfloat16. On processors without matrix units for that type
@@ -66,7 +66,7 @@ def _onednn_keeps_float32() -> bool:
         matmul.fp32_precision = before
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+def encoder_matmul(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     """Compute `x weight^T + bias` without a graph.
 
     With a `weight` in bfloat16, x and the product are rounded to that type as well.
@@ -87,7 +87,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
         return out
     if x.device.type != "cpu":
         return torch.addmm(bias, x, weight.t(), out=out)
-    with fast_products():
+    with fast_matmul():
         return torch.mm(x, weight.t(), out=out).add_(bias)
 
 
@@ -151,7 +151,7 @@ class _Entries(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.pattern = pattern
-        return pattern.at(pre) if pre.ndim == 2 else pre.view_as(pre)
+        return pattern.gather(pre) if pre.ndim == 2 else pre.view_as(pre)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -184,7 +184,7 @@ class _Masked(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, mask = ctx.saved_tensors
         grad = _where(mask, grad)
-        with fast_products():
+        with fast_matmul():
             grad_x = grad @ weight if ctx.needs_input_grad[0] else None
             grad_w = grad.t() @ x if ctx.needs_input_grad[1] else None
         grad_b = grad.sum(0) if ctx.needs_input_grad[2] else None
@@ -234,18 +234,18 @@ class _Decode(torch.autograd.Function):
 
 
 class _DenseDecode(torch.autograd.Function):
-    """`C W_dec` for a dense code C; all three products use `fast_products`."""
+    """`C W_dec` for a dense code C; all three products use `fast_matmul`."""
 
     @staticmethod
     def forward(ctx, values: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(values, weight)
-        with fast_products():
+        with fast_matmul():
             return values @ weight
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         values, weight = ctx.saved_tensors
-        with fast_products():
+        with fast_matmul():
             grad_values = grad @ weight.t() if ctx.needs_input_grad[0] else None
             grad_w = values.t() @ grad if ctx.needs_input_grad[1] else None
         return grad_values, grad_w
@@ -373,7 +373,7 @@ def aux_k(
     """
     e = residual.detach()
     x = x.detach()
-    pre = product(x, w_enc.detach(), bias.detach(), out=x.new_empty(len(x), len(w_enc)))
+    pre = encoder_matmul(x, w_enc.detach(), bias.detach(), out=x.new_empty(len(x), len(w_enc)))
     if k < SPARSE_BELOW * pre.shape[1]:
         pattern = top_k(pre, k)
         active_pre = entries(x, w_enc, bias, pre, pattern)

@@ -27,19 +27,19 @@ class PAnneal(Standard):
     Args:
         p_end: Last value of p, in (0, 1].
         n_steps: Number of equal steps in which p falls.
-        start: Share of the run before p falls.
+        start_frac: Share of the run before p falls.
         **kwargs: Further arguments of `Standard`.
     """
 
     p: Tensor
     scale: Tensor
 
-    def __init__(self, *, p_end: float, n_steps: int, start: float, **kwargs: Any) -> None:
+    def __init__(self, *, p_end: float, n_steps: int, start_frac: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not 0 < p_end <= 1 or n_steps < 1 or not 0 <= start < 1:
+        if not 0 < p_end <= 1 or n_steps < 1 or not 0 <= start_frac < 1:
             raise UserError(
                 f"sae.model: p_end={p_end} must lie in (0, 1], n_steps={n_steps} be at least 1, "
-                f"start={start} lie in [0, 1)"
+                f"start_frac={start_frac} lie in [0, 1)"
             )
         if p_end < 1:
             # Every step of p deactivates some latents, and the last steps leave too little time
@@ -47,7 +47,7 @@ class PAnneal(Standard):
             self.controller.aim = 1.08
         self.p_end = p_end
         self.n_steps = n_steps
-        self.start = start
+        self.start_frac = start_frac
         self.register_buffer("p", torch.ones((), dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
 
@@ -59,7 +59,9 @@ class PAnneal(Standard):
     def after_step(self, fwd: Forward, step: Step) -> None:
         """Steer lambda, and lower p when its next step is due."""
         super().after_step(fwd, step)
-        stage = int(max(step.progress - self.start, 0) / (1 - self.start) * self.n_steps + 1e-9)
+        stage = int(
+            max(step.progress - self.start_frac, 0) / (1 - self.start_frac) * self.n_steps + 1e-9
+        )
         p = 1 + (self.p_end - 1) * min(stage, self.n_steps) / self.n_steps
         if p != self.p.item():
             before = power_sum(fwd.codes.values, self.p.item())

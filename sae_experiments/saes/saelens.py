@@ -54,7 +54,7 @@ def save_sae(
         sae = copy.deepcopy(sae).float()
     sae.eval()
     architecture, tensors, config = sae.inference()
-    reference = sae.accepted(reference, "d_in").detach().reshape(-1, sae.d_in)
+    reference = sae.as_rows(reference, "d_in").detach().reshape(-1, sae.d_in)
     full = {
         "architecture": architecture,
         "d_in": sae.d_in,

@@ -48,7 +48,7 @@ class Pattern:
         """Position `row * F + col` of every entry, (n,) int64."""
         return self.row * self.n_cols + self.col
 
-    def at(self, dense: Tensor) -> Tensor:
+    def gather(self, dense: Tensor) -> Tensor:
         """The entries of a contiguous (B, F) matrix at these positions, (n,)."""
         return dense.view(-1).index_select(0, self.flat)
 

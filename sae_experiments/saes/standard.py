@@ -26,7 +26,7 @@ class Standard(SAE):
         target_l0: Requested active latents per row.
         coeff: Fixed lambda. None: steer it.
         start_coeff: lambda where steering starts.
-        warmup: Share of the run over which lambda warms up.
+        warmup_frac: Share of the run over which lambda warms up.
         start_l0: Biases start where every latent is active equally often and
             `start_l0 * target_l0` are active per row. None: biases start at 0, where a third of all
             latents is active and the first steps are dense.
@@ -41,7 +41,7 @@ class Standard(SAE):
         target_l0: float,
         coeff: float | None,
         start_coeff: float,
-        warmup: float,
+        warmup_frac: float,
         start_l0: float | None,
         norm_weighted: bool = False,
         **kwargs: Any,
@@ -50,7 +50,7 @@ class Standard(SAE):
         if start_l0 is not None and not start_l0 > 0:
             raise UserError(f"sae.model.start_l0={start_l0} must be positive, or null")
         self.norm_weighted = norm_weighted
-        self.warmup = warmup
+        self.warmup_frac = warmup_frac
         self.start_l0 = start_l0
         self.controller = L0Controller(target=target_l0, coeff=coeff, start=start_coeff)
         if norm_weighted:
@@ -58,7 +58,7 @@ class Standard(SAE):
             self.W_enc.data.mul_(0.1)
 
     @property
-    def asked_l0(self) -> float | None:
+    def fixed_l0(self) -> float | None:
         """The argument `target_l0`; None for a fixed coefficient."""
         return None if self.controller.fixed else float(self.controller.target)
 
@@ -85,7 +85,7 @@ class Standard(SAE):
 
     def coefficient(self, step: Step) -> float:
         """Current weight of the penalty."""
-        return self.controller.coeff * sparsity.ramp(step.progress, self.warmup)
+        return self.controller.coeff * sparsity.ramp(step.progress, self.warmup_frac)
 
     def row_norms(self) -> Tensor:
         """Weights (F,) of the latents in the norm-weighted penalty."""
@@ -101,7 +101,7 @@ class Standard(SAE):
 
     def after_step(self, fwd: Forward, step: Step) -> None:
         """Steer lambda, once it has warmed up."""
-        if step.progress >= self.warmup:
+        if step.progress >= self.warmup_frac:
             self.controller.update(fwd.codes.l0)
 
     def finish(self, phase: str, x: Tensor) -> None:

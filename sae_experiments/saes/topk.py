@@ -30,7 +30,7 @@ class TopK(SAE):
         self.k = int(k)
 
     @property
-    def asked_l0(self) -> float | None:
+    def fixed_l0(self) -> float | None:
         """The argument `k`."""
         return float(self.k)
 
@@ -38,7 +38,7 @@ class TopK(SAE):
         """The k largest pre-activations of every row."""
         return selection.top_k(pre.detach(), self.k)
 
-    def shape(self, entries: Tensor, col: Tensor | None) -> Tensor:
+    def activation(self, entries: Tensor, col: Tensor | None) -> Tensor:
         """ReLU."""
         return torch.relu(entries)
 

@@ -83,14 +83,14 @@ class Forward(NamedTuple):
     """The code."""
     recon: Tensor
     """Reconstruction (B, O)."""
-    at: Tensor
+    active_pre: Tensor
     """Pre-activations of the active entries, laid out as the values of the code; they carry the
     graph to the encoder."""
     levels: Tensor | None = None
     """Reconstructions (B, G, O) from nested parts of the code, the last one from all of it; None
     for a variant without nested parts."""
     mask: Tensor | None = None
-    """Support (B, F) of a dense code, as 0.0 and 1.0. Outside it `at` is 0, which is not a
+    """Support (B, F) of a dense code, as 0.0 and 1.0. Outside it `active_pre` is 0, which is not a
     pre-activation. None where the code is sparse."""
 
 
@@ -157,7 +157,7 @@ def by_rows(width: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
         def with_any_shape(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            x = self.accepted(x, width)
+            x = self.as_rows(x, width)
             if x.ndim == 2:
                 return method(self, x, *args, **kwargs)
             out = method(self, x.reshape(-1, x.shape[-1]), *args, **kwargs)

@@ -18,7 +18,7 @@ from sae_experiments.console import Console
 from sae_experiments.errors import UserError
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.quality_warnings import Warned
-from sae_experiments.saes.ops import fast_products
+from sae_experiments.saes.ops import fast_matmul
 from sae_experiments.stopping import OutOfTime
 from sae_experiments.studies import conditions as facts_module
 from sae_experiments.training.loop import Session, seed_of
@@ -78,11 +78,11 @@ class Outcome:
     def measure(
         self,
         metrics: Mapping[str, Callable[[Any], Any]],
-        bench: Any,
+        evaluation: Any,
         ends: float | None = None,
         tick: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Add what every metric measures on ``bench`` (a ``metrics.base.Bench``), and the seconds each took.
+        """Add what every metric measures on ``evaluation`` (a ``metrics.base.EvalContext``), and the seconds each took.
 
         What would begin after ``ends`` (``time.monotonic``), or is overtaken by the time limit, is null.
         """
@@ -91,8 +91,8 @@ class Outcome:
             try:
                 if ends is not None and began > ends:
                     raise OutOfTime
-                with fast_products():
-                    measured = metric(bench)
+                with fast_matmul():
+                    measured = metric(evaluation)
             except OutOfTime:
                 function = metric.func if isinstance(metric, functools.partial) else metric
                 late = [
@@ -110,7 +110,7 @@ class Outcome:
             self.noise |= measured.noise
             self.warnings += measured.warnings
             self.facts.setdefault("evaluations", []).append(
-                facts_module.of_evaluation(metric, bench, measured.scalars)
+                facts_module.of_evaluation(metric, evaluation, measured.scalars)
             )
             self.features = merged(self.features, measured.features)
             self.seconds[f"metric.{label}"] = time.monotonic() - began

@@ -14,7 +14,7 @@ from sae_experiments.models.hooks import Site, Sites, as_sites
 from sae_experiments.saes.base import SAE
 
 if TYPE_CHECKING:  # what is fitted must not be fitted anew whenever a metric's code changes
-    from sae_experiments.metrics.base import Bench
+    from sae_experiments.metrics.base import EvalContext
 
 #: Numbers of a language model's recipe that do not change the model itself.
 NOT_THE_MODEL = (
@@ -38,7 +38,7 @@ WEIGHTS = "model.safetensors"
 def of_sae(sae: SAE, where: str | None = None) -> dict[str, Any]:
     """The site of an SAE and the active latents it was asked for."""
     site = {} if where is None else {"site": where}
-    return site | {"asked_l0": sae.asked_l0, "d_sae": sae.d_sae}
+    return site | {"asked_l0": sae.fixed_l0, "d_sae": sae.d_sae}
 
 
 def of_sites(read: Site | Sites, write: Site | Sites) -> str:
@@ -78,7 +78,9 @@ def _is_whole(lm: TrainedLM, spec: Mapping[str, Any]) -> bool:
     return bool(spec) and isinstance(lm.folder, Path) and (lm.folder / WEIGHTS).is_file()
 
 
-def of_evaluation(metric: Callable[..., Any], bench: Bench, names: Iterable[str]) -> dict[str, Any]:
+def of_evaluation(
+    metric: Callable[..., Any], evaluation: EvalContext, names: Iterable[str]
+) -> dict[str, Any]:
     """The conditions of one metric: the held-out rows that it looks at, and its options.
 
     A metric looks at the first ``rows`` rows, at all of them where it has no such option or its
@@ -86,11 +88,11 @@ def of_evaluation(metric: Callable[..., Any], bench: Bench, names: Iterable[str]
     """
     partial = metric if isinstance(metric, functools.partial) else functools.partial(metric)
     given = {k: plain(v) for k, v in partial.keywords.items()}
-    length = bench.held_out.length if bench.held_out is not None else 1
+    length = evaluation.held_out.length if evaluation.held_out is not None else 1
     module = sys.modules[partial.func.__module__]
     rows_read = getattr(module, "rows_read", None)
     limit = rows_read(given, length) if rows_read else given.get("rows")
-    rows = min(limit or bench.n_rows, bench.n_rows)
+    rows = min(limit or evaluation.n_rows, evaluation.n_rows)
     settings = {k: v for k, v in given.items() if k != "rows"}
     return {"metrics": list(names), "held-out rows": rows, "settings": settings}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sae_experiments.errors import NonFinite
 
 
-class Watch:
+class FiniteGuard:
     """Check the losses, gradients and weights of one learner.
 
     Losses are any objects with a `total` (a scalar tensor) and `parts` (scalar tensors by name).

@@ -23,7 +23,7 @@ from sae_experiments import memory
 from sae_experiments.errors import UserError
 from sae_experiments.stopping import asked, at_boundaries, leave
 from sae_experiments.training.checkpoint import read_checkpoint, write_checkpoint
-from sae_experiments.training.finite import Watch
+from sae_experiments.training.finite import FiniteGuard
 
 History = list[tuple[int, str, float]]
 
@@ -153,7 +153,7 @@ class Loss(NamedTuple):
     extra: Any = None
 
 
-class At(NamedTuple):
+class StepInfo(NamedTuple):
     """The current step: `step` of the whole run, `index` and `progress` (0 to 1) in `phase`."""
 
     step: int
@@ -189,20 +189,20 @@ class Learner:
     def begin(self, phase: str) -> None:
         """Called before the first step of ``phase`` (not again on resume within it)."""
 
-    def loss(self, batch: Any, at: At) -> Loss:
+    def loss(self, batch: Any, info: StepInfo) -> Loss:
         """The training loss of ``batch``; leaves every parameter and buffer as it was."""
         raise NotImplementedError
 
     def before_update(self) -> None:
         """Called when gradients are there and not yet clipped."""
 
-    def after_update(self, loss: Loss, at: At) -> None:
+    def after_update(self, loss: Loss, info: StepInfo) -> None:
         """Called after the optimiser has stepped: the only place that may write buffers."""
 
     def finish(self, phase: str) -> None:
         """Called after the last step of ``phase``."""
 
-    def observe(self, loss: Loss, at: At) -> dict[str, float]:
+    def observe(self, loss: Loss, info: StepInfo) -> dict[str, float]:
         """Further numbers for the log (called every ``log_every`` steps, must not change state)."""
         return {}
 
@@ -307,7 +307,7 @@ class _Running:
         self.factors: list[tuple[dict[str, Any], float]] = []
         self.params: list[nn.Parameter] = []
         self.generator = torch.Generator(next(learner.module.parameters()).device)
-        self.watch = Watch(learner.name, learner.module, learner.cfg.lr)
+        self.guard = FiniteGuard(learner.name, learner.module, learner.cfg.lr)
 
     def phase_at(self, step: int) -> int:
         return next((i for i, (_, end) in enumerate(self.spans) if step < end), len(self.spans) - 1)
@@ -356,32 +356,33 @@ class _Running:
                 )
             )
 
-    def at(self, step: int) -> At:
+    def info(self, step: int) -> StepInfo:
         index = self.phase_at(step)
         start, end = self.spans[index]
         self.generator.manual_seed(seed_of(self.learner.seed, "step", step))
-        return At(step, self.phases[index].name, step - start, end - start, self.generator)
+        return StepInfo(step, self.phases[index].name, step - start, end - start, self.generator)
 
-    def step(self, step: int, batch: Any) -> tuple[Loss, At, Tensor]:
-        learner, at = self.learner, self.at(step)
-        factor = lr_at(at.index, at.phase_steps, learner.cfg)
+    def step(self, step: int, batch: Any) -> tuple[Loss, StepInfo, Tensor]:
+        learner = self.learner
+        info = self.info(step)
+        factor = lr_at(info.index, info.phase_steps, learner.cfg)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-        loss = learner.loss(batch, at)
+        loss = learner.loss(batch, info)
         if self.params:
             loss.total.backward()
         learner.before_update()
         norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         # Before clipping, which would spread a NaN to every gradient.
-        self.watch.see(step, loss, norm)
+        self.guard.see(step, loss, norm)
         if learner.cfg.clip:
             nn.utils.clip_grads_with_norm_(self.params, learner.cfg.clip, norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
-        learner.after_update(loss, at)
-        return loss, at, norm
+        learner.after_update(loss, info)
+        return loss, info, norm
 
     def state(self) -> dict[str, Tensor]:
         out = {
@@ -454,13 +455,13 @@ def train(
         last = step + 1 == cfg.steps
         for r in running:
             began = time.monotonic()
-            loss, at, norm = r.step(step, batch)
+            loss, info, norm = r.step(step, batch)
             progress.own_seconds[r.learner.name] += time.monotonic() - began
             if step % cfg.log_every == 0 or last:
-                _record(r, loss, at, norm, len(running) > 1, progress, session)
+                _record(r, loss, info, norm, len(running) > 1, progress, session)
             if (step + 1) % cfg.eval_every == 0 or last:
                 values = r.learner.evaluate(step + 1)
-                r.watch.numbers(values, step)
+                r.guard.numbers(values, step)
                 _note(
                     {_name(r, k, len(running) > 1): v for k, v in values.items()},
                     step + 1,
@@ -484,7 +485,7 @@ def train(
         if progress.cut:
             break
     for r in running:
-        r.watch.weights(progress.step - 1)
+        r.guard.weights(progress.step - 1)
         r.learner.finish(r.phases[r.phase_at(max(progress.step - 1, 0))].name)
         r.learner.module.eval()
     progress.seconds = time.monotonic() - _mark
@@ -498,20 +499,20 @@ def _name(r: _Running, key: str, several: bool) -> str:
 def _record(
     r: _Running,
     loss: Loss,
-    at: At,
+    info: StepInfo,
     norm: Tensor,
     several: bool,
     progress: Progress,
     session: Session,
 ) -> None:
-    r.watch.check()
+    r.guard.check()
     values = {k: float(v) for k, v in loss.parts.items()} | {
         "loss": loss.total.item(),
         "grad_norm": norm.item(),
     }
-    values["lr"] = r.learner.cfg.lr * lr_at(at.index, at.phase_steps, r.learner.cfg)
-    values |= r.learner.observe(loss, at)
-    _note({_name(r, k, several): v for k, v in values.items()}, at.step, progress, session)
+    values["lr"] = r.learner.cfg.lr * lr_at(info.index, info.phase_steps, r.learner.cfg)
+    values |= r.learner.observe(loss, info)
+    _note({_name(r, k, several): v for k, v in values.items()}, info.step, progress, session)
 
 
 def _note(values: dict[str, float], step: int, progress: Progress, session: Session) -> None:
@@ -524,7 +525,7 @@ def save_checkpoint(path: Path, running: Sequence[_Running], progress: Progress)
     """Write parameters, buffers, optimisers, progress and curves."""
     tensors: dict[str, Tensor] = {}
     for r in running:
-        r.watch.check()
+        r.guard.check()
         tensors |= r.state()
     info = {
         "step": progress.step,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, nulls
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of, only
 from sae_experiments.metrics.noise import DRAWS, noise_of
@@ -75,7 +75,7 @@ Reconstruct = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def measure(bench: Bench, *, windows: int, batch: int, mean_rows: int) -> Measured:
+def measure(ctx: EvalContext, *, windows: int, batch: int, mean_rows: int) -> Measured:
     """Change of the model's predictions when levels replace the activation or are removed.
 
     Cross-entropy and KL are relative to the untouched model, over all positions of a window but the
@@ -84,24 +84,24 @@ def measure(bench: Bench, *, windows: int, batch: int, mean_rows: int) -> Measur
     charged for the SAE's error.
 
     Args:
-        bench: The SAE, the language model and the held-out text.
+        ctx: The SAE, the language model and the held-out text.
         windows: Held-out windows used, evenly spaced.
         batch: Windows per forward pass.
         mean_rows: Held-out rows, from the first, over which mean codes are taken.
     """
-    lm, store, sae, site = bench.lm, bench.held_out, bench.sae, bench.write
+    lm, store, sae, site = ctx.lm, ctx.held_out, ctx.sae, ctx.write
     if lm is None or store is None:
         return nulls(INFO, NO_TEXT)
-    if not isinstance(site, Site) or bench.read != site:
+    if not isinstance(site, Site) or ctx.read != site:
         return nulls(INFO, "the SAE does not rebuild the one site it reads")
     if len(levels_of(sae)) < 2:
         return nulls(INFO, ONE_LEVEL)
     sae.eval()
-    changes = _changes(sae, _mean_code(bench, mean_rows))
+    changes = _changes(sae, _mean_code(ctx, mean_rows))
     starts = _evenly_spaced(store.starts, windows)
     by_batch: list[dict[str, Tensor]] = []
     for begin in range(0, len(starts), batch):
-        x, y = (t.to(bench.device) for t in lm.tokens(starts[begin : begin + batch]))
+        x, y = (t.to(ctx.device) for t in lm.tokens(starts[begin : begin + batch]))
         by_batch.append(_effects(sae, lm.model, site, changes, x, y))
     by_window = {}
     for name in by_batch[0]:
@@ -150,10 +150,10 @@ def _effects(
     return effects
 
 
-def _mean_code(bench: Bench, rows: int) -> Tensor:
+def _mean_code(ctx: EvalContext, rows: int) -> Tensor:
     """Mean code (F,) over the first `rows` held-out rows."""
-    total = sum(r.acts.sum(0) for r in bench.chunks(rows))
-    return torch.as_tensor(total / min(rows, bench.n_rows))
+    total = sum(r.acts.sum(0) for r in ctx.chunks(rows))
+    return torch.as_tensor(total / min(rows, ctx.n_rows))
 
 
 def _evenly_spaced(starts: np.ndarray, n: int) -> np.ndarray:

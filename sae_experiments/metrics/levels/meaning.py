@@ -14,7 +14,7 @@ import numpy as np
 from scipy import sparse
 
 from sae_experiments.metric_info import Better
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of
 from sae_experiments.metrics.probing import Sample, Sampling, Task, draw_tasks
@@ -172,7 +172,7 @@ class Detection(NamedTuple):
     """Name of the concept; empty without one."""
 
 
-def measure(bench: Bench, **options: Any) -> Measured:
+def measure(ctx: EvalContext, **options: Any) -> Measured:
     """Semantic level of the latents, per level of the SAE.
 
     A latent has the level of the causal concept that it detects best with one threshold, chosen on
@@ -182,18 +182,18 @@ def measure(bench: Bench, **options: Any) -> Measured:
     The autocorrelation is within windows. `suffix_order` is that of `ngrams`.
 
     Args:
-        bench: The SAE and its held-out text.
+        ctx: The SAE and its held-out text.
         **options: Fields of `Options`.
     """
     opts = Options(**options)
-    text, codes = read_text(bench, opts.rows), sparse_codes(bench, opts.rows)
+    text, codes = read_text(ctx, opts.rows), sparse_codes(ctx, opts.rows)
     if text is None:
         return nulls(INFO, NO_TEXT)
     if codes is None:
         return nulls(INFO, NOT_FINITE)
     codes = sparse.csr_matrix(codes[: len(text.chars)])
     alive = np.diff(codes.tocsc().indptr) >= opts.fires
-    tasks = _causal_tasks(bench, text, opts)
+    tasks = _causal_tasks(ctx, text, opts)
     detected = _detect_concepts(codes, tasks, alive, opts)
     lengths = autocorrelation_lengths(codes, text.length)
     shares = variance_by_group(codes, text.chars)
@@ -204,7 +204,7 @@ def measure(bench: Bench, **options: Any) -> Measured:
         "char_variance": np.where(alive, shares, np.nan),
         "suffix_order": np.where(alive, _suffix_orders(codes, text, opts), np.nan),
     }
-    levels = levels_of(bench.sae)
+    levels = levels_of(ctx.sae)
     values: dict[str, float | None] = dict.fromkeys(i.name for i in INFO)
     for group, members in {"all": np.arange(len(alive)), **levels}.items():
         values |= _summary(columns, members, alive, _suffix(group))
@@ -222,8 +222,8 @@ def measure(bench: Bench, **options: Any) -> Measured:
     return Measured(values, arrays, why, features=_features(detected) or None)
 
 
-def _causal_tasks(bench: Bench, text: Text, sampling: Sampling) -> list[Task]:
-    concepts = [c for c in bank(bench.symbols) if c.causal]
+def _causal_tasks(ctx: EvalContext, text: Text, sampling: Sampling) -> list[Task]:
+    concepts = [c for c in bank(ctx.symbols) if c.causal]
     labels = label_all(concepts, text.chars, text.following, text.breaks)
     return draw_tasks(concepts, labels, text, sampling).tasks
 
@@ -255,7 +255,7 @@ def _suffix_orders(codes: sparse.csr_matrix, text: Text, opts: Options) -> np.nd
         codes[:n],
         part,
         longest=opts.longest,
-        least=opts.least,
+        min_positives=opts.min_positives,
         min_count=opts.min_count,
         block=opts.block,
     )

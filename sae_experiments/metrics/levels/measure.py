@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from sae_experiments.metric_info import Better
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, sparse_codes
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of
 from sae_experiments.saes.base import SAE
@@ -28,7 +28,7 @@ FAN_IN_MIN_R = 0.3
 NOT_HIERARCHICAL = "the SAE is not hierarchical"
 TOO_FEW = "too few latents fire"
 #: Bin edges of the histograms of correlations.
-EDGES = np.linspace(-1, 1, 201)
+BIN_EDGES = np.linspace(-1, 1, 201)
 GATE_BINS = 50
 CHUNK = 4096
 
@@ -295,10 +295,10 @@ class LevelPairs:
 
 @torch.no_grad()
 def measure(
-    bench: Bench,
+    ctx: EvalContext,
     *,
     rows: int | None,
-    least: int,
+    min_fires: int,
     pairs: int,
     map_top: int,
     map_bottom: int,
@@ -310,9 +310,9 @@ def measure(
     is the top). An SAE without levels is measured as one level.
 
     Args:
-        bench: The SAE and its held-out rows.
+        ctx: The SAE and its held-out rows.
         rows: Held-out rows used, from the first (None: all).
-        least: Latents with fewer firings are left out of the pairs.
+        min_fires: Latents with fewer firings are left out of the pairs.
         pairs: Pairs of largest mutual information of firing whose values are compared.
         map_top: Top latents in the stored part of the correlation map, those of strongest
             correlation.
@@ -325,12 +325,12 @@ def measure(
         latent and, for a hierarchical SAE, its nearest children (the bottom latents that a top
         latent is made of) or parents.
     """
-    sae = bench.sae
-    codes = sparse_codes(bench, rows)
+    sae = ctx.sae
+    codes = sparse_codes(ctx, rows)
     if codes is None:
         return nulls(INFO, NOT_FINITE)
     levels = levels_of(sae)
-    sums = _pair_sums(codes, least)
+    sums = _pair_sums(codes, min_fires)
     phi, pearson = sums.phi(), sums.pearson()
     inside = {name: np.flatnonzero(np.isin(sums.alive, part)) for name, part in levels.items()}
     values, arrays = _within(inside, phi, pearson)
@@ -346,14 +346,14 @@ def measure(
         arrays["levels_map"] = _correlation_map(level_pairs.pearson, map_top, map_bottom)
     features = _level_features(levels)
     if isinstance(sae, Hierarchical):
-        own_values, own_arrays = _hierarchical(bench, sae, sums, pearson, inside)
+        own_values, own_arrays = _hierarchical(ctx, sae, sums, pearson, inside)
         values |= own_values
         arrays |= own_arrays
         _add_relatives(sae, features, relatives)
     # The values of a level "all" are in no metric: an SAE without levels has none of them.
     values = {i.name: values.get(i.name) for i in INFO}
     why = {name: _why_null(name, levels, sae) for name, v in values.items() if v is None}
-    arrays["levels_edges"] = EDGES
+    arrays["levels_edges"] = BIN_EDGES
     return Measured(values, arrays, why, features=features or None)
 
 
@@ -373,7 +373,7 @@ def _within(
         different = ~np.eye(len(places), dtype=bool)
         for kind, matrix in (("phi", phi), ("pearson", pearson)):
             correlations = matrix[np.ix_(places, places)][different]
-            arrays[f"levels_{kind}_{name}"] = np.histogram(correlations, EDGES)[0]
+            arrays[f"levels_{kind}_{name}"] = np.histogram(correlations, BIN_EDGES)[0]
             if len(correlations):
                 values[f"{name}_{kind}_rms"] = float(np.sqrt(np.square(correlations).mean()))
     return values, arrays
@@ -396,9 +396,9 @@ def _why_null(name: str, levels: dict[str, np.ndarray], sae: SAE) -> str:
     return ONE_LEVEL if needs_two_levels and len(levels) < 2 else TOO_FEW
 
 
-def _pair_sums(codes: sparse.csr_matrix, least: int) -> PairSums:
+def _pair_sums(codes: sparse.csr_matrix, min_fires: int) -> PairSums:
     fires = np.diff(codes.tocsc().indptr)
-    alive = np.flatnonzero(fires >= max(least, 1))
+    alive = np.flatnonzero(fires >= max(min_fires, 1))
     part = codes[:, alive]
     scale = np.sqrt(np.asarray(part.multiply(part).mean(0)).ravel())
     both = torch.zeros(len(alive), len(alive))
@@ -454,8 +454,8 @@ def _cross(
     for k in REGRESSORS:
         values[f"cross_explained_{k}"] = _explained(pairs, k)
     arrays = {
-        "levels_phi_cross": np.histogram(phi, EDGES)[0],
-        "levels_pearson_cross": np.histogram(pearson, EDGES)[0],
+        "levels_phi_cross": np.histogram(phi, BIN_EDGES)[0],
+        "levels_pearson_cross": np.histogram(pearson, BIN_EDGES)[0],
         "levels_redundancy": largest_share,
         "levels_coherence": cosine.max(1),
         "levels_fan_in": fan_in,
@@ -576,7 +576,7 @@ class _GateSums:
 
 
 def _hierarchical(
-    bench: Bench,
+    ctx: EvalContext,
     sae: Hierarchical,
     sums: PairSums,
     pearson: np.ndarray,
@@ -590,7 +590,7 @@ def _hierarchical(
     gates = _GateSums()
     squares = 0.0
     total: Tensor | float = 0.0
-    for r in bench.chunks(sums.n):
+    for r in ctx.chunks(sums.n):
         squares += float(r.y.double().square().sum())
         total = total + r.y.double().sum(0)
         for name, gate in path_gates.items():
@@ -601,7 +601,7 @@ def _hierarchical(
     variance = max(squares - float(torch.as_tensor(total).square().sum()) / sums.n, 1e-30)
     values: Values = {name: error / variance for name, error in errors.items()}
     values |= gates.values()
-    values |= _phases(bench, sae, sums.n, variance)
+    values |= _phases(ctx, sae, sums.n, variance)
     if sae.levels != "bottom" and all(map(len, inside.values())):
         values["tree_spearman"] = _tree_spearman(sae, sums, pearson, inside)
     arrays = {
@@ -609,7 +609,7 @@ def _hierarchical(
         "levels_trace": sae.trace.cpu().numpy(),
         "levels_trace_names": np.array(TRACED, dtype=str),
         "levels_targets": 1 - np.array(sae.active) / np.array(sae.widths),
-        "levels_phase_ends": np.cumsum(sae.fractions),
+        "levels_phase_ends": np.cumsum(sae.phase_fracs),
     }
     return values, arrays
 
@@ -638,18 +638,18 @@ def _tree_weights(sae: Hierarchical) -> Tensor:
     return (sae.top.W_dec.detach() * sae.scale).cpu()
 
 
-def _phases(bench: Bench, sae: Hierarchical, rows: int, variance: float) -> Values:
+def _phases(ctx: EvalContext, sae: Hierarchical, rows: int, variance: float) -> Values:
     """FVU at the end of each phase, and changes of the bottom since its own phase."""
     # A fit that was cut short has not been through all phases.
     progress = float(np.nanmax(sae.trace[:, 0].cpu().numpy(), initial=0.0))
-    starts = np.cumsum([0.0, *sae.fractions[:-1]])
+    starts = np.cumsum([0.0, *sae.phase_fracs[:-1]])
     reached = [phase for phase, start in zip(PHASES, starts, strict=False) if progress >= start]
     kept = {phase: sae.weights_after(phase) for phase in reached}
     now = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     values = {}
     for phase in reached:
         sae.restore(phase)
-        error = sum(float((r.y - r.recon).square().sum()) for r in bench.chunks(rows))
+        error = sum(float((r.y - r.recon).square().sum()) for r in ctx.chunks(rows))
         values[f"fvu_after_{phase}"] = error / variance
         sae.load_state_dict(now)
     if len(reached) > 1:

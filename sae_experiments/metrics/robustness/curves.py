@@ -10,7 +10,7 @@ import numpy as np
 from scipy.integrate import trapezoid
 from torch import Tensor
 
-from sae_experiments.metrics.robustness.noise import Noises
+from sae_experiments.metrics.robustness.noise import NoiseSource
 from sae_experiments.metrics.robustness.sums import Sums
 
 #: Measures of a curve: name -> name in `Sums.summary`. The FVU follows from the reconstruction.
@@ -37,7 +37,7 @@ class CurveRows:
         return float((self.y - self.y.mean(0)).double().square().sum())
 
 
-def curve(noises: Noises, kind: str, rows: CurveRows, sizes: Sequence[float]) -> np.ndarray:
+def curve(noises: NoiseSource, kind: str, rows: CurveRows, sizes: Sequence[float]) -> np.ndarray:
     """Measures under one kind of noise.
 
     Args:

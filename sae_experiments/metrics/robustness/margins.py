@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_experiments.metrics.robustness.noise import Noises
+from sae_experiments.metrics.robustness.noise import NoiseSource
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.jumprelu import JumpReLU
 from sae_experiments.saes.purified.perturb import unit
@@ -22,8 +22,8 @@ def has_margins(sae: SAE) -> bool:
     if kind.encoder_input is not SAE.encoder_input or kind.pre_acts is not SAE.pre_acts:
         return False
     if issubclass(kind, TopK):
-        return kind.strength is SAE.strength and kind.shape is TopK.shape
-    return kind.strength in (SAE.strength, JumpReLU.strength)
+        return kind.threshold_score is SAE.threshold_score and kind.activation is TopK.activation
+    return kind.threshold_score in (SAE.threshold_score, JumpReLU.threshold_score)
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def radii(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(sae, TopK):
         distance = torch.minimum(pre[row, col] / norms[col], _overtaken(sae, pre, row, col))
     else:
-        distance = (sae.strength(pre)[row, col] - sae.threshold) / norms[col]
+        distance = (sae.threshold_score(pre)[row, col] - sae.threshold) / norms[col]
     return row, col, distance
 
 
@@ -140,7 +140,7 @@ def _unit_rows(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def crosstalk(noises: Noises, x: Tensor, eps: float) -> tuple[float | None, float | None]:
+def crosstalk(noises: NoiseSource, x: Tensor, eps: float) -> tuple[float | None, float | None]:
     """Response of a code to a step `+-eps R d_i` along a random active latent i of each row.
 
     Each change dz_l is times `||d_l||`, so that the scale of a code does not matter.
@@ -164,7 +164,7 @@ def crosstalk(noises: Noises, x: Tensor, eps: float) -> tuple[float | None, floa
     clean = sae.encode(x)
     perturbed = sae.encode(x + directions * (sign * length)[:, None])
     # A latent moves the reconstruction by z_j ||d_j||, in the units of the activations.
-    change = (perturbed - clean) * sae.reach()
+    change = (perturbed - clean) * sae.decoder_norms()
     own = change.gather(1, latents[:, None])[:, 0]
     kept = (perturbed.gather(1, latents[:, None])[:, 0] != 0) & (own != 0)
     if not bool(kept.any()):

@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from sae_experiments.metric_info import Better
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, raw_rows
 from sae_experiments.metrics.noise import noise_of
 from sae_experiments.metrics.robustness import curves
@@ -31,12 +31,12 @@ from sae_experiments.metrics.robustness.noise import (
     CHUNK,
     NO_INPUT,
     NO_MODEL,
-    Noises,
+    NoiseSource,
     other_texts,
 )
 from sae_experiments.metrics.robustness.sums import Distributions, Sums, structure
 from sae_experiments.metrics.robustness.text import denoising, seeds_agree
-from sae_experiments.saes.purified.perturb import TYPES, Cloud
+from sae_experiments.saes.purified.perturb import TYPES, NoiseModel
 from sae_experiments.sampling import spread, spread_rows
 
 #: Rows per window where the rows are no text.
@@ -252,7 +252,7 @@ class Options:
     """Held-out rows under Gaussian noise, from the first (None: all)."""
     draws: int
     """Draws of Gaussian noise per row."""
-    least: int
+    min_fires: int
     """Firings per draw from which a latent is alive."""
     type_rows: int
     """Rows under each other kind of noise."""
@@ -285,7 +285,7 @@ class Options:
 
 
 @torch.no_grad()
-def measure(bench: Bench, **options: Any) -> Measured:
+def measure(ctx: EvalContext, **options: Any) -> Measured:
     """Stability of codes under perturbations of the input.
 
     Gaussian noise acts on `rows` rows, the other kinds on `type_rows`. A kind that is impossible
@@ -293,32 +293,34 @@ def measure(bench: Bench, **options: Any) -> Measured:
     finite.
 
     Args:
-        bench: The SAE and its held-out rows.
+        ctx: The SAE and its held-out rows.
         **options: Fields of `Options`.
     """
     opts = Options(**options)
-    sae = bench.sae.eval()
-    x = torch.from_numpy(raw_rows(bench, opts.rows)).to(bench.device)
+    sae = ctx.sae.eval()
+    x = torch.from_numpy(raw_rows(ctx, opts.rows)).to(ctx.device)
     if not bool(torch.isfinite(x).all()) or not bool(torch.isfinite(sae.encode(x[:CHUNK])).all()):
         return nulls(INFO, NOT_FINITE)
-    cloud = Cloud(sae.d_in).to(bench.device).learn(x)
+    cloud = NoiseModel(sae.d_in).to(ctx.device).learn(x)
     if not float(cloud.radius) > 0:
         return nulls(INFO, "the held-out rows do not vary")
-    alt = other_texts(bench, min(opts.type_rows, len(x)), opts.token_share, opts.seed)
-    noises = Noises(sae=sae, cloud=cloud, attack_steps=opts.attack_steps, seed=opts.seed, alt=alt)
-    window = WINDOW_WITHOUT_TEXT if bench.held_out is None else bench.held_out.length
+    alt = other_texts(ctx, min(opts.type_rows, len(x)), opts.token_share, opts.seed)
+    noises = NoiseSource(
+        sae=sae, cloud=cloud, attack_steps=opts.attack_steps, seed=opts.seed, alt=alt
+    )
+    window = WINDOW_WITHOUT_TEXT if ctx.held_out is None else ctx.held_out.length
     results = Results()
     total = _gaussian(results, noises, x, window * opts.block, opts)
-    alive = total.alive(opts.least * opts.draws)
+    alive = total.alive(opts.min_fires * opts.draws)
     type_rows = x[: opts.type_rows]
     _distributions(results, noises, type_rows, alive, opts)
     _kinds(results, noises, type_rows, opts.eps)
-    _curves(results, noises, bench, type_rows, opts)
+    _curves(results, noises, ctx, type_rows, opts)
     _margins(results, noises, spread_rows(x, opts.margin_rows), opts)
     _token_change(results, noises, x)
-    rise = denoising(bench, cloud, opts.eps, opts.windows, opts.seed)
+    rise = denoising(ctx, cloud, opts.eps, opts.windows, opts.seed)
     results.put(noise_ce_bits=rise.noisy, denoised_ce_bits=rise.denoised)
-    results.put(**seeds_agree(bench, noises, x, total, opts.eps, opts.least, opts.match))
+    results.put(**seeds_agree(ctx, noises, x, total, opts.eps, opts.min_fires, opts.match))
     trace = getattr(sae, "eps_trace", None)
     if trace is not None:
         results.arrays["rob_eps_trace"] = trace.cpu().numpy()
@@ -366,7 +368,9 @@ def _why_null(name: str) -> str:
 # ---------------------------------------------------------------------------------- Gaussian noise
 
 
-def _gaussian(results: Results, noises: Noises, x: Tensor, document: int, opts: Options) -> Sums:
+def _gaussian(
+    results: Results, noises: NoiseSource, x: Tensor, document: int, opts: Options
+) -> Sums:
     """Measure stability under Gaussian noise per latent, per row and per fold of the text.
 
     Args:
@@ -392,7 +396,7 @@ def _gaussian(results: Results, noises: Noises, x: Tensor, document: int, opts: 
             parts.append(_document_sums(clean, perturbed, document))
         by_draw.append(np.concatenate(parts))
     by_document = np.sum(by_draw, 0)
-    alive = total.alive(opts.least * opts.draws)
+    alive = total.alive(opts.min_fires * opts.draws)
     results.put(**total.summary(alive))
     results.arrays["rob_fss_latents"] = np.where(alive, total.fss(), np.nan)
     results.arrays["rob_change_latents"] = np.where(alive, total.latent_change(), np.nan)
@@ -481,7 +485,7 @@ def _agreement(table: np.ndarray) -> dict[str, float | None]:
 
 
 def _distributions(
-    results: Results, noises: Noises, x: Tensor, alive: np.ndarray, opts: Options
+    results: Results, noises: NoiseSource, x: Tensor, alive: np.ndarray, opts: Options
 ) -> None:
     """Compare distributions of activations and correlations between latents.
 
@@ -513,7 +517,7 @@ def _distributions(
 # ---------------------------------------------------------------------------------- kinds of noise
 
 
-def _kinds(results: Results, noises: Noises, x: Tensor, eps: float) -> None:
+def _kinds(results: Results, noises: NoiseSource, x: Tensor, eps: float) -> None:
     """Measure feature change under every kind of noise of one size.
 
     Gaussian noise is measured again, so that all kinds see the same rows `x` (N, D).
@@ -530,12 +534,14 @@ def _kinds(results: Results, noises: Noises, x: Tensor, eps: float) -> None:
     results.arrays["rob_kind_change"] = np.array(changes)
 
 
-def _curves(results: Results, noises: Noises, bench: Bench, x: Tensor, opts: Options) -> None:
+def _curves(
+    results: Results, noises: NoiseSource, ctx: EvalContext, x: Tensor, opts: Options
+) -> None:
     """Measure stability over the size of the noise, on a sample of the rows `x` (N, D)."""
     sample = spread(len(x), opts.curve_rows)
     if noises.alt is not None:
         noises = replace(noises, alt=noises.alt[sample])
-    y = torch.cat([r.y for r in bench.chunks(int(sample[-1]) + 1)])[sample]
+    y = torch.cat([r.y for r in ctx.chunks(int(sample[-1]) + 1)])[sample]
     rows = curves.CurveRows(x[sample], y, noises.sae.encode(x[sample]))
     values = np.full((len(TYPES), len(curves.NAMES), len(opts.sizes)), np.nan)
     for i, kind in enumerate(TYPES):
@@ -554,7 +560,7 @@ def _curves(results: Results, noises: Noises, bench: Bench, x: Tensor, opts: Opt
         results.arrays[f"rob_curve_{name}"] = values[:, i]
 
 
-def _token_change(results: Results, noises: Noises, x: Tensor) -> None:
+def _token_change(results: Results, noises: NoiseSource, x: Tensor) -> None:
     """Measure the effect of changed text as it is, without scaling it to one size."""
     if noises.alt is None:
         return
@@ -568,7 +574,7 @@ def _token_change(results: Results, noises: Noises, x: Tensor) -> None:
     results.put(token_change=sums.change())
 
 
-def _margins(results: Results, noises: Noises, x: Tensor, opts: Options) -> None:
+def _margins(results: Results, noises: NoiseSource, x: Tensor, opts: Options) -> None:
     """Measure certified radii and cross-talk on rows (N, D)."""
     scale = float(noises.cloud.radius)
     if has_margins(noises.sae):

@@ -9,12 +9,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from sae_experiments.metrics.base import Bench
+from sae_experiments.metrics.base import EvalContext
 from sae_experiments.metrics.robustness.sums import Sums
 from sae_experiments.models.hooks import capture
 from sae_experiments.saes.base import SAE, Codes
 from sae_experiments.saes.purified import perturb
-from sae_experiments.saes.purified.perturb import Cloud
+from sae_experiments.saes.purified.perturb import NoiseModel
 
 NO_MODEL = "there is no language model around the rows"
 NO_INPUT = "decoder directions are no inputs: the SAE rebuilds another site than it reads"
@@ -23,14 +23,14 @@ WINDOWS_PER_PASS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noises:
+class NoiseSource:
     """Perturbations of rows (N, D).
 
     The same seed gives the same noise to every SAE, except for attacks: these depend on the SAE.
     """
 
     sae: SAE
-    cloud: Cloud
+    cloud: NoiseModel
     """Mean, radius R and covariance of the rows."""
     attack_steps: int
     """Steps of `pgd`."""
@@ -115,13 +115,13 @@ class Noises:
 
 
 @torch.no_grad()
-def other_texts(bench: Bench, rows: int, share: float, seed: int) -> Tensor | None:
+def other_texts(ctx: EvalContext, rows: int, share: float, seed: int) -> Tensor | None:
     """Activations after random characters of the text were replaced.
 
     Rows whose own character was replaced stay as they were: only the text before may have changed.
 
     Args:
-        bench: The language model and the held-out text.
+        ctx: The language model and the held-out text.
         rows: Number of rows, from the first, rounded up to whole windows.
         share: Probability that a character is replaced by a random one.
         seed: Seed of the replacements.
@@ -129,24 +129,24 @@ def other_texts(bench: Bench, rows: int, share: float, seed: int) -> Tensor | No
     Returns:
         Rows (N, D); None without a language model.
     """
-    if bench.lm is None or bench.lm.model is None or bench.held_out is None:
+    if ctx.lm is None or ctx.lm.model is None or ctx.held_out is None:
         return None
-    store, sites = bench.held_out, bench.read_sites
+    store, sites = ctx.held_out, ctx.read_sites
     g = torch.Generator().manual_seed(seed)
     n_windows = -(-min(rows, store.n_rows) // store.length)
-    n_symbols = max(len(bench.symbols), 2)
+    n_symbols = max(len(ctx.symbols), 2)
     parts = []
     for begin in range(0, n_windows, WINDOWS_PER_PASS):
         starts = store.starts[begin : min(begin + WINDOWS_PER_PASS, n_windows)]
-        ids = bench.lm.tokens(starts)[0].cpu()
+        ids = ctx.lm.tokens(starts)[0].cpu()
         replaced = torch.rand(ids.shape, generator=g) < share
         # A shift by at least one symbol: the replacement is never the same character.
         shift = torch.randint(1, n_symbols, ids.shape, generator=g)
         changed = torch.where(replaced, (ids + shift) % n_symbols, ids)
-        with capture(bench.lm.model, sites) as seen:
-            bench.lm.model(input_ids=changed.to(bench.device), use_cache=False)
+        with capture(ctx.lm.model, sites) as seen:
+            ctx.lm.model(input_ids=changed.to(ctx.device), use_cache=False)
         alt = torch.cat([seen[s].flatten(0, 1).float() for s in sites], 1)
         first_row = begin * store.length
-        x = bench.inputs(slice(first_row, first_row + len(alt))).to(bench.device)
-        parts.append(torch.where(replaced.reshape(-1, 1).to(bench.device), x, alt))
+        x = ctx.inputs(slice(first_row, first_row + len(alt))).to(ctx.device)
+        parts.append(torch.where(replaced.reshape(-1, 1).to(ctx.device), x, alt))
     return torch.cat(parts)

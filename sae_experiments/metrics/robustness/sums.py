@@ -58,9 +58,9 @@ class Sums:
         self.cosine_rows += int(both.sum())
         self.rows += len(z)
 
-    def alive(self, least: int) -> np.ndarray:
+    def alive(self, min_fires: int) -> np.ndarray:
         """Mask (F,) of the latents with at least `least` firings on the clean rows, and one."""
-        return self.by_latent["fires"] >= max(least, 1)
+        return self.by_latent["fires"] >= max(min_fires, 1)
 
     def change(self) -> float | None:
         """Feature change `100 sum |z~ - z| / sum |z|` over all latents; None if none fires."""

@@ -12,12 +12,12 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from sae_experiments.metrics.base import Bench
-from sae_experiments.metrics.robustness.noise import WINDOWS_PER_PASS, Noises
+from sae_experiments.metrics.base import EvalContext
+from sae_experiments.metrics.robustness.noise import WINDOWS_PER_PASS, NoiseSource
 from sae_experiments.metrics.robustness.sums import Sums
 from sae_experiments.models.hooks import Site, patched
 from sae_experiments.saes.base import SAE
-from sae_experiments.saes.purified.perturb import Cloud
+from sae_experiments.saes.purified.perturb import NoiseModel
 from sae_experiments.sampling import spread
 
 #: Rows on which the stability of SAEs from different seeds is compared.
@@ -38,11 +38,13 @@ class Denoising(NamedTuple):
 
 
 @torch.no_grad()
-def denoising(bench: Bench, cloud: Cloud, eps: float, windows: int, seed: int) -> Denoising:
+def denoising(
+    ctx: EvalContext, cloud: NoiseModel, eps: float, windows: int, seed: int
+) -> Denoising:
     """Rise of the cross-entropy under Gaussian noise, as it is and through the SAE.
 
     Args:
-        bench: The SAE, the language model and the held-out text.
+        ctx: The SAE, the language model and the held-out text.
         cloud: Spread of the rows.
         eps: Size of the noise in units of R.
         windows: Held-out windows used, from the first.
@@ -51,16 +53,16 @@ def denoising(bench: Bench, cloud: Cloud, eps: float, windows: int, seed: int) -
     Returns:
         Both rises; None without a language model, or unless the SAE rebuilds the one site it reads.
     """
-    site, lm, store = bench.read, bench.lm, bench.held_out
+    site, lm, store = ctx.read, ctx.lm, ctx.held_out
     if lm is None or lm.model is None or store is None:
         return Denoising(None, None)
-    if not isinstance(site, Site) or site != bench.write:
+    if not isinstance(site, Site) or site != ctx.write:
         return Denoising(None, None)
-    sae, starts = bench.sae, store.starts[:windows]
-    g = torch.Generator(bench.device).manual_seed(seed)
+    sae, starts = ctx.sae, store.starts[:windows]
+    g = torch.Generator(ctx.device).manual_seed(seed)
     clean = noisy = rebuilt = 0.0
     for begin in range(0, len(starts), WINDOWS_PER_PASS):
-        x, y = (t.to(bench.device) for t in lm.tokens(starts[begin : begin + WINDOWS_PER_PASS]))
+        x, y = (t.to(ctx.device) for t in lm.tokens(starts[begin : begin + WINDOWS_PER_PASS]))
         delta = cloud.directions("gaussian", x.numel(), g).mul_(eps * cloud.radius)
         delta = delta.view(*x.shape, -1)
 
@@ -88,19 +90,25 @@ def _cross_entropy_sum(model: Any, x: Tensor, y: Tensor) -> float:
 
 @torch.no_grad()
 def seeds_agree(
-    bench: Bench, noises: Noises, x: Tensor, total: Sums, eps: float, least: int, match: int
+    ctx: EvalContext,
+    noises: NoiseSource,
+    x: Tensor,
+    total: Sums,
+    eps: float,
+    min_fires: int,
+    match: int,
 ) -> dict[str, float | None]:
     """Agreement about which latents are stable between an SAE and its replicas from other seeds.
 
     Decoder rows are matched one to one (Hungarian), and those of cosine above `MATCH_COSINE` kept.
 
     Args:
-        bench: The SAE and its replicas.
+        ctx: The SAE and its replicas.
         noises: Noise for the rows.
         x: Held-out rows, (N, D).
         total: Sums of the SAE over all rows.
         eps: Size of the noise in units of R.
-        least: Firings from which a latent is alive.
+        min_fires: Firings from which a latent is alive.
         match: Largest number of latents matched (the cost is cubic in it).
 
     Returns:
@@ -109,10 +117,10 @@ def seeds_agree(
     """
     ranks: list[float] = []
     shares: list[float] = []
-    mine = _sample(np.flatnonzero(total.alive(least)), match)
-    for replica in bench.replicas:
+    mine = _sample(np.flatnonzero(total.alive(min_fires)), match)
+    for replica in ctx.replicas:
         sums = noises.sums("gaussian", x[:SEED_ROWS], eps, replica)
-        theirs = _sample(np.flatnonzero(sums.alive(least)), match)
+        theirs = _sample(np.flatnonzero(sums.alive(min_fires)), match)
         if len(mine) < 3 or len(theirs) < 3:
             continue
         cosines = (_directions(noises.sae, mine) @ _directions(replica, theirs).t()).cpu().numpy()

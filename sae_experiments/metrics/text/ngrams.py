@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from sae_experiments.metrics.base import Bench, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
 
 INFO = [
@@ -69,11 +69,11 @@ class Simulated(NamedTuple):
 
 
 def measure(
-    bench: Bench,
+    ctx: EvalContext,
     *,
     rows: int | None,
     longest: int,
-    least: int,
+    min_fires: int,
     min_count: int,
     predictable: float,
     block: int,
@@ -86,26 +86,26 @@ def measure(
     simulator is a table.
 
     Args:
-        bench: The SAE and its held-out text.
+        ctx: The SAE and its held-out text.
         rows: Held-out rows used (None: all); half of them fill the tables.
         longest: Largest n, in characters.
-        least: Firings that a latent needs in each half.
+        min_fires: Firings that a latent needs in each half.
         min_count: Occurrences that a suffix needs.
         predictable: R2 above which a latent counts as predictable.
         block: Windows per document.
     """
-    text, codes = read_text(bench, rows), sparse_codes(bench, rows)
+    text, codes = read_text(ctx, rows), sparse_codes(ctx, rows)
     if text is None:
         return nulls(INFO, NO_TEXT)
     if codes is None:
         return nulls(INFO, NOT_FINITE)
     codes = codes[: len(text.chars)]
     simulated = simulate(
-        codes, text, longest=longest, least=least, min_count=min_count, block=block
+        codes, text, longest=longest, min_fires=min_fires, min_count=min_count, block=block
     )
     used = ~np.isnan(simulated.r2[:, 0])
     if not used.any():
-        return nulls(INFO, f"no latent fires {least} times in both halves of the text")
+        return nulls(INFO, f"no latent fires {min_fires} times in both halves of the text")
     best = simulated.best[used]
     orders = simulated.order[used][best > predictable]
     values = {
@@ -130,7 +130,7 @@ def simulate(
     text: Text,
     *,
     longest: int,
-    least: int,
+    min_fires: int,
     min_count: int,
     block: int,
 ) -> Simulated:
@@ -140,7 +140,7 @@ def simulate(
         codes: Codes of the rows of `text`, (N, m).
         text: The text.
         longest: Largest number of characters.
-        least: Firings that a latent needs in each half.
+        min_fires: Firings that a latent needs in each half.
         min_count: Occurrences that a suffix needs.
         block: Windows per document.
     """
@@ -149,7 +149,7 @@ def simulate(
     train, test = codes[in_train], codes[~in_train]
     n_test = int(np.count_nonzero(~in_train))
     fires = np.minimum(np.diff(train.tocsc().indptr), np.diff(test.tocsc().indptr))
-    used = fires >= least
+    used = fires >= min_fires
     n_latents = len(fires)
     r2 = np.full((n_latents, longest), np.nan)
     score = np.full((n_latents, longest), 0.0)

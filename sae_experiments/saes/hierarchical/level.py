@@ -17,7 +17,7 @@ from sae_experiments.saes.standard import Standard
 BINS = 4096
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
+def matmul(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right`` for matrices, at the speed of the fast products also in the backward pass."""
     return ops.decode(left, None, right)
 
@@ -44,12 +44,12 @@ class Level(Standard):
     def dense(self, x: Tensor) -> Tensor:
         """The dense code (B, F), differentiable."""
         bias = self.bias()
-        pre = self.product(x, bias)
+        pre = self.encoder_matmul(x, bias)
         return ops.entries(x, self.W_enc, bias, pre, self.support(pre))
 
     def columns(self, x: Tensor, latents: Tensor) -> Tensor:
         """Differentiable pre-activations of a few latents, (B, n)."""
-        return product(x, self.W_enc[latents].t()) + self.bias()[latents]
+        return matmul(x, self.W_enc[latents].t()) + self.bias()[latents]
 
     def penalty(self, values: Tensor, ramp: float) -> Tensor:
         """``lambda mean_B sum_j z_j`` of a dense code; decoder rows have length 1."""
@@ -69,7 +69,7 @@ class Level(Standard):
         def strengths() -> Iterator[Tensor]:
             bias = self.bias()
             for chunk in chunks():
-                yield self.product(chunk, bias)
+                yield self.encoder_matmul(chunk, bias)
 
         wanted = exact_threshold(strengths, round(rows * self.controller.target))
         self.threshold.fill_(max(wanted, 0.0))

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sae_experiments.saes.hierarchical.level import product
+from sae_experiments.saes.hierarchical.level import matmul
 
 RARE, EPSILON = 1e-4, 1e-6
 
@@ -71,7 +71,7 @@ class Information(nn.Module):
         if not below.shape[1] or not above.shape[1]:
             return below.new_zeros(())
         rows = len(below)
-        u = redundancy(product(below.t(), above) / rows, below.mean(0), above.mean(0), rows)
+        u = redundancy(matmul(below.t(), above) / rows, below.mean(0), above.mean(0), rows)
         nearest = (torch.softmax(self.sharpness * u, 0) * u).sum(0)
         return nearest.mean() + u.mean()
 
@@ -90,7 +90,7 @@ class Coherence(nn.Module):
 
     def forward(self, above: Tensor, below: Tensor) -> Tensor:
         """The loss of unit atoms (n, D) above and (m1, D) below."""
-        cosines = product(above, below.t())
+        cosines = matmul(above, below.t())
         tau = math.sqrt(2 * math.log(max(len(below), 2)) / below.shape[1])
         over = (cosines.abs() - tau).clamp_min(0).square().mean(1)
         return (cosines.amax(1).clamp_min(0).square() + self.excess * over).mean()

@@ -21,7 +21,7 @@ from sae_experiments.saes.hierarchical.level import (
     Seen,
     Weights,
     active_of,
-    product,
+    matmul,
     signed_directions,
     widths_of,
 )
@@ -62,16 +62,16 @@ class Hierarchical(SAE):
         sparsity: share of a row's latents that are zero, of the bottom and of the top.
         top_frac: share of the latents in the top level.
         levels: "both"; "bottom" has no top; "top" keeps the gate closed (g = 0), so that the reconstruction is the top's.
-        fractions: share of the steps in each phase.
+        phase_fracs: share of the steps in each phase.
         rank: of the gate A B; ``gate_bias`` is b at the start.
         drop_bottom, drop_top: share of the rows in training with g = 0, with g = 1.
         rows: rows of a batch that the phases with both levels use, spread over it (null: all).
         weights: of the loss terms.
         information, coherence: sizes of the two redundancy terms.
-        aim, start_coeff, start_l0, warmup: of each level's L1 (:class:`.Standard`); warmup is a share of the phase that trains a level first.
+        aim, start_coeff, start_l0, warmup_frac: of each level's L1 (:class:`.Standard`); warmup is a share of the phase that trains a level first.
     """
 
-    coarse = False  # both levels make their products themselves
+    supports_bf16 = False  # both levels make their products themselves
     same_units = True
 
     def __init__(
@@ -84,7 +84,7 @@ class Hierarchical(SAE):
         sparsity: Sequence[float],
         top_frac: float,
         levels: str,
-        fractions: Sequence[float],
+        phase_fracs: Sequence[float],
         rank: int,
         gate_bias: float,
         drop_bottom: float,
@@ -97,15 +97,15 @@ class Hierarchical(SAE):
         aim: float,
         start_coeff: Sequence[float],
         start_l0: float | None,
-        warmup: float,
+        warmup_frac: float,
         aux_coeff: float,
     ) -> None:
         nn.Module.__init__(self)  # a composite: its weights are those of its levels
         widths = widths_of(d_in, d_sae, d_out, top_frac, levels)
         active = active_of(widths, sparsity, target_l0)
-        if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        if len(phase_fracs) != 3 or min(phase_fracs) <= 0 or abs(sum(phase_fracs) - 1) > 1e-6:
             raise UserError(
-                f"sae.model.fractions={list(fractions)} must be three positive numbers that sum to 1"
+                f"sae.model.phase_fracs={list(phase_fracs)} must be three positive numbers that sum to 1"
             )
         if drop_bottom < 0 or drop_top < 0 or drop_bottom + drop_top > 1:
             raise UserError(
@@ -121,16 +121,21 @@ class Hierarchical(SAE):
             levels,
         )
         self.aux_coeff, self.unit_decoder, self.pre_bias = aux_coeff, True, True
-        self.fractions = [1.0] if levels == "bottom" else list(fractions)
-        self.drop_bottom, self.drop_top, self.rows, self.bottom_lr, self.warmup = (
+        self.phase_fracs = [1.0] if levels == "bottom" else list(phase_fracs)
+        self.drop_bottom, self.drop_top, self.rows, self.bottom_lr, self.warmup_frac = (
             drop_bottom,
             drop_top,
             rows,
             bottom_lr,
-            warmup,
+            warmup_frac,
         )
         self.weights, self.active = Weights.checked(weights), active
-        steered = {"aim": aim, "start_l0": start_l0, "warmup": warmup, "aux_coeff": aux_coeff}
+        steered = {
+            "aim": aim,
+            "start_l0": start_l0,
+            "warmup_frac": warmup_frac,
+            "aux_coeff": aux_coeff,
+        }
         self.bottom = Level(
             d_in=d_in, d_sae=widths[0], target_l0=active[0], start_coeff=start_coeff[0], **steered
         )
@@ -159,12 +164,12 @@ class Hierarchical(SAE):
         self.register_buffer("trace", torch.full((TRACE, len(TRACED)), torch.nan))
         self.seed = torch.initial_seed()
         self.information, self.coherence = Information(**information), Coherence(**coherence)
-        self.controller = Controllers(self.parts, self.fractions[: len(widths)])
+        self.controller = Controllers(self.parts, self.phase_fracs[: len(widths)])
         for phase in PHASES if levels != "bottom" else PHASES[:1]:
             self.register_buffer(f"end_of_{phase}", self._packed())
 
     @property
-    def asked_l0(self) -> float | None:
+    def fixed_l0(self) -> float | None:
         return float(sum(self.active))
 
     # --- what others see ----------------------------------------------------------------------------------------------
@@ -213,7 +218,7 @@ class Hierarchical(SAE):
     def _writes(self, latents: Tensor | None = None) -> Tensor:
         """What one unit of a top latent adds with the gate closed, ``D1^T (s d2_i)``, (n, D)."""
         rows = self.top.W_dec if latents is None else self.top.W_dec[latents]
-        return product(rows * self.scale, self.bottom.W_dec)
+        return matmul(rows * self.scale, self.bottom.W_dec)
 
     @by_rows("d_sae")
     def contributions(self, acts: Tensor, direction: Tensor) -> Tensor:
@@ -245,12 +250,12 @@ class Hierarchical(SAE):
         if self.levels == "top":
             return z2.new_zeros(len(z2), self.widths[0])
         return torch.sigmoid(
-            product(product(z2, self.gate_in.t()), self.gate_out.t()) + self.gate_bias
+            matmul(matmul(z2, self.gate_in.t()), self.gate_out.t()) + self.gate_bias
         )
 
     def predict(self, z2: Tensor) -> Tensor:
         """The bottom's code in units of its scale, as the top says it is: ``v`` (B, m1)."""
-        return torch.relu(product(z2, self.top.W_dec) + self.top.b_dec)
+        return torch.relu(matmul(z2, self.top.W_dec) + self.top.b_dec)
 
     @by_rows("d_sae")
     def decode(self, acts: Tensor, gate: float | None = None) -> Tensor:
@@ -272,7 +277,7 @@ class Hierarchical(SAE):
             return [Phase("bottom", 1.0, [Group(below)])]
         above = [p for name, p in self.named_parameters() if not name.startswith("bottom.")]
         groups = [[Group(below)], [Group(above)], [Group(above), Group(below, self.bottom_lr)]]
-        return [Phase(*each) for each in zip(PHASES, self.fractions, groups, strict=True)]
+        return [Phase(*each) for each in zip(PHASES, self.phase_fracs, groups, strict=True)]
 
     @torch.no_grad()
     def begin(self, phase: str, x: Tensor, y: Tensor) -> None:
@@ -321,7 +326,7 @@ class Hierarchical(SAE):
             anchor = self.weights_after("bottom")["bottom.W_dec"]
             parts["anchor"] = w.anchor * (1 - (self.bottom.W_dec * anchor).sum(1)).mean()
         parts["sparsity_top"] = self.top.penalty(
-            passed.z[1], ramp(step.progress, self.warmup) if step.phase == "top" else 1.0
+            passed.z[1], ramp(step.progress, self.warmup_frac) if step.phase == "top" else 1.0
         )
         parts["code"] = (
             w.code
@@ -344,11 +349,11 @@ class Hierarchical(SAE):
         recon = self.bottom_decode(z1)
         parts = {
             "mse": self._relative(recon, batch.y),
-            "sparsity_bottom": self.bottom.penalty(z1, ramp(step.progress, self.warmup)),
+            "sparsity_bottom": self.bottom.penalty(z1, ramp(step.progress, self.warmup_frac)),
         }
         dead = step.dead[: self.widths[0]].nonzero().squeeze(1)
         if self.aux_coeff and dead.numel():
-            parts["aux_k"] = self.aux_coeff * self.bottom.explain(batch.x, batch.y - recon, dead)
+            parts["aux_k"] = self.aux_coeff * self.bottom.aux_k_loss(batch.x, batch.y - recon, dead)
         codes = Joined([z1.detach()], list(self.widths))
         return Loss(
             sum(parts.values()),
@@ -358,7 +363,7 @@ class Hierarchical(SAE):
 
     def bottom_decode(self, z: Tensor) -> Tensor:
         """``b0 + D1^T z``."""
-        return product(z, self.bottom.W_dec) + self.bottom.b_dec
+        return matmul(z, self.bottom.W_dec) + self.bottom.b_dec
 
     def _relative(self, recon: Tensor, y: Tensor) -> Tensor:
         return ops.squared_error(recon, y) / self.variance
@@ -417,9 +422,9 @@ class Hierarchical(SAE):
             return {}
         dead, terms = [part.nonzero().squeeze(1) for part in step.dead.split(list(self.widths))], []
         if dead[0].numel() and whole:
-            terms.append(self.bottom.explain(batch.x, batch.y - recon, dead[0]))
+            terms.append(self.bottom.aux_k_loss(batch.x, batch.y - recon, dead[0]))
         if dead[1].numel():
-            terms.append(self.top.explain(passed.code, passed.code - passed.predicted, dead[1]))
+            terms.append(self.top.aux_k_loss(passed.code, passed.code - passed.predicted, dead[1]))
         return {"aux_k": self.aux_coeff * sum(terms)} if terms else {}
 
     def before_update(self) -> None:
@@ -437,10 +442,10 @@ class Hierarchical(SAE):
         l0 = [part.l0 for part in fwd.codes.parts]
         for i, level in enumerate(self.parts):
             first = step.phase == PHASES[i] or self.levels == "bottom"
-            if i in learning and (step.progress >= self.warmup or not first):
+            if i in learning and (step.progress >= self.warmup_frac or not first):
                 level.controller.update(l0[i])
-        done = sum(self.fractions[: PHASES.index(step.phase)]) if step.phase in PHASES else 0.0
-        share = self.fractions[PHASES.index(step.phase)] if step.phase in PHASES else 1.0
+        done = sum(self.phase_fracs[: PHASES.index(step.phase)]) if step.phase in PHASES else 0.0
+        share = self.phase_fracs[PHASES.index(step.phase)] if step.phase in PHASES else 1.0
         row = self.trace[min(int((done + share * step.progress) * TRACE), TRACE - 1)]
         row[0] = done + share * step.progress
         for i, level in enumerate(self.parts):

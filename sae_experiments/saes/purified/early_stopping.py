@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
 from sae_experiments.saes.base import SAE, Batch, Codes, Forward, Step
-from sae_experiments.saes.purified.perturb import Cloud
+from sae_experiments.saes.purified.perturb import NoiseModel
 from sae_experiments.sampling import spread
 from sae_experiments.training.loop import Loss
 
@@ -17,16 +17,30 @@ SEED = 20_101  # of the noise, the same at every look
 STATE = ("score_fss", "score_fvu", "score_at", "least_fvu", "bad", "next_look", "stopped_at")
 
 
-class Watch(nn.Module):
-    """Looks at FSS and FVU every ``every`` of the run, and stops after ``patience`` looks without a gain of ``least`` in
+class StabilityEarlyStopping(nn.Module):
+    """Stop training when feature stability no longer improves, and restore the best weights.
 
-        ``score = FSS - 100 max(0, FVU / FVU_0 - slack)``
+    Every `eval_every_frac` of training, measures FSS (feature stability score) and FVU on a fixed
+    sample under fixed noise, and scores them as
 
-    with ``FVU_0`` the number ``fvu`` (that of the host), or else the least FVU seen so far, by which older scores are judged anew. FSS is
-    pooled, ``100 (1 - sum |z~ - z| / sum (z~ + z))``, under Gaussian noise of size ``eps``. The best state is put back in the end.
+        score = FSS - 100 max(0, FVU / FVU_0 - slack)
 
-    The rows are ``rows`` of those that SAEs are initialised from, spread over them: their share of the training rows is so small that fitting them
-    is no concern. A stopped SAE leaves the remaining steps almost free (batches are still read for the SAEs beside it).
+    FSS is pooled, `100 (1 - sum |z~ - z| / sum (z~ + z))`, under Gaussian noise. FVU_0 is `fvu`,
+    or else the smallest FVU so far, by which older scores are computed again. The sample is spread
+    over the rows that SAEs are initialised from, a negligible share of the training rows. A
+    stopped SAE leaves the remaining steps almost free (batches are still read for the SAEs beside
+    it).
+
+    Args:
+        sae: The SAE to watch.
+        patience: Evaluations without improvement before stopping, at least 1.
+        eval_every_frac: Share of training between evaluations, in (0, 1].
+        min_gain: Improvement of the score that counts.
+        slack: Relative increase of FVU over FVU_0 that costs nothing.
+        eps: Size of the noise, in mean distances of the rows from their mean.
+        eval_rows: Rows of the sample.
+        start_frac: Share of training before the first evaluation.
+        fvu: FVU of the host; None: the smallest FVU so far.
     """
 
     x: Tensor
@@ -40,35 +54,34 @@ class Watch(nn.Module):
         sae: SAE,
         *,
         patience: int,
-        every: float,
-        least: float,
+        eval_every_frac: float,
+        min_gain: float,
         slack: float,
         eps: float,
-        rows: int,
-        start: float,
+        eval_rows: int,
+        start_frac: float,
         fvu: float | None,
     ) -> None:
         super().__init__()
-        if not 0 < every <= 1 or patience < 1 or rows < 1 or not eps > 0:
+        if not 0 < eval_every_frac <= 1 or patience < 1 or eval_rows < 1 or not eps > 0:
             raise UserError(
-                f"sae.model.stop: needs every in (0, 1], patience and rows of at least 1 and eps above 0, not every={every}, "
-                f"patience={patience}, rows={rows}, eps={eps}"
+                "sae.model.stop: needs eval_every_frac in (0, 1], patience and eval_rows of at "
+                f"least 1 and eps above 0, not eval_every_frac={eval_every_frac}, "
+                f"patience={patience}, eval_rows={eval_rows}, eps={eps}"
             )
-        self.patience, self.every, self.least, self.slack, self.eps, self.start, self.fvu = (
-            patience,
-            every,
-            least,
-            slack,
-            eps,
-            start,
-            fvu,
-        )
-        self.register_buffer("x", torch.zeros(rows, sae.d_in))
-        self.register_buffer("y", torch.zeros(rows, sae.d_out))
+        self.patience = patience
+        self.eval_every_frac = eval_every_frac
+        self.min_gain = min_gain
+        self.slack = slack
+        self.eps = eps
+        self.start_frac = start_frac
+        self.fvu = fvu
+        self.register_buffer("x", torch.zeros(eval_rows, sae.d_in))
+        self.register_buffer("y", torch.zeros(eval_rows, sae.d_out))
         self.register_buffer("best", torch.zeros(sum(p.numel() for p in sae.parameters())))
         self.register_buffer("state", torch.full((len(STATE),), torch.nan, dtype=torch.float64))
         self.register_buffer(
-            "trace", torch.full((round(1 / every) + 1, 3), torch.nan)
+            "trace", torch.full((round(1 / eval_every_frac) + 1, 3), torch.nan)
         )  # progress, FSS, FVU of each look
 
     def __getattr__(self, name: str) -> Any:
@@ -91,21 +104,21 @@ class Watch(nn.Module):
         self.x.copy_(x[part])
         self.y.copy_(y[part])
         self.state.fill_(torch.nan)
-        self.note(bad=0, next_look=self.start)
+        self.note(bad=0, next_look=self.start_frac)
 
     def look(self, sae: SAE, progress: float) -> None:
         """Measure if it is time, keep the state if it is the best, stop if none was for long."""
         if self.stopped or progress < self.next_look:
             return
         fss, fvu = self.measure(sae)
-        turn = min(round(progress / self.every), len(self.trace) - 1)
+        turn = min(round(progress / self.eval_every_frac), len(self.trace) - 1)
         self.trace[turn] = torch.tensor([progress, fss, fvu])
         self.note(
-            next_look=self.next_look + self.every,
+            next_look=self.next_look + self.eval_every_frac,
             least_fvu=min(fvu, self.least_fvu) if self.least_fvu == self.least_fvu else fvu,
         )
         if (
-            not self.score(fss, fvu) <= self.score(self.score_fss, self.score_fvu) + self.least
+            not self.score(fss, fvu) <= self.score(self.score_fss, self.score_fvu) + self.min_gain
         ):  # also where there is none yet
             self.note(score_fss=fss, score_fvu=fvu, score_at=progress, bad=0)
             torch.cat([p.detach().reshape(-1) for p in sae.parameters()], out=self.best)
@@ -121,7 +134,7 @@ class Watch(nn.Module):
     @torch.no_grad()
     def measure(self, sae: SAE) -> tuple[float, float]:
         """FSS and FVU on the rows, with the support chosen as in training."""
-        cloud = Cloud(sae.d_in).to(self.x.device).learn(self.x)
+        cloud = NoiseModel(sae.d_in).to(self.x.device).learn(self.x)
         generator = torch.Generator(self.x.device).manual_seed(SEED)
         delta = cloud.directions("gaussian", len(self.x), generator).mul_(self.eps * cloud.radius)
         z, moved = sae.encode(self.x), sae.encode(self.x + delta)

@@ -39,7 +39,7 @@ TYPES = SHARED + ROWWISE
 WAYS = ("weak", "marginal", "confusable")
 
 
-class Cloud(nn.Module):
+class NoiseModel(nn.Module):
     """What noise has to know about the rows: ``mean`` (D,), ``radius`` R = mean ||x - mean||, ``root`` (D, D) with root root^T = Sigma / tr Sigma."""
 
     mean: Tensor
@@ -53,7 +53,7 @@ class Cloud(nn.Module):
         self.register_buffer("root", torch.eye(d_in) / math.sqrt(d_in))
 
     @torch.no_grad()
-    def learn(self, x: Tensor) -> Cloud:
+    def learn(self, x: Tensor) -> NoiseModel:
         """Take mean, radius and covariance from rows (N, D)."""
         self.mean.copy_(x.mean(0))
         centred = (x - self.mean).double()
@@ -186,7 +186,7 @@ def active_entries(codes: Codes) -> tuple[Pattern, Tensor]:
     values = codes.values.detach()
     if codes.pattern is None:
         pattern = Pattern.from_mask(values != 0)
-        return pattern, pattern.at(values.contiguous())
+        return pattern, pattern.gather(values.contiguous())
     on = (values != 0).nonzero().squeeze(1)
     if len(on) == len(values):
         return codes.pattern, values

@@ -21,8 +21,8 @@ from sae_experiments.saes import ops
 from sae_experiments.saes.base import SAE, Codes, Forward, Step, sparse
 from sae_experiments.saes.controller import ramp
 from sae_experiments.saes.purified import perturb
-from sae_experiments.saes.purified.early_stopping import Watch
-from sae_experiments.saes.purified.perturb import Answer, Change, Cloud
+from sae_experiments.saes.purified.early_stopping import StabilityEarlyStopping
+from sae_experiments.saes.purified.perturb import Answer, Change, NoiseModel
 from sae_experiments.saes.selection import Pattern
 from sae_experiments.sampling import spread_rows
 from sae_experiments.training.loop import Loss
@@ -35,19 +35,19 @@ class Purification:
     """How an SAE is purified; each field is a key of ``conf/sae/purified.yaml``.
 
     ``weights`` of the terms (:data:`TERMS`); ``mixture``: share of each kind of noise; ``noise``: mixture, or one kind alone, or not_<kind> for
-    the mixture without it; ``eps``: size of a perturbation in units of R (where it starts, if ``adapt.rate`` is above 0); ``rows``: share of a
-    batch's rows that is perturbed; ``pool``: how many directions the rows share (0: every row has its own and is encoded anew); ``clean`` and
-    ``warmup``: shares of the run without the terms, and over which they grow; ``norm``: l2sq or l2; ``stop_gradient``: the clean code is a
+    the mixture without it; ``eps``: size of a perturbation in units of R (where it starts, if ``adapt.rate`` is above 0); ``row_frac``: share of a
+    batch's rows that is perturbed; ``pool``: how many directions the rows share (0: every row has its own and is encoded anew); ``clean_frac`` and
+    ``warmup_frac``: shares of the run without the terms, and over which they grow; ``norm``: l2sq or l2; ``stop_gradient``: the clean code is a
     constant in the stability term; ``relative``: see :meth:`Purified.spread`; ``aim``: how latents are chosen for targeted noise;
     ``attack_steps``: of pgd; ``token_share``: share of the characters that token noise replaces; ``adapt``, ``stop``: see :class:`Purified` and
-    :class:`.watch.Watch`.
+    :class:`.early_stopping.StabilityEarlyStopping`.
     """
 
     eps: float
-    rows: float
+    row_frac: float
     pool: int
-    clean: float
-    warmup: float
+    clean_frac: float
+    warmup_frac: float
     norm: str
     stop_gradient: bool
     relative: float
@@ -64,13 +64,13 @@ class Purification:
         for name, low in (
             ("eps", 0),
             ("pool", 0),
-            ("clean", 0),
-            ("warmup", 0),
+            ("clean_frac", 0),
+            ("warmup_frac", 0),
             ("attack_steps", 1),
         ):
             if not getattr(self, name) >= low:
                 raise UserError(f"sae.model.{name}={getattr(self, name)} must be at least {low}")
-        for name in ("rows", "token_share"):
+        for name in ("row_frac", "token_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"sae.model.{name}={getattr(self, name)} must lie in (0, 1]")
         if not 0 <= self.relative <= 1:
@@ -174,8 +174,8 @@ class Purified(SAE):
     moved: Tensor
     mass: Tensor
 
-    rowwise = False  # perturbed pre-activations start from the clean ones
-    coarse = False  # and are compared with them
+    support_is_rowwise = False  # perturbed pre-activations start from the clean ones
+    supports_bf16 = False  # and are compared with them
 
     def __init__(self, *, purification: Purification, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -190,7 +190,7 @@ class Purified(SAE):
             raise UserError(
                 "sae.model.noise: decoder directions are no inputs where an SAE reads one site and rebuilds another; use no targeted noise"
             )
-        self.cloud = Cloud(self.d_in)
+        self.cloud = NoiseModel(self.d_in)
         #: The share of characters to be replaced in the second view that this SAE needs of every row (0: it needs none).
         self.second_view = (
             purification.token_share
@@ -207,15 +207,19 @@ class Purified(SAE):
         self.register_buffer(
             "mass", torch.zeros(self.d_sae)
         )  # ... and z + z~, which give a running FSS
-        self.watch = Watch(self, **purification.stop) if purification.stop["patience"] else None
+        self.early_stopping = (
+            StabilityEarlyStopping(self, **purification.stop)
+            if purification.stop["patience"]
+            else None
+        )
         self._last: Change | None = None
 
     def begin(self, phase: str, x: Tensor, y: Tensor) -> None:
         super().begin(phase, x, y)
         if self.purification.active:
             self.cloud.learn(x)
-            if self.watch is not None:
-                self.watch.begin(x, y)
+            if self.early_stopping is not None:
+                self.early_stopping.begin(x, y)
 
     def loss(self, batch: Any, step: Step) -> Loss:
         p = self.purification
@@ -223,8 +227,8 @@ class Purified(SAE):
             raise UserError(
                 "sae.model.mixture.token: token noise needs a second view of every row, which is not there; use another kind"
             )
-        if p.active and self.watch is not None and self.watch.stopped:
-            return self.watch.idle(self, batch, step)
+        if p.active and self.early_stopping is not None and self.early_stopping.stopped:
+            return self.early_stopping.idle(self, batch, step)
         return super().loss(batch, step)
 
     def support(self, pre: Tensor) -> Pattern | Tensor:
@@ -240,22 +244,22 @@ class Purified(SAE):
             self._clean = parts["mse"]
         return parts
 
-    def revive(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
+    def aux_loss(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """The host's AuxK, on as many rows as are perturbed: fewer latents fire under noise, and all rows would cost a fifth of a step."""
         if self.purification.samples:
-            n = max(1, round(self.purification.rows * len(fwd.batch.x)))
+            n = max(1, round(self.purification.row_frac * len(fwd.batch.x)))
             x, y, recon = (spread_rows(t, n) for t in (fwd.batch.x, fwd.batch.y, fwd.recon))
             levels = None if fwd.levels is None else spread_rows(fwd.levels, n)
             fwd = fwd._replace(batch=fwd.batch._replace(x=x, y=y), recon=recon, levels=levels)
-        return super().revive(fwd, step)
+        return super().aux_loss(fwd, step)
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         terms = super().penalties(fwd, step)
         p = self.purification
         self._last = None
         strength = (
-            ramp(step.progress - p.clean, p.warmup)
-            if p.active and step.progress >= p.clean
+            ramp(step.progress - p.clean_frac, p.warmup_frac)
+            if p.active and step.progress >= p.clean_frac
             else 0.0
         )
         if strength > 0:
@@ -367,7 +371,7 @@ class Purified(SAE):
         ``W_enc (x + delta) = W_enc x + W_enc delta``, else anew.
         """
         p, g, x = self.purification, step.generator, fwd.batch.x
-        n = max(1, round(p.rows * len(x)))
+        n = max(1, round(p.row_frac * len(x)))
         rows = torch.randperm(len(x), generator=g, device=x.device)[:n]
         before = self.taken(fwd.codes, rows)
         moved, pre = x.index_select(0, rows), self.workspace(n, x)
@@ -396,12 +400,12 @@ class Purified(SAE):
         bias, seen = self.bias(), self.encoder_input(moved)
         with torch.no_grad():
             if pooled < n:
-                ops.product(
+                ops.encoder_matmul(
                     seen[pooled:].detach(), self.W_enc.detach(), bias.detach(), out=pre[pooled:]
                 )
             support = sparse(self.support(pre))
         pattern = support if isinstance(support, Pattern) else None
-        values = self.shape(
+        values = self.activation(
             ops.entries(seen, self.W_enc, bias, pre, support), pattern.col if pattern else None
         )
         return Answer(
@@ -510,12 +514,12 @@ class Purified(SAE):
                         0.01,
                     )
             if p.adapt["rate"]:
-                self.adapt(self._last.jaccard(round(p.rows * len(fwd.batch.x))))
+                self.adapt(self._last.jaccard(round(p.row_frac * len(fwd.batch.x))))
         self.eps_trace[min(int(step.progress * len(self.eps_trace)), len(self.eps_trace) - 1)] = (
             self.eps
         )
-        if self.watch is not None:
-            self.watch.look(self, step.progress)
+        if self.early_stopping is not None:
+            self.early_stopping.look(self, step.progress)
 
     def adapt(self, jaccard: float) -> None:
         """Let eps follow the moving average of the supports' Jaccard index."""
@@ -526,6 +530,6 @@ class Purified(SAE):
         self.eps.fill_(min(max(eps, a["low"]), a["high"]))
 
     def finish(self, phase: str, x: Tensor) -> None:
-        if self.purification.active and self.watch is not None:
-            self.watch.restore(self)
+        if self.purification.active and self.early_stopping is not None:
+            self.early_stopping.restore(self)
         super().finish(phase, x)

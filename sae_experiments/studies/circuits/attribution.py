@@ -91,7 +91,7 @@ class Circuit:
         memory_mb: float,
     ) -> None:
         for name, sae in (("upstream", upstream), ("downstream", downstream)):
-            if sae.blocks != 1:
+            if sae.n_sites != 1:
                 raise UserError(
                     f"{name}: {type(sae).__name__} reads several sites at once, attribution needs an SAE of one"
                 )

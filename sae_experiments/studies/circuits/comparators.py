@@ -145,10 +145,10 @@ class Grams:
         return found
 
 
-def most_specific(on: sparse.csr_matrix, grams: Grams, *, n: int, least: int) -> list[Specific]:
+def most_specific(on: sparse.csr_matrix, grams: Grams, *, n: int, min_fires: int) -> list[Specific]:
     """The ``n`` latents with the best F1 for one n-gram, no two for the same one, of those that fire ``least`` times. ``on``: ones (N, F)."""
     candidates = sorted(
-        (s for s in grams.best(on) if s is not None and s.fires >= least),
+        (s for s in grams.best(on) if s is not None and s.fires >= min_fires),
         key=lambda s: (-s.f1, s.latent),
     )
     taken: dict[tuple[int, ...], Specific] = {}

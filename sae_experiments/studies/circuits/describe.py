@@ -44,11 +44,13 @@ class Describer:
         even = np.arange(len(self.ids)) // block % 2 == 0
         return even, ~even
 
-    def specific(self, order: int, least: int) -> list[Specific]:
+    def specific(self, order: int, min_fires: int) -> list[Specific]:
         """Latents most specific to one n-gram, no two to the same; found on one half of the text, in the order of the F1 there, scored on the other."""
         first = self.halves[0]
         return self.scored(
-            most_specific(self.on[first], self._grams(order, 0), n=self.on.shape[1], least=least)
+            most_specific(
+                self.on[first], self._grams(order, 0), n=self.on.shape[1], min_fires=min_fires
+            )
         )
 
     def best(self, orders: Sequence[int]) -> list[Specific | None]:

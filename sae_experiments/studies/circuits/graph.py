@@ -21,7 +21,7 @@ class GraphSpec:
     latents: Sequence[int] | None  # by index (null: the most specific to one n-gram)
     count: int  # how many are chosen automatically
     order: int  # characters (or tokens) of the n-gram they are to be specific to
-    least: int  # held-out firings they need
+    min_fires: int  # held-out firings they need
     upstream_latent: (
         int | None
     )  # the one marked in the histogram of gradients (null: the largest attribution)
@@ -32,7 +32,7 @@ class GraphSpec:
     after: int
 
     def __post_init__(self) -> None:
-        for name in ("count", "order", "least", "firings", "edges"):
+        for name in ("count", "order", "min_fires", "firings", "edges"):
             if getattr(self, name) < 1:
                 raise UserError(f"study.graph.{name}={getattr(self, name)} must be at least 1")
 

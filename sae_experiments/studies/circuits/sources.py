@@ -34,7 +34,7 @@ class Role:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Local:
+class LocalSources:
     """A language model from a directory (null: one is trained here) and the text it reads (null: the corpora of ``data``)."""
 
     folder: str | None

@@ -16,8 +16,8 @@ from torch import Tensor
 from sae_experiments.corpora.corpus import CharCorpus, CorpusSpec
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.fit import FitReport
-from sae_experiments.fitting.spec import Arm, FitSpec
-from sae_experiments.metrics.base import Bench, Metric, MetricInfo, Spliced
+from sae_experiments.fitting.spec import FitSpec, SAESpec
+from sae_experiments.metrics.base import EvalContext, LMSplice, Metric, MetricInfo
 from sae_experiments.metrics.codes import sparse_codes
 from sae_experiments.models.gpt2 import LMSpec, TrainedLM, train_lm
 from sae_experiments.models.hooks import Site, as_sites, parse_site
@@ -32,8 +32,8 @@ from sae_experiments.studies.circuits.comparators import Specific, coactivation,
 from sae_experiments.studies.circuits.describe import Describer
 from sae_experiments.studies.circuits.graph import GraphSpec, Traced, as_dict, trace
 from sae_experiments.studies.circuits.info import infos
-from sae_experiments.studies.circuits.sources import Local, Role, load_sae
-from sae_experiments.studies.circuits.survey import Checker, CheckSpec, Found, drawn, gradients
+from sae_experiments.studies.circuits.sources import LocalSources, Role, load_sae
+from sae_experiments.studies.circuits.survey import Checker, CheckSpec, Survey, drawn, gradients
 from sae_experiments.studies.language.stores import Stores
 from sae_experiments.studies.language.study import Language, export, headline
 from sae_experiments.training.loop import seed_of
@@ -49,12 +49,12 @@ class Where(NamedTuple):
     to: Site
 
 
-class Look(NamedTuple):
+class SiteView(NamedTuple):
     """One of the two SAEs with what is known of it."""
 
     sae: SAE
     fitted: FitReport | None  # None: it was loaded
-    bench: Bench
+    evaluation: EvalContext
     codes: sparse.csr_matrix  # on the rows that words are taken from
     words: Describer
 
@@ -82,7 +82,7 @@ class Circuits:
 
     data: Mapping[str, CorpusSpec]
     lm: LMSpec
-    arms: Mapping[str, Arm]
+    saes: Mapping[str, SAESpec]
     metrics: Mapping[str, Metric]
     fit: FitSpec
     seeds: Sequence[int] | None
@@ -90,7 +90,7 @@ class Circuits:
     held_out: str
     upstream: Role
     downstream: Role
-    local: Local
+    local: LocalSources
     error: str  # keep | drop: whether what the upstream SAE leaves out stays in the state at which gradients are taken
     baseline: str  # zero | mean: what a removed latent is set to
     steps: int  # Gauss-Legendre points of integrated gradients (0: the plain gradient)
@@ -117,9 +117,9 @@ class Circuits:
             raise UserError(
                 f"study.prompts={self.prompts} must be at least 1 and study.memory_mb={self.memory_mb} positive"
             )
-        if len(self.arms) != 1:
+        if len(self.saes) != 1:
             raise UserError(
-                f"sae=[{','.join(self.arms)}]: a circuit has one kind of SAE; compare kinds in runs of their own"
+                f"sae=[{','.join(self.saes)}]: a circuit has one kind of SAE; compare kinds in runs of their own"
             )
         object.__setattr__(self, "_fits", None)
         object.__setattr__(self, "_texts", {})
@@ -138,17 +138,17 @@ class Circuits:
                     replace(lm, n_layer=sizes.n_layer, n_embd=sizes.width, n_head=1),
                     sizes.inner,
                 )
-            where, arm = self.where(lm.n_layer), next(iter(self.arms.values()))
+            where, sae_spec = self.where(lm.n_layer), next(iter(self.saes.values()))
             write = str(where.write) if where.write != where.read else None
-            arms = {
-                "upstream": replace(arm, read=str(where.read), write=write),
-                "downstream": replace(arm, read=str(where.to), write=None),
+            saes = {
+                "upstream": replace(sae_spec, read=str(where.read), write=write),
+                "downstream": replace(sae_spec, read=str(where.to), write=None),
             }
-            arms = {role: arms[role] for role in ROLES if not getattr(self, role).sae}
+            saes = {role: saes[role] for role in ROLES if not getattr(self, role).sae}
             fits = Fits(
                 data=self.data,
                 lm=lm,
-                arms=arms,
+                saes=saes,
                 metrics={},
                 fit=self.fit,
                 site=str(where.read),
@@ -258,7 +258,7 @@ class Circuits:
             )
         elif not chosen:
             outcome.why_null["ngram_f1"] = (
-                f"no downstream latent fires {self.graph.least} times on the half of the text that n-grams are found on"
+                f"no downstream latent fires {self.graph.min_fires} times on the half of the text that n-grams are found on"
             )
         outcome.curves = [(s, f"lm/{n}", v) for s, n, v in lm.history]
         outcome.seconds |= {"lm": lm.seconds, "collect": stores.seconds}
@@ -276,7 +276,7 @@ class Circuits:
                 look.sae,
                 ctx.folder / "saes" / f"{cell.dataset}.{role}_{cell.seed}",
                 stores,
-                look.bench.read,
+                look.evaluation.read,
                 ctx,
             )
         features = [
@@ -325,10 +325,10 @@ class Circuits:
         lm: TrainedLM,
         stores: Stores,
         ctx: Context,
-    ) -> list[Look]:
+    ) -> list[SiteView]:
         """The two SAEs: from the cache or fitted now in one pass each, or loaded."""
         fitted: dict[str, tuple[SAE, FitReport | None]] = (
-            dict(self.fits.fitted(stores, cell, ctx)) if self.fits.arms else {}
+            dict(self.fits.fitted(stores, cell, ctx)) if self.fits.saes else {}
         )
         found = []
         ids = stores.tokens(stores.held_out.starts)[0].numpy().reshape(-1)[: self.rows]
@@ -352,27 +352,27 @@ class Circuits:
                     None,
                 )
             sae, report = fitted[role]
-            spliced = Spliced(lm.model, write, stores.tokens)
-            bench = Bench(
+            splice = LMSplice(lm.model, write, stores.tokens)
+            evaluation = EvalContext(
                 sae=sae,
                 device=ctx.device,
                 read=read,
                 write=write,
                 held_out=stores.held_out,
-                lm=spliced,
+                lm=splice,
                 symbols=text.symbols,
                 pieces=pieces,
             )
-            codes = sparse_codes(bench, len(ids))
+            codes = sparse_codes(evaluation, len(ids))
             if codes is None:
                 raise UserError(
                     f"the codes of the {role} SAE at {read} are not finite: there is nothing to attribute"
                 )
             found.append(
-                Look(
+                SiteView(
                     sae,
                     report,
-                    bench,
+                    evaluation,
                     codes,
                     Describer(codes, ids, pieces, stores.held_out.length, threshold=self.threshold),
                 )
@@ -394,11 +394,11 @@ class Circuits:
             ]
         )[0]
 
-    def _chosen(self, down: Look, prompts: Prompts) -> list[Specific]:
+    def _chosen(self, down: SiteView, prompts: Prompts) -> list[Specific]:
         """The downstream latents that get a graph: those asked for, or of those that fire in the prompts the most specific to one n-gram."""
         if self.graph.latents is None:
             here = set(prompts.active.latent.tolist())
-            best = down.words.specific(self.graph.order, self.graph.least)
+            best = down.words.specific(self.graph.order, self.graph.min_fires)
             return [s for s in best if s.latent in here][: self.graph.count]
         wrong = [j for j in self.graph.latents if not 0 <= j < down.sae.d_sae]
         if wrong:
@@ -409,7 +409,13 @@ class Circuits:
         return [best[j] or Specific(j, (), 0.0, 0) for j in self.graph.latents]
 
     def _checked(
-        self, circuit: Circuit, prompts: Prompts, up: Look, down: Look, cell: Cell, ctx: Context
+        self,
+        circuit: Circuit,
+        prompts: Prompts,
+        up: SiteView,
+        down: SiteView,
+        cell: Cell,
+        ctx: Context,
     ) -> Outcome:
         """Attribute at random, compare, remove, add up."""
         spec, seed = self.checks, seed_of(cell.seed, "circuits") % 2**32
@@ -477,7 +483,7 @@ class Circuits:
     def _evaluated(
         self,
         role: str,
-        look: Look,
+        look: SiteView,
         latents: Sequence[int],
         cut: bool,
         told: Mapping[str, Any],
@@ -495,11 +501,13 @@ class Circuits:
             outcome.curves = [(s, f"sae/{n}", v) for s, n, v in look.fitted.history]
             outcome.seconds["fit"] = look.fitted.seconds
         outcome.facts = {**told, "evaluations": list(told["evaluations"])}
-        outcome.facts |= facts.of_sae(look.sae, facts.of_sites(look.bench.read, look.bench.write))
-        look.bench.extras["latents"] = list(latents)
-        outcome.measure(self.metrics, look.bench)
+        outcome.facts |= facts.of_sae(
+            look.sae, facts.of_sites(look.evaluation.read, look.evaluation.write)
+        )
+        look.evaluation.extras["latents"] = list(latents)
+        outcome.measure(self.metrics, look.evaluation)
         if (
-            not look.bench.symbols
+            not look.evaluation.symbols
         ):  # tokens of more than a character: the metrics have no words for them
             outcome.features = merged(
                 outcome.features, look.words.features(latents, *self._contexts)
@@ -508,7 +516,7 @@ class Circuits:
         return outcome
 
 
-def _add(outcome: Outcome, found: Found) -> None:
+def _add(outcome: Outcome, found: Survey) -> None:
     outcome.metrics |= found.metrics
     outcome.why_null |= found.why_null
     outcome.arrays |= found.arrays
@@ -520,11 +528,11 @@ def _show(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _title(s: Specific, t: Traced, down: Look) -> str:
+def _title(s: Specific, t: Traced, down: SiteView) -> str:
     return f"latent {s.latent} fires on {down.words.spell(s.gram)!r} (F1 {s.f1:.2f}); mean of {t.n} firings"
 
 
-def _pictured(kept: Sequence[tuple[Specific, Traced]], down: Look) -> dict[str, np.ndarray]:
+def _pictured(kept: Sequence[tuple[Specific, Traced]], down: SiteView) -> dict[str, np.ndarray]:
     """What the histograms of gradients show: those of each chosen latent at its strongest firing, and which one is marked."""
     if not kept:
         return {}

@@ -63,7 +63,7 @@ class CheckSpec:
 
 
 @dataclass
-class Found:
+class Survey:
     """Numbers, why some are missing, arrays for figures, standard errors over resampled prompts, seconds."""
 
     metrics: dict[str, float | None] = field(default_factory=dict)
@@ -98,9 +98,9 @@ def gradients(
     *,
     steps: int,
     seed: int,
-) -> Found:
+) -> Survey:
     """All gradients of ``targets``: their histogram, and a sample of them with cosines; how many targets a second."""
-    found, device = Found(), prompts.tokens.device
+    found, device = Survey(), prompts.tokens.device
     kept: dict[str, list[np.ndarray]] = {
         k: [] for k in ("gradient", "attribution", "cosine", "same")
     }
@@ -168,7 +168,7 @@ class Checker:
         )
         self.value = check.clean(circuit, prompts, targets)
         self.samples = check.resampled(targets.prompt.cpu().numpy(), spec.bootstrap, seed)
-        self.found = Found()
+        self.found = Survey()
 
     def scores(
         self, weights: Weights | None, gated: Weights | None, phi: np.ndarray, latents: np.ndarray

@@ -18,10 +18,10 @@ from sae_experiments.console import listed
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_bytes, write_json
 from sae_experiments.fitting import fit
-from sae_experiments.fitting import spec as arms
+from sae_experiments.fitting import spec as sae_spec_module
 from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
-from sae_experiments.fitting.spec import Arm, code_of
-from sae_experiments.metrics.base import Bench, Metric, MetricInfo
+from sae_experiments.fitting.spec import SAESpec, code_of
+from sae_experiments.metrics.base import EvalContext, Metric, MetricInfo
 from sae_experiments.metrics.recovery import Truth
 from sae_experiments.resources import Need, announce
 from sae_experiments.saes.base import SAE, Batch
@@ -43,7 +43,7 @@ class GroundTruth:
     """One cell a seed: a world drawn from the recipe, and every SAE fitted to rows that are never repeated."""
 
     world: Planted
-    arms: Mapping[str, Arm]
+    saes: Mapping[str, SAESpec]
     metrics: Mapping[str, Metric]
     train: TrainConfig
     seeds: Sequence[int] | None
@@ -57,10 +57,10 @@ class GroundTruth:
         for name in ("calibration_rows", "held_out_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"study.{name}={getattr(self, name)} must be at least 1")
-        for name, arm in self.arms.items():
-            arm.check(self.world.width, self.world.width, self.train)
+        for name, sae_spec in self.saes.items():
+            sae_spec.check(self.world.width, self.world.width, self.train)
             with torch.device("meta"):
-                if arm.build(self.world.width, self.world.width).needs_model:
+                if sae_spec.build(self.world.width, self.world.width).needs_model:
                     raise UserError(
                         f"sae={name} needs a language model, and study=ground_truth has none"
                     )
@@ -89,22 +89,22 @@ class GroundTruth:
     def prepare(self, ctx: Context) -> dict[str, Any]:
         self.announce(ctx)
         return {
-            self.report(arm): {
+            self.result_name(sae): {
                 "corpus": DATASET,
                 "stand_in": False,
                 **asdict(self.world),
                 **part_of(self.held_out),
             }
-            for arm in self.arms
+            for sae in self.saes
         }
 
-    def report(self, arm: str) -> str:
+    def result_name(self, sae: str) -> str:
         """The name results appear under: with the SAE's label where several are fitted."""
-        return DATASET if len(self.arms) == 1 else f"{DATASET}.{arm}"
+        return DATASET if len(self.saes) == 1 else f"{DATASET}.{sae}"
 
     def cells(self) -> list[Cell]:
         return [
-            Cell(DATASET, seed, tuple(map(self.report, self.arms)))
+            Cell(DATASET, seed, tuple(map(self.result_name, self.saes)))
             for seed in (self.seeds if self.seeds is not None else [0])
         ]
 
@@ -122,7 +122,7 @@ class GroundTruth:
         world = World(self.world, seed_of(cell.seed, "world"), ctx.device)
         outcomes = {}
         for name, (sae, fitted) in self.fitted(world, cell, ctx).items():
-            outcomes[self.report(name)] = outcome = self.evaluate(sae, world, cell, ctx)
+            outcomes[self.result_name(name)] = outcome = self.evaluate(sae, world, cell, ctx)
             outcome.seconds["fit"], outcome.cut = fitted.seconds, fitted.cut
             outcome.curves = [(s, f"sae/{n}", v) for s, n, v in fitted.history]
             m = outcome.metrics
@@ -143,11 +143,11 @@ class GroundTruth:
         """The SAEs of a cell: from the cache, or all of them fitted now in one pass."""
         width = self.world.width
         saes = {
-            name: arm.seeded(width, width, cell.seed).to(ctx.device)
-            for name, arm in self.arms.items()
+            name: sae_spec.seeded(width, width, cell.seed).to(ctx.device)
+            for name, sae_spec in self.saes.items()
         }
         source = source_digest(
-            *code_of(self.arms, saes), training, fit, planted, arms, alone=[__name__]
+            *code_of(self.saes, saes), training, fit, planted, sae_spec_module, alone=[__name__]
         )
         key = {
             "what": "planted",
@@ -156,7 +156,7 @@ class GroundTruth:
             "seed": cell.seed,
             "torch": torch.__version__,
             "rows": [self.calibration_rows, self.dead_after_frac],
-            "arms": {n: a.describe() for n, a in self.arms.items()},
+            "saes": {n: a.describe() for n, a in self.saes.items()},
             "device": ctx.device.type,
             "source": source,
         }
@@ -185,7 +185,7 @@ class GroundTruth:
             reports = fit_saes(
                 saes,
                 batch_at,
-                {n: arm.config(self.train) for n, arm in self.arms.items()},
+                {n: sae_spec.config(self.train) for n, sae_spec in self.saes.items()},
                 Sample(x, x, held),
                 seed=cell.seed,
                 dead_after=round(self.dead_after_frac * self.train.steps * self.train.batch_size),
@@ -207,9 +207,9 @@ class GroundTruth:
     def evaluate(self, sae: SAE, world: World, cell: Cell, ctx: Context) -> Outcome:
         """All metrics of one SAE on rows that no SAE was fitted to."""
         x, acts = self.rows(world, self.held_out_rows, rows_seed(cell.seed, self.held_out))
-        bench = Bench(
+        evaluation = EvalContext(
             sae=sae, device=ctx.device, x=x, extras={"truth": Truth(world.directions, acts)}
         )
         outcome = Outcome(facts=facts.of_sae(sae))
-        outcome.measure(self.metrics, bench, ctx.ends)
+        outcome.measure(self.metrics, evaluation, ctx.ends)
         return outcome

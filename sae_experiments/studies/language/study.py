@@ -21,8 +21,8 @@ from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_bytes, write_json
 from sae_experiments.fitting import fit
 from sae_experiments.fitting.fit import FitReport, fit_saes
-from sae_experiments.fitting.spec import Arm, FitSpec, code_of
-from sae_experiments.metrics.base import Bench, Metric, MetricInfo, Spliced
+from sae_experiments.fitting.spec import FitSpec, SAESpec, code_of
+from sae_experiments.metrics.base import EvalContext, LMSplice, Metric, MetricInfo
 from sae_experiments.models import hooks as activations
 from sae_experiments.models.gpt2 import INFO as LM_INFO
 from sae_experiments.models.gpt2 import LMSpec, TrainedLM, train_lm, training_need
@@ -71,7 +71,7 @@ class Language:
 
     data: Mapping[str, CorpusSpec]
     lm: LMSpec
-    arms: Mapping[str, Arm]
+    saes: Mapping[str, SAESpec]
     metrics: Mapping[str, Metric]
     fit: FitSpec
     site: str
@@ -97,13 +97,13 @@ class Language:
             )
         for spec in self.data.values():
             self.lm.train_config(spec.recipe)
-        for arm in self.arms.values():
-            read, write = self.sites(arm)
-            arm.check(self.width(read), self.width(write), self.fit.train)
+        for sae_spec in self.saes.values():
+            read, write = self.sites(sae_spec)
+            sae_spec.check(self.width(read), self.width(write), self.fit.train)
 
-    def sites(self, arm: Arm) -> tuple[Where, Where]:
-        """Where the arm reads and what it rebuilds."""
-        return arm.sites(self.site, self.lm.n_layer)
+    def sites(self, sae_spec: SAESpec) -> tuple[Where, Where]:
+        """Sites that an SAE reads and reconstructs."""
+        return sae_spec.sites(self.site, self.lm.n_layer)
 
     def width(self, where: Site | Sites) -> int:
         """Width of a site of this language model, or of several side by side."""
@@ -140,18 +140,18 @@ class Language:
                 spec, cache=ctx.cache, offline=self.offline, say=ctx.console.say
             )
         return {
-            self.report(name, arm): self._corpora[name].provenance | part_of(self.held_out)
+            self.result_name(name, sae): self._corpora[name].provenance | part_of(self.held_out)
             for name in self.data
-            for arm in self.arms
+            for sae in self.saes
         }
 
-    def report(self, dataset: str, arm: str) -> str:
+    def result_name(self, dataset: str, sae: str) -> str:
         """The name results appear under: the corpus, and the SAE's label where several are fitted."""
-        return dataset if len(self.arms) == 1 else f"{dataset}.{arm}"
+        return dataset if len(self.saes) == 1 else f"{dataset}.{sae}"
 
     def cells(self) -> list[Cell]:
         return [
-            Cell(name, seed, tuple(self.report(name, arm) for arm in self.arms))
+            Cell(name, seed, tuple(self.result_name(name, sae) for sae in self.saes))
             for name, spec in self.data.items()
             for seed in (self.seeds if self.seeds is not None else spec.seeds)
         ]
@@ -181,24 +181,26 @@ class Language:
         sites = list(
             dict.fromkeys(
                 s
-                for arm in self.arms.values()
-                for where in self.sites(arm)
+                for sae_spec in self.saes.values()
+                for where in self.sites(sae_spec)
                 for s in as_sites(where)
             )
         )
         stores = Stores(self.fit, sites, corpus, lm, cell.seed, ctx, held_out=self.held_out)
         seeds = [cell.seed + 1000 * (i + 1) for i in range(self.replicas)]
-        twins = [self.fitted(stores.ordered(seed), cell._replace(seed=seed), ctx) for seed in seeds]
+        replica_fits = [
+            self.fitted(stores.ordered(seed), cell._replace(seed=seed), ctx) for seed in seeds
+        ]
         outcomes = {}
         for name, (sae, fitted) in self.fitted(stores, cell, ctx).items():
-            report = self.report(cell.dataset, name)
-            replicas = tuple(twin[name][0] for twin in twins)
+            report = self.result_name(cell.dataset, name)
+            replicas = tuple(fit[name][0] for fit in replica_fits)
             outcomes[report] = self.evaluate(name, sae, replicas, corpus, lm, stores, fitted, ctx)
             export(
                 sae,
                 ctx.folder / "saes" / f"{report}_{cell.seed}",
                 stores,
-                self.sites(self.arms[name])[0],
+                self.sites(self.saes[name])[0],
                 ctx,
             )
         return outcomes
@@ -206,12 +208,12 @@ class Language:
     def fitted(self, stores: Stores, cell: Cell, ctx: Context) -> dict[str, tuple[SAE, FitReport]]:
         """The SAEs of a cell, each from the cache if it was fitted before; the others are fitted now, side by side."""
         saes = {
-            n: arm.seeded(*map(self.width, self.sites(arm)), cell.seed).to(ctx.device)
-            for n, arm in self.arms.items()
+            n: sae_spec.seeded(*map(self.width, self.sites(sae_spec)), cell.seed).to(ctx.device)
+            for n, sae_spec in self.saes.items()
         }
         keys = {n: self._fit_key(n, sae, stores, cell, ctx) for n, sae in saes.items()}
         missing = {n: saes[n] for n in saes if not is_cached(ctx.cache, "fits", keys[n])}
-        together, key = None, {"fits": [keys[n] for n in missing]}
+        joint_fit_dir, key = None, {"fits": [keys[n] for n in missing]}
         if missing:
 
             def fit_missing(part: Path) -> bool:
@@ -219,7 +221,7 @@ class Language:
                     return False  # another process fitted them while this one waited
                 return self._fit(part, missing, stores, cell, ctx)
 
-            together = cached(ctx.cache, "passes", key, fit_missing)
+            joint_fit_dir = cached(ctx.cache, "passes", key, fit_missing)
         found = {}
         for name, sae in saes.items():
             folder = cached(
@@ -227,13 +229,15 @@ class Language:
                 "fits",
                 keys[name],
                 functools.partial(
-                    _take, together, list(missing).index(name) if name in missing else 0
+                    _copy_fit_to_cache,
+                    joint_fit_dir,
+                    list(missing).index(name) if name in missing else 0,
                 ),
             )
             sae.load_state_dict(load_file(folder / "sae.safetensors", device=str(ctx.device)))
             sae.eval().requires_grad_(False)
             found[name] = sae, FitReport(**read_json(folder / "report.json"))
-        if together is not None and not any(report.cut for _, report in found.values()):
+        if joint_fit_dir is not None and not any(report.cut for _, report in found.values()):
             discard(ctx.cache, "passes", key)
         return found
 
@@ -241,9 +245,9 @@ class Language:
         self, name: str, sae: SAE, stores: Stores, cell: Cell, ctx: Context
     ) -> dict[str, Any]:
         """What decides about one fit: nothing of what is fitted beside it."""
-        arm = self.arms[name]
+        sae_spec = self.saes[name]
         modules = [
-            *code_of({name: arm}, {name: sae}),
+            *code_of({name: sae_spec}, {name: sae}),
             training,
             checkpoint,
             fit,
@@ -253,10 +257,10 @@ class Language:
         modules += [second_view] if getattr(sae, "second_view", 0.0) else []
         return {
             "what": "fit",
-            "rows": stores.identity(*self.sites(arm)),
+            "rows": stores.identity(*self.sites(sae_spec)),
             "fit": asdict(self.fit),
             "seed": cell.seed,
-            "arm": arm.describe(),
+            "sae_spec": sae_spec.describe(),
             "sizes": [sae.d_in, sae.d_sae, sae.d_out],
             "torch": torch.__version__,
             "device": ctx.device.type,
@@ -270,7 +274,7 @@ class Language:
         passes: dict[tuple[Any, ...], list[str]] = {}
         for name, sae in saes.items():
             passes.setdefault(
-                (*self.sites(self.arms[name]), sae.needs_model, getattr(sae, "second_view", 0.0)),
+                (*self.sites(self.saes[name]), sae.needs_model, getattr(sae, "second_view", 0.0)),
                 [],
             ).append(name)
         reports: dict[str, FitReport] = {}
@@ -287,7 +291,7 @@ class Language:
                 reports |= fit_saes(
                     {n: saes[n] for n in names},
                     functools.partial(_batch, batch_at, read, write),
-                    {n: self.arms[n].config(self.fit.train) for n in names},
+                    {n: self.saes[n].config(self.fit.train) for n in names},
                     stores.sample(read, write),
                     seed=cell.seed,
                     dead_after=self.fit.dead_after,
@@ -321,14 +325,14 @@ class Language:
         ctx: Context,
     ) -> Outcome:
         """All metrics of one SAE on held-out text."""
-        read, write = self.sites(self.arms[name])
-        bench = Bench(
+        read, write = self.sites(self.saes[name])
+        evaluation = EvalContext(
             sae=sae,
             device=ctx.device,
             read=read,
             write=write,
             held_out=stores.held_out,
-            lm=Spliced(lm.model, write, stores.tokens),
+            lm=LMSplice(lm.model, write, stores.tokens),
             symbols=corpus.symbols,
             replicas=replicas,
         )
@@ -348,7 +352,7 @@ class Language:
         ]
         outcome.seconds = {"lm": lm.seconds, "collect": stores.seconds, "fit": fitted.seconds}
         with ctx.console.stage(f"measure {name}", "metric") as tick:
-            outcome.measure(self.metrics, bench, ctx.ends, tick)
+            outcome.measure(self.metrics, evaluation, ctx.ends, tick)
         ctx.console.say(f"  {name}: {headline(outcome.metrics)} (fitted in {fitted.seconds:.0f} s)")
         costs = {
             k.removeprefix("metric."): s
@@ -362,12 +366,12 @@ class Language:
         return outcome
 
 
-def _take(together: Path | None, i: int, part: Path) -> bool:
+def _copy_fit_to_cache(joint_fit_dir: Path | None, i: int, part: Path) -> bool:
     """Put one SAE of a pass into a cache folder of its own."""
-    if together is None:
+    if joint_fit_dir is None:
         raise UserError(f"{part} was removed while it was read: type the same command again")
-    shutil.copy(together / f"{i}.safetensors", part / "sae.safetensors")
-    shutil.copy(together / f"{i}.json", part / "report.json")
+    shutil.copy(joint_fit_dir / f"{i}.safetensors", part / "sae.safetensors")
+    shutil.copy(joint_fit_dir / f"{i}.json", part / "report.json")
     return not read_json(part / "report.json")["cut"]
 
 

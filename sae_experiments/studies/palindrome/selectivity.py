@@ -25,7 +25,7 @@ class Analysis:
     )
 
 
-class Found(NamedTuple):
+class Selectivity(NamedTuple):
     """Numbers, arrays, and what the feature browser shows."""
 
     scalars: dict[str, float | None]
@@ -37,7 +37,7 @@ class Found(NamedTuple):
 @torch.no_grad()
 def measure(
     sae: SAE, x: Tensor, ids: Tensor, n_test: int, analysis: Analysis, mean: Tensor | float = 0.0
-) -> Found:
+) -> Selectivity:
     """Measure an SAE on the vectors (N, D) of all strings (N, 9), the last ``n_test`` of which it was not trained on.
 
     ``mean`` (D,): what was taken out of the vectors before the SAE saw them. A latent is active where z > 0. Two definitions of alive: active on
@@ -78,7 +78,7 @@ def measure(
         for name in ("explained_variance", "explained_variance_entries")
         if scalars[name] is None
     }
-    return Found(
+    return Selectivity(
         scalars, arrays, why, browser(acts, ids, table, share, counts / n_test, analysis.strongest)
     )
 

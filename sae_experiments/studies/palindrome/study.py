@@ -18,9 +18,9 @@ from sae_experiments.console import listed
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_bytes, write_json
 from sae_experiments.fitting import fit
-from sae_experiments.fitting import spec as arms
+from sae_experiments.fitting import spec as sae_spec_module
 from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
-from sae_experiments.fitting.spec import Arm, FitSpec, code_of
+from sae_experiments.fitting.spec import FitSpec, SAESpec, code_of
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models import gpt2 as lm
 from sae_experiments.models.gpt2 import LMLearner, LMSpec, build_lm
@@ -101,7 +101,7 @@ class Palindrome:
     data: Strings
     lm: LMSpec
     train: TrainConfig
-    arms: Mapping[str, Arm]
+    saes: Mapping[str, SAESpec]
     fit: FitSpec
     center: bool  # take the training strings' mean out of the vectors first: nearly all of their square is the mean
     analysis: Analysis
@@ -135,8 +135,8 @@ class Palindrome:
                 raise UserError(
                     f"study.analysis.{name}={getattr(self.analysis, name)} must lie between 1 and the {n_test} test strings"
                 )
-        for arm in self.arms.values():
-            arm.check(self.width, self.width, self.fit.train)
+        for sae_spec in self.saes.values():
+            sae_spec.check(self.width, self.width, self.fit.train)
 
     def shown(self, strings: Tensor) -> Tensor:
         """Those of the test strings that are evaluated on; a search sees every second one, and its winner is reported on the others."""
@@ -144,22 +144,22 @@ class Palindrome:
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
         return {
-            self.report(arm): {
+            self.result_name(sae): {
                 "corpus": f"palindromes-{self.data.split}",
                 "stand_in": False,
                 "symbols": len(SYMBOLS),
                 **part_of(self.held_out),
             }
-            for arm in self.arms
+            for sae in self.saes
         }
 
-    def report(self, arm: str) -> str:
+    def result_name(self, sae: str) -> str:
         """The name results appear under."""
-        return "palindrome" if len(self.arms) == 1 else f"palindrome.{arm}"
+        return "palindrome" if len(self.saes) == 1 else f"palindrome.{sae}"
 
     def cells(self) -> list[Cell]:
         return [
-            Cell("palindrome", seed, tuple(self.report(arm) for arm in self.arms))
+            Cell("palindrome", seed, tuple(self.result_name(sae) for sae in self.saes))
             for seed in (self.seeds if self.seeds is not None else [0])
         ]
 
@@ -209,7 +209,7 @@ class Palindrome:
             ctx.console.say(
                 f"  {name}: explained variance {explained}, alive {m['alive_latents']:.0f}/{sae.d_sae}, L0 {m['sae_l0']:.1f}"
             )
-            outcomes[self.report(name)] = outcome
+            outcomes[self.result_name(name)] = outcome
         return outcomes
 
     def _facts(self, key: Mapping[str, Any], rows: int) -> dict[str, Any]:
@@ -280,16 +280,16 @@ class Palindrome:
     ) -> tuple[dict[str, SAE], dict[str, FitReport]]:
         """The SAEs: from the cache, or fitted now in one pass over the training strings but for those kept to calibrate on."""
         saes = {
-            name: arm.seeded(self.width, self.width, seed).to(ctx.device)
-            for name, arm in self.arms.items()
+            name: sae_spec.seeded(self.width, self.width, seed).to(ctx.device)
+            for name, sae_spec in self.saes.items()
         }
         full = {
             "what": "palindrome SAEs",
             "of": dict(key),
             "center": self.center,
-            "arms": {n: arm.describe() for n, arm in self.arms.items()},
+            "saes": {n: sae_spec.describe() for n, sae_spec in self.saes.items()},
             "fit": asdict(self.fit),
-            "source": source_digest(*code_of(self.arms, saes), fit, training, arms),
+            "source": source_digest(*code_of(self.saes, saes), fit, training, sae_spec_module),
         }
         cfg = self.fit.train
         learned, held = self.split(x, seed)
@@ -304,7 +304,7 @@ class Palindrome:
             few = spread_rows(learned, self.fit.init_rows)
             with ctx.session(f"fit {listed(list(saes))}", "sae") as session:
                 session.checkpoint = part / "checkpoint.safetensors"
-                configs = {name: arm.config(cfg) for name, arm in self.arms.items()}
+                configs = {name: sae_spec.config(cfg) for name, sae_spec in self.saes.items()}
                 sample = Sample(few, few, held)
                 found = fit_saes(
                     saes,

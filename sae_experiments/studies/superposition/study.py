@@ -21,7 +21,7 @@ from sae_experiments.conditions import OF_MODEL, OF_MODEL_TIME, ON_ACTIVATIONS
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest, read_json, write_bytes, write_json
 from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
-from sae_experiments.fitting.spec import Arm
+from sae_experiments.fitting.spec import SAESpec
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.resources import Need, announce
 from sae_experiments.saes.base import SAE, Batch
@@ -63,7 +63,7 @@ class Superposition:
     eval_rows: int
     train: TrainConfig
     probe: Probe
-    arms: Mapping[str, Arm]
+    saes: Mapping[str, SAESpec]
     seeds: Sequence[int] | None
     held_out: str = "val"
 
@@ -94,8 +94,8 @@ class Superposition:
             raise UserError(
                 f"study.probe: depth={self.probe.depth} with hidden={self.probe.hidden} is not a configuration of the sweep"
             )
-        for arm in self.arms.values():
-            arm.check(self.probe.hidden, self.probe.hidden, self.probe.train)
+        for sae_spec in self.saes.values():
+            sae_spec.check(self.probe.hidden, self.probe.hidden, self.probe.train)
 
     def _check_sizes(self, name: str, sizes: Mapping[int, int]) -> None:
         """A hidden size above the features of some depths is left out there; one above those of all depths, or a depth without any, is a mistake."""
@@ -139,24 +139,24 @@ class Superposition:
     def prepare(self, ctx: Context) -> dict[str, Any]:
         self.announce(ctx)
         return {
-            self.report(name, arm): {
+            self.result_name(name, sae): {
                 "corpus": f"tree-{features.mode}",
                 "stand_in": False,
                 "branching": features.branching,
                 **part_of(self.held_out),
             }
             for name, features in self.families.items()
-            for arm in self.arms
+            for sae in self.saes
         }
 
-    def report(self, family: str, arm: str) -> str:
+    def result_name(self, family: str, sae: str) -> str:
         """The name results appear under: the family, and the SAE's label where several are fitted."""
-        return family if len(self.arms) == 1 else f"{family}.{arm}"
+        return family if len(self.saes) == 1 else f"{family}.{sae}"
 
     def cells(self) -> list[Cell]:
         seeds = self.seeds if self.seeds is not None else [0]
         return [
-            Cell(name, seed, tuple(self.report(name, arm) for arm in self.arms))
+            Cell(name, seed, tuple(self.result_name(name, sae) for sae in self.saes))
             for name in self.families
             for seed in seeds
         ]
@@ -202,7 +202,7 @@ class Superposition:
             ctx.console.say(
                 f"  {name}: MMCS {own.metrics['sae_mmcs'] or 0:.3f}, {own.metrics['sae_recovered_frac']:.0%} of the tree found"
             )
-            outcomes[self.report(cell.dataset, name)] = own
+            outcomes[self.result_name(cell.dataset, name)] = own
         return outcomes
 
     def _facts(self, features: Features) -> dict[str, Any]:
@@ -310,8 +310,8 @@ class Superposition:
         """The SAEs on the hidden layer, fitted in one pass."""
         cfg = self.probe.train
         saes = {
-            name: arm.seeded(self.probe.hidden, self.probe.hidden, seed).to(ctx.device)
-            for name, arm in self.arms.items()
+            name: sae_spec.seeded(self.probe.hidden, self.probe.hidden, seed).to(ctx.device)
+            for name, sae_spec in self.saes.items()
         }
 
         def batch_at(step: int) -> Batch:
@@ -324,7 +324,7 @@ class Superposition:
         )
         dead_after = round(self.probe.dead_after_frac * cfg.steps * cfg.batch_size)
         with ctx.session("fit SAEs", "sae") as session:
-            configs = {name: arm.config(cfg) for name, arm in self.arms.items()}
+            configs = {name: sae_spec.config(cfg) for name, sae_spec in self.saes.items()}
             reports = fit_saes(
                 saes,
                 batch_at,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sae_experiments.studies.superposition.toy_step import compiled
 from sae_experiments.studies.superposition.trees import TREES, Features, padded
-from sae_experiments.training.loop import At, Learner, Loss, TrainConfig, seed_of
+from sae_experiments.training.loop import Learner, Loss, StepInfo, TrainConfig, seed_of
 
 INITS = ("matrix", "stacked")
 ROWS = 4  # hidden units and the bias are padded to a multiple of this
@@ -329,7 +329,7 @@ class ToyLearner(Learner):
         """The samples of every depth."""
         return {depth: stream.batch_at(step) for depth, stream in self.streams.items()}
 
-    def loss(self, batch: dict[int, Samples], at: At) -> Loss:
+    def loss(self, batch: dict[int, Samples], info: StepInfo) -> Loss:
         losses = self.module.losses(batch, self.importances, self._grads)
         parts: dict[str, Tensor] = {}
         for group, found in zip(self.module.groups, losses, strict=True):
