@@ -518,6 +518,22 @@ def test_weight_decay_reaches_the_matrices_that_ask_for_it_and_nothing_else(opti
             assert torch.equal(value, start[name])
 
 
+class FlatWithoutDecay(Flat):
+    def phases(self) -> list[Phase]:
+        groups = [g._replace(decay=False) for g in super().phases()[0].groups]
+        return [Phase("train", 1.0, groups)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_spares_groups_that_do_not_ask_for_it(optimizer):
+    learner = FlatWithoutDecay(optimizer=optimizer, muon_lr=1e-2, weight_decay=0.5)
+    start = bits(learner)
+    run(learner)
+    for name, value in bits(learner).items():
+        if name != "average":  # a buffer
+            assert torch.equal(value, start[name]), name
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_weight_decay_zero_leaves_everything_where_it_is(optimizer):
     learner = Flat(optimizer=optimizer, weight_decay=0.0)

@@ -320,27 +320,18 @@ class _Running:
         for p in self.learner.module.parameters():
             p.requires_grad_(id(p) in chosen)
             p.grad = None
-        use_muon = cfg.optimizer == "muon"
-        adam_groups, muon_groups = [], []
-        for g in phase.groups:
-            if use_muon and g.muon:
-                muon_groups.append(
-                    {
-                        "params": g.params,
-                        "lr": cfg.muon_lr * g.lr_factor,
-                        "peak": cfg.muon_lr * g.lr_factor,
-                    }
-                )
-            else:
-                peak = cfg.lr * g.lr_factor
-                adam_groups.append(
-                    {
-                        "params": g.params,
-                        "lr": peak,
-                        "peak": peak,
-                        "weight_decay": cfg.weight_decay if g.decay else 0.0,
-                    }
-                )
+        adam_groups = []
+        muon_groups = []
+        for group in phase.groups:
+            with_muon = cfg.optimizer == "muon" and group.muon
+            peak = (cfg.muon_lr if with_muon else cfg.lr) * group.lr_factor
+            options = {
+                "params": group.params,
+                "lr": peak,
+                "peak": peak,
+                "weight_decay": cfg.weight_decay if group.decay else 0.0,
+            }
+            (muon_groups if with_muon else adam_groups).append(options)
         self.optimizers = []
         if adam_groups:
             make = torch.optim.Adam if cfg.optimizer == "adam" else torch.optim.AdamW
@@ -350,11 +341,7 @@ class _Running:
         if muon_groups:
             # RMS matching makes the step size independent of a matrix's orientation (GPT-2 stores
             # its weights transposed).
-            self.optimizers.append(
-                torch.optim.Muon(
-                    muon_groups, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
-                )
-            )
+            self.optimizers.append(torch.optim.Muon(muon_groups, adjust_lr_fn="match_rms_adamw"))
 
     def info(self, step: int) -> StepInfo:
         index = self.phase_at(step)
