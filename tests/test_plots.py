@@ -452,3 +452,21 @@ def test_plot_py_with_failed_runs_alone_is_no_success(tmp_path: Path) -> None:
     assert partly.returncode == 1 and "failed" in partly.stderr.splitlines()[-1]
     assert "run_1" in partly.stdout, "what there is is shown all the same"
     assert plot(tmp_path, "runs/run_0", "runs/run_1", figures).returncode == 0
+
+
+@pytest.mark.parametrize("max_corpora", [1, 2])
+def test_the_purification_matrix_shows_a_fit_that_is_the_host_of_another_corpus(
+    max_corpora, tmp_path
+):
+    kinds = {"rob_kinds": np.array(["gaussian"]), "rob_kind_change": np.array([0.5])}
+    datasets = {"one": ["text8"], "two": ["enwik8", "text8"], "three": ["enwik8"]}
+    for name, own in datasets.items():
+        run = make_run(tmp_path, name, datasets=own, seeds=[0], curves=False, label=name)
+        for dataset in own:
+            save_arrays(run, dataset, 0, kinds)
+    plot = instantiate(OmegaConf.load(ROOT / "conf" / "plot" / "purification_matrix.yaml"))
+    figure = plot(
+        load_table([tmp_path / name for name in datasets]), host="none", max_corpora=max_corpora
+    )
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["two", "three"][:max_corpora]

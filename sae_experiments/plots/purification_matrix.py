@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,7 @@ def draw(table: RunTable, *, title: str, host: str, max_fits: int, max_corpora: 
     fits = limit(fits_of(table, "rob_kind_change"), max_fits, "fits", notes)
     hosts = hosts_of(fits, table, host, figure="a noise matrix")
     corpora = limit(list(hosts), max_corpora, "corpora", notes)
-    compared = [fit for fit in fits if fit not in hosts.values()]
-    rows = [fit for fit in compared if not set(corpora).isdisjoint(fit.corpora)]
+    rows = [fit for fit in fits if _is_compared(fit, hosts, corpora)]
     kinds = _kinds(rows[0], corpora)
     width, height = 1.0 + 0.47 * len(kinds), 0.6 + 0.27 * len(rows)
     fig, axes = panels(1, len(corpora), width=width, height=height, sharey=True)
@@ -59,6 +58,14 @@ def draw(table: RunTable, *, title: str, host: str, max_fits: int, max_corpora: 
     )
     reports = [hosts[corpus].reports[corpus] for corpus in corpora]
     return finish(fig, title, notes + caption(table.runs, reports, error="means over seeds"))
+
+
+def _is_compared(fit: Fit, hosts: Mapping[str, Fit], corpora: Sequence[str]) -> bool:
+    """Tell whether a fit has another one as its host on any of the corpora.
+
+    The host on one corpus may be compared with another host on the next.
+    """
+    return any(corpus in fit.corpora and hosts[corpus] is not fit for corpus in corpora)
 
 
 def _kinds(fit: Fit, corpora: Sequence[str]) -> list[str]:
