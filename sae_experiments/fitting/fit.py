@@ -26,6 +26,10 @@ from sae_experiments.training.loop import (
 )
 
 
+#: Fields of `TrainConfig` that belong to the pass: they are the same for all of its SAEs.
+OF_THE_PASS = ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every_s")
+
+
 class FitReport(NamedTuple):
     """Outcome of fitting one SAE.
 
@@ -146,7 +150,7 @@ def fit_saes(
     Args:
         saes: SAEs by name.
         batch_at: Gives the batch of a step, in raw units.
-        cfg: Numbers of the fit, for all or by name.
+        cfg: Numbers of the fit, for all or by name; those in `OF_THE_PASS` must not differ.
         sample: Rows for initialisation and calibration, in raw units.
         seed: Seed of everything random in the fit.
         dead_after: Rows without firing after which a latent counts as dead.
@@ -156,9 +160,11 @@ def fit_saes(
     Raises:
         NonFinite: a loss became NaN or infinite (names SAE, step and term).
         UserError: the sample holds a non-finite value, or nothing but zeros; an SAE cannot be
-            trained on, or rebuilds something else than it has to read.
+            trained on, or rebuilds something else than it has to read; SAEs differ in a number of
+            the pass.
     """
     configs = cfg if isinstance(cfg, Mapping) else dict.fromkeys(saes, cfg)
+    _check_shared(saes, configs)
     blocks = {sae.n_sites for sae in saes.values()}
     if len(blocks) != 1:
         raise UserError("SAEs over different numbers of sites cannot share one pass")
@@ -208,6 +214,19 @@ def fit_saes(
         rows_per_second = int(learner.module.rows_used) / max(seconds, 1e-9)
         reports[name] = FitReport(seconds, rows_per_second, progress.step, mine, progress.cut)
     return reports
+
+
+def _check_shared(saes: Mapping[str, SAE], configs: Mapping[str, TrainConfig]) -> None:
+    """Raise `UserError` if SAEs of one pass differ in a number that belongs to the pass."""
+    first = next(iter(saes))
+    for name in saes:
+        for key in OF_THE_PASS:
+            value, expected = getattr(configs[name], key), getattr(configs[first], key)
+            if value != expected:
+                raise UserError(
+                    f"{key}={value} of {name} differs from {key}={expected} of {first}: "
+                    "SAEs of one pass share it, so give both the same or fit them one by one"
+                )
 
 
 def _check_start(name: str, sae: SAE, same: bool, rows: int) -> None:
