@@ -11,7 +11,7 @@ import pytest
 import torch
 from metric_worlds import CPU, LENGTH, Given, ctx, play
 
-from sae_experiments.metrics import ablation, absorption, probing, rules
+from sae_experiments.metrics import ablation, absorption, downstream, probing, rules
 from sae_experiments.metrics.base import EvalContext, LMSplice, Measured
 from sae_experiments.metrics.noise import Grouped, noise_over, resampled_auc, resampled_means
 from sae_experiments.models.hooks import Site
@@ -256,3 +256,22 @@ def test_a_sample_without_any_document_of_a_part_leaves_the_part_out() -> None:
         np.unique(resampled[~np.isnan(resampled[:, 0]), 0])
     ) == {1.0}
     assert np.isfinite(noise_over(resampled)) and noise_over(np.full((5, 2), np.nan)) == 0
+
+
+def test_bootstrap_samples_on_which_an_ablation_costs_nothing_are_left_out():
+    """Half of the windows cost nothing to ablate: a sample of these alone recovers no share."""
+    clean = np.array([1.0, 1.0])
+    losses = {
+        "clean": clean,
+        "spliced": clean + [0.0, 0.1],
+        "mean": clean + [0.0, 0.5],
+        "zero": clean + [-1e-9, 1.0],
+        "kl": np.array([0.0, 0.1]),
+    }
+    scalars = downstream._summary({name: float(part.mean()) for name, part in losses.items()})
+    noise = downstream._noise(losses, scalars.scalars)
+    assert set(noise) == set(downstream.FORMULAS)
+    assert all(np.isfinite(error) for error in noise.values())
+    # The other samples recover the same share each, 0.8 and 0.9.
+    assert noise["loss_recovered"] == pytest.approx(0, abs=1e-6)
+    assert noise["loss_recovered_zero"] == pytest.approx(0, abs=1e-6)

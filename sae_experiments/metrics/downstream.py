@@ -69,6 +69,9 @@ INFO = [
 #: Held-out rows over which mean ablation takes its mean.
 MEAN_ROWS = 1 << 16
 
+#: Least cost of an ablation, in nats, of which a share recovered is defined: 0.01 bit.
+MIN_COST = 0.01 * math.log(2)
+
 #: Metrics as functions of the mean loss in nats of the clean, splice, mean-ablated and
 #: zero-ablated model, and of the mean KL divergence.
 FORMULAS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -76,9 +79,20 @@ FORMULAS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "ce_spliced": lambda s: s["spliced"],
     "ce_delta_bits": lambda s: (s["spliced"] - s["clean"]) / math.log(2),
     "kl": lambda s: s["kl"],
-    "loss_recovered": lambda s: (s["mean"] - s["spliced"]) / (s["mean"] - s["clean"]),
-    "loss_recovered_zero": lambda s: (s["zero"] - s["spliced"]) / (s["zero"] - s["clean"]),
+    "loss_recovered": lambda s: _recovered(s, "mean"),
+    "loss_recovered_zero": lambda s: _recovered(s, "zero"),
 }
+
+
+def _recovered(losses: Mapping[str, Any], ablation: str) -> Any:
+    """Share of the loss of an ablation that the splice recovers; NaN if it costs below `MIN_COST`.
+
+    A bootstrap sample may hold only windows on which the ablation costs nothing, or less.
+    """
+    cost = np.asarray(losses[ablation] - losses["clean"])
+    recovered = np.asarray(losses[ablation] - losses["spliced"])
+    share = np.divide(recovered, cost, out=np.full(cost.shape, np.nan), where=cost >= MIN_COST)
+    return share if share.ndim else float(share)
 
 
 def rows_read(settings: dict[str, Any], length: int) -> int:
@@ -177,10 +191,12 @@ def _noise(
         value = scalars[name]
         if value is None or not math.isfinite(value):
             continue
-        noise[name] = noise_of(
+        error = noise_of(
             window_means,
             lambda totals, formula=formula: formula({k: v / n for k, v in totals.items()}),
         )
+        if math.isfinite(error):
+            noise[name] = error
     return noise
 
 
@@ -192,7 +208,7 @@ def _summary(losses: dict[str, float]) -> Measured:
     for name, formula in FORMULAS.items():
         ablation = ablation_of.get(name)
         span = math.inf if ablation is None else losses[ablation] - losses["clean"]
-        if span >= 0.01 * math.log(2):
+        if span >= MIN_COST:
             values[name] = formula(losses)
         else:
             values[name] = None

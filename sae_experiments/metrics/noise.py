@@ -48,16 +48,23 @@ def noise_of(
 ) -> float:
     """Standard error of a metric that is a function of sums over documents.
 
+    Bootstrap samples in which the metric is undefined (NaN) are left out.
+
     Args:
         sums: Per quantity, its sum within each document, (documents,).
         metric: Maps the totals of the bootstrap samples, (draws,) per quantity, to values (draws,).
         draws: Number of bootstrap samples.
         seed: Seed of the samples.
+
+    Returns:
+        The standard error; NaN if the metric is defined in fewer than two samples.
     """
     documents = len(next(iter(sums.values())))
     weights = document_weights(documents, draws, seed)
     totals = {name: weights @ part for name, part in sums.items()}
-    return float(np.std(metric(totals), ddof=1))
+    values = metric(totals)
+    defined = values[~np.isnan(values)]
+    return float(np.std(defined, ddof=1)) if len(defined) > 1 else math.nan
 
 
 def resampled_means(

@@ -58,6 +58,8 @@ def denoising(
         return Denoising(None, None)
     if not isinstance(site, Site) or site != ctx.write:
         return Denoising(None, None)
+    if windows < 1 or not len(store.starts) or store.length < 2:
+        return Denoising(None, None)
     sae, starts = ctx.sae, store.starts[:windows]
     g = torch.Generator(ctx.device).manual_seed(seed)
     clean = noisy = rebuilt = 0.0
