@@ -415,7 +415,7 @@ def held_out(trained: Any, corpus: Any, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture
-def spliced(trained: Any, corpus: Any, held_out: Store) -> Callable[..., Measured]:
+def splice(trained: Any, corpus: Any, held_out: Store) -> Callable[..., Measured]:
     """Downstream metrics of a stub."""
 
     def measure(
@@ -436,7 +436,7 @@ def spliced(trained: Any, corpus: Any, held_out: Store) -> Callable[..., Measure
 
 
 def test_a_perfect_copy_costs_nothing_and_recovers_everything(splice):
-    found = spliced(Stub()).scalars
+    found = splice(Stub()).scalars
     assert found["ce_spliced"] == pytest.approx(found["ce_clean"], rel=1e-7)
     assert found["ce_delta_bits"] == pytest.approx(0, abs=1e-6) and found["kl"] == pytest.approx(
         0, abs=1e-6
@@ -447,19 +447,19 @@ def test_a_perfect_copy_costs_nothing_and_recovers_everything(splice):
 
 
 def test_zero_is_zero_ablation(splice):
-    found = spliced(Stub(rebuild=torch.zeros_like)).scalars
+    found = splice(Stub(rebuild=torch.zeros_like)).scalars
     assert found["loss_recovered_zero"] == pytest.approx(0, abs=1e-9)
     assert found["ce_delta_bits"] > 0.1 and found["kl"] > 0.05
 
 
 def test_the_mean_activation_is_mean_ablation(splice, held_out):
     mean = held_out.rows(SITE, slice(None)).mean(0)
-    found = spliced(Stub(rebuild=lambda z: mean.expand_as(z))).scalars
+    found = splice(Stub(rebuild=lambda z: mean.expand_as(z))).scalars
     assert found["loss_recovered"] == pytest.approx(0, abs=1e-6)
 
 
 def test_halfway_lies_between(splice):
-    found = spliced(
+    found = splice(
         Stub(
             rebuild=lambda z: (
                 z + 0.5 * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
@@ -496,7 +496,7 @@ def test_downstream_losses_equal_those_computed_by_hand(splice, trained, corpus,
             )
             n += 15
     by_hand = {k: v / n for k, v in sums.items()}
-    found = spliced(Stub(rebuild=rebuild), windows=9, batch=4).scalars
+    found = splice(Stub(rebuild=rebuild), windows=9, batch=4).scalars
     assert found["ce_clean"] == pytest.approx(by_hand["clean"], rel=1e-5)
     assert found["ce_spliced"] == pytest.approx(by_hand["spliced"], rel=1e-5)
     assert found["kl"] == pytest.approx(by_hand["kl"], rel=1e-4)
@@ -507,14 +507,14 @@ def test_downstream_losses_equal_those_computed_by_hand(splice, trained, corpus,
 @pytest.mark.parametrize("batch", [1, 7, 100])
 def test_downstream_does_not_depend_on_the_batch_size(splice, batch):
     sae = Stub(rebuild=lambda z: 0.8 * z)
-    assert spliced(sae, batch=batch).scalars == pytest.approx(
-        spliced(sae, batch=40).scalars, rel=1e-4
+    assert splice(sae, batch=batch).scalars == pytest.approx(
+        splice(sae, batch=40).scalars, rel=1e-4
     )
 
 
 def test_a_transcoder_that_computes_the_mlp_costs_nothing(splice, trained):
     mlp = copy.deepcopy(trained.model.transformer.h[1].mlp)  # without the hooks of the measurement
-    found = spliced(
+    found = splice(
         Stub(rebuild=lambda z: mlp(z)), read=Site("mlp_in", 2), write=Site("mlp_out", 2)
     ).scalars
     assert found["ce_spliced"] == pytest.approx(found["ce_clean"], rel=1e-6) and found[
@@ -527,7 +527,7 @@ def test_an_ablation_that_costs_nothing_gives_null_with_a_reason(splice, trained
         kept = trained.model.lm_head.weight.clone()
         trained.model.lm_head.weight.zero_()  # nothing matters to this model
         try:
-            found = spliced(Stub(rebuild=torch.zeros_like))
+            found = splice(Stub(rebuild=torch.zeros_like))
         finally:
             trained.model.lm_head.weight.copy_(kept)
     assert found.scalars["loss_recovered"] is None and found.scalars["loss_recovered_zero"] is None
@@ -539,7 +539,7 @@ def test_an_ablation_that_costs_nothing_gives_null_with_a_reason(splice, trained
 
 
 def test_a_reconstruction_that_is_not_finite_gives_nulls_with_reasons(splice):
-    found = reasons(spliced(Stub(rebuild=lambda z: z * math.nan)))
+    found = reasons(splice(Stub(rebuild=lambda z: z * math.nan)))
     assert {"ce_spliced", "ce_delta_bits", "kl"} <= set(found) and NOT_GIVEN not in found.values()
 
 
@@ -556,7 +556,7 @@ def test_measuring_changes_neither_sae_nor_language_model(splice, trained, corpu
     before = activations(trained.model, x, [SITE])[SITE]
     sae = Stub(rebuild=lambda z: 0.5 * z)
     state = {k: v.clone() for k, v in sae.state_dict().items()}
-    spliced(sae)
+    splice(sae)
     assert torch.equal(activations(trained.model, x, [SITE])[SITE], before)
     assert all(torch.equal(v, state[k]) for k, v in sae.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in trained.model.modules())
@@ -570,7 +570,7 @@ def test_measuring_changes_neither_sae_nor_language_model(splice, trained, corpu
 )
 def test_every_metric_is_described_and_every_description_is_measured(module, splice):
     if module is downstream:
-        found = spliced(Stub())
+        found = splice(Stub())
     else:
         options = {"rows": None} | ({"entropy_latents": 4} if module is sparsity else {})
         found = module.measure(EvalContext(sae=Stub(), device=CPU, x=gaussian()), **options)

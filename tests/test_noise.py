@@ -21,7 +21,7 @@ BLOCK = 4
 RULES = {
     "rows": None,
     "latents": None,
-    "least": 20,
+    "min_fires": 20,
     "threshold": 0.1,
     "block": BLOCK,
     "keep": 0.9,
@@ -38,7 +38,7 @@ ABSORPTION = {
     "rows": None,
     "n_train": 10**6,
     "n_test": 10**6,
-    "least": 20,
+    "min_positives": 20,
     "skip": 0,
     "block": BLOCK,
     "test_frac": 0.5,
@@ -56,7 +56,7 @@ PROBING = {
     "ceilings": [],
     "n_train": 1000,
     "n_test": 10**6,
-    "least": 20,
+    "min_positives": 20,
     "skip": 0,
     "block": BLOCK,
     "test_frac": 0.5,
@@ -70,7 +70,7 @@ ABLATION = {
     "batch": 8,
     "latents": 8,
     "per_latent": 40,
-    "least": 5,
+    "min_fires": 5,
     "groups": 1,
     "mean": False,
     "seed": 0,
@@ -263,9 +263,9 @@ def test_bootstrap_samples_on_which_an_ablation_costs_nothing_are_left_out():
     clean = np.array([1.0, 1.0])
     losses = {
         "clean": clean,
-        "spliced": clean + [0.0, 0.1],
-        "mean": clean + [0.0, 0.5],
-        "zero": clean + [-1e-9, 1.0],
+        "spliced": clean + np.array([0.0, 0.1]),
+        "mean": clean + np.array([0.0, 0.5]),
+        "zero": clean + np.array([-1e-9, 1.0]),
         "kl": np.array([0.0, 0.1]),
     }
     scalars = downstream._summary({name: float(part.mean()) for name, part in losses.items()})

@@ -236,7 +236,7 @@ def test_several_saes_of_one_run_are_drawn_side_by_side(tmp_path: Path) -> None:
     assert {r.config["variant"] for r in table.runs} == {"topk", "gated"}
     whole = load_table([run]).runs[0]
     for part in table.runs:
-        assert part.stats["text8"] == whole.stats[f"text8.{part.sae_spec}"]
+        assert part.stats["text8"] == whole.stats[f"text8.{part.sae}"]
         assert set(part.curves["dataset"]) == {"enwik8", "text8"} and set(part.arrays("text8")) == {
             0,
             1,

@@ -622,7 +622,7 @@ def test_a_state_with_a_worse_reconstruction_is_not_the_best():
 
 def test_looking_changes_nothing():
     one = fitted(plainly(), 40)
-    other = fitted(plainly(*stopping(patience=100, start=0.0)), 40)
+    other = fitted(plainly(*stopping(patience=100, start_frac=0.0)), 40)
     # The last step may be better than the last look; all else is the same fit.
     assert other.early_stopping.trace[:, 1].isfinite().sum() >= 8
     assert same_bits(one.eps_trace, other.eps_trace)
@@ -659,14 +659,14 @@ def test_a_host_with_a_pass_of_its_own_is_refused():
     [
         ("sae.model.relative=2", "relative"),
         ("sae.model.weights.stability=-1", "stability"),
-        ("sae.model.row_frac=0", "rows"),
+        ("sae.model.row_frac=0", "row_frac"),
         ("sae.model.eps=-1", "eps"),
         ("sae.model.norm=l1", "l2sq"),
         ("sae.model.weights.denoise=-1", "denoise"),
         ("sae.model.mixture.gaussian=0", "no kind"),
         ("sae.model.adapt.target=2", "adapt"),
         ("sae.model.aim.weak=-1", "weak"),
-        ("sae.model.stop.eval_every_frac=2", "every"),
+        ("sae.model.stop.eval_every_frac=2", "eval_every_frac"),
         ("sae.model.noise=gausian", "noise"),
         ("sae.model.noise=not_gaussian", "no kind"),
     ],

@@ -228,7 +228,10 @@ def test_a_coarse_product_decides_what_is_active_and_leaves_values_exact(
         dense.codes.pattern is None
     ):  # the selections of the top-k family are patterns, however many are active
         torch.testing.assert_close(
-            dense.at, sae.pre_acts(batch().x) * (dense.at != 0), rtol=1e-5, atol=1e-5
+            dense.active_pre,
+            sae.pre_acts(batch().x) * (dense.active_pre != 0),
+            rtol=1e-5,
+            atol=1e-5,
         )
     assert torch.equal(sae.eval().encode(batch().x), plain.eval().encode(batch().x)), (
         "what is trained is used in float32"

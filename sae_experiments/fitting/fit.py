@@ -25,7 +25,6 @@ from sae_experiments.training.loop import (
     train,
 )
 
-
 #: Fields of `TrainConfig` that belong to the pass: they are the same for all of its SAEs.
 OF_THE_PASS = ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every_s")
 

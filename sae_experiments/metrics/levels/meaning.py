@@ -255,7 +255,7 @@ def _suffix_orders(codes: sparse.csr_matrix, text: Text, opts: Options) -> np.nd
         codes[:n],
         part,
         longest=opts.longest,
-        min_positives=opts.min_positives,
+        min_fires=opts.min_positives,
         min_count=opts.min_count,
         block=opts.block,
     )
