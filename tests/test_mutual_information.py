@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_experiments.saes.hierarchical.level import matmul
 from sae_experiments.saes.hierarchical.redundancy import (
     Coherence,
     Information,

@@ -1,15 +1,14 @@
-"""Hierarchical SAE: basic features below, combinations of them above, joined by a gated skip and trained in three phases."""
+"""Hierarchical SAE: basic features below and combinations of them above, joined by a gated skip."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from sae_experiments.errors import UserError
 from sae_experiments.saes import ops
 from sae_experiments.saes.base import SAE, Batch, Step, Units, by_rows
 from sae_experiments.saes.controller import ramp
@@ -17,62 +16,67 @@ from sae_experiments.saes.hierarchical.level import (
     Controllers,
     Joined,
     Level,
-    Passed,
-    Seen,
-    Weights,
-    active_of,
+    StepOutcome,
+    TrainingPass,
     matmul,
     signed_directions,
-    widths_of,
 )
 from sae_experiments.saes.hierarchical.redundancy import Coherence, Information
+from sae_experiments.saes.hierarchical.settings import Settings, Weights, level_l0s, level_widths
 from sae_experiments.sampling import spread_rows
 from sae_experiments.training.loop import Group, Loss, Phase
 
 PHASES = ("bottom", "top", "both")
-#: What the running record of a fit holds: a row for each of its equal parts.
-TRACE, TRACED = (
-    250,
-    ("progress", "bottom_sparsity", "top_sparsity", "bottom_coeff", "top_coeff", "gate"),
-)
+#: Equal parts of a fit, each with one row in its record.
+TRACE = 250
+#: Columns of the record of a fit.
+TRACED = ("progress", "bottom_sparsity", "top_sparsity", "bottom_coeff", "top_coeff", "gate")
+#: Rows that are encoded at once while a level is initialised or calibrated.
 CHUNK = 4096
 
 
 class Hierarchical(SAE):
-    """Two levels (``z1``, m1 latents at the first of ``sparsity``; ``z2``, m2 latents at the second), side by side in the code ``[z1, z2]``::
+    """Two levels, z1 with m1 latents and z2 with m2, side by side in the code `[z1, z2]`:
 
-        z1 = (E1 (x - b0) + c1) above theta1        u  = z1 / s,  s_j = sqrt(m1 E z1_j^2)
-        z2 = (E2 u + c2) above theta2               v  = ReLU(D2^T z2 + c3),  z1hat = s v
-        g  = sigmoid(A B z2 + b)                    z  = g z1 + (1 - g) z1hat,  xhat = b0 + D1^T z
+        z1 = (E1 (x - b0) + c1) above theta1       u = z1 / s,  s_j = sqrt(m1 E z1_j^2)
+        z2 = (E2 u + c2) above theta2              v = ReLU(D2^T z2 + c3),  z1hat = s v
+        g = sigmoid(A B z2 + b)                    z = g z1 + (1 - g) z1hat,  xhat = b0 + D1^T z
 
-    The top reads the bottom's code, not x, and writes into it: the largest entries of a row of D2 are the bottom latents a top latent is made
-    of, ``t_i = D1^T (s d2_i)`` is its direction in x. The gate says, from the top code alone, which bottom latents the top fails to predict.
+    The top reads the bottom's code, not x, and writes into it. The largest entries of a row of D2
+    are the bottom latents that a top latent combines; `t_i = D1^T (s d2_i)` is its direction in x.
+    The gate tells, from the top's code alone, which bottom latents the top fails to predict.
 
-    Phases: ``bottom`` trains E1, c1, D1, b0 on ``||x - b0 - D1^T z1||^2``; ``top`` everything else with the bottom frozen; ``both`` all, the
-    bottom's learning rate times ``bottom_lr``. Loss, with ``R(y) = mean_B ||x - y||^2 / V`` and V the variance of x::
+    Phases: `bottom` trains E1, c1, D1 and b0 on `||x - b0 - D1^T z1||^2`; `top` trains everything
+    else, with the bottom frozen; `both` trains all, the bottom at `bottom_lr` times the learning
+    rate. With `R(y) = mean_B ||x - y||^2 / V`, where V is the variance of x, the loss is
 
-        R(xhat) + top R(xhat with g = 0) + bottom R(xhat with g = 1) + lambda1 |z1| + lambda2 |z2| + code ||z1 - z1hat||^2 / ||z1||^2
-        + orthogonality Coherence + mutual_information Information + gate mean_B sum_j g_j 1[z1_j > 0] / L0 + anchor mean_j (1 - cos(d1_j, d1_j'))
+        R(xhat) + top R(xhat with g = 0) + bottom R(xhat with g = 1)
+        + lambda1 |z1| + lambda2 |z2| + code ||z1 - z1hat||^2 / ||z1||^2
+        + orthogonality Coherence + mutual_information Information
+        + gate mean_B sum_j g_j 1[z1_j > 0] / L0 + anchor mean_j (1 - cos(d1_j, d1_j'))
 
-    (``anchor`` and the R of the bottom in the last phase only; d1' is D1 at the end of the first.) Without the gate's price and the paths
-    that are dropped at random, g = 1 everywhere would be a minimum, in which the top learns nothing.
+    The anchor and the reconstruction from the bottom are terms of the last phase only; d1' is D1 at
+    the end of the first phase. Without the cost of the gate and the paths that are dropped at
+    random, g = 1 everywhere would be a minimum, in which the top learns nothing.
 
     Args:
-        target_l0: null for what ``sparsity`` says; a number multiplies the share of active latents of both levels so that this is their total.
-        sparsity: share of a row's latents that are zero, of the bottom and of the top.
-        top_frac: share of the latents in the top level.
-        levels: "both"; "bottom" has no top; "top" keeps the gate closed (g = 0), so that the reconstruction is the top's.
-        phase_fracs: share of the steps in each phase.
-        rank: of the gate A B; ``gate_bias`` is b at the start.
-        drop_bottom, drop_top: share of the rows in training with g = 0, with g = 1.
-        rows: rows of a batch that the phases with both levels use, spread over it (null: all).
-        weights: of the loss terms.
-        information, coherence: sizes of the two redundancy terms.
-        aim, start_coeff, start_l0, warmup_frac: of each level's L1 (:class:`.Standard`); warmup is a share of the phase that trains a level first.
+        d_in: Width D of the input.
+        d_sae: Latents of both levels together.
+        d_out: Width of the output, equal to `d_in`. None: `d_in`.
+        target_l0: Active latents per row of both levels together, to which the shares that follow
+            from `sparsity` are scaled. None: not scaled.
+        aux_coeff: Weight of AuxK; 0 turns it off.
+        **settings: Fields of `Settings`.
     """
 
-    supports_bf16 = False  # both levels make their products themselves
+    supports_bf16 = False  # both levels make their own products
     same_units = True
+
+    scale: Tensor
+    variance: Tensor
+    joined: Tensor
+    group: Tensor
+    trace: Tensor
 
     def __init__(
         self,
@@ -81,98 +85,80 @@ class Hierarchical(SAE):
         d_sae: int,
         d_out: int | None = None,
         target_l0: float | None,
-        sparsity: Sequence[float],
-        top_frac: float,
-        levels: str,
-        phase_fracs: Sequence[float],
-        rank: int,
-        gate_bias: float,
-        drop_bottom: float,
-        drop_top: float,
-        rows: int | None,
-        bottom_lr: float,
-        weights: dict[str, float],
-        information: dict[str, Any],
-        coherence: dict[str, Any],
-        aim: float,
-        start_coeff: Sequence[float],
-        start_l0: float | None,
-        warmup_frac: float,
         aux_coeff: float,
+        **settings: Any,
     ) -> None:
         nn.Module.__init__(self)  # a composite: its weights are those of its levels
-        widths = widths_of(d_in, d_sae, d_out, top_frac, levels)
-        active = active_of(widths, sparsity, target_l0)
-        if len(phase_fracs) != 3 or min(phase_fracs) <= 0 or abs(sum(phase_fracs) - 1) > 1e-6:
-            raise UserError(
-                f"sae.model.phase_fracs={list(phase_fracs)} must be three positive numbers that sum to 1"
-            )
-        if drop_bottom < 0 or drop_top < 0 or drop_bottom + drop_top > 1:
-            raise UserError(
-                f"sae.model: drop_bottom={drop_bottom} and drop_top={drop_top} must not be negative nor sum to more than 1"
-            )
-        if rank < 1 or (rows is not None and rows < 1):
-            raise UserError(f"sae.model: rank={rank} and rows={rows} must be at least 1")
-        self.d_in, self.d_sae, self.d_out, self.widths, self.levels = (
-            d_in,
-            sum(widths),
-            d_in,
-            widths,
-            levels,
-        )
-        self.aux_coeff, self.unit_decoder, self.pre_bias = aux_coeff, True, True
-        self.phase_fracs = [1.0] if levels == "bottom" else list(phase_fracs)
-        self.drop_bottom, self.drop_top, self.rows, self.bottom_lr, self.warmup_frac = (
-            drop_bottom,
-            drop_top,
-            rows,
-            bottom_lr,
-            warmup_frac,
-        )
-        self.weights, self.active = Weights.checked(weights), active
-        steered = {
-            "aim": aim,
-            "start_l0": start_l0,
-            "warmup_frac": warmup_frac,
-            "aux_coeff": aux_coeff,
-        }
-        self.bottom = Level(
-            d_in=d_in, d_sae=widths[0], target_l0=active[0], start_coeff=start_coeff[0], **steered
-        )
-        if levels != "bottom":
-            m1, m2 = widths
-            self.top = Level(
-                d_in=m1,
-                d_sae=m2,
-                target_l0=active[1],
-                start_coeff=start_coeff[1],
-                pre_bias=False,
-                **steered,
-            )
-            if levels == "both":
-                self.gate_in = nn.Parameter(torch.randn(rank, m2) / rank**0.5)
-                self.gate_out = nn.Parameter(torch.randn(m1, rank) / rank**0.5)
-                self.gate_bias = nn.Parameter(torch.full((m1,), float(gate_bias)))
-        self.register_buffer("scale", torch.ones(widths[0]))
-        self.register_buffer("variance", torch.ones(()))
-        self.register_buffer(
-            "joined", torch.zeros((), dtype=torch.bool)
-        )  # whether the top takes part yet
-        self.register_buffer(
-            "group", torch.cat([torch.full((w,), i) for i, w in enumerate(widths)])
-        )
-        self.register_buffer("trace", torch.full((TRACE, len(TRACED)), torch.nan))
+        own = Settings(**settings)
+        self.settings = own
+        self.levels = own.levels
+        self.weights = Weights.checked(own.weights)
+        self.widths = level_widths(d_in, d_sae, d_out, own.top_frac, own.levels)
+        self.active = level_l0s(self.widths, own.sparsity, target_l0)
+        self.d_in = d_in
+        self.d_out = d_in
+        self.d_sae = sum(self.widths)
+        self.aux_coeff = aux_coeff
+        self.unit_decoder = True
+        self.pre_bias = True
+        self.phase_fracs = [1.0] if own.levels == "bottom" else list(own.phase_fracs)
+        self._build_levels()
+        self._build_buffers()
         self.seed = torch.initial_seed()
-        self.information, self.coherence = Information(**information), Coherence(**coherence)
-        self.controller = Controllers(self.parts, self.phase_fracs[: len(widths)])
-        for phase in PHASES if levels != "bottom" else PHASES[:1]:
+        self.information = Information(**own.information)
+        self.coherence = Coherence(**own.coherence)
+        self.controller = Controllers(self.parts, self.phase_fracs[: len(self.widths)])
+        for phase in PHASES if own.levels != "bottom" else PHASES[:1]:
             self.register_buffer(f"end_of_{phase}", self._packed())
+
+    def _build_levels(self) -> None:
+        """Create the levels and the gate between them."""
+        own = self.settings
+        shared = {
+            "aim": own.aim,
+            "start_l0": own.start_l0,
+            "warmup_frac": own.warmup_frac,
+            "aux_coeff": self.aux_coeff,
+        }
+        m1 = self.widths[0]
+        self.bottom = Level(
+            d_in=self.d_in,
+            d_sae=m1,
+            target_l0=self.active[0],
+            start_coeff=own.start_coeff[0],
+            **shared,
+        )
+        if own.levels == "bottom":
+            return
+        m2 = self.widths[1]
+        self.top = Level(
+            d_in=m1,
+            d_sae=m2,
+            target_l0=self.active[1],
+            start_coeff=own.start_coeff[1],
+            pre_bias=False,
+            **shared,
+        )
+        if own.levels == "both":
+            self.gate_in = nn.Parameter(torch.randn(own.rank, m2) / own.rank**0.5)
+            self.gate_out = nn.Parameter(torch.randn(m1, own.rank) / own.rank**0.5)
+            self.gate_bias = nn.Parameter(torch.full((m1,), float(own.gate_bias)))
+
+    def _build_buffers(self) -> None:
+        """Create the scale of the bottom's code, the variance of x and the record of the fit."""
+        self.register_buffer("scale", torch.ones(self.widths[0]))
+        self.register_buffer("variance", torch.ones(()))
+        # Flag: the top takes part by now.
+        self.register_buffer("joined", torch.zeros((), dtype=torch.bool))
+        level = [torch.full((width,), number) for number, width in enumerate(self.widths)]
+        self.register_buffer("group", torch.cat(level))
+        self.register_buffer("trace", torch.full((TRACE, len(TRACED)), torch.nan))
 
     @property
     def fixed_l0(self) -> float | None:
         return float(sum(self.active))
 
-    # --- what others see ----------------------------------------------------------------------------------------------
+    # --- weights and codes of both levels as one SAE ---------------------------------------------
 
     @property
     def parts(self) -> list[Level]:
@@ -181,20 +167,25 @@ class Hierarchical(SAE):
 
     @property
     def W_enc(self) -> Tensor:  # noqa: N802
-        """What a latent reads (F, D): rows of E1, and of E2 carried back through the bottom as if all its latents were active."""
-        rows = (
-            [self.bottom.W_enc]
-            if self.levels == "bottom"
-            else [self.bottom.W_enc, (self.top.W_enc / self.scale) @ self.bottom.W_enc]
-        )
-        return torch.cat(rows)
+        """Directions (F, D) that latents read.
+
+        These are the rows of E1, and those of E2 carried back through the bottom as if all of its
+        latents were active.
+        """
+        if self.levels == "bottom":
+            return torch.cat([self.bottom.W_enc])
+        of_top = (self.top.W_enc / self.scale) @ self.bottom.W_enc
+        return torch.cat([self.bottom.W_enc, of_top])
 
     @property
     def W_dec(self) -> Tensor:  # noqa: N802
-        """What one unit of a latent writes where its path is open (F, D): rows of D1, and those of ``D2 s D1``, in the same units."""
-        return torch.cat(
-            [self.bottom.W_dec] if self.levels == "bottom" else [self.bottom.W_dec, self._writes()]
-        )
+        """Directions (F, D) that one unit of each latent writes where its path is open.
+
+        These are the rows of D1 and those of `D2 s D1`, in the same units.
+        """
+        if self.levels == "bottom":
+            return torch.cat([self.bottom.W_dec])
+        return torch.cat([self.bottom.W_dec, self._writes()])
 
     @property
     def b_enc(self) -> Tensor:
@@ -208,30 +199,28 @@ class Hierarchical(SAE):
 
     @property
     def threshold(self) -> Tensor:
-        """The threshold of every latent (F,)."""
+        """Threshold of each latent (F,)."""
         return torch.cat([level.threshold.expand(level.d_sae) for level in self.parts])
 
     def atoms(self, latents: Tensor | None = None) -> Tensor:
-        """Unit directions ``t_i`` of top latents in x, (n, D); ``latents`` None: all."""
+        """Unit directions `t_i` (n, D) in x of top latents (n,); None: of all."""
         return ops.unit_rows(self._writes(latents))
 
     def _writes(self, latents: Tensor | None = None) -> Tensor:
-        """What one unit of a top latent adds with the gate closed, ``D1^T (s d2_i)``, (n, D)."""
+        """Output `D1^T (s d2_i)` (n, D) of one unit of a top latent with the gate closed."""
         rows = self.top.W_dec if latents is None else self.top.W_dec[latents]
         return matmul(rows * self.scale, self.bottom.W_dec)
 
     @by_rows("d_sae")
     def contributions(self, acts: Tensor, direction: Tensor) -> Tensor:
+        reach = self.bottom.W_dec @ direction
         if self.levels == "bottom" or not self.joined:
-            reach = self.bottom.W_dec @ direction
-            return torch.nn.functional.pad(
-                acts[:, : self.widths[0]] * reach, (0, self.d_sae - self.widths[0])
-            )
+            m1 = self.widths[0]
+            return nn.functional.pad(acts[:, :m1] * reach, (0, self.d_sae - m1))
         z1, z2 = self.split(acts)
-        gate, reach = self.gates(z2), self.bottom.W_dec @ direction
-        passed = (
-            (1 - gate) * (self.predict(z2) > 0) * (self.scale * reach)
-        )  # a bottom latent that the top says is off carries nothing
+        gate = self.gates(z2)
+        # A bottom latent that the top predicts to be off carries nothing.
+        passed = (1 - gate) * (self.predict(z2) > 0) * (self.scale * reach)
         return torch.cat([gate * z1 * reach, z2 * (passed @ self.top.W_dec.t())], 1)
 
     @by_rows("d_in")
@@ -239,27 +228,33 @@ class Hierarchical(SAE):
         a1 = self.bottom.pre_acts(x)
         if self.levels == "bottom":
             return a1
-        return torch.cat([a1, self.top.pre_acts(a1 * (a1 > self.bottom.threshold) / self.scale)], 1)
+        z1 = a1 * (a1 > self.bottom.threshold)
+        return torch.cat([a1, self.top.pre_acts(z1 / self.scale)], 1)
 
     def split(self, acts: Tensor) -> list[Tensor]:
         """The codes of the levels, from dense codes (B, F)."""
         return list(acts.split(list(self.widths), 1))
 
     def gates(self, z2: Tensor) -> Tensor:
-        """How much of each bottom latent passes the skip (B, m1), from the top's code."""
+        """Share (B, m1) of each bottom latent that the skip passes, from the top's code (B, m2)."""
         if self.levels == "top":
             return z2.new_zeros(len(z2), self.widths[0])
-        return torch.sigmoid(
-            matmul(matmul(z2, self.gate_in.t()), self.gate_out.t()) + self.gate_bias
-        )
+        low_rank = matmul(matmul(z2, self.gate_in.t()), self.gate_out.t())
+        return torch.sigmoid(low_rank + self.gate_bias)
 
     def predict(self, z2: Tensor) -> Tensor:
-        """The bottom's code in units of its scale, as the top says it is: ``v`` (B, m1)."""
+        """The top's prediction v (B, m1) of the bottom's code, in units of its scale."""
         return torch.relu(matmul(z2, self.top.W_dec) + self.top.b_dec)
 
     @by_rows("d_sae")
     def decode(self, acts: Tensor, gate: float | None = None) -> Tensor:
-        """Reconstruction of dense codes (B, F). ``gate`` 1 gives the bottom's, 0 the top's, None lets the gates decide."""
+        """Reconstruction (B, D) of dense codes.
+
+        Args:
+            acts: Dense codes (B, F).
+            gate: 1 for the reconstruction from the bottom, 0 for that from the top. None: the
+                gates decide.
+        """
         if self.levels == "bottom" or gate == 1 or (gate is None and not self.joined):
             return self.bottom.decode(self.split(acts)[0])
         z1, z2 = self.split(acts)
@@ -269,21 +264,24 @@ class Hierarchical(SAE):
         open_ = self.gates(z2) if gate is None else gate
         return self.bottom.decode(torch.lerp(predicted, z1, open_))
 
-    # --- training -----------------------------------------------------------------------------------------------------
+    # --- training --------------------------------------------------------------------------------
 
     def phases(self) -> list[Phase]:
         below = list(self.bottom.parameters())
         if self.levels == "bottom":
             return [Phase("bottom", 1.0, [Group(below)])]
         above = [p for name, p in self.named_parameters() if not name.startswith("bottom.")]
-        groups = [[Group(below)], [Group(above)], [Group(above), Group(below, self.bottom_lr)]]
+        all_groups = [Group(above), Group(below, self.settings.bottom_lr)]
+        groups = [[Group(below)], [Group(above)], all_groups]
         return [Phase(*each) for each in zip(PHASES, self.phase_fracs, groups, strict=True)]
 
     @torch.no_grad()
     def begin(self, phase: str, x: Tensor, y: Tensor) -> None:
-        """Data for the level that is about to learn: biases (as :class:`.Standard`) and V below; above, directions of largest variance of u too.
+        """Initialise the level that is about to learn from data.
 
-        D2 starts from principal directions of u, each with both signs (a latent is positive), E2 from the same rows.
+        Both levels get their biases as in `Standard`; the bottom also sets V. The rows of D2 start
+        as directions of largest variance of u, each with both signs since latents are positive;
+        E2 starts from the same rows.
         """
         if phase != "top" and not self.joined:
             self.bottom.begin(phase, x, y)
@@ -300,158 +298,192 @@ class Hierarchical(SAE):
         self.top.begin(phase, u, u)
 
     def _codes(self, x: Tensor) -> Iterator[Tensor]:
-        """The bottom's code as the top reads it, chunk by chunk."""
+        """The bottom's code u of rows (N, D), in blocks (CHUNK, m1)."""
         for chunk in x.split(CHUNK):
             yield self.bottom.dense(chunk) / self.scale
 
     def loss(self, batch: Batch, step: Step) -> Loss:
         if step.phase == "bottom" or self.levels == "bottom":
-            return self._loss_of_bottom(batch, step)
-        batch = Batch(spread_rows(batch.x, self.rows), spread_rows(batch.y, self.rows))
+            return self._bottom_loss(batch, step)
+        rows = self.settings.rows
+        batch = Batch(spread_rows(batch.x, rows), spread_rows(batch.y, rows))
         passed = self._pass(batch.x, step)
         recon = self.bottom_decode(passed.mixed)
-        w, whole = self.weights, step.phase != "top"
-        parts = {"mse": self._relative(recon, batch.y)}
+        parts = {"mse": self._relative_error(recon, batch.y)}
         predicted = passed.predicted * self.scale
-        if self.levels == "both":
-            parts["top_mse"] = w.top * self._relative(self.bottom_decode(predicted), batch.y)
-            on = passed.z[0].detach() > 0
-            parts["gate"] = w.gate * (passed.gate * on).sum() / (len(on) * self.active[0])
-        if whole and self.levels == "both":
-            parts["bottom_mse"] = w.bottom * self._relative(
-                self.bottom_decode(passed.z[0]), batch.y
-            )
-        if whole:
-            parts["sparsity_bottom"] = self.bottom.penalty(passed.z[0], 1.0)
-            anchor = self.weights_after("bottom")["bottom.W_dec"]
-            parts["anchor"] = w.anchor * (1 - (self.bottom.W_dec * anchor).sum(1)).mean()
-        parts["sparsity_top"] = self.top.penalty(
-            passed.z[1], ramp(step.progress, self.warmup_frac) if step.phase == "top" else 1.0
-        )
-        parts["code"] = (
-            w.code
-            * (passed.z[0] - predicted).square().sum()
-            / passed.z[0].detach().square().sum().clamp_min(1e-12)
-        )
-        parts |= self._redundancy(batch.x, passed, step) | self._revival(
-            batch, passed, recon, step, whole
-        )
+        parts |= self._path_terms(batch.y, passed, predicted, step)
+        parts |= self._sparsity_terms(passed, step)
+        missed = (passed.z[0] - predicted).square().sum()
+        size = passed.z[0].detach().square().sum().clamp_min(1e-12)
+        parts["code"] = self.weights.code * missed / size
+        parts |= self._redundancy(batch.x, passed, step)
+        parts |= self._revival(batch, passed, recon, step)
         gate = None if passed.gate is None else passed.gate.detach()
         codes = Joined([z.detach() for z in passed.z], list(self.widths))
-        return Loss(
-            sum(parts.values()),
-            {k: v.detach() for k, v in parts.items()},
-            Seen(batch, codes, recon.detach(), gate),
-        )
+        return _total(parts, StepOutcome(batch, codes, recon.detach(), gate))
 
-    def _loss_of_bottom(self, batch: Batch, step: Step) -> Loss:
+    def _bottom_loss(self, batch: Batch, step: Step) -> Loss:
+        """The loss of the first phase."""
         z1 = self.bottom.dense(batch.x)
         recon = self.bottom_decode(z1)
+        warmup = ramp(step.progress, self.settings.warmup_frac)
         parts = {
-            "mse": self._relative(recon, batch.y),
-            "sparsity_bottom": self.bottom.penalty(z1, ramp(step.progress, self.warmup_frac)),
+            "mse": self._relative_error(recon, batch.y),
+            "sparsity_bottom": self.bottom.penalty(z1, warmup),
         }
         dead = step.dead[: self.widths[0]].nonzero().squeeze(1)
         if self.aux_coeff and dead.numel():
             parts["aux_k"] = self.aux_coeff * self.bottom.aux_k_loss(batch.x, batch.y - recon, dead)
         codes = Joined([z1.detach()], list(self.widths))
-        return Loss(
-            sum(parts.values()),
-            {k: v.detach() for k, v in parts.items()},
-            Seen(batch, codes, recon.detach(), None),
-        )
+        return _total(parts, StepOutcome(batch, codes, recon.detach(), None))
 
     def bottom_decode(self, z: Tensor) -> Tensor:
-        """``b0 + D1^T z``."""
+        """`b0 + D1^T z` (B, D) of codes (B, m1)."""
         return matmul(z, self.bottom.W_dec) + self.bottom.b_dec
 
-    def _relative(self, recon: Tensor, y: Tensor) -> Tensor:
+    def _relative_error(self, recon: Tensor, y: Tensor) -> Tensor:
         return ops.squared_error(recon, y) / self.variance
 
-    def _pass(self, x: Tensor, step: Step) -> Passed:
+    def _pass(self, x: Tensor, step: Step) -> TrainingPass:
+        """Encode rows (B, D) with both levels, and mix what the bottom decodes."""
         z1 = self.bottom.dense(x)
         u = z1 / self.scale
         z2 = self.top.dense(u)
         v = self.predict(z2)
         if self.levels == "top":
-            return Passed((z1, z2), u, v, None, v * self.scale)
+            return TrainingPass((z1, z2), u, v, None, v * self.scale)
         gate = self.gates(z2)
-        # On some rows one of the two paths is taken away, so that each learns to do without the other.
+        # On some rows one of the two paths is taken away, so that each learns to do without the
+        # other.
         drawn = torch.rand(len(x), 1, generator=step.generator, device=x.device)
-        used = torch.where(
-            drawn < self.drop_bottom, 0.0, torch.where(drawn >= 1 - self.drop_top, 1.0, gate)
-        )
-        return Passed((z1, z2), u, v, gate, torch.lerp(v * self.scale, z1, used))
+        only_bottom = drawn >= 1 - self.settings.drop_top
+        used = torch.where(only_bottom, 1.0, gate)
+        used = torch.where(drawn < self.settings.drop_bottom, 0.0, used)
+        return TrainingPass((z1, z2), u, v, gate, torch.lerp(v * self.scale, z1, used))
 
-    def _redundancy(self, x: Tensor, passed: Passed, step: Step) -> dict[str, Tensor]:
-        """The two terms between the levels, where their weights are not 0."""
-        w, parts = self.weights, {}
-        if w.orthogonality:
-            parts["orthogonality"] = w.orthogonality * self.coherence(
-                self.atoms(self._some(self.widths[1], self.coherence.chunk, step)),
-                self.bottom.W_dec,
-            )
-        if w.mutual_information:
-            soft = []
-            for level, source, z, n in zip(
-                self.parts,
-                (x, passed.code),
-                passed.z,
-                (self.information.bottom, self.information.top),
-                strict=True,
-            ):
-                on = z.detach() > 0
-                alive = on.any(0).nonzero().squeeze(1)
-                chosen = alive[self._some(len(alive), n, step)]
-                mean = z.detach().sum() / on.sum().clamp_min(1)
-                soft.append(
-                    self.information.soft(level.columns(source, chosen), level.threshold, mean)
-                )
-            parts["mutual_information"] = w.mutual_information * self.information(*soft)
+    def _path_terms(
+        self, y: Tensor, passed: TrainingPass, predicted: Tensor, step: Step
+    ) -> dict[str, Tensor]:
+        """Errors of the reconstructions from single levels, and the cost of the gate.
+
+        Args:
+            y: Targets (B, D).
+            passed: The training pass.
+            predicted: The top's prediction of the bottom's code, (B, m1).
+            step: The current step.
+        """
+        if self.levels != "both":
+            return {}
+        z1 = passed.z[0]
+        from_top = self._relative_error(self.bottom_decode(predicted), y)
+        on = z1.detach() > 0
+        opened = self.weights.gate * (passed.gate * on).sum() / (len(on) * self.active[0])
+        parts = {
+            "top_mse": self.weights.top * from_top,
+            "gate": opened,
+        }
+        if step.phase != "top":
+            from_bottom = self._relative_error(self.bottom_decode(z1), y)
+            parts["bottom_mse"] = self.weights.bottom * from_bottom
         return parts
 
-    def _some(self, n: int, k: int, step: Step) -> Tensor:
-        """k of n numbers at random, all if there are fewer."""
+    def _sparsity_terms(self, passed: TrainingPass, step: Step) -> dict[str, Tensor]:
+        """Penalties of the levels that learn, and the anchor of the bottom's directions."""
+        z1, z2 = passed.z
+        if step.phase == "top":
+            warmup = ramp(step.progress, self.settings.warmup_frac)
+            return {"sparsity_top": self.top.penalty(z2, warmup)}
+        anchor = self.weights_after("bottom")["bottom.W_dec"]
+        turned = (1 - (self.bottom.W_dec * anchor).sum(1)).mean()
+        return {
+            "sparsity_bottom": self.bottom.penalty(z1, 1.0),
+            "anchor": self.weights.anchor * turned,
+            "sparsity_top": self.top.penalty(z2, 1.0),
+        }
+
+    def _redundancy(self, x: Tensor, passed: TrainingPass, step: Step) -> dict[str, Tensor]:
+        """The two terms between the levels, if their weights are not 0."""
+        w = self.weights
+        parts = {}
+        if w.orthogonality:
+            latents = self._sample(self.widths[1], self.coherence.chunk, step)
+            coherence = self.coherence(self.atoms(latents), self.bottom.W_dec)
+            parts["orthogonality"] = w.orthogonality * coherence
+        if w.mutual_information:
+            below = self._soft_firing(0, x, passed, step)
+            above = self._soft_firing(1, passed.code, passed, step)
+            parts["mutual_information"] = w.mutual_information * self.information(below, above)
+        return parts
+
+    def _soft_firing(self, number: int, source: Tensor, passed: TrainingPass, step: Step) -> Tensor:
+        """Soft firing (B, n) of random latents of a level among those that fire in the batch.
+
+        Args:
+            number: 0 for the bottom, 1 for the top.
+            source: The level's input, (B, D) or (B, m1).
+            passed: The training pass.
+            step: The current step.
+        """
+        level = self.parts[number]
+        z = passed.z[number].detach()
+        n = (self.information.bottom, self.information.top)[number]
+        on = z > 0
+        alive = on.any(0).nonzero().squeeze(1)
+        chosen = alive[self._sample(len(alive), n, step)]
+        mean = z.sum() / on.sum().clamp_min(1)
+        return self.information.soft(level.columns(source, chosen), level.threshold, mean)
+
+    def _sample(self, n: int, k: int, step: Step) -> Tensor:
+        """At most `k` of the numbers below `n`, at random and in random order."""
         return torch.randperm(n, generator=step.generator, device=step.generator.device)[:k]
 
     def _revival(
-        self, batch: Batch, passed: Passed, recon: Tensor, step: Step, whole: bool
+        self, batch: Batch, passed: TrainingPass, recon: Tensor, step: Step
     ) -> dict[str, Tensor]:
-        """AuxK of each level that learns, on what that level leaves over."""
+        """AuxK of each level that learns, on the residual of that level."""
         if not self.aux_coeff or not bool(step.dead.any()):
             return {}
-        dead, terms = [part.nonzero().squeeze(1) for part in step.dead.split(list(self.widths))], []
-        if dead[0].numel() and whole:
-            terms.append(self.bottom.aux_k_loss(batch.x, batch.y - recon, dead[0]))
-        if dead[1].numel():
-            terms.append(self.top.aux_k_loss(passed.code, passed.code - passed.predicted, dead[1]))
+        below, above = (part.nonzero().squeeze(1) for part in step.dead.split(list(self.widths)))
+        terms = []
+        if below.numel() and step.phase != "top":
+            terms.append(self.bottom.aux_k_loss(batch.x, batch.y - recon, below))
+        if above.numel():
+            residual = passed.code - passed.predicted
+            terms.append(self.top.aux_k_loss(passed.code, residual, above))
         return {"aux_k": self.aux_coeff * sum(terms)} if terms else {}
 
     def before_update(self) -> None:
         for level in self.parts:
             level.before_update()
 
-    def after_update(self, fwd: Seen, step: Step) -> None:
+    def after_update(self, fwd: StepOutcome, step: Step) -> None:
         for level in self.parts:
-            level.settle()
+            level.normalise_decoder()
         self.after_step(fwd, step)
 
-    def after_step(self, fwd: Seen, step: Step) -> None:
-        """The controllers of the levels that learn see their L0; the record of the fit gets a row."""
-        learning = {"bottom": {0}, "top": {1}}.get(step.phase, {0, 1})
+    def after_step(self, fwd: StepOutcome, step: Step) -> None:
+        """Steer the L1 coefficients of the levels that learn, and record the state of the fit."""
+        learning = {"bottom": [0], "top": [1]}.get(step.phase, [0, 1])
         l0 = [part.l0 for part in fwd.codes.parts]
+        for number in learning[: len(self.parts)]:
+            in_first_phase = step.phase == PHASES[number] or self.levels == "bottom"
+            if step.progress >= self.settings.warmup_frac or not in_first_phase:
+                self.parts[number].controller.update(l0[number])
+        self._record(fwd, step, l0)
+
+    def _record(self, fwd: StepOutcome, step: Step, l0: list[float]) -> None:
+        """Write the row of `trace` for the current step, with the columns `TRACED`."""
+        done, share = 0.0, 1.0
+        if step.phase in PHASES:
+            number = PHASES.index(step.phase)
+            done = sum(self.phase_fracs[:number])
+            share = self.phase_fracs[number]
+        progress = done + share * step.progress
+        row = self.trace[min(int(progress * TRACE), TRACE - 1)]
+        row[0] = progress
         for i, level in enumerate(self.parts):
-            first = step.phase == PHASES[i] or self.levels == "bottom"
-            if i in learning and (step.progress >= self.warmup_frac or not first):
-                level.controller.update(l0[i])
-        done = sum(self.phase_fracs[: PHASES.index(step.phase)]) if step.phase in PHASES else 0.0
-        share = self.phase_fracs[PHASES.index(step.phase)] if step.phase in PHASES else 1.0
-        row = self.trace[min(int((done + share * step.progress) * TRACE), TRACE - 1)]
-        row[0] = done + share * step.progress
-        for i, level in enumerate(self.parts):
-            row[1 + i] = (
-                1 - l0[i] / self.widths[i] if i == 0 or step.phase != "bottom" else torch.nan
-            )
+            encodes = i == 0 or step.phase != "bottom"
+            row[1 + i] = 1 - l0[i] / self.widths[i] if encodes else torch.nan
             row[3 + i] = level.controller.coeff
         if fwd.gate is not None:
             on = fwd.codes.parts[0].values > 0
@@ -459,34 +491,47 @@ class Hierarchical(SAE):
 
     @torch.no_grad()
     def finish(self, phase: str, x: Tensor) -> None:
-        """Exact thresholds of the levels that learnt, the scale of the bottom's code after its first phase, and the phase's weights kept."""
+        """Calibrate the levels that learnt, and keep the weights of the phase.
+
+        After the first phase this also sets the scale s of the bottom's code.
+        """
         if phase != "top":
             self.bottom.calibrate(lambda: x.split(CHUNK), len(x))
         if phase == "bottom" and self.levels != "bottom":
-            squares = sum(
-                self.bottom.dense(chunk).square().sum(0) for chunk in x.split(CHUNK)
-            ) / len(x)
-            spread = squares.sqrt()
-            self.scale.copy_(
-                spread.clamp_min(1e-3 * spread.median().clamp_min(1e-12)) * self.widths[0] ** 0.5
-            )
+            self._set_scale(x)
         if phase != "bottom" and self.levels != "bottom":
             self.top.calibrate(lambda: self._codes(x), len(x))
-        getattr(self, f"end_of_{phase if phase in PHASES else PHASES[0]}").copy_(self._packed())
+        ended = phase if phase in PHASES else PHASES[0]
+        getattr(self, f"end_of_{ended}").copy_(self._packed())
 
-    # --- the state at the end of each phase ---------------------------------------------------------------------------
+    def _set_scale(self, x: Tensor) -> None:
+        """Set s from the bottom's code of rows (N, D)."""
+        squares = sum(self.bottom.dense(chunk).square().sum(0) for chunk in x.split(CHUNK))
+        spread = (squares / len(x)).sqrt()
+        # A latent that hardly fires must not divide by almost nothing.
+        smallest = 1e-3 * spread.median().clamp_min(1e-12)
+        self.scale.copy_(spread.clamp_min(smallest) * self.widths[0] ** 0.5)
+
+    # --- the state at the end of each phase ------------------------------------------------------
 
     def _state(self) -> dict[str, Tensor]:
-        """Everything that the code and the reconstruction depend on, but for the scale, which does not change after the first phase."""
-        return {n: p.data for n, p in self.named_parameters()} | {
-            f"{i}.threshold": level.threshold for i, level in enumerate(self.parts)
-        }
+        """Tensors that the code and the reconstruction depend on, by name.
+
+        The scale is not among them, since it does not change after the first phase.
+        """
+        parameters = {name: p.data for name, p in self.named_parameters()}
+        thresholds = {f"{i}.threshold": level.threshold for i, level in enumerate(self.parts)}
+        return parameters | thresholds
 
     def _packed(self) -> Tensor:
+        """The state as one vector."""
         return parameters_to_vector(self._state().values()).clone()
 
     def weights_after(self, phase: str) -> dict[str, Tensor]:
-        """Parameters (and thresholds) as they were at the end of ``phase``, by name; as initialised where it has not ended yet."""
+        """Parameters and thresholds at the end of a phase, by name.
+
+        Before the end of the phase, those of the initialisation.
+        """
         return self._unpacked(getattr(self, f"end_of_{phase}"))
 
     def _unpacked(self, packed: Tensor) -> dict[str, Tensor]:
@@ -494,24 +539,33 @@ class Hierarchical(SAE):
         parts = packed.split([t.numel() for t in state.values()])
         return {name: part.view_as(t) for (name, t), part in zip(state.items(), parts, strict=True)}
 
-    def _take(self, packed: Tensor) -> None:
+    def _load_packed(self, packed: Tensor) -> None:
         kept = self._unpacked(packed)
         for name, tensor in self._state().items():
             tensor.copy_(kept[name])
 
     @torch.no_grad()
     def restore(self, phase: str) -> None:
-        """Become what the SAE was at the end of ``phase`` (its top takes part from the second phase on)."""
-        self._take(getattr(self, f"end_of_{phase}"))
+        """Become the SAE at the end of a phase; the top takes part from the second phase on."""
+        self._load_packed(getattr(self, f"end_of_{phase}"))
         self.joined.fill_(phase != "bottom")
 
     @torch.no_grad()
     def rescale(self, inputs: Units, outputs: Units) -> None:
-        """Units are folded into the bottom, now and in what is kept of earlier phases; the codes of both levels stay as they are."""
+        """Fold units into the bottom, now and in the kept states of earlier phases.
+
+        The codes of both levels do not change.
+        """
         now = self._packed()
         for name in [n for n, _ in self.named_buffers() if n.startswith("end_of_")]:
-            self._take(getattr(self, name))
+            self._load_packed(getattr(self, name))
             self.bottom.rescale(inputs, outputs)
             getattr(self, name).copy_(self._packed())
-        self._take(now)
+        self._load_packed(now)
         self.bottom.rescale(inputs, outputs)
+
+
+def _total(parts: dict[str, Tensor], outcome: StepOutcome) -> Loss:
+    """The sum of the terms as a loss."""
+    detached = {name: part.detach() for name, part in parts.items()}
+    return Loss(sum(parts.values()), detached, outcome)
