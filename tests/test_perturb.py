@@ -21,6 +21,7 @@ from sae_experiments.metrics.robustness.margins import confirmed, crosstalk, has
 from sae_experiments.metrics.robustness.noise import NoiseSource
 from sae_experiments.metrics.robustness.sums import Distributions, Sums
 from sae_experiments.saes.base import Codes
+from sae_experiments.saes.ops import unit_rows
 from sae_experiments.saes.purified import perturb
 from sae_experiments.saes.purified.perturb import SHARED, TYPES, NoiseModel
 from sae_experiments.saes.selection import Pattern
@@ -104,7 +105,7 @@ def test_steps_towards_another_row_have_the_asked_for_length_and_do_not_go_past_
 def test_attacks_have_the_asked_for_length_and_harm_more_than_chance(cloud, rows):
     sae = Given(torch.randn(40, D, generator=generator(1)))
     x, reach = rows[:500], 0.3
-    chance = perturb.unit(torch.randn(500, D, generator=generator())) * reach
+    chance = unit_rows(torch.randn(500, D, generator=generator())) * reach
 
     @torch.no_grad()
     def harm(delta):
@@ -229,9 +230,7 @@ def test_certified_radii_hold_by_brute_force(name):
     ):  # nothing changes within the smallest radius of a row, in any of many directions
         least = radius[row == i].min() if bool((row == i).any()) else None
         if least is not None:
-            away = (
-                perturb.unit(torch.randn(200, x.shape[1], generator=generator(i))) * least * 0.999
-            )
+            away = unit_rows(torch.randn(200, x.shape[1], generator=generator(i))) * least * 0.999
             assert bool(((sae.encode(x[i] + away) != 0) | ~found[i]).all())
 
 

@@ -123,8 +123,9 @@ class SAELearner(Learner):
             "fvu": float((fwd.batch.y - fwd.recon).square().sum() / variance.clamp_min(1e-12)),
             "dead_frac": float((self.module.since_fired > self.dead_after).float().mean()),
         }
-        controller = getattr(self.sae, "controller", None)
-        return values | ({"coeff": controller.coeff} if controller is not None else {})
+        if self.sae.controller is not None:
+            values["coeff"] = self.sae.controller.coeff
+        return values
 
 
 def fit_saes(
@@ -181,9 +182,8 @@ def fit_saes(
         for name, sae in saes.items()
     ]
     for sae in saes.values():
-        controller = getattr(sae, "controller", None)
-        if controller is not None:
-            controller.horizon = next(iter(configs.values())).steps
+        if sae.controller is not None:
+            sae.controller.horizon = next(iter(configs.values())).steps
 
     def scaled_batch(step: int) -> Batch:
         batch = batch_at(step)

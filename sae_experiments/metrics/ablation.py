@@ -201,10 +201,9 @@ def _by_density(density: np.ndarray, n: int) -> list[np.ndarray]:
 
 def _levels(ctx: EvalContext) -> list[np.ndarray]:
     """Latents of each level of a nested SAE; empty for any other."""
-    group = getattr(ctx.sae, "group", None)
-    if not isinstance(group, Tensor) or group.shape != (ctx.sae.d_sae,):
+    if ctx.sae.level_of_latent is None:
         return []
-    level = group.cpu().numpy()
+    level = ctx.sae.level_of_latent.cpu().numpy()
     return [np.flatnonzero(level == number) for number in np.unique(level)]
 
 

@@ -16,6 +16,7 @@ from sae_experiments.conditions import WITH_REPLICAS
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, sparse_codes
 from sae_experiments.saes.base import SAE
+from sae_experiments.saes.ops import unit_rows
 
 WITHIN = [
     MetricInfo(
@@ -138,7 +139,7 @@ def measure(
         return nulls(INFO, f"{n} latents are alive")
     # Not the stream that initialised some dictionary from the same seed.
     generator = torch.Generator().manual_seed(seed + 0x5EED)
-    random = unit(torch.randn(own.atoms.shape, generator=generator))
+    random = unit_rows(torch.randn(own.atoms.shape, generator=generator).double())
     nearest, squares = within(own.atoms, block)
     values: dict[str, float | None] = {
         "dict_max_cosine": float(nearest.mean()),
@@ -181,12 +182,12 @@ class _Dictionary(NamedTuple):
 
 def _alive_part(sae: SAE, codes: sparse.csr_matrix) -> _Dictionary | None:
     """The latents that are active in `codes` (N, F); None if a decoder row is not finite."""
-    atoms = unit(sae.W_dec.detach().cpu())
+    atoms = unit_rows(sae.W_dec.detach().cpu().double())
     if not torch.isfinite(atoms).all():
         return None
     mass = np.asarray(abs(codes).mean(0, dtype=np.float64)).ravel()
     alive = np.flatnonzero(mass)
-    encoder = unit(sae.W_enc.detach().cpu())
+    encoder = unit_rows(sae.W_enc.detach().cpu().double())
     return _Dictionary(torch.from_numpy(alive), atoms[alive], encoder[alive], mass[alive])
 
 
@@ -266,9 +267,3 @@ def within(atoms: Tensor, block: int) -> tuple[Tensor, float]:
         cosines[row, begin + row] = -math.inf
         nearest.append(cosines.max(1).values)
     return torch.cat(nearest), squares
-
-
-def unit(rows: Tensor) -> Tensor:
-    """Rows scaled to length 1, in float64; zero rows stay zero."""
-    rows = rows.double()
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)

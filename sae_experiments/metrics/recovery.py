@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, sparse_codes
-from sae_experiments.metrics.geometry import unit
+from sae_experiments.saes.ops import unit_rows
 
 INFO = [
     MetricInfo(
@@ -96,7 +96,7 @@ def measure(
     if truth is None:
         return nulls(INFO, "the true features are not known")
     codes = sparse_codes(ctx, rows)
-    atoms = unit(ctx.sae.W_dec.detach().cpu())
+    atoms = unit_rows(ctx.sae.W_dec.detach().cpu().double())
     if codes is None or not torch.isfinite(atoms).all():
         return nulls(INFO, NOT_FINITE)
     n = ctx.n_used(rows)
@@ -107,7 +107,7 @@ def measure(
         return nulls(INFO, f"no feature fires {min_fires} times")
     if not len(alive):
         return nulls(INFO, "no latent fires")
-    directions = unit(truth.directions.cpu())[features]
+    directions = unit_rows(truth.directions.cpu().double())[features]
     cosines = (directions @ atoms[alive].t()).abs().numpy()
     nearest = cosines.argmax(0)
     fires = sparse.csr_matrix(codes[:, alive] != 0, dtype=np.float64)
@@ -115,7 +115,7 @@ def measure(
     feature_f1 = best_f1(on[:, features], fires)
     # Not the stream that drew the features from the same seed.
     generator = torch.Generator().manual_seed(seed + 0x5EED)
-    random = unit(torch.randn(len(alive), atoms.shape[1], generator=generator))
+    random = unit_rows(torch.randn(len(alive), atoms.shape[1], generator=generator).double())
     random_cosines = (directions @ random.t()).abs().numpy()
     d_sae = ctx.sae.d_sae
     values: dict[str, float | None] = {

@@ -8,6 +8,8 @@ N rows of a calibration set, n active entries.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,20 @@ from sae_experiments.training.loop import Group, Loss, Phase
 
 #: Pre-activations computed at once where rows can be encoded in blocks.
 BLOCK = 1 << 22
+
+
+class Controller(Protocol):
+    """A sparsity coefficient that is fixed or steered to a requested L0."""
+
+    fixed: bool
+    """The coefficient is a constant."""
+    horizon: int
+    """Number of training steps; set by the fit."""
+
+    @property
+    def coeff(self) -> float:
+        """The current coefficient."""
+        ...
 
 
 class SAE(nn.Module):
@@ -111,7 +127,15 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("centre", torch.zeros(d_in))
+        #: Buffers that are used again in every step, by name.
         self._scratch: dict[str, Tensor] = {}
+        #: Steers the coefficient of the sparsity penalty; None for an SAE without one.
+        self.controller: Controller | None = None
+
+    @property
+    def level_of_latent(self) -> Tensor | None:
+        """Level or group (F,) of each latent, from the buffer `group`; None for a single level."""
+        return self._buffers.get("group")
 
     @property
     def fixed_l0(self) -> float | None:

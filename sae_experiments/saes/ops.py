@@ -406,8 +406,8 @@ def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) 
 
 
 def unit_rows(weight: Tensor) -> Tensor:
-    """Rows (R, d) scaled to length 1."""
-    return weight / weight.norm(dim=1, keepdim=True).clamp_min(1e-8)
+    """Rows (R, d) scaled to length 1; rows of zeros stay zero."""
+    return weight / weight.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def remove_radial(grad: Tensor, weight: Tensor) -> None:

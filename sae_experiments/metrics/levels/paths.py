@@ -22,11 +22,11 @@ def levels_of(sae: SAE) -> dict[str, np.ndarray]:
         has one level, `all`.
     """
     if isinstance(sae, Hierarchical):
-        group = sae.group.cpu().numpy()
+        level = sae.level_of_latent.cpu().numpy()
         names = ("bottom", "top")[: len(sae.widths)]
-        return {name: np.flatnonzero(group == i) for i, name in enumerate(names)}
-    group = getattr(sae, "group", None)
-    if isinstance(group, Tensor) and group.shape == (sae.d_sae,) and int(group.max()) == 1:
+        return {name: np.flatnonzero(level == i) for i, name in enumerate(names)}
+    group = sae.level_of_latent
+    if group is not None and int(group.max()) == 1:
         outer = group.cpu().numpy() == 1
         return {"bottom": np.flatnonzero(outer), "top": np.flatnonzero(~outer)}
     return {"all": np.arange(sae.d_sae)}

@@ -8,7 +8,7 @@ from torch import Tensor
 from sae_experiments.metrics.robustness.noise import NoiseSource
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.jumprelu import JumpReLU
-from sae_experiments.saes.purified.perturb import unit
+from sae_experiments.saes.ops import unit_rows
 from sae_experiments.saes.topk import TopK
 
 NO_CLOSED_FORM = "no closed form for this encoder"
@@ -100,8 +100,8 @@ def confirmed(sae: SAE, x: Tensor, pairs: int, seed: int) -> float:
     pick = torch.randperm(len(row), generator=g)[:pairs].to(row.device)
     row, col, radius = row[pick], col[pick], radius[pick]
     clean = x[row]
-    worst = _unit_rows(_worst_direction(sae, clean, col))
-    anywhere = _unit_rows(torch.randn(clean.shape, generator=g).to(clean))
+    worst = unit_rows(_worst_direction(sae, clean, col))
+    anywhere = unit_rows(torch.randn(clean.shape, generator=g).to(clean))
     before = sae.encode(clean) != 0
 
     def support(direction: Tensor, factor: float) -> Tensor:
@@ -135,10 +135,6 @@ def _worst_direction(sae: SAE, x: Tensor, col: Tensor) -> Tensor:
     return torch.where(rival_first[:, None], towards_rival, down)
 
 
-def _unit_rows(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True)
-
-
 @torch.no_grad()
 def crosstalk(noises: NoiseSource, x: Tensor, eps: float) -> tuple[float | None, float | None]:
     """Response of a code to a step `+-eps R d_i` along a random active latent i of each row.
@@ -160,7 +156,7 @@ def crosstalk(noises: NoiseSource, x: Tensor, eps: float) -> tuple[float | None,
     latents, sign = noises.aimed(x, g)
     active = latents >= 0
     x, latents, sign = x[active], latents[active], sign[active]
-    directions = unit(sae.W_dec[latents])
+    directions = unit_rows(sae.W_dec[latents])
     clean = sae.encode(x)
     perturbed = sae.encode(x + directions * (sign * length)[:, None])
     # A latent moves the reconstruction by z_j ||d_j||, in the units of the activations.

@@ -13,6 +13,7 @@ from sae_experiments.metrics.base import EvalContext
 from sae_experiments.metrics.robustness.sums import Sums
 from sae_experiments.models.hooks import capture
 from sae_experiments.saes.base import SAE, Codes
+from sae_experiments.saes.ops import unit_rows
 from sae_experiments.saes.purified import perturb
 from sae_experiments.saes.purified.perturb import NoiseModel
 
@@ -77,7 +78,7 @@ class NoiseSource:
             return self.cloud.towards(x, other, eps, beyond=True)
         if kind == "targeted":
             latents, sign = self.aimed(x, g)
-            directions = perturb.unit(self.sae.W_dec[latents.clamp_min(0)])
+            directions = unit_rows(self.sae.W_dec[latents.clamp_min(0)])
             return directions * (sign * reach)[:, None]
         steps = 1 if kind == "fgsm" else self.attack_steps
         return perturb.pgd(self.sae.encode, x, reach, steps, g)

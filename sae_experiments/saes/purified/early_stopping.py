@@ -1,7 +1,8 @@
-"""Early stopping on stability: a fixed set of rows under fixed noise tells when an SAE was at its best, and that state is put back."""
+"""Early stopping of a fit on the stability of its code on fixed rows under fixed noise."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ from sae_experiments.saes.purified.perturb import NoiseModel
 from sae_experiments.sampling import spread
 from sae_experiments.training.loop import Loss
 
-SEED = 20_101  # of the noise, the same at every look
+#: Seed of the noise, the same in every evaluation.
+SEED = 20_101
+#: Numbers of the state, which are attributes of the module: FSS, FVU and progress of the best
+#: evaluation, the smallest FVU, evaluations since the best one, progress of the next evaluation,
+#: and progress at the stop. NaN stands for none so far.
 STATE = ("score_fss", "score_fvu", "score_at", "least_fvu", "bad", "next_look", "stopped_at")
 
 
@@ -80,46 +85,49 @@ class StabilityEarlyStopping(nn.Module):
         self.register_buffer("y", torch.zeros(eval_rows, sae.d_out))
         self.register_buffer("best", torch.zeros(sum(p.numel() for p in sae.parameters())))
         self.register_buffer("state", torch.full((len(STATE),), torch.nan, dtype=torch.float64))
-        self.register_buffer(
-            "trace", torch.full((round(1 / eval_every_frac) + 1, 3), torch.nan)
-        )  # progress, FSS, FVU of each look
+        # Progress, FSS and FVU of each evaluation.
+        self.register_buffer("trace", torch.full((round(1 / eval_every_frac) + 1, 3), torch.nan))
 
     def __getattr__(self, name: str) -> Any:
         return self.state[STATE.index(name)].item() if name in STATE else super().__getattr__(name)
 
     def note(self, **values: float) -> None:
-        """Write numbers of the state."""
+        """Write numbers of the state by name."""
         for name, value in values.items():
             self.state[STATE.index(name)] = value
 
     @property
     def stopped(self) -> bool:
-        """Whether training is over for this SAE."""
-        return self.stopped_at == self.stopped_at
+        """Flag: training is over for this SAE."""
+        return not math.isnan(self.stopped_at)
 
     def begin(self, x: Tensor, y: Tensor) -> None:
-        """Take the rows."""
-        few = torch.from_numpy(spread(len(x), len(self.x))).to(x.device)
-        part = few[torch.arange(len(self.x), device=x.device) % len(few)]
+        """Take the sample from inputs (N, D) and targets (N, O), and forget earlier evaluations."""
+        n = len(self.x)
+        sample = torch.from_numpy(spread(len(x), n)).to(x.device)
+        part = sample[torch.arange(n, device=x.device) % len(sample)]
         self.x.copy_(x[part])
         self.y.copy_(y[part])
         self.state.fill_(torch.nan)
         self.note(bad=0, next_look=self.start_frac)
 
     def look(self, sae: SAE, progress: float) -> None:
-        """Measure if it is time, keep the state if it is the best, stop if none was for long."""
+        """Evaluate if it is time; keep the best weights, and stop after `patience` worse ones.
+
+        Args:
+            sae: The SAE.
+            progress: Share of training that is done.
+        """
         if self.stopped or progress < self.next_look:
             return
         fss, fvu = self.measure(sae)
         turn = min(round(progress / self.eval_every_frac), len(self.trace) - 1)
         self.trace[turn] = torch.tensor([progress, fss, fvu])
-        self.note(
-            next_look=self.next_look + self.eval_every_frac,
-            least_fvu=min(fvu, self.least_fvu) if self.least_fvu == self.least_fvu else fvu,
-        )
-        if (
-            not self.score(fss, fvu) <= self.score(self.score_fss, self.score_fvu) + self.min_gain
-        ):  # also where there is none yet
+        least_fvu = fvu if math.isnan(self.least_fvu) else min(fvu, self.least_fvu)
+        self.note(next_look=self.next_look + self.eval_every_frac, least_fvu=least_fvu)
+        best = self.score(self.score_fss, self.score_fvu)
+        # Negated, so that anything is better than NaN, the score before the first evaluation.
+        if not self.score(fss, fvu) <= best + self.min_gain:
             self.note(score_fss=fss, score_fvu=fvu, score_at=progress, bad=0)
             torch.cat([p.detach().reshape(-1) for p in sae.parameters()], out=self.best)
             return
@@ -128,38 +136,37 @@ class StabilityEarlyStopping(nn.Module):
             self.note(stopped_at=progress)
 
     def score(self, fss: float, fvu: float) -> float:
-        """FSS less what the reconstruction is worse than allowed."""
+        """FSS minus a penalty for a reconstruction that is worse than allowed."""
         return fss - 100 * max(0.0, fvu / (self.fvu or self.least_fvu) - self.slack)
 
     @torch.no_grad()
     def measure(self, sae: SAE) -> tuple[float, float]:
-        """FSS and FVU on the rows, with the support chosen as in training."""
+        """FSS (per cent) and FVU on the sample, with the support selected as in training."""
         cloud = NoiseModel(sae.d_in).to(self.x.device).learn(self.x)
         generator = torch.Generator(self.x.device).manual_seed(SEED)
         delta = cloud.directions("gaussian", len(self.x), generator).mul_(self.eps * cloud.radius)
         z, moved = sae.encode(self.x), sae.encode(self.x + delta)
-        error = (self.y - sae.reconstruct(self.x, z)).square().sum() / (
-            self.y - self.y.mean(0)
-        ).square().sum().clamp_min(1e-12)
-        return 100 * (
-            1 - float((z - moved).abs().sum() / (z.abs() + moved.abs()).sum().clamp_min(1e-12))
-        ), float(error)
+        variance = (self.y - self.y.mean(0)).square().sum().clamp_min(1e-12)
+        fvu = (self.y - sae.reconstruct(self.x, z)).square().sum() / variance
+        mass = (z.abs() + moved.abs()).sum().clamp_min(1e-12)
+        fss = 100 * (1 - float((z - moved).abs().sum() / mass))
+        return fss, float(fvu)
 
     @torch.no_grad()
     def restore(self, sae: SAE) -> None:
-        """Put the best state back, unless the last one is as good."""
-        if self.score_at == self.score_at and not (
-            not self.stopped
-            and self.score(*self.measure(sae)) >= self.score(self.score_fss, self.score_fvu)
-        ):
-            parameters = list(sae.parameters())
-            for p, value in zip(
-                parameters, self.best.split([p.numel() for p in parameters]), strict=True
-            ):
-                p.copy_(value.view_as(p))
+        """Put the best weights back, unless training ran to its end and the last are as good."""
+        if math.isnan(self.score_at):
+            return
+        best = self.score(self.score_fss, self.score_fvu)
+        if not self.stopped and self.score(*self.measure(sae)) >= best:
+            return
+        parameters = list(sae.parameters())
+        values = self.best.split([p.numel() for p in parameters])
+        for p, value in zip(parameters, values, strict=True):
+            p.copy_(value.view_as(p))
 
     def idle(self, sae: SAE, batch: Batch, step: Step) -> Loss:
-        """A loss of zero that costs nothing, with an empty pass for whoever counts."""
+        """A loss of zero that costs nothing, with the forward pass of an empty code."""
         x, y = batch.x[:2], batch.y[:2]
         zero = torch.stack([p.sum() * 0 for p in sae.parameters() if p.requires_grad]).sum()
         codes = Codes(x.new_zeros(len(x), sae.d_sae))

@@ -1,20 +1,21 @@
-"""Perturbations of an encoder's input: nine kinds of noise of one size, made for a whole batch at once.
+"""Perturbations of an encoder's input: nine kinds of noise of one size, for a whole batch at once.
 
-Every kind changes a row x by delta with ``||delta|| ~ eps R``, R the mean distance of the rows from their mean, so kinds can be compared:
+Every kind changes a row x by delta with `||delta|| ~ eps R`, where R is the mean distance of the
+rows from their mean, so that kinds can be compared:
 
-=========== ============================================================================================================================
-gaussian    ``(eps R / sqrt d) n``, n ~ N(0, I)
-uniform     ``delta_i ~ U(-sqrt 3, sqrt 3) eps R / sqrt d``
-mask        coordinates of ``x - mean`` set to zero with probability ``eps^2``
-covariance  ``eps R Sigma^{1/2} n / sqrt(tr Sigma)``: directions in which the rows themselves vary
-swap        a step of length eps R (at most all the way) towards another row of the batch
-token       a step of length eps R along what a changed earlier character does to the row (needs a second view of the rows)
-fgsm        one step of length eps R up the gradient of the code's change (Goodfellow et al. 2015, in the l2 norm)
-pgd         several such steps, projected back to length eps R (Madry et al. 2018)
-targeted    ``+-eps R d_i``: the decoder direction of one latent
-=========== ============================================================================================================================
+- `gaussian`: `(eps R / sqrt d) n`, n ~ N(0, I);
+- `uniform`: `delta_i ~ U(-sqrt 3, sqrt 3) eps R / sqrt d`;
+- `mask`: coordinates of `x - mean` set to zero with probability `eps^2`;
+- `covariance`: `eps R Sigma^{1/2} n / sqrt(tr Sigma)`, directions in which the rows vary;
+- `swap`: a step of length eps R, at most all the way, towards another row of the batch;
+- `token`: a step of length eps R along the effect of a changed earlier character on the row, which
+  needs a second view of the rows;
+- `fgsm`: one step of length eps R up the gradient of the code's change, in the l2 norm
+  (Goodfellow et al. 2015);
+- `pgd`: several such steps, projected back to length eps R (Madry et al. 2018);
+- `targeted`: `+-eps R d_i`, along the decoder direction of one latent.
 
-Shape letters: B rows, D d_in, F d_sae, Q directions of a pool, n active entries.
+Shape letters: B rows, D `d_in`, F `d_sae`, Q directions of a pool, n active entries.
 """
 
 from __future__ import annotations
@@ -28,19 +29,27 @@ from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
 from sae_experiments.saes.base import Codes
+from sae_experiments.saes.ops import unit_rows
 from sae_experiments.saes.selection import Pattern
 
-#: Directions that do not depend on the row: a few of them can serve a whole batch.
+#: Kinds whose deltas do not depend on the row: a few directions can serve a whole batch.
 SHARED = ("gaussian", "uniform", "covariance")
-#: Deltas that depend on the row (``targeted`` needs to be told which latent).
+#: Kinds whose deltas depend on the row; `targeted` also on a latent.
 ROWWISE = ("mask", "swap", "token", "fgsm", "pgd", "targeted")
 TYPES = SHARED + ROWWISE
-#: How the latent of a targeted perturbation is chosen among (or beside) those active in the row.
+#: Ways to choose the latent of a targeted perturbation, see `choose`.
 WAYS = ("weak", "marginal", "confusable")
 
 
 class NoiseModel(nn.Module):
-    """What noise has to know about the rows: ``mean`` (D,), ``radius`` R = mean ||x - mean||, ``root`` (D, D) with root root^T = Sigma / tr Sigma."""
+    """Mean and spread of the rows, which set the size and the directions of noise.
+
+    Buffers: `mean` (D,); `radius` R = mean ||x - mean||; `root` (D, D), with
+    `root root^T = Sigma / tr Sigma`.
+
+    Args:
+        d_in: Width D of the rows.
+    """
 
     mean: Tensor
     radius: Tensor
@@ -54,7 +63,7 @@ class NoiseModel(nn.Module):
 
     @torch.no_grad()
     def learn(self, x: Tensor) -> NoiseModel:
-        """Take mean, radius and covariance from rows (N, D)."""
+        """Take mean, radius and covariance from rows (N, D); returns itself."""
         self.mean.copy_(x.mean(0))
         centred = (x - self.mean).double()
         self.radius.copy_(centred.norm(dim=1).mean())
@@ -64,49 +73,63 @@ class NoiseModel(nn.Module):
         return self
 
     def directions(self, kind: str, n: int, generator: torch.Generator) -> Tensor:
-        """``n`` random directions (n, D) of mean square length 1, of one of the kinds in ``SHARED``."""
+        """Random directions (n, D) of mean square length 1, of one of the kinds in `SHARED`."""
         d, device = len(self.mean), self.mean.device
         if kind == "uniform":
-            return (
-                torch.rand(n, d, generator=generator, device=device)
-                .sub_(0.5)
-                .mul_(2 * math.sqrt(3 / d))
-            )
+            values = torch.rand(n, d, generator=generator, device=device)
+            return values.sub_(0.5).mul_(2 * math.sqrt(3 / d))
         normal = torch.randn(n, d, generator=generator, device=device)
         return normal.mul_(1 / math.sqrt(d)) if kind == "gaussian" else normal @ self.root.t()
 
     def mask(self, x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-        """Delta (B, D) that removes each coordinate of ``x - mean`` with probability eps^2, so that ``E ||delta||^2 = eps^2 ||x - mean||^2``."""
-        gone = torch.rand(x.shape, generator=generator, device=x.device) < eps * eps
-        return (self.mean - x) * gone
+        """Delta (B, D) that removes each coordinate of `x - mean` with probability eps^2.
+
+        Thus `E ||delta||^2 = eps^2 ||x - mean||^2`.
+        """
+        removed = torch.rand(x.shape, generator=generator, device=x.device) < eps * eps
+        return (self.mean - x) * removed
 
     def towards(self, x: Tensor, other: Tensor, eps: float, *, beyond: bool) -> Tensor:
-        """Delta (B, D) of length eps R from rows towards ``other`` rows (``beyond``: also further than these); 0 where both are equal."""
+        """Delta of length eps R from rows towards other rows; 0 where both are equal.
+
+        Args:
+            x: Rows (B, D).
+            other: Rows to move to (B, D).
+            eps: Length of the step in units of R.
+            beyond: Allow a step longer than the way to the other row.
+
+        Returns:
+            Delta (B, D).
+        """
         step = other - x
         factor = eps * self.radius / step.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        return step * (factor if beyond else factor.clamp_max(1)) * (step != 0).any(1, keepdim=True)
-
-
-def unit(rows: Tensor) -> Tensor:
-    """Rows of length 1; rows of zeros stay."""
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        if not beyond:
+            factor = factor.clamp_max(1)
+        return step * factor * (step != 0).any(1, keepdim=True)
 
 
 def signs(n: int, generator: torch.Generator) -> Tensor:
-    """n random signs, as floats."""
-    return (
-        torch.randint(0, 2, (n,), generator=generator, device=generator.device)
-        .mul_(2)
-        .sub_(1)
-        .float()
-    )
+    """Random signs (n,), as floats."""
+    bits = torch.randint(0, 2, (n,), generator=generator, device=generator.device)
+    return bits.mul_(2).sub_(1).float()
 
 
 def fgsm(
     encode: Callable[[Tensor], Tensor], x: Tensor, reach: Tensor | float, generator: torch.Generator
 ) -> Tensor:
-    """One step (B, D) of length ``reach`` up the gradient of ``||z(x + delta) - z(x)||^2``, taken a tenth of the way along a random direction:
-    at delta = 0 that gradient is zero.
+    """One step up the gradient of `||z(x + delta) - z(x)||^2`.
+
+    The gradient is taken a tenth of the way along a random direction, since it is zero at
+    delta = 0.
+
+    Args:
+        encode: Maps rows (B, D) to codes (B, F).
+        x: Rows (B, D).
+        reach: Length of the step.
+        generator: Source of the random start.
+
+    Returns:
+        Delta (B, D).
     """
     return pgd(encode, x, reach, 1, generator)
 
@@ -118,24 +141,40 @@ def pgd(
     steps: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """``steps`` ascents of ``||z(x + delta) - z(x)||^2`` from a random start of a tenth of ``reach``, each followed by a projection to length
-    ``reach``; gradients pass through the active latents of either code. One step goes all the way.
+    """Steps up the gradient of `||z(x + delta) - z(x)||^2`, each projected back to length `reach`.
+
+    Starts at a tenth of `reach` along a random direction. Gradients pass through the active latents
+    of either code. A single step goes all the way.
+
+    Args:
+        encode: Maps rows (B, D) to codes (B, F).
+        x: Rows (B, D).
+        reach: Largest length of the delta.
+        steps: Number of steps.
+        generator: Source of the random start.
+
+    Returns:
+        Delta (B, D).
     """
     with torch.no_grad():
         clean = encode(x)
-    delta = unit(torch.randn(x.shape, generator=generator, device=x.device)) * (0.1 * reach)
+    delta = unit_rows(torch.randn(x.shape, generator=generator, device=x.device)) * (0.1 * reach)
     for _ in range(steps):
-        with torch.enable_grad():
-            at = (x + delta).detach().requires_grad_(True)
-            change = encode(at) - clean
-            lost = (change < 0) & (
-                change == -clean
-            )  # gone out: nothing of the encoder is left in the gradient, and nothing more can go
-            (gradient,) = torch.autograd.grad(change.masked_fill(lost, 0).square().sum(), at)
-        uphill = unit(gradient)
+        uphill = unit_rows(_gradient(encode, x + delta, clean))
         delta = uphill * reach if steps == 1 else delta + uphill * (2.5 * reach / steps)
         delta = delta * (reach / delta.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1)
     return delta.detach()
+
+
+def _gradient(encode: Callable[[Tensor], Tensor], x: Tensor, clean: Tensor) -> Tensor:
+    """Gradient (B, D) of the squared change of the code with respect to the perturbed rows."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_(True)
+        change = encode(leaf) - clean
+        # A latent that went out cannot change further, and its encoder row gets no gradient.
+        gone = (change < 0) & (change == -clean)
+        (gradient,) = torch.autograd.grad(change.masked_fill(gone, 0).square().sum(), leaf)
+    return gradient
 
 
 def choose(
@@ -146,42 +185,52 @@ def choose(
     aim: Mapping[str, float],
     generator: torch.Generator,
 ) -> Tensor:
-    """A latent for each row of ``codes`` (-1 where none is active): in a share ``aim.weak`` of the rows an active one with probability
-    proportional to ``(1 - stability)^2``, in ``aim.marginal`` the active one nearest to going out (least ``z_j / ||e_j||``), and in
-    ``aim.confusable`` the latent whose decoder row is nearest to that of a random active one.
+    """Choose a latent for each row.
+
+    The rows are divided between three ways, in this order:
+
+    - `weak`: an active latent, with probability proportional to `(1 - stability)^2`;
+    - `marginal`: the active latent nearest to going out, of the smallest `z_j / ||e_j||`;
+    - `confusable`: the latent whose decoder row is nearest to that of a random active one.
+
+    Args:
+        codes: Codes of B rows.
+        stability: Stability of each latent, (F,) in [0, 1].
+        w_enc: Encoder rows (F, D).
+        w_dec: Decoder rows (F, O).
+        aim: Share of the rows for each of `WAYS`.
+        generator: Source of random choices.
+
+    Returns:
+        Latents (B,); -1 for rows without an active one.
     """
     pattern, values = active_entries(codes)
     row, col = pattern.row, pattern.col.long()
-    counts = dict(
-        zip(WAYS, _split([aim.get(way, 0.0) for way in WAYS], pattern.n_rows), strict=True)
-    )
-    weak, edge = counts["weak"], counts["weak"] + counts["marginal"]
-    gumbel = (
-        -torch.rand(len(col), generator=generator, device=col.device)
-        .clamp_(1e-12, 1 - 1e-7)
-        .log()
-        .neg()
-        .log()
-    )
-    score = torch.where(row < weak, gumbel + 2 * (1 - stability[col]).clamp_min(1e-3).log(), gumbel)
-    score = torch.where(
-        (row >= weak) & (row < edge), -values / w_enc.norm(dim=1)[col].clamp_min(1e-12), score
-    )
+    n_weak, n_marginal, _ = _split([aim.get(way, 0.0) for way in WAYS], pattern.n_rows)
+    edge = n_weak + n_marginal
+    # The largest of scores with Gumbel noise is a random choice.
+    uniform = torch.rand(len(col), generator=generator, device=col.device)
+    gumbel = -uniform.clamp_(1e-12, 1 - 1e-7).log().neg().log()
+    unstable = 2 * (1 - stability[col]).clamp_min(1e-3).log()
+    margin = values / w_enc.norm(dim=1)[col].clamp_min(1e-12)
+    score = torch.where(row < n_weak, gumbel + unstable, gumbel)
+    score = torch.where((row >= n_weak) & (row < edge), -margin, score)
     entry = first_best(score, pattern)
-    found = torch.where(entry >= 0, col[entry.clamp_min(0)], -1) if len(col) else entry
-    near = found[edge:]
+    latents = torch.where(entry >= 0, col[entry.clamp_min(0)], -1) if len(col) else entry
+    near = latents[edge:]
     if len(near):
-        rows = unit(w_dec)
+        rows = unit_rows(w_dec)
         cosines = rows[near.clamp_min(0)] @ rows.t()
         cosines.scatter_(1, near.clamp_min(0)[:, None], -2.0)
-        found[edge:] = torch.where(near >= 0, cosines.argmax(1), -1)
-    return found
+        latents[edge:] = torch.where(near >= 0, cosines.argmax(1), -1)
+    return latents
 
 
 def active_entries(codes: Codes) -> tuple[Pattern, Tensor]:
-    """Where a code is not zero, and its values there, without a graph.
+    """Positions of the nonzero entries of a code, and their values (n,) without a graph.
 
-    A sparse code may hold zeros: a TopK of a row with fewer than k positive pre-activations, the window around a JumpReLU's threshold.
+    A sparse code may hold zeros: a TopK row with fewer than k positive pre-activations, or the
+    window around a JumpReLU's threshold.
     """
     values = codes.values.detach()
     if codes.pattern is None:
@@ -190,33 +239,46 @@ def active_entries(codes: Codes) -> tuple[Pattern, Tensor]:
     on = (values != 0).nonzero().squeeze(1)
     if len(on) == len(values):
         return codes.pattern, values
-    pattern = Pattern.from_flat(
-        codes.pattern.flat.index_select(0, on), codes.pattern.n_rows, codes.pattern.n_cols
-    )
+    flat = codes.pattern.flat.index_select(0, on)
+    pattern = Pattern.from_flat(flat, codes.pattern.n_rows, codes.pattern.n_cols)
     return pattern, values.index_select(0, on)
 
 
 def shares(mixture: Mapping[str, float], rows: int) -> dict[str, int]:
-    """How many of ``rows`` each kind gets: whole numbers that add up, in the order of :data:`TYPES` (largest remainders are rounded up)."""
+    """Number of rows for each kind of noise.
+
+    Args:
+        mixture: Share of each kind, of any sum.
+        rows: Rows to divide.
+
+    Returns:
+        Numbers that sum to `rows`, in the order of `TYPES`, without kinds that get none. The
+        largest remainders are rounded up.
+    """
     kinds = [kind for kind in TYPES if mixture.get(kind, 0) > 0]
-    return {
-        kind: m
-        for kind, m in zip(kinds, _split([mixture[k] for k in kinds], rows), strict=True)
-        if m
-    }
+    counts = _split([mixture[kind] for kind in kinds], rows)
+    return {kind: count for kind, count in zip(kinds, counts, strict=True) if count}
 
 
 def _split(parts: list[float], n: int) -> list[int]:
-    exact = [part * n / (sum(parts) or 1) for part in parts]
+    """Whole numbers in proportion to `parts` that sum to `n`; zeros if all parts are 0."""
+    total = sum(parts)
+    exact = [part * n / (total or 1) for part in parts]
     counts = [int(value) for value in exact]
-    if sum(parts):
-        for i in sorted(range(len(parts)), key=lambda i: counts[i] - exact[i])[: n - sum(counts)]:
+    if total:
+        by_remainder = sorted(range(len(parts)), key=lambda i: counts[i] - exact[i])
+        for i in by_remainder[: n - sum(counts)]:
             counts[i] += 1
     return counts
 
 
 def checked(mixture: Mapping[str, float], where: str) -> dict[str, float]:
-    """The mixture, if every name is a kind of noise and every share is at least 0 with one above."""
+    """The mixture, if its names are kinds of noise and its shares at least 0, not all of them 0.
+
+    Args:
+        mixture: Share of each kind.
+        where: Key of the mixture, for errors.
+    """
     for kind, share in mixture.items():
         if kind not in TYPES:
             raise UserError(f"{where}.{kind} is no kind of noise: use {', '.join(TYPES)}")
@@ -228,7 +290,7 @@ def checked(mixture: Mapping[str, float], where: str) -> dict[str, float]:
 
 
 def take_rows(pattern: Pattern, rows: Tensor) -> tuple[Pattern, Tensor]:
-    """The pattern of some rows (n,) in their order, and where its entries stand in the whole one."""
+    """The pattern of some rows (m,) in their order, and the positions (n,) of its entries."""
     start = pattern.crow[rows].long()
     count = pattern.crow[rows + 1].long() - start
     crow = torch.zeros(len(rows) + 1, dtype=torch.int32, device=rows.device)
@@ -240,40 +302,56 @@ def take_rows(pattern: Pattern, rows: Tensor) -> tuple[Pattern, Tensor]:
 
 
 def first_best(score: Tensor, pattern: Pattern) -> Tensor:
-    """For each row of the pattern, the entry with the largest score (n,); -1 for a row without entries."""
-    best = torch.full(
-        (pattern.n_rows,), -torch.inf, device=score.device, dtype=score.dtype
-    ).scatter_reduce(0, pattern.row, score, "amax")
+    """Entry with the largest score in each row of the pattern, (B,); -1 for an empty row.
+
+    Args:
+        score: Score of each entry, (n,).
+        pattern: The entries, in B rows.
+    """
+    n_rows = pattern.n_rows
+    best = torch.full((n_rows,), -torch.inf, device=score.device, dtype=score.dtype)
+    best = best.scatter_reduce(0, pattern.row, score, "amax")
     hits = (score >= best[pattern.row]).nonzero().squeeze(1)
     none = len(score)
-    found = torch.full((pattern.n_rows,), none, dtype=torch.int64, device=score.device)
-    found = found.scatter_reduce(0, pattern.row[hits], hits, "amin")
-    return found.masked_fill(found == none, -1)
+    first = torch.full((n_rows,), none, dtype=torch.int64, device=score.device)
+    first = first.scatter_reduce(0, pattern.row[hits], hits, "amin")
+    return first.masked_fill(first == none, -1)
 
 
 class Answer(NamedTuple):
-    """What the encoder says to ``rows`` (n,) of a batch after they moved to ``x`` (n, D), and what it said before; the last
-    ``len(latents)`` rows were moved along the decoder row of a chosen latent (-1: of none), forwards or backwards (``sign``).
-    """
+    """Codes of some rows of a batch before and after a perturbation."""
 
     rows: Tensor
+    """Rows of the batch, (n,)."""
     x: Tensor
+    """The perturbed rows, (n, D)."""
     before: Codes
+    """Codes of the clean rows."""
     after: Codes
+    """Codes of the perturbed rows."""
     latents: Tensor
+    """Targets (m,) of the last m rows, moved along their decoder rows; -1: not moved."""
     sign: Tensor
+    """Direction (m,) of that step, -1.0, 0.0 or 1.0."""
 
 
 class Change(NamedTuple):
-    """The change of a code entry by entry, n entries: those in the support afterwards, then those that left it. Entries that are zero both times
-    may be among them: they have no mass, and are active in neither code.
+    """Change of a code, for each of n entries.
+
+    Those in the support afterwards come first, then those that left it. Entries that are zero both
+    times may be among them: they have no mass and are active in neither code.
     """
 
     row: Tensor
+    """Row of each entry, (n,)."""
     col: Tensor
-    value: Tensor  # after minus before
-    kept: Tensor  # active before and after
-    mass: Tensor  # |before| + |after|, without a graph
+    """Latent of each entry, (n,)."""
+    value: Tensor
+    """Value after minus before, (n,)."""
+    kept: Tensor
+    """Mask of the entries that are active before and after, (n,)."""
+    mass: Tensor
+    """`|before| + |after|` without a graph, (n,)."""
 
     def jaccard(self, n_rows: int) -> float:
         """Mean over rows of |S and S~| / |S or S~|; rows without any entry do not count."""
@@ -284,54 +362,78 @@ class Change(NamedTuple):
 
 
 def changed(before: Codes, after: Codes, scratch: dict[str, Tensor]) -> Change:
-    """What moved between two codes of the same rows; ``scratch`` keeps a table from call to call."""
+    """The change between two codes of the same rows.
+
+    Args:
+        before: Codes of the clean rows.
+        after: Codes of the perturbed rows.
+        scratch: Keeps a table from call to call.
+    """
     if before.pattern is None or after.pattern is None:
-        z, moved = before.dense(), after.dense()
-        row, col = ((z != 0) | (moved != 0)).nonzero().unbind(1)
-        z, moved = z[row, col], moved[row, col]
-        return Change(
-            row, col, moved - z, (z != 0) & (moved != 0), (z.abs() + moved.abs()).detach()
-        )
+        return _changed_dense(before.dense(), after.dense())
     where = places(before.pattern, after.pattern, scratch)
     kept = where >= 0
-    old = (
-        torch.where(kept, before.values.index_select(0, where.clamp_min(0)), 0)
-        if len(before.values)
-        else torch.zeros_like(after.values)
-    )
-    out = torch.ones_like(before.pattern.col, dtype=torch.bool)
-    out[where[kept]] = False
-    out = out.nonzero().squeeze(1)
-    gone = before.values.index_select(0, out)
+    old = torch.zeros_like(after.values)
+    if len(before.values):
+        old = torch.where(kept, before.values.index_select(0, where.clamp_min(0)), 0)
+    left = torch.ones_like(before.pattern.col, dtype=torch.bool)
+    left[where[kept]] = False
+    left = left.nonzero().squeeze(1)
+    gone = before.values.index_select(0, left)
+    mass = after.values.detach().abs() + old.detach().abs()
+    on_both = (old != 0) & (after.values != 0)
     return Change(
-        torch.cat([after.pattern.row, before.pattern.row.index_select(0, out)]),
-        torch.cat([after.pattern.col, before.pattern.col.index_select(0, out)]),
-        torch.cat([after.values - old, -gone]),
-        torch.cat([(old != 0) & (after.values != 0), torch.zeros_like(out, dtype=torch.bool)]),
-        torch.cat([after.values.detach().abs() + old.detach().abs(), gone.detach().abs()]),
+        row=torch.cat([after.pattern.row, before.pattern.row.index_select(0, left)]),
+        col=torch.cat([after.pattern.col, before.pattern.col.index_select(0, left)]),
+        value=torch.cat([after.values - old, -gone]),
+        kept=torch.cat([on_both, torch.zeros_like(left, dtype=torch.bool)]),
+        mass=torch.cat([mass, gone.detach().abs()]),
     )
+
+
+def _changed_dense(z: Tensor, moved: Tensor) -> Change:
+    """The change between dense codes (B, F)."""
+    row, col = ((z != 0) | (moved != 0)).nonzero().unbind(1)
+    z, moved = z[row, col], moved[row, col]
+    mass = (z.abs() + moved.abs()).detach()
+    return Change(row, col, moved - z, (z != 0) & (moved != 0), mass)
 
 
 def places(among: Pattern, wanted: Pattern, scratch: dict[str, Tensor]) -> Tensor:
-    """Where each entry of ``wanted`` (m,) stands among those of another pattern of the same shape, -1 for nowhere.
+    """Position of each entry of a pattern among those of another one of the same shape.
 
-    A table of all positions that is used again in each step, and left as it was: a third of the time of a binary search.
+    Uses a table of all positions that is left as it was and used again in the next step, which
+    takes a third of the time of a binary search.
+
+    Args:
+        among: Pattern to look in.
+        wanted: Pattern of the m entries to look for.
+        scratch: Keeps the table from call to call.
+
+    Returns:
+        Positions (m,); -1 for an entry that is not there.
     """
     size, device = among.n_rows * among.n_cols, among.col.device
     table = scratch.get("places")
     if table is None or len(table) != size or table.device != device:
         table = scratch["places"] = torch.full((size,), -1, dtype=torch.int32, device=device)
     table[among.flat] = torch.arange(len(among.col), dtype=torch.int32, device=device)
-    found = table.index_select(0, wanted.flat).long()
+    positions = table.index_select(0, wanted.flat).long()
     table[among.flat] = -1
-    return found
+    return positions
 
 
 def crosstalk(
     change: Change, answer: Answer, reach: Tensor, l0: float, sizes: Tensor | None
 ) -> Tensor:
-    """The targeted term (see :class:`.purified.Purified`) over the rows that were moved along a decoder row; a latent counts with the length ``sizes`` (F,)
-    of its decoder row, 1 where these are None.
+    """The targeted term of `Purified`, as a mean over the rows moved along a decoder row.
+
+    Args:
+        change: Change of the code on all perturbed rows.
+        answer: Codes before and after.
+        reach: Length of the step.
+        l0: Active latents per row.
+        sizes: Lengths of the decoder rows (F,), with which latents count. None: 1.
     """
     first = len(answer.rows) - len(answer.latents)
     here = (change.row >= first).nonzero().squeeze(1)

@@ -254,7 +254,7 @@ class Language:
             activations,
             stores_module,
         ]
-        modules += [second_view] if getattr(sae, "second_view", 0.0) else []
+        modules += [second_view] if sae.second_view else []
         return {
             "what": "fit",
             "rows": stores.identity(*self.sites(sae_spec)),
@@ -274,7 +274,7 @@ class Language:
         passes: dict[tuple[Any, ...], list[str]] = {}
         for name, sae in saes.items():
             passes.setdefault(
-                (*self.sites(self.saes[name]), sae.needs_model, getattr(sae, "second_view", 0.0)),
+                (*self.sites(self.saes[name]), sae.needs_model, sae.second_view),
                 [],
             ).append(name)
         reports: dict[str, FitReport] = {}
