@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import CONF, ROOT, Experiment
 from omegaconf import DictConfig, OmegaConf
 
@@ -198,13 +199,37 @@ def test_the_main_script_names_a_plan_that_exists():
     assert plan in PLANS
 
 
-def test_no_yaml_file_is_longer_than_a_screen():
-    long = {
-        str(p.relative_to(CONF)): n
-        for p in CONF.rglob("*.yaml")
-        if (n := len(p.read_text().splitlines())) > 50
-    }
-    assert not long
+YAML_FILES = sorted(CONF.rglob("*.yaml"))
+#: Keys that need no comment: those of Hydra, and the two under which a file's own settings stand.
+PLAIN_KEYS = {"_target_", "_partial_", "_convert_", "defaults", "model", "study"}
+#: Mappings whose keys are names and no settings: the comment of the mapping is theirs.
+TABLES = {"runs", "sizes", "curves", "bars", "kinds", "companions", "head_sha256", "sources"}
+TABLES |= {"families", "metrics"}
+
+
+def uncommented_keys(node: yaml.Node, lines: Sequence[str]) -> Iterator[str]:
+    """Keys in block style without a comment beside them or on the line above."""
+    if not isinstance(node, yaml.MappingNode) or node.flow_style:
+        return
+    for key, value in node.value:
+        line = key.start_mark.line
+        above = lines[line - 1].strip() if line else ""
+        passed_on = re.fullmatch(r"\$\{\w+\}", str(value.value))
+        commented = " # " in lines[line] or (above.startswith("#") and "@package" not in above)
+        if not commented and key.value not in PLAIN_KEYS and not passed_on:
+            yield key.value
+        if key.value not in TABLES:
+            yield from uncommented_keys(value, lines)
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=lambda p: str(p.relative_to(CONF)))
+def test_a_yaml_file_fits_a_screen_and_explains_every_key(path):
+    text = path.read_text()
+    lines = text.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 100
+    assert lines[0].startswith("# "), "the first comment says what the file is"
+    assert list(uncommented_keys(yaml.compose(text), lines)) == []
 
 
 def test_no_group_of_the_command_line_has_a_single_option_forever():
