@@ -97,9 +97,13 @@ def fit_saes(
 
     x = activations[order[: 1 << 15]].float().to(device)
     dead_after = round(0.03 * cfg.steps * cfg.batch_size)
-    return fit.fit_saes(
+    reports = fit.fit_saes(
         named, batch_at, cfg, Sample(x, x, held), seed=seed, dead_after=dead_after, scale=scale
     )
+    for name, report in reports.items():
+        for one in report.warned:
+            warnings.warn(f"{name}: {one.says}; {one.do}", stacklevel=2)
+    return reports
 
 
 def evaluate(sae: SAE, activations: Tensor | np.ndarray) -> dict[str, float | None]:

@@ -6,7 +6,9 @@ under the closing table, and in no mean.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 OFF_TARGET = 0.05  # of an L0, relative
@@ -14,6 +16,11 @@ SHORT = 0.01  # share of the rows asked for that may be missing: windows are who
 UNSEEN = 0.01  # share of the latents that may be alive and unseen
 GAP = 0.01  # of the effect of removing everything, that integrated gradients may miss
 FIRINGS = 10  # of an average latent, with fewer of which nothing can be called dead
+DYING = 0.10  # share of the latents that may be silent at once while an SAE is fitted
+CLIMB = 0.20  # of the lowest error of a fit: how far the error may climb above it
+LOOKS = 200  # points of a training curve that are compared, at most about
+SMOOTH = 5  # points of a training curve that are judged together, by their median
+MORE_ACTIVE = 1.05  # times as many active latents are more: a lower error is then no feat
 
 
 class Warned(NamedTuple):
@@ -48,6 +55,80 @@ def of_metrics(metrics: Mapping[str, float | None], fixed_l0: float | None) -> l
         do = "train longer (fit.train.steps), or compare at the L0 that was reached"
         found.append(Warned("sae_l0", l0, says, do))
     return found
+
+
+def of_fit(
+    points: Iterable[tuple[int, str, float]],
+    *,
+    lr: float,
+    warmup_steps: int,
+    firings: float,
+    judge_error: bool = True,
+) -> list[Warned]:
+    """Latents that died in masses, or an error that climbed, while an SAE was fitted.
+
+    The error is the FVU, as the median of `SMOOTH` points of its curve. An earlier error counts
+    only if it was reached with no more active latents, since an SAE whose L0 is steered down to
+    its target must lose reconstruction on the way.
+
+    Args:
+        points: Curves of the fit as (step, name, value); `fvu`, `l0` and `dead_frac` are read.
+        lr: The peak learning rate, for the message.
+        warmup_steps: Steps of warm-up, whose points do not count.
+        firings: Times that an average latent fires within the rows of silence after which it
+            counts as dead.
+        judge_error: Whether the FVU is what the SAE is fitted for.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {"fvu": [], "l0": [], "dead_frac": []}
+    for step, name, value in points:
+        if name in curves and step >= warmup_steps:
+            curves[name].append((step, value))
+    warnings = _died(curves["dead_frac"], lr) if firings >= FIRINGS else []
+    return warnings + (_climbed(curves["fvu"], curves["l0"], lr) if judge_error else [])
+
+
+def _lower_rate(lr: float) -> str:
+    return (
+        f"use a lower learning rate (lr={lr:.3g} was used; try {lr / 2:.2g}), or train longer, "
+        "and look at the curves of the fit"
+    )
+
+
+def _died(dead: Sequence[tuple[int, float]], lr: float) -> list[Warned]:
+    """The check with the most dead latents, if these are many."""
+    step, most = max(dead, key=lambda point: point[1], default=(0, 0.0))
+    if not most > DYING:
+        return []
+    says = f"{most:.0%} of the latents were dead at step {step} of the fit"
+    if dead[-1][1] < most:
+        says += f", and {dead[-1][1]:.0%} at its end"
+    return [Warned("fit_dead_frac", most, says, _lower_rate(lr))]
+
+
+def _climbed(
+    fvu: Sequence[tuple[int, float]], l0: Sequence[tuple[int, float]], lr: float
+) -> list[Warned]:
+    """The largest climb of the error above an earlier one that needed no more active latents."""
+    ends = range(SMOOTH, len(fvu) + 1, max(1, len(fvu) // LOOKS))
+    looks = [(fvu[end - SMOOTH // 2 - 1][0], _median(fvu, end), _median(l0, end)) for end in ends]
+    pairs = [
+        (error / max(lowest, 1e-12), start, lowest, step, error)
+        for (start, lowest, few), (step, error, n) in combinations(looks, 2)
+        if few <= MORE_ACTIVE * n
+    ]
+    climb, start, lowest, step, error = max(pairs, default=(0.0,) * 5)
+    if not climb > 1 + CLIMB:
+        return []
+    says = (
+        f"the error (FVU) of the fit climbed from {lowest:.3g} at step {start} "
+        f"to {error:.3g} at step {step}"
+    )
+    return [Warned("fit_fvu", climb, says, _lower_rate(lr))]
+
+
+def _median(curve: Sequence[tuple[int, float]], end: int) -> float:
+    """The median of the `SMOOTH` values before index `end`."""
+    return statistics.median(value for _, value in curve[end - SMOOTH : end])
 
 
 def of_text(provenance: Mapping[str, Any]) -> list[Warned]:

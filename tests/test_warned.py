@@ -12,8 +12,10 @@ import torch
 from fake_runs import make_run
 from test_run import Fake, go, outcome
 
+from sae_experiments import build_sae, fit_saes
 from sae_experiments.cli.main import print_summary
 from sae_experiments.files import read_json
+from sae_experiments.fitting.fit import FitReport
 from sae_experiments.metrics import sparsity
 from sae_experiments.metrics.base import EvalContext
 from sae_experiments.quality_warnings import (
@@ -21,6 +23,7 @@ from sae_experiments.quality_warnings import (
     checked,
     lines,
     of_dead,
+    of_fit,
     of_metrics,
     of_rows,
     of_text,
@@ -30,6 +33,7 @@ from sae_experiments.results.compare import compare, markdown, terminal
 from sae_experiments.results.records import Record, read_records, write_record
 from sae_experiments.results.table import load_table
 from sae_experiments.saes.topk import TopK
+from sae_experiments.studies.base import Outcome
 from sae_experiments.studies.language.stores import Stores
 
 
@@ -60,6 +64,75 @@ def test_numbers_beyond_their_limits(
     found = of_metrics(metrics, asked)
     assert keys(found) == expected
     assert all(one.says.startswith(one.key) and one.do for one in found)
+
+
+def _curves(fvu: Any, l0: Any = None, dead: Any = 0.0) -> list[tuple[int, str, float]]:
+    """Curves of a fit, one point every 20 steps."""
+    points = []
+    for i, value in enumerate(fvu):
+        active = 32.0 if l0 is None else l0[i]
+        share = dead if isinstance(dead, float) else dead[i]
+        for name, v in (("fvu", value), ("l0", active), ("dead_frac", share)):
+            points.append((20 * i, name, v))
+    return points
+
+
+def _of_fit(*args: Any, firings: float = 100.0, judge_error: bool = True, **more: Any) -> Any:
+    settings = {"lr": 5e-3, "warmup_steps": 100, "firings": firings, "judge_error": judge_error}
+    return of_fit(_curves(*args, **more), **settings)
+
+
+FALLING = [1 / (1 + i) for i in range(40)]
+CLIMBING = [*FALLING[:20], *(0.05 * 1.05**i for i in range(20))]
+
+
+def test_a_fit_that_goes_well_says_nothing() -> None:
+    assert _of_fit(FALLING) == []
+    spike = [*FALLING[:20], 3.0, *FALLING[20:]]
+    assert _of_fit(spike) == [], "one odd batch is no climb"
+    assert _of_fit([0.9, *([5.0] * 4), *FALLING]) == [], "nor is the warm-up"
+
+
+def test_an_error_that_climbs_is_told_with_its_steps() -> None:
+    (one,) = _of_fit(CLIMBING)
+    assert one.key == "fit_fvu" and one.value > 2
+    assert "climbed from 0.05" in one.says
+    assert "lr=0.005" in one.do and "try 0.0025" in one.do
+    assert _of_fit(CLIMBING, judge_error=False) == []
+
+
+def test_an_error_that_climbs_as_latents_are_taken_away_is_no_fault() -> None:
+    active = [32 * (4 - i / 13) for i in range(40)]
+    assert _of_fit(CLIMBING, active) == []
+    assert keys(_of_fit(CLIMBING, [32.0] * 40)) == ["fit_fvu"]
+
+
+def test_latents_that_die_in_masses_are_told_even_if_they_come_back() -> None:
+    dead = [0.0] * 15 + [0.3] * 10 + [0.02] * 15
+    (one,) = _of_fit(FALLING, dead=dead)
+    assert one.key == "fit_dead_frac" and one.value == 0.3
+    assert one.says.startswith("30% of the latents were dead at step 300")
+    assert one.says.endswith("and 2% at its end")
+    assert _of_fit(FALLING, dead=0.1) == []
+    assert _of_fit(FALLING, dead=dead, firings=5.0) == [], "too few rows to call a latent dead"
+
+
+def test_a_fit_reports_its_rate_and_what_went_wrong() -> None:
+    """A rate far too high, through the door for tensors: warnings, report and facts."""
+    torch.manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(256, 64), dim=1)
+    x = (torch.rand(8192, 256) < 0.03).float() @ directions
+    sae = build_sae("batch_topk", 64, target_l0=8, d_sae=256)
+    settings = {"steps": 150, "batch_size": 256, "warmup_steps": 10, "log_every": 5}
+    with pytest.warns(UserWarning, match="sae: .* of the latents were dead"):
+        report = fit_saes(sae, x, lr=0.3, **settings)["sae"]
+    assert report.lr == 0.3 and report.facts["lr"] == 0.3
+    assert "fit_dead_frac" in keys(report.warned)
+    again = FitReport(**json.loads(json.dumps(report._asdict())))
+    assert again.warned == report.warned
+    told = Outcome()
+    told.add_fit(again)
+    assert told.warnings == report.warned and told.facts["fit"]["lr"] == 0.3
 
 
 def test_text_that_was_dropped() -> None:

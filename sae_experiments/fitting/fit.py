@@ -6,13 +6,14 @@ folding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
+from sae_experiments.quality_warnings import Warned, of_fit
 from sae_experiments.saes.base import SAE, Batch, Forward, Step, Units
 from sae_experiments.training.loop import (
     History,
@@ -38,6 +39,8 @@ class FitReport(NamedTuple):
         steps: Steps done.
         history: Curves, as (step, name, value).
         cut: Whether the deadline ended the fit early.
+        lr: Peak learning rate that was used; None in reports of older versions.
+        warnings: Signs that the fit went wrong (`quality_warnings.Warned`), as plain dictionaries.
     """
 
     seconds: float
@@ -45,6 +48,18 @@ class FitReport(NamedTuple):
     steps: int
     history: History
     cut: bool
+    lr: float | None = None
+    warnings: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def warned(self) -> list[Warned]:
+        """The warnings as records take them."""
+        return [Warned(**one) for one in self.warnings]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Numbers that the fit chose itself, as records take them."""
+        return {"lr": self.lr}
 
 
 class Sample(NamedTuple):
@@ -210,9 +225,29 @@ def fit_saes(
             for s, k, v in progress.history
             if len(saes) == 1 or k.startswith(f"{name}/")
         ]
-        rows_per_second = int(learner.module.rows_used) / max(seconds, 1e-9)
-        reports[name] = FitReport(seconds, rows_per_second, progress.step, mine, progress.cut)
+        reports[name] = FitReport(
+            seconds=seconds,
+            rows_per_second=int(learner.module.rows_used) / max(seconds, 1e-9),
+            steps=progress.step,
+            history=mine,
+            cut=progress.cut,
+            lr=learner.cfg.lr,
+            warnings=[one._asdict() for one in _warnings(learner, mine)],
+        )
     return reports
+
+
+def _warnings(learner: SAELearner, history: History) -> list[Warned]:
+    """Signs in the curves of a fit that it went wrong."""
+    # The most, not the last: a code that collapses ends with hardly any active latents.
+    l0 = max((value for _, name, value in history if name == "l0"), default=0.0)
+    return of_fit(
+        history,
+        lr=learner.cfg.lr,
+        warmup_steps=learner.cfg.warmup_steps,
+        firings=learner.dead_after * l0 / learner.sae.d_sae,
+        judge_error=not learner.sae.needs_model,
+    )
 
 
 def _check_shared(saes: Mapping[str, SAE], configs: Mapping[str, TrainConfig]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from sae_experiments.console import Console
 from sae_experiments.errors import UserError
+from sae_experiments.fitting.fit import FitReport
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.quality_warnings import Warned
 from sae_experiments.saes.ops import fast_matmul
@@ -74,6 +75,11 @@ class Outcome:
     )  # under which conditions it was measured (see conditions)
     warnings: list[Warned] = field(default_factory=list)
     cut: bool = False
+
+    def add_fit(self, fit: FitReport) -> None:
+        """Add the warnings about the fit of the SAE, and the numbers that it chose itself."""
+        self.warnings = [*self.warnings, *fit.warned]
+        self.facts["fit"] = fit.facts
 
     def measure(
         self,

@@ -504,6 +504,8 @@ class Circuits:
         outcome.facts |= facts.of_sae(
             look.sae, facts.of_sites(look.evaluation.read, look.evaluation.write)
         )
+        if look.fitted is not None:
+            outcome.add_fit(look.fitted)
         look.evaluation.extras["latents"] = list(latents)
         outcome.measure(self.metrics, look.evaluation)
         if (

@@ -125,6 +125,7 @@ class GroundTruth:
             outcomes[self.result_name(name)] = outcome = self.evaluate(sae, world, cell, ctx)
             outcome.seconds["fit"], outcome.cut = fitted.seconds, fitted.cut
             outcome.curves = [(s, f"sae/{n}", v) for s, n, v in fitted.history]
+            outcome.add_fit(fitted)
             m = outcome.metrics
             shown = ", ".join(
                 f"{title} {m[key]:.3f}"

@@ -343,6 +343,7 @@ class Language:
             sae, facts.of_sites(read, write)
         )
         outcome.facts |= {"store": self.fit.store_dtype, "replicas": len(replicas)}
+        outcome.add_fit(fitted)
         outcome.metrics |= {
             "sae_train_time": fitted.seconds,
             "sae_tokens_per_second": fitted.rows_per_second,

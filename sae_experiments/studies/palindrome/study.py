@@ -201,6 +201,7 @@ class Palindrome:
             )
             outcome.metrics |= measured.scalars
             outcome.facts = self._facts(key, len(x_test)) | facts.of_sae(sae, str(SITE))
+            outcome.add_fit(reports[name])
             outcome.why_null |= measured.why_null
             outcome.arrays |= measured.arrays
             outcome.features = measured.browser

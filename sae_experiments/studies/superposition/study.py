@@ -198,6 +198,7 @@ class Superposition:
             own.facts = self._facts(features) | facts.of_sae(
                 sae, f"hidden {self.probe.hidden} of depth {self.probe.depth}"
             )
+            own.add_fit(reports[name])
             self.evaluate(own, sae, features, weights, cell.seed)
             ctx.console.say(
                 f"  {name}: MMCS {own.metrics['sae_mmcs'] or 0:.3f}, {own.metrics['sae_recovered_frac']:.0%} of the tree found"
