@@ -15,13 +15,14 @@ from torch import nn
 
 from sae_experiments.errors import UserError
 from sae_experiments.models import store as activations_module
-from sae_experiments.models.gpt2 import build_lm
+from sae_experiments.models.begin import begin_with
+from sae_experiments.models.gpt2 import build_lm, generate
 from sae_experiments.models.hooks import Site, activations, capture, parse_site, patched
 from sae_experiments.models.store import Store, collect
 
 LAYERS, WIDTH, LENGTH, VOCABULARY = 3, 16, 16, 11
 SITES = [Site("resid", layer) for layer in range(LAYERS + 1)] + [
-    Site(s, layer) for s in ("mlp_in", "mlp_act", "mlp_out") for layer in (1, 2, 3)
+    Site(s, layer) for s in ("attn_out", "mlp_in", "mlp_act", "mlp_out") for layer in (1, 2, 3)
 ]
 
 
@@ -228,6 +229,41 @@ def test_hooks_are_gone_after_exceptions(model, tokens, site):
 def test_a_model_of_another_layout_is_named():
     with pytest.raises(UserError, match=r"Linear: model_type=None is not a known layout"):
         activations(nn.Linear(2, 2), torch.zeros(1, 2), [Site("resid", 1)])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+def test_a_begin_token_is_read_by_the_model_and_seen_by_no_caller(kind):
+    from test_layouts import MADE, all_sites, made
+
+    config = next(c for (name, _), c in MADE.items() if name == kind)
+    plain, begun = made(config), made(config)
+    begin_with(begun, 5)
+    ids = torch.randint(31, (3, 9), generator=torch.Generator().manual_seed(2))
+    whole = torch.cat([torch.full((3, 1), 5), ids], 1)
+    sites = all_sites(plain)
+    assert torch.equal(logits(begun, ids), logits(plain, whole)[:, 1:])
+    wanted, read = activations(plain, whole, sites), activations(begun, ids, sites)
+    assert all(torch.equal(read[s], wanted[s][:, 1:]) for s in sites)
+    for site in sites:
+        with patched(begun, site, lambda x: x.clone()):
+            assert torch.equal(logits(begun, ids), logits(plain, whole)[:, 1:])
+        keep_first = lambda x: torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], 1)  # noqa: E731
+        with patched(begun, site, torch.zeros_like), patched(plain, site, keep_first):
+            assert torch.equal(logits(begun, ids), logits(plain, whole)[:, 1:]), site
+
+
+def test_a_begin_token_stands_once_before_a_text_that_is_generated():
+    from test_layouts import MADE, made
+
+    config = next(c for (name, _), c in MADE.items() if name == "llama")
+    plain, begun = made(config), made(config)
+    begin_with(begun, 5)
+    plain.config.n_positions = begun.config.n_positions = 12
+    prompt, whole = torch.tensor([[7, 8]]), torch.tensor([[5, 7, 8]])
+    options = {"temperature": 1.0, "top_k": 1}
+    one = generate(begun, prompt, 4, generator=torch.Generator().manual_seed(0), **options)
+    other = generate(plain, whole, 4, generator=torch.Generator().manual_seed(0), **options)
+    assert one[0].tolist() == other[0, 1:].tolist()
 
 
 # ------------------------------------------------------------------------------------------------ the store

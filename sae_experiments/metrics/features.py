@@ -15,7 +15,7 @@ from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.text.contexts import contexts_of, quantile_rows, top_rows
 from sae_experiments.models.hooks import Site, blocks_of, capture
-from sae_experiments.models.layouts import layout_of_model, matrix
+from sae_experiments.models.layouts import Layout, final_norm, layout_of_model, matrix
 from sae_experiments.saes.base import SAE
 from sae_experiments.sampling import evenly_spaced, spread
 
@@ -250,9 +250,9 @@ def logit_effect(ctx: EvalContext, strength: np.ndarray, windows: int) -> np.nda
 
         W_U (gamma * (d - mean d)) / sigma
 
-    with d what the decoder adds to the residual stream, gamma the weight of the final layer norm,
-    and sigma the mean standard deviation by which that norm divides. The blocks after the SAE's
-    site are left out.
+    with d what the decoder adds to the residual stream, gamma the gain of the final norm, and sigma
+    the mean of what that norm divides by. RMSNorm does not subtract the mean of d. The blocks after
+    the SAE's site are left out.
 
     Args:
         ctx: Evaluation context.
@@ -268,22 +268,23 @@ def logit_effect(ctx: EvalContext, strength: np.ndarray, windows: int) -> np.nda
     if lm is None or lm.model is None or store is None or not ctx.write_sites:
         return None
     site = ctx.write_sites[-1]
-    if site.stream == "mlp_in":
-        return None
     model: Any = lm.model
     layout = layout_of_model(model)
+    if not _adds_to_stream(layout, site):
+        return None
     blocks = blocks_of(model)
-    norm = model.get_submodule(layout.norm)
+    norm = final_norm(model)
     tokens = lm.tokens(store.starts[spread(len(store.starts), windows)])[0].to(ctx.device)
     last = Site("resid", len(blocks))
     with capture(model, [last]) as seen:
         model(input_ids=tokens, use_cache=False)
-    sigma = seen[last].float().var(-1, correction=0).add(norm.eps).sqrt().mean()
+    stream = seen[last].float()
+    variance = stream.var(-1, correction=0) if norm.centred else stream.square().mean(-1)
+    sigma = variance.add(norm.eps).sqrt().mean()
     unembed = model.get_output_embeddings().weight.float()
-    gamma = norm.weight.float()
     mlp_out = None
     if site.stream == "mlp_act":
-        mlp_out = matrix(blocks[site.layer - 1].get_submodule(layout.down)).float()
+        mlp_out = matrix(blocks[site.layer - 1].get_submodule(layout.mlp_act)).float()
     # Of an SAE over several sites, the last part of the output belongs to the last site.
     width = unembed.shape[1] if mlp_out is None else mlp_out.shape[0]
     one_each = torch.diag(torch.as_tensor(strength, dtype=torch.float32, device=ctx.device))
@@ -293,10 +294,19 @@ def logit_effect(ctx: EvalContext, strength: np.ndarray, windows: int) -> np.nda
         d = (ctx.sae.decode(acts) - base)[:, -width:].float()
         if mlp_out is not None:
             d = d @ mlp_out
-        logits = ((d - d.mean(1, keepdim=True)) * gamma) @ unembed.T / sigma
+        if norm.centred:
+            d = d - d.mean(1, keepdim=True)
+        logits = (d * norm.gain) @ unembed.T / sigma
         parts.append((logits - logits.mean(1, keepdim=True)).cpu())
     effect = torch.cat(parts).numpy()
     return effect if np.isfinite(effect).all() else None
+
+
+def _adds_to_stream(layout: Layout, site: Site) -> bool:
+    """True if the site writes to the residual stream, directly or through one matrix."""
+    if site.stream == "mlp_act":
+        return layout.mlp_out == layout.mlp_act  # no norm between the matrix and the stream
+    return site.stream != "mlp_in"
 
 
 def stability(sae: SAE, replicas: tuple[SAE, ...], latents: np.ndarray) -> list[float]:

@@ -1,8 +1,11 @@
-"""Reading and replacing a language model's activations, and a store of them on disk.
+"""Reading and replacing a language model's activations at its sites.
 
-Sites are named ``<stream>.<block>``, blocks counted from 1: ``resid.3`` is the residual stream after block 3 (``resid.0``: the
-embeddings), ``resid.mid`` after block n_layer // 2; ``mlp_in.2`` is what the MLP of block 2 reads (after its layer norm), ``mlp_act.2``
-its hidden activations after the non-linearity, ``mlp_out.2`` what it writes. Shape letters: B sequences, T positions, D width, N rows.
+Sites are named `<stream>.<block>`, blocks counted from 1: `resid.3` is the residual stream after
+block 3 (`resid.0`: the embeddings), `resid.mid` after block n_layer // 2; `attn_out.2` is what
+the attention of block 2 adds to the stream, `mlp_in.2` what its MLP reads (after the norm),
+`mlp_act.2` the MLP's hidden activations, `mlp_out.2` what it adds to the stream.
+
+Shape letters: B sequences, T positions, D width, N rows.
 """
 
 from __future__ import annotations
@@ -16,16 +19,24 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
-from sae_experiments.models.layouts import layout_of_model
+from sae_experiments.models.begin import n_begin
+from sae_experiments.models.layouts import Layout, layout_of_model
 
-STREAMS = ("resid", "mlp_in", "mlp_act", "mlp_out")
+STREAMS = ("resid", "attn_out", "mlp_in", "mlp_act", "mlp_out")
+#: Streams that are the input of a module of the layout; the others are outputs.
+_INPUTS = ("mlp_in", "mlp_act")
+
+#: Sees an activation (B, T, D) and may return its replacement.
+See = Callable[[Tensor], Tensor | None]
 
 
 class Site(NamedTuple):
-    """A place in the model: ``stream`` and 1-based ``layer`` (0 only for the residual stream: the embeddings)."""
+    """A place in a language model."""
 
     stream: str
+    """One of `STREAMS`."""
     layer: int
+    """Block, counted from 1; 0 only for the residual stream: the embeddings."""
 
     def __str__(self) -> str:
         return f"{self.stream}.{self.layer}"
@@ -40,25 +51,33 @@ def as_sites(where: Site | Sites) -> Sites:
 
 
 def parse_site(text: str, n_layer: int) -> Site:
-    """``"resid.mid"`` or ``"mlp_act.2"`` as a :class:`Site`; a :class:`UserError` names what exists otherwise."""
+    """Read the name of a site, such as `resid.mid` or `mlp_act.2`.
+
+    Args:
+        text: The name.
+        n_layer: Number of blocks of the model.
+
+    Raises:
+        UserError: There is no such site; the line names those that exist.
+    """
     stream, _, layer = str(text).partition(".")
-    number = (
-        n_layer // 2
-        if layer == "mid"
-        else int(layer)
-        if layer.isdecimal() and layer.isascii()
-        else -1
-    )
+    number = -1
+    if layer == "mid":
+        number = n_layer // 2
+    elif layer.isdecimal() and layer.isascii():
+        number = int(layer)
     lowest = 0 if stream == "resid" else 1
     if stream not in STREAMS or not lowest <= number <= n_layer:
+        inside = ", ".join(s for s in STREAMS if s != "resid")
         raise UserError(
-            f"site={text!r} does not exist: use resid.0 to resid.{n_layer}, or mlp_in, mlp_act, mlp_out with a block from 1 to {n_layer}, or .mid"
+            f"site={text!r} does not exist: use resid.0 to resid.{n_layer}, or {inside} with a "
+            f"block from 1 to {n_layer}, or .mid"
         )
     return Site(stream, number)
 
 
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
-    """The transformer blocks of a causal language model whose layout is known."""
+    """Transformer blocks of a causal language model whose layout is known."""
     return model.get_submodule(layout_of_model(model).blocks)
 
 
@@ -66,87 +85,155 @@ class _Stop(Exception):
     """Ends a forward pass once every wanted site has been seen."""
 
 
-def _hook(model: nn.Module, site: Site, fn: Callable[[Tensor], Tensor | None]) -> Any:
-    """Register ``fn`` at a site: it sees the activation (B, T, D) and may return a replacement."""
-    blocks = blocks_of(model)
+def _module_at(layout: Layout, blocks: Sequence[nn.Module], site: Site) -> tuple[nn.Module, bool]:
+    """The module at a site, and whether the site is its input."""
+    if site.stream == "resid":
+        return (blocks[site.layer - 1], False) if site.layer else (blocks[0], True)
+    path = getattr(layout, site.stream)
+    return blocks[site.layer - 1].get_submodule(path), site.stream in _INPUTS
+
+
+def _hook(model: nn.Module, site: Site, see: See, stack: ExitStack) -> None:
+    """Let `see` have the activations (B, T, D) at a site, and replace them, until `stack` ends."""
+    layout, blocks = layout_of_model(model), blocks_of(model)
+    module, is_input = _module_at(layout, blocks, site)
+    shape: list[int] = []
+
+    def of_text(x: Tensor) -> Tensor | None:
+        """The positions of the caller's tokens, in whatever form the module has them."""
+        rows = x.unflatten(0, shape) if x.ndim == 2 else x
+        first = n_begin(model)
+        new = see(rows[:, first:])
+        if new is None:
+            return None
+        new = torch.cat([rows[:, :first], new.to(rows.dtype)], 1) if first else new
+        return new.flatten(0, 1) if x.ndim == 2 else new
 
     def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
-        new = fn(output[0] if isinstance(output, tuple) else output)
+        new = of_text(output[0] if isinstance(output, tuple) else output)
         if new is None:
             return None
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     def on_input(_module: nn.Module, args: Any) -> Any:
-        new = fn(args[0])
+        new = of_text(args[0])
         return None if new is None else (new, *args[1:])
 
-    if site.stream == "resid":
-        return (
-            blocks[0].register_forward_pre_hook(on_input)
-            if site.layer == 0
-            else blocks[site.layer - 1].register_forward_hook(on_output)
-        )
-    layout, block = layout_of_model(model), blocks[site.layer - 1]
-    if site.stream == "mlp_in":
-        return block.get_submodule(layout.up).register_forward_pre_hook(on_input)
-    down = block.get_submodule(layout.down)  # what it reads is the hidden activation
-    return (
-        down.register_forward_pre_hook(on_input)
-        if site.stream == "mlp_act"
-        else down.register_forward_hook(on_output)
-    )
+    if layout.flat and site.stream != "resid":
+
+        def note_shape(_block: nn.Module, args: Any) -> None:
+            shape[:] = args[0].shape[:2]
+
+        stack.callback(blocks[site.layer - 1].register_forward_pre_hook(note_shape).remove)
+    if is_input:
+        stack.callback(module.register_forward_pre_hook(on_input).remove)
+    else:
+        stack.callback(module.register_forward_hook(on_output).remove)
 
 
 @contextmanager
 def capture(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
-    """Within the context, every forward pass fills the yielded dict with the activations (B, T, D) at ``sites``."""
-    found: dict[Site, Tensor] = {}
+    """Within the context, collect the activations of every forward pass.
+
+    Args:
+        model: The language model.
+        sites: Where to read.
+
+    Yields:
+        A dict that each forward pass fills with the activations (B, T, D) at `sites`.
+    """
+    seen: dict[Site, Tensor] = {}
     with ExitStack() as stack:
         for site in sites:
-            handle = _hook(model, site, lambda x, site=site: found.__setitem__(site, x))
-            stack.callback(handle.remove)
-        yield found
+            _hook(model, site, lambda x, site=site: seen.__setitem__(site, x), stack)
+        yield seen
 
 
 @contextmanager
 def patched(model: nn.Module, site: Site, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the context, the activation (B, T, D) at ``site`` is replaced by ``fn`` of it."""
-    handle = _hook(model, site, fn)
-    try:
+    """Within the context, replace the activation (B, T, D) at `site` by `fn` of it."""
+    with ExitStack() as stack:
+        _hook(model, site, fn, stack)
         yield
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()
 def activations(model: nn.Module, tokens: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
-    """Activations at ``sites`` for ``tokens`` (B, T); the forward pass ends at the last of them."""
-    found: dict[Site, Tensor] = {}
+    """Activations at `sites` for `tokens` (B, T); the forward pass ends at the last of them.
+
+    Returns:
+        By site, (B, T, D).
+    """
+    seen: dict[Site, Tensor] = {}
 
     def see(site: Site, x: Tensor) -> None:
-        found[site] = x
-        if len(found) == len(sites):
+        seen[site] = x
+        if len(seen) == len(sites):
             raise _Stop
 
     with ExitStack() as stack:
         for site in sites:
-            stack.callback(_hook(model, site, lambda x, site=site: see(site, x)).remove)
+            _hook(model, site, lambda x, site=site: see(site, x), stack)
         with suppress(_Stop):
             model(input_ids=tokens, use_cache=False)
-    return found
+    return seen
+
+
+@torch.no_grad()
+def check_layout(model: nn.Module, where: str) -> None:
+    """Check on random tokens that a loaded model is what its layout says.
+
+    Every block must add its attention's and its MLP's writes to the stream, and the head of the
+    last norm of the last stream must give the logits.
+
+    Args:
+        model: The language model.
+        where: What was read, for the message.
+
+    Raises:
+        UserError: A sum does not hold: an option of the model is not known here.
+    """
+    n_layer = len(blocks_of(model))
+    inside = [Site(s, i + 1) for s in ("attn_out", "mlp_out") for i in range(n_layer)]
+    streams = [Site("resid", i) for i in range(n_layer + 1)]
+    vocabulary = model.get_input_embeddings().weight
+    chance = torch.Generator().manual_seed(0)
+    tokens = torch.randint(len(vocabulary), (2, 11), generator=chance).to(vocabulary.device)
+    with capture(model, [*streams, *inside]) as seen:
+        logits = model(input_ids=tokens, use_cache=False).logits.float()
+    limit = 1e-3 if vocabulary.dtype == torch.float32 else 5e-2
+    norm = model.get_submodule(layout_of_model(model).norm)
+    again = model.get_output_embeddings()(norm(seen[streams[-1]])).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    pairs = {"the logits": (cap * torch.tanh(again / cap) if cap else again, logits)}
+    for i in range(n_layer):
+        writes = [seen[Site(s, i + 1)].float() for s in ("attn_out", "mlp_out")]
+        total = seen[streams[i]].float() + writes[0] + writes[1]
+        pairs[f"the stream after block {i + 1}"] = (total, seen[streams[i + 1]].float())
+    for what, (computed, wanted) in pairs.items():
+        error = float((computed - wanted).norm() / wanted.norm().clamp_min(1e-12))
+        if not error < limit:
+            raise UserError(
+                f"{where}: {what} of {type(model).__name__} is not what its layout says (relative "
+                f"error {error:.2g}): an option in its config.json is not known here"
+            )
 
 
 class Kept(NamedTuple):
-    """How activations stand in a file of half precision: ``(x - centre) / unit``, so that neither a large mean nor a small unit costs digits."""
+    """Form of activations in a file of half precision, `(x - centre) / unit`.
 
-    centre: Tensor  # (D,) float32
-    unit: float  # a power of two, which costs none by itself
+    So neither a large mean nor a small unit costs digits.
+    """
+
+    centre: Tensor
+    """Mean of the rows, (D,) float32."""
+    unit: float
+    """A power of two, which costs no digits itself."""
 
     @staticmethod
     def like(x: Tensor) -> Kept:
-        """For rows like ``x`` (N, D): about their mean, in units of about their spread."""
+        """For rows like `x` (N, D): about their mean, in units of about their spread."""
         centre = x.double().mean(0)
         spread = float((x.double() - centre).square().mean().sqrt())
-        return Kept(
-            centre.float().cpu(), 2.0 ** round(math.log2(spread)) if spread > 1e-30 else 1.0
-        )
+        unit = 2.0 ** round(math.log2(spread)) if spread > 1e-30 else 1.0
+        return Kept(centre.float().cpu(), unit)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import nn
 
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, sha256_file
-from sae_experiments.models.layouts import layout_of
+from sae_experiments.models.layouts import LAYOUTS, Sizes, sizes_of_config
 from sae_experiments.source import source_digest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder is a folder: nothing is looked up on a hub
@@ -48,16 +48,6 @@ LOADING = (
     SafetensorError,
     getattr(hub_errors, "StrictDataclassError", OSError),
 )
-
-
-class Sizes(NamedTuple):
-    """What can be known without loading weights: blocks, width, width of the MLP, longest context, symbols."""
-
-    n_layer: int
-    width: int
-    inner: int
-    context: int
-    vocabulary: int
 
 
 class LocalLM(NamedTuple):
@@ -95,19 +85,20 @@ class TokenText:
         )
 
 
-def sizes_of(folder: Path) -> Sizes:
-    """Sizes of the model in a folder. Raises :class:`UserError`, one line, for a folder that holds no causal language model."""
+def sizes_of(folder: Path, *, kinds: Sequence[str] = tuple(LAYOUTS)) -> Sizes:
+    """Sizes of the model in a folder. Raises :class:`UserError`, one line, for a folder that holds no causal language model of ``kinds``."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"local.folder={folder} is not a model directory: it has no {CONFIG}")
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        layout = layout_of(config, f"local.folder={folder}")
-        width, n_layer = int(config.hidden_size), int(config.num_hidden_layers)
-        inner = getattr(config, layout.inner) or 4 * width
-        return Sizes(
-            n_layer, width, int(inner), int(config.max_position_embeddings), int(config.vocab_size)
-        )
+        sizes = sizes_of_config(config, f"local.folder={folder}")
+        if config.model_type not in kinds:
+            raise UserError(
+                f"local.folder={folder}: model_type={config.model_type!r} is not supported here: "
+                f"use one of {', '.join(kinds)}"
+            )
+        return sizes
     except LOADING as error:
         raise UserError(
             f"local.folder={folder}: {CONFIG} is not that of a language model ({_line(error)})"

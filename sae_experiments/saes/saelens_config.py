@@ -329,12 +329,13 @@ def _scale(config: _Config, tensors: Mapping[str, Tensor]) -> Tensor | None:
 #: before the layer norm, which has no name here; its `mlp.hook_in` is the input of the MLP.
 HOOKS = {
     "hook_resid_post": "resid",
+    "hook_attn_out": "attn_out",
     "mlp.hook_post": "mlp_act",
     "hook_mlp_out": "mlp_out",
     "mlp.hook_in": "mlp_in",
 }
 #: Our names of sites.
-OURS = re.compile(r"(resid|mlp_in|mlp_act|mlp_out)\.(\d+)")
+OURS = re.compile(r"(resid|attn_out|mlp_in|mlp_act|mlp_out)\.(\d+)")
 
 
 def hook_of_site(name: str) -> str | None:

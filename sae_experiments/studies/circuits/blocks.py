@@ -185,6 +185,11 @@ def blocks_between(model: nn.Module, upstream: Site, downstream: Site) -> list[B
 
 def check_order(upstream: Site, downstream: Site) -> None:
     """Raises :class:`UserError` unless ``upstream`` comes before ``downstream``."""
+    for role, site in (("upstream", upstream), ("downstream", downstream)):
+        if site.stream not in ORDER:
+            raise UserError(
+                f"{role}.site={site} cannot be part of a circuit: use one of {', '.join(ORDER)}"
+            )
     if (upstream.layer, ORDER[upstream.stream]) >= (downstream.layer, ORDER[downstream.stream]):
         raise UserError(
             f"upstream.site={upstream} does not come before downstream.site={downstream}: nothing at the one can reach the other"

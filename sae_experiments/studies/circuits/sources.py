@@ -20,6 +20,9 @@ from sae_experiments.saes import saelens as interop
 from sae_experiments.saes import saelens_config as saelens
 from sae_experiments.saes.base import SAE
 
+#: Model types whose blocks can be taken apart (`blocks.Block`).
+KINDS = ("gpt2", "gpt_neo")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Role:
@@ -59,7 +62,7 @@ class LocalSources:
     @property
     def sizes(self) -> Sizes:
         """Sizes of the model in the folder."""
-        return local_lm.sizes_of(Path(str(self.folder)).expanduser())
+        return local_lm.sizes_of(Path(str(self.folder)).expanduser(), kinds=KINDS)
 
     def tokens(self, text: str, name: str) -> TokenText:
         """A text as the model's tokens."""
