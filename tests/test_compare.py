@@ -12,20 +12,15 @@ import pytest
 from fake_runs import make_run
 
 from sae_experiments.files import read_json, write_json
-from sae_experiments.results.compare import (
-    ABSENT,
-    WIDTH,
-    Delta,
-    compare,
-    config_diff,
-    delta,
-    markdown,
-    terminal,
-    verdict,
-    with_error,
-)
+from sae_experiments.results.choices import ABSENT, chosen_differences, config_diff
+from sae_experiments.results.compare import Delta, compare, delta, verdict
+from sae_experiments.results.headline import MOST, headline
+from sae_experiments.results.markdown import markdown
+from sae_experiments.results.notes import not_comparable_lines
+from sae_experiments.results.numbers import with_error
 from sae_experiments.results.records import Record, Stat, mean_stderr, write_record
 from sae_experiments.results.table import RunTable, load_table
+from sae_experiments.results.terminal import terminal
 
 
 def stat(*values: float | None, first_seed: int = 0) -> Stat:
@@ -136,7 +131,9 @@ def test_what_must_not_be_subtracted_is_not(
     assert set(mine["not_comparable"]) == {why}
     assert mine["delta"].isna().all()
     assert set(mine["verdict"]) == {""}
-    assert "not comparable" in terminal(table, found)
+    assert not_comparable_lines(found) == [f"Not comparable with run_0: run_1: {why}."]
+    text = " ".join(terminal(table, found).split())
+    assert text.count(why) == 1, "the reason is given once"
     assert why in " ".join(markdown(table, found).split())
 
 
@@ -193,9 +190,10 @@ def test_nulls_and_missing_metrics(tmp_path: Path) -> None:
     found = compare(table)
     assert row(table, "run_1", "m", "d")["why_null"] == "constant input"
     assert found[(found["run"] == "run_1") & (found["metric"] == "gone")].empty
-    text = terminal(table, found)
-    assert "null  constant input" in text
-    assert "not comparable: baseline has no value" in text
+    assert "null" in terminal(table, found)
+    page = markdown(table, found)
+    assert "null (constant input)" in page
+    assert "not comparable: baseline has no value" in page
 
 
 def test_configuration_differences(tmp_path: Path) -> None:
@@ -207,6 +205,10 @@ def test_configuration_differences(tmp_path: Path) -> None:
     write_json(tmp_path / "run_1/manifest.json", manifest | {"device": "cuda"})
     table = table_of(tmp_path, "run_0", "run_1")
     assert table.baseline is not None
+    assert chosen_differences(table.runs[1], table.baseline) == [
+        ("SAE", "standard", "topk"),
+        ("device", "cpu", "cuda"),
+    ]
     found = {key: (was, now) for key, was, now in config_diff(table.runs[1], table.baseline)}
     assert found == {
         "device": ("cpu", "cuda"),
@@ -218,8 +220,9 @@ def test_configuration_differences(tmp_path: Path) -> None:
         ),
         "sae.model.k": ("32", "64"),
     }
-    text = terminal(table, compare(table))
-    assert "run_1 differs from run_0 in 5 recorded settings:" in text
+    text = " ".join(terminal(table, compare(table)).split())
+    line = "run_1 differs from run_0: SAE standard -> topk; device cpu -> cuda"
+    assert f"{line} (5 recorded settings)." in text
     assert "Times and speeds are from different devices (cpu, cuda)" in text
 
 
@@ -240,21 +243,16 @@ def test_tables_are_narrow_aligned_and_whole(tmp_path: Path) -> None:
         )
     table = table_of(tmp_path, *names)
     found = compare(table)
-    lines = terminal(table, found).splitlines()
-    assert max(map(len, lines)) <= WIDTH
-    assert (
-        len(
-            {
-                line.index("±")
-                for line in lines
-                if line.startswith("  run_") and "± 0.00" in line and "(baseline)" in line
-            }
-        )
-        <= 2
-    )
+    for width in (60, 80, 100, 120):
+        lines = terminal(table, found, width=width).splitlines()
+        assert max(map(len, lines)) <= width
+        heads = [line for line in lines if "FVU" in line]
+        assert len(heads) == 2 and not any("…" in line for line in lines), "no head is cut"
     assert "\033" not in "\n".join(lines)
     assert "\033[3" in terminal(table, found, colour=True)
-    assert "sae_mse" not in "\n".join(lines)  # shown: false
+    for dataset in table.datasets:
+        chosen = headline(table, dataset)
+        assert len(chosen) <= MOST and "sae_mse" not in chosen  # shown: false
     back = pd.read_csv(io.StringIO(found.to_csv(index=False)))
     assert len(back) == 8 * 2 * 10
     assert set(back["metric"]) >= {"sae_mse", "sae_fvu"}
@@ -293,3 +291,27 @@ def test_a_delta_below_the_noise_of_the_evaluation_is_not_called_better(tmp_path
         "",
         "differs",
     )
+
+
+def test_saes_of_one_run_are_compared_with_one_another(tmp_path: Path) -> None:
+    saes = {"topk": 0.02, "gated": 0.021, "standard": 0.2}
+    reports = [f"text8.{sae}" for sae in saes]
+    make_run(tmp_path, "run_0", datasets=reports, config={"saes": saes}, curves=False)
+    for sae, fvu in saes.items():
+        for seed in range(3):
+            metrics = {"sae_fvu": fvu + 0.002 * seed * (-1) ** len(sae), "sae_l0": 32.0}
+            record = Record(dataset=f"text8.{sae}", seed=seed, metrics=metrics)
+            write_record(tmp_path / "run_0", record)
+    table = table_of(tmp_path, "run_0")
+    rows = compare(table)
+    places = rows[rows["metric"] == "sae_fvu"].set_index("sae")["place"].to_dict()
+    assert places == {"gated": "best", "topk": "tied", "standard": "behind"}
+    assert set(rows.loc[rows["metric"] == "sae_l0", "place"]) == {""}, "no direction, no best"
+    text = terminal(table, rows, width=100)
+    assert text.count("*") == 2, "one best mean, and a line that tells what the mark means"
+    assert "not comparable" not in text.lower() and "differs" not in text.split("better, worse")[0]
+    assert [line.split()[0] for line in text.splitlines() if line[:2] in ("ga", "st", "to")] == [
+        "gated",
+        "standard",
+        "topk",
+    ]

@@ -28,6 +28,7 @@ from sae_experiments.results.records import (
     Record,
     read_records,
     save_arrays,
+    statistics_of,
     write_record,
 )
 from sae_experiments.results.table import load_table, runs_in
@@ -228,15 +229,15 @@ def test_several_saes_of_one_run_are_drawn_side_by_side(tmp_path: Path) -> None:
     reports = [f"{corpus}.{name}" for corpus in ("enwik8", "text8") for name in names]
     saes = {name: {"model": {"k": int(name.rsplit("_", 1)[1])}} for name in names}
     run = make_run(tmp_path, "grid", datasets=reports, config={"saes": saes})
-    table = load_table([run]).by_sae
+    table = load_table([run])
     assert [r.title for r in table.runs] == sorted(
         names, key=lambda n: (n[0], int(n.rsplit("_", 1)[1]))
     )
     assert table.datasets == ["enwik8", "text8"] and table.baseline is None
     assert {r.config["variant"] for r in table.runs} == {"topk", "gated"}
-    whole = load_table([run]).runs[0]
+    whole = statistics_of(read_records(run))
     for part in table.runs:
-        assert part.stats["text8"] == whole.stats[f"text8.{part.sae}"]
+        assert part.stats["text8"] == whole[f"text8.{part.sae}"]
         assert set(part.curves["dataset"]) == {"enwik8", "text8"} and set(part.arrays("text8")) == {
             0,
             1,
@@ -247,13 +248,13 @@ def test_several_saes_of_one_run_are_drawn_side_by_side(tmp_path: Path) -> None:
         "a panel for a corpus and a metric, a point for an SAE"
     )
     beside = load_table([make_run(tmp_path, "run_0", datasets=["text8"]), run])
-    assert [r.name for r in beside.by_sae.runs][1:] == [r.name for r in table.runs], (
+    assert [r.name for r in beside.runs][1:] == [r.name for r in table.runs], (
         "the baseline needs no name in front of theirs"
     )
-    assert beside.by_sae.baseline is beside.by_sae.runs[0] and beside.by_sae.with_rivals(
+    assert beside.baseline is beside.runs[0] and beside.with_rivals(
         ["text8", "shakespeare_char"]
     ) == ["text8"]
-    two = load_table([run, make_run(tmp_path, "other", datasets=["text8"])]).by_sae
+    two = load_table([run, make_run(tmp_path, "other", datasets=["text8"])])
     assert "grid gated-target_l0_8" in [r.name for r in two.runs], (
         "among several runs the run is named too"
     )
@@ -273,7 +274,7 @@ def test_pareto_points_axes_and_variants(tmp_path: Path) -> None:
     assert len(legend(fig)) == 6
     assert "Lines join runs of the same variant." in caption(fig)
     few = drawn("pareto", *paths, max_legend=5)
-    assert legend(few) == ["TopkSAE", "GatedSAE"]
+    assert legend(few) == ["topk", "gated"]
     matched = drawn("pareto", *paths[::3])
     low, high = matched.axes[0].get_xlim()
     assert high / low >= 4  # runs at one L0 must not look far apart

@@ -17,6 +17,7 @@ from fake_runs import make_run
 from sae_experiments.errors import UserError
 from sae_experiments.files import write_json
 from sae_experiments.metric_info import MetricInfo, describe
+from sae_experiments.results.names import CIRCUIT_ROLES, put_together, take_apart
 from sae_experiments.results.records import (
     NOT_FINITE,
     CurveWriter,
@@ -227,7 +228,7 @@ def test_runs_are_found_in_order_and_one_level_deep(
 
 
 def _rows(table, run: str, metric: str):
-    values = table.values
+    values = table.frame
     return values[(values["run"] == run) & (values["metric"] == metric)]
 
 
@@ -257,12 +258,48 @@ def test_bad_runs_do_not_hide_good_ones(tmp_path: Path, caplog: pytest.LogCaptur
     assert (stat.mean, stat.stderr, stat.n, stat.values) == (2.0, 1.0, 2, {})
     table = load_table([good, running, empty, broken, foreign])
     assert table.baseline is table.runs[0]
-    assert table.values.columns.tolist() == ["run", "label", "dataset", "seed", "metric", "value"]
+    columns = ["run", "dataset", "sae", "seed", "metric", "value", "noise"]
+    assert table.frame.columns.tolist() == columns
     assert _rows(table, "run_4", "m")["seed"].isna().all()
     assert _rows(table, "run_0", "sae_fvu")["seed"].tolist() == [
         0,
         1,
         2,
+    ]
+
+
+@pytest.mark.parametrize("key", ["saes", "arms"])  # `arms` until version 0.2
+def test_results_of_several_saes_have_dataset_and_sae_in_columns(tmp_path: Path, key: str) -> None:
+    saes = ("topk", "batch_topk", "topk-target_l0_8", "topk-target_l0_16")
+    reports = [put_together(corpus, sae) for corpus in ("enwik8", "my.text") for sae in saes]
+    config = {key: {sae: {"model": {}} for sae in saes}}
+    make_run(tmp_path, "run_0", datasets=reports, config=config, curves=False)
+    make_run(tmp_path, "run_1", sae="gated", datasets=["enwik8"], curves=False)
+    table = load_table([tmp_path / "run_0", tmp_path / "run_1"])
+    cells = table.frame[["run", "dataset", "sae"]].drop_duplicates()
+    expected = {("run_0", corpus, sae) for corpus in ("enwik8", "my.text") for sae in saes}
+    assert set(cells.itertuples(index=False, name=None)) == expected | {
+        ("run_1", "enwik8", "gated")
+    }
+    assert table.datasets == ["enwik8", "my.text"]
+    for record in read_records(tmp_path / "run_0"):
+        dataset, sae = take_apart(record.dataset, saes)
+        assert put_together(dataset, sae) == record.dataset
+        frame = table.frame
+        mine = frame[
+            (frame["dataset"] == dataset) & (frame["sae"] == sae) & (frame["seed"] == record.seed)
+        ]
+        assert dict(zip(mine["metric"], mine["value"], strict=True)) == record.metrics
+
+
+def test_the_parts_of_a_circuit_are_its_saes(tmp_path: Path) -> None:
+    reports = [put_together("enwik8", role) for role in ("", *CIRCUIT_ROLES)]
+    config = {"study": {role: {} for role in CIRCUIT_ROLES}}
+    table = load_table([make_run(tmp_path, "c", datasets=reports, config=config, curves=False)])
+    assert [(run.name, run.sae, *run.stats) for run in table.runs] == [
+        ("c", "", "enwik8"),
+        ("down", "down", "enwik8"),
+        ("up", "up", "enwik8"),
     ]
 
 
@@ -330,7 +367,7 @@ def test_fifty_runs_are_read_in_moments(tmp_path: Path) -> None:
     ]
     start = time.monotonic()
     table = load_table(paths)
-    assert len(table.values) == 50 * 4 * 10
+    assert len(table.frame) == 50 * 4 * 10
     assert time.monotonic() - start < 5
 
 

@@ -29,9 +29,11 @@ from sae_experiments.quality_warnings import (
     of_text,
 )
 from sae_experiments.report.page import page
-from sae_experiments.results.compare import compare, markdown, terminal
+from sae_experiments.results.compare import compare
+from sae_experiments.results.markdown import markdown
 from sae_experiments.results.records import Record, read_records, write_record
 from sae_experiments.results.table import load_table
+from sae_experiments.results.terminal import terminal
 from sae_experiments.saes.topk import TopK
 from sae_experiments.studies.base import Outcome
 from sae_experiments.studies.language.stores import Stores

@@ -9,21 +9,18 @@ import os
 import re
 import signal
 import sys
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from sae_experiments import quality_warnings as warned
 from sae_experiments.cli.help import help_page
 from sae_experiments.config.compose import build, compose_checked, configuring, first_line
 from sae_experiments.config.plans import complete
 from sae_experiments.config.typed import for_hydra, run_folder
 from sae_experiments.errors import UserError
-from sae_experiments.files import read_json
-from sae_experiments.results.records import read_records
 from sae_experiments.stopping import (
     Stopped,
     end_with_parent,
@@ -114,9 +111,6 @@ def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> in
 
 def draw_report(folder: Path, conf: Path) -> None:
     """``report.html`` of a finished run. Whatever goes wrong is one line on stdout, and the run stays finished."""
-    log, lines = logging.getLogger("sae_experiments"), logging.StreamHandler(sys.stdout)
-    log.addHandler(lines)
-    log.propagate = False
     try:
         from sae_experiments.report.figures import run_report
 
@@ -124,15 +118,13 @@ def draw_report(folder: Path, conf: Path) -> None:
             path.stem: functools.partial(_figure, path)
             for path in sorted((conf / "plot").glob("*.yaml"))
         }
-        print(f"report: {run_report(folder, figures)}", flush=True)
+        with log_to_stdout():
+            print(f"report: {run_report(folder, figures)}", flush=True)
     except Exception as error:
         print(
             f"no report.html: {type(error).__name__}: {first_line(error)}; the results are complete without it",
             flush=True,
         )
-    finally:
-        log.removeHandler(lines)
-        log.propagate = True
 
 
 def _figure(path: Path) -> Callable[..., Any]:
@@ -257,29 +249,26 @@ def recorded(cfg: DictConfig) -> dict[str, Any]:
 
 
 def print_summary(folder: Path, status: str) -> None:
-    """A closing table of at most 100 columns: the shown metrics, one column a report."""
-    manifest, final = read_json(folder / "manifest.json"), read_json(folder / "final_info.json")
-    shown = [
-        name
-        for name, info in sorted(manifest["metrics"].items(), key=lambda kv: kv[1]["order"])
-        if info["shown"]
-    ]
-    width = max(len(name) for name in [*shown, "metric"])
-    names, wide = list(final), max(1, (100 - width) // 18)
-    for first in range(0, len(names), wide):
-        part = names[first : first + wide]
-        print("\n" + " " * width + "".join(f"{n[-17:]:>18}" for n in part))
-        for metric in shown:
-            print(
-                f"{metric:<{width}}"
-                + "".join(f"{_mean_and_error(final[n], metric):>18}" for n in part)
-            )
-    cells = [(record.dataset, record.seed, record.warnings) for record in read_records(folder)]
-    for i, line in enumerate(warned.lines(cells)):
-        print(("" if i else "\n") + textwrap.fill(f"warning: {line}", 100, subsequent_indent="  "))
+    """Print the closing table: a table for each dataset with a row for each SAE."""
+    from sae_experiments.results.compare import compare
+    from sae_experiments.results.table import table_of_run
+    from sae_experiments.results.terminal import terminal
+
+    with log_to_stdout():
+        table = table_of_run(folder)
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(f"\n{terminal(table, compare(table), colour=colour)}")
     print(f"\n{status}: {folder / 'final_info.json'}", flush=True)
 
 
-def _mean_and_error(report: Mapping[str, Any], metric: str) -> str:
-    mean, error = report["means"].get(f"{metric}_mean"), report["stderrs"].get(f"{metric}_stderr")
-    return "-" if mean is None else f"{mean:.4g}" + (f" ± {error:.1g}" if error is not None else "")
+@contextmanager
+def log_to_stdout() -> Iterator[None]:
+    """Print warnings of the package as lines on stdout; stderr is left to the cause of a failure."""
+    log, lines = logging.getLogger("sae_experiments"), logging.StreamHandler(sys.stdout)
+    log.addHandler(lines)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(lines)
+        log.propagate = True

@@ -83,7 +83,6 @@ def draw(
         NothingToDrawError: No run has both arrays.
     """
     notes: list[str] = []
-    table = table.by_sae
     densities = find_panels(
         table,
         lambda run, dataset: _density(run, dataset, counts, edges, dead),

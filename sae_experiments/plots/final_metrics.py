@@ -47,7 +47,6 @@ def draw(
         NothingToDrawError: No run has a metric with a value.
     """
     notes: list[str] = []
-    table = table.by_sae
     chosen = _choose_metrics(table, metrics, max_metrics, notes)
     measured = find_panels(
         table,

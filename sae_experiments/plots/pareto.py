@@ -62,7 +62,6 @@ def draw(
         NothingToDrawError: No run has `x` above 0 together with a metric of `y`.
     """
     notes: list[str] = []
-    table = table.by_sae
     points = _points(table, x, y)
     if not points:
         raise NothingToDrawError(f"no run has {x} (above 0) together with {' or '.join(y)}")

@@ -84,9 +84,8 @@ def draw(
         "Noise of size eps R, R = mean distance of the held-out rows from their mean. "
         "Size 0 is left out."
     )
-    reports = list(fits[0].reports.values())
     error = "lines: mean over seeds; bands: least to greatest seed"
-    lines = notes + caption(table.runs, reports, error=error)
+    lines = notes + caption(table.runs, corpora, error=error)
     return finish(fig, title, lines, fit_handles(fits, styles))
 
 

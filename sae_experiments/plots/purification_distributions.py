@@ -64,8 +64,7 @@ def draw(table: RunTable, *, title: str, corpus: str | None, latents: int, max_f
         Patch(color=CLEAN, alpha=0.5, label="clean"),
         Patch(facecolor="none", edgecolor=PERTURBED, label="under Gaussian noise"),
     ]
-    report = drawn[0][0].reports[chosen]
-    return finish(fig, title, notes + caption(table.runs, [report]), handles)
+    return finish(fig, title, notes + caption(table.runs, [chosen]), handles)
 
 
 def _draw_latents(axes: np.ndarray, arrays: Arrays) -> None:

@@ -104,8 +104,7 @@ def draw(
     )
     notes += _outside_note(outside, 100 * (shown_fvu - 1))
     error = "error bars: ±1 standard error of the mean of the paired ratios (none where n = 1)"
-    reports = [hosts[corpus].reports[corpus] for corpus in corpora]
-    lines = notes + caption(table.runs, reports, error=error)
+    lines = notes + caption(table.runs, corpora, error=error)
     return finish(fig, title, lines, fit_handles(fits, styles, line=False))
 
 

@@ -56,8 +56,7 @@ def draw(table: RunTable, *, title: str, host: str, max_fits: int, max_corpora: 
         "size metric.robustness.eps (10 % of R unless changed): below 100 is more stable. "
         "Frames: kinds of noise used in training. – : not measured."
     )
-    reports = [hosts[corpus].reports[corpus] for corpus in corpora]
-    return finish(fig, title, notes + caption(table.runs, reports, error="means over seeds"))
+    return finish(fig, title, notes + caption(table.runs, corpora, error="means over seeds"))
 
 
 def _is_compared(fit: Fit, hosts: Mapping[str, Fit], corpora: Sequence[str]) -> bool:
@@ -120,9 +119,6 @@ def _trained_with(fit: Fit) -> dict[str, float]:
 
 def _model_config(fit: Fit) -> dict[str, Any]:
     """The configuration of a fit's SAE; empty if the run does not record it."""
-    saes = fit.run.sae_configs
-    if not saes:
-        return {}
-    sae = saes.get(fit.sae or next(iter(saes)), {})
+    sae = fit.run.config.get("sae")
     model = sae.get("model") if isinstance(sae, dict) else None
     return model if isinstance(model, dict) else {}

@@ -20,26 +20,23 @@ from sae_experiments.results.table import Run, RunTable
 
 @dataclass(frozen=True)
 class Fit:
-    """One SAE of one run on every corpus."""
+    """One SAE of one run on the corpora on which it has the data of a figure."""
 
     run: Run
-    sae: str  # name of the SAE; empty if it is the only one of its run
-    reports: dict[str, str]  # name in the results by corpus: `text8` or `text8.purified`
-    label: str
+    corpora: tuple[str, ...]
 
     @property
-    def corpora(self) -> list[str]:
-        """Corpora that it was fitted on."""
-        return list(self.reports)
+    def label(self) -> str:
+        return self.run.title
 
     def arrays(self, corpus: str) -> list[Arrays]:
         """Arrays of the metric `robustness`, one entry per seed."""
-        stored = self.run.arrays(self.reports.get(corpus, "")).values()
+        stored = self.run.arrays(corpus).values()
         return [arrays for arrays in stored if "rob_kinds" in arrays]
 
     def values(self, corpus: str, metric: str) -> np.ndarray:
         """Values of a metric, (seeds,); the mean alone if single seeds are unknown; else empty."""
-        stat = self.run.stats.get(self.reports.get(corpus, ""), {}).get(metric)
+        stat = self.run.stats.get(corpus, {}).get(metric)
         if stat is None:
             return np.zeros(0)
         of_seeds = [value for value in stat.values.values() if value is not None]
@@ -49,17 +46,16 @@ class Fit:
 
 
 def fits_of(table: RunTable, array: str) -> list[Fit]:
-    """Every fit that stored the array, named by its run, or by run and SAE if a run has several."""
+    """Every fit that stored the array."""
     fits = []
     for run in table.runs:
-        reports_of: dict[str, dict[str, str]] = {}
-        for report in sorted(run.stats):
-            corpus, _, sae = report.partition(".")
-            if any(array in arrays for arrays in run.arrays(report).values()):
-                reports_of.setdefault(sae, {})[corpus] = report
-        for sae, reports in reports_of.items():
-            label = f"{run.name}: {sae}" if sae else run.title
-            fits.append(Fit(run, sae, reports, label))
+        corpora = tuple(
+            corpus
+            for corpus in sorted(run.stats)
+            if any(array in arrays for arrays in run.arrays(corpus).values())
+        )
+        if corpora:
+            fits.append(Fit(run, corpora))
     return fits
 
 
@@ -86,8 +82,8 @@ def hosts_of(fits: Sequence[Fit], table: RunTable, host: str, *, figure: str) ->
     hosts = {}
     for corpus in all_corpora(fits):
         candidates = [fit for fit in fits if corpus in fit.corpora]
-        named = [fit for fit in candidates if fit.sae == host]
-        of_baseline = [fit for fit in candidates if not fit.sae and fit.run is table.baseline]
+        named = [fit for fit in candidates if fit.run.sae == host]
+        of_baseline = [fit for fit in candidates if fit.run is table.baseline]
         if len(candidates) > 1:
             hosts[corpus] = [*named, *of_baseline, *candidates][0]
     if not hosts:

@@ -56,7 +56,6 @@ def draw(
         NothingToDrawError: No run has any of the curves.
     """
     notes: list[str] = []
-    table = table.by_sae
     runs = [run for run in table.runs if _matches_any(run, curves)]
     runs = limit(runs, max_runs, "runs", notes)
     if not runs:

@@ -18,8 +18,10 @@ from sae_experiments.files import write_bytes
 from sae_experiments.plots.base import NothingToDrawError, bare, save
 from sae_experiments.plots.text import short_list
 from sae_experiments.report.page import Picture, write_report
-from sae_experiments.results.compare import compare, markdown, terminal
-from sae_experiments.results.table import RunTable, find_runs, load_table, runs_in
+from sae_experiments.results.compare import compare
+from sae_experiments.results.markdown import markdown
+from sae_experiments.results.table import RunTable, find_runs, runs_in, table_of_run
+from sae_experiments.results.terminal import terminal
 
 log = logging.getLogger(__name__)
 #: Makes the `draw(table)` of each figure, by its name in `conf/plot`. A figure is made when it is
@@ -237,10 +239,6 @@ def run_report(folder: Path, figures: Figures) -> Path:
     Raises:
         UserError: The run has no results.
     """
-    table = load_table([folder.resolve()])
-    own = [run for run in table.runs if run.path == folder.resolve()]
-    if not own:
-        raise UserError(f"{folder} has no results to report")
-    table = RunTable(own, table.baseline)
+    table = table_of_run(folder)
     _, pictures = draw_all(table, figures, folder / "figures", None)
     return write_report(table, pictures, folder / REPORT)

@@ -10,17 +10,10 @@ from typing import Any
 import pandas as pd
 
 from sae_experiments.report.markup import Markup, join, table, tag
-from sae_experiments.results.compare import (
-    DIRECTION,
-    WARNING,
-    config_diff,
-    corpus_lines,
-    delta_text,
-    flat_config,
-    notes,
-    value_text,
-    warning_lines,
-)
+from sae_experiments.results.choices import config_diff, flat_config
+from sae_experiments.results.compare import DIRECTION
+from sae_experiments.results.notes import WARNING, corpus_lines, notes, warning_lines
+from sae_experiments.results.numbers import delta_text, value_text
 from sae_experiments.results.records import mean_stderr
 from sae_experiments.results.table import Run, RunTable
 
@@ -86,7 +79,7 @@ def _warnings(runs: RunTable) -> Markup | None:
 def final_numbers(runs: RunTable, rows: pd.DataFrame) -> Markup:
     """The shown metrics: for one run a column each dataset, for several a table each dataset; deltas below the values."""
     found: list[dict[str, Any]] = rows.to_dict("records")
-    cells = {(row["dataset"], row["metric"], row["run"]): row for row in found}
+    cells = {(row["dataset"], row["metric"], row["name"]): row for row in found}
     hidden = [m for m in runs.metrics if not runs.info(m)["shown"]]
     shown = [m for m in runs.metrics if runs.info(m)["shown"]] or hidden
     parts = _tables(runs, cells, shown)

@@ -1,35 +1,28 @@
-"""Runs against the baseline: deltas with their standard errors, what differs in configuration, and the tables that show both.
+"""Comparison of runs: differences of means with their standard errors, and verdicts.
 
-A metric of a run is never subtracted from one that was measured under other conditions (preset, text, and what the metric says it depends
-on): the table says why instead.
+A metric of a run is never subtracted from one that was measured under other conditions (preset,
+text, and what the metric says it depends on): the reason stands in its place.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from sae_experiments import quality_warnings as warned
-from sae_experiments.results.records import RESULT_NEUTRAL_KEYS, Stat, mean_stderr
+from sae_experiments.results.comparable import why_not_comparable
+from sae_experiments.results.records import Stat, mean_stderr
 from sae_experiments.results.table import Run, RunTable
 
-WIDTH = 100
-NAME_WIDTH = 32
-ABSENT = "(absent)"
-WARNING = "Warning:"
 DIRECTION = {
     "up": "higher is better",
     "down": "lower is better",
     "target": "has a target",
     "none": "",
 }
-COLOURS = {"better": "\033[32m", "worse": "\033[31m"}
+NO_VALUE = "baseline has no value"
 NUMBERS = (
     "mean",
     "stderr",
@@ -40,111 +33,123 @@ NUMBERS = (
     "delta_stderr",
     "pairs",
     "believable",
-)
-HOW = "±: one standard error over the n seeds; delta: run - baseline, paired by seed where the seeds are the same."
-RULE = (
-    "better, worse, differs: the delta exceeds 2 of its standard errors, and the noise of the evaluation itself (2 sqrt(2) standard errors of the "
-    "metric over resampled text) where it is known; with fewer than 5 seeds that is a hint, not a proof."
+    "behind",
+    "behind_stderr",
 )
 
 
 class Delta(NamedTuple):
-    """A difference of means: paired by seed, or Welch's (unpaired); ``stderr`` is None where either side has fewer than 2 values."""
+    """A difference of means.
+
+    It is paired by seed if both sides have the same seeds, else unpaired (Welch). `stderr` is None
+    if either side has fewer than two values.
+    """
 
     value: float | None
     stderr: float | None
-    test: str  # paired | welch | ""
-    n: int  # pairs, for paired
+    test: str  # paired | welch | empty
+    n: int  # number of pairs, if paired
+
+
+NO_DELTA = Delta(None, None, "", 0)
 
 
 def delta(run: Stat, baseline: Stat) -> Delta:
-    """run - baseline, with stdev(differences)/sqrt(n) for the same seeds, else sqrt(se_run^2 + se_baseline^2)."""
+    """Subtract the baseline from a run.
+
+    The standard error is that of the differences if the seeds are the same, else
+    sqrt(stderr_run^2 + stderr_baseline^2).
+    """
     if run.mean is None or baseline.mean is None:
-        return Delta(None, None, "", 0)
+        return NO_DELTA
     mine, theirs = (
-        {seed: v for seed, v in stat.values.items() if v is not None} for stat in (run, baseline)
+        {seed: value for seed, value in stat.values.items() if value is not None}
+        for stat in (run, baseline)
     )
     if mine.keys() == theirs.keys() and len(mine) > 1:
-        mean, spread, n = mean_stderr(mine[seed] - theirs[seed] for seed in mine)
-        return Delta(mean, spread, "paired", n)
+        mean, stderr, n = mean_stderr(mine[seed] - theirs[seed] for seed in mine)
+        return Delta(mean, stderr, "paired", n)
     if run.stderr is None or baseline.stderr is None:
         return Delta(run.mean - baseline.mean, None, "", 0)
     return Delta(run.mean - baseline.mean, math.hypot(run.stderr, baseline.stderr), "welch", 0)
 
 
-def verdict(found: Delta, scale: float, better: str, believable: float | None = None) -> str:
-    """better, worse or differs, only when |delta| > 2 standard errors, above rounding error and above what is ``believable``; else ''."""
-    if (
-        found.value is None
-        or found.stderr is None
-        or abs(found.value) <= max(2 * found.stderr, 1e-9 * scale, believable or 0.0)
-    ):
+def verdict(difference: Delta, scale: float, better: str, believable: float | None = None) -> str:
+    """Call a difference `better`, `worse` or `differs`; empty if it is not believable.
+
+    Args:
+        difference: Run minus baseline.
+        scale: Size of the values, for rounding errors.
+        better: Direction of the metric.
+        believable: Smallest difference that the noise of the evaluation allows to believe.
+
+    Returns:
+        Empty unless the difference exceeds two of its standard errors, rounding, and `believable`.
+    """
+    if difference.value is None or difference.stderr is None:
+        return ""
+    if abs(difference.value) <= max(2 * difference.stderr, 1e-9 * scale, believable or 0.0):
         return ""
     if better not in ("up", "down"):
         return "differs"
-    return "better" if (found.value > 0) == (better == "up") else "worse"
+    return "better" if (difference.value > 0) == (better == "up") else "worse"
 
 
 def smallest_believable(runs: Iterable[Run], dataset: str, metric: str) -> float | None:
-    """The smallest difference worth believing, 2 sqrt(2) times the evaluation's standard error (the largest of all cells); None: not known.
+    """Smallest difference worth believing: 2 sqrt(2) standard errors of the evaluation itself.
 
-    Runs are evaluated on the same text, so most of the noise is shared and this errs on the side of caution.
+    The largest of all cells counts. Runs are evaluated on the same text and share most of this
+    noise, so that this errs on the side of caution.
+
+    Returns:
+        None if no cell tells the noise of the metric.
     """
     known = [
-        r.noise[metric]
+        record.noise[metric]
         for run in runs
-        for r in run.records
-        if r.dataset == dataset and metric in r.noise
+        for record in run.records
+        if record.dataset == dataset and metric in record.noise
     ]
     return 2 * math.sqrt(2) * max(known) if known else None
 
 
 def compare(table: RunTable) -> pd.DataFrame:
-    """One row for each dataset, metric and run (the baseline first): everything the tables show and ``comparison.csv`` holds."""
-    baseline = table.baseline
-    runs = ([baseline] if baseline else []) + [run for run in table.runs if run is not baseline]
-    rows = []
+    """The comparison as one row per dataset, metric and run, the baseline first.
+
+    Returns:
+        What `comparison.csv` holds. Against the baseline: `baseline`, `baseline_mean`,
+        `baseline_stderr`, `baseline_n`, `delta`, `delta_stderr`, `test`, `pairs`, `verdict` and,
+        if nothing was subtracted, the reason in `not_comparable`. Among the runs of the table:
+        `place` (`best`, `tied` with it or believably `behind`; empty if one seed cannot tell) and
+        `behind`, the distance from the best.
+    """
+    runs = [*table.baselines, *(run for run in table.runs if not table.is_baseline(run))]
+    rows: list[dict[str, Any]] = []
     for dataset in table.datasets:
         for metric in table.metrics:
-            of_metric = [
-                _row(table, run, dataset, metric)
-                for run in runs
-                if metric in run.stats.get(dataset, {})
-            ]
-            rows += (
-                of_metric
-                if any(row["run"] in {run.name for run in table.runs} for row in of_metric)
-                else []
-            )
-    found = pd.DataFrame(rows)
-    return found.astype(dict.fromkeys(NUMBERS, "float64")) if rows else found
+            having = [run for run in runs if metric in run.stats.get(dataset, {})]
+            if any(run in having for run in table.runs):
+                rows += _rows(table, having, dataset, metric)
+    frame = pd.DataFrame(rows)
+    return frame.astype(dict.fromkeys(NUMBERS, "float64")) if rows else frame
 
 
-def _row(table: RunTable, run: Run, dataset: str, metric: str) -> dict[str, Any]:
-    info, stat, baseline = table.info(metric), run.stats[dataset][metric], table.baseline
-    base = baseline.stats.get(dataset, {}).get(metric) if baseline else None
-    why_not = (
-        ""
-        if run is baseline
-        else "baseline has no value"
-        if baseline and base is None
-        else table.why_not(run, dataset, metric)
-    )
-    found = (
-        delta(stat, base)
-        if base and run is not baseline and not why_not
-        else Delta(None, None, "", 0)
-    )
-    scale = max(abs(stat.mean or 0), abs(base.mean or 0)) if base else 0
-    believable = (
-        smallest_believable([run, baseline], dataset, metric)
-        if baseline and found.value is not None
-        else None
-    )
+def _rows(
+    table: RunTable, runs: Sequence[Run], dataset: str, metric: str
+) -> Iterator[dict[str, Any]]:
+    places = _places(table, runs, dataset, metric)
+    for run in runs:
+        about = _about(table, run, dataset, metric)
+        against = _against_baseline(table, run, dataset, metric)
+        yield about | against | places.get(id(run), NOWHERE)
+
+
+def _about(table: RunTable, run: Run, dataset: str, metric: str) -> dict[str, Any]:
+    info, stat = table.info(metric), run.stats[dataset][metric]
     reasons = [
-        why
+        record.why_null[metric]
         for record in run.records
-        if record.dataset == dataset and (why := record.why_null.get(metric))
+        if record.dataset == dataset and record.why_null.get(metric)
     ]
     return {
         "dataset": dataset,
@@ -153,9 +158,11 @@ def _row(table: RunTable, run: Run, dataset: str, metric: str) -> dict[str, Any]
         "unit": info["unit"],
         "better": info["better"],
         "shown": info["shown"],
-        "run": run.name,
+        "run": run.folder,
+        "sae": run.sae_name,
+        "name": run.name,
         "label": run.label,
-        "is_baseline": run is baseline,
+        "is_baseline": table.is_baseline(run),
         "preset": run.preset,
         "corpus": run.provenance(dataset).get("corpus"),
         "stand_in": run.stand_in(dataset),
@@ -164,286 +171,80 @@ def _row(table: RunTable, run: Run, dataset: str, metric: str) -> dict[str, Any]
         "stderr": stat.stderr,
         "n": stat.n,
         "why_null": "; ".join(dict.fromkeys(reasons)),
+    }
+
+
+def _against_baseline(table: RunTable, run: Run, dataset: str, metric: str) -> dict[str, Any]:
+    stat, baseline = run.stats[dataset][metric], table.baseline_of(run)
+    base = baseline.stats.get(dataset, {}).get(metric) if baseline else None
+    why_not = "" if table.is_baseline(run) else _why_not(table, run, dataset, metric)
+    difference, believable, called = NO_DELTA, None, ""
+    if baseline and base and not table.is_baseline(run) and not why_not:
+        difference = delta(stat, base)
+        believable = smallest_believable([run, baseline], dataset, metric)
+        scale = max(abs(stat.mean or 0), abs(base.mean or 0))
+        called = verdict(difference, scale, table.info(metric)["better"], believable)
+    return {
         "baseline": baseline.name if baseline else None,
         "baseline_mean": base.mean if base else None,
         "baseline_stderr": base.stderr if base else None,
         "baseline_n": base.n if base else None,
-        "delta": found.value,
-        "delta_stderr": found.stderr,
-        "test": found.test,
-        "pairs": found.n or None,
-        "believable": believable,
-        "verdict": verdict(found, scale, info["better"], believable),
+        "delta": difference.value,
+        "delta_stderr": difference.stderr,
+        "test": difference.test,
+        "pairs": difference.n or None,
+        "believable": believable if difference.value is not None else None,
+        "verdict": called,
         "not_comparable": why_not,
     }
 
 
-def config_diff(run: Run, baseline: Run) -> list[tuple[str, str, str]]:
-    """(key, baseline, run) for every value that differs: resolved configuration, preset, device, code and library versions."""
-    mine, theirs = _facts(run), _facts(baseline)
-    keys = [
-        key
-        for key in sorted(mine.keys() | theirs.keys())
-        if mine.get(key, ABSENT) != theirs.get(key, ABSENT)
-    ]
-    return [(key, theirs.get(key, ABSENT), mine.get(key, ABSENT)) for key in keys]
+def _why_not(table: RunTable, run: Run, dataset: str, metric: str) -> str:
+    baseline = table.baseline_of(run)
+    if baseline and metric not in baseline.stats.get(dataset, {}):
+        return NO_VALUE
+    return table.why_not(run, dataset, metric)
 
 
-def flat_config(config: Mapping[str, Any]) -> dict[str, str]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": "1"}``, by key."""
-    return dict(sorted(_flat(config).items()))
+NOWHERE = {"place": "", "behind": None, "behind_stderr": None}
 
 
-def _facts(run: Run) -> dict[str, str]:
-    config = {key: value for key, value in run.config.items() if key not in RESULT_NEUTRAL_KEYS}
-    around = {
-        key: run.manifest[key]
-        for key in ("preset", "device", "git", "versions")
-        if key in run.manifest
-    }
-    return _flat(around) | _flat(config)
+def _places(
+    table: RunTable, runs: Sequence[Run], dataset: str, metric: str
+) -> dict[int, dict[str, Any]]:
+    """Place and distance from the best of the runs that may be compared with one another."""
+    better = table.info(metric)["better"]
+    if better not in ("up", "down"):
+        return {}
+    group = _comparable_group(table, runs, dataset, metric)
+    means = {id(run): run.stats[dataset][metric].mean for run in group}
+    if len(set(means.values())) < 2:
+        return {}
+    best = (max if better == "up" else min)(group, key=lambda run: means[id(run)])
+    return {id(run): _place(run, best, dataset, metric, better) for run in group}
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value):
-        value = {str(i): v for i, v in enumerate(value)}
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value if isinstance(value, str) else json.dumps(value, default=str)}
-    return {
-        key: v
-        for name, part in value.items()
-        for key, v in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
+def _place(run: Run, best: Run, dataset: str, metric: str, better: str) -> dict[str, Any]:
+    if run is best:
+        return {"place": "best", "behind": 0.0, "behind_stderr": None}
+    stat, top = run.stats[dataset][metric], best.stats[dataset][metric]
+    difference = delta(stat, top)
+    scale = max(abs(stat.mean or 0), abs(top.mean or 0))
+    believable = smallest_believable([run, best], dataset, metric)
+    place = ""
+    if difference.stderr is not None or abs(difference.value or 0) <= (believable or 0):
+        place = "behind" if verdict(difference, scale, better, believable) else "tied"
+    return {"place": place, "behind": difference.value, "behind_stderr": difference.stderr}
 
 
-def terminal(table: RunTable, rows: pd.DataFrame, *, colour: bool = False) -> str:
-    """The comparison as text of at most 100 columns: for each dataset and metric, a line a run."""
-    lines: list[str] = []
-    for dataset in table.datasets:
-        lines += ["", f"== {dataset} ==", *(f"   {line}" for line in corpus_lines(table, dataset))]
-        for metric, of_metric in itertools.groupby(
-            _shown(rows, dataset), key=lambda row: row["metric"]
-        ):
-            for i, row in enumerate(of_metric):
-                lines += ["", _cut(f"{metric}{_about(row)}", WIDTH)] if i == 0 else []
-                lines += _terminal_row(table, row, colour)
-    lines += [
-        "",
-        *(
-            line
-            for text in notes(table, rows)
-            for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")
-        ),
-    ]
-    for run in table.runs:
-        if table.baseline and run is not table.baseline and table.baseline.config:
-            lines += _diff_lines(run, table.baseline)
-    return "\n".join(lines).strip("\n")
-
-
-def _shown(rows: pd.DataFrame, dataset: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = rows.to_dict("records")
-    return [row for row in found if row["shown"] and row["dataset"] == dataset]
-
-
-def _terminal_row(table: RunTable, row: dict[str, Any], colour: bool) -> list[str]:
-    name = _cut(
-        row["run"] if row["label"] in ("", row["run"]) else f"{row['run']}: {row['label']}",
-        NAME_WIDTH,
-    )
-    left = f"  {name:<{NAME_WIDTH}} {'null' if _missing(row['mean']) else value_text(row):>24}"
-    if row["is_baseline"] or _missing(row["mean"]):
-        return [
-            _cut(
-                f"{left}  {' '.join(filter(None, [row['why_null'], '(baseline)' if row['is_baseline'] else '']))}",
-                WIDTH,
-            )
-        ]
-    if table.baseline is None:
-        return [left]
-    if row["not_comparable"]:
-        parts = textwrap.wrap(f"not comparable: {row['not_comparable']}", WIDTH - len(left) - 2)
-        return [f"{left if i == 0 else ' ' * len(left)}  {part}" for i, part in enumerate(parts)]
-    mark = (
-        f"{COLOURS[row['verdict']]}{row['verdict']}\033[0m"
-        if colour and row["verdict"] in COLOURS
-        else row["verdict"]
-    )
-    return [f"{left}  {delta_text(row):<21}  {mark}".rstrip()]
-
-
-def _diff_lines(run: Run, baseline: Run, most: int = 12) -> list[str]:
-    found = config_diff(run, baseline)
-    lines = [
-        "",
-        _cut(
-            f"{run.name} differs from {baseline.name} in {len(found) or 'no'} recorded setting{'s' * (len(found) != 1)}:",
-            WIDTH,
-        ),
-    ]
-    lines += [
-        _cut(f"  {_cut(key, 36)}: {_tail(was, 28)} -> {_tail(now, 28)}", WIDTH)
-        for key, was, now in found[:most]
-    ]
-    return lines + (
-        [f"  and {len(found) - most} more, listed in comparison.md"] if len(found) > most else []
-    )
-
-
-def markdown(table: RunTable, rows: pd.DataFrame) -> str:
-    """The comparison as a Markdown page: tables, notes, formulas, differences in configuration."""
-    lines = ["# Comparison of runs", "", *(f"{text}  " for text in notes(table, rows))]
-    for dataset in table.datasets:
-        lines += [
-            "",
-            f"## {dataset}",
-            "",
-            *(f"{line}  " for line in corpus_lines(table, dataset)),
-            "",
-        ]
-        lines += ["| metric | run | mean ± standard error | delta | |", "|---|---|---:|---:|---|"]
-        last = ""
-        for row in _shown(rows, dataset):
-            name = f"`{row['metric']}`{_about(row)}" if row["metric"] != last else ""
-            last = row["metric"]
-            text = (
-                "baseline"
-                if row["is_baseline"]
-                else f"not comparable: {row['not_comparable']}"
-                if row["not_comparable"]
-                else row["verdict"]
-            )
-            title = (
-                row["run"] if row["label"] in ("", row["run"]) else f"{row['run']}: {row['label']}"
-            )
-            cells = [name, title, value_text(row), delta_text(row), text if table.baseline else ""]
-            lines.append("| " + " | ".join(_escape(cell) for cell in cells) + " |")
-    formulas = [
-        (metric, info)
-        for metric in table.metrics
-        if (info := table.info(metric))["formula"] and info["shown"]
-    ]
-    lines += ["", "## Formulas", ""] if formulas else []
-    lines += [f"- `{metric}` ({info['title']}): {info['formula']}" for metric, info in formulas]
-    for run in table.runs:
-        if table.baseline and run is not table.baseline and table.baseline.config:
-            lines += [
-                "",
-                f"## What differs: {run.title} against {table.baseline.name}",
-                "",
-                "| key | baseline | run |",
-                "|---|---|---|",
-            ]
-            lines += [
-                "| " + " | ".join(f"`{_escape(_cut(cell, 200))}`" for cell in found) + " |"
-                for found in config_diff(run, table.baseline)
-            ]
-    return "\n".join(lines) + "\n"
-
-
-def corpus_lines(table: RunTable, dataset: str) -> list[str]:
-    """One line for each preset and corpus the runs used for a dataset; stand-in text in capitals."""
-    groups: dict[str, list[str]] = {}
-    for run in table.runs:
-        if dataset in run.stats:
-            corpus = run.provenance(dataset).get("corpus") or "unknown"
-            text = f"preset {run.preset or 'unknown'}, corpus {corpus}{', STAND-IN TEXT (not the real corpus)' if run.stand_in(dataset) else ''}"
-            groups.setdefault(text, []).append(run.name)
+def _comparable_group(table: RunTable, runs: Sequence[Run], dataset: str, metric: str) -> list[Run]:
+    """The runs with a value that may be compared with the first of them."""
+    valued = [run for run in runs if run.stats[dataset][metric].mean is not None]
+    if not valued:
+        return []
+    depends, first = table.depends(metric), valued[0]
     return [
-        text if len(groups) == 1 else _cut(f"{text}: {', '.join(names)}", WIDTH - 3)
-        for text, names in groups.items()
+        run
+        for run in valued
+        if run is first or not why_not_comparable(run, first, dataset, metric, depends)
     ]
-
-
-def notes(table: RunTable, rows: pd.DataFrame) -> list[str]:
-    """What a reader of any of the tables must know."""
-    found = [
-        f"Baseline: {table.baseline.title}."
-        if table.baseline
-        else "No baseline: there is no run_0, so no deltas (--baseline=RUN names one)."
-    ]
-    if table.baseline and table.baseline.path is None:
-        found.append(str(table.baseline.manifest.get("provenance", "")))
-    found += [HOW, RULE] if table.baseline else []
-    states = [f"{run.name} {run.status}" for run in table.runs if run.status not in ("done", "")]
-    hidden = rows.loc[~rows["shown"], "metric"].nunique() if len(rows) else 0
-    found += [f"Not finished in good order: {', '.join(states)}."] if states else []
-    found += warning_lines(table)
-    devices = {
-        str(run.manifest.get("device") or "unknown")
-        for run in [*table.runs, *filter(None, [table.baseline])]
-    }
-    found += (
-        [
-            f"Times and speeds are from different devices ({', '.join(sorted(devices))}): do not compare them."
-        ]
-        if len(devices) > 1
-        else []
-    )
-    return found + (
-        [f"In comparison.csv only: {hidden} more metric{'s' * (hidden > 1)}."] if hidden else []
-    )
-
-
-def warning_lines(table: RunTable) -> list[str]:
-    """``Warning: ...`` for each kind of warning of each run, the baseline's first."""
-    runs = list({id(run): run for run in [*filter(None, [table.baseline]), *table.runs]}.values())
-    found = []
-    for run in runs:
-        cells = [(record.dataset, record.seed, record.warnings) for record in run.records]
-        name = f"{run.name}, " if len(runs) > 1 else ""
-        found += [f"{WARNING} {name}{line}" for line in warned.lines(cells)]
-    return found
-
-
-def value_text(row: Mapping[str, Any]) -> str:
-    """``0.281 ± 0.003 (n=3)``, or why there is no value."""
-    if _missing(row["mean"]):
-        return f"null ({row['why_null']})" if row["why_null"] else "null"
-    return with_error(row["mean"], row["stderr"]) + (f" (n={row['n']})" if row["n"] else "")
-
-
-def delta_text(row: Mapping[str, Any]) -> str:
-    """``-0.031 ± 0.005``; '' where nothing was subtracted."""
-    if row["delta"] == 0 and (_missing(row["delta_stderr"]) or not row["delta_stderr"]):
-        return "0"
-    return "" if _missing(row["delta"]) else with_error(row["delta"], row["delta_stderr"], sign="+")
-
-
-def with_error(value: float, error: float | None, sign: str = "") -> str:
-    """A value to the second digit of its error; to four significant digits where the error is not known."""
-    if _missing(error):
-        return f"{value:{sign},.0f}" if abs(value) >= 1e4 else f"{value:{sign}.4g}"
-    digits = 1 - math.floor(math.log10(error)) if error else 4
-    if digits > 7 or abs(value) >= 1e9:
-        return f"{value:{sign}.3g} ± {error:.1g}"
-    return f"{value:{sign},.{max(digits, 0)}f} ± {error:,.{max(digits, 0)}f}"
-
-
-def _about(row: Mapping[str, Any]) -> str:
-    title = (
-        []
-        if row["title"] == row["metric"]
-        else [row["title"] + (f" ({row['unit']})" if row["unit"] else "")]
-    )
-    return "".join(
-        f"  {text}"
-        for text in [", ".join([*title, *filter(None, [DIRECTION[row["better"]]])])]
-        if text
-    )
-
-
-def _missing(value: Any) -> bool:
-    return value is None or math.isnan(value)
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _tail(text: str, width: int) -> str:
-    return text if len(text) <= width else f"…{text[1 - width :]}"
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

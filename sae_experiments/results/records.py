@@ -1,8 +1,9 @@
-"""The results of one run on disk: the schema of a cell, and the only code that writes or reads it (no torch, no pandas).
+"""The results of one run on disk: the schema of a cell, and the only code that writes or reads it.
 
-A run folder holds ``cells/<dataset>_<seed>.json`` and ``final_info_<dataset>_<seed>.json`` for each finished cell, ``curves/*.jsonl``,
-``arrays/*.npz`` and, aggregated over the seeds, ``final_info.json``. Readers never fail on a damaged or missing file: they log one
-warning line and go on with the rest, so that one bad run cannot hide the others.
+A run folder holds `cells/<result name>_<seed>.json` and `final_info_<result name>_<seed>.json` for
+each finished cell, `curves/*.jsonl`, `arrays/*.npz` and, over the seeds, `final_info.json`. Readers
+never fail on a damaged or missing file: they log one warning line and go on with the rest, so that
+one bad run cannot hide the others. Neither torch nor pandas is imported here.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from sae_experiments.files import (
 
 log = logging.getLogger(__name__)
 FINAL_INFO = "final_info.json"
-#: Configuration that does not change results: a run may be continued with other values of these, and comparisons leave them out.
+#: Configuration that does not change results: a run may be continued with other values of these,
+#: and comparisons leave them out.
 RESULT_NEUTRAL_KEYS = (
     "out_dir",
     "runs_root",
@@ -58,30 +60,33 @@ NOT_GIVEN = "no value and no reason given"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What one cell (dataset, seed) measured; ``dataset`` is the report name, the top-level key of ``final_info.json``.
+    """Measurements of one cell.
 
-    NaN and infinity become None here, so every None has a reason in ``why_null`` and nothing else has one.
+    NaN and infinity become None here, so that every None has a reason in `why_null`.
     """
 
     dataset: str
+    """Result name, the top-level key of `final_info.json`; see `names`."""
     seed: int
+    """Seed of the cell."""
     metrics: dict[str, float | None]
+    """Values by name of the metric."""
     why_null: dict[str, str] = field(default_factory=dict)
-    noise: dict[str, float] = field(
-        default_factory=dict
-    )  # standard error of a metric over resampled text, where it is known
+    """Reason of each None."""
+    noise: dict[str, float] = field(default_factory=dict)
+    """Standard error of a metric over resampled text, if it is known."""
     seconds: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, Any] = field(
-        default_factory=dict
-    )  # under which conditions it was measured (see conditions)
-    warnings: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # key, value, says, do: what is worse than it looks (see warned)
+    """Duration of each stage."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Conditions of the measurement; see `sae_experiments.conditions`."""
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    """Results that are worse than they look; see `sae_experiments.quality_warnings`."""
     config_hash: str = ""
+    """Digest of the configuration and the text."""
     source_hash: str = ""
-    files: dict[str, str] = field(
-        default_factory=dict
-    )  # SHA-256 of the cell's other files, by their path in the run folder
+    """Digest of the code."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the cell's other files, by their path in the run folder."""
 
     def __post_init__(self) -> None:
         cell_name(self.dataset, self.seed)
@@ -100,28 +105,26 @@ class Record:
         object.__setattr__(self, "facts", self.facts if isinstance(self.facts, dict) else {})
         object.__setattr__(self, "warnings", warned.checked(self.warnings))
         for name in ("noise", "seconds"):
-            object.__setattr__(
-                self,
-                name,
-                {
-                    key: value
-                    for key, v in getattr(self, name).items()
-                    if (value := number(v)) is not None
-                },
-            )
+            numbers = {key: number(value) for key, value in getattr(self, name).items()}
+            finite = {key: value for key, value in numbers.items() if value is not None}
+            object.__setattr__(self, name, finite)
 
 
 def number(value: Any) -> float | None:
-    """A finite float, or None for everything that JSON or a mean cannot hold (NaN, infinity, text)."""
+    """A finite float; None for what JSON or a mean cannot hold, such as NaN or text."""
     try:
-        found = float(value)
+        converted = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return found if math.isfinite(found) else None
+    return converted if math.isfinite(converted) else None
 
 
 def cell_name(dataset: str, seed: int) -> str:
-    """``<dataset>_<seed>``, the stem of every file of a cell. Raises :class:`UserError` for a name no file should have."""
+    """Build `<dataset>_<seed>`, the stem of every file of a cell.
+
+    Raises:
+        UserError: The name or the seed cannot be part of a file name.
+    """
     if not isinstance(dataset, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", dataset):
         raise UserError(
             f"dataset={dataset!r} cannot name a file; use letters, digits, '_', '.' and '-' only"
@@ -132,19 +135,22 @@ def cell_name(dataset: str, seed: int) -> str:
 
 
 def write_record(run_dir: Path, record: Record) -> None:
-    """Write a finished cell. The file in ``cells/`` comes last: where it is, the cell is done. It carries its own checksum."""
+    """Write a finished cell.
+
+    The file in `cells/`, which carries its own checksum, comes last: with it the cell is done.
+    """
     name = cell_name(record.dataset, record.seed)
     write_json(run_dir / f"final_info_{name}.json", record.metrics)
     write_sealed(run_dir / "cells" / f"{name}.json", asdict(record))
 
 
 def checksums(run_dir: Path, dataset: str, seed: int) -> dict[str, str]:
-    """SHA-256 of every file of a cell but its record, by path in the run folder."""
+    """SHA-256 of every file of a cell except its record, by path in the run folder."""
     name = cell_name(dataset, seed)
-    found = [*run_dir.glob(f"*/{name}.*"), *(run_dir / "saes" / name).glob("*")]
+    paths = [*run_dir.glob(f"*/{name}.*"), *(run_dir / "saes" / name).glob("*")]
     return {
         p.relative_to(run_dir).as_posix(): sha256_file(p)
-        for p in sorted(found)
+        for p in sorted(paths)
         if p.parent.name != "cells" and p.name[0] != "." and p.is_file()
     }
 
@@ -160,13 +166,13 @@ def damaged_files(run_dir: Path, record: Record) -> list[str]:
 
 
 def read_records(run_dir: Path) -> list[Record]:
-    """The finished cells of a run by dataset and seed; a damaged file is left out with a warning."""
-    found = [record for path in run_dir.glob("cells/*.json") if (record := _read_record(path))]
-    return sorted(found, key=lambda r: (r.dataset, r.seed))
+    """Read the finished cells of a run, sorted; a damaged file is left out with a warning."""
+    records = [_read_record(path) for path in run_dir.glob("cells/*.json")]
+    return sorted((r for r in records if r is not None), key=lambda r: (r.dataset, r.seed))
 
 
 def _is_as_written(run_dir: Path, dataset: str, seed: int, path: Path) -> bool:
-    """False, with a warning, for a file of a finished cell that is not what its record says was written (a flipped bit, an edit)."""
+    """False, with a warning, if a file of a finished cell is not what its record lists."""
     cell = run_dir / "cells" / f"{cell_name(dataset, seed)}.json"
     record = _read_record(cell) if cell.exists() else None
     written = record.files.get(path.relative_to(run_dir).as_posix()) if record else None
@@ -191,9 +197,8 @@ def _read_record(path: Path) -> Record | None:
     except (AttributeError, TypeError, ValueError, OverflowError, UserError) as error:
         log.warning("%s is not a record of a cell (%s); left out", path, error)
         return None
-    if path.stem != cell_name(
-        record.dataset, record.seed
-    ):  # a copy made by hand: its seed would count twice
+    if path.stem != cell_name(record.dataset, record.seed):
+        # A copy made by hand: its seed would count twice.
         log.warning(
             "%s holds dataset %s, seed %d, which its name does not say; left out",
             path,
@@ -205,7 +210,7 @@ def _read_record(path: Path) -> Record | None:
 
 
 def try_json(path: Path) -> Any:
-    """The content of a JSON file, or None with a warning where it cannot be read."""
+    """Read a JSON file; None, with a warning, if it cannot be read."""
     try:
         return read_json(path)
     except UserError as error:
@@ -216,7 +221,10 @@ def try_json(path: Path) -> Any:
 
 
 class Stat(NamedTuple):
-    """One metric of one dataset over the seeds. ``n`` counts finite values; ``values`` is empty where the seeds are not known."""
+    """One metric of one dataset over the seeds.
+
+    `n` counts finite values; `values` (by seed) is empty if the seeds are unknown.
+    """
 
     mean: float | None
     stderr: float | None
@@ -225,7 +233,11 @@ class Stat(NamedTuple):
 
 
 def mean_stderr(values: Iterable[float | None]) -> tuple[float | None, float | None, int]:
-    """Mean, its standard error ``stdev(ddof=1)/sqrt(n)`` and n, over the finite values; None where there are too few (0, below 2)."""
+    """Mean, standard error and number of the finite values.
+
+    The standard error is `stdev(ddof=1) / sqrt(n)`. The mean of no value and the standard error of
+    one are None.
+    """
     finite = [v for v in values if v is not None and math.isfinite(v)]
     if not finite:
         return None, None, 0
@@ -237,31 +249,34 @@ def mean_stderr(values: Iterable[float | None]) -> tuple[float | None, float | N
 
 
 def statistics_of(records: Iterable[Record]) -> dict[str, dict[str, Stat]]:
-    """``{dataset: {metric: Stat}}``; a metric that some seed lacks is None for that seed."""
+    """Statistics by dataset and metric; a metric that some seed lacks is None for that seed."""
     seeds: dict[str, dict[int, Record]] = {}
     for record in sorted(records, key=lambda r: (r.dataset, r.seed)):
         if record.seed in seeds.setdefault(record.dataset, {}):
             raise UserError(
-                f"two records of dataset {record.dataset} have seed={record.seed}; give each seed once"
+                f"two records of dataset {record.dataset} have seed={record.seed}; "
+                "give each seed once"
             )
         seeds[record.dataset][record.seed] = record
-    found: dict[str, dict[str, Stat]] = {}
+    stats: dict[str, dict[str, Stat]] = {}
     for dataset, by_seed in seeds.items():
         names = list(dict.fromkeys(name for record in by_seed.values() for name in record.metrics))
         columns = {
             name: {seed: record.metrics.get(name) for seed, record in by_seed.items()}
             for name in names
         }
-        found[dataset] = {
+        stats[dataset] = {
             name: Stat(*mean_stderr(column.values()), column) for name, column in columns.items()
         }
-    return found
+    return stats
 
 
 def aggregate(records: Iterable[Record]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The content of ``final_info.json``: ``{dataset: {"means", "stderrs", "final_info_dict"}}`` and nothing else on top.
+    """Build the content of `final_info.json`.
 
-    Lists hold one value a seed, in seed order, null where there is none; nulls stay out of means and standard errors.
+    Returns:
+        `means`, `stderrs` and `final_info_dict` by result name, and nothing else on top. Lists hold
+        one value per seed, in the order of the seeds; nulls stay out of means and standard errors.
     """
     return {
         dataset: {
@@ -274,18 +289,18 @@ def aggregate(records: Iterable[Record]) -> dict[str, dict[str, dict[str, Any]]]
 
 
 def write_final_info(run_dir: Path, records: Iterable[Record]) -> dict[str, Any]:
-    """Aggregate and write ``final_info.json``; returns what was written."""
+    """Aggregate and write `final_info.json`; returns what was written."""
     final_info = aggregate(records)
     write_json(run_dir / FINAL_INFO, final_info)
     return final_info
 
 
 class CurveWriter:
-    """Appends ``{"step", "name", "value"}`` lines to ``curves/<dataset>_<seed>.jsonl``.
+    """Appends lines of step, name and value to `curves/<dataset>_<seed>.jsonl`.
 
-    With ``resume`` the file goes on where a killed run left it (a torn last line is cut off, and steps that are trained again
-    simply stand there twice: the reader takes the later); without it the file starts anew. Each line is handed to the system at once,
-    so a killed process loses at most one.
+    With `resume` the file goes on where a killed run left it: a torn last line is cut off, and of
+    steps that are trained again the reader takes the later line. Without it the file starts anew.
+    Each line is handed to the system at once, so that a killed process loses at most one.
     """
 
     def __init__(self, run_dir: Path, dataset: str, seed: int, *, resume: bool) -> None:
@@ -319,7 +334,10 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def read_curves(run_dir: Path, dataset: str, seed: int) -> list[tuple[int, str, float | None]]:
-    """``(step, name, value)`` by name and step; [] where there is no file. Of a step written twice, the later line counts."""
+    """Read the points of a cell as (step, name, value), sorted by name and step.
+
+    Of a step that was written twice the later line counts. Without a file the list is empty.
+    """
     path = run_dir / "curves" / f"{cell_name(dataset, seed)}.jsonl"
     try:
         check_readable(path)
@@ -342,29 +360,33 @@ def read_curves(run_dir: Path, dataset: str, seed: int) -> list[tuple[int, str, 
             if point is not None:
                 points[str(point["name"]), int(point["step"])] = number(point["value"])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            bad += (
-                i < len(lines) - 1
-            )  # no newline after the last piece: a run that was killed, or still writes
+            # The last piece has no newline if a run was killed or still writes: that is no error.
+            bad += i < len(lines) - 1
     if bad:
         log.warning("%s: %d unreadable lines left out", path, bad)
     return [(step, name, value) for (name, step), value in sorted(points.items())]
 
 
 def save_arrays(run_dir: Path, dataset: str, seed: int, arrays: Mapping[str, Any]) -> None:
-    """Write ``arrays/<dataset>_<seed>.npz`` whole or not at all. Raises ``ValueError`` for an array that would need pickle."""
-    found = {name: np.asarray(value) for name, value in arrays.items()}
-    for name, array in found.items():
+    """Write `arrays/<dataset>_<seed>.npz` whole or not at all.
+
+    Raises:
+        ValueError: An array would need pickle.
+    """
+    converted = {name: np.asarray(value) for name, value in arrays.items()}
+    for name, array in converted.items():
         if array.dtype.hasobject:
             raise ValueError(
-                f"array {name} of {dataset} seed {seed} has dtype object; store numbers, booleans or fixed-width text"
+                f"array {name} of {dataset} seed {seed} has dtype object; "
+                "store numbers, booleans or fixed-width text"
             )
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **found)  # pyright: ignore[reportArgumentType]
+    np.savez_compressed(buffer, **converted)  # pyright: ignore[reportArgumentType]
     write_bytes(run_dir / "arrays" / f"{cell_name(dataset, seed)}.npz", buffer.getvalue())
 
 
 def load_arrays(run_dir: Path, dataset: str, seed: int) -> dict[str, np.ndarray]:
-    """The arrays of a cell; {} where there are none, and with a warning where they cannot be read."""
+    """Read the arrays of a cell; none, with a warning, if they cannot be read."""
     path = run_dir / "arrays" / f"{cell_name(dataset, seed)}.npz"
     if not path.exists() or not _is_as_written(run_dir, dataset, seed, path):
         return {}
@@ -373,8 +395,8 @@ def load_arrays(run_dir: Path, dataset: str, seed: int) -> dict[str, np.ndarray]
         with zipfile.ZipFile(path) as packed:  # no array unpacks to more than its entry here says
             if sum(entry.file_size for entry in packed.infolist()) > MOST_ARRAYS:
                 raise ValueError(f"its arrays have more than {MOST_ARRAYS:,} bytes")
-        with np.load(path, allow_pickle=False) as found:
-            return {name: found[name] for name in found.files}
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
     except (
         OSError,
         ValueError,
@@ -390,7 +412,11 @@ def load_arrays(run_dir: Path, dataset: str, seed: int) -> dict[str, np.ndarray]
 
 
 def save_features(run_dir: Path, dataset: str, seed: int, features: list[dict[str, Any]]) -> None:
-    """Write ``features/<dataset>_<seed>.json``, one dict a latent. Raises ``ValueError`` for NaN and infinity, which JSON does not have."""
+    """Write `features/<dataset>_<seed>.json`, one dictionary per latent.
+
+    Raises:
+        ValueError: A value is NaN or infinite.
+    """
     lines = ",\n".join(
         json.dumps(feature, allow_nan=False, separators=(",", ":")) for feature in features
     )
@@ -398,12 +424,16 @@ def save_features(run_dir: Path, dataset: str, seed: int, features: list[dict[st
 
 
 def save_graphs(run_dir: Path, dataset: str, seed: int, graphs: list[dict[str, Any]]) -> None:
-    """Write ``graphs/<dataset>_<seed>.json``: dicts of title, nodes and edges. Raises ``ValueError`` for NaN and infinity."""
+    """Write `graphs/<dataset>_<seed>.json`: dictionaries of title, nodes and edges.
+
+    Raises:
+        ValueError: A value is NaN or infinite.
+    """
     write_json(run_dir / "graphs" / f"{cell_name(dataset, seed)}.json", graphs)
 
 
 def read_graphs(run_dir: Path, dataset: str, seed: int) -> list[dict[str, Any]]:
-    """The graphs of a cell; [] where there are none, and with a warning where they cannot be read."""
+    """Read the graphs of a cell; none, with a warning, if they cannot be read."""
     path = run_dir / "graphs" / f"{cell_name(dataset, seed)}.json"
-    found = try_json(path) if path.exists() else []
-    return found if isinstance(found, list) else []
+    graphs = try_json(path) if path.exists() else []
+    return graphs if isinstance(graphs, list) else []

@@ -1,0 +1,89 @@
+"""The few metrics that tables on the terminal and the first table of a report show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sae_experiments.results.table import RunTable
+
+#: Metrics of the language model, which every SAE of a run shares.
+OF_THE_MODEL = ("best_val_loss",)
+GROUPS = {
+    "fidelity": ("sae_fvu", "ce_delta_bits", "loss_recovered"),
+    "sparsity": ("sae_l0", "sae_dead_frac"),
+    "interpretation": (
+        "rule_f1",
+        "rule_interpretable_frac",
+        "probe_auc_word_k1",
+        "seed_found_again",
+    ),
+    "cost": ("bits_per_char", "sae_train_time"),
+}
+MOST = 8
+SHORT = {
+    "sae_l0": "L0",
+    "sae_fvu": "FVU",
+    "ce_delta_bits": "ΔCE",
+    "loss_recovered": "CE recov.",
+    "sae_dead_frac": "dead",
+    "sae_dense_frac": "dense",
+    "rule_f1": "rule F1",
+    "rule_interpretable_frac": "rule-like",
+    "probe_auc_word_k1": "word AUC",
+    "seed_found_again": "found again",
+    "bits_per_char": "bits/char",
+    "sae_train_time": "fit s",
+    "best_val_loss": "val loss",
+}
+ARROWS = {"up": "↑", "down": "↓"}
+
+
+def headline(table: RunTable, dataset: str, most: int = MOST) -> list[str]:
+    """The metrics that matter most on a dataset, in the order of `GROUPS`.
+
+    Metrics that no run has a value of are left out; if fewer than three are left, the first shown
+    metrics stand in.
+
+    Args:
+        table: Runs.
+        dataset: Name of the dataset.
+        most: Number of metrics to choose at most.
+    """
+    valued = _valued(table, dataset)
+    known = [metric for group in GROUPS.values() for metric in group if metric in valued]
+    if len(known) >= 3:
+        return known[:most]
+    shown = [m for m in table.metrics if m in valued and table.info(m)["shown"]]
+    rest = [m for m in shown or table.metrics if m in valued and m not in OF_THE_MODEL]
+    return rest[:most]
+
+
+def of_the_model(table: RunTable, dataset: str) -> list[str]:
+    """Metrics of the language model that some run has on a dataset."""
+    valued = _valued(table, dataset)
+    return [metric for metric in OF_THE_MODEL if metric in valued]
+
+
+def _valued(table: RunTable, dataset: str) -> set[str]:
+    return {
+        metric
+        for run in table.runs
+        for metric, stat in run.stats.get(dataset, {}).items()
+        if stat.mean is not None
+    }
+
+
+def heading(table: RunTable, metric: str) -> str:
+    """Short heading of a metric with an arrow towards the better end."""
+    info = table.info(metric)
+    title = SHORT.get(metric, info["title"])
+    return f"{title} {ARROWS.get(info['better'], '')}".strip()
+
+
+def groups_of(metrics: Sequence[str]) -> dict[str, list[str]]:
+    """Metrics by group; all in one nameless group if none of them has a group."""
+    groups = {
+        name: [metric for metric in metrics if metric in group] for name, group in GROUPS.items()
+    }
+    groups = {name: members for name, members in groups.items() if members}
+    return groups or {"": list(metrics)}
