@@ -230,6 +230,8 @@ def _prepared(cfg: DictConfig, about: Mapping[str, Any], label: str) -> tuple[An
         verbosity=str(cfg.verbosity),
         time_limit_s=cfg.time_limit_s,
         overwrite=bool(cfg.overwrite),
+        workers=cfg.workers,
+        threads=cfg.threads,
         about=about,
     )
     return study, tracker, settings

@@ -50,6 +50,7 @@ RESULT_NEUTRAL_KEYS = (
     "overwrite",
     "report",
     "threads",
+    "workers",
     "offline",
     "hydra",
 )

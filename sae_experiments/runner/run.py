@@ -1,13 +1,20 @@
-"""Run a study into a run folder: manifest, cells (finished ones are skipped), aggregation, status."""
+"""Run a study into a run folder: manifest, cells (finished ones are skipped), aggregation, status.
+
+One process owns the folder's manifest, final_info.json and report. Cells run in it one after the
+other, or side by side in workers, which write the files of their own cells.
+"""
 
 from __future__ import annotations
 
 import os
+import pickle
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -17,31 +24,30 @@ from typing import Any
 import torch
 
 from sae_experiments import memory
-from sae_experiments import quality_warnings as warned
 from sae_experiments.cache import locked
 from sae_experiments.console import Console
 from sae_experiments.errors import NonFinite, UserError
 from sae_experiments.files import PACKAGE, NewFolder, digest, read_json, remove_stale, write_json
 from sae_experiments.metric_info import describe
+from sae_experiments.quality_warnings import Warned
 from sae_experiments.results.records import (
     RESULT_NEUTRAL_KEYS,
-    CurveWriter,
-    Record,
-    checksums,
     damaged_files,
     read_records,
-    save_arrays,
-    save_features,
-    save_graphs,
     write_final_info,
-    write_record,
 )
+from sae_experiments.runner.board import Board
+from sae_experiments.runner.cell import CellResult, CellRunner, TimeLeft
+from sae_experiments.runner.pool import Pool, Shares, how_it_died, shares
 from sae_experiments.runner.track import Tracker
+from sae_experiments.runner.worker import Event, Setup
 from sae_experiments.source import outside_digest, package_digest
-from sae_experiments.stopping import OutOfTime, Stopped, last_words, limited
-from sae_experiments.studies.base import Cell, Context, Outcome, Study
+from sae_experiments.stopping import OutOfTime, Stopped, last_words, wait_for_children
+from sae_experiments.studies.base import Cell, Context, Study
 
 REMEDY = "choose another out_dir, or add overwrite=true to replace them"
+#: While cells are at work, drawing the report takes at most this share of the time.
+REPORT_SHARE = 0.05
 
 
 class RunFailed(UserError):
@@ -50,21 +56,36 @@ class RunFailed(UserError):
     exit_status = 1
 
 
+class WorkerError(RuntimeError):
+    """An error in a worker that ends the run."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Everything about a run that is not the study: where it lies, what was asked for, who is told."""
+    """Everything about a run that is not the study."""
 
     folder: Path
+    """The run folder."""
     cache: Path
+    """The cache folder."""
     config: Mapping[str, Any]
+    """The resolved configuration, for the manifest."""
     label: str
+    """Name of the run in tables and figures."""
     device: str
+    """cpu, cuda or cuda:<n>."""
     verbosity: str
+    """quiet, normal or verbose."""
     time_limit_s: float | None
+    """Seconds that the run may take; None: no limit."""
     overwrite: bool
-    about: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # argv, overrides, preset and the reason for it
+    """Replace the results of another configuration."""
+    workers: int | str = 1
+    """Processes that run cells side by side, or "auto"."""
+    threads: int | None = None
+    """CPU threads per cell; None: the cores divided by the workers."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """argv, overrides, preset and the reason for it."""
 
 
 def run(
@@ -73,14 +94,25 @@ def run(
     tracker: Tracker,
     closing: Callable[[Path], None] = lambda folder: None,
 ) -> str:
-    """Run every cell of ``study`` that has no finished result in the folder; returns done, failed or cut.
+    """Run every cell of a study that has no finished result in the folder.
 
-    A cell's results are on disk, and in ``final_info.json``, as soon as it ends. A loss that is not finite ends its cell and lets the others
-    go on; every other error ends the run. Either way the manifest says what happened and the error is raised at the end. ``closing`` gets the
-    folder when there are results, before the tracker gets what lies in it.
+    A cell's results are on disk, and in `final_info.json`, as soon as it ends. A loss that is not
+    finite, and a worker that is killed, end their cell and let the others go on; every other error
+    ends the run. The manifest records what happened, and the error is raised at the end.
+
+    Args:
+        study: The study.
+        settings: Where and how.
+        tracker: Gets live numbers.
+        closing: Called with the folder when there are results: after the first cell, now and then
+            while others are at work, and at the end.
+
+    Returns:
+        done, failed or cut.
 
     Raises:
-        UserError: the folder belongs to another configuration, cannot be written, or is in use by another process.
+        UserError: The folder belongs to another configuration, cannot be written, or is in use by
+            another process.
     """
     study.check()
     folder = settings.folder
@@ -92,7 +124,8 @@ def run(
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"out_dir={folder} cannot be written ({error.strerror}): choose another out_dir or runs_root"
+            f"out_dir={folder} cannot be written ({error.strerror}): "
+            "choose another out_dir or runs_root"
         ) from error
     console = Console(verbosity=settings.verbosity)
     with locked(
@@ -110,9 +143,8 @@ def run(
             if error.exit_status != UserError.exit_status:
                 raise
             if active is not None and active.manifest and read_records(folder):
-                raise RunFailed(
-                    str(error)
-                ) from error  # a mistake, but there are results: the run has failed
+                # A mistake, but there are results: the run has failed.
+                raise RunFailed(str(error)) from error
             new.take_back()
             raise
         except BaseException:
@@ -122,6 +154,8 @@ def run(
 
 
 class _Run:
+    """The owner of a run folder while its cells run."""
+
     def __init__(
         self,
         study: Study,
@@ -131,39 +165,50 @@ class _Run:
         config: Mapping[str, Any],
         closing: Callable[[Path], None],
     ) -> None:
-        self.study, self.settings, self.tracker, self.console, self.closing = (
-            study,
-            settings,
-            tracker,
-            console,
-            closing,
-        )
+        self.study = study
+        self.settings = settings
+        self.tracker = tracker
+        self.console = console
+        self.closing = closing
         self.device = torch.device(settings.device)
         self.hashes = {"config_hash": digest(config), "source_hash": _source(study)}
-        self.deadline = (
-            None if settings.time_limit_s is None else time.monotonic() + settings.time_limit_s
-        )
+        limit = settings.time_limit_s
+        self.deadline = None if limit is None else time.monotonic() + limit
         self.manifest: dict[str, Any] = {}
         self.cut = False
-        self.said: set[warned.Warned] = set()
+        self.said: set[Warned] = set()
+        self.failures: list[str] = []
+        self.reported = Reported()
 
     def go(self) -> str:
+        """Run the cells; returns the status."""
         s = self.settings
         memory.keep()
+        share = shares(
+            s.workers, s.threads, len(self.study.cells()), self.device, self._memory_need()
+        )
+        # Before it is prepared: what it then holds (texts on disk) is opened again by each worker.
+        pickled = _pickled(self.study) if share.workers > 1 else b""
+        if share.workers > 1 and not pickled:
+            self.console.say("workers=1: this study is defined where no other process finds it")
+            share = Shares(1, s.threads)
+        if share.workers == 1 and share.threads is not None:
+            torch.set_num_threads(share.threads)
         ctx = Context(folder=s.folder, cache=s.cache, device=self.device, console=self.console)
         corpora = self.study.prepare(ctx)
         self._refuse_other_text(corpora)
         # The same configuration over another text (a stand-in, a changed file) is another result.
-        self.hashes["config_hash"] = digest(
-            [self.hashes["config_hash"], {name: _text(c) for name, c in corpora.items()}]
-        )
+        texts = {name: _text(provenance) for name, provenance in corpora.items()}
+        self.hashes["config_hash"] = digest([self.hashes["config_hash"], texts])
         self.manifest = {
             **s.about,
             "label": s.label,
             "config": s.config,
             "git": _git(),
             "versions": _versions(),
-            "device": _device_name(self.device),
+            "device": _device_name(self.device, share),
+            "workers": share.workers,
+            "threads": share.threads or torch.get_num_threads(),
             "corpora": corpora,
             "metrics": describe(self.study.infos()),
             **self.hashes,
@@ -171,195 +216,326 @@ class _Run:
             "started": _now(),
             "pid": os.getpid(),
         }
+        self.runner = CellRunner(
+            study=self.study, folder=s.folder, hashes=self.hashes, corpora=corpora
+        )
         self._clear_other_results()
         self._write_manifest()
         self.tracker.start(s.folder, s.config, s.label, s.about.get("plan"))
-        status, failures = "failed", []
+        status = "failed"
         try:
-            with last_words(
-                lambda: self._write_manifest(
-                    self.manifest
-                    | {"status": "stopped", "ended": _now(), "cause": "Stopped: in haste"}
-                )
-            ):
-                failures = self._cells(ctx)
-            status = "failed" if failures else "cut" if self.cut else "done"
+            with last_words(self._last_words):
+                self._cells(ctx, share, pickled)
+            status = "failed" if self.failures else "cut" if self.cut else "done"
         except BaseException as error:
             stopped = isinstance(error, (Stopped, KeyboardInterrupt))
             status = "stopped" if stopped else "failed"
-            self.manifest["cause"] = f"{type(error).__name__}: {error}"
+            named = str(error) if isinstance(error, WorkerError) else _named(error)
+            self.manifest["cause"] = named
             raise
         finally:
-            self.manifest |= {"status": status, "ended": _now()}
-            if failures:
-                self.manifest["cause"] = "; ".join(failures)
-            self._write_manifest()
-            if status != "stopped" and self._records():
-                self.closing(s.folder)
-                self.tracker.publish(s.folder)
-            self.tracker.finish(status)
-        if failures:
+            self._finish(status)
+        if self.failures:
             raise RunFailed(
-                f"{len(failures)} of {len(self.study.cells())} cells failed: {'; '.join(failures)}"
+                f"{len(self.failures)} of {len(self.study.cells())} cells failed: "
+                f"{'; '.join(self.failures)}"
             )
         return status
 
+    def _memory_need(self) -> float:
+        need = getattr(self.study, "memory_per_cell", None)
+        return 0.0 if need is None else need(self.device)
+
+    def _finish(self, status: str) -> None:
+        self.manifest.pop("progress", None)
+        self.manifest |= {"status": status, "ended": _now()}
+        if self.failures:
+            self.manifest["cause"] = "; ".join(self.failures)
+        self._write_manifest()
+        if status != "stopped" and self.runner.records():
+            self.closing(self.settings.folder)
+            self.tracker.publish(self.settings.folder)
+        self.tracker.finish(status)
+
+    def _last_words(self) -> None:
+        end = {"status": "stopped", "ended": _now(), "cause": "Stopped: in haste"}
+        self._write_manifest(self.manifest | end)
+
     def _refuse_other_text(self, corpora: Mapping[str, Any]) -> None:
-        path = self.settings.folder / "manifest.json"
-        if (
-            self.settings.overwrite
-            or not path.exists()
-            or not any(self.settings.folder.glob("cells/*.json"))
-        ):
+        folder = self.settings.folder
+        path = folder / "manifest.json"
+        if self.settings.overwrite or not path.exists() or not any(folder.glob("cells/*.json")):
             return
         before = read_json(path).get("corpora", {})
         for name in sorted(before.keys() & corpora.keys()):
             if _text(before[name]) != _text(corpora[name]):
                 was, now = (
-                    f"{c.get('corpus')} from {c.get('source')}"
-                    for c in (before[name], corpora[name])
+                    f"{text.get('corpus')} from {text.get('source')}"
+                    for text in (before[name], corpora[name])
                 )
                 raise UserError(
-                    f"{self.settings.folder} holds results on another text ({name}: {was} -> {now}): {REMEDY}"
+                    f"{folder} holds results on another text ({name}: {was} -> {now}): {REMEDY}"
                 )
 
-    def _cells(self, ctx: Context) -> list[str]:
-        cells = self.study.cells()
-        failures: list[str] = []
-        for i, cell in enumerate(cells):
+    # ---------------------------------------------------------------------------- the cells
+
+    def _cells(self, ctx: Context, share: Shares, pickled: bytes) -> None:
+        """Run the cells that are not finished, the first seed of every dataset first."""
+        cells = breadth_first(self.study.cells())
+        pending: deque[Cell] = deque()
+        for cell in cells:
             if self._finished(cell):
-                self.console.say(
-                    f"[{i + 1}/{len(cells)}] {cell.dataset} seed {cell.seed}: already done"
-                )
-                continue
-            if self._late() and self._records():
-                self.cut = True
-                self.console.say(
-                    f"[{i + 1}/{len(cells)}] {cell.dataset} seed {cell.seed}: no time left"
-                )
-                continue
-            self.console.say(f"[{i + 1}/{len(cells)}] {cell.dataset} seed {cell.seed}")
-            try:
-                # A limit too short for any result is overrun by the first cell: a run ends with something to show.
-                with limited(self.deadline, lambda: bool(self._records())):
-                    self._cell(cell, ctx, len(cells) - i)
-            except OutOfTime:
-                self.cut = True
-                self.console.say(
-                    f"  time_limit_s={self.settings.time_limit_s:g} is over: {cell.dataset} seed {cell.seed} goes on another time"
-                )
-            except NonFinite as error:
-                failures.append(f"{cell.dataset} seed {cell.seed}: {error}")
-                self.console.say(f"  failed: {error}", always=True)
-        write_final_info(self.settings.folder, self._records())
-        return failures
+                self._say_of(cell, cells, "already done")
+            else:
+                pending.append(cell)
+        self.manifest["progress"] = {"cells": len(cells), "finished": len(cells) - len(pending)}
+        if share.workers > 1 and len(pending) > 1:
+            self._side_by_side(pending, cells, share, pickled)
+        else:
+            self._one_by_one(pending, cells, ctx, share)
+        write_final_info(self.settings.folder, self.runner.records())
 
-    def _cell(self, cell: Cell, ctx: Context, left: int) -> None:
-        folder, began = self.settings.folder, time.monotonic()
-        # An equal share of what is left for every cell, so that a limit cuts training short everywhere instead of dropping the last cells.
-        deadline = None if self.deadline is None else began + max(self.deadline - began, 0.0) / left
-        with CurveWriter(folder, cell.reports[0], cell.seed, resume=False) as curves:
+    def _one_by_one(
+        self, pending: deque[Cell], cells: Sequence[Cell], ctx: Context, share: Shares
+    ) -> None:
+        if share.threads is not None:
+            torch.set_num_threads(share.threads)
+        while pending:
+            cell = pending.popleft()
+            if self._no_time_for(cell, cells):
+                continue
+            self._say_of(cell, cells)
+            self._progress([cell])
 
-            def log(step: int, values: Mapping[str, float]) -> None:
-                for name, value in values.items():
-                    curves.write(step, name, value)
+            def log(step: int, values: Mapping[str, float], cell: Cell = cell) -> None:
                 self.tracker.log(cell.dataset, cell.seed, step, values)
 
-            outcomes = self.study.run(
-                cell, replace(ctx, log=log, deadline=deadline, ends=self.deadline)
-            )
-        for report, outcome in outcomes.items():
-            self._keep(report, cell, outcome, time.monotonic() - began)
-        write_final_info(folder, self._records())
+            try:
+                left = self._time_left(1 + len(pending), workers=1)
+                self._ended(cell, self.runner.run(cell, replace(ctx, log=log), left))
+            except OutOfTime:
+                self._late(cell)
+            except NonFinite as error:
+                self._failed(cell, str(error))
+            if pending:
+                self._draw_report()
 
-    def _keep(self, report: str, cell: Cell, outcome: Outcome, total: float) -> None:
-        folder = self.settings.folder
-        self.cut = self.cut or outcome.cut
-        # Written whole from the stages' own histories: a resumed stage logs only what it did after the kill.
-        with CurveWriter(folder, report, cell.seed, resume=False) as curves:
-            for step, name, value in outcome.curves:
-                curves.write(step, name, value)
-        if outcome.arrays:
-            save_arrays(folder, report, cell.seed, outcome.arrays)
-        if outcome.features is not None:
-            save_features(folder, report, cell.seed, outcome.features)
-        if outcome.graphs is not None:
-            save_graphs(folder, report, cell.seed, outcome.graphs)
-        # A cell that was cut short keeps its numbers but not its hash, so that the same command without the limit makes it whole.
-        hashes = {k: f"{v}{'-cut' if outcome.cut else ''}" for k, v in self.hashes.items()}
-        seconds = outcome.seconds | {"cell": total}
-        warnings = self._warned(report, cell, outcome)
-        files = checksums(folder, report, cell.seed)
-        write_record(
-            folder,
-            Record(
-                dataset=report,
-                seed=cell.seed,
-                metrics=outcome.metrics,
-                why_null=outcome.why_null,
-                noise=outcome.noise,
-                seconds=seconds,
-                files=files,
-                facts=outcome.facts,
-                warnings=[one._asdict() for one in warnings],
-                **hashes,
-            ),
+    def _side_by_side(
+        self, pending: deque[Cell], cells: Sequence[Cell], share: Shares, pickled: bytes
+    ) -> None:
+        setup = Setup(
+            study=pickle.loads(pickled),
+            folder=self.settings.folder,
+            cache=self.settings.cache,
+            hashes=self.hashes,
+            corpora=self.manifest["corpora"],
+            device=self.settings.device,
+            threads=share.threads,
+            verbosity=self.settings.verbosity,
         )
-        self.tracker.summary(report, cell.seed, outcome.metrics)
+        n = min(share.workers, len(pending))
+        threads = f"{share.threads} thread{'s' if share.threads != 1 else ''}"
+        self.console.say(f"{n} workers of {threads} each (workers=1: one cell after the other)")
+        pool, board = Pool(setup, n), Board(self.console, len(pending), n)
+        with wait_for_children():
+            try:
+                self._feed(pool, board, pending, cells)
+                for worker, cell, event in pool.events():
+                    if event.kind == "idle":
+                        board.tell()
+                        continue
+                    self._event(worker, cell, event, board)
+                    if cell not in pool.running:
+                        board.end(worker)
+                        self._feed(pool, board, pending, cells)
+                        self._progress(pool.running)
+                        if pool.running:
+                            self._draw_report()
+            finally:
+                board.close()
+                pool.close()
 
-    def _warned(self, report: str, cell: Cell, outcome: Outcome) -> list[warned.Warned]:
-        """What is worse than it looks, said once each in the log."""
-        found = warned.of_text(self.manifest["corpora"].get(report) or {}) + outcome.warnings
-        found += warned.of_metrics(outcome.metrics, outcome.facts.get("asked_l0"))
-        for one in found:
-            if one not in self.said:
-                self.said.add(one)
-                self.console.say(f"  warning: {report} seed {cell.seed}: {one.says}")
-        return found
+    def _feed(self, pool: Pool, board: Board, pending: deque[Cell], cells: Sequence[Cell]) -> None:
+        """Give every free worker a cell."""
+        while pending and pool.free:
+            cell = pending.popleft()
+            if self._no_time_for(cell, cells):
+                continue
+            self._say_of(cell, cells)
+            left = self._time_left(1 + len(pending), workers=self._workers_of(pool, pending))
+            board.start(pool.give(cell, left), named(cell))
+        self._progress(pool.running)
 
-    def _late(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
+    @staticmethod
+    def _workers_of(pool: Pool, pending: deque[Cell]) -> int:
+        return min(pool.size, 1 + len(pending))
+
+    def _event(self, worker: int, cell: Cell, event: Event, board: Board) -> None:
+        """Act on what a worker says.
+
+        Raises:
+            UserError: A mistake of the user that the cell has found.
+            WorkerError: Any other error of the cell.
+        """
+        if event.kind == "say":
+            line, always = event.data
+            self.console.say(f"  {named(cell)}: {line.strip()}", always=always)
+        elif event.kind == "stage":
+            board.stage(worker, *event.data)
+        elif event.kind == "log":
+            self.tracker.log(cell.dataset, cell.seed, *event.data)
+        elif event.kind == "result":
+            self._ended(cell, event.data)
+        elif event.kind == "late":
+            self._late(cell)
+        elif event.kind == "failed":
+            self._failed(cell, event.data)
+        elif event.kind == "gone":
+            self._failed(cell, how_it_died(event.data))
+        elif event.kind == "user_error":
+            message, status = event.data
+            error = UserError(message)
+            error.exit_status = status
+            raise error
+        else:
+            message, trace = event.data
+            self.console.detail(trace)
+            raise WorkerError(message)
+
+    def _ended(self, cell: Cell, result: CellResult) -> None:
+        self.cut = self.cut or result.cut
+        for name, warning in result.warnings:
+            if warning not in self.said:
+                self.said.add(warning)
+                self.console.say(f"  warning: {name} seed {cell.seed}: {warning.says}")
+        for name, metrics in result.metrics.items():
+            self.tracker.summary(name, cell.seed, metrics)
+        self.manifest["progress"]["finished"] += 1
+        write_final_info(self.settings.folder, self.runner.records())
+
+    def _late(self, cell: Cell) -> None:
+        self.cut = True
+        self.console.say(
+            f"  time_limit_s={self.settings.time_limit_s:g} is over: "
+            f"{named(cell)} goes on another time"
+        )
+
+    def _failed(self, cell: Cell, cause: str) -> None:
+        self.failures.append(f"{named(cell)}: {cause}")
+        self.console.say(f"  failed: {named(cell)}: {cause}", always=True)
+
+    def _no_time_for(self, cell: Cell, cells: Sequence[Cell]) -> bool:
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        if not late or not self.runner.records():
+            return False
+        self.cut = True
+        self._say_of(cell, cells, "no time left")
+        return True
+
+    def _time_left(self, cells_left: int, *, workers: int) -> TimeLeft:
+        """An equal share of the time for every cell that is left.
+
+        A limit cuts training short everywhere instead of dropping the last cells.
+        """
+        if self.deadline is None:
+            return TimeLeft()
+        left = max(self.deadline - time.monotonic(), 0.0)
+        rounds = -(-cells_left // workers)
+        return TimeLeft(training=left / rounds, whole=self.deadline - time.monotonic())
+
+    def _say_of(self, cell: Cell, cells: Sequence[Cell], what: str = "") -> None:
+        place = f"[{cells.index(cell) + 1}/{len(cells)}] {named(cell)}"
+        self.console.say(f"{place}: {what}" if what else place)
+
+    def _progress(self, running: Sequence[Cell]) -> None:
+        """Say in the manifest which cells are at work, for the report."""
+        self.manifest["progress"]["running"] = [named(cell) for cell in running]
+        self._write_manifest()
+
+    def _draw_report(self) -> None:
+        if not self.reported.is_due() or not self.runner.records():
+            return
+        with self.reported.timed():
+            self.closing(self.settings.folder)
 
     def _finished(self, cell: Cell) -> bool:
-        """Whether every report of the cell is there, by this code and configuration, with files that are what was written."""
+        """Whether every result of the cell is there, by this code, with undamaged files."""
+        folder = self.settings.folder
+        hashes = tuple(self.hashes.values())
         records = [
-            r
-            for r in self._records()
-            if r.seed == cell.seed and (r.config_hash, r.source_hash) == tuple(self.hashes.values())
+            record
+            for record in self.runner.records()
+            if record.seed == cell.seed and (record.config_hash, record.source_hash) == hashes
         ]
-        for name in (name for r in records for name in damaged_files(self.settings.folder, r)):
-            self.console.say(
-                f"  {self.settings.folder / name} is missing or damaged: {cell.dataset} seed {cell.seed} is evaluated again"
-            )
-            return False
-        return {r.dataset for r in records} >= set(cell.reports)
-
-    def _records(self) -> list[Record]:
-        """Results of this configuration and this code (a cell that was cut short counts until it is made whole)."""
-        wanted = {(report, cell.seed) for cell in self.study.cells() for report in cell.reports}
-        hashes = {tuple(self.hashes.values()), tuple(f"{h}-cut" for h in self.hashes.values())}
-        return [
-            r
-            for r in read_records(self.settings.folder)
-            if (r.dataset, r.seed) in wanted and (r.config_hash, r.source_hash) in hashes
-        ]
+        for record in records:
+            for name in damaged_files(folder, record):
+                self.console.say(
+                    f"  {folder / name} is missing or damaged: {named(cell)} is evaluated again"
+                )
+                return False
+        return {record.dataset for record in records} >= set(cell.reports)
 
     def _clear_other_results(self) -> None:
-        """With overwrite=true: what another configuration left must not be read beside the new results."""
+        """With overwrite=true, remove what another configuration left beside the new results."""
         folder = self.settings.folder
-        if any(
-            r.config_hash.removesuffix("-cut") != self.hashes["config_hash"]
-            for r in read_records(folder)
-        ):
-            for name in ("cells", "curves", "arrays", "features", "graphs", "saes"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            for path in folder.glob("final_info*.json"):
-                path.unlink()
+        mine = self.hashes["config_hash"]
+        if all(r.config_hash.removesuffix("-cut") == mine for r in read_records(folder)):
+            return
+        for name in ("cells", "curves", "arrays", "features", "graphs", "saes"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for path in folder.glob("final_info*.json"):
+            path.unlink()
 
     def _write_manifest(self, manifest: Mapping[str, Any] | None = None) -> None:
-        write_json(
-            self.settings.folder / "manifest.json", self.manifest if manifest is None else manifest
-        )
+        path = self.settings.folder / "manifest.json"
+        write_json(path, self.manifest if manifest is None else manifest)
+
+
+class Reported:
+    """Decides when the report of a run that goes on is drawn again."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def is_due(self) -> bool:
+        """Whether drawing keeps to `REPORT_SHARE` of the time; always before the first time."""
+        return time.monotonic() >= self._next
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Time a drawing, which decides when the next is due."""
+        began = time.monotonic()
+        yield
+        now = time.monotonic()
+        self._next = now + (now - began) / REPORT_SHARE
+
+
+def breadth_first(cells: Sequence[Cell]) -> list[Cell]:
+    """The first seed of every dataset, then the second of each, and so on."""
+    count: dict[str, int] = {}
+    ranks = []
+    for cell in cells:
+        ranks.append(count.get(cell.dataset, 0))
+        count[cell.dataset] = ranks[-1] + 1
+    return [cells[i] for i in sorted(range(len(cells)), key=ranks.__getitem__)]
+
+
+def named(cell: Cell) -> str:
+    """A cell in the words of the log."""
+    return f"{cell.dataset} seed {cell.seed}"
+
+
+def _pickled(study: Study) -> bytes:
+    """The study for other processes; empty if they could not import what it consists of."""
+    try:
+        pickled = pickle.dumps(study)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return b""
+    return b"" if b"__main__" in pickled else pickled
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _refuse_other_configuration(folder: Path, config: Mapping[str, Any], overwrite: bool) -> None:
@@ -449,7 +625,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _device_name(device: torch.device) -> str:
+def _device_name(device: torch.device, share: Shares) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{platform.machine()} CPU, {share.threads or torch.get_num_threads()} threads"

@@ -1,0 +1,136 @@
+"""Progress of several cells at once: live lines on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from sae_experiments.console import EVERY_S, Console
+
+
+@dataclass
+class _Line:
+    """One cell at work."""
+
+    name: str
+    stage: str = "starting"
+    unit: str = "step"
+    done: int = 0
+    total: int = 0
+    first: int = 0
+    began: float = 0.0
+    bar: tqdm | None = None
+
+    def text(self) -> str:
+        """Stage, progress and rate."""
+        if not self.total:
+            return f"{self.name}: {self.stage}"
+        rate = (self.done - self.first) / max(time.monotonic() - self.began, 1e-9)
+        return (
+            f"{self.name}: {self.stage} {self.done:,}/{self.total:,} {self.unit}s, {rate:,.1f} "
+            f"{self.unit}s/s"
+        )
+
+
+class Board:
+    """Shows cells at work.
+
+    Args:
+        console: Where lines go.
+        n_cells: Cells still to run.
+        n_workers: Cells at work at once, at most.
+    """
+
+    def __init__(self, console: Console, n_cells: int, n_workers: int) -> None:
+        self._console = console
+        self._lines: dict[int, _Line] = {}
+        self._n_cells = n_cells
+        self._n_workers = n_workers
+        self._finished = 0
+        self._began = self._told = time.monotonic()
+        self._job: tqdm | None = None
+
+    def start(self, worker: int, name: str) -> None:
+        """A worker begins a cell."""
+        self._lines[worker] = _Line(name)
+        if self._console.terminal and not self._console.quiet and self._job is None:
+            self._job = tqdm(
+                total=self._n_cells,
+                desc="  all cells",
+                unit="cell",
+                file=sys.stdout,
+                leave=False,
+                dynamic_ncols=True,
+                position=self._n_workers,
+            )
+
+    def stage(self, worker: int, stage: str, unit: str, done: int, total: int) -> None:
+        """A cell at work has come this far."""
+        line = self._lines[worker]
+        if line.stage != stage:
+            line.stage = stage
+            line.unit = unit
+            line.first = done - 1
+            line.began = time.monotonic()
+            self._clear(line)
+        line.done = done
+        line.total = total
+        if self._console.quiet:
+            return
+        if self._console.terminal:
+            self._draw(worker, line)
+        else:
+            self.tell()
+
+    def end(self, worker: int) -> None:
+        """A worker has ended its cell."""
+        self._clear(self._lines.pop(worker))
+        self._finished += 1
+        if self._job is not None:
+            self._job.update(1)
+
+    def left(self) -> float | None:
+        """Seconds until all cells have ended, by those that have; None before the first."""
+        if not self._finished:
+            return None
+        seconds = (time.monotonic() - self._began) / self._finished
+        return seconds * (self._n_cells - self._finished)
+
+    def tell(self) -> None:
+        """Without a terminal: one line for all cells, at most every 15 s."""
+        quiet = self._console.quiet or self._console.terminal
+        if quiet or time.monotonic() - self._told < EVERY_S:
+            return
+        self._told = time.monotonic()
+        self._console.say("  " + "; ".join(self._lines[w].text() for w in sorted(self._lines)))
+
+    def close(self) -> None:
+        """Take every line off the terminal."""
+        for line in self._lines.values():
+            self._clear(line)
+        if self._job is not None:
+            self._job.close()
+
+    def _draw(self, worker: int, line: _Line) -> None:
+        if line.bar is None:
+            line.bar = tqdm(
+                total=line.total,
+                initial=line.done,
+                desc=f"  {line.name}: {line.stage}",
+                unit=line.unit,
+                file=sys.stdout,
+                leave=False,
+                dynamic_ncols=True,
+                mininterval=0.2,
+                position=worker,
+            )
+        line.bar.update(line.done - line.bar.n)
+
+    @staticmethod
+    def _clear(line: _Line) -> None:
+        if line.bar is not None:
+            line.bar.close()
+            line.bar = None
