@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -11,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import joblib
 import torch
@@ -20,6 +19,7 @@ from sae_experiments import resources
 from sae_experiments.errors import UserError
 from sae_experiments.files import PACKAGE
 from sae_experiments.runner.cell import TimeLeft
+from sae_experiments.runner.messages import receive, send
 from sae_experiments.runner.worker import Event, Setup
 from sae_experiments.stopping import GRACE_S
 from sae_experiments.studies.base import Cell
@@ -114,20 +114,15 @@ class _Worker:
         self._send((cell, left))
 
     def _send(self, message: Any) -> None:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(pickle.dumps(message))
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            return  # the reader reports its end
+        # A process that is gone is reported by the reader.
+        send(cast("BinaryIO", self.process.stdin), message)
 
     def _read(self, events: queue.SimpleQueue[Any]) -> None:
-        stream = self.process.stdout
-        assert stream is not None
+        stream = cast("BinaryIO", self.process.stdout)
         while True:
             try:
-                event = Event(*pickle.load(stream))
-            except (EOFError, OSError, pickle.UnpicklingError):
+                event = Event(*receive(stream))
+            except EOFError:
                 events.put((self, Event("gone", self.process.wait())))
                 return
             events.put((self, event))

@@ -7,7 +7,6 @@ other, or side by side in workers, which write the files of their own cells.
 from __future__ import annotations
 
 import os
-import pickle
 import platform
 import shutil
 import subprocess
@@ -38,6 +37,7 @@ from sae_experiments.results.records import (
 )
 from sae_experiments.runner.board import Board
 from sae_experiments.runner.cell import CellResult, CellRunner, TimeLeft
+from sae_experiments.runner.messages import packed, unpacked
 from sae_experiments.runner.pool import Pool, Shares, how_it_died, shares
 from sae_experiments.runner.track import Tracker
 from sae_experiments.runner.worker import Event, Setup
@@ -188,8 +188,8 @@ class _Run:
             s.workers, s.threads, len(self.study.cells()), self.device, self._memory_need()
         )
         # Before it is prepared: what it then holds (texts on disk) is opened again by each worker.
-        pickled = _pickled(self.study) if share.workers > 1 else b""
-        if share.workers > 1 and not pickled:
+        content = packed(self.study) if share.workers > 1 else b""
+        if share.workers > 1 and not content:
             self.console.say("workers=1: this study is defined where no other process finds it")
             share = Shares(1, s.threads)
         if share.workers == 1 and share.threads is not None:
@@ -225,7 +225,7 @@ class _Run:
         status = "failed"
         try:
             with last_words(self._last_words):
-                self._cells(ctx, share, pickled)
+                self._cells(ctx, share, content)
             status = "failed" if self.failures else "cut" if self.cut else "done"
         except BaseException as error:
             stopped = isinstance(error, (Stopped, KeyboardInterrupt))
@@ -279,7 +279,7 @@ class _Run:
 
     # ---------------------------------------------------------------------------- the cells
 
-    def _cells(self, ctx: Context, share: Shares, pickled: bytes) -> None:
+    def _cells(self, ctx: Context, share: Shares, content: bytes) -> None:
         """Run the cells that are not finished, the first seed of every dataset first."""
         cells = breadth_first(self.study.cells())
         pending: deque[Cell] = deque()
@@ -290,7 +290,7 @@ class _Run:
                 pending.append(cell)
         self.manifest["progress"] = {"cells": len(cells), "finished": len(cells) - len(pending)}
         if share.workers > 1 and len(pending) > 1:
-            self._side_by_side(pending, cells, share, pickled)
+            self._side_by_side(pending, cells, share, content)
         else:
             self._one_by_one(pending, cells, ctx, share)
         write_final_info(self.settings.folder, self.runner.records())
@@ -321,10 +321,10 @@ class _Run:
                 self._draw_report()
 
     def _side_by_side(
-        self, pending: deque[Cell], cells: Sequence[Cell], share: Shares, pickled: bytes
+        self, pending: deque[Cell], cells: Sequence[Cell], share: Shares, content: bytes
     ) -> None:
         setup = Setup(
-            study=pickle.loads(pickled),
+            study=unpacked(content),
             folder=self.settings.folder,
             cache=self.settings.cache,
             hashes=self.hashes,
@@ -523,15 +523,6 @@ def breadth_first(cells: Sequence[Cell]) -> list[Cell]:
 def named(cell: Cell) -> str:
     """A cell in the words of the log."""
     return f"{cell.dataset} seed {cell.seed}"
-
-
-def _pickled(study: Study) -> bytes:
-    """The study for other processes; empty if they could not import what it consists of."""
-    try:
-        pickled = pickle.dumps(study)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        return b""
-    return b"" if b"__main__" in pickled else pickled
 
 
 def _named(error: BaseException) -> str:

@@ -1,14 +1,13 @@
 """A process that runs cells for the owner of a run folder.
 
-`python -m sae_experiments.runner.worker` reads pickled messages on its standard input (the setup, then one task per cell) and writes
-pickled events on its standard output. It writes the files of its own cells and nothing else. It
-ends when its input ends, which it does when the owner dies.
+`python -m sae_experiments.runner.worker` reads pickled messages on its standard input (the setup,
+then one task per cell) and writes pickled events on its standard output. It writes the files of
+its own cells and nothing else. It ends when its input ends, which it does when the owner dies.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import signal
 import sys
@@ -20,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+from sae_experiments.runner.messages import receive, send
 
 EVENTS_PER_S = 5.0
 
@@ -62,13 +63,9 @@ class Channel:
         self._lock = threading.Lock()
 
     def send(self, kind: str, data: Any = None) -> None:
-        """Write one event; an owner that is gone is nobody to tell."""
+        """Write one event."""
         with self._lock:
-            try:
-                pickle.dump((kind, data), self._stream)
-                self._stream.flush()
-            except BrokenPipeError:
-                return
+            send(self._stream, (kind, data))
 
 
 class _Lines:
@@ -134,7 +131,7 @@ def main() -> int:
     # Whatever libraries print below Python goes to stderr: standard output carries events.
     os.dup2(2, 1)
     sys.stdout = _Lines(channel)  # pyright: ignore[reportAttributeAccessIssue]
-    sys.path[:] = pickle.load(stdin)
+    sys.path[:] = receive(stdin)
 
     from sae_experiments.stopping import Stopped, end_with_parent, listening
 
@@ -154,7 +151,7 @@ def _serve(stdin: BinaryIO, channel: Channel) -> None:
     from sae_experiments.runner.cell import CellRunner
     from sae_experiments.studies.base import Context
 
-    setup: Setup = pickle.load(stdin)
+    setup: Setup = receive(stdin)
     if setup.threads is not None:
         torch.set_num_threads(setup.threads)
     memory.keep()
@@ -245,8 +242,8 @@ class _Tasks:
     def _read(self, stream: BinaryIO) -> None:
         while True:
             try:
-                task = pickle.load(stream)
-            except (EOFError, OSError):
+                task = receive(stream)
+            except EOFError:
                 # The owner closes the stream of an idle worker only; a busy one has lost it.
                 with self._lock:
                     if self._busy:
