@@ -73,7 +73,7 @@ def test_uniform_values_cost_the_logarithm_of_the_number_of_bins():
     values = sparse.csr_matrix(
         np.random.default_rng(0).uniform(0.001, 1.732, (20_000, 1)).astype(np.float32)
     )  # root mean square 1
-    bits, rebuilt = coding.quantised(values, values, 1.732 / 8)
+    bits, rebuilt = coding.Quantiser(values, values).at(1.732 / 8)
     assert bits == pytest.approx(3, abs=0.02)
     assert float(np.square((values - rebuilt).data).mean()) == pytest.approx(
         (1.732 / 8) ** 2 / 12, rel=0.05
@@ -84,7 +84,7 @@ def test_values_never_seen_in_training_still_cost_finitely_many_bits_and_are_reb
     train, test = (
         sparse.csr_matrix(np.array(v, np.float32)[:, None]) for v in ([1, 1, 1, 1], [5.3, 1, -2, 1])
     )
-    bits, rebuilt = coding.quantised(train, test, 0.5)
+    bits, rebuilt = coding.Quantiser(train, test).at(0.5)
     assert 0 < bits < 20 and np.abs((test - rebuilt).toarray()).max() <= 0.25 + 1e-6
 
 

@@ -10,6 +10,8 @@ from scipy.special import gammaln
 
 #: Bins are numbered from -MAX_BIN to MAX_BIN; values further out are clipped.
 MAX_BIN = 1 << 20
+#: Bins of all latents together up to which a table over all of them is made.
+MAX_TABLE = 20_000_000
 
 
 def support_bits(train: sparse.csr_matrix, test: sparse.csr_matrix) -> dict[str, float]:
@@ -38,10 +40,8 @@ def support_bits(train: sparse.csr_matrix, test: sparse.csr_matrix) -> dict[str,
     }
 
 
-def quantised(
-    train: sparse.csr_matrix, test: sparse.csr_matrix, step: float
-) -> tuple[float, sparse.csr_matrix]:
-    """Quantise the values of a code, and count their bits.
+class Quantiser:
+    """Quantises the values of a code at any step, and counts their bits.
 
     The probability of a bin with `count` of a latent's n training values is
 
@@ -53,59 +53,90 @@ def quantised(
     Args:
         train: Codes that give the statistics, (n_train, F).
         test: Codes to be sent, (n, F).
-        step: Bin width in root mean squares of each latent.
-
-    Returns:
-        Bits per row for the values, and the decoded code (n, F).
     """
-    n_test, m = test.get_shape()
-    train_columns = train.tocsc()
-    test_columns = test.tocsc()
-    train_latent = np.repeat(np.arange(m), np.diff(train_columns.indptr))
-    latent = np.repeat(np.arange(m), np.diff(test_columns.indptr))
-    counts = np.bincount(train_latent, minlength=m)
-    squares = np.bincount(train_latent, train_columns.data.astype(np.float64) ** 2, m)
-    width = np.where(counts > 0, np.sqrt(squares / np.maximum(counts, 1)), 1.0) * step
-    width[width == 0] = step
-    train_bins = _bins(train_columns.data, width[train_latent])
-    bins = _bins(test_columns.data, width[latent])
-    # Sender and receiver agree on the alphabet of a latent: its bins in either half of the rows.
-    lowest = np.zeros(m, np.int64)
-    highest = np.zeros(m, np.int64)
-    for some_bins, their_latent in ((train_bins, train_latent), (bins, latent)):
-        np.minimum.at(lowest, their_latent, some_bins)
-        np.maximum.at(highest, their_latent, some_bins)
-    alphabet = highest - lowest + 1
-    known, inverse, n_values = np.unique(
-        _keys(train_latent, train_bins), return_inverse=True, return_counts=True
-    )
-    means = np.bincount(inverse, train_columns.data, len(known)) / np.maximum(n_values, 1)
-    # A last entry that no key is equal to, so that every search ends inside the arrays.
-    known = np.append(known, np.iinfo(np.int64).max)
-    n_values = np.append(n_values, 0)
-    means = np.append(means, 0.0)
-    keys = _keys(latent, bins)
+
+    def __init__(self, train: sparse.csr_matrix, test: sparse.csr_matrix) -> None:
+        self._shape = test.get_shape()
+        m = self._shape[1]
+        # All entries by latent; the training entries come first in `_latent` and `_values`.
+        columns = train.tocsc(), test.tocsc()
+        latents = [np.repeat(np.arange(m), np.diff(part.indptr)) for part in columns]
+        self._train_values = columns[0].data
+        self._train_latent, self._latent = latents
+        self._values = columns[1].data
+        self._counts = np.bincount(self._train_latent, minlength=m)
+        squares = np.bincount(
+            self._train_latent, self._train_values.astype(np.float64) ** 2, minlength=m
+        )
+        rms = np.sqrt(squares / np.maximum(self._counts, 1))
+        self._unit = np.where(self._counts > 0, rms, 1.0)
+        self._starts = [part.indptr[:-1] for part in columns]
+        self._nonempty = [np.diff(part.indptr) > 0 for part in columns]
+        # Where each entry of the decoded code lies among the entries by latent.
+        places = sparse.csc_matrix(
+            (np.arange(len(self._values)), columns[1].indices, columns[1].indptr), self._shape
+        ).tocsr()
+        self._place, self._indices, self._indptr = places.data, places.indices, places.indptr
+
+    def at(self, step: float) -> tuple[float, sparse.csr_matrix]:
+        """Quantise with bins of `step` root mean squares of each latent.
+
+        Returns:
+            Bits per row for the values, and the decoded code (n, F).
+        """
+        width = self._unit * step
+        width[width == 0] = step
+        train_bins = _bins(self._train_values, width[self._train_latent])
+        bins = _bins(self._values, width[self._latent])
+        lowest, alphabet = self._alphabets(train_bins, bins)
+        # The bins of all latents in one row, from the lowest of the first to the last.
+        first = np.cumsum(alphabet) - alphabet - lowest
+        n_bins = int(alphabet.sum())
+        train_key, key = train_bins + first[self._train_latent], bins + first[self._latent]
+        if n_bins > MAX_TABLE:
+            known, keys = np.unique(train_key, return_inverse=True)
+            train_key, key = keys, _positions(known, key)
+            n_bins = len(known) + 1
+        n_values = np.bincount(train_key, minlength=n_bins)
+        means = np.bincount(train_key, self._train_values, n_bins) / np.maximum(n_values, 1)
+        count = n_values[key]
+        probability = (count + 0.5) / (self._counts[self._latent] + alphabet[self._latent] / 2)
+        middle = (bins + 0.5) * width[self._latent]
+        values = np.where(count > 0, means[key], middle).astype(np.float32)
+        bits = max(float(-np.log2(probability).sum() / self._shape[0]), 0.0)
+        decoded = sparse.csr_matrix(
+            (values[self._place], self._indices, self._indptr), shape=self._shape
+        )
+        return bits, decoded
+
+    def _alphabets(self, train_bins: np.ndarray, bins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest bin and number of bins of each latent, (F,) each.
+
+        Sender and receiver agree on the alphabet of a latent: its bins in either half of the rows,
+        and the bin of zero.
+        """
+        lowest = np.zeros(self._shape[1], np.int64)
+        highest = np.zeros(self._shape[1], np.int64)
+        parts = zip((train_bins, bins), self._starts, self._nonempty, strict=True)
+        for some_bins, starts, nonempty in parts:
+            if not len(some_bins):
+                continue
+            at = starts[nonempty]
+            lowest[nonempty] = np.minimum(lowest[nonempty], np.minimum.reduceat(some_bins, at))
+            highest[nonempty] = np.maximum(highest[nonempty], np.maximum.reduceat(some_bins, at))
+        return lowest, highest - lowest + 1
+
+
+def _positions(known: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Index of each key among sorted ones; the number of these for a key that is not among them."""
     position = np.searchsorted(known, keys)
-    hit = known[position] == keys
-    count = np.where(hit, n_values[position], 0)
-    probability = (count + 0.5) / (counts[latent] + alphabet[latent] / 2)
-    middle = (bins + 0.5) * width[latent]
-    values = np.where(hit, means[position], middle).astype(np.float32)
-    decoded = sparse.csc_matrix(
-        (values, test_columns.indices, test_columns.indptr), shape=(n_test, m)
-    )
-    bits = max(float(-np.log2(probability).sum() / n_test), 0.0)
-    return bits, sparse.csr_matrix(decoded)
+    hit = known[np.minimum(position, len(known) - 1)] == keys
+    return np.where(hit & (position < len(known)), position, len(known))
 
 
 def _bins(values: np.ndarray, width: np.ndarray) -> np.ndarray:
     """Number of the bin of each value, (n,)."""
     return np.floor(values / width).astype(np.int64).clip(-MAX_BIN, MAX_BIN)
-
-
-def _keys(latent: np.ndarray, bins: np.ndarray) -> np.ndarray:
-    """One number for each pair of latent and bin, (n,)."""
-    return latent * (4 * MAX_BIN) + (bins + MAX_BIN)
 
 
 def landmarks(y: np.ndarray, fvu: float, symbols: int) -> dict[str, float | None]:

@@ -17,7 +17,7 @@ from scipy import sparse
 
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, raw_rows, sparse_codes
-from sae_experiments.metrics.coding import landmarks, quantised, support_bits
+from sae_experiments.metrics.coding import Quantiser, landmarks, support_bits
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of, only
 from sae_experiments.metrics.rate_distortion import (
     Decode,
@@ -297,8 +297,9 @@ def _by_fvu(split: _Split, y: np.ndarray, variance: float, opts: Options) -> Mea
     """
     exact = _fvu(split, split.code, y, variance)
     curve = []
+    quantiser = Quantiser(split.train, split.code)
     for step in sorted(opts.steps, reverse=True):
-        bits, rebuilt = quantised(split.train, split.code, step)
+        bits, rebuilt = quantiser.at(step)
         curve.append(Point(step, bits, _fvu(split, rebuilt, y, variance)))
     limit = (1 + opts.tolerance) * exact + ROUNDING
     within = [point for point in curve if point.fvu <= limit]
@@ -471,8 +472,9 @@ def _points(
         train = strongest(split.train, share, effect)
         code = strongest(split.code, share, effect)
         support = support_bits(train, code)["code_support_bits"]
+        quantiser = Quantiser(train, code)
         for step in sorted(opts.steps, reverse=True):
-            bits, rebuilt = quantised(train, code, step)
+            bits, rebuilt = quantiser.at(step)
             ce = rise(split.ctx, window, rebuilt, decode, split.direct, opts.batch)
             points.append(Rated(share, step, support + bits, ce))
     return points

@@ -187,11 +187,14 @@ def generalise(
     pattern = literal
     start = quality(matcher.match(pattern), target)
     precision = start.precision
+    n_target = int(count(target))
     best = (pattern, start.f1)
     while choices := _widened(matcher, pattern):
         bits = np.stack([b for _, b in choices])
-        precisions = count(bits & target) / np.maximum(count(bits), 1)
-        f1 = np.where(precisions >= keep * precision, _f1(bits, target), -1)
+        hits, n_predicted = count(bits & target), count(bits)
+        precisions = hits / np.maximum(n_predicted, 1)
+        f1 = 2 * hits / np.maximum(n_predicted + n_target, 1)
+        f1 = np.where(precisions >= keep * precision, f1, -1)
         chosen = int(f1.argmax())
         if f1[chosen] < 0:
             break
