@@ -1,9 +1,11 @@
-"""Train a small language model, fit sparse autoencoders to it and evaluate them: `python experiment.py --out_dir=run_1`.
+"""Train a small language model, fit sparse autoencoders to it and evaluate them.
 
-`python experiment.py --help` explains the command line. Two lines below are meant to be edited: PLAN names the file in conf/plan/ that
-says what run_0, run_1, ... are; OVERRIDES are added to every run, as if they had been typed, e.g. ["sae=topk", "sae.target_l0=64"].
+`python experiment.py --out_dir=run_1` runs, `python experiment.py --help` explains. Two lines below
+are meant to be edited: PLAN names the file in conf/plan/ that says what run_0, run_1, ... are;
+OVERRIDES are added to every run as if they had been typed, e.g. ["sae=topk", "sae.target_l0=64"].
 """
 
+# Shell completion (docs/using.md) looks for the word @hydra.main in this file.
 import sys
 from pathlib import Path
 

@@ -27,6 +27,7 @@ FOUNDATIONS = {
     "conditions",
     "metric_info",
     "quality_warnings",
+    "flatten",
 }
 STUDIES = {
     f"studies.{name}"
@@ -48,6 +49,7 @@ TABLE: dict[str, set[str]] = {
     "conditions": set(),
     "metric_info": {"conditions"},
     "quality_warnings": set(),
+    "flatten": set(),
     "corpora": FOUNDATIONS | {""},
     "training": FOUNDATIONS,
     "models": FOUNDATIONS | {"corpora", "training"},
@@ -105,7 +107,11 @@ WITHOUT_TORCH = {
     "files",
     "cache",
     "source",
+    "config.axes",
+    "config.checks",
     "config.compose",
+    "config.hydra_habits",
+    "flatten",
     "config.typed",
     "console",
     "metric_info",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_experiments.cli.main import main, parse
 from sae_experiments.config import compose as config
-from sae_experiments.config.compose import build, compose_checked
+from sae_experiments.config.axes import split_grid
+from sae_experiments.config.checks import parse as parse_overrides
+from sae_experiments.config.compose import build, compose_checked, options_of
+from sae_experiments.config.hydra_habits import LAUNCHERS, translate
 from sae_experiments.config.plans import complete, planned_overrides
 from sae_experiments.errors import UserError
 from sae_experiments.saes.purified.sae import Purified
@@ -534,12 +538,12 @@ def test_null_and_truth_values_may_stand_in_a_grid():
 )
 def test_values_of_a_grid_mean_what_they_mean_alone(typed):
     def read(value):
-        (o,) = config._parsed([f"sae.model.noise={value}"])
+        (o,) = parse_overrides([f"sae.model.noise={value}"])
         return o.value()
 
     base = OmegaConf.create({"sae": {"model": {"noise": "mixture"}}})
     for listed, n in ((typed, 1), (f"{typed},2", 2)):
-        grid, plain = config._split_grid(config._parsed([f"sae.model.noise=[{listed}]"]), base)
+        grid, plain = split_grid(parse_overrides([f"sae.model.noise=[{listed}]"]), base)
         values = [read(value) for value in grid["sae.model.noise"]]
         assert (
             len(values) == n
@@ -755,3 +759,91 @@ def test_a_name_with_spaces_is_a_folder(typed, tmp_path):
     with pytest.raises(ReachedCompute) as caught:
         typed("out_dir=my run")
     assert caught.value.args[0].folder == Path(f"{tmp_path}/runs/my run")
+
+
+# ------------------------------------------------------------------------------ pages and Hydra
+
+
+def shown(capsys, *argv: str) -> str:
+    capsys.readouterr()
+    assert main(list(argv), plan="variants", extra=[], conf=CONF) == 0
+    return capsys.readouterr().out
+
+
+def test_help_fits_a_screen_and_a_half(capsys):
+    lines = shown(capsys, "--help").splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 100
+
+
+def test_list_has_one_explained_line_for_every_choice(capsys):
+    listed = [line.split(None, 1) for line in shown(capsys, "list").splitlines() if line[:1] == " "]
+    assert all(len(entry) == 2 for entry in listed)
+    names = [name for name, _ in listed]
+    for group in ("sae", "metric", "study", "plan", "preset"):
+        assert set(options(group)) <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("typed", "ours", "sweep"),
+    [
+        (["hydra/launcher=joblib"], ["launcher=joblib"], False),
+        (["hydra/launcher=ray"], ["launcher=ray"], False),
+        (
+            ["hydra/launcher=submitit_slurm"],
+            ["launcher=submitit", "launcher.cluster=slurm"],
+            False,
+        ),
+        (["hydra.mode=MULTIRUN", "a=1,2"], ["a=1,2"], True),
+        (["hydra.run.dir=some/where"], ["runs_root=some", "out_dir=where"], False),
+        (["hydra.sweep.dir=some/where"], [], False),
+        (["hydra.verbose=true", "sae=topk"], ["hydra.verbose=true", "sae=topk"], False),
+    ],
+)
+def test_options_of_hydra_mean_what_its_documentation_says(typed, ours, sweep):
+    assert translate(typed, multirun=False) == (ours, sweep)
+
+
+def test_the_folder_of_a_multirun_is_hydras():
+    typed = ["hydra.sweep.dir=a/b", "hydra.run.dir=c/d"]
+    assert translate(typed, multirun=True) == (["runs_root=a", "out_dir=b"], True)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_hydras_launchers_are_ours(launcher):
+    assert options_of(CONF, "launcher", launcher)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["hydra/launcher=dask"],
+        ["hydra/sweeper=optuna"],
+        ["hydra.sweeper.n_trials=3"],
+        ["hydra.launcher.n_jobs=2"],
+        ["-m", "--cfg", "job"],
+        ["--config-name=other"],
+    ],
+)
+def test_options_of_hydra_without_a_counterpart_are_answered_in_one_line(capsys, typed):
+    assert main(typed, plan="variants", extra=[], conf=CONF) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_info_takes_a_topic_or_none():
+    assert parse(["--info", "defaults", "sae=topk"]).flags == ["--info=defaults"]
+    assert parse(["--info", "sae=topk"]) == (["sae=topk"], False, ["--info=all"])
+
+
+def test_the_shell_completes_keys_and_choices():
+    assert "@hydra.main" in (ROOT / "experiment.py").read_text(), "bash looks for it"
+    for line, completed in (("sae=batch", "sae=batch_topk"), ("fit.train.lo", "log_every=")):
+        answer = subprocess.run(
+            [sys.executable, "experiment.py", "-sc", "query=bash"],
+            cwd=ROOT,
+            env={**os.environ, "COMP_LINE": f"python experiment.py {line}"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert completed in answer.stdout

@@ -14,7 +14,8 @@ from conftest import CONF
 from omegaconf import OmegaConf
 
 from sae_experiments.cli.main import main
-from sae_experiments.config.compose import _flat_keys, compose_checked
+from sae_experiments.config.compose import compose_checked
+from sae_experiments.flatten import flatten
 
 VALUES = (  # noqa: SIM905 (a list of words)
     "0 1 -1 2 3.5 -0.0 1e-3 1e300 -1e300 99999999999999999999 1e999 nan inf -inf true false null True None yes '' \"\" ' ' abc ü 日本語 🦆 a\u0301 "
@@ -152,10 +153,11 @@ def all_keys() -> dict[str, Any]:
         ["track=wandb"],
         ["sae=[matryoshka]"],
     ):
-        found |= _flat_keys(
+        found |= flatten(
             OmegaConf.to_container(
                 compose_checked(CONF, ["preset=smoke", *overrides])[0], resolve=False
-            )
+            ),
+            branches=True,
         )
     return {key: found[key] for key in sorted(found) if not key.startswith(("saes", "study."))}
 

@@ -106,6 +106,8 @@ MOVES = {
 NEVER = {n for n in FILES if n.startswith(("plots.", "report.", "metrics.", "studies.circuits."))}
 NEVER |= {
     "cli.main",
+    "config.axes",
+    "config.checks",
     "config.compose",
     "sweeps.jobs",
     "sweeps.search",

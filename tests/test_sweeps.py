@@ -17,7 +17,8 @@ import pytest
 from conftest import CONF, ROOT, Experiment
 from omegaconf import OmegaConf
 
-from sae_experiments.config.compose import Axis, axes_of, build, compose_checked, options_of
+from sae_experiments.config.axes import Axis, axes_of
+from sae_experiments.config.compose import build, compose_checked, options_of
 from sae_experiments.errors import UserError
 from sae_experiments.files import write_json
 from sae_experiments.results.records import Record, write_final_info, write_record

@@ -15,8 +15,8 @@ import yaml
 from conftest import CONF, ROOT
 
 from sae_experiments.cli.main import main, parse
-from sae_experiments.config import compose as config
-from sae_experiments.config.compose import axes_of
+from sae_experiments.config.axes import axes_of
+from sae_experiments.config.checks import parse as parse_overrides
 from sae_experiments.config.typed import (
     PLACES,
     TEXTS,
@@ -200,7 +200,7 @@ def read(key: str, typed: str) -> Any:
     except UserError as error:
         told = str(error)
         return error if "\n" not in told and key in told and error.exit_status == 2 else told
-    (parsed,) = config._parsed([f"{key}={typed}"])
+    (parsed,) = parse_overrides([f"{key}={typed}"])
     assert parsed.value() == text and parsed.key_or_group == key
     return text
 

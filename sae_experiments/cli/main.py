@@ -1,4 +1,7 @@
-"""The command line of ``experiment.py``: what was typed in, one run (or a sweep) out; every mistake is one line and exit status 2."""
+"""The command line of `experiment.py`: one run, a sweep, or a page of help.
+
+Every mistake is one line and exit status 2.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from sae_experiments.cli.help import help_page
-from sae_experiments.config.compose import build, compose_checked, configuring, first_line
+from sae_experiments.cli.help import help_page, list_page
+from sae_experiments.config.checks import configuring, first_line
+from sae_experiments.config.compose import build, compose_checked
+from sae_experiments.config.hydra_habits import translate
 from sae_experiments.config.plans import complete
 from sae_experiments.config.typed import for_hydra, run_folder
 from sae_experiments.errors import UserError
@@ -31,33 +36,50 @@ from sae_experiments.stopping import (
 from sae_experiments.sweeps.jobs import is_sweep, run_hydra, sweep
 from sae_experiments.sweeps.launchers import JOB
 
-HYDRA_FLAGS = (
-    "--hydra-help",
-    "--version",
-    "--cfg",
-    "-c",
-    "--resolve",
-    "--package",
-    "-p",
-    "--run",
-    "-r",
-    "--shell-completion",
-    "--info",
-    "-i",
-)
-WITH_VALUE = ("--cfg", "-c", "--package", "-p")
+#: Flags that are handed to Hydra, and those of them with a value.
+HYDRA_FLAGS = {"--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--info", "-i"}
+HYDRA_FLAGS |= {"--hydra-help", "--version", "--shell-completion", "-sc"}
+WITH_VALUE = {"--cfg", "-c", "--package", "-p"}
+INFO_TOPICS = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
+#: Flags of Hydra that choose another configuration, which is always conf/ here.
+OTHER_CONFIG = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
+#: What a message about a wrong token says.
+LISTED = "(python experiment.py --help lists the keys)"
+#: Longest message, as callers may look at the last 1,500 characters only.
+MOST, HEAD, TAIL = 1200, 800, 350
+NO_DISK = "free some space, or move cache and runs_root to another disk"
+NOT_WRITABLE = "choose a cache and a runs_root that can be written"
+#: What to do about an error of the system.
+REMEDIES = {
+    errno.ENOSPC: NO_DISK,
+    errno.EDQUOT: NO_DISK,
+    errno.EROFS: NOT_WRITABLE,
+    errno.EACCES: NOT_WRITABLE,
+    errno.ENOENT: "it was removed while it was in use",
+}
 
 
 class Command(NamedTuple):
-    """A parsed command line: overrides in Hydra's form, whether it is a sweep, and flags left to Hydra."""
+    """A parsed command line."""
 
-    overrides: list[str]
+    overrides: list[str]  # in Hydra's form
     multirun: bool
-    flags: list[str]
+    flags: list[str]  # left to Hydra
 
 
 def main(argv: Sequence[str], *, plan: str, extra: Sequence[str], conf: Path) -> int:
-    """Run what ``argv`` asks for; returns the exit status. Nothing is printed on stderr after the cause of a failure."""
+    """Run a command line. Nothing is printed on stderr after the cause of a failure.
+
+    Args:
+        argv: Arguments without the name of the program.
+        plan: Name of the plan that says what each run folder is.
+        extra: Overrides for every run, as if they had been typed first.
+        conf: Folder of the YAML files.
+
+    Returns:
+        Exit status: 2 for a mistake in the configuration, 1 for failures while running, 128 plus
+        the signal's number if stopped, else 0.
+    """
     if os.environ.get(JOB):
         end_with_parent()
     try:
@@ -65,52 +87,71 @@ def main(argv: Sequence[str], *, plan: str, extra: Sequence[str], conf: Path) ->
             return _run(argv, plan, extra, conf)
     except UserError as error:
         return _failed(str(error), error.exit_status)
-    except BrokenPipeError:  # whoever read the output has gone: there is nobody left to tell
+    except BrokenPipeError:  # nobody reads the output any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
         return _failed(os_error(error), 1)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(
-            r"allocate memory|out of memory", str(error)
-        ):
+        if not _is_out_of_memory(error):
             raise
         return _failed(
-            f"out of memory ({first_line(error)}): use smaller sizes (fit.train.batch_size, sae.expansion, lm.*) or another machine",
+            f"out of memory ({first_line(error)}): use smaller sizes "
+            "(fit.train.batch_size, sae.expansion, lm.*) or another machine",
             1,
         )
     except (KeyboardInterrupt, Stopped) as stopped:
         return _failed(farewell(str(stopped) or "SIGINT"), getattr(stopped, "exit_status", 130))
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    says_so = re.search(r"allocate memory|out of memory", str(error))
+    return isinstance(error, MemoryError) or says_so is not None
+
+
 def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> int:
     if "--help" in argv or "-h" in argv:
         print(help_page(conf, plan))
         return 0
+    if list(argv) == ["list"]:
+        print(list_page(conf))
+        return 0
     command = parse(argv)
-    if command.multirun or is_sweep(command.overrides):
-        here = functools.partial(main, plan=plan, extra=extra, conf=conf)
-        with wait_for_children():
-            return sweep(conf, [*extra, *command.overrides], here)
+    if {"-sc", "--shell-completion"} & set(command.flags):
+        run_hydra(conf, [*command.flags, *command.overrides], lambda cfg: None)
+        return 0
     with configuring():
-        overrides, about = complete(command.overrides, plan=plan, extra=extra, conf=conf)
+        user, multirun = translate(command.overrides, multirun=command.multirun)
+    if multirun or is_sweep(user):
+        return _sweep(command.flags, user, plan, extra, conf)
+    with configuring():
+        overrides, about = complete(user, plan=plan, extra=extra, conf=conf)
     if command.flags:
         run_hydra(conf, [*command.flags, *map(for_hydra, overrides)], lambda cfg: None)
         return 0
     with configuring():
         cfg, label = compose_checked(conf, overrides)
     closing = functools.partial(draw_report, conf=conf) if cfg.report else lambda folder: None
-    execute(
-        cfg,
-        about={"argv": list(argv), "overrides": overrides, **about},
-        label=label,
-        closing=closing,
-    )
+    about = {"argv": list(argv), "overrides": overrides, **about}
+    execute(cfg, about=about, label=label, closing=closing)
     return 0
 
 
+def _sweep(
+    flags: Sequence[str], user: Sequence[str], plan: str, extra: Sequence[str], conf: Path
+) -> int:
+    if flags:
+        raise UserError(f"{flags[0]} is for a single run: leave out what makes a sweep (-m)")
+    here = functools.partial(main, plan=plan, extra=extra, conf=conf)
+    with wait_for_children():
+        return sweep(conf, [*extra, *user], here)
+
+
 def draw_report(folder: Path, conf: Path) -> None:
-    """``report.html`` of a finished run. Whatever goes wrong is one line on stdout, and the run stays finished."""
+    """Write `report.html` of a finished run.
+
+    The run stays finished whatever goes wrong, which is one line on stdout.
+    """
     try:
         from sae_experiments.report.figures import run_report
 
@@ -122,7 +163,8 @@ def draw_report(folder: Path, conf: Path) -> None:
             print(f"report: {run_report(folder, figures)}", flush=True)
     except Exception as error:
         print(
-            f"no report.html: {type(error).__name__}: {first_line(error)}; the results are complete without it",
+            f"no report.html: {type(error).__name__}: {first_line(error)}; "
+            "the results are complete without it",
             flush=True,
         )
 
@@ -134,53 +176,64 @@ def _figure(path: Path) -> Callable[..., Any]:
 def _failed(cause: str, status: int) -> int:
     sys.stdout.flush()
     line = " ".join(cause.split())
-    line = (
-        line if len(line) <= 1200 else f"{line[:800]} ... {line[-350:]}"
-    )  # callers look at the last 1,500 characters
+    if len(line) > MOST:
+        line = f"{line[:HEAD]} ... {line[-TAIL:]}"
     print(f"error: {line}", file=sys.stderr, flush=True)
     return status
 
 
 def os_error(error: OSError) -> str:
-    """What the system refused, which file it was about, and what to do."""
+    """One line for an error of the system: what it refused, for which file, and the remedy."""
     files = " and ".join(str(f) for f in (error.filename, error.filename2) if f)
-    remedies = {
-        errno.ENOSPC: "free some space, or move cache and runs_root to another disk",
-        errno.EDQUOT: "free some space, or move cache and runs_root to another disk",
-        errno.EROFS: "choose a cache and a runs_root that can be written",
-        errno.EACCES: "choose a cache and a runs_root that can be written",
-        errno.ENOENT: "it was removed while it was in use",
-    }
-    remedy = remedies.get(error.errno or 0, "look at the disk")
-    return f"{error.strerror or type(error).__name__}{f': {files}' if files else ''}; {remedy}, then type the same command again: it continues"
+    remedy = REMEDIES.get(error.errno or 0, "look at the disk")
+    refused = error.strerror or type(error).__name__
+    if files:
+        refused += f": {files}"
+    return f"{refused}; {remedy}, then type the same command again: it continues"
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """``--key=value`` and ``--key value`` become ``key=value``; Hydra's own flags are set aside."""
-    overrides, flags, multirun = [], [], False
+    """Turn `--key=value` and `--key value` into `key=value`, and set Hydra's flags aside."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    multirun = False
     rest = list(argv)
     while rest:
         token = rest.pop(0)
+        name = token.split("=")[0]
         if token in ("-m", "--multirun"):
             multirun = True
-        elif token.split("=")[0] in HYDRA_FLAGS:
-            flags.append(token)
-            if token in WITH_VALUE and rest:
-                flags.append(rest.pop(0))
+        elif name in OTHER_CONFIG:
+            raise UserError(f"{token}: the configuration is always conf/; set values by key=value")
+        elif name in HYDRA_FLAGS:
+            flags += _hydra_flag(token, rest)
         elif token.startswith("--"):
-            key = token[2:]
-            if "=" not in key:
-                if not rest or rest[0].startswith("--"):
-                    raise UserError(f"{token} needs a value: write {token}=VALUE")
-                key = f"{key}={rest.pop(0)}"
-            overrides.append(key)
+            overrides.append(_override(token, rest))
         elif "=" in token or token.startswith("~"):
             overrides.append(token)
         else:
-            raise UserError(
-                f"{token!r} is not an option: write key=value (python experiment.py --help lists the keys)"
-            )
+            raise UserError(f"{token!r} is not an option: write key=value {LISTED}")
     return Command(overrides, multirun, flags)
+
+
+def _hydra_flag(token: str, rest: list[str]) -> list[str]:
+    """A flag of Hydra, with its value taken from `rest`."""
+    if token in ("--info", "-i"):
+        topic = rest.pop(0) if rest and rest[0] in INFO_TOPICS else "all"
+        return [f"--info={topic}"]
+    if token in WITH_VALUE and rest:
+        return [token, rest.pop(0)]
+    return [token]
+
+
+def _override(token: str, rest: list[str]) -> str:
+    """`key=value` from `--key=value`, or from `--key` and the next of `rest`."""
+    key = token[2:]
+    if "=" in key:
+        return key
+    if not rest or rest[0].startswith("--"):
+        raise UserError(f"{token} needs a value: write {token}=VALUE")
+    return f"{key}={rest.pop(0)}"
 
 
 def execute(
@@ -190,16 +243,24 @@ def execute(
     label: str,
     closing: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
-    """Build the study of a configuration and run it; returns the run folder. ``closing`` gets the folder when there are results in it."""
+    """Build the study of a configuration and run it.
+
+    Args:
+        cfg: The configuration.
+        about: Facts for the manifest: argv, overrides, preset, plan and the reasons for them.
+        label: Name of the run, unless `cfg.label` gives one.
+        closing: Called with the run folder when there are results in it.
+
+    Returns:
+        The run folder.
+    """
     from sae_experiments.runner.run import run
 
     with configuring():
         study, tracker, settings = _prepared(cfg, about, label)
     if cfg.verbosity != "quiet":
-        print(
-            f"preset {about['preset']} ({about['preset_reason']}); {about['plan_note']}\nresults in {settings.folder}",
-            flush=True,
-        )
+        print(f"preset {about['preset']} ({about['preset_reason']}); {about['plan_note']}")
+        print(f"results in {settings.folder}", flush=True)
     status = run(study, settings, tracker, closing)
     print_summary(settings.folder, status)
     return settings.folder
@@ -212,9 +273,9 @@ def _prepared(cfg: DictConfig, about: Mapping[str, Any], label: str) -> tuple[An
 
     if cfg.threads is not None:
         torch.set_num_threads(int(cfg.threads))
-    device = (
-        str(cfg.device) if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    device = str(cfg.device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.split(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"device={device} is not one of auto, cpu, cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -238,7 +299,7 @@ def _prepared(cfg: DictConfig, about: Mapping[str, Any], label: str) -> tuple[An
 
 
 def recorded(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration without what it says twice: references inside ``study``, and ``saes`` where there is one SAE."""
+    """The resolved configuration without references in `study`, and with one of sae and saes."""
     config = OmegaConf.to_container(cfg, resolve=True)
     raw = OmegaConf.to_container(cfg.study, resolve=False)
     config["study"] = {
@@ -265,7 +326,7 @@ def print_summary(folder: Path, status: str) -> None:
 
 @contextmanager
 def log_to_stdout() -> Iterator[None]:
-    """Print warnings of the package as lines on stdout; stderr is left to the cause of a failure."""
+    """Print warnings of the package on stdout; stderr is left to the cause of a failure."""
     log, lines = logging.getLogger("sae_experiments"), logging.StreamHandler(sys.stdout)
     log.addHandler(lines)
     log.propagate = False

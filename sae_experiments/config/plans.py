@@ -1,4 +1,4 @@
-"""Plans: what the runs of a series are, and the whole list of overrides of one run."""
+"""Plans: the runs of a series, and the complete overrides of one run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any
 
 import yaml
 
-from sae_experiments.config.typed import did_you_mean, folder_of, key_of, last_text, value_of
+from sae_experiments.config.typed import (
+    by_key,
+    did_you_mean,
+    folder_of,
+    key_of,
+    last_text,
+    value_of,
+)
 from sae_experiments.errors import UserError
 from sae_experiments.results.records import RESULT_NEUTRAL_KEYS
 
@@ -16,63 +23,73 @@ from sae_experiments.results.records import RESULT_NEUTRAL_KEYS
 def complete(
     user: Sequence[str], *, plan: str, extra: Sequence[str], conf: Path
 ) -> tuple[list[str], dict[str, Any]]:
-    """The whole list of overrides: preset, then the plan's for this out_dir, then the file's, then the user's (later ones win)."""
+    """Complete the overrides of a run. Of several for one key, the last counts.
+
+    Args:
+        user: Overrides that were typed; they win over all others.
+        plan: Name of the plan.
+        extra: Overrides of `experiment.py`, which win over the plan's.
+        conf: Folder of the YAML files.
+
+    Returns:
+        The overrides, the preset first, and facts about them for the manifest.
+    """
     for o in user:
         if o.startswith("~"):
             raise UserError(
-                f"{o}: options cannot be deleted; give {key_of(o)} another value (null where it may be none)"
+                f"{o}: options cannot be deleted; give {key_of(o)} another value "
+                "(null where it may be none)"
             )
-    out_dir = last_text([*extra, *user], "out_dir", "run_0") or ""
+    given = [*extra, *user]
+    out_dir = last_text(given, "out_dir", "run_0") or ""
     planned, note = planned_overrides(conf, plan, folder_of(out_dir))
-    study = next(
-        (value_of(o) for o in reversed([*extra, *user]) if key_of(o) == "study" and "=" in o), None
-    )
-    if (
-        study
-        and planned
-        and f"study={study}"
-        not in (planned if any(key_of(o) == "study" for o in planned) else ["study=language"])
-    ):
-        planned, note = [], f"plan {plan} is not about study={study}: plain configuration"
-    changed = {key_of(o) for o in [*extra, *user]} - {"out_dir", *RESULT_NEUTRAL_KEYS}
-    if changed:  # the plan's name for the run would lie about what it is now
+    study = by_key(o for o in given if "=" in o).get("study")
+    if study and planned and value_of(study) != _study_of(planned):
+        planned = []
+        note = f"plan {plan} is not about study={value_of(study)}: plain configuration"
+    if _changes_results(given):  # the plan's name for the run would not be true any more
         planned = [o for o in planned if key_of(o) != "label"]
-    merged = {key_of(o): o for o in [*planned, *extra, *user]}
+    merged = by_key([*planned, *given])
     preset, reason = choose_preset(value_of(merged.pop("preset", "preset=auto")))
-    return [f"preset={preset}", *merged.values()], {
-        "preset": preset,
-        "preset_reason": reason,
-        "plan": plan,
-        "plan_note": note,
-    }
+    about = {"preset": preset, "preset_reason": reason, "plan": plan, "plan_note": note}
+    return [f"preset={preset}", *merged.values()], about
+
+
+def _study_of(planned: Sequence[str]) -> str:
+    return value_of(by_key(planned).get("study", "study=language"))
+
+
+def _changes_results(given: Sequence[str]) -> bool:
+    return bool(by_key(given).keys() - {"out_dir", *RESULT_NEUTRAL_KEYS})
 
 
 def choose_preset(asked: str) -> tuple[str, str]:
-    """``auto`` is full where there is a CUDA device and laptop elsewhere."""
+    """Resolve `auto`: full with a CUDA device, else laptop.
+
+    Returns:
+        The preset, and the reason for it.
+    """
     if asked != "auto":
         return asked, "asked for"
     import torch
 
-    return (
-        ("full", "auto: there is a CUDA device")
-        if torch.cuda.is_available()
-        else ("laptop", "auto: there is no CUDA device")
-    )
+    if torch.cuda.is_available():
+        return "full", "auto: there is a CUDA device"
+    return "laptop", "auto: there is no CUDA device"
 
 
 def planned_overrides(conf: Path, plan: str, out_dir: str) -> tuple[list[str], str]:
-    """What the active plan says about ``out_dir``, and a note about it for people."""
+    """Overrides that the plan gives to `out_dir`, and a note about them for people."""
     path = conf / "plan" / f"{plan}.yaml"
     if not path.exists():
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
         raise UserError(
-            f"PLAN={plan!r} in experiment.py has no file conf/plan/{plan}.yaml: choose one of {', '.join(known)}{did_you_mean(plan, known)}"
+            f"PLAN={plan!r} in experiment.py has no file conf/plan/{plan}.yaml: "
+            f"choose one of {', '.join(known)}{did_you_mean(plan, known)}"
         )
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    runs = content["runs"]
-    if out_dir in runs:
-        return [
-            *content.get("common", []),
-            *runs[out_dir],
-        ], f"plan {plan}: {out_dir} is {' '.join(runs[out_dir]) or 'the plain configuration'}"
-    return [], f"plan {plan} does not name {out_dir}: plain configuration"
+    own = content["runs"].get(out_dir)
+    if own is None:
+        return [], f"plan {plan} does not name {out_dir}: plain configuration"
+    note = f"plan {plan}: {out_dir} is {' '.join(own) or 'the plain configuration'}"
+    return [*content.get("common", []), *own], note

@@ -1,7 +1,8 @@
-"""What people type: the one reader of options that are text, such as names of folders and files.
+"""The one reader of what people type: which keys are text, lists, numbers or choices.
 
-Hydra reads ``2026_11_2`` as a number, ``1e5``, ``true`` and ``[a,b]`` as other things than text, and ``ü`` and ``#`` not at all. Options in
-:data:`TEXTS` are what was typed; quotes around the whole of it are taken off, as the shell would.
+Hydra reads `2026_11_2` as a number, `1e5`, `true` and `[a,b]` not as text either, and `ü` and `#`
+not at all. The values of keys in `TEXTS` are taken as they were typed; quotes around the whole of
+a value are taken off, as the shell would. Plans, single runs and sweeps all read through here.
 """
 
 from __future__ import annotations
@@ -36,31 +37,45 @@ TEXTS = (*PLACES, *INPUTS, *NAMES, *VERBATIM)
 REQUIRED = (*PLACES, *VERBATIM, "track.project")
 LONGEST = 255  # bytes of a file's name on the usual file systems
 
+#: Keys that are null in the YAML, but a list if given: they span no grid of SAEs.
+LISTS = ("sae.train.betas", "sae.read")
+#: Keys that are a whole number in the YAML, but may have a fraction.
+FRACTIONS = ("sae.target_l0", "sae.expansion")
+#: Keys, or beginnings of keys, that take a number if they are null in the YAML.
+NUMBERS = ("threads", "time_limit_s", "metric.", "fit.", "lm.train.", "sae.train.")
+NUMBERS += ("sae.model.coeff", "sae.d_sae", "sae.target_l0", "sae.active_frac")
+#: Keys that must be positive, or null.
+POSITIVE = ("threads", "time_limit_s")
+#: Keys with a few possible values.
+CHOICES = {"verbosity": ("quiet", "normal", "verbose"), "corpus_size": ("full", "laptop", "smoke")}
+
+# ------------------------------------------------------------------------------ overrides
+
 
 def key_of(override: str) -> str:
-    """``sae.target_l0`` of ``sae.target_l0=32`` (also with a leading + or ++)."""
+    """The key of an override: `sae.target_l0` of `sae.target_l0=32`, also after + or ++."""
     return override.lstrip("+~").split("=", 1)[0].strip()
 
 
 def is_text(key: str, among: Sequence[str] = TEXTS) -> bool:
-    """Whether an option is text."""
+    """Whether the value of a key is text."""
     return any(fnmatchcase(key, pattern) for pattern in among)
 
 
 def value_of(override: str) -> str:
-    """What stands after the ``=``, without quotes around the whole of it."""
+    """The value of an override, without quotes around the whole of it."""
     typed = override.split("=", 1)[1]
-    found = _unquoted(typed.strip())
-    if found is not None:
-        return found
+    inside = _unquoted(typed.strip())
+    if inside is not None:
+        return inside
     return typed if is_text(key_of(override), VERBATIM) else typed.strip()
 
 
 def text_of(override: str) -> str | None:
-    """The text that was typed for an option in :data:`TEXTS`; None for null, where it may be null.
+    """The text given to a key in `TEXTS`; None for null.
 
     Raises:
-        UserError: no text that can be used.
+        UserError: The text cannot be used, or the key cannot be null.
     """
     key, text = key_of(override), value_of(override)
     if text.lower() == "null" and _unquoted(override.split("=", 1)[1].strip()) is None:
@@ -73,7 +88,7 @@ def text_of(override: str) -> str | None:
 
 
 def checked(key: str, text: str) -> str:
-    """``text``, or a :class:`UserError` for what cannot be the value of a text option."""
+    """Return `text` if it can be the value of a key in `TEXTS`, else raise `UserError`."""
     if is_text(key, PLACES) and not text.strip():
         raise UserError(f"{key}={text} names nothing: give the name of a folder")
     if not is_text(key, VERBATIM) and re.search(r"[\x00-\x1f\x7f]", text):
@@ -93,7 +108,8 @@ def _check_path(key: str, text: str) -> None:
     long = [part for part in PurePath(text).parts if len(part.encode()) > LONGEST]
     if long:
         raise UserError(
-            f"{key}={text}: {long[0][:40]}... has more than the {LONGEST} bytes that a name may have"
+            f"{key}={text}: {long[0][:40]}... has more than the {LONGEST} bytes "
+            "that a name may have"
         )
     try:
         if key != "out_dir":
@@ -103,30 +119,41 @@ def _check_path(key: str, text: str) -> None:
 
 
 def last_text(overrides: Iterable[str], key: str, default: str | None = None) -> str | None:
-    """The text of ``key`` that counts among ``overrides``: the last one."""
-    found = [text_of(o) for o in overrides if key_of(o) == key and "=" in o]
-    return found[-1] if found else default
+    """The text of `key` that counts among `overrides`: the last one."""
+    texts = [text_of(o) for o in overrides if key_of(o) == key and "=" in o]
+    return texts[-1] if texts else default
+
+
+def by_key(overrides: Iterable[str]) -> dict[str, str]:
+    """The overrides that count, by key: of several for one key, the last."""
+    return {key_of(o): o for o in overrides}
+
+
+def in_group(override: str, *groups: str) -> bool:
+    """Whether an override chooses from one of the groups or changes a setting in it."""
+    return key_of(override).split(".")[0] in groups
 
 
 def folder_of(text: str) -> str:
-    """The one spelling of a folder's name: ``run_1`` of ``./run_1/``."""
+    """The one spelling of a folder's name: `run_1` of `./run_1/`."""
     return str(PurePath(text)) if text else text
 
 
 def run_folder(runs_root: str | None, out_dir: str) -> Path:
-    """``<runs_root>/<out_dir>``; out_dir cannot leave runs_root."""
+    """The folder `<runs_root>/<out_dir>`; raise `UserError` if it lies outside runs_root."""
     if not runs_root:
         raise UserError(f"runs_root={runs_root} must name a folder, for example runs")
     inside = Path(out_dir)
     if not out_dir or inside.is_absolute() or ".." in inside.parts or inside == Path("."):
         raise UserError(
-            f"out_dir={out_dir!r} must name a folder below runs_root={runs_root} (set runs_root to write elsewhere)"
+            f"out_dir={out_dir!r} must name a folder below runs_root={runs_root} "
+            "(set runs_root to write elsewhere)"
         )
     return Path(runs_root).expanduser() / inside
 
 
 def for_hydra(override: str) -> str:
-    """The override in a form in which Hydra reads what was meant."""
+    """Quote an override so that Hydra reads its text as it was typed."""
     key = key_of(override)
     if "=" not in override or not is_text(key):
         return override
@@ -135,16 +162,19 @@ def for_hydra(override: str) -> str:
 
 
 def written(key: str, text: str) -> str:
-    """The override that :func:`text_of` reads as ``text``, as a person would type it."""
+    """The override that `text_of` reads as `text`, as a person would type it."""
     plain = f"{key}={text}"
     return plain if value_of(plain) == text and text.lower() != "null" else f"{key}={_quoted(text)}"
 
 
 def choices_of(override: str) -> list[str] | None:
-    """The overrides that ``data.text8.file=choice(a.txt,b.txt)`` stands for in a sweep; None where it is one text.
+    """The overrides that `data.text8.file=choice(a.txt,b.txt)` stands for in a sweep.
+
+    Returns:
+        An override for each file; None if the value is a single text.
 
     Raises:
-        UserError: a list of input files without ``choice``, or an empty one.
+        UserError: Several files without `choice`, or none.
     """
     key, typed = key_of(override), override.split("=", 1)[1].strip()
     if not is_text(key, INPUTS) or _unquoted(typed) is not None:
@@ -152,17 +182,16 @@ def choices_of(override: str) -> list[str] | None:
     listed = re.fullmatch(r"choice\((.*)\)", typed)
     if listed is None and "," in typed:
         raise UserError(
-            f"{key}={typed} is one name: to vary it write '{key}=choice({typed})', to keep it '{key}=\"{typed}\"'"
+            f"{key}={typed} is one name: to vary it write '{key}=choice({typed})', "
+            f"to keep it '{key}=\"{typed}\"'"
         )
     if listed is None:
         return None
     one = r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,]*?)\s*(?:,|$)"""
-    found = [
-        f"{key}={part}" for part in re.findall(one, listed[1])[: listed[1].count(",") + 1] if part
-    ]
-    if not found:
+    files = re.findall(one, listed[1])[: listed[1].count(",") + 1]
+    if not any(files):
         raise UserError(f"{key}={typed} names no file")
-    return found
+    return [f"{key}={file}" for file in files if file]
 
 
 #: Keys of earlier versions, by their last part, with the names that replaced them.
@@ -180,7 +209,7 @@ RENAMED_KEYS = {
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that was probably meant, as the end of a message; "" if none is near."""
+    """The end of a message that names the similar one of the known names; "" if none is."""
     known = list(known)
     group, _, last = name.rpartition(".")
     for renamed in RENAMED_KEYS.get(last, ()):
@@ -196,10 +225,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _unquoted(typed: str) -> str | None:
-    """What stands between the quotes, if one pair of them holds all of it.
+    """The text between quotes, or None unless one pair of quotes holds all of it.
 
-    A backslash counts as such but before a quote, where two stand for one, and one takes the
-    quote's meaning away.
+    Backslashes stand for themselves, except before a quote: there two stand for one, and a single
+    one makes the quote part of the text.
     """
     mark = typed[:1]
     if len(typed) < 2 or mark not in "'\"" or typed[-1] != mark:
@@ -215,7 +244,7 @@ def _unquoted(typed: str) -> str | None:
 
 
 def _quoted(text: str) -> str:
-    """``text`` in double quotes, as :func:`_unquoted` and Hydra read it."""
+    """`text` in double quotes, as `_unquoted` and Hydra read it."""
     end = len(text) - len(text.rstrip("\\"))
     inside = re.sub(r'(\\*)"', lambda m: m[1] * 2 + '\\"', text[: len(text) - end])
     return '"' + inside + "\\" * (2 * end) + '"'

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from sae_experiments.flatten import flatten
 from sae_experiments.results import names
 from sae_experiments.results.records import RESULT_NEUTRAL_KEYS
 from sae_experiments.results.runs import Run, mapping
@@ -80,22 +81,15 @@ def _differences(
 
 
 def flat_config(config: Mapping[str, Any]) -> dict[str, str]:
-    """`{"a": {"b": 1}}` as `{"a.b": "1"}`, sorted by key."""
-    return dict(sorted(_flat(config).items()))
+    """`{"a": {"b": 1}}` as `{"a.b": "1"}`, sorted by key; values other than text are JSON."""
+    flat = flatten(config, lists=True)
+    return {
+        key: flat[key] if isinstance(flat[key], str) else json.dumps(flat[key], default=str)
+        for key in sorted(flat)
+    }
 
 
 def _recorded(run: Run) -> dict[str, str]:
     config = {k: v for k, v in run.whole_config.items() if k not in RESULT_NEUTRAL_KEYS}
     around = {key: run.manifest[key] for key in AROUND if key in run.manifest}
-    return _flat(around) | _flat(config)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        value = {str(i): item for i, item in enumerate(value)}
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value if isinstance(value, str) else json.dumps(value, default=str)}
-    flat: dict[str, str] = {}
-    for name, part in value.items():
-        flat |= _flat(part, f"{prefix}.{name}" if prefix else str(name))
-    return flat
+    return flat_config(around) | flat_config(config)

@@ -27,6 +27,7 @@ from sae_experiments.cache import locked
 from sae_experiments.console import Console
 from sae_experiments.errors import NonFinite, UserError
 from sae_experiments.files import PACKAGE, NewFolder, digest, read_json, remove_stale, write_json
+from sae_experiments.flatten import flatten
 from sae_experiments.metric_info import describe
 from sae_experiments.quality_warnings import Warned
 from sae_experiments.results.records import (
@@ -533,10 +534,10 @@ def _refuse_other_configuration(folder: Path, config: Mapping[str, Any], overwri
     path = folder / "manifest.json"
     if overwrite or not path.exists() or not any(folder.glob("cells/*.json")):
         return
-    before = flat(
+    before = flatten(
         {k: v for k, v in read_json(path)["config"].items() if k not in RESULT_NEUTRAL_KEYS}
     )
-    now = flat(config)
+    now = flatten(config)
     keys = sorted(
         before.keys() | now.keys(), key=lambda k: (k.count("."), k)
     )  # what was typed stands higher up than what follows from it
@@ -546,18 +547,6 @@ def _refuse_other_configuration(folder: Path, config: Mapping[str, Any], overwri
         raise UserError(
             f"{folder} holds results of another configuration ({'; '.join(changed[:3])}{more}): {REMEDY}"
         )
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        out |= (
-            flat(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping) and value
-            else {f"{prefix}{key}": value}
-        )
-    return out
 
 
 def _source(study: Study) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_experiments.files import sha256_file
+from sae_experiments.flatten import flatten
 from sae_experiments.models.gpt2 import TrainedLM
 from sae_experiments.models.hooks import Site, Sites, as_sites
 from sae_experiments.saes.base import SAE
@@ -97,13 +98,9 @@ def of_evaluation(
     return {"metrics": list(names), "held-out rows": rows, "settings": settings}
 
 
-def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    found: dict[str, Any] = {}
-    for key, part in value.items():
-        name = f"{prefix}{key}"
-        found |= flat(part, f"{name}.") if isinstance(part, Mapping) else {name: plain(part)}
-    return found
+def flat(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested facts by dotted key, in the types that JSON has; empty mappings are left out."""
+    return {key: plain(part) for key, part in flatten(value).items() if part != {}}
 
 
 def plain(value: Any) -> Any:

@@ -1,6 +1,7 @@
-"""Sweeps: many runs from one command line. Every job has a folder of its own, and no failure stops or hides another.
+"""Sweeps: many runs from one command line, in folders of their own.
 
-A sweep's folder holds one run folder a job, ``jobs/<name>.json`` (how each ended) and ``jobs/<name>.log`` (what it said).
+No failure stops or hides another. A sweep's folder holds a run folder per job, `jobs/<name>.json`
+with how each ended, and `jobs/<name>.log` with its output.
 """
 
 from __future__ import annotations
@@ -18,8 +19,19 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from sae_experiments.cache import locked
-from sae_experiments.config.compose import axes_of, build, compose_checked, configuring, options_of
-from sae_experiments.config.typed import folder_of, key_of, last_text, run_folder, value_of, written
+from sae_experiments.config.axes import axes_of
+from sae_experiments.config.checks import configuring
+from sae_experiments.config.compose import build, compose_checked, options_of
+from sae_experiments.config.typed import (
+    by_key,
+    folder_of,
+    in_group,
+    key_of,
+    last_text,
+    run_folder,
+    value_of,
+    written,
+)
 from sae_experiments.errors import UserError
 from sae_experiments.files import PACKAGE, NewFolder, digest, sha256_file, write_json
 from sae_experiments.results.records import read_records, try_json
@@ -33,24 +45,33 @@ IN_USE = "{} is in use by another sweep: wait for it or choose another out_dir"
 
 
 class Asked(NamedTuple):
-    """A sweep as it was asked for: the overrides of its jobs, who runs them, and what is searched for (None: all are run)."""
+    """The command line of a sweep, read."""
 
-    overrides: list[str]
-    launcher: Launcher
-    search: DictConfig | None
-    out_dir: str
-    root: Path
+    overrides: list[str]  # of the jobs; keys with several values vary
+    launcher: Launcher  # runs the jobs
+    search: DictConfig | None  # settings of a search; None: every combination is run
+    out_dir: str  # folder of the sweep below runs_root
+    root: Path  # the same, with runs_root
 
 
 def is_sweep(overrides: Sequence[str]) -> bool:
-    """Whether a command line without ``-m`` is a sweep all the same: it names one."""
-    return any(key_of(o).split(".")[0] in WORDS for o in overrides)
+    """Whether a command line without `-m` is a sweep all the same: it names one."""
+    return any(in_group(o, *WORDS) for o in overrides)
 
 
 def sweep(conf: Path, overrides: Sequence[str], here: Here) -> int:
-    """Run every job that is not finished. Prints a table of all of them; returns 0, 1 if any failed, 130 or 143 where it was stopped.
+    """Run every job that is not finished, and print a table of all of them.
 
-    Raises :class:`UserError`, before any job starts, for a mistake that every job would make.
+    Args:
+        conf: Folder of the YAML files.
+        overrides: The command line.
+        here: Runs a command line in this process.
+
+    Returns:
+        Exit status: 0, 1 if any job failed, 130 or 143 if the sweep was stopped.
+
+    Raises:
+        UserError: Every job would make the same mistake. None has started then.
     """
     with configuring():
         asked = asked_for(conf, overrides)
@@ -64,7 +85,8 @@ def sweep(conf: Path, overrides: Sequence[str], here: Here) -> int:
         return _locked(asked.root, lambda: _search(search, jobs, here))
     if endless := [axis.key for axis in axes if not axis.choices]:
         raise UserError(
-            f"{endless[0]}: an interval is for a search; add search.metric=sae_fvu, or list the values"
+            f"{endless[0]}: an interval is for a search; add search.metric=sae_fvu, "
+            "or list the values"
         )
     every = [
         jobs.job(i, combination)
@@ -74,7 +96,8 @@ def sweep(conf: Path, overrides: Sequence[str], here: Here) -> int:
     ]
     if len({job.name for job in every}) < len(every):
         raise UserError(
-            "two jobs would have one folder: their values differ in characters that no file name has"
+            "two jobs would have one folder: their values differ in characters "
+            "that no file name has"
         )
     jobs.check(every)
 
@@ -93,7 +116,8 @@ def _locked(root: Path, go: Callable[[], int]) -> int:
         new = NewFolder(root)
     except OSError as error:
         raise UserError(
-            f"out_dir={root} cannot be written ({error.strerror}): choose another out_dir or runs_root"
+            f"out_dir={root} cannot be written ({error.strerror}): "
+            "choose another out_dir or runs_root"
         ) from error
     with locked(root / ".lock", wait_s=0, held=IN_USE.format(root)):
         try:
@@ -112,46 +136,50 @@ def _locked(root: Path, go: Callable[[], int]) -> int:
 
 
 def asked_for(conf: Path, overrides: Sequence[str]) -> Asked:
-    """Read a command line: ``sweep=name`` brings the overrides of ``conf/sweep/name.yaml``, below the user's own."""
+    """Read the command line of a sweep.
+
+    `sweep=name` brings the overrides of `conf/sweep/name.yaml`, over which the user's own win.
+    """
     for o in overrides:
         if "=" not in o:
             raise UserError(f"{o}: a sweep takes key=value, nothing else")
-    own = [o for o in overrides if key_of(o).split(".")[0] in WORDS]
-    named = (
-        options_of(conf, "sweep", own)
-        if any(key_of(o) == "sweep" for o in own)
-        else OmegaConf.create({"overrides": []})
-    )
-    merged = {key_of(o): o for o in [*named.overrides, *(o for o in overrides if o not in own)]}
-    plain = next((f"sweep_{value_of(o)}" for o in own if key_of(o) == "sweep"), None)
-    out_dir = last_text(merged.values(), "out_dir", plain)
-    if out_dir is None:
-        raise UserError("a sweep needs a folder of its own: add out_dir=sweep_a")
-    root = run_folder(
-        last_text(merged.values(), "runs_root", OmegaConf.load(conf / "config.yaml").runs_root),
-        out_dir,
-    )
-    searched = [o for o in own if key_of(o).split(".")[0] == "search"]
-    given = [
-        f"search.{k}={'null' if v is None else v}" for k, v in (named.get("search") or {}).items()
-    ]
-    search = options_of(conf, "search", ["search=tpe", *given, *searched])
-    launchers = [o for o in own if key_of(o).split(".")[0] == "launcher"]
-    launcher = options_of(
-        conf, "launcher", [f"launcher={named.get('launcher') or 'serial'}", *launchers]
-    )
+    own = [o for o in overrides if in_group(o, *WORDS)]
+    sweeps = [o for o in own if key_of(o) == "sweep"]
+    named = options_of(conf, "sweep", own) if sweeps else OmegaConf.create({"overrides": []})
+    merged = by_key([*named.overrides, *(o for o in overrides if not in_group(o, *WORDS))])
+    usual_root = OmegaConf.load(conf / "config.yaml").runs_root
+    runs_root = last_text(merged.values(), "runs_root", usual_root)
+    out_dir = _out_dir(merged, sweeps)
+    chosen = [f"launcher={named.get('launcher') or 'serial'}"]
+    chosen += [o for o in own if in_group(o, "launcher")]
     return Asked(
         [o for key, o in merged.items() if key != "out_dir"],
-        build(launcher),
-        search if searched or "search" in named else None,
+        build(options_of(conf, "launcher", chosen)),
+        _search_asked_for(conf, named, [o for o in own if in_group(o, "search")]),
         folder_of(out_dir),
-        root,
+        run_folder(runs_root, out_dir),
     )
+
+
+def _out_dir(merged: Mapping[str, str], sweeps: Sequence[str]) -> str:
+    usual = f"sweep_{value_of(sweeps[0])}" if sweeps else None
+    out_dir = last_text(merged.values(), "out_dir", usual)
+    if out_dir is None:
+        raise UserError("a sweep needs a folder of its own: add out_dir=sweep_a")
+    return out_dir
+
+
+def _search_asked_for(conf: Path, named: DictConfig, own: Sequence[str]) -> DictConfig | None:
+    """Settings of the search, from the named sweep and the command line; None for no search."""
+    settings = (named.get("search") or {}).items()
+    given = [f"search.{key}={'null' if value is None else value}" for key, value in settings]
+    search = options_of(conf, "search", ["search=tpe", *given, *own])
+    return search if own or "search" in named else None
 
 
 @dataclass
 class Jobs:
-    """The jobs of one sweep: their names and commands, which of them are finished, and how each ended."""
+    """The jobs of one sweep: names, commands, and how each ended."""
 
     conf: Path
     asked: Asked
@@ -185,7 +213,7 @@ class Jobs:
         return Job(number, name, overrides, command, self.asked.root / "jobs" / f"{name}.log")
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Refuse what the first and the last job alike cannot be made of: a mistake in what all share."""
+        """Raise `UserError` for a mistake of the first and the last job, and so of all."""
         faults = []
         for job in dict.fromkeys((0, len(jobs) - 1)):
             try:
@@ -213,7 +241,8 @@ class Jobs:
             record = self.write(job, how)
             cause = f": {record['cause']}" if record["cause"] else ""
             print(
-                f"[{len(ended)}/{total}] {job.name}: {record['status']} after {record['seconds']:.0f} s{cause}",
+                f"[{len(ended)}/{total}] {job.name}: {record['status']} "
+                f"after {record['seconds']:.0f} s{cause}",
                 flush=True,
             )
 
@@ -223,11 +252,11 @@ class Jobs:
                 launcher.run(part, end, here)
 
     def path(self, job: Job) -> Path:
-        """Where it is written how the job ended."""
+        """File that says how the job ended."""
         return self.asked.root / "jobs" / f"{job.name}.json"
 
     def fingerprint(self, job: Job) -> str:
-        """Names everything that decides about a job's result but the text of its corpora."""
+        """Digest of everything that decides a job's results, except the text of its corpora."""
         return digest(
             [
                 self.made_by,
@@ -238,7 +267,7 @@ class Jobs:
         )
 
     def finished(self, job: Job) -> bool:
-        """Whether the job is done, by this code and configuration, and its results are still whole."""
+        """Whether this code and configuration finished the job, and its results are whole."""
         if not self.path(job).exists() or self.record(job)["status"] != "done":
             return False
         manifest = (
@@ -310,7 +339,9 @@ def cause_of(log: Path, status: int) -> str:
 
 
 def folder_name(varied: Sequence[str]) -> str:
-    """A job's folder and its name in figures: what varies, as ``topk+target_l0-16``, in characters that any file system takes.
+    """A job's folder and its name in figures: the values that vary, as `topk+target_l0-16`.
+
+    Only characters that every file system takes are kept.
 
     Keys are shortened to their last part where that is no other's; long names end in a digest.
     """
@@ -330,14 +361,14 @@ def job_table(records: Sequence[Mapping[str, Any]]) -> int:
     print(f"\n{'job':>4}  {'status':<7} {'seconds':>8}  name")
     for r in records:
         seconds = f"{r['seconds']:.0f}" if "seconds" in r else "-"
-        print(
-            f"{r['job']:>4}  {r['status']:<7} {seconds:>8}  {r['name']}{': ' + r['cause'] if r['cause'] else ''}"
-        )
+        cause = f": {r['cause']}" if r["cause"] else ""
+        print(f"{r['job']:>4}  {r['status']:<7} {seconds:>8}  {r['name']}{cause}")
     sys.stdout.flush()
     failed = [r for r in records if r["status"] not in ("done", "cut", "not run")]
     if failed:
         print(
-            f"error: {len(failed)} of {len(records)} jobs failed; first cause: {failed[0]['cause']}",
+            f"error: {len(failed)} of {len(records)} jobs failed; "
+            f"first cause: {failed[0]['cause']}",
             file=sys.stderr,
             flush=True,
         )
@@ -345,7 +376,7 @@ def job_table(records: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _search(search: Search, jobs: Jobs, here: Here) -> int:
-    """Ask for trials, run them, tell what they gave, until there are enough; then report the best on text that no trial was evaluated on."""
+    """Run trials until there are enough, then report the best one on text that none has seen."""
     search.claim()
     trial_job = lambda t: jobs.job(t.number, [*t.overrides, SEARCHED], t.name)  # noqa: E731
     known, reported = {trial.number: trial_job(trial) for trial in search.trials()}, None

@@ -1,7 +1,8 @@
-"""Where the jobs of a sweep run: in this process, on this machine, under SLURM, or on a Ray cluster.
+"""Launchers of a sweep's jobs: this process, this machine, SLURM, or a Ray cluster.
 
-A job is a command line, the very one a person would type for that run alone. Nothing of it lives in the launcher: a job that crashes,
-runs out of memory or is killed takes nothing with it, and typing the sweep again goes on where every job stopped.
+A job is the command line that a person would type for that run alone. The launcher holds nothing of
+it: a job that crashes, runs out of memory or is killed takes nothing with it, and the same sweep,
+typed again, continues where every job stopped.
 """
 
 from __future__ import annotations
@@ -21,24 +22,25 @@ from sae_experiments.errors import UserError
 
 POLL_S = 0.1
 GRACE_S = 15.0  # a job that was asked to end has ended by then (stopping.GRACE_S), unless it cannot
-JOB = "SAE_SWEEP_JOB"  # set in the environment of a job: it ends when the process that started it dies
+#: Set in the environment of a job, which then ends when the process that started it dies.
+JOB = "SAE_SWEEP_JOB"
 
 
 class Job(NamedTuple):
-    """One run of a sweep: ``name`` is its folder below the sweep's, ``command`` what a person would type for it."""
+    """One run of a sweep."""
 
     number: int
-    name: str
+    name: str  # folder below the sweep's
     overrides: list[str]
-    command: list[str]
-    log: Path
+    command: list[str]  # as a person would type it
+    log: Path  # file for its output
 
 
 class Exit(NamedTuple):
-    """How a command ended: its exit status (negative: the signal that killed it) and the seconds it took."""
+    """The end of a command."""
 
-    status: int
-    seconds: float
+    status: int  # exit status; negative: the signal that killed it
+    seconds: float  # time it took
 
 
 Ended = Callable[[Job, Exit], None]
@@ -46,11 +48,19 @@ Here = Callable[[list[str]], int]  # runs a command line of experiment.py in thi
 
 
 class Launcher(Protocol):
-    """Runs jobs and tells ``ended`` about each. With ``first_alone``, the first job runs before the others: it makes what they share."""
+    """Runs the jobs of a sweep."""
 
-    first_alone: bool
+    first_alone: bool  # run the first job before the others: it makes what they share
 
-    def run(self, jobs: Sequence[Job], ended: Ended, here: Here) -> None: ...
+    def run(self, jobs: Sequence[Job], ended: Ended, here: Here) -> None:
+        """Run jobs.
+
+        Args:
+            jobs: The jobs.
+            ended: Called with each job and how it ended.
+            here: Runs a command line in this process.
+        """
+        ...
 
 
 def run_command(
@@ -61,9 +71,15 @@ def run_command(
     running: set[Any] | None = None,
     echo: bool = False,
 ) -> Exit:
-    """Run a command with its output in the file ``log`` (and shown, with ``echo``).
+    """Run a command. If this process is stopped meanwhile, ask the command to end and wait for it.
 
-    If this process is stopped meanwhile, the command is asked to end as well and waited for. ``env`` comes on top of the environment.
+    Args:
+        command: The command.
+        log: File for its output.
+        env: Changes of the environment.
+        cwd: Working directory.
+        running: Commands that are running; this one is added for the time being.
+        echo: Also show the output.
     """
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -115,7 +131,10 @@ def end(running: set[Any]) -> None:
 
 
 class Inline:
-    """One job after another in this process: no seconds of start-up for each, but a job that crashes it ends the sweep."""
+    """One job after another in this process.
+
+    It saves the start of a process for each job, but a job that crashes ends the sweep.
+    """
 
     first_alone = False
 
@@ -125,7 +144,9 @@ class Inline:
             job.log.parent.mkdir(parents=True, exist_ok=True)
             began = time.monotonic()
             with open(job.log, "w", encoding="utf-8") as log:
-                with redirect_stdout(_Tee(sys.stdout, log)), redirect_stderr(_Tee(None, log)):  # pyright: ignore[reportArgumentType]
+                shown: Any = _Tee(sys.stdout, log)
+                silent: Any = _Tee(None, log)
+                with redirect_stdout(shown), redirect_stderr(silent):
                     status = here(job.command[2:])
             ended(job, Exit(status, time.monotonic() - began))
             if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
@@ -154,9 +175,13 @@ class _Tee:
 
 
 class Local:
-    """Processes of this machine, ``jobs`` at a time (null: what the cores allow at ``threads`` each), by joblib.
+    """Processes of this machine, by joblib. The cores are divided among the jobs that run at once.
 
-    The cores are divided among the jobs that run at once. ``devices`` ([0,1,2]): each job gets one of these CUDA devices for itself.
+    Args:
+        jobs: Jobs at a time; None: as many as the cores allow with `threads` each.
+        threads: Threads of a job; None: its share of the cores.
+        devices: Numbers of CUDA devices, of which each job gets one for itself.
+        first_alone: Run the first job before the others.
     """
 
     def __init__(
@@ -172,15 +197,13 @@ class Local:
                 raise UserError(
                     f"launcher.{name}={value} must be a whole number of at least 1, or null"
                 )
-        self.jobs, self.threads, self.devices, self.first_alone = (
-            jobs,
-            threads,
-            list(devices or []),
-            first_alone,
-        )
+        self.jobs = jobs
+        self.threads = threads
+        self.devices = list(devices or [])
+        self.first_alone = first_alone
 
     def width(self, n: int, cores: int) -> tuple[int, int]:
-        """Jobs at a time and threads for each, of ``n`` jobs on ``cores`` cores."""
+        """Jobs at a time and threads for each, of `n` jobs on `cores` cores."""
         at_once = self.jobs or len(self.devices) or max(1, cores // (self.threads or 1))
         at_once = max(1, min(at_once, n))
         return at_once, self.threads or max(1, cores // at_once)
@@ -228,10 +251,16 @@ class Local:
 
 
 class Submitit:
-    """SLURM jobs by submitit, one array for all; ``cluster=local`` runs the same on this machine.
+    """SLURM jobs by submitit, in one array.
 
-    A job that is preempted, or reaches ``timeout_min``, is queued again and goes on from its checkpoint; of time-outs, ``requeues`` at most.
-    ``parameters`` are those of submitit's ``update_parameters`` (null ones are left out).
+    A job that is preempted or reaches `timeout_min` is queued again and continues from its
+    checkpoint.
+
+    Args:
+        cluster: `slurm`, `local` for the same on this machine, or None: SLURM if there is one.
+        requeues: New starts of a job that reached its time limit.
+        parameters: Arguments of submitit's `update_parameters`; those that are None are left out.
+        first_alone: Run the first job before the others.
     """
 
     def __init__(
@@ -246,7 +275,7 @@ class Submitit:
         self.parameters = {k: v for k, v in parameters.items() if v is not None}
 
     def run(self, jobs: Sequence[Job], ended: Ended, here: Here) -> None:
-        """Queue the jobs and wait for them; if this process ends before they do, typing the sweep again goes on."""
+        """Queue the jobs and wait for them. A sweep that ended early continues when typed again."""
         submitit = _imported("submitit")
         folder = jobs[0].log.parent / "submitit"
         executor = submitit.AutoExecutor(
@@ -273,7 +302,7 @@ class Submitit:
 
 
 class Requeued:
-    """A command that submitit may interrupt and queue again: it is asked to end, and the same command then continues."""
+    """A command that submitit may interrupt and queue again, where it continues."""
 
     def __init__(self, command: Sequence[str], log: str, env: Mapping[str, str], cwd: str) -> None:
         self.command, self.log, self.env, self.cwd = list(command), log, dict(env), cwd
@@ -303,9 +332,16 @@ def _exit_of(handle: Any, submitit: Any) -> Exit:
 
 
 class Ray:
-    """A Ray cluster: ``address`` null starts one on this machine, ``auto`` or ``ray://host:10001`` joins one that runs.
+    """A Ray cluster. A job whose node dies is started again elsewhere.
 
-    Every node needs the checkout at the same path, and shares the run and cache folders. A job whose node dies is started again elsewhere.
+    Every node needs the checkout at the same path and shares the run and cache folders.
+
+    Args:
+        address: `auto` or `ray://host:10001` joins a running cluster; None starts one here.
+        num_cpus: CPUs of a job, also its threads.
+        num_gpus: GPUs of a job.
+        retries: New starts of a job whose node died.
+        first_alone: Run the first job before the others.
     """
 
     def __init__(
@@ -317,13 +353,11 @@ class Ray:
         retries: int,
         first_alone: bool,
     ) -> None:
-        self.address, self.num_cpus, self.num_gpus, self.retries, self.first_alone = (
-            address,
-            num_cpus,
-            num_gpus,
-            retries,
-            first_alone,
-        )
+        self.address = address
+        self.num_cpus = num_cpus
+        self.num_gpus = num_gpus
+        self.retries = retries
+        self.first_alone = first_alone
 
     def run(self, jobs: Sequence[Job], ended: Ended, here: Here) -> None:
         """Hand the jobs to the cluster and wait for them."""
@@ -366,5 +400,6 @@ def _imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"launcher={name} needs a package that is not installed: pip install 'sae-experiments[{name}]'"
+            f"launcher={name} needs a package that is not installed: "
+            f"pip install 'sae-experiments[{name}]'"
         ) from error

@@ -1,8 +1,8 @@
-"""Searching for values instead of running them all: Optuna proposes, the jobs answer with a metric, and what is known is on disk.
+"""A search for the best values, in place of all combinations: Optuna proposes, jobs answer.
 
-The proposals are a function of (seed, number of the trial, results so far), so a search that was stopped and started again goes on
-as if nothing had happened, and one whose number of trials is raised continues. ``search.log`` in the sweep's folder is Optuna's journal
-of JSON lines.
+Proposals are a function of the seed, the number of the trial and the results so far. A search that
+was stopped therefore continues as if nothing had happened, also with more trials. Its state is
+Optuna's journal of JSON lines, `search.log` in the sweep's folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from sae_experiments.config.compose import Axis, key_of
+from sae_experiments.config.axes import Axis
+from sae_experiments.config.typed import key_of
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_json
 from sae_experiments.results.records import number, try_json
@@ -26,23 +27,31 @@ SEARCHED, REPORTED = "held_out=search", "held_out=test"
 
 
 class Trial(NamedTuple):
-    """One proposal: the values of what is searched over, as overrides; ``value``: what it gave."""
+    """One proposal."""
 
     number: int
-    name: str
-    overrides: list[str]
-    value: float | None = None
+    name: str  # of its job
+    overrides: list[str]  # the proposed values
+    value: float | None = None  # the metric, once it is known
 
 
 class Search:
-    """A search over ``axes`` for the best mean of ``metric`` over the reports of a job; ``spec`` is ``conf/search/*.yaml``."""
+    """A search for the best mean of a metric over the results of a job.
+
+    Args:
+        root: Folder of the sweep.
+        spec: Settings, see `conf/search`.
+        axes: Keys to search over.
+        fixed: Overrides of every job.
+    """
 
     def __init__(
         self, root: Path, spec: Mapping[str, Any], axes: Sequence[Axis], fixed: Sequence[str]
     ) -> None:
         if not axes:
             raise UserError(
-                "a search needs something to search over, for example 'fit.train.lr=tag(log,interval(1e-4,1e-1))' or sae=topk,gated"
+                "a search needs something to search over, for example "
+                "'fit.train.lr=tag(log,interval(1e-4,1e-1))' or sae=topk,gated"
             )
         if spec["sampler"] not in SAMPLERS:
             raise UserError(f"search.sampler={spec['sampler']} is not one of {', '.join(SAMPLERS)}")
@@ -51,16 +60,15 @@ class Search:
                 raise UserError(f"search.{key}={spec[key]} must be a whole number of at least 1")
         if any(key_of(o) == "held_out" for o in [*fixed, *(a.key for a in axes)]):
             raise UserError(
-                "held_out: a search chooses by validation text and reports its winner on test text, so it sets this itself: leave it out"
+                "held_out: a search chooses by validation text and reports its winner on test "
+                "text, so it sets this itself: leave it out"
             )
         self.root, self.axes, self.fixed = root, list(axes), list(fixed)
         self.metric, self.better = str(spec["metric"]), ""
-        self.n_trials, self.at_once, self.sampler, self.seed = (
-            spec["n_trials"],
-            spec["at_once"],
-            spec["sampler"],
-            int(spec["seed"]),
-        )
+        self.n_trials = spec["n_trials"]
+        self.at_once = spec["at_once"]
+        self.sampler = spec["sampler"]
+        self.seed = int(spec["seed"])
         self.same = {
             "axes": [list(a) for a in self.axes],
             "fixed": sorted(self.fixed),
@@ -72,7 +80,7 @@ class Search:
         self._study: Any = None
 
     def check_metric(self, infos_of: Callable[[list[str]], Sequence[Any]]) -> None:
-        """Find out which direction of the metric is better. Raises :class:`UserError` for a metric that no job would report."""
+        """Look up the direction of the metric, or raise `UserError` if no job would report it."""
         first = [
             f"{a.key}={a.choices[0] if a.choices else _text(a.low, a.whole)}" for a in self.axes
         ]
@@ -83,12 +91,13 @@ class Search:
         if infos.get(self.metric) not in ("up", "down"):
             known = ", ".join(name for name, better in infos.items() if better in ("up", "down"))
             raise UserError(
-                f"search.metric={self.metric} is nothing that can be better or worse; use one of {known}"
+                f"search.metric={self.metric} is nothing that can be better or worse; "
+                f"use one of {known}"
             )
         self.better = infos[self.metric]
 
     def claim(self) -> None:
-        """Make the sweep's folder this search's. Raises :class:`UserError` where it is another's."""
+        """Claim the sweep's folder, or raise `UserError` if it belongs to another search."""
         path = self.root / "search.json"
         if path.exists() and read_json(path) != self.same:
             raise UserError(
@@ -119,7 +128,11 @@ class Search:
         )
 
     def next(self) -> list[Trial]:
-        """Up to ``at_once`` trials to run now: first those that a stopped search left without an answer. [] when there are enough."""
+        """Up to `at_once` trials to run now, first those left open by a search that was stopped.
+
+        Returns:
+            The trials; none when there are enough.
+        """
         optuna = _optuna()
         open_ = [t for t in self.study.trials if t.state == optuna.trial.TrialState.RUNNING][
             : self.at_once
@@ -131,9 +144,8 @@ class Search:
 
     def _ask(self) -> Trial:
         optuna = _optuna()
-        seed = self.seed + 1_000_003 * len(
-            self.study.trials
-        )  # a sampler of its own for each trial: nothing to remember between them
+        # A sampler of its own for each trial, so that no state has to be kept between them.
+        seed = self.seed + 1_000_003 * len(self.study.trials)
         samplers = optuna.samplers
         self.study.sampler = (
             samplers.RandomSampler(seed=seed)
@@ -150,21 +162,17 @@ class Search:
                 trial.suggest_float(axis.key, axis.low, axis.high, log=axis.log)
         return self._trial(self.study.trials[trial.number])
 
-    def _trial(self, found: Any) -> Trial:
+    def _trial(self, trial: Any) -> Trial:
         values = [
-            f"{a.key}={_text(found.params[a.key], a.whole)}"
+            f"{a.key}={_text(trial.params[a.key], a.whole)}"
             for a in self.axes
-            if a.key in found.params
+            if a.key in trial.params
         ]
-        return Trial(
-            found.number,
-            f"trial_{found.number:03d}",
-            values,
-            found.value if found.state.is_finished() else None,
-        )
+        value = trial.value if trial.state.is_finished() else None
+        return Trial(trial.number, f"trial_{trial.number:03d}", values, value)
 
     def tell(self, trial: Trial, folder: Path, done: bool) -> None:
-        """Give the study what a job found: the mean of the metric over its reports; a failed job has no value."""
+        """Tell the study the mean of the metric over a job's results; a failed job has none."""
         value = self._value(folder) if done else None
         state = _optuna().trial.TrialState
         self.study.tell(
@@ -176,34 +184,45 @@ class Search:
         values = [
             number(entry.get("means", {}).get(f"{self.metric}_mean")) for entry in final.values()
         ]
-        return statistics.mean(values) if values and None not in values else None  # pyright: ignore[reportArgumentType]
+        known = [value for value in values if value is not None]
+        return statistics.mean(known) if known and len(known) == len(values) else None
 
     def _told(self) -> list[Trial]:
         state = _optuna().trial.TrialState
         return [self._trial(t) for t in self.study.trials if t.state == state.COMPLETE]
 
     def best(self) -> Trial | None:
-        """The trial with the best value on the text that the search sees; None where none gave a value."""
+        """The trial with the best value on validation text; None if no trial has a value."""
         return (min if self.better == "down" else max)(
             self._told(), key=lambda t: cast(float, t.value), default=None
         )
 
     def summary(self, reported: Path | None = None) -> str:
-        """The best trial, in one line, and what it gives on the test text: its run folder for that, where there is one."""
+        """One line about the best trial.
+
+        Args:
+            reported: Run folder of the best trial on test text, if it was run.
+        """
         best = self.best()
         if best is None:
             return f"search: no trial gave a {self.metric}"
-        found = f"search: best {self.metric} {best.value:.6g} of {len(self._told())} trials: {best.name} ({' '.join(best.overrides)})"
+        line = f"search: best {self.metric} {best.value:.6g} of {len(self._told())} trials: "
+        line += f"{best.name} ({' '.join(best.overrides)})"
         value = None if reported is None else self._value(reported)
         if reported is None or value is None:
-            return f"{found}; not yet reported on test text"
+            return f"{line}; not yet reported on test text"
         if value == best.value:
-            return f"{found}; {self.metric} does not depend on the held-out text: see {reported.name} for what does"
-        return f"{found}; on test text {value:.6g} ({reported.name})"
+            return (
+                f"{line}; {self.metric} does not depend on the held-out text: "
+                f"see {reported.name} for what does"
+            )
+        return f"{line}; on test text {value:.6g} ({reported.name})"
 
 
 def _text(value: Any, whole: bool) -> str:
-    return value if isinstance(value, str) else str(int(value)) if whole else repr(float(value))
+    if isinstance(value, str):
+        return value
+    return str(int(value)) if whole else repr(float(value))
 
 
 def _optuna() -> Any:
