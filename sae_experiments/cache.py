@@ -22,26 +22,34 @@ SAY_AFTER_S = 2.0  # that another process is waited for
 
 @contextmanager
 def clearing(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder that several processes write to, cleared of what killed writers left in it.
+    """Hold the lock of a folder that several processes write to, and remove unfinished files.
 
     Args:
-        folder: the folder, made if it is not there; folders inside it are left alone.
+        folder: The folder, made if it does not exist; folders inside it are left alone.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: The folder cannot be written.
     """
     with locked(folder / ".lock"):
         for path in folder.glob(".*.tmp"):
-            if (
-                path.suffixes[-2:-1] and path.suffixes[-2][1:].isdecimal()
-            ):  # as write_bytes names them
+            thread = path.suffixes[-2:-1]  # `write_bytes` puts its number here
+            if thread and thread[0][1:].isdecimal():
                 path.unlink(missing_ok=True)
         yield
 
 
 @contextmanager
 def locked(path: Path, *, wait_s: float = -1, held: str = "") -> Any:
-    """Hold the lock file ``path``; after ``wait_s`` seconds (-1: forever) raise :class:`UserError` with ``held``."""
+    """Hold a lock file.
+
+    Args:
+        path: The lock file.
+        wait_s: Seconds to wait for another process; -1: forever.
+        held: Message if another process holds it for longer.
+
+    Raises:
+        UserError: Another process holds the lock, or the folder cannot be written.
+    """
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +68,8 @@ def locked(path: Path, *, wait_s: float = -1, held: str = "") -> Any:
         if error.errno not in UNWRITABLE:
             raise
         raise UserError(
-            f"{path.parent} cannot be written ({error.strerror}): choose a cache and a runs_root that can be"
+            f"{path.parent} cannot be written ({error.strerror}): "
+            "choose a cache and a runs_root that can be"
         ) from error
     try:
         yield
@@ -71,12 +80,22 @@ def locked(path: Path, *, wait_s: float = -1, held: str = "") -> Any:
 def cached(
     root: Path, kind: str, key: Mapping[str, Any], make: Callable[[Path], bool | None]
 ) -> Path:
-    """The folder ``root/kind/<digest of key>``, made by ``make(folder)`` unless a whole one is there.
+    """The folder `root/kind/<digest of key>`, made unless it is there and whole.
 
-    ``make`` may be killed and called again on the same folder: what it finds there is its own unfinished work (a checkpoint,
-    say). The folder counts as whole once ``done.json``, which lists size and SHA-256 of every file, is in place; a file that
-    no longer matches the list is noticed here and the folder is made anew. Processes that want the same key wait for each other.
-    A ``make`` that returns False was cut short: its folder is returned as it is and continued by the next call.
+    The folder counts as whole once it has `done.json`, which lists size and SHA-256 of every file.
+    A folder with a file that differs from the list is made anew. Processes that want the same key
+    wait for each other.
+
+    Args:
+        root: Folder of the cache.
+        kind: Folder of such entries below it.
+        key: Everything that decides the content, JSON-like.
+        make: Fills the folder. If it is killed, the next call gets the same folder with the
+            unfinished work, for example a checkpoint. If it returns False it was cut short: the
+            folder is returned as it is, and the next call continues it.
+
+    Raises:
+        UserError: The folder was removed in the meantime, or the cache cannot be written.
     """
     name = digest(key)
     folder = root / kind / name
@@ -115,7 +134,10 @@ def cached(
 
 @contextmanager
 def _held(folder: Path) -> Iterator[Callable[[], bool]]:
-    """Whether ``folder`` is still the one that was here on entry: it is held open, or its inode number could be given to the next folder of that name."""
+    """Yield a function that tells whether `folder` is still the one that was here on entry.
+
+    The folder is held open, as its inode number could go to the next folder of that name.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         yield lambda: folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())
@@ -124,27 +146,28 @@ def _held(folder: Path) -> Iterator[Callable[[], bool]]:
 
 
 def discard(root: Path, kind: str, key: Mapping[str, Any]) -> None:
-    """Remove a cache folder that nobody needs any more, while nobody is making or opening it."""
+    """Remove a cache folder that is not needed any more, while no process makes or opens it."""
     name = digest(key)
     with locked(root / kind / f"{name}.lock"):
         shutil.rmtree(root / kind / name, ignore_errors=True)
 
 
 def is_cached(root: Path, kind: str, key: Mapping[str, Any]) -> bool:
-    """Whether :func:`cached` has this key whole."""
+    """Whether the cache has this key, whole."""
     folder = root / kind / digest(key)
     return (folder / DONE).exists() and _damage(folder) is None
 
 
 def _raise_os_error(error: Exception, folder: Path) -> None:
-    """Libraries written in Rust say "(os error 28)" in errors of their own: raise the ``OSError`` that it is."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    if found and not isinstance(error, OSError):
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
+    """Raise the `OSError` behind "(os error 28)", as libraries in Rust write in their errors."""
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    if match and not isinstance(error, OSError):
+        number = int(match[1])
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def _damage(folder: Path) -> str | None:
-    """The first file of a finished cache folder that is missing or differs from what was written, or None."""
+    """The first file of a finished folder that is missing or changed; None if all are whole."""
     try:
         listed = json.loads((folder / DONE).read_bytes())["files"]
     except (ValueError, KeyError, TypeError):

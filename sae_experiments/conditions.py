@@ -1,8 +1,8 @@
 """What a metric's value depends on beside what it measures, and in which of it two runs differ.
 
 Every cell records its conditions as facts: a number, a word, or a flat dict of these for each name
-in ``CONDITIONS``. Facts may hold ``evaluations``, a list of ``{"metrics": [names], ...}`` with the
-conditions of these metrics alone, and ``weights``, a digest of the language model's parameters.
+in `CONDITIONS`. Facts may hold `evaluations`, a list of `{"metrics": [names], ...}` with the
+conditions of these metrics alone, and `weights`, a digest of the language model's parameters.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Facts = Mapping[str, Any]
 
 
 def of_metric(facts: Facts, metric: str, name: str) -> Any:
-    """The condition ``name`` under which ``metric`` was measured; None where it does not apply."""
+    """The condition `name` under which `metric` was measured; None where it does not apply."""
     groups = facts.get("evaluations")
     for group in groups if isinstance(groups, list) else ():
         if isinstance(group, Mapping) and metric in group.get("metrics", ()) and name in group:
@@ -52,7 +52,7 @@ def of_metric(facts: Facts, metric: str, name: str) -> Any:
 def differences(
     metric: str, depends: Iterable[str], mine: Mapping[int, Facts], theirs: Mapping[int, Facts]
 ) -> list[str]:
-    """The conditions of ``metric`` in which two runs differ, each in a few words.
+    """The conditions of `metric` in which two runs differ, each in a few words.
 
     Language models with the same parameters in every seed that both runs have are the same,
     whatever made them.
@@ -63,7 +63,7 @@ def differences(
         mine, theirs: facts by seed.
 
     Returns:
-        For example ``["context 128 vs 64"]``; [] where the runs may be compared.
+        For example `["context 128 vs 64"]`; [] where the runs may be compared.
     """
     found = []
     for name in depends:
@@ -77,7 +77,7 @@ def differences(
 
 
 def known_differences(depends: Iterable[str], mine: Facts, theirs: Facts) -> list[str]:
-    """The conditions that both sides record and in which they differ; what one lacks is passed over."""
+    """Conditions that both sides record and in which they differ."""
     found = []
     for name in depends:
         a, b = mine.get(name), theirs.get(name)
@@ -108,7 +108,7 @@ def _same_weights(mine: Mapping[int, Facts], theirs: Mapping[int, Facts]) -> boo
 
 
 def _said(name: str, mine: list[Any], theirs: list[Any]) -> str:
-    """``context 128 vs 64``; of a dict the first entries that differ."""
+    """`context 128 vs 64`; of a dict the first entries that differ."""
     if None in mine or None in theirs:
         return f"{name} not recorded by both"
     only_mine = [v for v in mine if v not in theirs] or mine

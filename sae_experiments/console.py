@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: progress bars on a terminal, one line now and then elsewhere, all of it on stdout."""
+"""Messages of a run on stdout: progress bars on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -14,32 +14,44 @@ SHOWN = 48  # characters of a stage's name, so that a line with its rate fits 10
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names in a row, or how many there are where that would be too long for a line."""
+    """The names in a row, or their number if the row is too long for a line."""
     row = ", ".join(names)
     return row if len(row) <= SHOWN else f"{len(names)} SAEs"
 
 
 class Console:
-    """Says lines and shows stages. ``quiet`` keeps only what :meth:`say` is told to say always; stderr is left to the cause of a failure."""
+    """Prints lines and progress on stdout; stderr is left to the cause of a failure.
+
+    Args:
+        verbosity: `quiet` prints only lines marked as `always`; `normal`; `verbose` adds details.
+    """
 
     def __init__(self, *, verbosity: str = "normal") -> None:
         self.quiet, self.verbose = verbosity == "quiet", verbosity == "verbose"
         self.terminal = sys.stdout.isatty()
 
     def say(self, line: str, *, always: bool = False) -> None:
-        """One line on stdout."""
+        """Print a line."""
         if always or not self.quiet:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
     def detail(self, line: str) -> None:
-        """A line for ``verbosity=verbose`` only."""
+        """Print a line if `verbosity=verbose`."""
         if self.verbose:
             self.say(line)
 
     @contextmanager
     def stage(self, name: str, unit: str = "step") -> Iterator[Callable[[int, int], None]]:
-        """Yields ``tick(done, total)``: a bar with rate and remaining time on a terminal, a line every 15 s elsewhere, one at the end."""
+        """Show the progress of a stage: a bar on a terminal, a line every 15 s elsewhere.
+
+        Args:
+            name: Name of the stage.
+            unit: What is counted.
+
+        Yields:
+            `tick(done, total)`, to be called with the progress.
+        """
         bar: tqdm | None = None
         start = told = time.monotonic()
         state = [0, 0, None]
@@ -68,8 +80,10 @@ class Console:
             elif time.monotonic() - told > EVERY_S:
                 told = time.monotonic()
                 rate = (done - state[2]) / max(told - start, 1e-9)
+                left = (total - done) / max(rate, 1e-9)
                 self.say(
-                    f"  {name}: {done:,}/{total:,} {unit}s, {rate:,.1f} {unit}s/s, {(total - done) / max(rate, 1e-9):,.0f} s left"
+                    f"  {name}: {done:,}/{total:,} {unit}s, {rate:,.1f} {unit}s/s, "
+                    f"{left:,.0f} s left"
                 )
 
         try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake the user can mend: shown as one line without a traceback. ``exit_status`` 2: nothing was computed yet."""
+    """A mistake that the user can mend, shown as one line without a traceback.
+
+    `exit_status` 2 means that nothing was computed yet.
+    """
 
     exit_status = 2
 
 
 class NonFinite(UserError):
-    """A loss term, gradient or activation became NaN or infinite: the work stopped there."""
+    """A loss term, gradient or activation became NaN or infinite."""
 
     exit_status = 1

@@ -19,17 +19,17 @@ from sae_experiments.errors import UserError
 PACKAGE = Path(__file__).resolve().parent
 SEAL = "checksum"
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-MOST_BYTES = 1 << 28  # of a JSON file: results hold numbers and short texts
+MOST_BYTES = 1 << 28  # largest JSON file read: results hold numbers and short texts
 
 
 def conf_folder() -> Path:
-    """The YAML files: inside an installed package, beside the package in a checkout."""
+    """Folder of the YAML files: inside an installed package, beside it in a checkout."""
     installed = PACKAGE / "conf"
     return installed if installed.is_dir() else PACKAGE.parent / "conf"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` so that a reader sees the old file or the whole new one, also after a power cut."""
+    """Write a file so that readers see the old or the whole new one, even after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
@@ -44,7 +44,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove what writers that were killed left half-written below ``folder`` (whose lock is held)."""
+    """Remove half-written files below `folder`, whose lock the caller holds."""
     for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -53,10 +53,10 @@ class NewFolder:
     """A folder, made with those above it, that can be taken back as if it had never been made.
 
     Args:
-        folder: made unless it is there.
+        folder: The folder, made unless it exists.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: It cannot be made.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,7 +66,10 @@ class NewFolder:
         folder.mkdir(parents=True, exist_ok=True)
 
     def take_back(self) -> None:
-        """Remove what was made here, if the folder was missing or empty. Call it while nobody else can use the folder."""
+        """Remove the folder and its content, if it was missing or empty before.
+
+        The caller makes sure that no other process uses the folder.
+        """
         if not self.is_new:
             return
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -78,14 +81,14 @@ class NewFolder:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON with sorted keys. Raises ``ValueError`` for NaN and infinity, which JSON does not have."""
+    """Write JSON with sorted keys; NaN and infinity, which JSON lacks, raise `ValueError`."""
     write_bytes(
         path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
     )
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a damaged file, or one that is not made for reading, is a :class:`UserError` that names it."""
+    """Read JSON, or raise `UserError` if the file is damaged or no regular file."""
     check_readable(path)
     try:
         return json.loads(path.read_bytes())
@@ -96,13 +99,18 @@ def read_json(path: Path) -> Any:
 
 
 def check_readable(path: Path, most: int = MOST_BYTES) -> None:
-    """Raise :class:`UserError` for what is no regular file (a device, a pipe: reading would never end) or has more than ``most`` bytes."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
+    """Raise `UserError` for a device or a pipe, which might never end, and for large files.
+
+    Args:
+        path: The file.
+        most: Largest size in bytes.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path} is not a regular file")
-    if found.st_size > most:
+    if status.st_size > most:
         raise UserError(
-            f"{path} has {found.st_size:,} bytes, more than the {most:,} that such a file may have"
+            f"{path} has {status.st_size:,} bytes, more than the {most:,} that such a file may have"
         )
 
 
@@ -112,13 +120,14 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_sealed` wrote; a :class:`UserError` names a file that holds anything else."""
+    """Read a file of `write_sealed`, or raise `UserError` if it holds anything else."""
     value = read_json(path)
     if not isinstance(value, dict) or SEAL not in value:
         raise UserError(f"{path} has no checksum inside; delete it to have it made again")
     if value.pop(SEAL) != digest(value):
         raise UserError(
-            f"{path} is not what was written (its checksum differs); delete it to have it made again"
+            f"{path} is not what was written (its checksum differs); "
+            "delete it to have it made again"
         )
     return value
 
@@ -131,8 +140,8 @@ def digest(value: Any) -> str:
 
 def sha256_file(path: Path, block: int = 1 << 20) -> str:
     """SHA-256 of a file as 64 hex digits, read in blocks."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with open(path, "rb") as f:
         while data := f.read(block):
-            found.update(data)
-    return found.hexdigest()
+            sha256.update(data)
+    return sha256.hexdigest()

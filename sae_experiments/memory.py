@@ -1,4 +1,4 @@
-"""How this process gets its memory: large temporaries are used again instead of being returned to the system and asked for anew."""
+"""Reuse of memory: the C library keeps freed blocks instead of returning them to the system."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import platform
 import sys
 from functools import cache
 
-#: ``mallopt`` parameters of glibc (malloc.h) and values: map no block by itself, keep what is freed, grow by 256 MiB at a time.
+#: Parameters of `mallopt` in glibc (malloc.h) and their values: map no block by itself, keep freed
+#: memory, grow by 256 MiB at a time.
 SETTINGS = {
     "M_MMAP_THRESHOLD": (-3, 2**31 - 1),
     "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
@@ -17,10 +18,14 @@ SETTINGS = {
 
 @cache
 def keep() -> bool:
-    """Let the C library keep freed memory for the life of this process; whether it could be told so.
+    """Let the C library keep freed memory for the life of this process.
 
-    glibc maps every block above 32 MiB anew and unmaps it when it is freed. The first touch of each page then costs a page fault: an element-wise
-    operation on 64 MiB takes four times as long as on memory that was used before. Results are not affected; the process holds on to its peak.
+    glibc maps every block above 32 MiB anew and unmaps it when it is freed. The first access to
+    each page then costs a page fault: an element-wise operation on 64 MiB takes four times as long
+    as on memory that was used before. Results do not change; the process keeps its peak.
+
+    Returns:
+        Whether the library took the settings.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False

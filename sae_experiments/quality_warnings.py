@@ -1,7 +1,7 @@
-"""Results that are worse than they look: what is noticed about a cell, and how it is said.
+"""Warnings about results that are worse than they look.
 
-A warning never changes a number. It stands in the log, in ``cells/*.json``, in the report and
-under the closing table, and in no mean.
+A warning never changes a number. It stands in the log, in `cells/*.json`, in the report and under
+the closing table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MORE_ACTIVE = 1.05  # times as many active latents are more: a lower error is th
 
 
 class Warned(NamedTuple):
-    """One thing to know before a number is believed."""
+    """One warning."""
 
     key: str  # the metric or setting that it is about
     value: float
@@ -33,11 +33,11 @@ class Warned(NamedTuple):
 
 
 def of_metrics(metrics: Mapping[str, float | None], fixed_l0: float | None) -> list[Warned]:
-    """What the numbers of a cell say: a reconstruction worse than the mean, an L0 off its target.
+    """Warnings about a reconstruction worse than the mean and an L0 off its target.
 
     Args:
-        metrics: values by name.
-        fixed_l0: active latents a row that were asked for; None where none were.
+        metrics: Values by name.
+        fixed_l0: Requested active latents per row; None if there is no such target.
     """
     found = []
     fvu, explained, l0 = (metrics.get(n) for n in ("sae_fvu", "explained_variance", "sae_l0"))
@@ -132,21 +132,22 @@ def _median(curve: Sequence[tuple[int, float]], end: int) -> float:
 
 
 def of_text(provenance: Mapping[str, Any]) -> list[Warned]:
-    """What became of the text: the share of its symbols that the model does not have."""
+    """Warning about symbols of the text that the language model does not have."""
     dropped = provenance.get("dropped_frac")
     if not isinstance(dropped, (int, float)) or not dropped > 0:
         return []
-    says = f"{dropped:.2%} of the text was dropped or unknown: the language model has no symbols for it"
+    says = f"{dropped:.2%} of the text was dropped or unknown: "
+    says += "the language model has no symbols for it"
     return [Warned("dropped_frac", dropped, says, "use a text in the model's own symbols")]
 
 
 def of_rows(key: str, rows: int, asked: int) -> list[Warned]:
-    """Fewer rows than ``key`` asks for.
+    """Warning about fewer rows than a setting asks for.
 
     Args:
-        key: the setting, for example ``fit.held_out_rows``.
-        rows: rows there are.
-        asked: rows that were asked for.
+        key: The setting, for example `fit.held_out_rows`.
+        rows: Available rows.
+        asked: Requested rows.
     """
     if rows >= (1 - SHORT) * asked:
         return []
@@ -155,16 +156,17 @@ def of_rows(key: str, rows: int, asked: int) -> list[Warned]:
 
 
 def of_dead(rows: int, l0: float, d_sae: int, once: int, twice: int) -> list[Warned]:
-    """A share of dead latents from too few rows to tell the dead from the rare.
+    """Warning about a fraction of dead latents from too few rows to tell dead from rare ones.
 
     The number of latents that are alive and did not fire is estimated after Chao (1984) as
-    ``once (once - 1) / (2 (twice + 1))``.
+    `once (once - 1) / (2 (twice + 1))`.
 
     Args:
-        rows: held-out rows looked at.
-        l0: mean number of active latents a row.
-        d_sae: number of latents.
-        once, twice: latents that fired once, and twice.
+        rows: Held-out rows evaluated.
+        l0: Mean number of active latents per row.
+        d_sae: Number of latents.
+        once: Latents that fired once.
+        twice: Latents that fired twice.
     """
     unseen = min(once * (once - 1) / (2 * (twice + 1)), d_sae) / d_sae
     each = rows * l0 / d_sae
@@ -180,25 +182,27 @@ def of_dead(rows: int, l0: float, d_sae: int, once: int, twice: int) -> list[War
 
 
 def of_gap(gap: float | None, jumps: str | None) -> list[Warned]:
-    """Integrated gradients that do not add up to the effect of removing everything.
+    """Warning about integrated gradients that do not add up to the effect of removing everything.
 
     Args:
-        gap: ``integrated_gap``, relative; None where it was not measured.
-        jumps: the kind of a downstream SAE whose pre-activations may jump; None for the others.
+        gap: `integrated_gap`, relative; None if it was not measured.
+        jumps: Variant of a downstream SAE whose pre-activations may jump; None for others.
     """
     if gap is None or not gap > GAP:
         return []
-    says = f"integrated_gap is {gap:.2g}: integrated gradients miss that share of what removing everything does"
+    says = f"integrated_gap is {gap:.2g}: "
+    says += "integrated gradients miss that share of what removing everything does"
     if jumps is None:
         return [Warned("integrated_gap", gap, says, "raise study.checks.nodes")]
-    why = f"{says}, since pre-activations of {jumps} jump where a latent of its first code goes on or off"
+    why = f"{says}, since pre-activations of {jumps} jump "
+    why += "where a latent of its first code goes on or off"
     return [
         Warned("integrated_gap", gap, why, "trust the removals, or choose another downstream SAE")
     ]
 
 
 def checked(given: Any) -> list[dict[str, Any]]:
-    """Warnings as a record keeps them; what is none is left out (a file may hold anything)."""
+    """Warnings as a record keeps them; anything else, as a file may hold it, is left out."""
     found = []
     for one in given if isinstance(given, Sequence) else ():
         one = one._asdict() if isinstance(one, Warned) else one
@@ -210,10 +214,10 @@ def checked(given: Any) -> list[dict[str, Any]]:
 
 
 def lines(cells: Iterable[tuple[str, int, Sequence[Mapping[str, Any]]]]) -> list[str]:
-    """One line for each kind of warning: what the first cell says, and how many others say it too.
+    """One line per kind of warning: that of the first cell, and the number of other cells.
 
     Args:
-        cells: dataset, seed and warnings of each.
+        cells: Dataset, seed and warnings of each cell.
     """
     groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for dataset, seed, warnings in cells:

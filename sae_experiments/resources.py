@@ -1,4 +1,7 @@
-"""What a piece of work will need, said before it begins: memory, which is refused where it cannot be had, and time where it can be foretold."""
+"""Estimates of memory and time before a piece of work begins.
+
+Work that needs more memory than is free is refused.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from sae_experiments.errors import UserError
 NOTABLE_SHARE, NOTABLE_SECONDS = 0.25, 1800.0
 #: Floating-point operations below which the machine's speed is not even measured.
 NOTABLE_WORK = 1e14
-#: Files in which Linux says how much memory a group of processes may have and has: cgroups of version 2 and 1.
+#: Files with the limit and the use of memory of a group of processes: cgroups of version 2 and 1.
 GROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -23,24 +26,27 @@ GROUPS = (
 
 
 class Need(NamedTuple):
-    """Bytes at the peak by what they are for, floating-point operations in all, and seconds where they are known by themselves."""
+    """Resources that a piece of work needs."""
 
-    memory: Mapping[str, float]
-    work: float = 0.0
-    seconds: float | None = None
+    memory: Mapping[str, float]  # bytes at the peak, by purpose
+    work: float = 0.0  # floating-point operations
+    seconds: float | None = None  # time, if it is known otherwise
 
 
 def announce(
     what: str, need: Need, fix: str, *, device: torch.device, say: Callable[[str], None]
 ) -> None:
-    """Say what ``what`` will need, if that is much for this machine.
+    """Print the needs of a piece of work, if they are large for this machine.
 
     Args:
-        what: the work, with the keys and values that make it large.
-        fix: what to change where it does not fit.
+        what: Name of the work, with the keys and values that make it large.
+        need: Its needs.
+        fix: What to change if it does not fit.
+        device: Device of the work.
+        say: Prints a line.
 
     Raises:
-        UserError: the memory is more than is free on ``device``.
+        UserError: The memory is more than is free on `device`.
     """
     total, free = sum(need.memory.values()), free_memory(device)
     parts = ", ".join(
@@ -50,7 +56,8 @@ def announce(
     )
     if free is not None and total > free:
         raise UserError(
-            f"{what} needs about {in_bytes(total)} of memory ({parts}), and {in_bytes(free)} are free: {fix}"
+            f"{what} needs about {in_bytes(total)} of memory ({parts}), "
+            f"and {in_bytes(free)} are free: {fix}"
         )
     seconds = need.seconds
     if seconds is None and need.work > NOTABLE_WORK:
@@ -66,7 +73,7 @@ def announce(
 
 
 def free_memory(device: torch.device) -> float | None:
-    """Bytes that can still be had on the device, swap included; None where the system does not say."""
+    """Free bytes on the device, swap included; None if the system does not tell."""
     if device.type == "cuda":
         return float(
             torch.cuda.mem_get_info(device)[0]
@@ -96,7 +103,7 @@ def _left_to_the_group() -> list[float]:
 
 
 def speed(device: torch.device, n: int = 1024) -> float:
-    """Floating-point operations a second of a product of matrices on the device: more than any real work reaches."""
+    """Floating-point operations per second in a matrix product, an upper bound for real work."""
     a, best = torch.ones(n, n, device=device), float("inf")
     for _ in range(4):
         began = time.perf_counter()
@@ -106,17 +113,16 @@ def speed(device: torch.device, n: int = 1024) -> float:
 
 
 def in_bytes(size: float) -> str:
-    """``12 GB``; two digits are all that an estimate has."""
+    """A size such as `12 GB`, with the two digits that an estimate has."""
     for unit, name in ((1e12, "TB"), (1e9, "GB")):
         if size >= unit:
-            return (
-                f"{size / unit:.2g} {name}" if size < 99.5 * unit else f"{size / unit:,.0f} {name}"
-            )
+            digits = ".2g" if size < 99.5 * unit else ",.0f"
+            return f"{size / unit:{digits}} {name}"
     return f"{size / 1e6:.0f} MB"
 
 
 def in_time(seconds: float) -> str:
-    """``40 minutes``, ``3 hours`` or ``51 days``."""
+    """A time such as `40 minutes`, `3 hours` or `51 days`."""
     for unit, name in ((86400.0, "days"), (3600.0, "hours")):
         if seconds >= 1.5 * unit:
             return f"{seconds / unit:,.0f} {name}"

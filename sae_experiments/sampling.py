@@ -1,7 +1,7 @@
-"""Samples of ordered things: a few rows of a batch, a few windows of a text, spread over the whole of it.
+"""Samples of ordered things, spread over the whole: rows of a batch, windows of a text.
 
-Rows of batches and windows of stores stand in the order of the text, so that the first n of them are no sample of it. Everything that looks
-at a part of such rows takes the part from here.
+Rows of batches and windows of stores stand in the order of the text, so that the first n of them
+are no sample of it. Everything that uses a part of such rows takes the part from here.
 """
 
 from __future__ import annotations
@@ -10,23 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: 2^32 over the golden ratio: its multiples, taken modulo 2^32, spread evenly, and so does every second, third, ... of them.
+#: 2^32 divided by the golden ratio. Its multiples modulo 2^32 spread evenly, and so does every
+#: second, third, ... of them.
 GOLDEN = 2654435769
 MASK = (1 << 32) - 1
 
 
 def spread(n: int, k: int | None) -> np.ndarray:
-    """Numbers of ``k`` of ``n`` rows, one from each of k stretches of nearly equal length.
+    """Choose `k` of `n` rows, one from each of k stretches of nearly equal length.
 
-    The place within the stretch differs from stretch to stretch: a plain stride could keep step with a period of the rows (the positions of a
-    window) and see the same phase of it every time.
+    The place within the stretch differs between stretches. A plain stride could keep step with a
+    period of the rows, such as the positions of a window, and always see the same phase of it.
 
     Args:
-        n: rows there are.
-        k: rows wanted (None, or more than there are: all).
+        n: Number of rows.
+        k: Number of rows to choose; None, or more than n: all.
 
     Returns:
-        Ascending row numbers, (min(k, n),) int64. They depend on n and k alone.
+        Ascending row numbers, (min(k, n),) int64, which depend on n and k alone.
     """
     if k is None or k >= n:
         return np.arange(n, dtype=np.int64)
@@ -37,18 +38,21 @@ def spread(n: int, k: int | None) -> np.ndarray:
 
 
 def spread_rows(x: Tensor, k: int | None) -> Tensor:
-    """``k`` rows of ``x`` (N, ...) as :func:`spread` chooses them; ``x`` itself where that is all of them."""
+    """The `k` rows of `x` (N, ...) that `spread` chooses; `x` itself if that is all of them."""
     if k is None or k >= len(x):
         return x
     return x.index_select(0, torch.from_numpy(spread(len(x), k)).to(x.device))
 
 
 def spread_order(n: int, run: int = 1) -> np.ndarray:
-    """An order of ``n`` things in which the first k of them, for any k, are spread over the whole; so is every second or third of these.
+    """An order of `n` things whose first k, for any k, are spread over the whole.
+
+    Every second or third of these are, too.
 
     Args:
-        n: how many there are.
-        run: that many neighbours stay together, in their order (what is left over at the end stays at the end).
+        n: Number of things.
+        run: Number of neighbours that stay together, in their order. An incomplete run stays at
+            the end.
 
     Returns:
         A permutation of 0..n-1, (n,) int64.

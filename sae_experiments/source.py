@@ -1,7 +1,8 @@
-"""Names of code: digests of a package, and of all that some modules import, by which caches notice every change that could matter.
+"""Digests of code, by which caches notice every change that could matter.
 
-Comments, docstrings and layout do not count. A module counts with everything it imports, wherever that lies; the standard library does
-not count, and installed packages count by their version. What is imported under a name that is only computed at run time is not seen.
+Comments, docstrings and layout do not count. A module counts with everything it imports, wherever
+that lies. The standard library does not count, and installed packages count by their version.
+Imports under a name that is computed at run time are not seen.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ _FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Import(NamedTuple):
-    """One import: of ``names`` from ``module`` (no names: of the module itself).
+    """One import: of `names` from `module` (no names: of the module itself).
 
-    ``level`` counts the leading dots of a relative import; ``inside`` a function it runs late.
+    `level` counts the leading dots of a relative import; `inside` a function it runs late.
     """
 
     module: str
@@ -100,7 +101,7 @@ def _text(path: Path) -> str:
 
 
 def _code(tree: ast.Module) -> str:
-    """The tree without docstrings, as text. Changes ``tree``."""
+    """The tree without docstrings, as text. Changes `tree`."""
     for node in ast.walk(tree):
         if isinstance(node, (*_FUNCTION, ast.ClassDef, ast.Module)) and _is_text(node.body[:1]):
             node.body = node.body[1:]
@@ -113,7 +114,7 @@ def _is_text(body: Sequence[ast.stmt]) -> bool:
 
 
 def _imports(nodes: Iterable[ast.AST], *, inside: bool) -> Iterator[Import]:
-    """All imports in ``nodes`` but those that only a type checker sees."""
+    """All imports in `nodes` but those that only a type checker sees."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (Import(alias.name, (), 0, inside) for alias in node.names)
@@ -135,7 +136,7 @@ def _is_checking(test: ast.expr) -> bool:
 
 
 def _named(call: ast.Call) -> str:
-    """The module of ``import_module("a.b")``; "" for all other calls."""
+    """The module of `import_module("a.b")`; "" for all other calls."""
     called = (
         call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     )
@@ -149,15 +150,15 @@ def _named(call: ast.Call) -> str:
 
 
 class Place(NamedTuple):
-    """Where a module lies: its file (None: built in, or a folder without code), and the folders of its submodules."""
+    """The place of a module."""
 
-    file: Path | None
-    folders: tuple[str, ...] | None
-    spec: Any
+    file: Path | None  # None: built in, or a folder without code
+    folders: tuple[str, ...] | None  # of its submodules
+    spec: Any  # of the loaded module
 
 
 def _place(name: str) -> Place | None:
-    """Where the module ``name`` lies, without importing anything; None where it cannot be found."""
+    """Where the module `name` lies, without importing anything; None where it cannot be found."""
     module = sys.modules.get(name)
     if module is not None:
         spec = getattr(module, "__spec__", None)
@@ -186,7 +187,7 @@ def _library() -> tuple[Path, ...]:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether a module belongs to the standard library or to an installed package, or cannot be found."""
+    """Whether a module is of the standard library, installed, or nowhere to be found."""
     top = name.partition(".")[0]
     if top in sys.stdlib_module_names or top in INSTALLED:
         return True
@@ -212,7 +213,7 @@ def _version_of(top: str) -> str:
 
 
 class _Walk:
-    """Everything that some modules import: ``code`` by module, ``versions`` by installed package."""
+    """Everything that some modules import: `code` by module, `versions` by package."""
 
     def __init__(self, tops: Iterable[str]) -> None:
         self.tops = {PACKAGE, *tops}  # read even where they are installed
@@ -256,7 +257,7 @@ class _Walk:
         return True
 
     def _version(self, top: str, by: str) -> None:
-        """Installed packages count where they compute, and always where a user's own module asks for them."""
+        """Count an installed package if it computes, or if a user's own module imports it."""
         own = by.partition(".")[0] == PACKAGE
         if top in sys.stdlib_module_names or (own and top not in COMPUTE):
             return
@@ -281,7 +282,7 @@ class _Walk:
             self.add(base, by=by)
 
     def _names(self, base: str, each: Import) -> Sequence[str]:
-        """The names that may be submodules of ``base``; with a star, all of them."""
+        """The names that may be submodules of `base`; with a star, all of them."""
         place = _place(base)
         if place is None or place.folders is None:
             return ()
@@ -291,7 +292,7 @@ class _Walk:
 
 
 def closure(*modules: ModuleType | str) -> set[str]:
-    """Full names of the modules that ``modules`` are and import, installed ones left out."""
+    """Full names of the modules that `modules` are and import, installed ones left out."""
     walk = _walked(modules)
     return set(walk.code)
 
@@ -300,7 +301,9 @@ def _walked(modules: Iterable[ModuleType | str]) -> _Walk:
     names = [m if isinstance(m, str) else m.__name__ for m in modules]
     walk = _Walk(name.partition(".")[0] for name in names)
     for name in names:
-        if not walk.add(name) or (not walk.code[name] and _place(name).folders is None):  # type: ignore[union-attr]
+        place = _place(name)
+        has_code = walk.add(name) and (walk.code[name] or (place and place.folders is not None))
+        if not has_code:
             raise UserError(
                 f"the code of {name} is in no file that can be found: save it as a module"
             )
@@ -313,7 +316,7 @@ def source_digest(*modules: ModuleType | str, alone: Iterable[str] = ()) -> str:
     Args:
         modules: modules, or their full names.
         alone: names of modules that count without what they import: those that hold the code
-            which uses ``modules`` beside code that does not matter.
+            which uses `modules` beside code that does not matter.
 
     Returns:
         Sixteen hex digits.
@@ -329,7 +332,7 @@ def source_digest(*modules: ModuleType | str, alone: Iterable[str] = ()) -> str:
 
 
 def package_digest(root: Path) -> str:
-    """Name the code below ``root``, Python and C (what a finished result depends on)."""
+    """Name the code below `root`, Python and C (what a finished result depends on)."""
     loaded = {getattr(m, "__file__", None): m for m in list(sys.modules.values())}
     sources = {}
     for path in sorted(root.rglob("*.py")):
@@ -338,11 +341,11 @@ def package_digest(root: Path) -> str:
     return digest(sources | {str(p.relative_to(root)): _text(p) for p in sorted(root.rglob("*.c"))})
 
 
-# ------------------------------------------------------------------------------ the code behind values
+# ------------------------------------------------------------------------------ code of values
 
 
 def modules_behind(*values: Any) -> list[str]:
-    """Names of the modules whose classes and functions ``values`` are made of, sorted.
+    """Names of the modules whose classes and functions `values` are made of, sorted.
 
     Looks into partial functions, collections and dataclasses. The standard library and the
     packages that this one needs are left out.
@@ -374,13 +377,13 @@ def _behind(value: Any) -> Iterator[str]:
 
 
 def outside_digest(*values: Any) -> str:
-    """Name the code behind ``values`` that is not this package's; "" where there is none."""
+    """Name the code behind `values` that is not this package's; "" if there is none."""
     names = [n for n in modules_behind(*values) if n.partition(".")[0] != PACKAGE]
     return source_digest(*names) if names else ""
 
 
 def targets_digest(texts: Iterable[str]) -> str:
-    """Name the code behind each ``_target_`` in configuration ``texts`` that is not this package's."""
+    """Name the code behind each `_target_` in `texts` that is not this package's."""
     names = set()
     for target in sorted({found for text in texts for found in _TARGET.findall(text)}):
         parts = target.split(".")

@@ -1,4 +1,4 @@
-"""How a process is asked to end: SIGINT, SIGTERM, the death of its parent, and a clock that has run out."""
+"""Requests to end a process: SIGINT, SIGTERM, the death of its parent, and a time limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 PATIENCE_S = 2.0  # how long a step of training may go on after a signal
-GRACE_S = 8.0  # after a signal the process has ended, whatever it was doing: less than the 10 s that containers are given
+#: Seconds after a signal by which the process has ended, whatever it was doing. Containers have 10.
+GRACE_S = 8.0
 NUMBERS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
@@ -24,7 +25,7 @@ AGAIN_S = 0.05  # before an exception that was lost is raised again
 
 
 class Stopped(BaseException):
-    """Somebody asked this process to end. Not an ``Exception``: nothing that handles errors may take it for one."""
+    """This process was asked to end. Not an `Exception`, so that no handler of errors takes it."""
 
     def __init__(self, number: int | None = None) -> None:
         number = _asked_number() if number is None else number
@@ -37,7 +38,7 @@ class OutOfTime(BaseException):
 
 
 class _Request:
-    """The signal that a process listens for, what has become of it, and a thread that sees to it that it is obeyed."""
+    """A signal to end, its state, and the threads that see to it that the process obeys."""
 
     def __init__(self, *, patient: bool) -> None:
         self.patient = patient
@@ -45,7 +46,7 @@ class _Request:
         self.waits = False
         self.left = False
         self.last_words: list[Callable[[], None]] = []
-        # A queue of this kind may be used in signal handlers and in __del__; starting a thread there may not.
+        # A SimpleQueue may be used in signal handlers and in __del__; a thread may not be started.
         self._orders: queue.SimpleQueue[tuple[float, Callable[[], None]] | None] = (
             queue.SimpleQueue()
         )
@@ -56,17 +57,17 @@ class _Request:
         self._wakes = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
-        """Call ``action`` from another thread unless this is over by then."""
+        """Call `action` from another thread, unless this request is over by then."""
         self._orders.put((time.monotonic() + seconds, action))
 
     def over(self) -> None:
-        """Nothing more will be done about the signal."""
+        """End the request: do nothing more about the signal."""
         signal.set_wakeup_fd(self._wakes)
         self._orders.put(None)
         os.close(self._mouth)
 
     def _listen(self) -> None:
-        """Learn of signals as they come: :meth:`heard` has to wait for the main thread to return from what it called."""
+        """Notice signals at once: `heard` waits until the main thread returns to Python code."""
         while got := os.read(self._ears, 1):
             number = got[0]
             if number in NUMBERS and not self.patient:
@@ -88,12 +89,14 @@ class _Request:
                 action()
 
     def heard(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: raise :class:`Stopped`, or leave that to the training loop for a while."""
+        """Handle a signal: raise `Stopped`, or leave that to the training loop for a while."""
         if self.number is not None:
-            if number == self.number:  # said twice: at once
+            if number == self.number:  # the same signal twice: end at once
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
-            return  # a sweep that Ctrl-C reached asks its jobs, which it reached as well, once more with SIGTERM
+            # Another signal changes nothing: after Ctrl-C, which reaches the jobs of a sweep as
+            # well, the sweep sends them SIGTERM.
+            return
         self.number = number
         if self.waits:
             self.after(PATIENCE_S, self.overdue)
@@ -101,23 +104,23 @@ class _Request:
             self.leave()
 
     def leave(self) -> None:
-        """Raise :class:`Stopped`; from here on the same signal ends the process at once, whatever it is doing."""
+        """Raise `Stopped`. From here on the same signal ends the process at once."""
         self.left, number = True, _asked_number()
         signal.signal(number, signal.SIG_DFL)
         raise Stopped(number)
 
     def overdue(self) -> None:
-        """Raise :class:`Stopped` in the main thread, from another one, if it was not raised yet."""
+        """Raise `Stopped` in the main thread, from another one, if it was not raised yet."""
         if not self.left:
             self.again()
 
     def again(self) -> None:
-        """Raise :class:`Stopped` in the main thread, from another one."""
+        """Raise `Stopped` in the main thread, from another one."""
         main = ctypes.c_ulong(threading.main_thread().ident or 0)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(Stopped))
 
     def give_up(self, number: int) -> None:
-        """End the process from another thread: files are whole at every moment, and the same command goes on."""
+        """End the process from another thread. Files are whole at every moment."""
         for words in self.last_words:
             with suppress(Exception):
                 words()
@@ -148,10 +151,14 @@ def _in_main_thread() -> bool:
 
 @contextmanager
 def listening(*, patient: bool = False) -> Iterator[None]:
-    """Within the context, the first SIGINT, SIGTERM or SIGHUP raises :class:`Stopped`; the same a second time ends the process at once.
+    """Raise `Stopped` at the first SIGINT, SIGTERM or SIGHUP within the context.
 
-    A training loop may take note of the signal in its own time (:func:`at_boundaries`). A process that has not left the context after
-    ``GRACE_S`` is ended where it stands, unless it is ``patient``: it has children that it waits for.
+    The same signal a second time ends the process at once. A training loop may obey at a moment of
+    its own choice (`at_boundaries`). A process that has not left the context after `GRACE_S` is
+    ended.
+
+    Args:
+        patient: The process has children that it waits for, and is not ended.
     """
     if not _in_main_thread():
         yield
@@ -174,7 +181,7 @@ def listening(*, patient: bool = False) -> Iterator[None]:
 
 @contextmanager
 def wait_for_children() -> Iterator[None]:
-    """Within the context a signal may take longer than ``GRACE_S``: other processes are asked to end, and waited for."""
+    """Allow more than `GRACE_S` within the context, to end other processes and wait for them."""
     request = _innermost()
     if request is None:
         yield
@@ -188,7 +195,7 @@ def wait_for_children() -> Iterator[None]:
 
 @contextmanager
 def last_words(words: Callable[[], None]) -> Iterator[None]:
-    """Within the context, ``words`` is called (in another thread) before a process is ended because it did not end by itself."""
+    """Within the context, have `words` called before the process is ended from another thread."""
     request = _innermost()
     if request is None:
         yield
@@ -201,13 +208,13 @@ def last_words(words: Callable[[], None]) -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether a signal to end came, which waits to be obeyed."""
+    """Whether a signal to end has come."""
     request = _innermost()
     return request is not None and request.number is not None
 
 
 def leave() -> None:
-    """Raise :class:`Stopped` if a signal to end came."""
+    """Raise `Stopped` if a signal to end has come."""
     request = _innermost()
     if request is not None and request.number is not None:
         request.leave()
@@ -215,9 +222,9 @@ def leave() -> None:
 
 @contextmanager
 def at_boundaries() -> Iterator[None]:
-    """Within the context a signal waits for the next :func:`leave`, ``PATIENCE_S`` at most.
+    """Within the context, let a signal wait for the next `leave`, at most `PATIENCE_S`.
 
-    That is time to end a step and to write a checkpoint, if :func:`asked` says so.
+    That is time to end a step and, if `asked()`, to write a checkpoint.
     """
     request = _innermost()
     if request is None or request.waits:
@@ -233,7 +240,7 @@ def at_boundaries() -> Iterator[None]:
 
 @contextmanager
 def _never_lost(kind: type[BaseException], again: Callable[[], None]) -> Iterator[None]:
-    """Within the context, an exception of this kind that fell where Python can only report it (in ``__del__``, say) leads to ``again``."""
+    """Call `again` for an exception that Python can only report, for example in `__del__`."""
     before = sys.unraisablehook
 
     def hook(lost: Any) -> None:
@@ -251,9 +258,13 @@ def _never_lost(kind: type[BaseException], again: Callable[[], None]) -> Iterato
 
 @contextmanager
 def limited(deadline: float | None, may_stop: Callable[[], bool]) -> Iterator[None]:
-    """Within the context, :class:`OutOfTime` is raised once ``deadline`` (``time.monotonic``) has passed, or as soon after as ``may_stop()``.
+    """Raise `OutOfTime` within the context once the deadline has passed.
 
-    Where there is no interval timer (Windows, a thread that is not the main one), training still ends at its own deadline.
+    Without an interval timer (Windows, other threads), training still ends at its own deadline.
+
+    Args:
+        deadline: Deadline by `time.monotonic`; None: no limit.
+        may_stop: Whether the exception may be raised now; if not, it is tried again.
     """
     if deadline is None or not _in_main_thread() or not hasattr(signal, "setitimer"):
         yield
@@ -275,6 +286,9 @@ def limited(deadline: float | None, may_stop: Callable[[], bool]) -> Iterator[No
 
 
 def end_with_parent() -> None:
-    """Have the system send SIGTERM to this process when its parent dies, so that a killed sweep leaves no job behind (Linux only)."""
+    """Have SIGTERM sent to this process when its parent dies (Linux only).
+
+    A sweep that is killed then leaves no job behind.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

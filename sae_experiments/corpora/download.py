@@ -1,8 +1,8 @@
 """Verified, resumable downloads: the only module that opens sockets.
 
-Addresses are HTTPS only, also after a redirect. A plain-HTTP second try would be safe, since checksums guard every byte, but it would let
-the log-in page of a hotel network pass for "wrong bytes" where the honest verdict is "no network", and every host listed in ``conf/data``
-speaks HTTPS.
+Addresses are HTTPS only, also after a redirect. A second try by plain HTTP would be safe, since
+checksums guard every byte. But the log-in page of a hotel network would then count as wrong bytes
+instead of no network, and every host in `conf/data` has HTTPS.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ BLOCK = 1 << 16
 
 
 class UnreachableError(Exception):
-    """No host answered: the caller may do without. The message says who was asked and what happened."""
+    """No host answered, so that the caller may do without. The message names hosts and errors."""
 
 
 class BrokenError(Exception):
-    """A host answered, but what came is not the file that was expected."""
+    """A host answered, but not with the expected file."""
 
 
 class _Redirect(urllib.request.HTTPRedirectHandler):
@@ -57,32 +57,45 @@ class _Redirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass(slots=True, kw_only=True)
 class Network:
-    """What this process knows about the network; one object serves all corpora, so that its absence is noticed once.
+    """State of the network, shared by all corpora, so that its absence is noticed once.
 
-    A host that gives no answer within ``connect_s`` is not asked again, and when ``budget_s`` seconds have gone by on such hosts none is.
+    A host without an answer is not asked again. After `budget_s` seconds lost on such hosts, no
+    new host is asked.
     """
 
-    connect_s: float = (
-        4.0  # name look-up, connection, encryption and first line of the answer together
-    )
+    connect_s: float = 4.0
+    """Limit for look-up, connection, encryption and first line of the answer together."""
     budget_s: float = 8.0
-    stall_s: float = 3.0  # of silence: then the connection is given up; below connect_s, so that a dead IPv6 route leaves time for IPv4
-    tries: int = 4  # in a row without a new byte
-    pause_s: float = 1.0  # before the next try, growing with each
-    plain_http: bool = False  # for tests with a server on this machine
+    """Seconds to lose on hosts that do not answer."""
+    stall_s: float = 3.0
+    """Silence that ends a connection; below `connect_s`, to leave time for IPv4 after IPv6."""
+    tries: int = 4
+    """Tries in a row without a new byte."""
+    pause_s: float = 1.0
+    """Pause before the second try; it grows with each."""
+    plain_http: bool = False
+    """Allow HTTP, for tests with a server on this machine."""
     lost_s: float = 0.0
+    """Seconds lost so far."""
     failed: dict[str, str] = field(default_factory=dict)
+    """Errors of the hosts that did not answer."""
     reached: set[str] = field(default_factory=set)
+    """Hosts that answered."""
 
     def allowed(self, url: str) -> None:
-        """Raise :class:`BrokenError` unless ``url`` is an HTTPS address."""
+        """Raise `BrokenError` unless `url` is an HTTPS address."""
         if urlsplit(url).scheme != "https" and not (
             self.plain_http and urlsplit(url).scheme == "http"
         ):
             raise BrokenError(f"{url} is not an https:// address")
 
     def open(self, url: str, start: int = 0) -> Any:
-        """The server's answer from byte ``start`` on. Raises :class:`UnreachableError` at first contact, ``OSError`` later."""
+        """The server's answer from byte `start` on.
+
+        Raises:
+            UnreachableError: The host fails at the first contact.
+            OSError: The host fails later.
+        """
         self.allowed(url)
         host = urlsplit(url).netloc
         if host in self.failed:
@@ -95,13 +108,10 @@ class Network:
             )
         try:
             response = self._answer(url, start, limit)
-        except (
-            urllib.error.HTTPError
-        ) as error:  # a host that says no is reachable, but this file is not
+        except urllib.error.HTTPError as error:  # the host can be reached, but this file cannot
             error.close()
-            raise (UnreachableError if first else OSError)(
-                f"{host} answered HTTP {error.code}"
-            ) from None
+            kind = UnreachableError if first else OSError
+            raise kind(f"{host} answered HTTP {error.code}") from None
         except (OSError, http.client.HTTPException) as error:
             if not first:
                 raise
@@ -112,7 +122,7 @@ class Network:
         return response
 
     def _answer(self, url: str, start: int, limit: float) -> Any:
-        """Ask in a thread of its own, because a name look-up knows no time-out."""
+        """Ask in another thread, because a name look-up has no time limit."""
         headers = {"User-Agent": "sae_experiments", "Accept-Encoding": "identity"} | (
             {"Range": f"bytes={start}-"} if start else {}
         )
@@ -125,13 +135,8 @@ class Network:
                 response = urllib.request.build_opener(_Redirect(self.allowed)).open(
                     request, timeout=self.stall_s
                 )
-            except (
-                OSError,
-                http.client.HTTPException,
-                ValueError,
-                BrokenError,
-            ) as error:  # raised again where the answer is waited for
-                answers.put(error)
+            except (OSError, http.client.HTTPException, ValueError, BrokenError) as error:
+                answers.put(error)  # raised again below
                 return
             response.close() if late.is_set() else answers.put(response)
 
@@ -158,28 +163,36 @@ def verify(
     md5: str | None = None,
     head: int | None = None,
 ) -> None:
-    """Raise :class:`BrokenError` with what was found and expected unless ``path`` has this size and, in its first ``head`` bytes, these checksums."""
-    found, part = path.stat().st_size, "" if head is None else f" in its first {head:,} bytes"
-    if size is not None and found != size:
-        raise BrokenError(f"{what} has {found:,} bytes, expected {size:,}")
+    """Raise `BrokenError` unless a file has the expected size and checksums.
+
+    Args:
+        path: The file.
+        what: Name of the file in messages.
+        size: Size in bytes; None: any.
+        sha256: Checksum in hexadecimal digits; None: not checked.
+        md5: Checksum in hexadecimal digits; None: not checked.
+        head: Number of bytes at the start that the checksums are of; None: all.
+    """
+    actual = path.stat().st_size
+    part = "" if head is None else f" in its first {head:,} bytes"
+    if size is not None and actual != size:
+        raise BrokenError(f"{what} has {actual:,} bytes, expected {size:,}")
     for kind, name, expected in (("sha256", "SHA-256", sha256), ("md5", "MD5", md5)):
         if expected is not None and (got := checksum(path, kind, head)) != expected.lower():
             raise BrokenError(f"{what} has {name} {got}{part}, expected {expected.lower()}")
 
 
 def checksum(path: Path, kind: str = "sha256", head: int | None = None) -> str:
-    """SHA-256 or MD5 of the first ``head`` bytes of a file (None: of all) in hexadecimal digits."""
+    """SHA-256 or MD5 of the first `head` bytes of a file (None: all), as hexadecimal digits."""
     if kind == "sha256" and head is None:
         return sha256_file(path)
-    found, left = (
-        hashlib.new(kind, usedforsecurity=False),
-        path.stat().st_size if head is None else head,
-    )
+    hasher = hashlib.new(kind, usedforsecurity=False)
+    left = path.stat().st_size if head is None else head
     with open(path, "rb") as f:
         while left and (data := f.read(min(1 << 20, left))):
-            found.update(data)
+            hasher.update(data)
             left -= len(data)
-    return found.hexdigest()
+    return hasher.hexdigest()
 
 
 def cached_text(
@@ -191,10 +204,19 @@ def cached_text(
     network: Network | None,
     say: Callable[[str], None],
 ) -> tuple[Path, str]:
-    """The verified text of the corpus ``name`` and its address, from ``cache`` or else from ``network`` (None: offline).
+    """The verified text of a corpus and its address, from the cache or else the network.
 
-    ``sources`` are tried in order; ``facts`` holds ``size``, ``sha256`` and ``md5`` of the text. Raises :class:`UnreachableError` if no source
-    could be asked, else :class:`BrokenError` with what each of them sent.
+    Args:
+        cache: Folder of the cache.
+        name: Name of the corpus.
+        sources: Addresses, tried in order.
+        facts: `size`, `sha256` and `md5` of the text.
+        network: State of the network; None: offline.
+        say: Prints a line.
+
+    Raises:
+        UnreachableError: No source could be asked.
+        BrokenError: A source sent something else; the message has the answer of each.
     """
 
     def make(folder: Path) -> None:
@@ -213,7 +235,7 @@ def _fetch(
     network: Network,
     say: Callable[[str], None],
 ) -> None:
-    """Leave ``text`` and ``source.json`` in ``folder``, going on from what a killed call left there."""
+    """Write `text` and `source.json`, continuing with the files of a call that was killed."""
     faults: list[Exception] = []
     for source in sources:
         part = folder / f"{hashlib.sha256(source['url'].encode()).hexdigest()[:16]}.part"
@@ -229,16 +251,15 @@ def _fetch(
             other.unlink()
         return
     reasons = "; ".join(dict.fromkeys(map(str, faults))) or "no address is configured"
-    raise (
-        BrokenError if any(isinstance(fault, BrokenError) for fault in faults) else UnreachableError
-    )(reasons)
+    broken = any(isinstance(fault, BrokenError) for fault in faults)
+    raise (BrokenError if broken else UnreachableError)(reasons)
 
 
 def _unpack(source: Mapping[str, Any], part: Path, text: Path, facts: Mapping[str, Any]) -> None:
     try:
         extract(source, part, text, size=facts["size"])
         verify(text, f"the text from {source['url']}", **facts)
-    except BrokenError:  # a whole download of wrong bytes would be found again, and refused again, by every later run
+    except BrokenError:  # every later run would refuse the same wrong bytes again
         part.unlink(missing_ok=True)
         text.unlink(missing_ok=True)
         raise
@@ -247,7 +268,11 @@ def _unpack(source: Mapping[str, Any], part: Path, text: Path, facts: Mapping[st
 def download(
     source: Mapping[str, Any], part: Path, *, network: Network, say: Callable[[str], None]
 ) -> None:
-    """Bring ``part`` to the whole file that ``source`` describes, going on from the bytes it has. Raises :class:`BrokenError`."""
+    """Complete the file `part`, continuing with the bytes it has.
+
+    Raises:
+        BrokenError: The result is not the file that `source` describes.
+    """
     url, size, resumed = source["url"], source["bytes"], part.exists()
     with _progress(url, size, say) as at:
         _pull(url, size, part, network, at)
@@ -257,14 +282,17 @@ def download(
         part.unlink()
         if not resumed:
             raise
-        download(
-            source, part, network=network, say=say
-        )  # what was resumed may have been another file's beginning: once more, afresh
+        # The beginning may have been another file's: once more, from the start.
+        download(source, part, network=network, say=say)
 
 
 @contextmanager
 def _progress(url: str, size: int, say: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
-    """A function to tell the bytes had: a bar where a person watches, else a line when the first ones come and one at the end."""
+    """Show progress: a bar on a terminal, else a line at the first bytes and one at the end.
+
+    Yields:
+        A function that takes the number of bytes so far.
+    """
     bar, last = None, -1
 
     def at(have: int) -> None:
@@ -294,16 +322,14 @@ def _pull(url: str, size: int, part: Path, network: Network, at: Callable[[int],
         vain, best = (0, have) if have > best else (vain + 1, best)
         if vain >= network.tries:
             raise BrokenError(
-                f"{url} broke off at {best:,} of {size:,} bytes, {vain} times in a row; run again to resume"
+                f"{url} broke off at {best:,} of {size:,} bytes, {vain} times in a row; "
+                "run again to resume"
             )
         time.sleep(vain * network.pause_s)
         try:
             with network.open(url, have) as response:
                 _append(response, url, size, part, have, at)
-        except (
-            OSError,
-            http.client.HTTPException,
-        ) as error:  # counted above: either it brought new bytes or it was in vain
+        except (OSError, http.client.HTTPException) as error:  # counted above unless bytes came
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
                     f"no room for {part} ({size:,} bytes); free some, or move the cache"
@@ -334,7 +360,11 @@ def _append(
 
 
 def extract(source: Mapping[str, Any], archive: Path, text: Path, *, size: int) -> None:
-    """Write the one named member of ``archive`` to ``text``, never more than ``size`` bytes of it. Raises :class:`BrokenError`."""
+    """Write the text in an archive to `text`, at most `size` bytes of it.
+
+    Raises:
+        BrokenError: The archive cannot be unpacked, or holds something else.
+    """
     kind, url = source.get("archive"), source["url"]
     try:
         if kind is None:

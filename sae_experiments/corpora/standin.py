@@ -1,4 +1,7 @@
-"""Stand-in text for a corpus that cannot be had: what every Python carries (documentation topics, standard library) in the corpus's form."""
+"""Stand-in text for a corpus that cannot be reached, in the form of that corpus.
+
+It is made from what comes with every Python: documentation topics and the standard library.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from sae_experiments.files import write_bytes
 from sae_experiments.source import source_digest
 
 LIMIT = 4_000_000  # bytes: about what the standard library has to say
-# Left out: what differs between installations of one version, what is tables rather than text, and what the topics say already.
+# Left out: files that differ between installations of one version, tables rather than text, and
+# copies of the topics.
 SKIPPED = {
     "site-packages",
     "dist-packages",
@@ -53,7 +57,17 @@ def stand_in(
     remedy: str,
     say: Callable[[str], None],
 ) -> Path:
-    """The file in ``cache`` with ``asked`` bytes (:data:`LIMIT` at most) in place of the corpus ``name``, said loudly."""
+    """A file in the cache to take the place of a corpus, with a warning.
+
+    Args:
+        cache: Folder of the cache.
+        name: Name of the corpus.
+        alphabet: Form of the text, a key of `FORMS`.
+        asked: Size in bytes, of which at most `LIMIT` can be made.
+        reason: Reason why the corpus itself is missing.
+        remedy: What to do to have it.
+        say: Prints a line.
+    """
     size = min(asked, LIMIT)
     # Another Python version has another text, so it has another file.
     key = {
@@ -76,13 +90,21 @@ def stand_in(
         f" in place of {asked:,}" if have < asked else ""
     )
     say(
-        f"WARNING: STAND-IN TEXT for {name} ({reason}): {made}. No result is comparable with published ones. For the real corpus, {remedy}."
+        f"WARNING: STAND-IN TEXT for {name} ({reason}): {made}. "
+        f"No result is comparable with published ones. For the real corpus, {remedy}."
     )
     return path
 
 
 def remedy(name: str, file: str, facts: Mapping[str, Any], head: int | None) -> str:
-    """What to do to have the corpus itself: ``file`` with the size and checksums of ``facts``, or its first ``head`` bytes."""
+    """Advice on how to provide the corpus itself.
+
+    Args:
+        name: Name of the corpus.
+        file: Name of its file.
+        facts: Size and checksums of the file.
+        head: Number of its first bytes that would do; None: the whole file.
+    """
     size = [] if facts["size"] is None else [f"{facts['size']:,} bytes"]
     sums = [
         f"{kind} {facts[key]}"
@@ -91,14 +113,18 @@ def remedy(name: str, file: str, facts: Mapping[str, Any], head: int | None) -> 
     ]
     whole = f"the file {file} ({', '.join(size + sums) or 'the whole text'})"
     part = "" if head is None else f" or {name}-head-{head} (its first {head:,} bytes)"
-    return f"put {whole}{part} into a folder and name that folder with SAE_DATA_DIR, or name a text with data.{name}.file=PATH"
+    return (
+        f"put {whole}{part} into a folder and name that folder with SAE_DATA_DIR, "
+        f"or name a text with data.{name}.file=PATH"
+    )
 
 
 def text(alphabet: str, size: int) -> bytes:
-    """The first ``size`` bytes of the stand-in, or all there is, the same for every installation of one Python version.
+    """The first `size` bytes of the stand-in, or all of it.
 
-    Documentation and comments come first; where they are not enough, code fills up. The pieces chosen are then put into an order
-    without meaning, so that train and validation text are of one kind.
+    It is the same for every installation of one Python version. Documentation and comments come
+    first, and code fills up. The pieces are then shuffled by a digest of their names, so that
+    training and validation text are of one kind.
     """
     form, pieces, have = FORMS[alphabet], [], 0
     for kind in (_prose, _code):
@@ -190,7 +216,7 @@ def _text8(title: str, paragraphs: list[str]) -> str:
 
 
 def _words(line: str, keep: str = "") -> str:
-    """Only letters, spaces and ``keep``; digits spelled out, as in text8."""
+    """Only letters, spaces and `keep`; digits spelled out, as in text8."""
     return re.sub(
         f"[^A-Za-z{re.escape(keep)}]+",
         " ",
@@ -199,7 +225,7 @@ def _words(line: str, keep: str = "") -> str:
 
 
 def _shakespeare(title: str, paragraphs: list[str]) -> str:
-    """Short speeches of two speakers in turn, in lines of verse length that begin with a capital."""
+    """Short speeches of two speakers in turn, in lines of verse that begin with a capital."""
     name, speeches = title.split()[-1], []
     for paragraph in paragraphs:
         line = re.sub(
@@ -230,7 +256,8 @@ def _wiki(title: str, paragraphs: list[str]) -> str:
     content = html.escape(
         "\n\n".join([*body, f"[[Category:{title.split()[0]}]]"]), quote=True
     ).replace("&#x27;", "'")
-    revision = f'<revision>\n      <id>{number * 3}</id>\n      <text xml:space="preserve">{content}</text>\n    </revision>'
+    body_xml = f'<text xml:space="preserve">{content}</text>'
+    revision = f"<revision>\n      <id>{number * 3}</id>\n      {body_xml}\n    </revision>"
     return (
         f"  <page>\n    <title>{title}</title>\n    <id>{number}</id>\n    {revision}\n  </page>\n"
     )
