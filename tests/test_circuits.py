@@ -683,7 +683,7 @@ def test_dead_saes_give_nulls_with_reasons_and_no_exception() -> None:
     scores = checker.scores(None, None, np.zeros((len(latents), 2, F)), latents)
     for part in (lambda: checker.singles(scores), lambda: checker.deletions(scores), checker.joint):
         part()
-    found = checker.found
+    found = checker.survey
     assert (
         found.metrics["attribution_ablation_pearson"] is None
         and "no upstream latent" in found.why_null["attribution_ablation_pearson"]

@@ -1,15 +1,18 @@
-"""Attribution of a downstream latent to upstream latents: gradients through the language model between two SAEs, many targets at once.
+"""Attribution of downstream latents to upstream latents, for many targets at once.
 
-With ``x = sum_j z_j d_j + b + err`` at the upstream site (``err`` constant) and ``A_i = e_i (x' - b') + c_i`` the pre-activation of latent i of
-the downstream SAE at position t', the gradient is ``g_j(s) = dA_i(t') / dz_j(s)`` for the latents j active at every position s <= t', and the
-attribution ``z_j(s) g_j(s)`` is the first-order effect of removing one of them (attribution patching on SAE latents: Marks et al. 2024).
+Gradients run through the language model between two SAEs. With `x = sum_j z_j d_j + b + err` at the
+upstream site (`err` constant) and `A_i = e_i (x' - b') + c_i` the pre-activation of latent i of the
+downstream SAE at position t', the gradient is `g_j(s) = dA_i(t') / dz_j(s)` for the latents j
+active at every position s <= t'. The attribution `z_j(s) g_j(s)` is the first-order effect of
+removing one of them (attribution patching on SAE latents: Marks et al. 2024).
 
-Shape letters: P prompts, T positions, K active latents a position (padded), R targets, C width of the state, F latents.
+Shape letters: P prompts, T positions, K active latents per position (padded), R targets, C width of
+the state, D width of a site, F latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +24,9 @@ from sae_experiments.errors import UserError
 from sae_experiments.models.hooks import Site, activations
 from sae_experiments.saes.base import SAE
 from sae_experiments.studies.circuits.path import Path
+
+#: Targets whose pre-activations are computed at once.
+BLOCK = 4096
 
 
 class Targets(NamedTuple):
@@ -35,48 +41,71 @@ class Targets(NamedTuple):
 
     @property
     def n(self) -> int:
-        """How many there are (``len`` of a named tuple is its number of fields)."""
+        """Number of targets (`len` of a named tuple is its number of fields)."""
         return len(self.prompt)
 
 
 @dataclass
 class Prompts:
-    """Prompts as both SAEs see them. ``index`` and ``amount`` (P, T, K): the active upstream latents and what removing each takes away, its
-    activation less the baseline (0 where there is none); ``state``, ``base``: see :class:`.Path`; ``error``, ``bias``: the rest of the state."""
+    """Prompts as both SAEs read them."""
 
     tokens: Tensor
+    """Tokens, (P, T)."""
     index: Tensor
+    """Active upstream latents, (P, T, K)."""
     value: Tensor
+    """Their activations, (P, T, K); 0 for padding."""
     amount: Tensor
+    """What removing each takes away, its activation minus the baseline, (P, T, K)."""
     state: Tensor
+    """The state that upstream latents add to, (P, T, C); see `Path`."""
     base: Tensor | None
-    error: Tensor  # what the upstream SAE leaves out of the state, (P, T, C)
-    bias: Tensor  # the upstream decoder's bias in the state, (C,)
-    active: Targets  # every downstream latent that is active at a position, in order
-    active_value: Tensor  # its activation
-    active_pre: Tensor  # its pre-activation
+    """The stream without the upstream MLP's output, (P, T, C), if it is needed; see `Path.base`."""
+    error: Tensor
+    """The upstream SAE's error in the state, (P, T, C)."""
+    bias: Tensor
+    """The upstream decoder's bias in the state, (C,)."""
+    active: Targets
+    """Every downstream latent that is active at a position, in order."""
+    active_value: Tensor
+    """Their activations, (n,)."""
+    active_pre: Tensor
+    """Their pre-activations, (n,)."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 class Attribution(NamedTuple):
-    """Some targets of one call: pre-activations (R,), gradients and attributions (R, T, K) of what is active in each one's prompt."""
+    """Attributions of some targets to what is active in the prompt of each."""
 
     targets: Targets
     value: Tensor
+    """Pre-activations, (R,)."""
     gradient: Tensor
+    """Gradients, (R, T, K)."""
     attribution: Tensor
-    state_gradient: Tensor  # (R, T, C), at the prompts' own states
+    """Attributions, (R, T, K)."""
+    state_gradient: Tensor
+    """Gradients in the state, (R, T, C), at the prompts' own states."""
 
 
 class Circuit:
-    """Two SAEs on one language model. ``upstream`` reads ``read`` and writes ``write``; ``downstream`` reads ``to``.
+    """Two SAEs on one language model.
 
-    ``memory_mb`` bounds what a call needs at a time beyond its arguments and results, however many targets there are.
+    Args:
+        model: The language model.
+        upstream: The SAE whose latents have effects.
+        read: Site that it reads.
+        write: Site that it reconstructs.
+        downstream: The SAE whose latents are affected.
+        to: Site that it reads.
+        memory_mb: Memory in MiB that a call may use at a time beyond its arguments and results,
+            whatever the number of targets.
 
     Raises:
-        UserError: an SAE of another width than its site, of several sites, or whose decoder is not linear; sites in the wrong order.
+        UserError: An SAE has another width than its site, reads several sites or has a decoder
+            that is not linear; or the sites are in the wrong order.
     """
 
     def __init__(
@@ -93,14 +122,16 @@ class Circuit:
         for name, sae in (("upstream", upstream), ("downstream", downstream)):
             if sae.n_sites != 1:
                 raise UserError(
-                    f"{name}: {type(sae).__name__} reads several sites at once, attribution needs an SAE of one"
+                    f"{name}: {type(sae).__name__} reads several sites at once, "
+                    "attribution needs an SAE of one"
                 )
-        self.model, self.upstream, self.downstream = (
-            model.eval().requires_grad_(False),
-            upstream.eval(),
-            downstream.eval(),
-        )
-        self.read, self.write, self.to, self.memory_mb = read, write, to, memory_mb
+        self.model = model.eval().requires_grad_(False)
+        self.upstream = upstream.eval()
+        self.downstream = downstream.eval()
+        self.read = read
+        self.write = write
+        self.to = to
+        self.memory_mb = memory_mb
         self.path = Path(model, write, to)
         self.bias, self.atoms = decoder_of(upstream)
         self.directions = self.path.carried(self.atoms)
@@ -108,97 +139,123 @@ class Circuit:
 
     @property
     def continuous(self) -> bool:
-        """Whether pre-activations of the downstream SAE are linear in its rows. Others read a code with a threshold, at which they jump."""
+        """Flag: pre-activations of the downstream SAE are linear in its rows.
+
+        Other SAEs read a code with a threshold, at which their pre-activations jump.
+        """
         return self._plain and type(self.downstream).encoder_input is SAE.encoder_input
 
     def pre_activation(self, x: Tensor, latent: Tensor) -> Tensor:
-        """``A_i`` (R,) of rows (R, D) of the downstream site for one latent (R,) each; differentiable in ``x``."""
+        """Pre-activation `A_i` of one latent per row, differentiable in the rows.
+
+        Args:
+            x: Rows (R, D) of the downstream site.
+            latent: Latents (R,).
+
+        Returns:
+            Pre-activations (R,).
+        """
         if not self._plain:
             return self.downstream.pre_acts(x).gather(1, latent[:, None])[:, 0]
         seen = self.downstream.shifted(self.downstream.encoder_input(x))
-        return (seen * self.downstream.W_enc[latent]).sum(-1) + self.downstream.b_enc.detach()[
-            latent
-        ]
+        bias = self.downstream.b_enc.detach()[latent]
+        return (seen * self.downstream.W_enc[latent]).sum(-1) + bias
 
     @torch.no_grad()
     def prompts(
         self, tokens: Tensor, *, baseline: Tensor | None = None, keep_error: bool = True
     ) -> Prompts:
-        """Read tokens (P, T). ``baseline`` (F,): what a latent is set to when it is removed (None: 0), its mean for mean-ablation.
+        """Read prompts with both SAEs.
 
-        ``keep_error`` false: the state is the reconstruction's, so that everything is taken at another point than the model's own.
+        Args:
+            tokens: Tokens (P, T).
+            baseline: Values (F,) that latents are set to when they are removed, such as their means
+                for mean ablation. None: 0.
+            keep_error: The state includes the upstream SAE's error. Otherwise it is the
+                reconstruction's, so that everything is taken at another point than the model's own.
         """
         sites = list(dict.fromkeys([self.read, self.write, *self.path.sites]))
-        found = activations(self.model, tokens, sites)
-        shape = found[self.write].shape
-        x = found[self.read].flatten(0, 1)
+        seen = activations(self.model, tokens, sites)
+        shape = seen[self.write].shape
+        x = seen[self.read].flatten(0, 1)
         acts = self.upstream.encode(x)
         recon = self.upstream.reconstruct(x, acts)
-        error = (found[self.write].flatten(0, 1) - recon).view(shape)
-        base = self.path.base(found)
+        error = (seen[self.write].flatten(0, 1) - recon).view(shape)
+        base = self.path.base(seen)
         if not keep_error:
-            found = self.path.moved(found, found[self.write] - error)
+            seen = self.path.moved(seen, seen[self.write] - error)
         k = max(int((acts != 0).sum(1).max()), 1)
-        order = (acts != 0).byte().topk(k, dim=1).indices.sort(1).values
-        value = acts.gather(1, order)
-        removed = torch.where(
-            value != 0, value - (0 if baseline is None else baseline[order]), value
-        )
-        here = found[self.to].flatten(0, 1)
-        wanted = self.downstream.encode(here)
-        rows, latents = wanted.nonzero(as_tuple=True)
-        active = Targets(rows // shape[1], rows % shape[1], latents)
-        pre = (
-            torch.cat(
-                [
-                    self.pre_activation(here[r], i)
-                    for r, i in zip(rows.split(4096), latents.split(4096), strict=True)
-                ]
-            )
-            if len(rows)
-            else rows
-        )
+        index = (acts != 0).byte().topk(k, dim=1).indices.sort(1).values
+        value = acts.gather(1, index)
+        kept = 0 if baseline is None else baseline[index]
+        amount = torch.where(value != 0, value - kept, value)
+        rows = seen[self.to].flatten(0, 1)
+        downstream = self.downstream.encode(rows)
+        row, latent = downstream.nonzero(as_tuple=True)
+        by_position = (*shape[:2], k)
         return Prompts(
             tokens=tokens,
-            index=order.view(*shape[:2], k),
-            value=value.view(*shape[:2], k),
-            amount=removed.view(*shape[:2], k),
-            state=self.path.state(found),
+            index=index.view(by_position),
+            value=value.view(by_position),
+            amount=amount.view(by_position),
+            state=self.path.state(seen),
             base=base,
             error=self.path.carried(error),
             bias=self.path.carried(self.bias[None])[0],
-            active=active,
-            active_value=wanted[rows, latents],
-            active_pre=pre,
+            active=Targets(row // shape[1], row % shape[1], latent),
+            active_value=downstream[row, latent],
+            active_pre=self._pre_activations(rows, row, latent),
         )
+
+    def _pre_activations(self, x: Tensor, row: Tensor, latent: Tensor) -> Tensor:
+        """Pre-activations (n,) of latents (n,) on some of the rows `x` (N, D)."""
+        if not len(row):
+            return row
+        blocks = zip(row.split(BLOCK), latent.split(BLOCK), strict=True)
+        return torch.cat([self.pre_activation(x[r], i) for r, i in blocks])
 
     def project(
         self, prompts: Prompts, prompt: Tensor, rows: Tensor, vectors: Tensor | None = None
     ) -> Tensor:
-        """Products (R, T, K) of rows (R, T, C), or (R, C) for all positions alike, with the directions of what is active in each row's prompt.
+        """Products of rows with the directions of what is active in the prompt of each.
 
-        ``vectors`` (F, C): other directions than the decoder's. Rows of one prompt must be next to each other.
+        Args:
+            prompts: The prompts.
+            prompt: Prompt of each row, (R,); rows of one prompt must be neighbours.
+            rows: Rows (R, T, C), or (R, C) for all positions alike.
+            vectors: Directions (F, C) in place of the decoder's.
+
+        Returns:
+            Products (R, T, K).
         """
-        vectors, parts = self.directions if vectors is None else vectors, []
+        vectors = self.directions if vectors is None else vectors
+        parts = []
         for p, part in runs(prompt):
-            found = vectors[prompts.index[p]]  # (T, K, C)
+            directions = vectors[prompts.index[p]]  # (T, K, C)
             x = rows[part]
-            dots = (
-                torch.einsum("rc,tkc->rtk", x, found)
-                if x.ndim == 2
-                else torch.bmm(x.transpose(0, 1), found.transpose(1, 2)).transpose(0, 1)
-            )
-            parts.append(dots)
+            if x.ndim == 2:
+                products = torch.einsum("rc,tkc->rtk", x, directions)
+            else:
+                products = torch.bmm(x.transpose(0, 1), directions.transpose(1, 2)).transpose(0, 1)
+            parts.append(products)
         return torch.cat(parts) if parts else rows.new_zeros(0, *prompts.index.shape[1:])
 
     def changed(self, prompts: Prompts, prompt: Tensor, share: Tensor) -> Tensor:
-        """States (R, T, C) of prompts from which ``share`` (R, T, K) of what each active latent adds is taken away."""
+        """States of prompts from which parts of the active latents are removed.
+
+        Args:
+            prompts: The prompts.
+            prompt: Prompt of each row, (R,); rows of one prompt must be neighbours.
+            share: Share of each active latent's contribution to remove, (R, T, K).
+
+        Returns:
+            States (R, T, C).
+        """
         states = prompts.state[prompt]
         for p, part in runs(prompt):
-            weights = share[part] * prompts.amount[p]
-            states[part] -= torch.bmm(
-                weights.transpose(0, 1), self.directions[prompts.index[p]]
-            ).transpose(0, 1)
+            weights = (share[part] * prompts.amount[p]).transpose(0, 1)
+            directions = self.directions[prompts.index[p]]
+            states[part] -= torch.bmm(weights, directions).transpose(0, 1)
         return states
 
     @torch.no_grad()
@@ -210,69 +267,85 @@ class Circuit:
         )
 
     def chunk(self, prompts: Prompts) -> int:
-        """Targets that fit into ``memory_mb``: a target needs about a dozen times its prompt's state, more where blocks lie between."""
-        copies = (
-            12 + 40 * len(self.path.middle) + (20 if self.path.upstream.stream == "mlp_in" else 0)
-        )
+        """Number of targets that fit into `memory_mb`.
+
+        A target needs about a dozen times its prompt's state, and more if blocks lie between.
+        """
+        copies = 12 + 40 * len(self.path.middle)
+        if self.path.upstream.stream == "mlp_in":
+            copies += 20
         floats = copies * prompts.state[0].numel() + 8 * prompts.index[0].numel()
         return max(1, int(self.memory_mb * 2**20 / (prompts.state.element_size() * floats)))
 
     def attribute(
         self, prompts: Prompts, targets: Targets, *, steps: int = 0
     ) -> Iterator[Attribution]:
-        """Gradients and attributions of any number of targets, a bounded number at a time, in order of their prompts.
+        """Gradients and attributions of any number of targets, in the order of their prompts.
 
-        ``steps`` > 0: integrated gradients instead (Sundararajan et al. 2017). The gradient is averaged over that many Gauss-Legendre points of
-        the straight way from all active latents removed to none, which makes the attributions of a target add up to the effect of
-        removing all of them, ``A_i - A_i(removed)``, as the number of points grows (if the SAE is :attr:`continuous`: no gradient sees a jump).
+        With `steps` > 0 these are integrated gradients (Sundararajan et al. 2017): the gradient is
+        averaged over points of the straight line from all active latents removed to none. As the
+        number of points grows, the attributions of a target sum to the effect of removing all
+        active latents, `A_i - A_i(removed)`, if the circuit is `continuous`: no gradient sees a
+        jump.
+
+        Args:
+            prompts: The prompts.
+            targets: The targets.
+            steps: Gauss-Legendre points of integrated gradients; 0: the plain gradient.
+
+        Yields:
+            Attributions of at most `chunk` targets.
         """
         targets = targets[torch.argsort(targets.prompt, stable=True)]
-        nodes, weights = np.polynomial.legendre.leggauss(max(steps, 1))
-        points = (
-            [(float(x + 1) / 2, float(w) / 2) for x, w in zip(nodes, weights, strict=True)]
-            if steps
-            else [(1.0, 1.0)]
-        )
-        for begin in range(0, targets.n, self.chunk(prompts)):
-            part = targets[slice(begin, begin + self.chunk(prompts))]
+        points = [(1.0, 1.0)]
+        if steps:
+            nodes, weights = np.polynomial.legendre.leggauss(steps)
+            pairs = zip(nodes, weights, strict=True)
+            points = [(float(x + 1) / 2, float(w) / 2) for x, w in pairs]
+        size = self.chunk(prompts)
+        for begin in range(0, targets.n, size):
+            part = targets[slice(begin, begin + size)]
             used, at = torch.unique_consecutive(part.prompt, return_inverse=True)
-            gradient, state_gradient, value = None, None, None
+            gradient = state_gradient = value = None
             for alpha, weight in points:
                 value, g = self._pull_back(prompts, part, used, at, alpha)
                 projected = self.project(prompts, part.prompt, g) * weight
                 gradient = projected if gradient is None else gradient + projected
-                state_gradient = (
-                    g * weight if state_gradient is None else state_gradient + g * weight
-                )
-            yield Attribution(
-                part, value, gradient, gradient * prompts.amount[part.prompt], state_gradient
-            )
+                weighted = g * weight
+                state_gradient = weighted if state_gradient is None else state_gradient + weighted
+            attribution = gradient * prompts.amount[part.prompt]
+            yield Attribution(part, value, gradient, attribution, state_gradient)
 
     def _pull_back(
         self, prompts: Prompts, targets: Targets, used: Tensor, at: Tensor, alpha: float
     ) -> tuple[Tensor, Tensor]:
-        """Values and gradients in the state with ``1 - alpha`` of all active latents removed."""
+        """Values (R,) and gradients (R, T, C) with `1 - alpha` of all active latents removed.
+
+        Args:
+            prompts: The prompts.
+            targets: The targets.
+            used: Their different prompts.
+            at: Place of each target's prompt among these, (R,).
+            alpha: Share of the active latents that is kept.
+        """
         with torch.no_grad():
             state = prompts.state[used]
             if alpha != 1.0:
-                state = self.changed(
-                    prompts,
-                    used,
-                    torch.full(
-                        (len(used), *prompts.index.shape[1:]),
-                        1 - alpha,
-                        device=state.device,
-                        dtype=state.dtype,
-                    ),
-                )
+                shape = (len(used), *prompts.index.shape[1:])
+                state = self.changed(prompts, used, state.new_full(shape, 1 - alpha))
             base = None if prompts.base is None else prompts.base[used]
         return self.path.linearise(state, base).pull_back(
             at, targets.position, lambda x: self.pre_activation(x, targets.latent)
         )
 
 
+def joined(calls: Sequence[Attribution], name: str) -> Tensor:
+    """One field of several attributions, for all of their targets."""
+    return torch.cat([getattr(call, name) for call in calls])
+
+
 def runs(prompt: Tensor) -> Iterator[tuple[int, slice]]:
-    """Number and place of every run of equal entries."""
+    """Value and place of every run of equal entries (R,)."""
     values, counts = torch.unique_consecutive(prompt, return_counts=True)
     begin = 0
     for p, n in zip(values.tolist(), counts.tolist(), strict=True):
@@ -282,19 +355,22 @@ def runs(prompt: Tensor) -> Iterator[tuple[int, slice]]:
 
 @torch.no_grad()
 def decoder_of(sae: SAE) -> tuple[Tensor, Tensor]:
-    """Bias (O,) and rows (F, O) of a decoder, read off its answers. Raises :class:`UserError` where it is not linear in the code."""
+    """Bias (O,) and rows (F, O) of a decoder, from its reconstructions.
+
+    Raises:
+        UserError: The decoder is not linear in the code.
+    """
     like = {"device": sae.b_enc.device, "dtype": sae.b_enc.dtype}
     bias = sae.decode(torch.zeros(1, sae.d_sae, **like))[0]
     if type(sae).decode is SAE.decode:
         return bias, sae.W_dec.detach()
     rows = torch.cat([sae.decode(part) - bias for part in torch.eye(sae.d_sae, **like).split(512)])
-    code = torch.rand(
-        4, sae.d_sae, generator=torch.Generator(like["device"]).manual_seed(0), **like
-    )
-    if not torch.allclose(
-        sae.decode(code), code @ rows + bias, rtol=1e-3, atol=1e-3 * float(rows.abs().max())
-    ):
+    generator = torch.Generator(like["device"]).manual_seed(0)
+    code = torch.rand(4, sae.d_sae, generator=generator, **like)
+    tolerance = 1e-3 * float(rows.abs().max())
+    if not torch.allclose(sae.decode(code), code @ rows + bias, rtol=1e-3, atol=tolerance):
         raise UserError(
-            f"{type(sae).__name__}: its decoder is not linear in its code, so that one latent has no direction to attribute to"
+            f"{type(sae).__name__}: its decoder is not linear in its code, so that one latent has "
+            "no direction to attribute to"
         )
     return bias, rows

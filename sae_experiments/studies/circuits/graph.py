@@ -1,4 +1,7 @@
-"""An attribution graph: the upstream latents, by how far back they are, that make one downstream latent fire, over many of its firings."""
+"""Attribution graphs: the upstream latents behind the firings of one downstream latent.
+
+Edges are the same upstream latent at the same lag, averaged over many firings.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,38 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sae_experiments.errors import UserError
+from sae_experiments.sampling import evenly_spaced
 from sae_experiments.studies.circuits import check
-from sae_experiments.studies.circuits.attribution import Circuit, Prompts, Targets
+from sae_experiments.studies.circuits.attribution import Circuit, Prompts, Targets, joined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphSpec:
-    """Which downstream latents get a graph, and how large it is."""
+    """Downstream latents that get a graph, and the size of the graphs."""
 
-    latents: Sequence[int] | None  # by index (null: the most specific to one n-gram)
-    count: int  # how many are chosen automatically
-    order: int  # characters (or tokens) of the n-gram they are to be specific to
-    min_fires: int  # held-out firings they need
-    upstream_latent: (
-        int | None
-    )  # the one marked in the histogram of gradients (null: the largest attribution)
-    firings: int  # of the downstream latent that a graph is averaged over, at even quantiles of its strength
-    edges: int  # strongest upstream latents shown
-    contexts: int  # top contexts of a node
-    before: int  # characters of a context before and after
+    latents: Sequence[int] | None
+    """Latents by index; None: those most specific to one n-gram."""
+    count: int
+    """Number of latents if they are not given by index."""
+    order: int
+    """Characters or tokens of the n-gram to which they are specific."""
+    min_fires: int
+    """Held-out firings that such a latent needs."""
+    upstream_latent: int | None
+    """Latent marked in the histogram of gradients; None: that of the largest attribution."""
+    firings: int
+    """Firings that a graph averages over, at even quantiles of their strength."""
+    edges: int
+    """Strongest upstream latents shown."""
+    contexts: int
+    """Strongest contexts of a node."""
+    before: int
+    """Characters of a context before the firing."""
     after: int
+    """Characters of a context after the firing."""
 
     def __post_init__(self) -> None:
         for name in ("count", "order", "min_fires", "firings", "edges"):
@@ -38,121 +51,189 @@ class GraphSpec:
 
 
 class Edge(NamedTuple):
-    """Upstream latent ``lag`` positions back: mean attribution and mean effect of removing it over all firings of the downstream latent (0
-    where it is not active), its mean activation where it is active, and in how many of the firings that is."""
+    """One upstream latent at one lag, over all firings of the downstream latent."""
 
     latent: int
     lag: int
+    """Positions between the two latents."""
     weight: float
+    """Mean attribution over all firings, 0 where the latent is not active."""
     effect: float
+    """Mean effect of removing the latent over all firings, 0 where it is not active."""
     value: float
+    """Mean activation where it is active."""
     active: int
+    """Number of firings in which it is active."""
 
 
 class Traced(NamedTuple):
-    """One downstream latent: firings looked at, mean pre-activation, its strongest edges, mean attribution of the others and of the error."""
+    """The graph of one downstream latent."""
 
     latent: int
     n: int
+    """Number of firings."""
     value: float
+    """Mean pre-activation."""
     edges: list[Edge]
+    """The strongest edges."""
     others: float
+    """Mean attribution of all other upstream latents."""
     error: float
-    gradients: (
-        np.ndarray
-    )  # of everything it can depend on at its strongest firing, and which of them is marked
+    """Mean attribution of the upstream SAE's error."""
+    gradients: np.ndarray
+    """Gradients at the strongest firing, of each active upstream latent that it can depend on."""
     marked: int
-    every: np.ndarray  # of all F upstream latents, active or not, at the position of that firing
-    here: np.ndarray  # which of the F are active there
-    interest: int  # the upstream latent that is marked
+    """Number of the marked one among these."""
+    every: np.ndarray
+    """Gradients (F,) of all upstream latents, active or not, at the position of that firing."""
+    here: np.ndarray
+    """Mask (F,) of those that are active there."""
+    interest: int
+    """The marked upstream latent."""
+
+
+class _Upstream(NamedTuple):
+    """Active upstream latents that the targets can depend on, as N pairs of E kinds."""
+
+    pairs: check.Pairs
+    latent: Tensor
+    """Upstream latent of each pair, (N,)."""
+    kinds: Tensor
+    """Latent and lag of each kind, as `latent * length + lag`, (E,)."""
+    kind: Tensor
+    """Kind of each pair, (N,)."""
+    length: int
+    """Positions of a prompt."""
 
 
 def firings_of(prompts: Prompts, latent: int, n: int) -> Targets:
-    """At most ``n`` firings of a downstream latent in the prompts, at even quantiles of strength, in order of their prompts."""
+    """At most `n` firings of a downstream latent in the prompts, in the order of the prompts.
+
+    They lie at even quantiles of strength.
+    """
     at = (prompts.active.latent == latent).nonzero().squeeze(1)
     strongest = at[torch.argsort(prompts.active_value[at], descending=True, stable=True)]
-    chosen = (
-        strongest[np.unique(np.linspace(0, len(at) - 1, min(n, len(at))).round().astype(int))]
-        if len(at)
-        else at
-    )
-    return prompts.active[chosen.sort().values]
+    places = evenly_spaced(np.arange(len(at)), n)
+    return prompts.active[strongest[torch.from_numpy(places).to(at.device)].sort().values]
 
 
 def trace(
     circuit: Circuit, prompts: Prompts, latent: int, spec: GraphSpec, *, steps: int
 ) -> Traced | None:
-    """The strongest edges into ``latent``; None where it never fires in the prompts (or nothing is active upstream)."""
+    """Find the strongest edges into a downstream latent.
+
+    Args:
+        circuit: The two SAEs.
+        prompts: The prompts.
+        latent: The downstream latent.
+        spec: Size of the graph.
+        steps: Points of integrated gradients; 0: the plain gradient.
+
+    Returns:
+        The graph; None if the latent never fires in the prompts, or nothing is active upstream.
+    """
     targets = firings_of(prompts, latent, spec.firings)
     if not targets.n:
         return None
     calls = list(circuit.attribute(prompts, targets, steps=steps))
-    gradient, attribution = (
-        torch.cat([getattr(c, name) for c in calls]) for name in ("gradient", "attribution")
-    )
-    error = (
-        sum(float((c.state_gradient * prompts.error[c.targets.prompt]).sum()) for c in calls)
-        / targets.n
-    )
+    gradient, attribution = joined(calls, "gradient"), joined(calls, "attribution")
     value = check.clean(circuit, prompts, targets)
     allowed = check.reachable(prompts, targets, same=False)
-    pairs = check.Pairs(*allowed.nonzero(as_tuple=True))
-    if not len(pairs.row):
+    upstream = _upstream(prompts, targets, allowed)
+    if not len(upstream.kind):
         return None
+    of_error = sum(
+        float((call.state_gradient * prompts.error[call.targets.prompt]).sum()) for call in calls
+    )
+    pairs = upstream.pairs
+    summed = attribution.new_zeros(len(upstream.kinds))
+    summed.index_add_(0, upstream.kind, pairs.of(attribution))
+    best = summed.abs().topk(min(spec.edges, len(summed))).indices
+    others = (float(attribution[allowed].sum()) - float(summed[best].sum())) / targets.n
+    strongest = int(value.argmax())
+    own_pairs = (pairs.row == strongest).nonzero().squeeze(1)
+    own_latents = upstream.latent[own_pairs]
+    marked = _marked(own_latents, pairs.of(attribution)[own_pairs], spec.upstream_latent)
+    position = int(targets.position[strongest])
+    every = circuit.directions @ joined(calls, "state_gradient")[strongest, position]
+    active_here = torch.zeros(len(every), dtype=torch.bool, device=every.device)
+    active_here[own_latents[pairs.position[own_pairs] == position]] = True
+    return Traced(
+        latent=latent,
+        n=targets.n,
+        value=float(value.mean()),
+        edges=_edges(circuit, prompts, targets, upstream, summed, best),
+        others=others,
+        error=of_error / targets.n,
+        gradients=pairs.of(gradient)[own_pairs].cpu().numpy(),
+        marked=marked,
+        every=every.cpu().numpy(),
+        here=active_here.cpu().numpy(),
+        interest=int(own_latents[marked]) if spec.upstream_latent is None else spec.upstream_latent,
+    )
+
+
+def _upstream(prompts: Prompts, targets: Targets, allowed: Tensor) -> _Upstream:
+    """The active upstream latents in a mask (R, T, K)."""
+    pairs = check.Pairs(*allowed.nonzero(as_tuple=True))
     lag = targets.position[pairs.row] - pairs.position
-    upstream = prompts.index[targets.prompt[pairs.row], pairs.position, pairs.slot]
+    latent = prompts.index[targets.prompt[pairs.row], pairs.position, pairs.slot]
     length = prompts.index.shape[1]
-    kinds, at = torch.unique(upstream * length + lag, return_inverse=True)
-    summed = attribution.new_zeros(len(kinds)).index_add_(0, at, pairs.of(attribution))
-    best = summed.abs().topk(min(spec.edges, len(kinds))).indices
-    chosen = torch.isin(at, best)
-    some = check.Pairs(*(x[chosen] for x in pairs))
-    effects = check.single_effects(circuit, prompts, targets, some)
+    kinds, kind = torch.unique(latent * length + lag, return_inverse=True)
+    return _Upstream(pairs, latent, kinds, kind, length)
+
+
+def _edges(
+    circuit: Circuit,
+    prompts: Prompts,
+    targets: Targets,
+    upstream: _Upstream,
+    summed: Tensor,
+    best: Tensor,
+) -> list[Edge]:
+    """The edges of some kinds.
+
+    Args:
+        circuit: The two SAEs.
+        prompts: The prompts.
+        targets: Firings of the downstream latent.
+        upstream: The active upstream latents.
+        summed: Attribution of each kind, summed over the firings, (E,).
+        best: Kinds to measure.
+    """
+    chosen = torch.isin(upstream.kind, best)
+    kind = upstream.kind[chosen]
+    pairs = check.Pairs(*(x[chosen] for x in upstream.pairs))
+    effects = check.single_effects(circuit, prompts, targets, pairs)
+    values = prompts.value[targets.prompt[pairs.row], pairs.position, pairs.slot]
     edges = []
     for i in best.tolist():
-        here = at[chosen] == i
-        active = prompts.value[targets.prompt[some.row], some.position, some.slot][here]
-        kind = int(kinds[i])
-        edges.append(
-            Edge(
-                kind // length,
-                kind % length,
-                float(summed[i]) / targets.n,
-                float(effects[here].sum()) / targets.n,
-                float(active.mean()),
-                int(here.sum()),
-            )
+        here = kind == i
+        latent, lag = divmod(int(upstream.kinds[i]), upstream.length)
+        edge = Edge(
+            latent=latent,
+            lag=lag,
+            weight=float(summed[i]) / targets.n,
+            effect=float(effects[here].sum()) / targets.n,
+            value=float(values[here].mean()),
+            active=int(here.sum()),
         )
-    strongest = int(value.argmax())
-    mine = (pairs.row == strongest).nonzero().squeeze(1)
-    wanted = (
-        upstream[mine] == spec.upstream_latent
-        if spec.upstream_latent is not None
-        else torch.zeros_like(mine, dtype=torch.bool)
-    )
-    attributed = pairs.of(attribution)[mine]
-    marked = int(
-        (attributed.abs() * (wanted if bool(wanted.any()) else torch.ones_like(wanted))).argmax()
-    )
-    own = int(targets.position[strongest])
-    every = circuit.directions @ torch.cat([c.state_gradient for c in calls])[strongest, own]
-    active_here = torch.zeros(len(every), dtype=torch.bool, device=every.device)
-    active_here[upstream[mine][pairs.position[mine] == own]] = True
-    interest = int(upstream[mine][marked]) if spec.upstream_latent is None else spec.upstream_latent
-    others = (float(attribution[allowed].sum()) - float(summed[best].sum())) / targets.n
-    return Traced(
-        latent,
-        targets.n,
-        float(value.mean()),
-        edges,
-        others,
-        error,
-        pairs.of(gradient)[mine].cpu().numpy(),
-        marked,
-        every.cpu().numpy(),
-        active_here.cpu().numpy(),
-        interest,
-    )
+        edges.append(edge)
+    return edges
+
+
+def _marked(latents: Tensor, attribution: Tensor, wanted: int | None) -> int:
+    """Position of the largest attribution, among those of the wanted latent if it is there.
+
+    Args:
+        latents: Upstream latents, (m,).
+        attribution: Their attributions, (m,).
+        wanted: The latent to mark; None: any.
+    """
+    counts = torch.ones_like(latents, dtype=torch.bool)
+    if wanted is not None and bool((latents == wanted).any()):
+        counts = latents == wanted
+    return int((attribution.abs() * counts).argmax())
 
 
 def as_dict(
@@ -162,37 +243,32 @@ def as_dict(
     down: Mapping[int, Mapping[str, Any]],
     sites: tuple[str, str],
 ) -> dict[str, Any]:
-    """The graph for the report; ``up`` and ``down`` say of each latent its ``rule`` and ``contexts``."""
+    """The graph as JSON for the report.
+
+    Args:
+        traced: The graph.
+        title: Its title.
+        up: `rule` and `contexts` of each upstream latent.
+        down: The same of the downstream latent.
+        sites: Names of the two sites.
+    """
     target = f"down.{traced.latent}"
-    nodes = [_node(target, f"{sites[1]} #{traced.latent}", 1, 0, traced.value, down[traced.latent])]
+    label = f"{sites[1]} #{traced.latent}"
+    nodes = [_node(target, label, (1, 0), traced.value, down[traced.latent])]
     links = []
     for e in traced.edges:
         name = f"up.{e.latent}@{-e.lag}"
-        nodes.append(
-            _node(name, f"{sites[0]} #{e.latent}", 0, -e.lag, e.value, up[e.latent])
-            | {"active_frac": _digits(e.active / traced.n)}
-        )
-        links.append(
-            {"from": name, "to": target, "weight": _digits(e.weight), "effect": _digits(e.effect)}
-        )
-    last = min((-e.lag for e in traced.edges), default=0)
-    for i, (name, label, weight) in enumerate(
-        (
-            ("others", "all other latents", traced.others),
-            ("error", "what the SAE leaves out", traced.error),
-        )
-    ):
-        nodes.append(
-            {
-                "id": name,
-                "label": label,
-                "column": 0,
-                "row": last - 1 - i,
-                "value": 0.0,
-                "rule": None,
-                "contexts": [],
-            }
-        )
+        node = _node(name, f"{sites[0]} #{e.latent}", (0, -e.lag), e.value, up[e.latent])
+        nodes.append(node | {"active_frac": _digits(e.active / traced.n)})
+        weights = {"weight": _digits(e.weight), "effect": _digits(e.effect)}
+        links.append({"from": name, "to": target, **weights})
+    last_row = min((-e.lag for e in traced.edges), default=0)
+    rest = (
+        ("others", "all other latents", traced.others),
+        ("error", "what the SAE leaves out", traced.error),
+    )
+    for i, (name, label, weight) in enumerate(rest, 1):
+        nodes.append(_node(name, label, (0, last_row - i), 0.0, {}))
         links.append({"from": name, "to": target, "weight": _digits(weight)})
     return {
         "title": title,
@@ -204,18 +280,20 @@ def as_dict(
 
 
 def _node(
-    name: str, label: str, column: int, row: int, value: float, about: Mapping[str, Any]
+    name: str, label: str, place: tuple[int, int], value: float, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    about = {"rule": about.get("rule"), "contexts": about.get("contexts", [])}
+    """A node at a column and a row; `about` holds its rule and contexts."""
     return {
         "id": name,
         "label": label,
-        "column": column,
-        "row": row,
+        "column": place[0],
+        "row": place[1],
         "value": _digits(value),
-        **about,
+        "rule": about.get("rule"),
+        "contexts": about.get("contexts", []),
     }
 
 
 def _digits(value: float) -> float:
+    """A number in four significant digits."""
     return float(f"{value:.4g}")

@@ -1,4 +1,7 @@
-"""Feature circuits: how the latents of one SAE drive those of a later one, by gradients through the language model, checked by removal."""
+"""Feature circuits: effects of the latents of one SAE on those of a later one.
+
+Effects are estimated by gradients through the language model and checked by removing latents.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from sae_experiments.models.hooks import Site, as_sites, parse_site
 from sae_experiments.models.local import TokenText
 from sae_experiments.quality_warnings import of_gap
 from sae_experiments.saes.base import SAE
+from sae_experiments.sampling import evenly_spaced
 from sae_experiments.studies import conditions as facts
 from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, merged, part_of
 from sae_experiments.studies.circuits.attribution import Circuit, Prompts
@@ -42,130 +46,163 @@ ROLES = ("upstream", "downstream")
 
 
 class Where(NamedTuple):
-    """The sites of a circuit: read and written upstream, read downstream."""
+    """The sites of a circuit."""
 
     read: Site
+    """Read by the upstream SAE."""
     write: Site
+    """Reconstructed by the upstream SAE."""
     to: Site
+    """Read and reconstructed by the downstream SAE."""
 
 
-class SiteView(NamedTuple):
-    """One of the two SAEs with what is known of it."""
+class Side(NamedTuple):
+    """One of the two SAEs of a circuit with its codes."""
 
     sae: SAE
-    fitted: FitReport | None  # None: it was loaded
+    fitted: FitReport | None
+    """Report of its fit; None: it was loaded."""
     evaluation: EvalContext
-    codes: sparse.csr_matrix  # on the rows that words are taken from
+    codes: sparse.csr_matrix
+    """Codes (N, F) of the rows from which words are taken."""
     words: Describer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fits(Language):
-    """The language study's language models and fits, for the two SAEs of a circuit; ``inner``: width of the MLPs (null: four times the model's)."""
+    """The language study's language models and fits, for the two SAEs of a circuit."""
 
     inner: int | None = None
+    """Width of the MLPs; None: four times that of the model."""
 
     def announce(self, ctx: Context) -> None:
         if self.inner is None:  # a model from a local directory is not trained
             super().announce(ctx)
 
     def width(self, where: Any) -> int:
-        return sum(
-            (self.inner or 4 * self.lm.n_embd) if s.stream == "mlp_act" else self.lm.n_embd
-            for s in as_sites(where)
-        )
+        inner = self.inner or 4 * self.lm.n_embd
+        widths = [inner if s.stream == "mlp_act" else self.lm.n_embd for s in as_sites(where)]
+        return sum(widths)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Circuits:
-    """Cells are (corpus, seed); each has three reports: the circuit, and its two SAEs by themselves."""
+    """The study of circuits.
+
+    Its cells are pairs of a corpus and a seed. Each has three results: those of the circuit, and
+    those of its two SAEs.
+    """
 
     data: Mapping[str, CorpusSpec]
+    """Corpora by name."""
     lm: LMSpec
+    """Language model to train."""
     saes: Mapping[str, SAESpec]
+    """The one kind of SAE."""
     metrics: Mapping[str, Metric]
+    """Metrics of the two SAEs."""
     fit: FitSpec
+    """Fits of SAEs that are not loaded."""
     seeds: Sequence[int] | None
+    """Seeds; None: those of each corpus."""
     offline: bool
+    """Download nothing."""
     held_out: str
+    """Held-out part of the text, one of `HELD_OUT`."""
     upstream: Role
+    """The SAE whose latents have effects."""
     downstream: Role
+    """The SAE whose latents are affected."""
     local: LocalSources
-    error: str  # keep | drop: whether what the upstream SAE leaves out stays in the state at which gradients are taken
-    baseline: str  # zero | mean: what a removed latent is set to
-    steps: int  # Gauss-Legendre points of integrated gradients (0: the plain gradient)
-    prompts: int  # held-out windows that are attributed
-    rows: (
-        int | None
-    )  # held-out rows that co-activation, n-grams and contexts are taken from (null: all)
-    threshold: float  # share of a latent's 99.9 % quantile above which it counts as on, for n-grams
+    """Language model and text from a directory."""
+    error: str
+    """State at which gradients are taken: `keep` or `drop` the upstream SAE's error."""
+    baseline: str
+    """Value that a removed latent is set to: `zero` or `mean`."""
+    steps: int
+    """Gauss-Legendre points of integrated gradients; 0: the plain gradient."""
+    prompts: int
+    """Held-out windows that are attributed."""
+    rows: int | None
+    """Held-out rows for co-activation, n-grams and contexts; None: all."""
+    threshold: float
+    """Share of a latent's 99.9 % quantile above which it counts as on, for n-grams."""
     checks: CheckSpec
+    """Size of the survey and of the checks."""
     graph: GraphSpec
+    """Downstream latents with a graph, and its size."""
     memory_mb: float
+    """Memory in MiB that attribution may use at a time."""
 
     def __post_init__(self) -> None:
         for key, allowed in (("error", ("keep", "drop")), ("baseline", ("zero", "mean"))):
-            if getattr(self, key) not in allowed:
-                raise UserError(
-                    f"study.{key}={getattr(self, key)} is not one of {', '.join(allowed)}"
-                )
+            value = getattr(self, key)
+            if value not in allowed:
+                raise UserError(f"study.{key}={value} is not one of {', '.join(allowed)}")
         if not isinstance(self.steps, int) or self.steps < 0:
             raise UserError(
-                f"study.steps={self.steps} must be a whole number of at least 0 (0: the plain gradient)"
+                f"study.steps={self.steps} must be a whole number of at least 0 "
+                "(0: the plain gradient)"
             )
         if self.prompts < 1 or not self.memory_mb > 0:
             raise UserError(
-                f"study.prompts={self.prompts} must be at least 1 and study.memory_mb={self.memory_mb} positive"
+                f"study.prompts={self.prompts} must be at least 1 and "
+                f"study.memory_mb={self.memory_mb} positive"
             )
         if len(self.saes) != 1:
             raise UserError(
-                f"sae=[{','.join(self.saes)}]: a circuit has one kind of SAE; compare kinds in runs of their own"
+                f"sae=[{','.join(self.saes)}]: a circuit has one kind of SAE; "
+                "compare kinds in runs of their own"
             )
         object.__setattr__(self, "_fits", None)
         object.__setattr__(self, "_texts", {})
         object.__setattr__(self, "_given", None)
 
-    # --- what there is -------------------------------------------------------------------------------------------------
+    # --- sites, texts and cells ------------------------------------------------------------------
 
     @property
     def fits(self) -> Fits:
-        """What trains the language models and fits the SAEs that are not loaded."""
+        """The study that trains the language models and fits the SAEs that are not loaded."""
         if self._fits is None:
-            lm, inner = self.lm, None
-            if self.local.folder:
-                sizes = self.local.sizes
-                lm, inner = (
-                    replace(lm, n_layer=sizes.n_layer, n_embd=sizes.width, n_head=1),
-                    sizes.inner,
-                )
-            where, sae_spec = self.where(lm.n_layer), next(iter(self.saes.values()))
-            write = str(where.write) if where.write != where.read else None
-            saes = {
-                "upstream": replace(sae_spec, read=str(where.read), write=write),
-                "downstream": replace(sae_spec, read=str(where.to), write=None),
-            }
-            saes = {role: saes[role] for role in ROLES if not getattr(self, role).sae}
-            fits = Fits(
-                data=self.data,
-                lm=lm,
-                saes=saes,
-                metrics={},
-                fit=self.fit,
-                site=str(where.read),
-                seeds=self.seeds,
-                offline=self.offline,
-                inner=inner,
-            )
-            object.__setattr__(self, "_fits", fits)
+            object.__setattr__(self, "_fits", self._make_fits())
         return self._fits
 
+    def _make_fits(self) -> Fits:
+        lm, inner = self.lm, None
+        if self.local.folder:
+            sizes = self.local.sizes
+            lm = replace(lm, n_layer=sizes.n_layer, n_embd=sizes.width, n_head=1)
+            inner = sizes.inner
+        where = self.where(lm.n_layer)
+        sae_spec = next(iter(self.saes.values()))
+        write = str(where.write) if where.write != where.read else None
+        saes = {
+            "upstream": replace(sae_spec, read=str(where.read), write=write),
+            "downstream": replace(sae_spec, read=str(where.to), write=None),
+        }
+        return Fits(
+            data=self.data,
+            lm=lm,
+            saes={role: saes[role] for role in ROLES if not getattr(self, role).sae},
+            metrics={},
+            fit=self.fit,
+            site=str(where.read),
+            seeds=self.seeds,
+            offline=self.offline,
+            inner=inner,
+        )
+
     def where(self, n_layer: int) -> Where:
-        """The sites. Without a downstream site it is the upstream one, one block later."""
+        """The sites in a model of `n_layer` blocks.
+
+        Without a downstream site it is the upstream one, one block later.
+        """
         read = parse_site(self.upstream.site or "", n_layer)
         write = parse_site(self.upstream.write, n_layer) if self.upstream.write else read
         if not self.downstream.site and write.layer + 1 > n_layer:
             raise UserError(
-                f"study.upstream.site={self.upstream.site} is in the last of {n_layer} blocks: name a study.downstream.site, or go back"
+                f"study.upstream.site={self.upstream.site} is in the last of {n_layer} blocks: "
+                "name a study.downstream.site, or go back"
             )
         to = parse_site(self.downstream.site or f"{write.stream}.{write.layer + 1}", n_layer)
         check_order(write, to)
@@ -182,11 +219,11 @@ class Circuits:
                 )
 
     def names(self) -> list[str]:
-        """The texts."""
+        """Names of the texts."""
         return [self.local.name] if self.local.text else list(self.data)
 
     def reports(self, name: str) -> tuple[str, ...]:
-        """The circuit's report and those of its SAEs."""
+        """Names of the results of the circuit and of its SAEs."""
         return (name, *(f"{name}.{role}" for role in ROLES))
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
@@ -203,96 +240,108 @@ class Circuits:
         }
 
     def cells(self) -> list[Cell]:
-        seeds = {name: [0] if self.local.folder else self.data[name].seeds for name in self.names()}
-        return [
-            Cell(name, seed, self.reports(name))
-            for name in self.names()
-            for seed in (self.seeds if self.seeds is not None else seeds[name])
-        ]
+        cells = []
+        for name in self.names():
+            own = [0] if self.local.folder else self.data[name].seeds
+            seeds = own if self.seeds is None else self.seeds
+            cells += [Cell(name, seed, self.reports(name)) for seed in seeds]
+        return cells
 
     def infos(self) -> list[MetricInfo]:
         circuit = infos(self.checks.nudges)
         return [*circuit, *replace(self.fits, metrics=self.metrics).infos()]
 
-    # --- a cell --------------------------------------------------------------------------------------------------------
+    # --- a cell ----------------------------------------------------------------------------------
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
-        text, lm = self._texts[cell.dataset], self._model(cell, ctx)
+        text = self._texts[cell.dataset]
+        lm = self._model(cell, ctx)
         where = self.where(self.fits.lm.n_layer)
-        stores = Stores(
-            self.fit, list(dict.fromkeys(where)), text, lm, cell.seed, ctx, held_out=self.held_out
-        )
-        up, down = self._looks(cell, where, text, lm, stores, ctx)
+        sites = list(dict.fromkeys(where))
+        stores = Stores(self.fit, sites, text, lm, cell.seed, ctx, held_out=self.held_out)
+        sides = self._sides(cell, where, text, lm, stores, ctx)
+        up, down = sides
         circuit = Circuit(
             lm.model, up.sae, where.read, where.write, down.sae, where.to, memory_mb=self.memory_mb
         )
+        prompts = self._prompts(circuit, stores, up, ctx)
+        self._check_marked(up)
+        chosen = self._chosen(down, prompts)
+        traced = self._traced(circuit, prompts, chosen, ctx)
+        outcome = self._checked(circuit, prompts, up, down, cell, ctx)
+        conditions = facts.of_language(lm, text) | {"store": self.fit.store_dtype}
+        outcome.facts = conditions | self._conditions(where, stores)
+        outcome.warnings = stores.short()
+        self._add_language_model(outcome, lm, stores)
+        self._add_ngrams(outcome, chosen)
+        outcome.cut = lm.cut or any(s.fitted is not None and s.fitted.cut for s in sides)
+        kept = [(s, t) for s, t in zip(chosen, traced, strict=True) if t is not None]
+        upstream = sorted({edge.latent for _, t in kept for edge in t.edges})
+        nodes = [upstream, [t.latent for _, t in kept]]
+        outcomes = {cell.dataset: outcome}
+        described = []
+        for role, side, latents in zip(ROLES, sides, nodes, strict=True):
+            result_name = f"{cell.dataset}.{role}"
+            own = self._evaluated(role, side, latents, outcome.cut, conditions, ctx)
+            outcomes[result_name] = own
+            folder = ctx.folder / "saes" / f"{result_name}_{cell.seed}"
+            export(side.sae, folder, stores, side.evaluation.read, ctx)
+            features = {feature["latent"]: feature for feature in own.features or []}
+            described.append(side.words.about(latents, features, *self._contexts))
+        ends = str(where.write), str(where.to)
+        outcome.graphs = [as_dict(t, _title(s, t, down), *described, ends) for s, t in kept]
+        outcome.arrays |= _pictured(kept, down)
+        return outcomes
+
+    def _prompts(self, circuit: Circuit, stores: Stores, up: Side, ctx: Context) -> Prompts:
+        """The held-out windows that are attributed, as both SAEs read them."""
         tokens = self._tokens(stores).to(ctx.device)
         circuit.path.check(tokens[:2])
         baseline = None
         if self.baseline == "mean":
-            baseline = torch.from_numpy(np.asarray(up.codes.mean(0), np.float32).ravel()).to(
-                ctx.device
-            )
-        prompts = circuit.prompts(tokens, baseline=baseline, keep_error=self.error == "keep")
+            mean = np.asarray(up.codes.mean(0), np.float32).ravel()
+            baseline = torch.from_numpy(mean).to(ctx.device)
+        return circuit.prompts(tokens, baseline=baseline, keep_error=self.error == "keep")
+
+    def _check_marked(self, up: Side) -> None:
         marked = self.graph.upstream_latent
         if marked is not None and not 0 <= marked < up.sae.d_sae:
             raise UserError(
-                f"study.graph.upstream_latent={marked}: the upstream SAE has latents 0 to {up.sae.d_sae - 1}"
+                f"study.graph.upstream_latent={marked}: the upstream SAE has latents "
+                f"0 to {up.sae.d_sae - 1}"
             )
-        chosen = self._chosen(down, prompts)
+
+    def _traced(
+        self, circuit: Circuit, prompts: Prompts, chosen: Sequence[Specific], ctx: Context
+    ) -> list[Traced | None]:
+        """The graph of each chosen latent; None if it has none."""
+        traced = []
         with ctx.console.stage("trace", "latent") as tick:
-            traced = []
-            for i, specific in enumerate(chosen):
-                traced.append(
-                    trace(circuit, prompts, specific.latent, self.graph, steps=self.steps)
-                )
-                tick(i + 1, len(chosen))
-        outcome = self._checked(circuit, prompts, up, down, cell, ctx)
-        told = facts.of_language(lm, text) | {"store": self.fit.store_dtype}
-        outcome.facts, outcome.warnings = told | self._conditions(where, stores), stores.short()
+            for i, specific in enumerate(chosen, 1):
+                graph = trace(circuit, prompts, specific.latent, self.graph, steps=self.steps)
+                traced.append(graph)
+                tick(i, len(chosen))
+        return traced
+
+    def _add_language_model(self, outcome: Outcome, lm: TrainedLM, stores: Stores) -> None:
+        """Add the numbers, curves and seconds of the language model."""
+        outcome.metrics |= lm.metrics
+        outcome.curves = [(step, f"lm/{name}", value) for step, name, value in lm.history]
+        outcome.seconds |= {"lm": lm.seconds, "collect": stores.seconds}
+
+    def _add_ngrams(self, outcome: Outcome, chosen: Sequence[Specific]) -> None:
+        """Add the mean F1 of the chosen latents with their n-grams."""
         f1 = float(np.mean([s.f1 for s in chosen])) if chosen else np.nan
-        outcome.metrics |= lm.metrics | {"ngram_f1": f1 if np.isfinite(f1) else None}
-        if chosen and not np.isfinite(f1):
+        outcome.metrics["ngram_f1"] = f1 if np.isfinite(f1) else None
+        if not chosen:
+            outcome.why_null["ngram_f1"] = (
+                f"no downstream latent fires {self.graph.min_fires} times on the half of the text "
+                "that n-grams are found on"
+            )
+        elif not np.isfinite(f1):
             outcome.why_null["ngram_f1"] = (
                 "the held-out text is one window: nothing is left to score n-grams on"
             )
-        elif not chosen:
-            outcome.why_null["ngram_f1"] = (
-                f"no downstream latent fires {self.graph.min_fires} times on the half of the text that n-grams are found on"
-            )
-        outcome.curves = [(s, f"lm/{n}", v) for s, n, v in lm.history]
-        outcome.seconds |= {"lm": lm.seconds, "collect": stores.seconds}
-        outcome.cut = lm.cut or any(
-            look.fitted is not None and look.fitted.cut for look in (up, down)
-        )
-        kept = [(s, t) for s, t in zip(chosen, traced, strict=True) if t is not None]
-        nodes = [sorted({e.latent for _, t in kept for e in t.edges}), [t.latent for _, t in kept]]
-        found = {cell.dataset: outcome}
-        for role, look, latents in zip(ROLES, (up, down), nodes, strict=True):
-            found[f"{cell.dataset}.{role}"] = self._evaluated(
-                role, look, latents, outcome.cut, told, ctx
-            )
-            export(
-                look.sae,
-                ctx.folder / "saes" / f"{cell.dataset}.{role}_{cell.seed}",
-                stores,
-                look.evaluation.read,
-                ctx,
-            )
-        features = [
-            {f["latent"]: f for f in found[f"{cell.dataset}.{role}"].features or []}
-            for role in ROLES
-        ]
-        sides = [
-            look.words.about(n, f, *self._contexts)
-            for look, n, f in zip((up, down), nodes, features, strict=True)
-        ]
-        outcome.graphs = [
-            as_dict(t, _title(s, t, down), *sides, (str(where.write), str(where.to)))
-            for s, t in kept
-        ]
-        outcome.arrays |= _pictured(kept, down)
-        return found
 
     @property
     def _contexts(self) -> tuple[int, int, int]:
@@ -312,12 +361,13 @@ class Circuits:
                 device=ctx.device,
                 session=session,
             )
+        loss = lm.metrics["best_val_loss"]
         ctx.console.say(
-            f"  language model: val loss {lm.metrics['best_val_loss']:.4f} after {lm.seconds:.0f} s of training"
+            f"  language model: val loss {loss:.4f} after {lm.seconds:.0f} s of training"
         )
         return lm
 
-    def _looks(
+    def _sides(
         self,
         cell: Cell,
         where: Where,
@@ -325,77 +375,61 @@ class Circuits:
         lm: TrainedLM,
         stores: Stores,
         ctx: Context,
-    ) -> list[SiteView]:
-        """The two SAEs: from the cache or fitted now in one pass each, or loaded."""
-        fitted: dict[str, tuple[SAE, FitReport | None]] = (
-            dict(self.fits.fitted(stores, cell, ctx)) if self.fits.saes else {}
-        )
-        found = []
+    ) -> list[Side]:
+        """The upstream and the downstream SAE: from the cache, fitted now, or loaded."""
+        fitted: dict[str, tuple[SAE, FitReport | None]] = {}
+        if self.fits.saes:
+            fitted |= self.fits.fitted(stores, cell, ctx)
+        length = stores.held_out.length
         ids = stores.tokens(stores.held_out.starts)[0].numpy().reshape(-1)[: self.rows]
-        ids = ids[: len(ids) // stores.held_out.length * stores.held_out.length]
+        ids = ids[: len(ids) // length * length]  # whole windows
         pieces = text.pieces if isinstance(text, TokenText) else text.symbols
-        for role, (read, write) in zip(
-            ROLES, ((where.read, where.write), (where.to, where.to)), strict=True
-        ):
-            path = getattr(self, role).sae
-            if path:
-                fitted[role] = (
-                    load_sae(
-                        role,
-                        Path(path).expanduser(),
-                        cell.dataset,
-                        cell.seed,
-                        read,
-                        self.fits.width(read),
-                        ctx.console.say,
-                    ).to(ctx.device),
-                    None,
-                )
+        sides = []
+        sites = {"upstream": (where.read, where.write), "downstream": (where.to, where.to)}
+        for role, (read, write) in sites.items():
+            if role not in fitted:
+                fitted[role] = self._loaded(role, read, cell, ctx), None
             sae, report = fitted[role]
-            splice = LMSplice(lm.model, write, stores.tokens)
             evaluation = EvalContext(
                 sae=sae,
                 device=ctx.device,
                 read=read,
                 write=write,
                 held_out=stores.held_out,
-                lm=splice,
+                lm=LMSplice(lm.model, write, stores.tokens),
                 symbols=text.symbols,
                 pieces=pieces,
             )
             codes = sparse_codes(evaluation, len(ids))
             if codes is None:
                 raise UserError(
-                    f"the codes of the {role} SAE at {read} are not finite: there is nothing to attribute"
+                    f"the codes of the {role} SAE at {read} are not finite: "
+                    "there is nothing to attribute"
                 )
-            found.append(
-                SiteView(
-                    sae,
-                    report,
-                    evaluation,
-                    codes,
-                    Describer(codes, ids, pieces, stores.held_out.length, threshold=self.threshold),
-                )
-            )
-        return found
+            words = Describer(codes, ids, pieces, length, threshold=self.threshold)
+            sides.append(Side(sae, report, evaluation, codes, words))
+        return sides
+
+    def _loaded(self, role: str, site: Site, cell: Cell, ctx: Context) -> SAE:
+        """The SAE of a role from its directory or run folder."""
+        path = Path(getattr(self, role).sae).expanduser()
+        width = self.fits.width(site)
+        sae = load_sae(role, path, cell.dataset, cell.seed, site, width, ctx.console.say)
+        return sae.to(ctx.device)
 
     def _tokens(self, stores: Stores) -> Tensor:
-        """The prompts: held-out windows, evenly spaced, of the rows that everything else is taken from."""
-        starts = stores.held_out.starts[
-            : max(1, (self.rows or stores.held_out.n_rows) // stores.held_out.length)
-        ]
-        return stores.tokens(
-            starts[
-                np.unique(
-                    np.linspace(0, len(starts) - 1, min(self.prompts, len(starts)))
-                    .round()
-                    .astype(int)
-                )
-            ]
-        )[0]
+        """Tokens (P, T) of the prompts: held-out windows, evenly spaced, from the first `rows`."""
+        held_out = stores.held_out
+        n_windows = max(1, (self.rows or held_out.n_rows) // held_out.length)
+        starts = evenly_spaced(held_out.starts[:n_windows], self.prompts)
+        return stores.tokens(starts)[0]
 
-    def _chosen(self, down: SiteView, prompts: Prompts) -> list[Specific]:
-        """The downstream latents that get a graph: those asked for, or of those that fire in the prompts the most specific to one n-gram."""
+    def _chosen(self, down: Side, prompts: Prompts) -> list[Specific]:
+        """The downstream latents that get a graph.
+
+        These are the requested ones or, of those that fire in the prompts, the most specific to one
+        n-gram.
+        """
         if self.graph.latents is None:
             here = set(prompts.active.latent.tolist())
             best = down.words.specific(self.graph.order, self.graph.min_fires)
@@ -403,73 +437,51 @@ class Circuits:
         wrong = [j for j in self.graph.latents if not 0 <= j < down.sae.d_sae]
         if wrong:
             raise UserError(
-                f"study.graph.latents={list(self.graph.latents)}: the downstream SAE has latents 0 to {down.sae.d_sae - 1}"
+                f"study.graph.latents={list(self.graph.latents)}: the downstream SAE has latents "
+                f"0 to {down.sae.d_sae - 1}"
             )
         best = down.words.best([self.graph.order])
         return [best[j] or Specific(j, (), 0.0, 0) for j in self.graph.latents]
 
     def _checked(
-        self,
-        circuit: Circuit,
-        prompts: Prompts,
-        up: SiteView,
-        down: SiteView,
-        cell: Cell,
-        ctx: Context,
+        self, circuit: Circuit, prompts: Prompts, up: Side, down: Side, cell: Cell, ctx: Context
     ) -> Outcome:
-        """Attribute at random, compare, remove, add up."""
-        spec, seed = self.checks, seed_of(cell.seed, "circuits") % 2**32
+        """Attribute random targets, and compare attributions with the effects of removal."""
+        spec = self.checks
+        seed = seed_of(cell.seed, "circuits") % 2**32
         if not prompts.active.n:
-            why = "no downstream latent is active in the prompts: a dead SAE, or study.prompts is too small"
+            why = (
+                "no downstream latent is active in the prompts: a dead SAE, or study.prompts is "
+                "too small"
+            )
             names = [i.name for i in infos(spec.nudges) if i.shown]
             return Outcome(metrics=dict.fromkeys(names), why_null=dict.fromkeys(names, why))
-        weights, gated = (weight_directions(circuit, prompts, gated=g) for g in (False, True))
-        survey = gradients(
-            circuit,
-            prompts,
-            drawn(prompts, spec.targets, seed),
-            weights,
-            steps=self.steps,
-            seed=seed,
-        )
-        checker = Checker(
-            circuit,
-            prompts,
-            drawn(prompts, spec.checked, seed + 1),
-            spec,
-            steps=self.steps,
-            seed=seed,
-        )
+        weights = weight_directions(circuit, prompts, gated=False)
+        gated = weight_directions(circuit, prompts, gated=True)
+        surveyed = drawn(prompts, spec.targets, seed)
+        survey = gradients(circuit, prompts, surveyed, weights, steps=self.steps, seed=seed)
+        checked = drawn(prompts, spec.checked, seed + 1)
+        checker = Checker(circuit, prompts, checked, spec, steps=self.steps, seed=seed)
         latents = np.unique(checker.targets.latent.cpu().numpy())
-        scores = checker.scores(
-            weights,
-            gated,
-            coactivation(up.codes, down.codes, latents, up.words.length, spec.lags),
-            latents,
-        )
+        phi = coactivation(up.codes, down.codes, latents, up.words.length, spec.lags)
+        scores = checker.scores(weights, gated, phi, latents)
         work = (lambda: checker.singles(scores), lambda: checker.deletions(scores), checker.joint)
         began = time.monotonic()
         with ctx.console.stage("remove", "part") as tick:
-            for i, part in enumerate(work):
+            for i, part in enumerate(work, 1):
                 part()
-                tick(i + 1, len(work))
+                tick(i, len(work))
         outcome = Outcome()
-        for found in (survey, checker.found):
-            _add(outcome, found)
+        _add(outcome, survey)
+        _add(outcome, checker.survey)
         outcome.seconds["removal"] = time.monotonic() - began
-        m = outcome.metrics
-        outcome.warnings += of_gap(
-            m["integrated_gap"], None if circuit.continuous else type(circuit.downstream).__name__
-        )
-        ctx.console.say(
-            f"  {m['n_attributed_pairs']:,.0f} pairs at {m['attribution_targets_per_second']:,.0f} targets/s; {m['n_pairs']:,.0f} removed: "
-            f"r {_show(m['attribution_ablation_pearson'])} (cosine {_show(m['cosine_ablation_pearson'])}, "
-            f"co-activation {_show(m['coactivation_ablation_pearson'])}), slope {_show(m['attribution_slope'])}"
-        )
+        jumps = None if circuit.continuous else type(circuit.downstream).__name__
+        outcome.warnings += of_gap(outcome.metrics["integrated_gap"], jumps)
+        _say_checked(outcome.metrics, ctx)
         return outcome
 
     def _conditions(self, where: Where, stores: Stores) -> dict[str, Any]:
-        """What the numbers of the circuit itself depend on beside the language model and its text."""
+        """Conditions of the circuit's own numbers, beside the language model and its text."""
         names = ("error", "baseline", "steps", "prompts", "threshold")
         settings = {name: getattr(self, name) for name in names}
         path = f"{facts.of_sites(where.read, where.write)} -> {where.to}"
@@ -483,59 +495,81 @@ class Circuits:
     def _evaluated(
         self,
         role: str,
-        look: SiteView,
+        side: Side,
         latents: Sequence[int],
         cut: bool,
-        told: Mapping[str, Any],
+        conditions: Mapping[str, Any],
         ctx: Context,
     ) -> Outcome:
-        """The metrics of one of the SAEs; the latents of the graphs are described whatever else is."""
-        outcome, names = Outcome(cut=cut), ("sae_train_time", "sae_tokens_per_second")
-        if look.fitted is None:
+        """Measure one of the SAEs.
+
+        Args:
+            role: Its role.
+            side: The SAE.
+            latents: Latents of the graphs, which are described in any case.
+            cut: The language model or a fit ended early.
+            conditions: Conditions of the language model and its text.
+            ctx: Context of the run.
+        """
+        outcome = Outcome(cut=cut)
+        names = ("sae_train_time", "sae_tokens_per_second")
+        if side.fitted is None:
             outcome.metrics |= dict.fromkeys(names)
             outcome.why_null |= dict.fromkeys(names, "the SAE was loaded")
         else:
-            outcome.metrics |= dict(
-                zip(names, (look.fitted.seconds, look.fitted.rows_per_second), strict=True)
-            )
-            outcome.curves = [(s, f"sae/{n}", v) for s, n, v in look.fitted.history]
-            outcome.seconds["fit"] = look.fitted.seconds
-        outcome.facts = {**told, "evaluations": list(told["evaluations"])}
-        outcome.facts |= facts.of_sae(
-            look.sae, facts.of_sites(look.evaluation.read, look.evaluation.write)
-        )
-        if look.fitted is not None:
-            outcome.add_fit(look.fitted)
-        look.evaluation.extras["latents"] = list(latents)
-        outcome.measure(self.metrics, look.evaluation)
-        if (
-            not look.evaluation.symbols
-        ):  # tokens of more than a character: the metrics have no words for them
-            outcome.features = merged(
-                outcome.features, look.words.features(latents, *self._contexts)
-            )
+            times = (side.fitted.seconds, side.fitted.rows_per_second)
+            outcome.metrics |= dict(zip(names, times, strict=True))
+            outcome.curves = [(s, f"sae/{n}", v) for s, n, v in side.fitted.history]
+            outcome.seconds["fit"] = side.fitted.seconds
+        evaluation = side.evaluation
+        outcome.facts = {**conditions, "evaluations": list(conditions["evaluations"])}
+        outcome.facts |= facts.of_sae(side.sae, facts.of_sites(evaluation.read, evaluation.write))
+        if side.fitted is not None:
+            outcome.add_fit(side.fitted)
+        evaluation.extras["latents"] = list(latents)
+        outcome.measure(self.metrics, evaluation)
+        if not evaluation.symbols:
+            # Tokens of more than one character: the metrics have no words for them.
+            own = side.words.features(latents, *self._contexts)
+            outcome.features = merged(outcome.features, own)
         ctx.console.say(f"  {role}: {headline(outcome.metrics)}")
         return outcome
 
 
-def _add(outcome: Outcome, found: Survey) -> None:
-    outcome.metrics |= found.metrics
-    outcome.why_null |= found.why_null
-    outcome.arrays |= found.arrays
-    outcome.noise |= found.noise
-    outcome.seconds |= found.seconds
+def _add(outcome: Outcome, survey: Survey) -> None:
+    """Add the numbers and arrays of a survey to an outcome."""
+    outcome.metrics |= survey.metrics
+    outcome.why_null |= survey.why_null
+    outcome.arrays |= survey.arrays
+    outcome.noise |= survey.noise
+    outcome.seconds |= survey.seconds
+
+
+def _say_checked(metrics: Mapping[str, float | None], ctx: Context) -> None:
+    """Print the main numbers of the survey and the checks."""
+    r = {
+        name: _show(metrics[f"{name}_ablation_pearson"])
+        for name in ("attribution", "cosine", "coactivation")
+    }
+    ctx.console.say(
+        f"  {metrics['n_attributed_pairs']:,.0f} pairs at "
+        f"{metrics['attribution_targets_per_second']:,.0f} targets/s; "
+        f"{metrics['n_pairs']:,.0f} removed: r {r['attribution']} (cosine {r['cosine']}, "
+        f"co-activation {r['coactivation']}), slope {_show(metrics['attribution_slope'])}"
+    )
 
 
 def _show(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _title(s: Specific, t: Traced, down: SiteView) -> str:
-    return f"latent {s.latent} fires on {down.words.spell(s.gram)!r} (F1 {s.f1:.2f}); mean of {t.n} firings"
+def _title(s: Specific, t: Traced, down: Side) -> str:
+    gram = down.words.spell(s.gram)
+    return f"latent {s.latent} fires on {gram!r} (F1 {s.f1:.2f}); mean of {t.n} firings"
 
 
-def _pictured(kept: Sequence[tuple[Specific, Traced]], down: SiteView) -> dict[str, np.ndarray]:
-    """What the histograms of gradients show: those of each chosen latent at its strongest firing, and which one is marked."""
+def _pictured(kept: Sequence[tuple[Specific, Traced]], down: Side) -> dict[str, np.ndarray]:
+    """Arrays for histograms of gradients, of each chosen latent at its strongest firing."""
     if not kept:
         return {}
     arrays = {f"chosen_{i}_gradient": t.gradients for i, (_, t) in enumerate(kept)}
