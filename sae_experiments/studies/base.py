@@ -1,4 +1,4 @@
-"""What a study is: a list of cells, each a pure pipeline from configuration to numbers."""
+"""The interface of a study: a list of cells, each a pure pipeline from configuration to numbers."""
 
 from __future__ import annotations
 
@@ -24,57 +24,75 @@ from sae_experiments.stopping import OutOfTime
 from sae_experiments.studies import conditions as facts_module
 from sae_experiments.training.loop import Session, seed_of
 
-#: What SAEs are evaluated on: the validation text (or rows); what of it a search may look at; what its winner is reported on.
+#: Held-out parts: the validation text or rows; the part that a search evaluates on; the part that
+#: its winner is reported on.
 HELD_OUT = ("val", "search", "test")
 
 
 def check_held_out(held_out: str) -> None:
-    """Raise :class:`UserError` for a held-out part that does not exist."""
+    """Raise `UserError` for a held-out part that does not exist."""
     if held_out not in HELD_OUT:
         raise UserError(f"held_out={held_out} is not one of {', '.join(HELD_OUT)}")
 
 
 def part_of(held_out: str) -> dict[str, str]:
-    """What provenance says of the held-out part, where it is not the usual one: results on other text are other results."""
+    """Entry of the provenance for a held-out part other than the usual one.
+
+    Results on other text are not comparable.
+    """
     return {} if held_out == "val" else {"held_out": held_out}
 
 
 def rows_seed(seed: int, held_out: str) -> int:
-    """Seed of the held-out rows where rows are drawn afresh: the winner of a search is reported on others than the search has seen."""
+    """Seed of held-out rows that are drawn afresh.
+
+    The winner of a search is reported on other rows than the search has evaluated on.
+    """
     return seed_of(seed, "held out", *(["test"] if held_out == "test" else []))
 
 
 class Cell(NamedTuple):
-    """One unit of work: a corpus (or configuration family) and a seed. ``reports`` are the names its results appear under."""
+    """One unit of work."""
 
     dataset: str
+    """Corpus, or family of configurations."""
     seed: int
     reports: tuple[str, ...]
+    """Names of its results."""
+
+
+def module_of(metric: Callable[..., Any]) -> Any:
+    """The module of a metric, which holds its `INFO`."""
+    function = metric.func if isinstance(metric, functools.partial) else metric
+    return sys.modules[function.__module__]
 
 
 @dataclass
 class Outcome:
-    """What a cell measured for one report name."""
+    """Results of a cell under one name."""
 
     metrics: dict[str, float | None] = field(default_factory=dict)
+    """Values by metric; None if undefined."""
     why_null: dict[str, str] = field(default_factory=dict)
+    """Reasons of undefined values."""
     seconds: dict[str, float] = field(default_factory=dict)
+    """Durations by stage."""
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    """Arrays for figures."""
     curves: list[tuple[int, str, float]] = field(default_factory=list)
-    noise: dict[str, float] = field(
-        default_factory=dict
-    )  # standard error of a metric that samples, over resampled text
-    features: list[dict[str, Any]] | None = (
-        None  # one JSON-able dict a latent, for the feature browser
-    )
-    graphs: list[dict[str, Any]] | None = (
-        None  # attribution graphs: title, nodes, edges (see circuits.graph)
-    )
-    facts: dict[str, Any] = field(
-        default_factory=dict
-    )  # under which conditions it was measured (see conditions)
+    """Training curves, as (step, name, value)."""
+    noise: dict[str, float] = field(default_factory=dict)
+    """Standard errors, over resampled text, of metrics that sample it."""
+    features: list[dict[str, Any]] | None = None
+    """One JSON-able dict per latent, for the feature browser."""
+    graphs: list[dict[str, Any]] | None = None
+    """Attribution graphs, see `circuits.graph.as_dict`."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Conditions of the measurement, see `studies.conditions`."""
     warnings: list[Warned] = field(default_factory=list)
+    """Warnings about the quality of the results."""
     cut: bool = False
+    """The time limit ended training or measuring early."""
 
     def add_fit(self, fit: FitReport) -> None:
         """Add the warnings about the fit of the SAE, and the numbers that it chose itself."""
@@ -88,9 +106,14 @@ class Outcome:
         ends: float | None = None,
         tick: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Add what every metric measures on ``evaluation`` (a ``metrics.base.EvalContext``), and the seconds each took.
+        """Measure metrics, and add their values and durations.
 
-        What would begin after ``ends`` (``time.monotonic``), or is overtaken by the time limit, is null.
+        Args:
+            metrics: Metrics by label.
+            evaluation: A `metrics.base.EvalContext`.
+            ends: Time (`time.monotonic`) after which no metric begins. Its values are null, as are
+                those of a metric that the time limit interrupts.
+            tick: Called with the number of metrics done and in all.
         """
         for done, (label, metric) in enumerate(metrics.items(), 1):
             began = time.monotonic()
@@ -100,12 +123,8 @@ class Outcome:
                 with fast_matmul():
                     measured = metric(evaluation)
             except OutOfTime:
-                function = metric.func if isinstance(metric, functools.partial) else metric
-                late = [
-                    info.name
-                    for info in sys.modules[function.__module__].INFO
-                    if info.name not in self.metrics
-                ]
+                names = [info.name for info in module_of(metric).INFO]
+                late = [name for name in names if name not in self.metrics]
                 self.metrics |= dict.fromkeys(late)
                 self.why_null |= dict.fromkeys(late, "not measured: the time limit was over")
                 self.cut = True
@@ -127,60 +146,72 @@ class Outcome:
 def merged(
     one: list[dict[str, Any]] | None, other: list[dict[str, Any]] | None
 ) -> list[dict[str, Any]] | None:
-    """What two metrics say about latents, joined latent by latent; where both use a key, the later one counts."""
+    """Join descriptions of latents from two metrics; the later one counts for keys in both."""
     if not one or not other:
         return one or other
-    found = {feature["latent"]: feature for feature in one}
+    by_latent = {feature["latent"]: feature for feature in one}
     for feature in other:
-        found[feature["latent"]] = found.get(feature["latent"], {}) | feature
-    return list(found.values())
+        latent = feature["latent"]
+        by_latent[latent] = by_latent.get(latent, {}) | feature
+    return list(by_latent.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """The edges a study may touch: where caches lie, which device to use, whom to tell, when to stop."""
+    """Surroundings of a study."""
 
     folder: Path
+    """Run folder."""
     cache: Path
+    """Folder of the cache."""
     device: torch.device
     console: Console
     log: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
-    deadline: float | None = None  # of the cell's training
-    ends: float | None = None  # of the whole run
+    """Called with a step and its numbers."""
+    deadline: float | None = None
+    """Time (`time.monotonic`) at which the training of the cell ends; None: never."""
+    ends: float | None = None
+    """Time at which the whole run ends; None: never."""
 
     @contextmanager
     def session(self, name: str, prefix: str, *, share: float = 1.0) -> Iterator[Session]:
-        """A training session shown as stage ``name``, its numbers logged as ``prefix/<name>``; it may use ``share`` of the time left."""
-        deadline = (
-            None
-            if self.deadline is None
-            else time.monotonic() + share * max(self.deadline - time.monotonic(), 0.0)
-        )
+        """A training session.
+
+        Args:
+            name: Name of the stage on the console.
+            prefix: Prefix of the names of its numbers.
+            share: Share of the remaining time that it may use.
+        """
+        deadline = None
+        if self.deadline is not None:
+            now = time.monotonic()
+            left = max(self.deadline - now, 0.0)
+            deadline = now + share * left
+
+        def log(step: int, values: Mapping[str, float]) -> None:
+            self.log(step, {f"{prefix}/{name}": value for name, value in values.items()})
+
         with self.console.stage(name) as tick:
-            yield Session(
-                lambda step, values: self.log(
-                    step, {f"{prefix}/{k}": v for k, v in values.items()}
-                ),
-                tick,
-                None,
-                deadline,
-            )
+            yield Session(log, tick, None, deadline)
 
 
 class Study(Protocol):
     """A study: checked and prepared before anything costs time, then run cell by cell."""
 
     def check(self) -> None:
-        """Raise :class:`UserError` for whatever cannot work, in well under a second and without touching disk."""
+        """Raise `UserError` for a configuration that cannot work.
+
+        Takes well under a second and does not touch the disk.
+        """
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
-        """Fetch what all cells need; returns the provenance of every dataset."""
+        """Fetch what all cells need, and return the provenance of every result."""
 
     def cells(self) -> list[Cell]:
-        """The cells, in the order they are run."""
+        """The cells, in the order in which they run."""
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
-        """The outcomes of a cell by report name."""
+        """Run a cell, and return its outcomes by name of the result."""
 
     def infos(self) -> list[MetricInfo]:
-        """Title, formula and direction of every metric the study may report."""
+        """Descriptions of all metrics that the study may report."""

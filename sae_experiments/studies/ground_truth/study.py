@@ -1,9 +1,10 @@
-"""SAEs on a world whose features are known: how many of them does each variant find? (C.23; after SynthSAEBench)"""
+"""SAEs on a world with known features, which shows how many of them each variant finds.
+
+After SynthSAEBench.
+"""
 
 from __future__ import annotations
 
-import functools
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 
-from sae_experiments.cache import cached
 from sae_experiments.console import listed
 from sae_experiments.errors import UserError
-from sae_experiments.files import read_json, write_bytes, write_json
+from sae_experiments.fitting import cached as cached_module
 from sae_experiments.fitting import fit
 from sae_experiments.fitting import spec as sae_spec_module
+from sae_experiments.fitting.cached import fit_cached
 from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
 from sae_experiments.fitting.spec import SAESpec, code_of
 from sae_experiments.metrics.base import EvalContext, Metric, MetricInfo
@@ -27,7 +27,15 @@ from sae_experiments.resources import Need, announce
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.source import source_digest
 from sae_experiments.studies import conditions as facts
-from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of, rows_seed
+from sae_experiments.studies.base import (
+    Cell,
+    Context,
+    Outcome,
+    check_held_out,
+    module_of,
+    part_of,
+    rows_seed,
+)
 from sae_experiments.studies.ground_truth import world as planted
 from sae_experiments.studies.ground_truth.world import Planted, World
 from sae_experiments.training import loop as training
@@ -40,17 +48,30 @@ NOTABLE_DRAWS = 3e10
 
 @dataclass(frozen=True, kw_only=True)
 class GroundTruth:
-    """One cell a seed: a world drawn from the recipe, and every SAE fitted to rows that are never repeated."""
+    """The study of known features.
+
+    It has one cell per seed: a world drawn from the recipe, and all SAEs fitted to rows that are
+    never repeated.
+    """
 
     world: Planted
+    """Recipe of the world."""
     saes: Mapping[str, SAESpec]
+    """SAEs by name."""
     metrics: Mapping[str, Metric]
+    """Metrics by name."""
     train: TrainConfig
+    """Optimisation of the SAEs."""
     seeds: Sequence[int] | None
+    """Seeds; None: 0 alone."""
     calibration_rows: int
+    """Rows to initialise from, and as many to calibrate thresholds on."""
     held_out_rows: int
+    """Rows to evaluate on."""
     dead_after_frac: float
+    """Share of the rows of the fit without firing after which a latent is dead."""
     held_out: str = "val"
+    """Held-out part of the rows, one of `HELD_OUT`."""
 
     def check(self) -> None:
         check_held_out(self.held_out)
@@ -66,22 +87,25 @@ class GroundTruth:
                     )
 
     def announce(self, ctx: Context) -> None:
-        """Say what drawing rows will need. Raises :class:`UserError` where the largest sample does not fit."""
+        """Print what drawing rows will need.
+
+        Raises:
+            UserError: The largest sample does not fit into memory.
+        """
         sizes = {
             "study.held_out_rows": self.held_out_rows,
             "study.calibration_rows": self.calibration_rows,
             "batch_size": self.train.batch_size,
         }
         key = max(sizes, key=sizes.__getitem__)
-        what, fix = (
-            f"a world of study.world.features={self.world.features} with {key}={sizes[key]}",
-            "use fewer features or rows",
-        )
+        what = f"a world of study.world.features={self.world.features} with {key}={sizes[key]}"
+        fix = "use fewer features or rows"
         need = Need(self.world.memory(sizes[key]))
         announce(what, need, fix, device=ctx.device, say=ctx.console.say)
         if self.world.features * self.train.batch_size * self.train.steps < NOTABLE_DRAWS:
             return
-        world, began = World(self.world, seed_of(0, "world"), ctx.device), time.monotonic()
+        world = World(self.world, seed_of(0, "world"), ctx.device)
+        began = time.monotonic()
         self.rows(world, self.train.batch_size, 0)
         seconds = (time.monotonic() - began) * self.train.steps * len(self.cells())
         announce(what, need._replace(seconds=seconds), fix, device=ctx.device, say=ctx.console.say)
@@ -99,7 +123,7 @@ class GroundTruth:
         }
 
     def result_name(self, sae: str) -> str:
-        """The name results appear under: with the SAE's label where several are fitted."""
+        """Name of an SAE's results, which has the SAE's own name if several are fitted."""
         return DATASET if len(self.saes) == 1 else f"{DATASET}.{sae}"
 
     def cells(self) -> list[Cell]:
@@ -109,46 +133,48 @@ class GroundTruth:
         ]
 
     def infos(self) -> list[MetricInfo]:
-        functions = [
-            m.func if isinstance(m, functools.partial) else m for m in self.metrics.values()
-        ]
-        return [
-            i
-            for module in dict.fromkeys(sys.modules[f.__module__] for f in functions)
-            for i in module.INFO
-        ]
+        modules = dict.fromkeys(module_of(metric) for metric in self.metrics.values())
+        return [info for module in modules for info in module.INFO]
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
         world = World(self.world, seed_of(cell.seed, "world"), ctx.device)
         outcomes = {}
         for name, (sae, fitted) in self.fitted(world, cell, ctx).items():
-            outcomes[self.result_name(name)] = outcome = self.evaluate(sae, world, cell, ctx)
-            outcome.seconds["fit"], outcome.cut = fitted.seconds, fitted.cut
-            outcome.curves = [(s, f"sae/{n}", v) for s, n, v in fitted.history]
+            outcome = self.evaluate(sae, world, cell, ctx)
+            outcome.seconds["fit"] = fitted.seconds
+            outcome.cut = fitted.cut
+            outcome.curves = [(step, f"sae/{n}", value) for step, n, value in fitted.history]
             outcome.add_fit(fitted)
-            m = outcome.metrics
-            shown = ", ".join(
-                f"{title} {m[key]:.3f}"
-                for title, key in (("MCC", "truth_mcc"), ("F1", "truth_f1"))
-                if m.get(key) is not None
-            )
-            ctx.console.say(f"  {name}: {shown} (fitted in {fitted.seconds:.0f} s)")
+            outcomes[self.result_name(name)] = outcome
+            titles = {"truth_mcc": "MCC", "truth_f1": "F1"}
+            shown = [
+                f"{title} {outcome.metrics[key]:.3f}"
+                for key, title in titles.items()
+                if outcome.metrics.get(key) is not None
+            ]
+            ctx.console.say(f"  {name}: {', '.join(shown)} (fitted in {fitted.seconds:.0f} s)")
         return outcomes
 
     def rows(self, world: World, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``n`` rows and the truth about them."""
+        """Rows (n, D), and their true feature activations (n, G)."""
         acts = world.acts(n, seed)
         return world.rows(acts, seed + 1), acts
 
     def fitted(self, world: World, cell: Cell, ctx: Context) -> dict[str, tuple[SAE, FitReport]]:
-        """The SAEs of a cell: from the cache, or all of them fitted now in one pass."""
+        """The SAEs of a cell, from the cache or fitted now in one pass."""
         width = self.world.width
         saes = {
             name: sae_spec.seeded(width, width, cell.seed).to(ctx.device)
             for name, sae_spec in self.saes.items()
         }
         source = source_digest(
-            *code_of(self.saes, saes), training, fit, planted, sae_spec_module, alone=[__name__]
+            *code_of(self.saes, saes),
+            training,
+            fit,
+            cached_module,
+            planted,
+            sae_spec_module,
+            alone=[__name__],
         )
         key = {
             "what": "planted",
@@ -157,22 +183,21 @@ class GroundTruth:
             "seed": cell.seed,
             "torch": torch.__version__,
             "rows": [self.calibration_rows, self.dead_after_frac],
-            "saes": {n: a.describe() for n, a in self.saes.items()},
+            "saes": {name: sae_spec.describe() for name, sae_spec in self.saes.items()},
             "device": ctx.device.type,
             "source": source,
         }
-        folder = cached(
-            ctx.cache, "fits", key, lambda part: self._fit(part, saes, world, cell, ctx)
-        )
-        reports = read_json(folder / "fits.json")
-        for name, sae in saes.items():
-            sae.load_state_dict(load_file(folder / f"{name}.safetensors", device=str(ctx.device)))
-            sae.eval().requires_grad_(False)
-        return {name: (sae, FitReport(**reports[name])) for name, sae in saes.items()}
+
+        def fit_now(checkpoint: Path) -> dict[str, FitReport]:
+            return self._fit(checkpoint, saes, world, cell, ctx)
+
+        return fit_cached(ctx.cache, key, saes, fit_now)
 
     def _fit(
-        self, part: Path, saes: dict[str, SAE], world: World, cell: Cell, ctx: Context
-    ) -> bool:
+        self, checkpoint: Path, saes: Mapping[str, SAE], world: World, cell: Cell, ctx: Context
+    ) -> dict[str, FitReport]:
+        """Fit the SAEs to fresh rows in every step."""
+
         def batch_at(step: int) -> Batch:
             x, _ = self.rows(world, self.train.batch_size, seed_of(cell.seed, "rows", step))
             return Batch(x, x)
@@ -181,32 +206,21 @@ class GroundTruth:
             self.rows(world, self.calibration_rows, seed_of(cell.seed, what))[0]
             for what in ("initial", "calibration")
         )
+        n_rows = self.train.steps * self.train.batch_size
         with ctx.session(f"fit {listed(list(saes))}", "sae") as session:
-            session.checkpoint = part / "checkpoint.safetensors"
-            reports = fit_saes(
+            session.checkpoint = checkpoint
+            return fit_saes(
                 saes,
                 batch_at,
-                {n: sae_spec.config(self.train) for n, sae_spec in self.saes.items()},
+                {name: sae_spec.config(self.train) for name, sae_spec in self.saes.items()},
                 Sample(x, x, held),
                 seed=cell.seed,
-                dead_after=round(self.dead_after_frac * self.train.steps * self.train.batch_size),
+                dead_after=round(self.dead_after_frac * n_rows),
                 session=session,
             )
-        for name, sae in saes.items():
-            write_bytes(
-                part / f"{name}.safetensors",
-                save(
-                    {k: v.detach().cpu().contiguous().clone() for k, v in sae.state_dict().items()}
-                ),
-            )
-        write_json(part / "fits.json", {name: r._asdict() for name, r in reports.items()})
-        cut = any(r.cut for r in reports.values())
-        if not cut:
-            (part / "checkpoint.safetensors").unlink(missing_ok=True)
-        return not cut
 
     def evaluate(self, sae: SAE, world: World, cell: Cell, ctx: Context) -> Outcome:
-        """All metrics of one SAE on rows that no SAE was fitted to."""
+        """Measure an SAE on rows that no SAE was fitted to."""
         x, acts = self.rows(world, self.held_out_rows, rows_seed(cell.seed, self.held_out))
         evaluation = EvalContext(
             sae=sae, device=ctx.device, x=x, extras={"truth": Truth(world.directions, acts)}

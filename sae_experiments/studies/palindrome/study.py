@@ -1,15 +1,18 @@
-"""A palindrome task: a one-layer transformer learns ``<abc|cba>``, and SAEs learn its MLP output, all positions in one vector."""
+"""A palindrome task: a one-layer transformer learns `<abc|cba>`, and SAEs learn its MLP output.
+
+An SAE reads the outputs at all positions as one vector.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_experiments.cache import cached
@@ -17,8 +20,10 @@ from sae_experiments.conditions import OF_MODEL_ON_ROWS, OF_MODEL_TIME, OF_SAE_T
 from sae_experiments.console import listed
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_bytes, write_json
+from sae_experiments.fitting import cached as cached_module
 from sae_experiments.fitting import fit
 from sae_experiments.fitting import spec as sae_spec_module
+from sae_experiments.fitting.cached import fit_cached, tensors_of
 from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
 from sae_experiments.fitting.spec import FitSpec, SAESpec, code_of
 from sae_experiments.metric_info import MetricInfo
@@ -41,7 +46,7 @@ from sae_experiments.studies.palindrome.strings import (
     rows_at,
 )
 from sae_experiments.training import loop as training
-from sae_experiments.training.loop import Session, TrainConfig, seed_of, train
+from sae_experiments.training.loop import TrainConfig, seed_of, train
 
 SITE = Site("mlp_out", 1)
 
@@ -59,14 +64,15 @@ class PalindromeLearner(LMLearner):
         *,
         seed: int,
     ) -> None:
-        super().__init__(model, None, spec, cfg, seed=seed)  # type: ignore[arg-type] (no corpus: batch and evaluate are its only readers)
-        self.train_strings, self.test_strings = train_strings, test_strings
+        # Without a corpus, which only methods that are overridden here would read.
+        super().__init__(model, None, spec, cfg, seed=seed)  # type: ignore[arg-type]
+        self.train_strings = train_strings
+        self.test_strings = test_strings
 
     def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, 8)."""
-        rows = rows_at(
-            len(self.train_strings), step, self.cfg.batch_size, seed_of(self.seed, "batches")
-        )
+        n = len(self.train_strings)
+        rows = rows_at(n, step, self.cfg.batch_size, seed_of(self.seed, "batches"))
         return split_ids(self.train_strings[rows.to(self.train_strings.device)])
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -75,13 +81,13 @@ class PalindromeLearner(LMLearner):
 
 
 def split_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What the model reads and what it predicts, (N, 8) each."""
+    """Inputs and targets of the model, (N, 8) each, of strings (N, 9)."""
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 @torch.no_grad()
 def score(model: torch.nn.Module, ids: Tensor) -> dict[str, float]:
-    """Loss (nats a token), its excess over the floor, and the accuracy on the mirrored half."""
+    """Loss in nats per token, its excess over the floor, and accuracy on the mirrored half."""
     model.eval()
     x, y = split_ids(ids)
     logits = model(input_ids=x, use_cache=False).logits.float()
@@ -96,21 +102,33 @@ def score(model: torch.nn.Module, ids: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Palindrome:
-    """Cells are seeds of the one dataset; a seed decides the split, the weights and the batches."""
+    """The palindrome study.
+
+    Its cells are the seeds of one dataset; a seed decides the split, the weights and the batches.
+    """
 
     data: Strings
+    """Split of the strings."""
     lm: LMSpec
+    """The transformer."""
     train: TrainConfig
+    """Optimisation of the transformer."""
     saes: Mapping[str, SAESpec]
+    """SAEs by name."""
     fit: FitSpec
-    center: bool  # take the training strings' mean out of the vectors first: nearly all of their square is the mean
+    """Fits of the SAEs."""
+    center: bool
+    """Subtract the mean over training strings from the vectors; it is most of their square."""
     analysis: Analysis
+    """Size of the analysis."""
     seeds: Sequence[int] | None
+    """Seeds; None: 0 alone."""
     held_out: str = "val"
+    """Held-out part of the test strings, one of `HELD_OUT`."""
 
     @property
     def width(self) -> int:
-        """Width of the vector an SAE reads: all positions of the MLP output."""
+        """Width of the vectors that SAEs read: the MLP output at all positions."""
         return (LENGTH - 1) * self.lm.n_embd
 
     def check(self) -> None:
@@ -127,19 +145,25 @@ class Palindrome:
         left, batch = n_train - self.fit.calibration_rows, self.fit.train.batch_size
         if left < batch:
             raise UserError(
-                f"study.fit.calibration_rows={self.fit.calibration_rows} leaves {max(left, 0):,} of the {n_train:,} training strings, "
-                f"fewer than study.fit.train.batch_size={batch}: use at most {n_train - batch}"
+                f"study.fit.calibration_rows={self.fit.calibration_rows} leaves {max(left, 0):,} "
+                f"of the {n_train:,} training strings, fewer than "
+                f"study.fit.train.batch_size={batch}: use at most {n_train - batch}"
             )
         for name in ("strongest", "samples"):
-            if not 1 <= getattr(self.analysis, name) <= n_test:
+            value = getattr(self.analysis, name)
+            if not 1 <= value <= n_test:
                 raise UserError(
-                    f"study.analysis.{name}={getattr(self.analysis, name)} must lie between 1 and the {n_test} test strings"
+                    f"study.analysis.{name}={value} must lie between 1 and the {n_test} test "
+                    "strings"
                 )
         for sae_spec in self.saes.values():
             sae_spec.check(self.width, self.width, self.fit.train)
 
     def shown(self, strings: Tensor) -> Tensor:
-        """Those of the test strings that are evaluated on; a search sees every second one, and its winner is reported on the others."""
+        """The test strings that are evaluated on.
+
+        A search evaluates on every second one, and its winner is reported on the others.
+        """
         return strings if self.held_out == "val" else strings[self.held_out == "test" :: 2]
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
@@ -154,7 +178,7 @@ class Palindrome:
         }
 
     def result_name(self, sae: str) -> str:
-        """The name results appear under."""
+        """Name of an SAE's results."""
         return "palindrome" if len(self.saes) == 1 else f"palindrome.{sae}"
 
     def cells(self) -> list[Cell]:
@@ -171,50 +195,39 @@ class Palindrome:
         model, info, key = self.trained(parts, cell.seed, ctx)
         parts = parts[0], self.shown(parts[1])
         scored = score(model, parts[1])
+        excess, mirrored = scored["excess_loss"], scored["mirror_accuracy"]
         ctx.console.say(
-            f"  transformer: excess {scored['excess_loss']:.4f} nats, mirrored half {scored['mirror_accuracy']:.2%} in {info['seconds']:.0f} s"
+            f"  transformer: excess {excess:.4f} nats, mirrored half {mirrored:.2%} "
+            f"in {info['seconds']:.0f} s"
         )
-        looked = selectivity.look(model, spread_rows(parts[1], self.analysis.samples), parts[1])
+        samples = spread_rows(parts[1], self.analysis.samples)
+        arrays = selectivity.look(model, samples, parts[1])
         x_train, x_test = (flattened(model, split_ids(ids)[0]) for ids in parts)
         mean = x_train.mean(0) if self.center else 0.0
         x_train, x_test = x_train - mean, x_test - mean
-        saes, reports = self.fitted(x_train, key, cell.seed, ctx)
+        x, strings_of_x = torch.cat([x_train, x_test]), torch.cat(parts)
         outcomes = {}
-        for name, sae in saes.items():
+        for name, (sae, report) in self.fitted(x_train, key, cell.seed, ctx).items():
+            measured = selectivity.measure(sae, x, strings_of_x, len(x_test), self.analysis, mean)
+            times = {"lm_train_time": info["seconds"], "sae_train_time": report.seconds}
             outcome = Outcome(
-                metrics=scored | {"lm_train_time": info["seconds"]},
-                cut=info["cut"] or reports[name].cut,
-                arrays=dict(looked),
+                metrics=scored | times | measured.scalars,
+                why_null=measured.why_null,
+                seconds={"lm": info["seconds"], "fit": report.seconds},
+                arrays=arrays | measured.arrays,
+                curves=[(step, f"lm/{n}", value) for step, n, value in info["history"]],
+                features=measured.browser,
+                facts=self._facts(key, len(x_test)) | facts.of_sae(sae, str(SITE)),
+                cut=info["cut"] or report.cut,
             )
-            outcome.curves = [(s, f"lm/{n}", v) for s, n, v in info["history"]] + [
-                (s, f"sae/{n}", v) for s, n, v in reports[name].history
-            ]
-            outcome.seconds = {"lm": info["seconds"], "fit": reports[name].seconds}
-            outcome.metrics["sae_train_time"] = reports[name].seconds
-            measured = selectivity.measure(
-                sae,
-                torch.cat([x_train, x_test]),
-                torch.cat(parts),
-                len(x_test),
-                self.analysis,
-                mean,
-            )
-            outcome.metrics |= measured.scalars
-            outcome.facts = self._facts(key, len(x_test)) | facts.of_sae(sae, str(SITE))
-            outcome.add_fit(reports[name])
-            outcome.why_null |= measured.why_null
-            outcome.arrays |= measured.arrays
-            outcome.features = measured.browser
-            m = outcome.metrics
-            explained = "-" if m["explained_variance"] is None else f"{m['explained_variance']:.4f}"
-            ctx.console.say(
-                f"  {name}: explained variance {explained}, alive {m['alive_latents']:.0f}/{sae.d_sae}, L0 {m['sae_l0']:.1f}"
-            )
+            outcome.curves += [(step, f"sae/{n}", value) for step, n, value in report.history]
+            outcome.add_fit(report)
             outcomes[self.result_name(name)] = outcome
+            _say_measured(name, sae, outcome.metrics, ctx)
         return outcomes
 
     def _facts(self, key: Mapping[str, Any], rows: int) -> dict[str, Any]:
-        """What the numbers depend on beside the SAE."""
+        """Conditions of the numbers, beside the SAE."""
         recipe = {k: key[k] for k in ("lm", "train", "cut") if k in key}
         return {
             "language model": facts.flat(recipe) | {"code": key["source"]},
@@ -226,7 +239,18 @@ class Palindrome:
     def trained(
         self, parts: tuple[Tensor, ...], seed: int, ctx: Context
     ) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:
-        """The transformer: from the cache, or trained now, continuing where a killed process stopped."""
+        """The transformer, from the cache or trained now.
+
+        Training continues where a killed process stopped.
+
+        Args:
+            parts: Training and test strings.
+            seed: Seed of the cell.
+            ctx: Context of the run.
+
+        Returns:
+            The transformer, the information on its training, and its key in the cache.
+        """
         key = {
             "what": "palindrome",
             "data": asdict(self.data),
@@ -243,22 +267,11 @@ class Palindrome:
             learner = PalindromeLearner(model, *parts, self.lm, self.train, seed=seed)
             with ctx.session("transformer", "lm", share=0.6) as session:
                 checkpoint = part / "checkpoint.safetensors"
-                progress = train(
-                    [learner],
-                    learner.batch_at,
-                    self.train,
-                    Session(session.log, session.tick, checkpoint, session.deadline),
-                )
+                session = replace(session, checkpoint=checkpoint)
+                progress = train([learner], learner.batch_at, self.train, session)
             write_bytes(part / "model.safetensors", tensors_of(model))
-            write_json(
-                part / "info.json",
-                {
-                    "seconds": progress.seconds,
-                    "cut": progress.cut,
-                    "history": progress.history,
-                    "step": progress.step,
-                },
-            )
+            names = ("seconds", "cut", "history", "step")
+            write_json(part / "info.json", {name: getattr(progress, name) for name in names})
             if not progress.cut:
                 checkpoint.unlink(missing_ok=True)
             return not progress.cut
@@ -269,84 +282,84 @@ class Palindrome:
         return model.eval(), info, key | ({"cut": info["step"]} if info["cut"] else {})
 
     def split(self, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Rows (N, D) of the training strings that SAEs are fitted to, and those they are calibrated on, drawn at random."""
-        order = torch.randperm(
-            len(x), generator=torch.Generator().manual_seed(seed_of(seed, "calibration"))
-        ).to(x.device)
+        """Divide rows (N, D) at random into those to fit SAEs to and those to calibrate them on."""
+        generator = torch.Generator().manual_seed(seed_of(seed, "calibration"))
+        order = torch.randperm(len(x), generator=generator).to(x.device)
         n = self.fit.calibration_rows
         return x[order[n : n + self.fit.train_rows]], x[order[:n]]
 
     def fitted(
         self, x: Tensor, key: Mapping[str, Any], seed: int, ctx: Context
-    ) -> tuple[dict[str, SAE], dict[str, FitReport]]:
-        """The SAEs: from the cache, or fitted now in one pass over the training strings but for those kept to calibrate on."""
+    ) -> dict[str, tuple[SAE, FitReport]]:
+        """The SAEs, from the cache or fitted now in one pass.
+
+        Args:
+            x: Vectors of the training strings, (N, D).
+            key: Key of the transformer in the cache.
+            seed: Seed of the cell.
+            ctx: Context of the run.
+        """
         saes = {
             name: sae_spec.seeded(self.width, self.width, seed).to(ctx.device)
             for name, sae_spec in self.saes.items()
         }
-        full = {
+        modules = (*code_of(self.saes, saes), fit, cached_module, training, sae_spec_module)
+        fit_key = {
             "what": "palindrome SAEs",
             "of": dict(key),
             "center": self.center,
-            "saes": {n: sae_spec.describe() for n, sae_spec in self.saes.items()},
+            "saes": {name: sae_spec.describe() for name, sae_spec in self.saes.items()},
             "fit": asdict(self.fit),
-            "source": source_digest(*code_of(self.saes, saes), fit, training, sae_spec_module),
+            "source": source_digest(*modules),
         }
+
+        def fit_now(checkpoint: Path) -> dict[str, FitReport]:
+            return self._fit(checkpoint, saes, x, seed, ctx)
+
+        return fit_cached(ctx.cache, fit_key, saes, fit_now)
+
+    def _fit(
+        self, checkpoint: Path, saes: Mapping[str, SAE], x: Tensor, seed: int, ctx: Context
+    ) -> dict[str, FitReport]:
+        """Fit the SAEs to the training strings but those kept for calibration."""
         cfg = self.fit.train
         learned, held = self.split(x, seed)
+        initial = spread_rows(learned, self.fit.init_rows)
 
         def batch_at(step: int) -> Batch:
-            rows = learned[
-                rows_at(len(learned), step, cfg.batch_size, seed_of(seed, "rows")).to(x.device)
-            ]
-            return Batch(rows, rows)
+            rows = rows_at(len(learned), step, cfg.batch_size, seed_of(seed, "rows"))
+            batch = learned[rows.to(x.device)]
+            return Batch(batch, batch)
 
-        def make(part: Path) -> bool:
-            few = spread_rows(learned, self.fit.init_rows)
-            with ctx.session(f"fit {listed(list(saes))}", "sae") as session:
-                session.checkpoint = part / "checkpoint.safetensors"
-                configs = {name: sae_spec.config(cfg) for name, sae_spec in self.saes.items()}
-                sample = Sample(few, few, held)
-                found = fit_saes(
-                    saes,
-                    batch_at,
-                    configs,
-                    sample,
-                    seed=seed,
-                    dead_after=self.fit.dead_after,
-                    scale=self.fit.scale,
-                    session=session,
-                )
-            for name, sae in saes.items():
-                write_bytes(part / f"{name}.safetensors", tensors_of(sae))
-            write_json(
-                part / "fits.json", {name: report._asdict() for name, report in found.items()}
+        with ctx.session(f"fit {listed(list(saes))}", "sae") as session:
+            session.checkpoint = checkpoint
+            return fit_saes(
+                saes,
+                batch_at,
+                {name: sae_spec.config(cfg) for name, sae_spec in self.saes.items()},
+                Sample(initial, initial, held),
+                seed=seed,
+                dead_after=self.fit.dead_after,
+                scale=self.fit.scale,
+                session=session,
             )
-            cut = any(report.cut for report in found.values())
-            if not cut:
-                session.checkpoint.unlink(missing_ok=True)
-            return not cut
-
-        folder = cached(ctx.cache, "fits", full, make)
-        for name, sae in saes.items():
-            sae.load_state_dict(load_file(folder / f"{name}.safetensors", device=str(ctx.device)))
-            sae.eval().requires_grad_(False)
-        return saes, {
-            name: FitReport(**report) for name, report in read_json(folder / "fits.json").items()
-        }
 
 
-def tensors_of(module: torch.nn.Module) -> bytes:
-    """A module's state as safetensors (tied weights as copies)."""
-    return save({k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()})
+def _say_measured(name: str, sae: SAE, metrics: Mapping[str, float | None], ctx: Context) -> None:
+    """Print the main numbers of an SAE."""
+    explained = metrics["explained_variance"]
+    shown = "-" if explained is None else f"{explained:.4f}"
+    ctx.console.say(
+        f"  {name}: explained variance {shown}, alive {metrics['alive_latents']:.0f}/{sae.d_sae}, "
+        f"L0 {metrics['sae_l0']:.1f}"
+    )
 
 
 def flattened(model: torch.nn.Module, x: Tensor, rows: int = 2048) -> Tensor:
-    """The MLP output at all positions of every string, (N, 8 * width)."""
+    """MLP output at all positions of strings (N, 8), as (N, 8 C); `rows` strings at once."""
     with torch.no_grad():
-        return torch.cat(
-            [activations(model, part, [SITE])[SITE].flatten(1) for part in x.split(rows)]
-        )
+        parts = [activations(model, part, [SITE])[SITE].flatten(1) for part in x.split(rows)]
+    return torch.cat(parts)
 
 
 def _info(
