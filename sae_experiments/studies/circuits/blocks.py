@@ -1,6 +1,9 @@
-"""Transformer blocks of GPT-2 and GPT-Neo, taken apart: attention as matrices, so that one query can be run, and pulled back, by itself.
+"""Transformer blocks of GPT-2 and GPT-Neo, taken apart.
 
-Shape letters: R rows, T positions, C width of the residual stream, H heads, E width of a head (C = H E).
+Attention is written as matrices, so that one query alone can be run and pulled back.
+
+Shape letters: R rows, P prompts, T positions, C width of the residual stream, H heads, E width of a
+head (C = H E), M neurons of the MLP.
 """
 
 from __future__ import annotations
@@ -15,20 +18,27 @@ from sae_experiments.errors import UserError
 from sae_experiments.models.hooks import Site, blocks_of
 from sae_experiments.models.layouts import matrix
 
-#: Where in a block a site lies; the residual stream after a block is its end.
+#: Order of the sites within a block; the residual stream after a block is its end.
 ORDER = {"mlp_in": 0, "mlp_act": 1, "mlp_out": 2, "resid": 3}
 
 
 class Attended(NamedTuple):
-    """Attention at every position of P prompts: queries, keys, values (P, T, H, E), weights (P, H, T, T), output plus stream (P, T, C)."""
+    """Attention at every position of P prompts."""
 
     q: Tensor
+    """Queries, (P, T, H, E)."""
     k: Tensor
+    """Keys, (P, T, H, E)."""
     v: Tensor
+    """Values, (P, T, H, E)."""
     weights: Tensor
+    """Attention weights, (P, H, T, T)."""
     stream: Tensor
-    normed: Tensor  # the layer norm's input, centred and scaled to unit variance, (P, T, C)
-    rstd: Tensor  # what it was scaled with, (P, T, 1)
+    """Output of the attention plus the stream before it, (P, T, C)."""
+    normed: Tensor
+    """Input of the layer norm, centred and scaled to unit variance, (P, T, C)."""
+    rstd: Tensor
+    """Its inverse standard deviation, (P, T, 1)."""
 
 
 def _scale_of(attention: nn.Module) -> float:
@@ -43,66 +53,74 @@ def _scale_of(attention: nn.Module) -> float:
 
 
 class Block:
-    """One block: ``r = h + attention(ln_1(h))``, ``h' = r + mlp(ln_2(r))``, the MLP being ``c_proj(act(c_fc(.)))``.
+    """One block: `r = h + attention(ln_1(h))`, `h' = r + mlp(ln_2(r))`.
 
-    Raises :class:`UserError` for a block that is neither GPT-2's nor GPT-Neo's.
+    The MLP is `c_proj(act(c_fc(.)))`.
+
+    Args:
+        module: A block of GPT-2 or GPT-Neo.
+
+    Raises:
+        UserError: It is another kind of block.
     """
 
     def __init__(self, module: nn.Module) -> None:
         attention = getattr(module, "attn", None)
         inner = getattr(attention, "attention", attention)
         mlp = getattr(module, "mlp", None)
-        names = (hasattr(module, n) for n in ("ln_1", "ln_2"))
-        if (
-            not all(names)
-            or any(not hasattr(mlp, n) for n in ("c_fc", "act", "c_proj"))
-            or hasattr(module, "crossattention")
-        ):
+        known = all(hasattr(module, name) for name in ("ln_1", "ln_2"))
+        known &= all(hasattr(mlp, name) for name in ("c_fc", "act", "c_proj"))
+        if not known or hasattr(module, "crossattention"):
             raise UserError(
-                f"{type(module).__name__} is not a block of GPT-2 or GPT-Neo (ln_1, attn, ln_2, mlp.c_fc, mlp.c_proj): not supported"
+                f"{type(module).__name__} is not a block of GPT-2 or GPT-Neo "
+                "(ln_1, attn, ln_2, mlp.c_fc, mlp.c_proj): not supported"
             )
-        self.ln_1, self.ln_2, self.mlp = module.ln_1, module.ln_2, mlp
+        self.ln_1 = module.ln_1
+        self.ln_2 = module.ln_2
+        self.mlp = mlp
         self.mask: Tensor | None = None
         if hasattr(inner, "c_attn"):
-            self.W = inner.c_attn.weight.detach().chunk(3, 1)
-            self.b = inner.c_attn.bias.detach().chunk(3)
-            self.W_o, self.b_o, self.scale = (
-                inner.c_proj.weight.detach(),
-                inner.c_proj.bias.detach(),
-                _scale_of(inner),
-            )
-        elif all(hasattr(inner, n) for n in ("q_proj", "k_proj", "v_proj", "out_proj")):
-            parts = (inner.q_proj, inner.k_proj, inner.v_proj)
-            self.W = tuple(p.weight.detach().t() for p in parts)
-            self.b = tuple(
-                p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias.detach()
-                for p in parts
-            )
-            self.W_o, self.b_o, self.scale = (
-                inner.out_proj.weight.detach().t(),
-                inner.out_proj.bias.detach(),
-                1.0,
-            )  # GPT-Neo does not scale
-            self.mask = inner.bias[0, 0]  # local attention looks no further than a window
+            self._read_gpt2(inner)
+        elif all(hasattr(inner, name) for name in ("q_proj", "k_proj", "v_proj", "out_proj")):
+            self._read_gpt_neo(inner)
         else:
             raise UserError(
                 f"{type(inner).__name__} is not an attention of GPT-2 or GPT-Neo: not supported"
             )
         self.n_head = inner.num_heads
 
+    def _read_gpt2(self, attention: nn.Module) -> None:
+        self.W = attention.c_attn.weight.detach().chunk(3, 1)
+        self.b = attention.c_attn.bias.detach().chunk(3)
+        self.W_o = attention.c_proj.weight.detach()
+        self.b_o = attention.c_proj.bias.detach()
+        self.scale = _scale_of(attention)
+
+    def _read_gpt_neo(self, attention: nn.Module) -> None:
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.W = tuple(part.weight.detach().t() for part in parts)
+        self.b = tuple(
+            part.weight.new_zeros(part.weight.shape[0]) if part.bias is None else part.bias.detach()
+            for part in parts
+        )
+        self.W_o = attention.out_proj.weight.detach().t()
+        self.b_o = attention.out_proj.bias.detach()
+        self.scale = 1.0  # GPT-Neo does not scale
+        self.mask = attention.bias[0, 0]  # local attention reaches no further than a window
+
     def allowed(self, length: int, device: torch.device) -> Tensor:
-        """Which positions (T, T) a query (row) may look at."""
+        """Mask (T, T) of the positions that each query (row) may attend to."""
         if self.mask is not None:
             return self.mask[:length, :length].bool().to(device)
         return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
     def heads(self, x: Tensor, which: int) -> Tensor:
         """Queries (0), keys (1) or values (2) of normed rows (..., C) as (..., H, E)."""
-        found = x @ self.W[which] + self.b[which]
-        return found.view(*found.shape[:-1], self.n_head, -1)
+        projected = x @ self.W[which] + self.b[which]
+        return projected.view(*projected.shape[:-1], self.n_head, -1)
 
     def attend(self, h: Tensor) -> Attended:
-        """Attention at every position of ``h`` (P, T, C)."""
+        """Attention at every position of a stream (P, T, C)."""
         n = self.ln_1(h)
         q, k, v = (self.heads(n, i) for i in range(3))
         scores = torch.einsum("pthe,pshe->phts", q, k) * self.scale
@@ -118,24 +136,39 @@ class Block:
         return r + self.mlp(self.ln_2(r))
 
     def attend_at(self, h: Tensor, position: Tensor) -> Tensor:
-        """The stream after attention at one position (R,) of every row of ``h`` (R, T, C), as (R, C): one query a row."""
+        """The stream after attention at one position per row: a single query each.
+
+        Args:
+            h: The stream before the block, (R, T, C).
+            position: Position of each row, (R,).
+
+        Returns:
+            The stream (R, C).
+        """
         rows = torch.arange(len(h), device=h.device)
         n = self.ln_1(h)
         q, k, v = self.heads(n[rows, position], 0), self.heads(n, 1), self.heads(n, 2)
         scores = torch.einsum("rhe,rshe->rhs", q, k) * self.scale
         allowed = self.allowed(h.shape[1], h.device)[position]
         weights = scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
-        return (
-            h[rows, position]
-            + torch.einsum("rhs,rshe->rhe", weights, v).flatten(1) @ self.W_o
-            + self.b_o
-        )
+        out = torch.einsum("rhs,rshe->rhe", weights, v).flatten(1) @ self.W_o
+        return h[rows, position] + out + self.b_o
 
     def pull_back(self, at: Attended, prompt: Tensor, position: Tensor, g: Tensor) -> Tensor:
-        """Gradients (R, T, C) at the block's input from gradients ``g`` (R, C) at the stream after attention, at one position of a prompt each.
+        """Gradients at the block's input: the backward pass of `attend_at` in closed form.
 
-        The backward pass of :meth:`attend_at` in closed form. One query makes the gradient at the keys and values of the other positions an
-        outer product for each head, so nothing of the size of the keys is multiplied with a matrix: for T = C = 128 a hundredth of the work.
+        With one query, the gradient at the keys and values of the other positions is an outer
+        product for each head. So nothing of the size of the keys is multiplied with a matrix, which
+        for T = C = 128 takes a hundredth of the work.
+
+        Args:
+            at: Attention of the prompts.
+            prompt: Prompt of each row, (R,).
+            position: Position of each row, (R,).
+            g: Gradients at the stream after attention, (R, C).
+
+        Returns:
+            Gradients (R, T, C).
         """
         rows = torch.arange(len(g), device=g.device)
         g_out = (g @ self.W_o.t()).view(len(g), self.n_head, -1)
@@ -157,7 +190,7 @@ class Block:
         return g_n
 
     def inside(self, r: Tensor, stream: str) -> Tensor:
-        """The block's site ``stream`` (..., D) from the stream after attention (..., C)."""
+        """The block's site `stream` (..., D), from the stream after attention (..., C)."""
         n = self.ln_2(r)
         if stream == "mlp_in":
             return n
@@ -169,7 +202,7 @@ class Block:
 
     @property
     def w_in(self) -> Tensor:
-        """The MLP's input matrix (C, M): rows times it are pre-activations."""
+        """The MLP's input matrix (C, M), which rows are multiplied with from the left."""
         return matrix(self.mlp.c_fc)
 
     @property
@@ -179,12 +212,12 @@ class Block:
 
 
 def blocks_between(model: nn.Module, upstream: Site, downstream: Site) -> list[Block]:
-    """The blocks that a change at ``upstream`` passes on its way to ``downstream``, the last of which holds ``downstream``."""
+    """Blocks that a change at one site passes on its way to another, which the last one holds."""
     return [Block(m) for m in blocks_of(model)[upstream.layer : downstream.layer]]
 
 
 def check_order(upstream: Site, downstream: Site) -> None:
-    """Raises :class:`UserError` unless ``upstream`` comes before ``downstream``."""
+    """Raise `UserError` unless the upstream site comes before the downstream one."""
     for role, site in (("upstream", upstream), ("downstream", downstream)):
         if site.stream not in ORDER:
             raise UserError(
@@ -192,11 +225,12 @@ def check_order(upstream: Site, downstream: Site) -> None:
             )
     if (upstream.layer, ORDER[upstream.stream]) >= (downstream.layer, ORDER[downstream.stream]):
         raise UserError(
-            f"upstream.site={upstream} does not come before downstream.site={downstream}: nothing at the one can reach the other"
+            f"upstream.site={upstream} does not come before downstream.site={downstream}: "
+            "nothing at the one can reach the other"
         )
 
 
 def n_blocks(model: nn.Module) -> int:
-    """How many blocks the model has."""
+    """Number of blocks of a model."""
     blocks: Sequence[nn.Module] = blocks_of(model)
     return len(blocks)

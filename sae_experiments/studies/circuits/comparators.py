@@ -1,6 +1,9 @@
-"""What attribution is compared with: cosines of weights, co-activation; and which downstream latents answer to one character n-gram.
+"""Comparators of attribution, and n-grams that predict the firing of latents.
 
-Shape letters: F, G upstream and downstream latents, C width of the residual stream, N held-out rows, T positions of a window, L lags.
+The comparators are cosines of weights and co-activation.
+
+Shape letters: F, G upstream and downstream latents, C width of the residual stream, M neurons, N
+held-out rows, T positions of a window, L lags.
 """
 
 from __future__ import annotations
@@ -19,30 +22,44 @@ from sae_experiments.studies.circuits.blocks import Block
 
 
 class Weights(NamedTuple):
-    """Unit directions in the residual stream: what upstream latents write (F, C) and what downstream latents read (G, C); rows of zeros where
-    there is none. Their products are cosines."""
+    """Unit directions in the residual stream, whose products are cosines.
+
+    Rows of zeros stand for latents without a direction.
+    """
 
     writes: Tensor
+    """Directions that upstream latents write, (F, C)."""
     reads: Tensor
+    """Directions that downstream latents read, (G, C)."""
 
 
 @torch.no_grad()
 def weight_directions(circuit: Circuit, prompts: Prompts, *, gated: bool) -> Weights | None:
-    """The weights-only comparator: the decoder direction carried through the upstream output matrix, and the encoder direction carried back
-    through the downstream input matrix with the layer norm folded in (its scale times the direction, less the mean it takes out).
+    """Directions of the weights alone.
 
-    ``gated``: every neuron of an MLP on the way also counts with its mean slope on ``prompts`` (always so where a direction has to pass
-    the non-linearity: upstream ``mlp_in``, downstream ``mlp_out``). None where both sites lie in one MLP, past the residual stream.
+    The decoder direction is carried through the upstream output matrix. The encoder direction is
+    carried back through the downstream input matrix, with the layer norm folded in: it is scaled by
+    the norm's weight, and its mean is subtracted.
+
+    Args:
+        circuit: The two SAEs.
+        prompts: The prompts.
+        gated: Weigh each neuron of an MLP on the way by its mean slope on the prompts. This is
+            always done where a direction has to pass the non-linearity (upstream `mlp_in`,
+            downstream `mlp_out`).
+
+    Returns:
+        The directions; None if both sites lie in one MLP, past the residual stream.
     """
     path = circuit.path
     if path.last is None:
         return None
     writes = circuit.directions
     if path.upstream.stream == "mlp_in":
-        writes = (
-            writes @ path.source.w_in * mean_slope(path.source, prompts.state)
-        ) @ path.source.w_out
-    reads, stream, block = circuit.downstream.W_enc.detach(), path.downstream.stream, path.last
+        slope = mean_slope(path.source, prompts.state)
+        writes = (writes @ path.source.w_in * slope) @ path.source.w_out
+    reads = circuit.downstream.W_enc.detach()
+    stream, block = path.downstream.stream, path.last
     if stream == "mlp_out":
         reads = reads @ block.w_out.t()
     if stream in ("mlp_act", "mlp_out"):
@@ -57,7 +74,7 @@ def weight_directions(circuit: Circuit, prompts: Prompts, *, gated: bool) -> Wei
 
 
 def mean_slope(block: Block, x: Tensor) -> Tensor:
-    """Mean derivative of the MLP's non-linearity for each neuron (M,) over inputs of the MLP (..., C)."""
+    """Mean derivative (M,) of the MLP's non-linearity per neuron, over its inputs (..., C)."""
     with torch.enable_grad():
         pre = block.mlp.c_fc(x).detach().requires_grad_()
         return torch.autograd.grad(block.mlp.act(pre).sum(), pre)[0].flatten(0, -2).mean(0)
@@ -66,41 +83,59 @@ def mean_slope(block: Block, x: Tensor) -> Tensor:
 def coactivation(
     up: sparse.csr_matrix, down: sparse.csr_matrix, latents: np.ndarray, length: int, lags: int
 ) -> np.ndarray:
-    """Phi of firing, (len(latents), lags, F): downstream latent at a position and upstream latent ``lag`` positions before, in one window.
+    """Phi coefficients of firing of downstream latents, and of upstream ones some positions back.
 
-    ``up`` (N, F), ``down`` (N, G): codes of the same rows, in windows of ``length``. 0 where one of them never (or always) fires.
+    Args:
+        up: Codes of the upstream SAE, (N, F).
+        down: Codes of the downstream SAE on the same rows, (N, G).
+        latents: Downstream latents, (m,).
+        length: Rows per window; pairs lie within one window.
+        lags: Number L of lags.
+
+    Returns:
+        Coefficients (m, L, F); 0 where one of the latents never or always fires.
     """
     a, b = firing(up), firing(down)[:, latents].tocsr()
-    found = np.zeros((len(latents), lags, a.shape[1]), np.float32)
+    phi = np.zeros((len(latents), lags, a.shape[1]), np.float32)
     offset = np.arange(a.shape[0]) % length
     for lag in range(min(lags, length)):
         later = np.flatnonzero(offset >= lag)
         x, y = a[later - lag], b[later]
-        n, p, q = len(later), np.asarray(x.sum(0)).ravel(), np.asarray(y.sum(0)).ravel()[:, None]
+        n = len(later)
+        p = np.asarray(x.sum(0)).ravel()
+        q = np.asarray(y.sum(0)).ravel()[:, None]
         both = (y.T @ x).toarray()
         scale = np.sqrt(p * (n - p) * q * (n - q))
-        found[:, lag] = np.divide(n * both - p * q, scale, out=np.zeros_like(both), where=scale > 0)
-    return found
+        phi[:, lag] = np.divide(n * both - p * q, scale, out=np.zeros_like(both), where=scale > 0)
+    return phi
 
 
 def firing(codes: sparse.csr_matrix) -> sparse.csr_matrix:
-    """Ones where a code is not zero."""
-    return sparse.csr_matrix(
-        ((codes.data != 0).astype(np.float64), codes.indices, codes.indptr), shape=codes.shape
-    )
+    """Matrix with ones at the nonzero entries of codes."""
+    ones = (codes.data != 0).astype(np.float64)
+    return sparse.csr_matrix((ones, codes.indices, codes.indptr), shape=codes.shape)
 
 
 class Specific(NamedTuple):
-    """A latent and the n-gram it answers to: its ids, the F1 of firing where the text ends in it, how often the latent fires there."""
+    """A latent with the n-gram that predicts its firing best."""
 
     latent: int
     gram: tuple[int, ...]
+    """Ids of the n-gram."""
     f1: float
+    """F1 of firing where the text ends in the n-gram."""
     fires: int
+    """Number of firings."""
 
 
 class Grams:
-    """The n-grams that end at every row of a text: ``ids`` (N,) in windows of ``length``, which an n-gram does not reach over."""
+    """The n-grams that end at the rows of a text, each within one window.
+
+    Args:
+        ids: Ids of the text, (N,).
+        length: Rows per window.
+        order: Length of the n-grams.
+    """
 
     def __init__(self, ids: np.ndarray, length: int, order: int) -> None:
         self.rows = np.flatnonzero(np.arange(len(ids)) % length >= order - 1)
@@ -114,39 +149,53 @@ class Grams:
         )
 
     def scores(self, on: sparse.csr_matrix) -> sparse.csc_matrix:
-        """F1 of firing (``on``: (N, F)) and ending in an n-gram, (n-grams, F)."""
+        """F1 (n-grams, F) of firing, `on` (N, F), and of ending in an n-gram."""
         fires = np.asarray(on.sum(0)).ravel()
         both = (self.one_hot @ on[self.rows]).tocoo()
         f1 = 2 * both.data / (self.counts[both.row] + fires[both.col])
         return sparse.csc_matrix((f1, (both.row, both.col)), shape=both.shape)
 
-    def scored(self, on: sparse.csr_matrix, found: Sequence[Specific]) -> list[Specific]:
-        """The same latents and n-grams with their F1 on this text, which may be another than the one they were found on."""
-        scores, fires = self.scores(on).tocsr(), np.asarray(on.sum(0)).ravel()
+    def scored(self, on: sparse.csr_matrix, specific: Sequence[Specific]) -> list[Specific]:
+        """The same latents and n-grams, with their F1 and firings on this text.
+
+        Args:
+            on: Firing on this text, (N, F).
+            specific: Latents and n-grams, which may have been chosen on another text.
+        """
+        scores = self.scores(on).tocsr()
+        fires = np.asarray(on.sum(0)).ravel()
         number = {tuple(kind): i for i, kind in enumerate(self.kinds.tolist())}
-        at = [number.get(s.gram) for s in found]
-        return [
-            s._replace(
-                f1=0.0 if i is None else float(scores[i, s.latent]), fires=int(fires[s.latent])
-            )
-            for s, i in zip(found, at, strict=True)
-        ]
+        scored = []
+        for s in specific:
+            i = number.get(s.gram)
+            f1 = 0.0 if i is None else float(scores[i, s.latent])
+            scored.append(s._replace(f1=f1, fires=int(fires[s.latent])))
+        return scored
 
     def best(self, on: sparse.csr_matrix) -> list[Specific | None]:
-        """For every latent its best n-gram (None where it never fires)."""
-        scores, fires = self.scores(on), np.asarray(on.sum(0)).ravel()
-        found: list[Specific | None] = []
+        """The best n-gram of each latent; None for a latent that never fires."""
+        scores = self.scores(on)
+        fires = np.asarray(on.sum(0)).ravel()
+        best: list[Specific | None] = []
         for j, (begin, end) in enumerate(zip(scores.indptr[:-1], scores.indptr[1:], strict=True)):
-            at = begin + int(scores.data[begin:end].argmax()) if end > begin else -1
+            if end == begin:
+                best.append(None)
+                continue
+            at = begin + int(scores.data[begin:end].argmax())
             gram = tuple(self.kinds[scores.indices[at]].tolist())
-            found.append(
-                Specific(j, gram, float(scores.data[at]), int(fires[j])) if at >= 0 else None
-            )
-        return found
+            best.append(Specific(j, gram, float(scores.data[at]), int(fires[j])))
+        return best
 
 
 def most_specific(on: sparse.csr_matrix, grams: Grams, *, n: int, min_fires: int) -> list[Specific]:
-    """The ``n`` latents with the best F1 for one n-gram, no two for the same one, of those that fire ``least`` times. ``on``: ones (N, F)."""
+    """The latents with the best F1 for one n-gram, no two of them for the same one.
+
+    Args:
+        on: Firing, as ones (N, F).
+        grams: The n-grams of the text.
+        n: Number of latents.
+        min_fires: Firings that a latent needs.
+    """
     candidates = sorted(
         (s for s in grams.best(on) if s is not None and s.fires >= min_fires),
         key=lambda s: (-s.f1, s.latent),

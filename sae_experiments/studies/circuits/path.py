@@ -1,6 +1,10 @@
-"""The part of a language model between two sites: run for changed activations, and pulled back from one unit at one position a row.
+"""The part of a language model between two sites.
 
-Shape letters: P prompts, R rows (one target or one changed prompt each), T positions, C width of the residual stream, D of a site.
+It is run for changed activations, and gradients are pulled back through it from one unit at one
+position per row.
+
+Shape letters: P prompts, R rows (one target or one changed prompt each), T positions, C width of
+the residual stream, D width of a site.
 """
 
 from __future__ import annotations
@@ -14,60 +18,73 @@ from sae_experiments.errors import UserError
 from sae_experiments.models.hooks import Site, activations, blocks_of
 from sae_experiments.studies.circuits.blocks import Attended, Block, blocks_between, check_order
 
-#: What reads the downstream activations (R, D) and gives one number a row, (R,): a unit's pre-activation.
+#: Maps downstream activations (R, D) to one number per row, (R,), such as a pre-activation.
 Read = Callable[[Tensor], Tensor]
 
 
 class Path:
-    """From ``upstream`` to ``downstream``. A *state* is what upstream latents are added to, (P, T, C).
+    """The path from an upstream to a downstream site.
 
-    It is the residual stream after the upstream block where the way there is linear (``resid``, ``mlp_out``, ``mlp_act``, whose decoder rows
-    are carried through the output matrix: :meth:`carried`), and the site itself for ``mlp_in``. Everything before a state is constant.
+    A *state* (P, T, C) is the tensor that upstream latents add to. It is the residual stream after
+    the upstream block if the way there is linear (`resid`, `mlp_out`, and `mlp_act`, whose decoder
+    rows are carried through the output matrix by `carried`), and the site itself for `mlp_in`.
+    Everything before a state is constant.
+
+    Args:
+        model: The language model.
+        upstream: The upstream site.
+        downstream: The downstream site.
     """
 
     def __init__(self, model: nn.Module, upstream: Site, downstream: Site) -> None:
         check_order(upstream, downstream)
-        self.model, self.upstream, self.downstream = model, upstream, downstream
+        self.model = model
+        self.upstream = upstream
+        self.downstream = downstream
         *self.middle, self.last = [*blocks_between(model, upstream, downstream)] or [None]
         self.source = Block(blocks_of(model)[upstream.layer - 1]) if upstream.layer else None
         self.stream = Site("resid", upstream.layer)
 
     @property
     def sites(self) -> list[Site]:
-        """What must be known of a prompt."""
+        """Sites whose activations the path needs."""
         return list(dict.fromkeys([self.upstream, self.stream, self.downstream]))
 
     @torch.no_grad()
     def carried(self, rows: Tensor) -> Tensor:
         """Directions at the upstream site (n, D) as directions of the state (n, C)."""
-        return (
-            rows @ self.source.w_out if self.upstream.stream == "mlp_act" and self.source else rows
-        )
+        if self.upstream.stream == "mlp_act" and self.source:
+            return rows @ self.source.w_out
+        return rows
 
-    def state(self, found: dict[Site, Tensor]) -> Tensor:
-        """The state of prompts from their activations at :attr:`sites`."""
-        return found[self.upstream if self.upstream.stream == "mlp_in" else self.stream]
+    def state(self, seen: dict[Site, Tensor]) -> Tensor:
+        """The state of prompts, from their activations at `sites`."""
+        return seen[self.upstream if self.upstream.stream == "mlp_in" else self.stream]
 
-    def moved(self, found: dict[Site, Tensor], x: Tensor) -> dict[Site, Tensor]:
-        """The activations with ``x`` (P, T, D) at the upstream site, and what it does to the stream after its block."""
-        was = found[self.upstream]
-        change = (
-            self.source.mlp(x) - self.source.mlp(was)
-            if self.upstream.stream == "mlp_in"
-            else self.carried(x - was)
-        )
-        return (
-            found
-            | {self.upstream: x}
-            | ({} if self.upstream == self.stream else {self.stream: found[self.stream] + change})
-        )
+    def moved(self, seen: dict[Site, Tensor], x: Tensor) -> dict[Site, Tensor]:
+        """The activations with `x` (P, T, D) at the upstream site.
 
-    def base(self, found: dict[Site, Tensor]) -> Tensor | None:
-        """The stream (P, T, C) without the upstream MLP's output, where what the MLP writes must be told apart from the rest."""
+        The stream after its block changes accordingly.
+        """
+        before = seen[self.upstream]
         if self.upstream.stream == "mlp_in":
-            return found[self.stream] - self.source.mlp(found[self.upstream])
+            change = self.source.mlp(x) - self.source.mlp(before)
+        else:
+            change = self.carried(x - before)
+        moved = seen | {self.upstream: x}
+        if self.upstream != self.stream:
+            moved[self.stream] = seen[self.stream] + change
+        return moved
+
+    def base(self, seen: dict[Site, Tensor]) -> Tensor | None:
+        """The stream (P, T, C) without the upstream MLP's output.
+
+        None where the output need not be told apart from the rest of the stream.
+        """
+        if self.upstream.stream == "mlp_in":
+            return seen[self.stream] - self.source.mlp(seen[self.upstream])
         if self.last is None and self.downstream.stream == "mlp_out":
-            return found[self.stream] - found[self.downstream]
+            return seen[self.stream] - seen[self.downstream]
         return None
 
     def enter(self, state: Tensor, base: Tensor | None) -> Tensor:
@@ -75,24 +92,32 @@ class Path:
         return base + self.source.mlp(state) if self.upstream.stream == "mlp_in" else state
 
     def value(self, state: Tensor, base: Tensor | None, position: Tensor, read: Read) -> Tensor:
-        """What ``read`` says of the downstream activations at ``position`` (R,) for changed states (R, T, C); differentiable."""
+        """Read the downstream activations for changed states, differentiably.
+
+        Args:
+            state: States (R, T, C).
+            base: The base of each, (R, T, C), see `base`.
+            position: Position to read in each row, (R,).
+            read: Maps activations (R, D) to numbers.
+
+        Returns:
+            Numbers (R,).
+        """
         if self.last is None:
             rows = torch.arange(len(state), device=state.device)
-            return read(
-                self._within(state[rows, position], None if base is None else base[rows, position])
-            )
+            base_here = None if base is None else base[rows, position]
+            return read(self._within(state[rows, position], base_here))
         h = self.enter(state, base)
         for block in self.middle:
             h = block.forward(h)
         return read(self.last.inside(self.last.attend_at(h, position), self.downstream.stream))
 
     def _within(self, state: Tensor, base: Tensor | None) -> Tensor:
-        """Both sites in one block: there is nothing but the MLP between them, and no other position matters."""
+        """Downstream activations if both sites lie in one block, with only the MLP between them."""
         if self.downstream.stream == "resid":
             return self.enter(state, base)
-        if (
-            self.upstream.stream == "mlp_act"
-        ):  # the state is the stream, of which the MLP's output is a part
+        if self.upstream.stream == "mlp_act":
+            # The state is the stream, of which the MLP's output is a part.
             return state - base
         acts = self.source.mlp.act(self.source.mlp.c_fc(state))
         return acts if self.downstream.stream == "mlp_act" else self.source.mlp.c_proj(acts)
@@ -103,22 +128,36 @@ class Path:
 
     @torch.no_grad()
     def check(self, tokens: Tensor) -> None:
-        """Raises :class:`UserError` if the path does not compute what the model does (an option of it that is not known here)."""
-        found = activations(self.model, tokens, self.sites)
+        """Raise `UserError` if the path computes other activations than the model.
+
+        The model then has an option that is not known here.
+        """
+        seen = activations(self.model, tokens, self.sites)
         position = torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
-        base = self.base(found)
-        seen: list[Tensor] = []
-        self.value(self.state(found), base, position, lambda x: seen.append(x) or x[:, 0])
-        wanted = found[self.downstream][:, -1]
-        error = float((seen[0] - wanted).norm() / wanted.norm().clamp_min(1e-12))
+        computed: list[Tensor] = []
+
+        def read(x: Tensor) -> Tensor:
+            computed.append(x)
+            return x[:, 0]
+
+        self.value(self.state(seen), self.base(seen), position, read)
+        expected = seen[self.downstream][:, -1]
+        error = float((computed[0] - expected).norm() / expected.norm().clamp_min(1e-12))
         if not error < 1e-3:
             raise UserError(
-                f"{type(self.model).__name__} does not compute {self.downstream} as GPT-2 or GPT-Neo do (relative error {error:.2g})"
+                f"{type(self.model).__name__} does not compute {self.downstream} as GPT-2 or "
+                f"GPT-Neo do (relative error {error:.2g})"
             )
 
 
 class Point:
-    """A path at given states (P, T, C): its intermediate values, computed once for all targets of a prompt."""
+    """A path at given states, with intermediate values that all targets of a prompt share.
+
+    Args:
+        path: The path.
+        state: States (P, T, C).
+        base: The base of each, (P, T, C), see `Path.base`.
+    """
 
     def __init__(self, path: Path, state: Tensor, base: Tensor | None) -> None:
         self.path, self.state, self.base = path, state, base
@@ -129,32 +168,42 @@ class Point:
             self.attended: Attended | None = path.last.attend(h) if path.last else None
 
     def pull_back(self, prompt: Tensor, position: Tensor, read: Read) -> tuple[Tensor, Tensor]:
-        """``read`` of the downstream activations at one (prompt, position) a row, (R,), and its gradients in the prompt's state, (R, T, C).
+        """Numbers that are read at one position per row, and their gradients.
 
-        Rows do not see one another, so the gradient of their sum holds each row's own: one backward pass serves all.
+        Rows do not affect one another, so the gradient of their sum holds the gradient of each: one
+        backward pass serves all.
+
+        Args:
+            prompt: Prompt of each row, (R,).
+            position: Position of each row, (R,).
+            read: Maps downstream activations (R, D) to numbers (R,).
+
+        Returns:
+            The numbers (R,), and their gradients in the states of the prompts, (R, T, C).
         """
         path = self.path
         if path.last is None or self.attended is None:
-            leaf = self.state[prompt, position].clone().requires_grad_()
-            value = read(
-                path._within(leaf, None if self.base is None else self.base[prompt, position])
-            )
-            g = torch.zeros(
-                len(prompt), *self.state.shape[1:], device=leaf.device, dtype=leaf.dtype
-            )
-            g[torch.arange(len(prompt), device=leaf.device), position] = torch.autograd.grad(
-                value.sum(), leaf
-            )[0]
-            return value.detach(), g
+            return self._pull_back_within(prompt, position, read)
         leaf = self.attended.stream[prompt, position].clone().requires_grad_()
         value = read(path.last.inside(leaf, path.downstream.stream))
-        g = path.last.pull_back(
-            self.attended, prompt, position, torch.autograd.grad(value.sum(), leaf)[0]
-        )
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        g = path.last.pull_back(self.attended, prompt, position, gradient)
         if path.middle or path.upstream.stream == "mlp_in":
             leaf = self.state[prompt].clone().requires_grad_()
             h = path.enter(leaf, None if self.base is None else self.base[prompt])
             for block in path.middle:
                 h = block.forward(h)
             g = torch.autograd.grad(h, leaf, g)[0]
+        return value.detach(), g
+
+    def _pull_back_within(
+        self, prompt: Tensor, position: Tensor, read: Read
+    ) -> tuple[Tensor, Tensor]:
+        """The same if both sites lie in one block, where no other position matters."""
+        leaf = self.state[prompt, position].clone().requires_grad_()
+        base = None if self.base is None else self.base[prompt, position]
+        value = read(self.path._within(leaf, base))
+        g = leaf.new_zeros(len(prompt), *self.state.shape[1:])
+        rows = torch.arange(len(prompt), device=leaf.device)
+        (g[rows, position],) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), g

@@ -1,4 +1,4 @@
-"""Where a circuit's parts come from when they are not made here: SAEs from directories and runs, a language model and its text from a folder."""
+"""Sources of a circuit's parts: SAEs of directories and runs, a local language model, its text."""
 
 from __future__ import annotations
 
@@ -26,37 +26,44 @@ KINDS = ("gpt2", "gpt_neo")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Role:
-    """Where one of the two SAEs sits (``write``: what it rebuilds, null: what it reads), and where it comes from (null: fitted here).
-
-    ``sae``: a SAELens directory, or a run folder, in whose ``saes/`` the one of the cell's corpus, seed and site is taken.
-    """
+    """Site and source of one of the two SAEs."""
 
     site: str | None
+    """Site that it reads; None: the default."""
     write: str | None
+    """Site that it reconstructs; None: the one that it reads."""
     sae: str | None
+    """Its SAELens directory, or a run folder with the SAE of the cell's corpus, seed and site in
+    `saes/`; None: it is fitted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalSources:
-    """A language model from a directory (null: one is trained here) and the text it reads (null: the corpora of ``data``)."""
+    """A language model from a directory, and its text."""
 
     folder: str | None
+    """Directory of the model; None: one is trained."""
     text: str | None
+    """File of the text; None: the corpora of `data`."""
     context: int
+    """Tokens per window."""
     val_frac: float
-    characters: int | None  # of each text that are read (null: all)
+    """Share of the text that is held out."""
+    characters: int | None
+    """Characters of each text that are read; None: all."""
 
     def __post_init__(self) -> None:
         if self.text and not self.folder:
             raise UserError(
-                f"study.local.text={self.text} needs study.local.folder: a model trained here reads data=[...] or data.<name>.file"
+                f"study.local.text={self.text} needs study.local.folder: a model trained here "
+                "reads data=[...] or data.<name>.file"
             )
         if not 0 < self.val_frac < 1:
             raise UserError(f"study.local.val_frac={self.val_frac} must lie between 0 and 1")
 
     @property
     def name(self) -> str:
-        """What the text is called in results."""
+        """Name of the text in results."""
         return re.sub(r"[^A-Za-z0-9_.-]", "_", Path(str(self.text)).stem) or "local"
 
     @property
@@ -76,24 +83,28 @@ class LocalSources:
         )
 
     def texts(self, corpora: Mapping[str, CharCorpus]) -> dict[str, TokenText]:
-        """What the model reads, by name: the text file, or the corpora, joined and cut anew into training and validation."""
+        """Texts in the model's tokens, by name.
+
+        These are the text file, or else the corpora, joined and divided anew into training and
+        validation.
+        """
         if self.text:
-            return {
-                self.name: self.tokens(local_lm.read_text(Path(self.text).expanduser()), self.name)
-            }
-        joined = {
-            name: "".join(c.decode(c.splits[s][: self.characters]) for s in ("train", "val"))
-            for name, c in corpora.items()
-        }
-        return {name: self.tokens(text, name) for name, text in joined.items()}
+            text = local_lm.read_text(Path(self.text).expanduser())
+            return {self.name: self.tokens(text, self.name)}
+        texts = {}
+        for name, corpus in corpora.items():
+            parts = [corpus.splits[split][: self.characters] for split in ("train", "val")]
+            joined = "".join(corpus.decode(part) for part in parts)
+            texts[name] = self.tokens(joined, name)
+        return texts
 
     def model(self, device: torch.device, say: Callable[[str], None]) -> TrainedLM:
-        """The model, as if it had been trained here; ``say`` gets what had to be mended."""
+        """Load the model; repairs are reported through `say`."""
         folder = Path(str(self.folder)).expanduser()
-        found = local_lm.load_local(folder, context=self.context, device=device)
-        for note in found.notes:
+        loaded = local_lm.load_local(folder, context=self.context, device=device)
+        for note in loaded.notes:
             say(f"  study.{note}")
-        return TrainedLM(found.model, {}, [], folder, found.key, 0.0, False)
+        return TrainedLM(loaded.model, {}, [], folder, loaded.key, 0.0, False)
 
 
 def load_sae(
@@ -105,22 +116,37 @@ def load_sae(
     width: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> SAE:
-    """The SAE of a role; ``say`` gets what should be known of it. Raises :class:`UserError`, one line, where there is none, or one of another site
-    or width."""
+    """Load the SAE of a role.
+
+    Args:
+        role: `upstream` or `downstream`, for messages.
+        path: SAELens directory or run folder.
+        dataset: Corpus of the SAE in a run folder.
+        seed: Seed of the SAE in a run folder.
+        site: Site that it must have been fitted at.
+        width: Width of the site.
+        say: Receives remarks about the SAE.
+
+    Raises:
+        UserError: There is no SAE, or one of another site or width.
+    """
     folder = path if (path / interop.CONFIG).is_file() else _in_run(role, path, dataset, seed, site)
     sae, hook = interop.load_sae(folder), hook_of(folder)
     named = saelens.site_of_hook(hook)
     if hook and not named:
         raise UserError(
-            f"study.{role}.sae={folder} was fitted at hook_name={hook!r}, which is no site here: choose an SAE of {saelens.hook_of_site(str(site))}"
+            f"study.{role}.sae={folder} was fitted at hook_name={hook!r}, which is no site here: "
+            f"choose an SAE of {saelens.hook_of_site(str(site))}"
         )
     if named and named != str(site):
         raise UserError(
-            f"study.{role}.sae={folder} was fitted at {named}, not at {site}: set study.{role}.site={named}, or choose another SAE"
+            f"study.{role}.sae={folder} was fitted at {named}, not at {site}: "
+            f"set study.{role}.site={named}, or choose another SAE"
         )
     if sae.d_in != width:
         raise UserError(
-            f"study.{role}.sae={folder} has d_in={sae.d_in}, but {site} is {width} wide: it belongs to another model or site"
+            f"study.{role}.sae={folder} has d_in={sae.d_in}, but {site} is {width} wide: "
+            "it belongs to another model or site"
         )
     for note in _remarks(folder, sae, hook, site):
         say(f"  study.{role}.sae: {note}")
@@ -128,47 +154,46 @@ def load_sae(
 
 
 def _remarks(folder: Path, sae: interop.Loaded, hook: str, site: Site) -> list[str]:
-    """What does not speak against an SAE but may make it the wrong one."""
-    found = [*sae.notes]
+    """Remarks about an SAE that can be used but may be the wrong one."""
+    remarks = [*sae.notes]
     if not hook:
-        found.append(f"{folder} names no hook_name: it is taken for one of {site}")
+        remarks.append(f"{folder} names no hook_name: it is taken for one of {site}")
     elif site.stream in ("resid", "mlp_out") and saelens.centred_in_training(
         read_json(folder / interop.CONFIG)
     ):
-        found.append(
-            f"{folder} is of sae-lens before 3.19.2 or of no known version: it may expect rows less their mean over the width, which are not taken here"
+        remarks.append(
+            f"{folder} is of sae-lens before 3.19.2 or of no known version: it may expect rows "
+            "less their mean over the width, which are not taken here"
         )
-    return found
+    return remarks
 
 
 def _in_run(role: str, path: Path, dataset: str, seed: int, site: Site) -> Path:
+    """The SAE directory of a run folder that fits the cell and the site."""
     if not (path / "saes").is_dir():
         raise UserError(
-            f"study.{role}.sae={path} is neither an SAE directory ({interop.CONFIG}, {interop.WEIGHTS}) nor a run with SAEs"
+            f"study.{role}.sae={path} is neither an SAE directory ({interop.CONFIG}, "
+            f"{interop.WEIGHTS}) nor a run with SAEs"
         )
-    mine = [
-        p
-        for p in sorted((path / "saes").iterdir())
-        if re.fullmatch(rf"{re.escape(dataset)}(\..+)?_{seed}", p.name)
-    ]
-    here = [p for p in mine if site_of(p) == str(site)]
-    if not here:
-        known = (
-            ", ".join(f"{p.name} ({site_of(p) or 'site unknown'})" for p in mine[:6])
-            or "none of that corpus and seed"
-        )
+    name = re.compile(rf"{re.escape(dataset)}(\..+)?_{seed}")
+    of_cell = [p for p in sorted((path / "saes").iterdir()) if name.fullmatch(p.name)]
+    of_site = [p for p in of_cell if site_of(p) == str(site)]
+    if not of_site:
+        known = [f"{p.name} ({site_of(p) or 'site unknown'})" for p in of_cell[:6]]
         raise UserError(
-            f"study.{role}.sae={path} has no SAE of {dataset}, seed {seed} at {site}: there is {known}"
+            f"study.{role}.sae={path} has no SAE of {dataset}, seed {seed} at {site}: "
+            f"there is {', '.join(known) or 'none of that corpus and seed'}"
         )
-    return next((p for p in here if p.name == f"{dataset}.{role}_{seed}"), here[0])
+    of_role = [p for p in of_site if p.name == f"{dataset}.{role}_{seed}"]
+    return (of_role or of_site)[0]
 
 
 def hook_of(folder: Path) -> str:
-    """The hook point that an SAE directory names, in its own terms; "" where it names none."""
+    """Hook point of an SAE directory, by its own name; empty if the directory names none."""
     path = folder / interop.CONFIG
     return saelens.hook_name(read_json(path), path) if path.is_file() else ""
 
 
 def site_of(folder: Path) -> str:
-    """The site that an SAE directory names, in the terms used here; "" where it names none that is known."""
+    """Site of an SAE directory; empty if the directory names none that is known."""
     return saelens.site_of_hook(hook_of(folder)) or ""
