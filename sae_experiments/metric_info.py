@@ -48,6 +48,28 @@ class MetricInfo:
             )
 
 
+def info(
+    name: str,
+    title: str,
+    formula: str,
+    better: Better,
+    *,
+    unit: str = "",
+    shown: bool = True,
+    depends: tuple[str, ...] = ON_ACTIVATIONS,
+) -> MetricInfo:
+    """A description in one call, for tables of many metrics; arguments as in `MetricInfo`."""
+    return MetricInfo(
+        name=name,
+        title=title,
+        formula=formula,
+        unit=unit,
+        better=better,
+        shown=shown,
+        depends=depends,
+    )
+
+
 def describe(infos: Iterable[MetricInfo]) -> dict[str, dict[str, Any]]:
     """Build the `metrics` entry of the manifest.
 

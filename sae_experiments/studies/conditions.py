@@ -43,7 +43,7 @@ def of_sae(sae: SAE, where: str | None = None) -> dict[str, Any]:
 
 
 def of_sites(read: Site | Sites, write: Site | Sites) -> str:
-    """``resid.2``, or ``mlp_in.2 -> mlp_out.2`` where an SAE rebuilds another site than it reads."""
+    """`resid.2`, or `mlp_in.2 -> mlp_out.2` for an SAE that writes another site than it reads."""
     names = [", ".join(str(site) for site in as_sites(where)) for where in (read, write)]
     return " -> ".join(dict.fromkeys(names))
 
@@ -52,8 +52,8 @@ def of_language(lm: TrainedLM, text: Any) -> dict[str, Any]:
     """The language model and its text.
 
     Args:
-        lm: the model; its key names the recipe, or the files that it was loaded from.
-        text: a corpus or a text in tokens, with ``key``, ``provenance`` and ``splits``.
+        lm: The model; its key names the recipe, or the files that it was loaded from.
+        text: A corpus or a text in tokens, with `key`, `provenance` and `splits`.
     """
     spec, train = flat(lm.key.get("spec", {})), lm.key.get("spec", {}).get("train", {})
     recipe = {k: v for k, v in spec.items() if k not in NOT_THE_MODEL}
@@ -76,16 +76,17 @@ def of_language(lm: TrainedLM, text: Any) -> dict[str, Any]:
 
 
 def _is_whole(lm: TrainedLM, spec: Mapping[str, Any]) -> bool:
+    """Tell whether the folder of a model that was trained here has its weights."""
     return bool(spec) and isinstance(lm.folder, Path) and (lm.folder / WEIGHTS).is_file()
 
 
 def of_evaluation(
     metric: Callable[..., Any], evaluation: EvalContext, names: Iterable[str]
 ) -> dict[str, Any]:
-    """The conditions of one metric: the held-out rows that it looks at, and its options.
+    """The conditions of one metric: its options, and the number of held-out rows that it reads.
 
-    A metric looks at the first ``rows`` rows, at all of them where it has no such option or its
-    module has no ``rows_read`` that says otherwise.
+    A metric reads the first `rows` rows, or all of them if it has no such option. The function
+    `rows_read` of its module, if there is one, overrides this.
     """
     partial = metric if isinstance(metric, functools.partial) else functools.partial(metric)
     given = {k: plain(v) for k, v in partial.keywords.items()}
@@ -104,7 +105,7 @@ def flat(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """A value as JSON can hold it; other kinds become strings."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

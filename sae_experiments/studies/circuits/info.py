@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sae_experiments.conditions import ON_ACTIVATIONS
-from sae_experiments.metric_info import MetricInfo
+from sae_experiments.metric_info import MetricInfo, info
 
 WHAT = "A(clean) - A(without one upstream latent)"
 METHODS = {
@@ -43,16 +43,15 @@ def infos(nudges: Sequence[float]) -> list[MetricInfo]:
     described = [*MAIN, *_completeness()]
     for step in nudges:
         described += _nudge(step)
-    for info in (*_single_removals(), *_deletions(), *_others()):
-        if all(info.name != known.name for known in described):
-            described.append(info)
-    return described
+    names = {known.name for known in described}
+    rest = (*_single_removals(), *_deletions(), *_others())
+    return described + [extra for extra in rest if extra.name not in names]
 
 
 def _completeness() -> list[MetricInfo]:
     """Shares of the pre-activations that the parts of the upstream state account for."""
     return [
-        _info(
+        info(
             f"completeness_{part}",
             f"share of {part}",
             f"sum of {part} gradient terms / sum of A",
@@ -67,13 +66,13 @@ def _nudge(step: float) -> list[MetricInfo]:
     """Agreement of predicted and actual change for one step along the gradient."""
     name = f"nudge_{step:g}".replace(".", "_")
     return [
-        _info(
+        info(
             f"{name}_pearson",
             f"r(nudge {step:g})",
             f"Pearson of predicted and actual change, step {step:g} of the codes' norm",
             "up",
         ),
-        _info(
+        info(
             f"{name}_slope",
             f"slope (nudge {step:g})",
             "least-squares slope of actual on predicted change",
@@ -109,7 +108,7 @@ def _deletions() -> list[MetricInfo]:
         for method in ("cosine", "coactivation"):
             name = f"{prefix}deletion_gain_over_{method}"
             gain = f"deletion area by attribution less that by {method}, latents {pool}"
-            low = _info(
+            low = info(
                 f"{name}_low",
                 f"{name} (low)".replace("_", " "),
                 "lower end of its 95 % bootstrap interval over prompts",
@@ -126,114 +125,93 @@ def _others() -> list[MetricInfo]:
 
 def _hidden(name: str, formula: str, better: Any) -> MetricInfo:
     """A metric that the printed tables leave out, with its name as title."""
-    return _info(name, name.replace("_", " "), formula, better, shown=False)
-
-
-def _info(
-    name: str,
-    title: str,
-    formula: str,
-    better: Any,
-    unit: str = "",
-    *,
-    shown: bool = True,
-    depends: tuple[str, ...] = ON_ACTIVATIONS,
-) -> MetricInfo:
-    return MetricInfo(
-        name=name,
-        title=title,
-        formula=formula,
-        unit=unit,
-        better=better,
-        shown=shown,
-        depends=depends,
-    )
+    return info(name, name.replace("_", " "), formula, better, shown=False)
 
 
 #: The numbers that tables show.
 MAIN = [
-    _info(
+    info(
         "attribution_ablation_pearson",
         "r(attribution, ablation)",
         f"Pearson of z dA/dz and {WHAT}, same position",
         "up",
     ),
-    _info(
+    info(
         "attribution_ablation_spearman",
         "rho(attribution, ablation)",
         f"Spearman of z dA/dz and {WHAT}, same position",
         "up",
     ),
-    _info(
+    info(
         "attribution_slope",
         "slope",
         "least-squares slope of effect on attribution, same position (ideal 1)",
         "none",
     ),
-    _info(
+    info(
         "attribution_sign_agreement",
         "same sign",
         "share of pairs where attribution and effect have one sign",
         "up",
     ),
-    _info(
+    info(
         "cosine_ablation_pearson",
         "r(cosine, ablation)",
         f"Pearson of the weights' cosine and {WHAT}, same position",
         "none",
     ),
-    _info(
+    info(
         "coactivation_ablation_pearson",
         "r(co-activation, ablation)",
         f"Pearson of phi of firing and {WHAT}, same position",
         "none",
     ),
-    _info(
+    info(
         "earlier_attribution_ablation_pearson",
         "r, earlier positions",
         f"Pearson of z dA/dz and {WHAT}, earlier positions",
         "up",
     ),
-    _info(
+    info(
         "deletion_area_attribution",
         "deletion: attribution",
         "mean over q = 1, 2, 4, ... of the share of A removed with the q first latents",
         "up",
     ),
-    _info(
+    info(
         "deletion_gain_over_cosine",
         "gain over cosine",
         "deletion area by attribution less that by cosine",
         "up",
     ),
-    _info(
+    info(
         "deletion_gain_over_coactivation",
         "gain over co-activation",
         "deletion area by attribution less that by co-activation",
         "up",
     ),
-    _info("n_pairs", "pairs", "pairs at the same position whose effect was measured", "none"),
-    _info(
+    info("n_pairs", "pairs", "pairs at the same position whose effect was measured", "none"),
+    info(
         "attribution_targets_per_second",
         "targets/s",
         "targets attributed to all upstream latents at all positions",
         "up",
-        "1/s",
+        unit="1/s",
         depends=(*ON_ACTIVATIONS, "device"),
     ),
-    _info(
+    info(
         "integrated_gap",
         "IG gap",
         "sum |sum of integrated gradients - effect of removing all| / sum |effect|",
         "down",
     ),
-    _info(
+    info(
         "joint_ablation_pearson",
         "r(joint)",
         "Pearson of the sum of attributions and the effect of removing all upstream latents",
         "up",
     ),
-    _info(
+    info(
         "ngram_f1",
         "n-gram F1",
         "mean F1 of the chosen downstream latents with their n-gram, chosen on other text",

@@ -1,4 +1,4 @@
-"""All palindromes ``<abc|cba>`` over a small alphabet, as ids, and how they are split."""
+"""All palindromes `<abc|cba>` over a small alphabet, as ids, and their split."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from sae_experiments.errors import UserError
 
 LETTERS = string.ascii_lowercase
 SYMBOLS = LETTERS + "<|>"
+#: Letters of a half.
 HALF = 3
-LENGTH = (
-    2 * HALF + 3
-)  # characters of a string; the model reads all but the last and predicts all but the first
-MIRROR = slice(
-    HALF + 1, 2 * HALF + 1
-)  # predictions (of LENGTH - 1) that are letters of the mirrored half
-FLOOR = (
-    HALF * math.log(len(LETTERS)) / (LENGTH - 1)
-)  # nats a token: the free letters cost log 26 each, all else is certain
+#: Characters of a string. The model reads all but the last and predicts all but the first.
+LENGTH = 2 * HALF + 3
+#: Predictions, of LENGTH - 1, that are letters of the mirrored half.
+MIRROR = slice(HALF + 1, 2 * HALF + 1)
+#: Least loss in nats per token: a free letter costs log 26, and all else is certain.
+FLOOR = HALF * math.log(len(LETTERS)) / (LENGTH - 1)
 
 
 def all_strings() -> Tensor:
@@ -41,10 +39,13 @@ def text_of(ids: Tensor) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strings:
-    """How the strings are split: at ``random`` (a function of the seed), or ``alphabetical``: the last ones, whose first letters are never trained on."""
+    """Split of the strings into training and test strings."""
 
     split: str
+    """`random`, by the seed, or `alphabetical`: the last ones are tested, whose first letters are
+    never trained on."""
     test_frac: float
+    """Share of the test strings."""
 
     def __post_init__(self) -> None:
         if self.split not in ("random", "alphabetical"):
@@ -68,7 +69,14 @@ class Strings:
 
 
 def rows_at(n: int, step: int, rows: int, seed: int) -> Tensor:
-    """Row numbers of batch ``step``: all n in an order shuffled anew each epoch, a function of (seed, step) alone."""
+    """Row numbers of a batch, a function of seed and step: the order is shuffled in every epoch.
+
+    Args:
+        n: Number of rows in all.
+        step: Number of the batch.
+        rows: Rows per batch.
+        seed: Seed of the order.
+    """
     epoch, within = divmod(step, max(n // rows, 1))
     order = np.random.default_rng([seed & 0xFFFFFFFF, seed >> 32, epoch]).permutation(n)
     return torch.from_numpy(order[within * rows : (within + 1) * rows])

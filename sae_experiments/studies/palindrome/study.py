@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_experiments.cache import cached
-from sae_experiments.conditions import OF_MODEL_ON_ROWS, OF_MODEL_TIME, OF_SAE_TIME, ON_ACTIVATIONS
+from sae_experiments.conditions import OF_MODEL_ON_ROWS, OF_MODEL_TIME, OF_SAE_TIME
 from sae_experiments.console import listed
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_bytes, write_json
@@ -26,7 +26,7 @@ from sae_experiments.fitting import spec as sae_spec_module
 from sae_experiments.fitting.cached import fit_cached, tensors_of
 from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
 from sae_experiments.fitting.spec import FitSpec, SAESpec, code_of
-from sae_experiments.metric_info import MetricInfo
+from sae_experiments.metric_info import MetricInfo, info
 from sae_experiments.models import gpt2 as lm
 from sae_experiments.models.gpt2 import LMLearner, LMSpec, build_lm
 from sae_experiments.models.hooks import Site, activations
@@ -362,67 +362,45 @@ def flattened(model: torch.nn.Module, x: Tensor, rows: int = 2048) -> Tensor:
     return torch.cat(parts)
 
 
-def _info(
-    name: str,
-    title: str,
-    formula: str,
-    unit: str,
-    better: Any,
-    *,
-    shown: bool = True,
-    depends: tuple[str, ...] = ON_ACTIVATIONS,
-) -> MetricInfo:
-    return MetricInfo(
-        name=name,
-        title=title,
-        formula=formula,
-        unit=unit,
-        better=better,
-        shown=shown,
-        depends=depends,
-    )
-
-
 INFO = [
-    _info(
+    info(
         "excess_loss",
         "excess loss",
         "test_loss - 3 log(26) / 8, the least that is possible",
-        "nat/char",
         "down",
+        unit="nat/char",
         depends=OF_MODEL_ON_ROWS,
     ),
-    _info(
+    info(
         "mirror_accuracy",
         "mirrored half",
         "share of the mirrored letters of the test strings that the model ranks first",
-        "",
         "up",
         depends=OF_MODEL_ON_ROWS,
     ),
-    _info(
+    info(
         "test_loss",
         "test loss",
         "mean cross-entropy of the characters of the test strings",
-        "nat/char",
         "down",
+        unit="nat/char",
         depends=OF_MODEL_ON_ROWS,
     ),
-    _info(
+    info(
         "lm_train_time",
         "LM time",
         "seconds of training the transformer",
-        "s",
         "down",
+        unit="s",
         shown=False,
         depends=OF_MODEL_TIME,
     ),
-    _info(
+    info(
         "sae_train_time",
         "SAE time",
         "seconds of the SAE's training",
-        "s",
         "down",
+        unit="s",
         shown=False,
         depends=OF_SAE_TIME,
     ),

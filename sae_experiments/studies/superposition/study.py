@@ -1,7 +1,8 @@
-"""Toy models of superposition with tree-structured features: a sweep over depth and hidden size, all models trained together.
+"""Toy models of superposition with tree-structured features, over depths and hidden sizes.
 
-For each family of features: which trees fit into how many hidden units, how the features share them, and how much of the tree an SAE on
-the hidden layer finds (here the truth is known).
+All models of a family of features are trained together. Results are the trees that fit into how
+many hidden units, how features share these, and how much of a known tree an SAE on the hidden layer
+recovers.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_experiments.cache import cached
-from sae_experiments.conditions import OF_MODEL, OF_MODEL_TIME, ON_ACTIVATIONS
+from sae_experiments.conditions import OF_MODEL, OF_MODEL_TIME
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest, read_json, write_bytes, write_json
+from sae_experiments.fitting.cached import tensors_of
 from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
 from sae_experiments.fitting.spec import SAESpec
-from sae_experiments.metric_info import MetricInfo
+from sae_experiments.metric_info import MetricInfo, info
 from sae_experiments.resources import Need, announce
 from sae_experiments.saes.base import SAE, Batch
+from sae_experiments.saes.ops import unit_rows
 from sae_experiments.source import source_digest
 from sae_experiments.studies import conditions as facts
 from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of, rows_seed
@@ -32,43 +35,93 @@ from sae_experiments.studies.superposition import toy, toy_step, trees
 from sae_experiments.studies.superposition.toy import ToyLearner
 from sae_experiments.studies.superposition.trees import Features
 from sae_experiments.training import loop as training
-from sae_experiments.training.loop import Session, TrainConfig, seed_of, train
+from sae_experiments.training.loop import TrainConfig, seed_of, train
 
+#: Losses (instances,) by depth and hidden size.
 Losses = dict[tuple[int, int], np.ndarray]
+#: Most features of a tree.
+MAX_FEATURES = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """The SAE on the hidden layer of one configuration's best instance. A feature is found if a latent's decoder has cosine ``match`` with it."""
+    """The SAEs on the hidden layer of one configuration's best instance.
+
+    A feature is recovered if the decoder row of a latent has a cosine of at least `match` with it.
+    """
 
     depth: int
+    """Depth of the configuration."""
     hidden: int
-    rows: int  # held-out rows, and rows to initialise and calibrate with
+    """Hidden units of the configuration."""
+    rows: int
+    """Held-out rows, and as many to initialise from and to calibrate on."""
     match: float
-    min_norm: float  # a feature with a shorter direction is not represented: it cannot be found and stays out of MMCS
+    """Cosine from which a feature is recovered."""
+    min_norm: float
+    """Length below which a feature's direction does not represent it: it cannot be recovered, and
+    does not count in MMCS."""
     dead_after_frac: float
+    """Share of the rows of the fit without firing after which a latent is dead."""
     train: TrainConfig
+    """Optimisation of the SAEs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Superposition:
-    """Cells are (family of features, seed); a cell trains every (depth, hidden) pair, ``instances`` times, in one pass."""
+    """The study of superposition.
+
+    Its cells are pairs of a family of features and a seed. A cell trains every configuration, a
+    pair of depth and hidden size, `instances` times in one pass.
+    """
 
     families: Mapping[str, Features]
+    """Families of features by name."""
     depths: Sequence[int]
+    """Depths of the trees."""
     hidden: Sequence[int]
+    """Hidden sizes."""
     instances: int
-    init: str  # Xavier-normal of each "matrix", or as if "stacked": of the (instances, hidden, features) tensor, as PyTorch counts its fans
+    """Models per configuration."""
+    init: str
+    """Xavier-normal of each `matrix`, or `stacked`: of the (instances, hidden, features) tensor, as
+    PyTorch counts its fans."""
     threshold: float
+    """Loss below which a configuration counts as solved."""
     eval_rows: int
+    """Samples of the final loss, where it is not exact."""
     train: TrainConfig
+    """Optimisation of the toy models."""
     probe: Probe
+    """The SAEs."""
     saes: Mapping[str, SAESpec]
+    """SAEs by name."""
     seeds: Sequence[int] | None
+    """Seeds; None: 0 alone."""
     held_out: str = "val"
+    """Held-out part of the rows, one of `HELD_OUT`."""
 
     def check(self) -> None:
         check_held_out(self.held_out)
+        self._check_sweep()
+        for name, features in self.families.items():
+            sizes = {depth: features.n_features(depth) for depth in self.depths}
+            self._check_sizes(name, sizes)
+            if not features.marginals(max(self.depths)).any():
+                raise UserError(
+                    f"study.families.{name}.probability={features.probability}: "
+                    "no feature is ever on"
+                )
+        probed = (self.probe.depth, self.probe.hidden)
+        if probed not in self.shapes(next(iter(self.families.values()))):
+            raise UserError(
+                f"study.probe: depth={probed[0]} with hidden={probed[1]} is not a configuration "
+                "of the sweep"
+            )
+        for sae_spec in self.saes.values():
+            sae_spec.check(self.probe.hidden, self.probe.hidden, self.probe.train)
+
+    def _check_sweep(self) -> None:
         if not self.families:
             raise UserError("study.families names no family of features")
         for name, values in (("depths", self.depths), ("hidden", self.hidden)):
@@ -81,44 +134,41 @@ class Superposition:
                 raise UserError(f"study.{name}={getattr(self, name)} must be at least 1")
         if self.init not in toy.INITS:
             raise UserError(f"study.init={self.init!r} is not one of {', '.join(toy.INITS)}")
-        for name, features in self.families.items():
-            sizes = {depth: features.n_features(depth) for depth in self.depths}
-            self._check_sizes(name, sizes)
-            if not features.marginals(max(self.depths)).any():
-                raise UserError(
-                    f"study.families.{name}.probability={features.probability}: no feature is ever on"
-                )
-        if (self.probe.depth, self.probe.hidden) not in self.shapes(
-            next(iter(self.families.values()))
-        ):
-            raise UserError(
-                f"study.probe: depth={self.probe.depth} with hidden={self.probe.hidden} is not a configuration of the sweep"
-            )
-        for sae_spec in self.saes.values():
-            sae_spec.check(self.probe.hidden, self.probe.hidden, self.probe.train)
 
     def _check_sizes(self, name: str, sizes: Mapping[int, int]) -> None:
-        """A hidden size above the features of some depths is left out there; one above those of all depths, or a depth without any, is a mistake."""
-        if max(self.hidden) > max(sizes.values()):
+        """Check hidden sizes against the number of features by depth.
+
+        A hidden size above the features of some depths is left out there. One above those of all
+        depths is a mistake, and so is a depth without any hidden size.
+        """
+        largest, smallest = max(self.hidden), min(self.hidden)
+        if largest > max(sizes.values()):
             raise UserError(
-                f"study.hidden={max(self.hidden)} exceeds the {max(sizes.values())} features of the deepest tree of {name}"
+                f"study.hidden={largest} exceeds the {max(sizes.values())} features of the "
+                f"deepest tree of {name}"
             )
         for depth, n in sizes.items():
-            if min(self.hidden) > n:
+            if smallest > n:
                 raise UserError(
-                    f"study.hidden={min(self.hidden)} exceeds the {n} features of depth {depth} of {name}: leave the depth out"
+                    f"study.hidden={smallest} exceeds the {n} features of depth {depth} of {name}: "
+                    "leave the depth out"
                 )
-            if n > 100_000:
+            if n > MAX_FEATURES:
                 raise UserError(
-                    f"study.depths={depth} with branching={self.families[name].branching} makes {n:,} features: at most 100,000 fit"
+                    f"study.depths={depth} with branching={self.families[name].branching} makes "
+                    f"{n:,} features: at most {MAX_FEATURES:,} fit"
                 )
 
     def shapes(self, features: Features) -> list[tuple[int, int]]:
-        """The configurations of the sweep: (depth, hidden) with hidden <= features."""
+        """The configurations of the sweep: (depth, hidden) with at most one unit per feature."""
         return [(d, h) for d in self.depths for h in self.hidden if h <= features.n_features(d)]
 
     def announce(self, ctx: Context) -> None:
-        """Say what the deepest tree will need. Raises :class:`UserError` where it does not fit."""
+        """Print what the deepest tree will need.
+
+        Raises:
+            UserError: It does not fit into memory.
+        """
         depth = max(self.depths)
         for name, features in self.families.items():
             sizes = {
@@ -127,14 +177,12 @@ class Superposition:
                 "eval_rows": self.eval_rows,
             }
             need = Need(toy.memory(self.shapes(features), features, **sizes))
-            what = f"family {name}: {features.n_features(depth):,} features of study.depths={depth}, study.instances={self.instances}"
-            announce(
-                what,
-                need,
-                "use smaller depths or branching, or fewer instances",
-                device=ctx.device,
-                say=ctx.console.say,
+            what = (
+                f"family {name}: {features.n_features(depth):,} features of study.depths={depth}, "
+                f"study.instances={self.instances}"
             )
+            fix = "use smaller depths or branching, or fewer instances"
+            announce(what, need, fix, device=ctx.device, say=ctx.console.say)
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
         self.announce(ctx)
@@ -150,7 +198,7 @@ class Superposition:
         }
 
     def result_name(self, family: str, sae: str) -> str:
-        """The name results appear under: the family, and the SAE's label where several are fitted."""
+        """Name of results: the family's, with that of the SAE if several are fitted."""
         return family if len(self.saes) == 1 else f"{family}.{sae}"
 
     def cells(self) -> list[Cell]:
@@ -177,37 +225,38 @@ class Superposition:
         represent(outcome, learner, losses, features)
         m = outcome.metrics
         ctx.console.say(
-            f"  {len(losses)} configurations x {self.instances}: loss {m['loss_mean']:.5f} (best {m['loss_min']:.5f}) in {info['seconds']:.0f} s"
+            f"  {len(losses)} configurations x {self.instances}: loss {m['loss_mean']:.5f} "
+            f"(best {m['loss_min']:.5f}) in {info['seconds']:.0f} s"
         )
         weights = self.hidden_directions(learner, losses)
         saes, reports = self.fitted(features, weights, cell.seed, ctx)
         outcomes = {}
         for name, sae in saes.items():
-            own = replace(
-                outcome,
-                metrics=dict(m),
-                why_null=dict(outcome.why_null),
-                arrays=dict(outcome.arrays),
-                seconds=dict(outcome.seconds),
-            )
-            own.cut, own.curves = (
-                own.cut or reports[name].cut,
-                [*outcome.curves, *((s, f"sae/{n}", v) for s, n, v in reports[name].history)],
-            )
-            own.seconds["fit"] = reports[name].seconds
-            own.facts = self._facts(features) | facts.of_sae(
-                sae, f"hidden {self.probe.hidden} of depth {self.probe.depth}"
-            )
+            own = self._with_fit(outcome, reports[name])
+            site = f"hidden {self.probe.hidden} of depth {self.probe.depth}"
+            own.facts = self._facts(features) | facts.of_sae(sae, site)
             own.add_fit(reports[name])
             self.evaluate(own, sae, features, weights, cell.seed)
-            ctx.console.say(
-                f"  {name}: MMCS {own.metrics['sae_mmcs'] or 0:.3f}, {own.metrics['sae_recovered_frac']:.0%} of the tree found"
-            )
+            mmcs, recovered = own.metrics["sae_mmcs"] or 0, own.metrics["sae_recovered_frac"]
+            ctx.console.say(f"  {name}: MMCS {mmcs:.3f}, {recovered:.0%} of the tree found")
             outcomes[self.result_name(cell.dataset, name)] = own
         return outcomes
 
+    def _with_fit(self, outcome: Outcome, report: FitReport) -> Outcome:
+        """A copy of the toy models' outcome, with the fit of an SAE."""
+        curves = [(step, f"sae/{name}", value) for step, name, value in report.history]
+        return replace(
+            outcome,
+            metrics=dict(outcome.metrics),
+            why_null=dict(outcome.why_null),
+            arrays=dict(outcome.arrays),
+            seconds=outcome.seconds | {"fit": report.seconds},
+            curves=[*outcome.curves, *curves],
+            cut=outcome.cut or report.cut,
+        )
+
     def _facts(self, features: Features) -> dict[str, Any]:
-        """What the numbers depend on beside the models (of those about the models) and the SAE."""
+        """Conditions of the numbers, beside the SAE."""
         shapes = self.shapes(features)
         return {
             "text": facts.flat(asdict(features)),
@@ -228,7 +277,13 @@ class Superposition:
     def trained(
         self, features: Features, seed: int, ctx: Context
     ) -> tuple[ToyLearner, Losses, dict[str, Any]]:
-        """All models of a family: from the cache, or trained now, continuing where a killed process stopped."""
+        """All models of a family, from the cache or trained now.
+
+        Training continues where a killed process stopped.
+
+        Returns:
+            The models, the losses (instances,) by configuration, and information on the training.
+        """
         shapes = self.shapes(features)
         key = {
             "what": "toys",
@@ -257,53 +312,36 @@ class Superposition:
         def make(part: Path) -> bool:
             with ctx.session(f"{len(shapes)} toy models", "toy", share=0.9) as session:
                 checkpoint = part / "checkpoint.safetensors"
-                progress = train(
-                    [learner],
-                    learner.batch_at,
-                    self.train,
-                    Session(session.log, session.tick, checkpoint, session.deadline),
-                )
-            write_bytes(
-                part / "models.safetensors",
-                save({k: v.cpu().clone() for k, v in learner.module.state_dict().items()}),
-            )
-            losses = [
-                [*shape, found.tolist()] for shape, found in learner.final(self.eval_rows).items()
-            ]
-            write_json(
-                part / "info.json",
-                {
-                    "losses": losses,
-                    "seconds": progress.seconds,
-                    "cut": progress.cut,
-                    "history": progress.history,
-                },
-            )
+                session = replace(session, checkpoint=checkpoint)
+                progress = train([learner], learner.batch_at, self.train, session)
+            write_bytes(part / "models.safetensors", tensors_of(learner.module))
+            losses = learner.final(self.eval_rows)
+            names = ("seconds", "cut", "history")
+            info = {name: getattr(progress, name) for name in names}
+            info["losses"] = [[*shape, values.tolist()] for shape, values in losses.items()]
+            write_json(part / "info.json", info)
             if not progress.cut:
                 checkpoint.unlink(missing_ok=True)
             return not progress.cut
 
         folder = cached(ctx.cache, "toys", key, make)
         info = read_json(folder / "info.json")
-        learner.module.load_state_dict(
-            load_file(folder / "models.safetensors", device=str(ctx.device))
-        )
-        return learner, {(d, h): np.asarray(values) for d, h, values in info["losses"]}, info
+        state = load_file(folder / "models.safetensors", device=str(ctx.device))
+        learner.module.load_state_dict(state)
+        losses = {(d, h): np.asarray(values) for d, h, values in info["losses"]}
+        return learner, losses, info
 
     def hidden_directions(self, learner: ToyLearner, losses: Losses) -> Tensor:
         """W (hidden, F) of the probed configuration's best instance."""
         shape = self.probe.depth, self.probe.hidden
-        return learner.module.weights(*shape)[0][int(losses[shape].argmin())].contiguous()
+        best = int(losses[shape].argmin())
+        return learner.module.weights(*shape)[0][best].contiguous()
 
     def hidden_rows(self, features: Features, weights: Tensor, n: int, seed: int) -> Tensor:
         """Hidden activations (n, hidden) of fresh samples."""
         rng = np.random.default_rng([seed & 0xFFFFFFFF, seed >> 32])
-        x = (
-            torch.from_numpy(features.draw(self.probe.depth, n, rng)[:, : weights.shape[1]])
-            .float()
-            .to(weights.device)
-        )
-        return x @ weights.t()
+        drawn = features.draw(self.probe.depth, n, rng)[:, : weights.shape[1]]
+        return torch.from_numpy(drawn).float().to(weights.device) @ weights.t()
 
     def fitted(
         self, features: Features, weights: Tensor, seed: int, ctx: Context
@@ -341,7 +379,7 @@ class Superposition:
     def evaluate(
         self, outcome: Outcome, sae: SAE, features: Features, weights: Tensor, seed: int
     ) -> None:
-        """How well the SAE rebuilds held-out rows, and how much of the tree its decoder holds."""
+        """Add the reconstruction error on held-out rows, and the recovery of the tree."""
         x = self.hidden_rows(features, weights, self.probe.rows, rows_seed(seed, self.held_out))
         acts = sae.encode(x)
         alive = (acts != 0).any(0)
@@ -352,59 +390,57 @@ class Superposition:
         }
         cosines = best_cosines(weights.t(), sae.W_dec[alive])
         shown = (weights.norm(dim=0) >= self.probe.min_norm).cpu().numpy()
-        chance = best_cosines(
-            weights.t(),
-            torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(0)).to(
-                weights.device
-            ),
-        )
+        generator = torch.Generator().manual_seed(0)
+        random = torch.randn(sae.W_dec.shape, generator=generator).to(weights.device)
+        chance = best_cosines(weights.t(), random)
         for name, values in (("sae_mmcs", cosines), ("sae_mmcs_chance", chance)):
             outcome.metrics[name] = float(values[shown].mean()) if shown.any() else None
             if not shown.any():
                 outcome.why_null[name] = (
                     f"no feature's direction is as long as {self.probe.min_norm}"
                 )
-        outcome.metrics["sae_recovered_frac"] = float(
-            (shown & (cosines >= self.probe.match)).mean()
-        )
+        recovered = shown & (cosines >= self.probe.match)
+        outcome.metrics["sae_recovered_frac"] = float(recovered.mean())
         outcome.arrays["sae_best_cosine"] = np.where(shown, cosines, np.nan)
 
 
 def best_cosines(directions: Tensor, decoder: Tensor) -> np.ndarray:
-    """The largest cosine (F,) of each direction (F, D) with a row of the decoder (latents, D); 0 where there is no latent."""
+    """The largest cosine of each direction with a decoder row.
+
+    Args:
+        directions: Directions (F, D).
+        decoder: Decoder rows (n, D).
+
+    Returns:
+        Cosines (F,); 0 if there are no latents.
+    """
     if not len(decoder):
         return np.zeros(len(directions))
-    unit = torch.nn.functional.normalize
-    return (
-        (unit(directions, dim=1) @ unit(decoder, dim=1).t())
-        .max(1)
-        .values.cpu()
-        .numpy()
-        .astype(float)
-    )
+    cosines = unit_rows(directions) @ unit_rows(decoder).t()
+    return cosines.max(1).values.cpu().numpy().astype(float)
 
 
 def summarise(outcome: Outcome, losses: Losses, threshold: float) -> None:
-    """Loss over the sweep, and for each depth the smallest hidden size below the threshold (None where there is none)."""
-    outcome.metrics["loss_min"] = float(np.mean([found.min() for found in losses.values()]))
-    outcome.metrics["loss_mean"] = float(np.mean([found.mean() for found in losses.values()]))
-    depths = sorted({depth for depth, _ in losses})
-    solved = {
-        d: sorted(
-            h for (depth, h), found in losses.items() if depth == d and found.min() < threshold
-        )
-        for d in depths
-    }
-    outcome.metrics["solved_depths"] = float(sum(bool(sizes) for sizes in solved.values()))
-    for name, depth in [
-        ("smallest_hidden", depths[-1]),
-        *((f"smallest_hidden_depth_{d}", d) for d in depths),
-    ]:
-        outcome.metrics[name] = solved[depth][0] if solved[depth] else None
-        if not solved[depth]:
-            least = min(found.min() for (d, _), found in losses.items() if d == depth)
+    """Add the loss over the sweep, and the smallest hidden size below the threshold by depth."""
+    outcome.metrics["loss_min"] = float(np.mean([values.min() for values in losses.values()]))
+    outcome.metrics["loss_mean"] = float(np.mean([values.mean() for values in losses.values()]))
+    smallest_losses: dict[int, dict[int, float]] = {}
+    for (depth, hidden), values in losses.items():
+        smallest_losses.setdefault(depth, {})[hidden] = values.min()
+    depths = sorted(smallest_losses)
+    solved = {}
+    for depth in depths:
+        sizes = [h for h, loss in smallest_losses[depth].items() if loss < threshold]
+        solved[depth] = min(sizes, default=None)
+    outcome.metrics["solved_depths"] = float(sum(size is not None for size in solved.values()))
+    names = {"smallest_hidden": depths[-1]} | {f"smallest_hidden_depth_{d}": d for d in depths}
+    for name, depth in names.items():
+        outcome.metrics[name] = solved[depth]
+        if solved[depth] is None:
+            least = min(smallest_losses[depth].values())
             outcome.why_null[name] = (
-                f"no hidden size of the sweep brings depth {depth} below {threshold:g}; the least loss is {least:.2g}"
+                f"no hidden size of the sweep brings depth {depth} below {threshold:g}; "
+                f"the least loss is {least:.2g}"
             )
     outcome.arrays |= {
         "depth": np.array([depth for depth, _ in losses]),
@@ -415,14 +451,16 @@ def summarise(outcome: Outcome, losses: Losses, threshold: float) -> None:
 
 
 def represent(outcome: Outcome, learner: ToyLearner, losses: Losses, features: Features) -> None:
-    """How each configuration's best instance represents its features: norms, interference, dimensions per feature, and the plane of hidden = 2."""
+    """Add how each configuration's best instance represents its features.
+
+    These are norms, interference and dimensions per feature, and the plane of two hidden units.
+    """
     width = features.n_features(max(depth for depth, _ in losses))
     kinds = ("feature_norm", "interference", "dimensionality")
     tables = {kind: np.full((len(losses), width), np.nan) for kind in kinds}
-    for row, ((depth, hidden), found) in enumerate(losses.items()):
-        w, b = (
-            t[int(found.argmin())].cpu().double() for t in learner.module.weights(depth, hidden)
-        )
+    for row, ((depth, hidden), loss) in enumerate(losses.items()):
+        best = int(loss.argmin())
+        w, b = (part[best].cpu().double() for part in learner.module.weights(depth, hidden))
         for kind, values in zip(kinds, measures(w), strict=True):
             tables[kind][row, : w.shape[1]] = values.numpy()
         if hidden == 2:
@@ -434,153 +472,126 @@ def represent(outcome: Outcome, learner: ToyLearner, losses: Losses, features: F
 
 
 def measures(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of W (hidden, F): norms ``|w_i|``; interference ``sum_{j != i} (w_i/|w_i| . w_j)^2``; dimensions of a feature ``|w_i|^2 / sum_j (w_i/|w_i| . w_j)^2``.
+    """Representation of each feature (Elhage et al. 2022).
 
-    All (F,); a feature without a direction has norm, interference and dimensions 0 (Elhage et al. 2022).
+    Args:
+        w: Weights (hidden, F).
+
+    Returns:
+        Norms `|w_i|`, interference `sum_{j != i} (w_i/|w_i| . w_j)^2` and dimensions per feature
+        `|w_i|^2 / sum_j (w_i/|w_i| . w_j)^2`, (F,) each; all 0 for a feature without a direction.
     """
     norms = w.norm(dim=0)
     unit = torch.where(norms > 1e-6, w / norms.clamp_min(1e-6), 0.0)
     own = (unit * w).sum(0).square()
-    total = (unit * (w @ w.t() @ unit)).sum(
-        0
-    )  # sum_j (u_i . w_j)^2 = u_i^T W W^T u_i, without a table of all pairs
-    return (
-        norms,
-        (total - own).clamp_min(0),
-        torch.where(total > 1e-12, own / total.clamp_min(1e-12), 0.0),
-    )
-
-
-def _info(
-    name: str,
-    title: str,
-    formula: str,
-    unit: str,
-    better: Any,
-    *,
-    shown: bool = True,
-    depends: tuple[str, ...] = ON_ACTIVATIONS,
-) -> MetricInfo:
-    return MetricInfo(
-        name=name,
-        title=title,
-        formula=formula,
-        unit=unit,
-        better=better,
-        shown=shown,
-        depends=depends,
-    )
+    # sum_j (u_i . w_j)^2 = u_i^T W W^T u_i, without a table of all pairs.
+    total = (unit * (w @ w.t() @ unit)).sum(0)
+    dimensions = torch.where(total > 1e-12, own / total.clamp_min(1e-12), 0.0)
+    return norms, (total - own).clamp_min(0), dimensions
 
 
 def smallest_info(depth: int, threshold: float) -> MetricInfo:
-    """The metric of one depth."""
-    formula = f"least hidden size of the sweep at which the best instance of depth {depth} has a loss below {threshold:g}; null where there is none"
-    return _info(
+    """Description of the smallest hidden size of one depth."""
+    formula = (
+        f"least hidden size of the sweep at which the best instance of depth {depth} has a loss "
+        f"below {threshold:g}; null where there is none"
+    )
+    return info(
         f"smallest_hidden_depth_{depth}",
         f"smallest hidden, depth {depth}",
         formula,
-        "units",
         "none",
+        unit="units",
         depends=OF_MODEL,
     )
 
 
 INFO = [
-    _info(
+    info(
         "loss_min",
         "loss, best instance",
         "least expected loss of the instances, mean over the configurations",
-        "",
         "down",
         depends=OF_MODEL,
     ),
-    _info(
+    info(
         "loss_mean",
         "loss, mean",
         "expected loss, mean over instances and configurations",
-        "",
         "down",
         depends=OF_MODEL,
     ),
-    _info(
+    info(
         "smallest_hidden",
         "smallest hidden",
         "as smallest_hidden_depth_<d>, for the deepest tree of the sweep",
-        "units",
         "none",
+        unit="units",
         depends=OF_MODEL,
     ),
-    _info(
+    info(
         "solved_depths",
         "depths solved",
         "depths at which some hidden size brings the best instance below the threshold",
-        "",
         "up",
         depends=OF_MODEL,
     ),
-    _info(
+    info(
         "feature_norm",
         "feature norm",
         "|w_i|, mean over features and configurations (best instance)",
-        "",
         "none",
         shown=False,
         depends=OF_MODEL,
     ),
-    _info(
+    info(
         "interference",
         "interference",
         "sum_{j != i} (w_i/|w_i| . w_j)^2, mean as above",
-        "",
         "down",
         shown=False,
         depends=OF_MODEL,
     ),
-    _info(
+    info(
         "dimensionality",
         "dimensions per feature",
         "|w_i|^2 / sum_j (w_i/|w_i| . w_j)^2, mean as above",
-        "",
         "none",
         shown=False,
         depends=OF_MODEL,
     ),
-    _info(
+    info(
         "sae_mmcs",
         "SAE MMCS",
         "mean over represented features of the largest cosine with a live latent's decoder row",
-        "",
         "up",
     ),
-    _info(
+    info(
         "sae_mmcs_chance",
         "MMCS by chance",
         "the same with as many random directions as the SAE has latents",
-        "",
         "none",
         shown=False,
     ),
-    _info(
+    info(
         "sae_recovered_frac",
         "tree found",
         "share of all nodes that are represented and have a latent of cosine >= match",
-        "",
         "up",
     ),
-    _info("sae_l0", "SAE L0", "latents active a held-out row", "", "target"),
-    _info(
+    info("sae_l0", "SAE L0", "latents active a held-out row", "target"),
+    info(
         "sae_fvu",
         "SAE FVU",
         "||x - xhat||^2 / ||x - mean||^2 over held-out rows of the hidden layer",
-        "",
         "down",
     ),
-    _info(
+    info(
         "toy_train_time",
         "toy time",
         "seconds of training all configurations together",
-        "s",
         "down",
+        unit="s",
         shown=False,
         depends=OF_MODEL_TIME,
     ),

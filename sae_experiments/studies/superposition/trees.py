@@ -1,7 +1,9 @@
-"""Binary features with a known structure: the nodes of a tree, independent features, correlated and anticorrelated pairs.
+"""Binary features with a known structure: trees, independent features, pairs.
 
-A set of features is a list of independent blocks, each with few outcomes of known probability; marginals, joints, samples and the list of
-distinct samples all follow from that. Shape letters: F features, S distinct samples, B rows.
+A set of features is a list of independent blocks, each with few outcomes of known probability.
+Marginals, joints, samples and the list of distinct samples follow from these.
+
+Shape letters: F features, S distinct samples, B rows.
 """
 
 from __future__ import annotations
@@ -17,38 +19,55 @@ from sae_experiments.errors import UserError
 
 TREES = ("exclusive", "early_stopping")
 MODES = (*TREES, "independent", "pairs")
-BITS = 32  # binary digits a probability is drawn with
-PAD = 16  # features are padded to a multiple of this (whole vector registers, whole bytes of bits)
-TALL = 64  # rows of bits that are worked on as one
+#: Binary digits with which probabilities are drawn.
+BITS = 32
+#: Features are padded to a multiple of this: whole vector registers, whole bytes of bits.
+PAD = 16
+#: Rows of bits that are processed as one.
+TALL = 64
 
 
 class Block(NamedTuple):
-    """Features (k,) that depend on one another: their values (S, k) of 0 and 1 in every outcome, and its probability (S,)."""
+    """Features that depend on one another."""
 
     features: np.ndarray
+    """Numbers of the features, (k,)."""
     rows: np.ndarray
+    """Their values of 0 and 1 in every outcome, (S, k)."""
     probs: np.ndarray
+    """Probability of every outcome, (S,)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """How samples are made for a complete tree of any depth, whose nodes without the root are the features, level by level.
+    """Distribution of samples for a complete tree of any depth.
 
-    ``exclusive``: below a node that is on exactly one child is on. ``early_stopping``: with probability ``stop`` none is, else one of them;
-    in both, below a node that is off everything is off, and ``probability`` is that of the root. ``independent``: the control, features
-    independent with the marginals of the tree that ``match`` names. ``pairs``: as many features, each on with ``probability``; the share
-    ``correlated`` of them in pairs that are on together, ``anticorrelated`` in pairs of which at most one is on, the rest independent.
-    The squared error of a feature weighs ``importance ** (level - 1)``.
+    The features are the nodes without the root, level by level.
+
+    - `exclusive`: below a node that is on, exactly one child is on.
+    - `early_stopping`: below such a node no child is on with probability `stop`, else one is.
+    - `independent`: the control, independent features with the marginals of the tree `match`.
+    - `pairs`: as many features, correlated or anticorrelated in pairs.
+
+    In trees everything below a node that is off is off.
     """
 
     mode: str
+    """One of `MODES`."""
     branching: int
+    """Children of a node."""
     probability: float
+    """Probability of the root; for `pairs`, that of every feature."""
     stop: float
+    """Probability that a path ends early."""
     importance: float
+    """The squared error of a feature weighs `importance ** (level - 1)`."""
     match: str
+    """Tree whose marginals independent features have."""
     correlated: float
+    """Share of the features in pairs that are on together."""
     anticorrelated: float
+    """Share of the features in pairs of which at most one is on; the rest is independent."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -64,15 +83,17 @@ class Features:
             raise UserError(f"importance={self.importance} must be a positive number")
         if self.correlated + self.anticorrelated > 1:
             raise UserError(
-                f"correlated={self.correlated} and anticorrelated={self.anticorrelated} are shares of the features: at most 1 together"
+                f"correlated={self.correlated} and anticorrelated={self.anticorrelated} are shares "
+                "of the features: at most 1 together"
             )
         if self.mode == "pairs" and self.anticorrelated and self.probability > 0.5:
             raise UserError(
-                f"probability={self.probability} must be at most 0.5 where pairs exclude each other (anticorrelated)"
+                f"probability={self.probability} must be at most 0.5 where pairs exclude each "
+                "other (anticorrelated)"
             )
 
     def n_features(self, depth: int) -> int:
-        """Nodes of the tree without its root: ``(b^(D+1) - b) / (b - 1)``."""
+        """Nodes of the tree without its root: `(b^(D+1) - b) / (b - 1)`."""
         return (self.branching ** (depth + 1) - self.branching) // (self.branching - 1)
 
     def levels(self, depth: int) -> np.ndarray:
@@ -93,27 +114,24 @@ class Features:
         """Probability (F,) that a feature is on."""
         if self.mode == "pairs":
             return np.full(self.n_features(depth), float(self.probability))
-        stop = (
-            self.stop
-            if "early_stopping" in (self.mode, self.match if self.mode == "independent" else "")
-            else 0.0
-        )
+        tree = self.match if self.mode == "independent" else self.mode
+        stop = self.stop if tree == "early_stopping" else 0.0
         return self.probability * ((1 - stop) / self.branching) ** self.levels(depth)
 
     def joints(self, depth: int) -> np.ndarray:
-        """Probability (F, F) that two features are on together; the diagonal holds the marginals."""
+        """Probability (F, F) that two features are on together, with the marginals as diagonal."""
         marginals = self.marginals(depth)
-        found = np.outer(marginals, marginals)
+        joints = np.outer(marginals, marginals)
         for features, rows, probs in self.blocks(depth):
-            found[np.ix_(features, features)] = rows.T @ (rows * probs[:, None])
-        return found
+            joints[np.ix_(features, features)] = rows.T @ (rows * probs[:, None])
+        return joints
 
     def blocks(self, depth: int) -> list[Block]:
-        """The independent blocks that a sample is made of."""
+        """The independent blocks of a sample."""
         return _blocks(self, depth)
 
     def n_distinct(self, depth: int) -> int:
-        """How many distinct samples there are (also where they are too many to list)."""
+        """Number of distinct samples, also where they are too many to list."""
         return math.prod(len(block.probs) for block in self.blocks(depth))
 
     def support(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +144,7 @@ class Features:
         return rows, probs
 
     def draw(self, depth: int, n: int, rng: np.random.Generator) -> np.ndarray:
-        """``n`` samples as (n, F padded to a multiple of 16), 0 or 1."""
+        """Samples of 0 and 1, (n, F) with F padded to a multiple of 16."""
         width = padded(self.n_features(depth))
         single = np.zeros(width)
         blocks = self.blocks(depth)
@@ -142,31 +160,37 @@ class Features:
 
 
 def padded(n: int) -> int:
-    """``n`` rounded up to a multiple of 16."""
+    """A number rounded up to a multiple of `PAD`."""
     return -(-n // PAD) * PAD
 
 
 def bernoulli(probs: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """``n`` rows of independent 0/1 values (n, F) with probabilities (F,), F a multiple of 8, exact to 32 binary digits.
+    """Independent 0/1 values, exact to 32 binary digits.
 
-    Eight features a byte: a random bit b and the next digit of p turn r into ``r | b`` (digit 1) or ``r & b`` (digit 0), from the last digit up;
-    then P(r = 1) = p. A probability such as 2^-5 takes five random bits a value.
+    Eight features are packed into a byte. From the last digit of p to the first, a random bit b and
+    the digit turn r into `r | b` (digit 1) or `r & b` (digit 0); then P(r = 1) = p. A probability
+    such as 2^-5 takes five random bits per value.
+
+    Args:
+        probs: Probabilities (F,), F a multiple of 8.
+        n: Number of rows.
+        rng: Source of random bits.
+
+    Returns:
+        Values (n, F).
     """
     numbers = np.round(probs * 2.0**BITS).astype(np.uint64)
-    digits = [
-        (numbers >> np.uint64(t)) & np.uint64(1) for t in range(BITS)
-    ]  # least significant first
+    # The least significant digit first.
+    digits = [(numbers >> np.uint64(t)) & np.uint64(1) for t in range(BITS)]
     first = next((t for t, digit in enumerate(digits) if digit.any()), BITS)
-    r = np.zeros(
-        (-(-n // TALL), TALL * len(probs) // 8), np.uint8
-    )  # many rows in one: numpy is slow along short axes
+    # Many rows in one: numpy is slow along short axes.
+    r = np.zeros((-(-n // TALL), TALL * len(probs) // 8), np.uint8)
     for digit in digits[first:]:
         ones = np.tile(np.packbits(digit.astype(np.uint8)), TALL)
         b = np.frombuffer(rng.bytes(r.size), np.uint8).reshape(r.shape)
         r = (r & b) | (ones & (r | b))
-    return np.unpackbits(r | np.tile(np.packbits(numbers == 2**BITS), TALL)).reshape(
-        -1, len(probs)
-    )[:n]
+    certain = np.tile(np.packbits(numbers == 2**BITS), TALL)
+    return np.unpackbits(r | certain).reshape(-1, len(probs))[:n]
 
 
 @lru_cache(maxsize=64)
@@ -178,19 +202,25 @@ def _blocks(features: Features, depth: int) -> list[Block]:
     if features.mode == "independent":
         return [_single(i, p) for i, p in enumerate(singles)]
     p = features.probability
-    together, apart = (
-        int(share * n / 2 + 1e-9) for share in (features.correlated, features.anticorrelated)
-    )
-    found = [_block([2 * i, 2 * i + 1], [[0, 0], [1, 1]], [1 - p, p]) for i in range(together)]
-    found += [
-        _block([2 * i, 2 * i + 1], [[0, 0], [0, 1], [1, 0]], [1 - 2 * p, p, p])
-        for i in range(together, together + apart)
-    ]
-    return found + [_single(i, p) for i in range(2 * (together + apart), n)]
+    # The small number keeps a share such as 0.3 from being rounded down.
+    together = int(features.correlated * n / 2 + 1e-9)
+    apart = int(features.anticorrelated * n / 2 + 1e-9)
+    blocks = []
+    for i in range(together + apart):
+        pair = [2 * i, 2 * i + 1]
+        if i < together:
+            blocks.append(_block(pair, [[0, 0], [1, 1]], [1 - p, p]))
+        else:
+            blocks.append(_block(pair, [[0, 0], [0, 1], [1, 0]], [1 - 2 * p, p, p]))
+    return blocks + [_single(i, p) for i in range(2 * (together + apart), n)]
 
 
 def _tree(features: Features, depth: int) -> Block:
-    """A sample is the path from the root to the node where it ends: every leaf, and every inner node where it may stop."""
+    """All features of a tree as one block.
+
+    A sample is the path from the root to the node where it ends: any leaf, and any inner node where
+    it may stop.
+    """
     levels, parents = features.levels(depth), features.parents(depth)
     stop = features.stop if features.mode == "early_stopping" else 0.0
     rows = np.eye(len(levels), dtype=np.uint8)
@@ -199,9 +229,8 @@ def _tree(features: Features, depth: int) -> Block:
             rows[i] |= rows[parent]
     ends = np.where(levels == depth, 1.0, stop)
     probs = features.marginals(depth) * ends
-    return _block(
-        range(len(levels)), np.vstack([np.zeros_like(rows[:1]), rows]), [1 - probs.sum(), *probs]
-    )
+    with_none = np.vstack([np.zeros_like(rows[:1]), rows])
+    return _block(range(len(levels)), with_none, [1 - probs.sum(), *probs])
 
 
 def _single(i: int, p: float) -> Block:
@@ -211,7 +240,6 @@ def _single(i: int, p: float) -> Block:
 def _block(features: object, rows: object, probs: object) -> Block:
     """A block without its impossible outcomes."""
     p = np.asarray(probs, float)
-    possible = p > 1e-12  # 1 - sum of the others is zero but for rounding
-    return Block(
-        np.asarray(features), np.asarray(rows, np.uint8)[possible], p[possible] / p[possible].sum()
-    )
+    possible = p > 1e-12  # 1 minus the sum of the others is zero but for rounding
+    rows = np.asarray(rows, np.uint8)[possible]
+    return Block(np.asarray(features), rows, p[possible] / p[possible].sum())
