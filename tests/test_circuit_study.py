@@ -18,6 +18,7 @@ from conftest import CONF, TINY, english
 from drawing import drawn
 from omegaconf import OmegaConf
 
+from sae_experiments import quality_warnings
 from sae_experiments.cli.main import execute
 from sae_experiments.config.compose import build, compose_checked
 from sae_experiments.errors import UserError
@@ -395,6 +396,15 @@ def test_what_is_no_model_directory_is_said_in_one_line(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
+
+
+def test_a_gap_of_integrated_gradients_reaches_the_record(
+    home: Path, corpus_file: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality_warnings, "GAP", -1.0)  # every gap is too large
+    again = run(home, corpus_file, "run_gap")
+    warned = load(again / "cells" / "text8_0.json")["warnings"]
+    assert "integrated_gap" in [one["key"] for one in warned]
 
 
 @pytest.fixture(scope="module")

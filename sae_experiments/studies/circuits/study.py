@@ -271,7 +271,7 @@ class Circuits:
         outcome = self._checked(circuit, prompts, up, down, cell, ctx)
         conditions = facts.of_language(lm, text) | {"store": self.fit.store_dtype}
         outcome.facts = conditions | self._conditions(where, stores)
-        outcome.warnings = stores.short()
+        outcome.warnings += stores.short()
         self._add_language_model(outcome, lm, stores)
         self._add_ngrams(outcome, chosen)
         outcome.cut = lm.cut or any(s.fitted is not None and s.fitted.cut for s in sides)
