@@ -1,4 +1,4 @@
-"""What a metric's value depends on beside what it measures, and in which of it two runs differ.
+"""Conditions of a measurement, and those in which two runs differ.
 
 Every cell records its conditions as facts: a number, a word, or a flat dict of these for each name
 in `CONDITIONS`. Facts may hold `evaluations`, a list of `{"metrics": [names], ...}` with the
@@ -58,43 +58,44 @@ def differences(
     whatever made them.
 
     Args:
-        metric: name of the metric.
-        depends: names of the conditions that its value depends on.
-        mine, theirs: facts by seed.
+        metric: Name of the metric.
+        depends: Names of the conditions that its value depends on.
+        mine: Facts of one run by seed.
+        theirs: Facts of the other run by seed.
 
     Returns:
-        For example `["context 128 vs 64"]`; [] where the runs may be compared.
+        For example `["context 128 vs 64"]`; [] if the runs may be compared.
     """
-    found = []
+    differing = []
     for name in depends:
         both = tuple(
             _distinct(of_metric(f, metric, name) for f in x.values()) for x in (mine, theirs)
         )
         if _same(*both) or (name == "language model" and _same_weights(mine, theirs)):
             continue
-        found.append(_said(name, *both))
-    return found
+        differing.append(_said(name, *both))
+    return differing
 
 
 def known_differences(depends: Iterable[str], mine: Facts, theirs: Facts) -> list[str]:
     """Conditions that both sides record and in which they differ."""
-    found = []
+    differing = []
     for name in depends:
         a, b = mine.get(name), theirs.get(name)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             shared = a.keys() & b.keys()
             a, b = ({k: v for k, v in x.items() if k in shared} for x in (a, b))
         if a is not None and b is not None and a != b:
-            found.append(_said(name, [a], [b]))
-    return found
+            differing.append(_said(name, [a], [b]))
+    return differing
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
-    found: list[Any] = []
+    distinct: list[Any] = []
     for value in values:
-        if value not in found:
-            found.append(value)
-    return found
+        if value not in distinct:
+            distinct.append(value)
+    return distinct
 
 
 def _same(mine: list[Any], theirs: list[Any]) -> bool:

@@ -39,22 +39,22 @@ def of_metrics(metrics: Mapping[str, float | None], fixed_l0: float | None) -> l
         metrics: Values by name.
         fixed_l0: Requested active latents per row; None if there is no such target.
     """
-    found = []
+    warnings = []
     fvu, explained, l0 = (metrics.get(n) for n in ("sae_fvu", "explained_variance", "sae_l0"))
     worse = "the SAE rebuilds its rows worse than their mean would"
     do = "train longer or at another rate (fit.train.steps, fit.train.lr), and look at its curves"
     if fvu is not None and fvu > 1:
-        found.append(Warned("sae_fvu", fvu, f"sae_fvu is {fvu:.4g}: {worse}", do))
+        warnings.append(Warned("sae_fvu", fvu, f"sae_fvu is {fvu:.4g}: {worse}", do))
     if explained is not None and explained < 0:
         says = f"explained_variance is {explained:.4g}: {worse}"
-        found.append(Warned("explained_variance", explained, says, do))
+        warnings.append(Warned("explained_variance", explained, says, do))
     if l0 is not None and fixed_l0 and abs(l0 / fixed_l0 - 1) > OFF_TARGET:
         side = "above" if l0 > fixed_l0 else "below"
         off = f"{abs(l0 / fixed_l0 - 1):.0%} {side}"
         says = f"sae_l0 is {l0:.4g}, {off} the {fixed_l0:.4g} asked for"
         do = "train longer (fit.train.steps), or compare at the L0 that was reached"
-        found.append(Warned("sae_l0", l0, says, do))
-    return found
+        warnings.append(Warned("sae_l0", l0, says, do))
+    return warnings
 
 
 def of_fit(
@@ -203,14 +203,14 @@ def of_gap(gap: float | None, jumps: str | None) -> list[Warned]:
 
 def checked(given: Any) -> list[dict[str, Any]]:
     """Warnings as a record keeps them; anything else, as a file may hold it, is left out."""
-    found = []
+    warnings = []
     for one in given if isinstance(given, Sequence) else ():
         one = one._asdict() if isinstance(one, Warned) else one
         if isinstance(one, Mapping) and all(
             isinstance(one.get(k), str) for k in ("key", "says", "do")
         ):
-            found.append({k: one.get(k) for k in Warned._fields})
-    return found
+            warnings.append({k: one.get(k) for k in Warned._fields})
+    return warnings
 
 
 def lines(cells: Iterable[tuple[str, int, Sequence[Mapping[str, Any]]]]) -> list[str]:
@@ -223,10 +223,10 @@ def lines(cells: Iterable[tuple[str, int, Sequence[Mapping[str, Any]]]]) -> list
     for dataset, seed, warnings in cells:
         for one in warnings:
             groups.setdefault(one["key"], []).append((f"{dataset} seed {seed}", one))
-    found = []
+    shown = []
     for same in groups.values():
         where, first = same[0]
         others = len(same) - 1
         more = f" and {others} more cell{'s' * (others > 1)}" if others else ""
-        found.append(f"{where}{more}: {first['says']}; {first['do']}")
-    return found
+        shown.append(f"{where}{more}: {first['says']}; {first['do']}")
+    return shown

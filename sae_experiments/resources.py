@@ -93,13 +93,13 @@ def free_memory(device: torch.device) -> float | None:
 
 
 def _left_to_the_group() -> list[float]:
-    found = []
+    left = []
     for most, used in GROUPS:
         try:
-            found.append(max(float(Path(most).read_text()) - float(Path(used).read_text()), 0.0))
+            left.append(max(float(Path(most).read_text()) - float(Path(used).read_text()), 0.0))
         except (OSError, ValueError):  # no such file, or "max": no limit
             continue
-    return found
+    return left
 
 
 def speed(device: torch.device, n: int = 1024) -> float:

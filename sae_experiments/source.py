@@ -274,8 +274,8 @@ class _Walk:
             return
         if not self.add(base, whole=False, by=by) or base not in self.code:
             return
-        found = [f"{base}.{name}" for name in self._names(base, each)]
-        modules = [name for name in found if _place(name) is not None]
+        full_names = [f"{base}.{name}" for name in self._names(base, each)]
+        modules = [name for name in full_names if _place(name) is not None]
         for name in modules:
             self.add(name, by=by)
         if not each.names or len(modules) < len(each.names):
@@ -287,7 +287,7 @@ class _Walk:
         if place is None or place.folders is None:
             return ()
         if "*" in each.names:
-            return [found.name for found in pkgutil.iter_modules(place.folders)]
+            return [module.name for module in pkgutil.iter_modules(place.folders)]
         return each.names
 
 
@@ -350,10 +350,10 @@ def modules_behind(*values: Any) -> list[str]:
     Looks into partial functions, collections and dataclasses. The standard library and the
     packages that this one needs are left out.
     """
-    found = {name for value in values for name in _behind(value)}
+    names = {name for value in values for name in _behind(value)}
     left_out = INSTALLED | sys.stdlib_module_names
     return sorted(
-        name for name in found if name == "__main__" or name.partition(".")[0] not in left_out
+        name for name in names if name == "__main__" or name.partition(".")[0] not in left_out
     )
 
 
@@ -385,7 +385,7 @@ def outside_digest(*values: Any) -> str:
 def targets_digest(texts: Iterable[str]) -> str:
     """Name the code behind each `_target_` in `texts` that is not this package's."""
     names = set()
-    for target in sorted({found for text in texts for found in _TARGET.findall(text)}):
+    for target in sorted({target for text in texts for target in _TARGET.findall(text)}):
         parts = target.split(".")
         if parts[0] == PACKAGE or parts[0] in INSTALLED or parts[0] in sys.stdlib_module_names:
             continue

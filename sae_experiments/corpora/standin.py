@@ -145,10 +145,10 @@ def _order(name: str) -> str:
 
 def _modules() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
-    found = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     kept = {
         n: p
-        for n, p in found.items()
+        for n, p in files.items()
         if not SKIPPED & set(n.split("/"))
         and not re.search(r"(^|/)(_sysconfig|(site|user)customize|config-)", n)
     }

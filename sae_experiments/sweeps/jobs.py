@@ -268,35 +268,22 @@ class Jobs:
 
     def finished(self, job: Job) -> bool:
         """Whether this code and configuration finished the job, and its results are whole."""
-        if not self.path(job).exists() or self.record(job)["status"] != "done":
+        record = self.record(job)
+        if record["status"] != "done" or record.get("fingerprint") != self.fingerprint(job):
             return False
-        manifest = (
-            try_json(self.asked.root / job.name / "manifest.json")
-            if (self.asked.root / job.name / "manifest.json").exists()
-            else None
-        )
-        same = (
-            self.record(job).get("fingerprint") == self.fingerprint(job)
-            and isinstance(manifest, dict)
-            and manifest.get("status") == "done"
-        )
-        return same and len(read_records(self.asked.root / job.name)) == self.record(job).get(
-            "results"
-        )
+        folder = self.asked.root / job.name
+        if _manifest(folder).get("status") != "done":
+            return False
+        return len(read_records(folder)) == record.get("results")
 
     def write(self, job: Job, how: Exit) -> dict[str, Any]:
         """Write down how a job ended."""
         status = how.status
         folder = self.asked.root / job.name
-        manifest = (
-            (try_json(folder / "manifest.json") or {})
-            if (folder / "manifest.json").exists()
-            else {}
-        )
         words = {
             128 + signal.SIGINT: "stopped",
             128 + signal.SIGTERM: "stopped",
-            0: manifest.get("status", "failed"),
+            0: _manifest(folder).get("status", "failed"),
         }
         record = {
             "job": job.number,
@@ -316,8 +303,17 @@ class Jobs:
     def record(self, job: Job) -> dict[str, Any]:
         """How the job ended; a job that has not ended is "not run"."""
         nothing = {"job": job.number, "name": job.name, "status": "not run", "cause": ""}
-        found = try_json(self.path(job)) if self.path(job).exists() else None
-        return nothing | found | {"job": job.number} if isinstance(found, dict) else nothing
+        return nothing | _read_mapping(self.path(job)) | {"job": job.number}
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON mapping; empty if the file is missing or holds anything else."""
+    value = try_json(path) if path.exists() else None
+    return value if isinstance(value, dict) else {}
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return _read_mapping(folder / "manifest.json")
 
 
 def cause_of(log: Path, status: int) -> str:
@@ -325,17 +321,11 @@ def cause_of(log: Path, status: int) -> str:
     if status < 0:
         hint = " (out of memory?)" if -status == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-status).name}{hint}"
-    lines = (
-        [
-            line.strip()
-            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-            if line.strip()
-        ]
-        if log.exists()
-        else []
-    )
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return " ".join([*lines[-1:], *errors[-1:]][-1:]) or f"exit status {status}"
+    causes = errors or lines
+    return causes[-1] if causes else f"exit status {status}"
 
 
 def folder_name(varied: Sequence[str]) -> str:
