@@ -116,13 +116,17 @@ def _said(name: str, mine: list[Any], theirs: list[Any]) -> str:
     only_theirs = [v for v in theirs if v not in mine] or theirs
     a, b = only_mine[0], only_theirs[0]
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-        keys = [k for k in [*a, *(k for k in b if k not in a)] if a.get(k) != b.get(k)]
-        parts = [f"{k} {_word(a.get(k))} vs {_word(b.get(k))}" for k in keys[:MOST]]
-        more = f" and {len(keys) - MOST} more" if len(keys) > MOST else ""
-        return f"{name}: {', '.join(parts)}{more}"
+        return f"{name}: {_differing_entries(a, b)}"
     if name == "text":
         return "texts of other content"
     return f"{name} {', '.join(map(_word, only_mine))} vs {', '.join(map(_word, only_theirs))}"
+
+
+def _differing_entries(a: Facts, b: Facts) -> str:
+    keys = [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+    parts = [f"{key} {_word(a.get(key))} vs {_word(b.get(key))}" for key in keys[:MOST]]
+    more = f" and {len(keys) - MOST} more" if len(keys) > MOST else ""
+    return f"{', '.join(parts)}{more}"
 
 
 def _word(value: Any) -> str:

@@ -59,9 +59,7 @@ def announce(
             f"{what} needs about {in_bytes(total)} of memory ({parts}), "
             f"and {in_bytes(free)} are free: {fix}"
         )
-    seconds = need.seconds
-    if seconds is None and need.work > NOTABLE_WORK:
-        seconds = need.work / speed(device)
+    seconds = _seconds(need, device)
     long = seconds is not None and seconds > NOTABLE_SECONDS
     if not long and (free is None or total < NOTABLE_SHARE * free):
         return
@@ -70,6 +68,12 @@ def announce(
         f"{what} needs about {in_bytes(total)}{of} ({parts})"
         + (f" and at least {in_time(seconds)}" if seconds is not None and long else "")
     )
+
+
+def _seconds(need: Need, device: torch.device) -> float | None:
+    if need.seconds is None and need.work > NOTABLE_WORK:
+        return need.work / speed(device)
+    return need.seconds
 
 
 def free_memory(device: torch.device) -> float | None:

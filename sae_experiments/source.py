@@ -225,16 +225,16 @@ class _Walk:
         """Add a module with what it imports.
 
         Args:
-            name: its full name.
-            whole: also what its functions import; False for a package of which only a
+            name: Its full name.
+            whole: Also add what its functions import; False for a package of which only a
                 submodule is used.
-            by: the module that imports it.
+            by: The module that imports it.
 
         Returns:
             Whether there is such a module.
         """
         if name == __name__ or name in self._whole or (name in self.code and not whole):
-            return True  # this module only names: where it names otherwise, keys move by themselves
+            return True  # a change of this module moves the keys by itself
         top = name.partition(".")[0]
         if top not in self.tops and _is_installed(name):
             self._version(top, by)
@@ -249,12 +249,15 @@ class _Walk:
             self._whole.add(name)
         self.code[name] = ""
         if place.file is not None:
-            parsed = _parsed(place.file, place.spec)
-            self.code[name] = parsed.code
-            for each in parsed.imports:
-                if whole or not each.inside:
-                    self._follow(each, name, is_package=place.folders is not None)
+            self._read(name, place.file, place, whole=whole)
         return True
+
+    def _read(self, name: str, file: Path, place: Place, *, whole: bool) -> None:
+        parsed = _parsed(file, place.spec)
+        self.code[name] = parsed.code
+        for each in parsed.imports:
+            if whole or not each.inside:
+                self._follow(each, name, is_package=place.folders is not None)
 
     def _version(self, top: str, by: str) -> None:
         """Count an installed package if it computes, or if a user's own module imports it."""
