@@ -24,6 +24,7 @@ from sae_experiments.corpora import download as fetch
 from sae_experiments.corpora import standin
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest
+from sae_experiments.fitting import cached as fitting_cached
 from sae_experiments.models import gpt2 as lm
 from sae_experiments.models import store as activations
 from sae_experiments.source import closure, outside_digest, source_digest, targets_digest
@@ -160,9 +161,10 @@ class Keys:
             palindrome,
             ground_truth,
             superposition,
+            fitting_cached,
         ):
-            monkeypatch.setattr(module, "source_digest", self.digest)
-            monkeypatch.setattr(module, "cached", self.cached)
+            monkeypatch.setattr(module, "source_digest", self.digest, raising=False)
+            monkeypatch.setattr(module, "cached", self.cached, raising=False)
 
     def digest(self, *modules: Any, alone: Any = ()) -> str:
         names = tuple(m if isinstance(m, str) else m.__name__ for m in modules)
@@ -347,6 +349,7 @@ class Watched:
         self.ran: list[set[str]] = []
         for module in (activations, data, lm, language, palindrome, ground_truth, superposition):
             monkeypatch.setattr(module, "source_digest", self.digest)
+        for module in (activations, data, lm, language, palindrome, superposition, fitting_cached):
             monkeypatch.setattr(module, "cached", functools.partial(self.cached, module.cached))
 
     def digest(self, *modules: Any, alone: Any = ()) -> str:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
-from torch import nn
+from safetensors.torch import load_file
 
 from sae_experiments.cache import cached
 from sae_experiments.files import read_json, write_bytes, write_json
 from sae_experiments.fitting.fit import FitReport
 from sae_experiments.saes.base import SAE
+from sae_experiments.training.checkpoint import tensors_of
 
 #: Reports of the fits in a cache entry; the weights are beside it as `<name>.safetensors`.
 REPORTS = "fits.json"
@@ -61,9 +61,3 @@ def fit_cached(
         sae.eval().requires_grad_(False)
         fitted[name] = sae, FitReport(**reports[name])
     return fitted
-
-
-def tensors_of(module: nn.Module) -> bytes:
-    """The state of a module as safetensors, with tied weights as copies."""
-    state = module.state_dict()
-    return save({k: v.detach().cpu().contiguous().clone() for k, v in state.items()})

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_experiments.files import write_bytes
 
@@ -53,3 +53,9 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
         digest.update(key.encode())
         digest.update(tensors[key].reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def tensors_of(module: nn.Module) -> bytes:
+    """The state of a module as safetensors, with tied weights as copies."""
+    state = module.state_dict()
+    return save({k: v.detach().cpu().contiguous().clone() for k, v in state.items()})

@@ -23,7 +23,7 @@ from sae_experiments.files import read_json, write_bytes, write_json
 from sae_experiments.fitting import cached as cached_module
 from sae_experiments.fitting import fit
 from sae_experiments.fitting import spec as sae_spec_module
-from sae_experiments.fitting.cached import fit_cached, tensors_of
+from sae_experiments.fitting.cached import fit_cached
 from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
 from sae_experiments.fitting.spec import FitSpec, SAESpec, code_of
 from sae_experiments.metric_info import MetricInfo, info
@@ -46,6 +46,7 @@ from sae_experiments.studies.palindrome.strings import (
     rows_at,
 )
 from sae_experiments.training import loop as training
+from sae_experiments.training.checkpoint import tensors_of
 from sae_experiments.training.loop import TrainConfig, seed_of, train
 
 SITE = Site("mlp_out", 1)

@@ -21,7 +21,6 @@ from sae_experiments.cache import cached
 from sae_experiments.conditions import OF_MODEL, OF_MODEL_TIME
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest, read_json, write_bytes, write_json
-from sae_experiments.fitting.cached import tensors_of
 from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
 from sae_experiments.fitting.spec import SAESpec
 from sae_experiments.metric_info import MetricInfo, info
@@ -35,6 +34,7 @@ from sae_experiments.studies.superposition import toy, toy_step, trees
 from sae_experiments.studies.superposition.toy import ToyLearner
 from sae_experiments.studies.superposition.trees import Features
 from sae_experiments.training import loop as training
+from sae_experiments.training.checkpoint import tensors_of
 from sae_experiments.training.loop import TrainConfig, seed_of, train
 
 #: Losses (instances,) by depth and hidden size.
