@@ -19,7 +19,7 @@ from sae_experiments.config.compose import build, compose_checked
 from sae_experiments.errors import UserError
 from sae_experiments.files import conf_folder
 from sae_experiments.fitting import fit
-from sae_experiments.fitting.fit import FitReport, Sample
+from sae_experiments.fitting.fit import FitReport, RowHandling, Sample
 from sae_experiments.fitting.spec import SAESpec
 from sae_experiments.metrics import reconstruction, sparsity
 from sae_experiments.metrics.base import EvalContext
@@ -52,6 +52,7 @@ def fit_saes(
     seed: int = 0,
     held_out: Tensor | np.ndarray | None = None,
     scale: str = "spread",
+    outliers: str = "leave_out",
     **train: Any,
 ) -> dict[str, FitReport]:
     """Fit one SAE, or several in one pass, to rows (..., D) in their own units; afterwards they are calibrated and in eval mode.
@@ -61,6 +62,7 @@ def fit_saes(
     An SAE from :func:`.interop.load_sae` is trained on from where it is.
 
     ``scale``: how rows are centred and scaled meanwhile, see :func:`.fit.units_of`; ``robust`` where a few rows are huge.
+    ``outliers``: rows far from all others (:mod:`.saes.outliers`) are left out of the fit; ``keep`` fits them too.
 
     Raises:
         UserError: rows of another width, too few of them, or with values that are not finite; a
@@ -98,7 +100,13 @@ def fit_saes(
     x = activations[order[: 1 << 15]].float().to(device)
     dead_after = round(0.03 * cfg.steps * cfg.batch_size)
     reports = fit.fit_saes(
-        named, batch_at, cfg, Sample(x, x, held), seed=seed, dead_after=dead_after, scale=scale
+        named,
+        batch_at,
+        cfg,
+        Sample(x, x, held),
+        seed=seed,
+        dead_after=dead_after,
+        handling=RowHandling(scale, outliers),
     )
     for name, report in reports.items():
         for one in report.warned:
@@ -157,7 +165,9 @@ def _config(train: Mapping[str, Any]) -> TrainConfig:
     known = [f.name for f in fields(TrainConfig)]
     for name in train:
         if name not in known:
-            close = difflib.get_close_matches(name, [*known, "seed", "held_out", "scale"], 1)
+            close = difflib.get_close_matches(
+                name, [*known, "seed", "held_out", "scale", "outliers"], 1
+            )
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
             raise UserError(f"fit_saes: {name} is no setting of the training; {hint}")
     try:

@@ -17,6 +17,7 @@ UNSEEN = 0.01  # share of the latents that may be alive and unseen
 GAP = 0.01  # of the effect of removing everything, that integrated gradients may miss
 FIRINGS = 10  # of an average latent, with fewer of which nothing can be called dead
 DYING = 0.10  # share of the latents that may be silent at once while an SAE is fitted
+OUTLYING = 0.01  # share of the variance that outlier rows may hold unmentioned
 CLIMB = 0.20  # of the lowest error of a fit: how far the error may climb above it
 LOOKS = 200  # points of a training curve that are compared, at most about
 SMOOTH = 5  # points of a training curve that are judged together, by their median
@@ -85,6 +86,28 @@ def of_fit(
             curves[name].append((step, value))
     warnings = _died(curves["dead_frac"], lr) if firings >= FIRINGS else []
     return warnings + (_climbed(curves["fvu"], curves["l0"], lr) if judge_error else [])
+
+
+def of_outliers(*, rows: int, outliers: int, variance_frac: float, handling: str) -> list[Warned]:
+    """Rows so far out that a few of them hold much of the variance.
+
+    Args:
+        rows: Rows looked at.
+        outliers: Outliers among them.
+        variance_frac: Their share of the variance.
+        handling: `leave_out` or `keep`, as in `fit.outliers`.
+    """
+    if not variance_frac > OUTLYING:
+        return []
+    says = (
+        f"{outliers:,} of {rows:,} rows ({outliers / rows:.2%}) are outliers with "
+        f"{variance_frac:.0%} of the variance; the SAE was fitted "
+        f"{'without' if handling == 'leave_out' else 'with'} such rows"
+    )
+    do = "judge it by sae_fvu_ordinary, not by sae_fvu"
+    if handling == "keep":
+        do += ", and leave them out of the fit (outliers=leave_out)"
+    return [Warned("fit_outliers", outliers / rows, says, do)]
 
 
 def _lower_rate(lr: float) -> str:

@@ -15,7 +15,7 @@ from drawing import drawn
 from sae_experiments.config.compose import build, compose_checked
 from sae_experiments.console import Console
 from sae_experiments.errors import UserError
-from sae_experiments.fitting.fit import Sample, fit_saes
+from sae_experiments.fitting.fit import RowHandling, Sample, fit_saes
 from sae_experiments.models.gpt2 import build_lm
 from sae_experiments.saes.base import SAE, Batch, Step
 from sae_experiments.studies.base import Context
@@ -263,7 +263,7 @@ def test_the_published_fit_leaves_units_and_decoder_lengths_alone(published: Any
             Sample(x, x, x),
             seed=0,
             dead_after=10**9,
-            scale=scale,
+            handling=RowHandling(scale),
         )
         return sae
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
-from sae_experiments.quality_warnings import Warned, of_fit
+from sae_experiments.quality_warnings import Warned, of_fit, of_outliers
 from sae_experiments.saes.base import SAE, Batch, Forward, Step, Units
+from sae_experiments.saes.outliers import OrdinaryRows
 from sae_experiments.training.loop import (
     History,
     Learner,
@@ -40,6 +41,8 @@ class FitReport(NamedTuple):
         history: Curves, as (step, name, value).
         cut: Whether the deadline ended the fit early.
         lr: Peak learning rate that was used; None in reports of older versions.
+        outliers: Outliers among the rows looked at (`saes.outliers.Outliers`), as a dictionary;
+            None in reports of older versions.
         warnings: Signs that the fit went wrong (`quality_warnings.Warned`), as plain dictionaries.
     """
 
@@ -49,6 +52,7 @@ class FitReport(NamedTuple):
     history: History
     cut: bool
     lr: float | None = None
+    outliers: Mapping[str, Any] | None = None
     warnings: Sequence[Mapping[str, Any]] = ()
 
     @property
@@ -59,7 +63,7 @@ class FitReport(NamedTuple):
     @property
     def facts(self) -> dict[str, Any]:
         """Numbers that the fit chose itself, as records take them."""
-        return {"lr": self.lr}
+        return {"lr": self.lr, "outliers": self.outliers}
 
 
 class Sample(NamedTuple):
@@ -74,6 +78,15 @@ class Sample(NamedTuple):
     x: Tensor
     y: Tensor
     held: Tensor
+
+
+class RowHandling(NamedTuple):
+    """Treatment of rows before an SAE sees them."""
+
+    scale: str = "spread"
+    """One of :data:`SCALES`; with "none" the SAE sees the rows in their own units."""
+    outliers: str = "leave_out"
+    """One of :data:`OUTLIERS`."""
 
 
 class SAELearner(Learner):
@@ -151,7 +164,7 @@ def fit_saes(
     *,
     seed: int,
     dead_after: int,
-    scale: str = "spread",
+    handling: RowHandling | None = None,
     session: Session | None = None,
 ) -> dict[str, FitReport]:
     """Fit `saes` side by side and leave them calibrated, in eval mode and in raw units.
@@ -159,6 +172,9 @@ def fit_saes(
     During the fit, inputs and outputs are centred and scaled by one number each
     (:func:`units_of`), which is folded into the weights at the end. Coefficients and learning
     rates thus carry over between models, and neither the unit nor the mean of the data matters.
+    Outlier rows (`saes.outliers`) are left out of initialisation, training and calibration; they
+    would make up most of the loss, and take latents from all other rows.
+
     An SAE's result does not depend on the others in the same pass. Training a fitted SAE
     continues from its weights, if it allows that.
 
@@ -169,7 +185,7 @@ def fit_saes(
         sample: Rows for initialisation and calibration, in raw units.
         seed: Seed of everything random in the fit.
         dead_after: Rows without firing after which a latent counts as dead.
-        scale: One of :data:`SCALES`; with "none" the SAE sees the rows in their own units.
+        handling: Scaling of the rows and handling of outliers. None: the defaults.
         session: Log, progress, checkpoint and deadline.
 
     Raises:
@@ -184,6 +200,13 @@ def fit_saes(
     if len(blocks) != 1:
         raise UserError("SAEs over different numbers of sites cannot share one pass")
     same = sample.y is sample.x or torch.equal(sample.x, sample.y)
+    scale, outliers = handling or RowHandling()
+    if outliers not in OUTLIERS:
+        raise UserError(f"fit.outliers={outliers!r} is not one of {', '.join(OUTLIERS)}")
+    ordinary = OrdinaryRows(sample.x, sample.x if same else sample.y, *blocks)
+    if outliers == "leave_out":
+        x, y = ordinary.of_pairs(sample.x, sample.x if same else sample.y)
+        sample = Sample(x, y, ordinary.of_inputs(sample.held))
     inputs = units_of(sample.x, "activations", *blocks, scale=scale)
     outputs = inputs if same else units_of(sample.y, "targets", *blocks, scale=scale)
     for name, sae in saes.items():
@@ -202,6 +225,8 @@ def fit_saes(
 
     def scaled_batch(step: int) -> Batch:
         batch = batch_at(step)
+        if outliers == "leave_out":
+            batch = ordinary.of_batch(batch)
         x = inputs.apply(batch.x)
         rest = batch.downstream
         return Batch(
@@ -214,6 +239,7 @@ def fit_saes(
     first = next(iter(configs.values()))
     progress = train(learners, scaled_batch, first, session or Session())
     reports = {}
+    of_rows = of_outliers(**ordinary.counts._asdict(), handling=outliers)
     for (name, sae), learner in zip(saes.items(), learners, strict=True):
         sae.rescale(inputs, outputs)
         sae.fitted = True
@@ -232,7 +258,8 @@ def fit_saes(
             history=mine,
             cut=progress.cut,
             lr=learner.cfg.lr,
-            warnings=[one._asdict() for one in _warnings(learner, mine)],
+            outliers=ordinary.counts._asdict(),
+            warnings=[one._asdict() for one in [*of_rows, *_warnings(learner, mine)]],
         )
     return reports
 
@@ -295,6 +322,8 @@ def _check_start(name: str, sae: SAE, same: bool, rows: int) -> None:
 
 #: Ways to centre and scale activations.
 SCALES = ("spread", "robust", "none")
+#: Handling of outlier rows.
+OUTLIERS = ("leave_out", "keep")
 #: Share of the rows that "robust" uses: those nearest to the medians of the columns.
 ORDINARY = 0.95
 #: Float32 has seven digits: values that vary by less, relative to their size, are constant.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sae_experiments.errors import UserError
-from sae_experiments.fitting.fit import SCALES
+from sae_experiments.fitting.fit import OUTLIERS, SCALES, RowHandling
 from sae_experiments.models.hooks import Site, Sites, parse_site
 from sae_experiments.saes.base import SAE
 from sae_experiments.source import modules_behind
@@ -171,6 +171,7 @@ class FitSpec:
     collect_batch: int  # windows of text per forward pass while activations are collected
     train: TrainConfig  # optimisation
     scale: str = "spread"  # centring and scaling: spread, robust or none, see `fit.units_of`
+    outliers: str = "leave_out"  # rows far out: leave_out or keep, see `saes.outliers`
 
     def __post_init__(self) -> None:
         for name in (
@@ -186,11 +187,18 @@ class FitSpec:
             raise UserError(f"fit.store_dtype={self.store_dtype!r} is not one of float16, float32")
         if self.scale not in SCALES:
             raise UserError(f"fit.scale={self.scale!r} is not one of {', '.join(SCALES)}")
+        if self.outliers not in OUTLIERS:
+            raise UserError(f"fit.outliers={self.outliers!r} is not one of {', '.join(OUTLIERS)}")
         if self.train.batch_size > self.train_rows:
             raise UserError(
                 f"fit.train.batch_size={self.train.batch_size} "
                 f"exceeds fit.train_rows={self.train_rows}"
             )
+
+    @property
+    def handling(self) -> RowHandling:
+        """Scaling of the rows and handling of outliers."""
+        return RowHandling(self.scale, self.outliers)
 
     @property
     def dead_after(self) -> int:

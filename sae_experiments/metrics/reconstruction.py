@@ -10,10 +10,9 @@ from torch import Tensor
 
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.noise import DRAWS, document_weights
+from sae_experiments.saes.outliers import Region
 
-#: Rows further from the median row than this many times the median distance are outliers.
-FAR = 5.0
-#: Number of rows that the median row and the median distance are taken over.
+#: Number of rows that tell which rows are ordinary.
 FEW = 4096
 #: Rows that are resampled together if the rows are not windows of text.
 WINDOW = 128
@@ -28,7 +27,8 @@ INFO = [
     MetricInfo(
         name="sae_fvu_ordinary",
         title="FVU of ordinary rows",
-        formula="FVU of the rows at most 5 times as far from the median as half of them are",
+        formula="FVU of rows at most 5 times as far from the median row as half of all rows, "
+        "or 3 times as far as 95 % of them",
         better="down",
         shown=False,
     ),
@@ -70,8 +70,8 @@ def measure(ctx: EvalContext, *, rows: int | None) -> Measured:
     1 for the mean as a constant prediction and 0 for a perfect copy, and null if the rows do not
     vary. A few huge rows, such as the first position of a language model's windows, can make up
     nearly all of the variance, so the ordinary rows also have an FVU of their own, about their own
-    mean. Rows are ordinary if their distance from the median row is at most `FAR` times the median
-    distance.
+    mean. Which rows are ordinary is decided as in a fit, which leaves the others out (see
+    `saes.outliers`).
 
     Args:
         ctx: Evaluation context.
@@ -81,8 +81,8 @@ def measure(ctx: EvalContext, *, rows: int | None) -> Measured:
     sample = ctx.targets(slice(0, min(n_rows, FEW))).to(ctx.device).double()
     # Shifting by the median keeps the one-pass variance exact if the mean is much larger than the
     # spread.
-    shift = sample.median(0).values
-    limit = FAR**2 * (sample - shift).square().sum(1).median()
+    region = Region.of(sample)
+    shift = region.centre
     every_row = _Sums()
     ordinary = _Sums()
     length = ctx.held_out.length if ctx.held_out is not None else WINDOW
@@ -94,7 +94,7 @@ def measure(ctx: EvalContext, *, rows: int | None) -> Measured:
         recon = chunk.recon.double()
         shifted = y - shift
         residual = y - recon
-        is_ordinary = shifted.square().sum(1) <= limit
+        is_ordinary = region.contains(y)
         every_row.add(shifted, residual)
         ordinary.add(shifted[is_ordinary], residual[is_ordinary])
         windows.add(shifted, residual)

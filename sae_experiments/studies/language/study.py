@@ -295,7 +295,7 @@ class Language:
                     stores.sample(read, write),
                     seed=cell.seed,
                     dead_after=self.fit.dead_after,
-                    scale=self.fit.scale,
+                    handling=self.fit.handling,
                     session=session,
                 )
         for i, (name, sae) in enumerate(

@@ -341,7 +341,7 @@ class Palindrome:
                 Sample(initial, initial, held),
                 seed=seed,
                 dead_after=self.fit.dead_after,
-                scale=self.fit.scale,
+                handling=self.fit.handling,
                 session=session,
             )
 

@@ -1,0 +1,141 @@
+"""Outlier rows: so far from all others that a few of them hold much of the variance.
+
+In many language models the first positions of a window have activations that are a hundred times
+as long as the others (Sun et al. 2024, "Massive Activations in Large Language Models").
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_experiments.saes.types import Batch
+
+#: A row is an outlier if it is further from the median row than this many times the median distance
+FAR = 5.0
+#: and than this many times the distance within which the share `MOST` of all rows lie.
+FAR_BEYOND_MOST = 3.0
+MOST = 0.95
+#: Rows that the median row and the distances are taken from, at most about.
+SAMPLE = 8192
+
+
+class Region(NamedTuple):
+    """Ordinary rows: in every block of columns at most `limits` from `centre`."""
+
+    centre: Tensor
+    """The median row, (D,)."""
+    limits: Tensor
+    """Largest distance from it, for each block of columns, (blocks,)."""
+
+    @classmethod
+    def of(cls, rows: Tensor, blocks: int = 1) -> Region:
+        """The region by the rule of this module.
+
+        At most 5 % of the rows lie outside, so that a heavy tail is no set of outliers. Where 95 %
+        of the rows are equal, every row is ordinary.
+
+        Args:
+            rows: (N, D).
+            blocks: Equal parts of the columns, each judged by itself (the sites of a crosscoder).
+        """
+        sample = rows[:: max(1, len(rows) // SAMPLE)]
+        centre = sample.median(0).values
+        limits = []
+        for distances in _distances(sample, centre, blocks):
+            most = distances.kthvalue(max(1, round(MOST * len(distances)))).values
+            limit = torch.maximum(FAR * distances.median(), FAR_BEYOND_MOST * most)
+            limits.append(torch.where(most > 0, limit, torch.inf))
+        return cls(centre, torch.stack(limits))
+
+    def contains(self, rows: Tensor) -> Tensor:
+        """Boolean (N,): true for ordinary rows among rows (N, D)."""
+        distances = torch.stack(_distances(rows, self.centre, len(self.limits)))
+        # What is not finite is no outlier: it must meet the checks that name it.
+        far = (distances > self.limits[:, None]) & torch.isfinite(distances)
+        return ~far.any(0)
+
+
+def _distances(rows: Tensor, centre: Tensor, blocks: int) -> list[Tensor]:
+    """Distances (N,) of rows (N, D) from `centre`, for each block of columns."""
+    return [part.norm(dim=1) for part in (rows - centre).tensor_split(blocks, 1)]
+
+
+class Outliers(NamedTuple):
+    """Outliers among the rows that an SAE is initialised from."""
+
+    rows: int
+    """Rows looked at."""
+    outliers: int
+    """Outliers among them, by input or target."""
+    variance_frac: float
+    """Their share of the variance of the targets, about the median row."""
+
+
+class OrdinaryRows:
+    """Rows that an SAE is fitted to: those whose input and target are both ordinary.
+
+    Args:
+        x: Inputs (N, D) that the rule looks at.
+        y: Targets (N, O); x itself for an autoencoder.
+        blocks: Equal parts of the columns, each judged by itself.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, blocks: int = 1) -> None:
+        self.inputs = Region.of(x, blocks)
+        self.targets = self.inputs if y is x else Region.of(y, blocks)
+        kept = self.keep(x, y)
+        squared = (y - self.targets.centre).square().sum(1)
+        total = float(squared.sum())
+        self.counts = Outliers(
+            rows=len(x),
+            outliers=int((~kept).sum()),
+            variance_frac=float(squared[~kept].sum()) / total if total > 0 else 0.0,
+        )
+
+    def keep(self, x: Tensor, y: Tensor) -> Tensor:
+        """Boolean (N,): true for rows to fit. All are if none would be left."""
+        kept = self.inputs.contains(x)
+        if y is not x:
+            kept &= self.targets.contains(y)
+        return kept if bool(kept.any()) else torch.ones_like(kept)
+
+    def of_inputs(self, x: Tensor) -> Tensor:
+        """The ordinary ones among inputs (N, D); x itself if all are."""
+        kept = self.inputs.contains(x)
+        return x if bool(kept.all()) or not bool(kept.any()) else x[kept]
+
+    def of_pairs(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The ordinary ones among inputs and targets; x and y themselves if all are."""
+        kept = self.keep(x, y)
+        if bool(kept.all()):
+            return x, y
+        inputs = x[kept]
+        return inputs, inputs if y is x else y[kept]
+
+    def of_batch(self, batch: Batch) -> Batch:
+        """The batch without its outliers; the same one if it has none.
+
+        In `downstream` the outliers stay as they are. An outlying second view is replaced by the
+        row itself.
+        """
+        alt = batch.alt
+        if alt is not None:
+            alt = torch.where(self.inputs.contains(alt)[:, None], alt, batch.x)
+        kept = self.keep(batch.x, batch.y)
+        if bool(kept.all()):
+            return batch._replace(alt=alt)
+        index = kept.nonzero().squeeze(1)
+        x = batch.x[index]
+        y = x if batch.y is batch.x else batch.y[index]
+        return Batch(x, y, None if alt is None else alt[index], _around(batch, index))
+
+
+def _around(batch: Batch, index: Tensor) -> Any:
+    """`batch.downstream` of the reconstructions of some rows, the other rows as they are."""
+    rest = batch.downstream
+    if rest is None:
+        return None
+    return lambda recon: rest(batch.y.index_copy(0, index, recon))
