@@ -5,8 +5,11 @@ Work that needs more memory than is free is refused.
 
 from __future__ import annotations
 
+import platform
+import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,3 +134,12 @@ def in_time(seconds: float) -> str:
         if seconds >= 1.5 * unit:
             return f"{seconds / unit:,.0f} {name}"
     return f"{seconds / 60:.0f} minutes"
+
+
+@cache
+def cpu_has_bf16() -> bool:
+    """True if this processor multiplies bfloat16 natively; others emulate it, slower than fp32."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return False
+    flags = Path("/proc/cpuinfo").read_text(errors="replace")
+    return any(name in flags for name in ("avx512_bf16", "amx_bf16", " bf16"))

@@ -209,7 +209,7 @@ def test_the_published_recipe_is_whole_for_every_corpus(name):
     ],
 )
 def test_bf16_is_chosen_where_it_pays(monkeypatch, precision, width, native, bf16):
-    monkeypatch.setattr(lm, "_cpu_has_bf16", lambda: native)
+    monkeypatch.setattr(lm, "cpu_has_bf16", lambda: native)
     context = autocast(CPU, precision, width)
     assert (context is not nullcontext) == bf16
     with context():

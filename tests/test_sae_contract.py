@@ -190,6 +190,18 @@ def test_a_batch_in_blocks_of_rows_gives_the_loss_and_gradients_of_the_whole(
 
 
 @every_sae
+def test_bf16_is_chosen_for_wide_sparse_codes_where_the_processor_has_it(name, monkeypatch):
+    sae = sae_spec(name).build(D, D)
+    assert sae_spec(name).matmul_precision == sae.matmul_precision == "auto"
+    assert sae.matmul_dtype == torch.float32, "small"
+    monkeypatch.setattr(ops, "BF16_FROM", 1)
+    for native in (True, False):
+        monkeypatch.setattr(ops, "cpu_has_bf16", lambda native=native: native)
+        fast = native and sae.supports_bf16 and sae.always_sparse
+        assert sae.matmul_dtype == (torch.bfloat16 if fast else torch.float32)
+
+
+@every_sae
 @pytest.mark.parametrize("in_blocks", [False, True])
 def test_a_coarse_product_decides_what_is_active_and_leaves_values_exact(
     name, in_blocks, monkeypatch
@@ -201,7 +213,7 @@ def test_a_coarse_product_decides_what_is_active_and_leaves_values_exact(
     monkeypatch.setattr(ops, "SPARSE_BELOW", 1.1)
     assert sae_spec(name, "sae.matmul_precision=bf16").build(D, D).matmul_dtype == torch.bfloat16
     sae, plain = make(name).train(), make(name).train()
-    sae.matmul_dtype = torch.bfloat16
+    sae.matmul_precision = "bf16"
     if in_blocks:
         monkeypatch.setattr(base, "BLOCK", 7 * sae.d_sae)
     coarse, exact = sae.training_forward(batch()), plain.training_forward(batch())

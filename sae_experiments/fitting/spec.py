@@ -12,6 +12,7 @@ import torch
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.fit import OUTLIERS, SCALES, RowHandling
 from sae_experiments.models.hooks import Site, Sites, parse_site
+from sae_experiments.resources import cpu_has_bf16
 from sae_experiments.saes.base import SAE
 from sae_experiments.source import modules_behind
 from sae_experiments.training.loop import TrainConfig, seed_of
@@ -29,8 +30,8 @@ PER_SAE_SETTINGS = (
     "decay_from",
     "optimizer",
 )
-#: Precisions of the encoder's matrix product in training.
-MATMUL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+#: Precisions in which training may select the active latents.
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +46,8 @@ class SAESpec:
     write: str | None  # site to reconstruct; null: the one that is read
     train: Mapping[str, Any]  # fields of fit.train that this SAE overrides
     active_frac: float | None = None  # L0 as a fraction of the latents, instead of target_l0
-    matmul_precision: str = (
-        "fp32"  # encoder precision in training: fp32 or bf16 (`SAE.matmul_dtype`)
-    )
+    matmul_precision: str = "auto"
+    """Precision in which training selects the active latents: auto, fp32 or bf16."""
     host: SAESpec | None = None
     """SAE that a variant such as purified wraps; its model is part of ours."""
 
@@ -56,9 +56,10 @@ class SAESpec:
         if self.d_sae is not None and (not isinstance(self.d_sae, int) or self.d_sae < 1):
             raise UserError(f"sae.d_sae={self.d_sae} must be a whole number of at least 1")
         d_sae = self.d_sae if self.d_sae is not None else round(self.expansion * d_in)
-        if self.matmul_precision not in MATMUL_DTYPES:
+        if self.matmul_precision not in PRECISIONS:
             raise UserError(
-                f"sae.matmul_precision={self.matmul_precision!r} is not one of {', '.join(MATMUL_DTYPES)}"
+                f"sae.matmul_precision={self.matmul_precision!r} is not one of "
+                f"{', '.join(PRECISIONS)}"
             )
         sae = self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **self._asked(d_sae))
         asked = self.target_l0 if sae.fixed_l0 is None else sae.fixed_l0
@@ -67,11 +68,11 @@ class SAESpec:
                 f"sae.target_l0={asked:g} must be below d_sae={d_sae}: "
                 "ask for fewer, or raise sae.expansion or sae.d_sae"
             )
-        sae.matmul_dtype = MATMUL_DTYPES[self.matmul_precision]
-        if not sae.supports_bf16 and sae.matmul_dtype != torch.float32:
+        sae.matmul_precision = self.matmul_precision
+        if not sae.supports_bf16 and self.matmul_precision == "bf16":
             raise UserError(
                 f"sae.matmul_precision={self.matmul_precision} is not for this SAE, "
-                "which makes its products in its own way: use fp32"
+                "which makes its products in its own way: use auto"
             )
         return sae
 
@@ -132,11 +133,10 @@ class SAESpec:
     def _unusual(self) -> dict[str, Any]:
         """Settings added later, if used: fits without them keep their cache keys."""
         given = {} if self.active_frac is None else {"active_frac": self.active_frac}
-        return (
-            given
-            if self.matmul_precision == "fp32"
-            else given | {"matmul_precision": self.matmul_precision}
-        )
+        if self.matmul_precision == "fp32":
+            return given
+        native = {"native_bf16": cpu_has_bf16()} if self.matmul_precision == "auto" else {}
+        return given | {"matmul_precision": self.matmul_precision} | native
 
 
 def _to_jsonable(value: Any) -> Any:

@@ -6,8 +6,6 @@ import inspect
 import json
 import math
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -29,7 +27,7 @@ from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_json
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models.cpu_kernels import use_cheap_paths
-from sae_experiments.resources import Need
+from sae_experiments.resources import Need, cpu_has_bf16
 from sae_experiments.source import source_digest
 from sae_experiments.training.loop import (
     Group,
@@ -256,20 +254,12 @@ def autocast(
         fast = (
             torch.cuda.is_bf16_supported()
             if device.type == "cuda"
-            else device.type == "cpu" and width >= 256 and _cpu_has_bf16()
+            else device.type == "cpu" and width >= 256 and cpu_has_bf16()
         )
         precision = "bf16" if fast else "fp32"
     if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 natively (elsewhere it is emulated and slower than fp32)."""
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
-        return False
-    flags = Path("/proc/cpuinfo").read_text(errors="replace")
-    return any(name in flags for name in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
 class LMLearner(Learner):

@@ -70,11 +70,13 @@ class SAE(nn.Module):
     #: The support of a row depends on that row alone, so that a large batch may be encoded one
     #: block of rows at a time.
     support_is_rowwise = True
-    #: `matmul_dtype` may be bfloat16.
+    #: `matmul_precision` may be bf16.
     supports_bf16 = True
-    #: Precision of the encoder's matrix product in training. In bfloat16 the product only decides
-    #: which latents are active; their values are recomputed in full precision.
-    matmul_dtype = torch.float32
+    #: Codes are sparse from the first step, so that recomputing their values costs little.
+    always_sparse = False
+    #: Precision of the encoder's matrix product in training: fp32, bf16 or auto. In bfloat16 the
+    #: product only decides which latents are active; their values are recomputed in full precision.
+    matmul_precision = "fp32"
     #: Input and output must be in the same units (tied weights, a refined code).
     same_units = False
     #: The SAE has been fitted: its weights are in the data's own units.
@@ -357,6 +359,18 @@ class SAE(nn.Module):
             recon = recon + direct
         mask = None if isinstance(support, Pattern) else support
         return Forward(batch, pre, codes, recon, active_pre, levels, mask)
+
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """Type of the encoder's matrix product in training.
+
+        With `auto` it is bfloat16 for a large matrix on a CPU that multiplies it natively, if codes
+        are always sparse.
+        """
+        if self.matmul_precision == "auto":
+            fast = self.supports_bf16 and self.always_sparse and ops.bf16_pays(self.W_enc)
+            return torch.bfloat16 if fast else torch.float32
+        return ops.DTYPES[self.matmul_precision]
 
     def _select(self, x: Tensor, bias: Tensor) -> tuple[Pattern | Tensor, Tensor, Tensor | None]:
         """Find the active entries of a training batch.

@@ -28,6 +28,7 @@ class BatchTopK(SAE):
     """
 
     support_is_rowwise = False
+    always_sparse = True
 
     def __init__(self, *, k: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)

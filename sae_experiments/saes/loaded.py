@@ -38,6 +38,7 @@ class Loaded(BatchTopK):
 
     fitted = True
     trains_on = True
+    always_sparse = False  # the codes of others may be dense
 
     theta: Tensor
     wanted: Tensor

@@ -18,12 +18,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae_experiments.resources import cpu_has_bf16
 from sae_experiments.saes.selection import TILE, Pattern, top_k, top_mask
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 #: Codes with a smaller share of active entries than this are handled sparsely.
 SPARSE_BELOW = 0.1
+
+
+#: Precisions of the encoder's matrix product in training.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+#: Entries of an encoder matrix from which bfloat16 pays (docs/speed.md).
+BF16_FROM = 1 << 19
+
+
+def bf16_pays(weight: Tensor) -> bool:
+    """True if a product with this matrix is faster in bfloat16 by more than rounding costs."""
+    return weight.device.type == "cpu" and weight.numel() >= BF16_FROM and cpu_has_bf16()
 
 
 @contextmanager

@@ -23,6 +23,8 @@ class TopK(SAE):
         **kwargs: Further arguments of `SAE`.
     """
 
+    always_sparse = True
+
     def __init__(self, *, k: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 1 <= k <= self.d_sae or k != int(k):

@@ -39,7 +39,9 @@ WEIGHTS = "model.safetensors"
 def of_sae(sae: SAE, where: str | None = None) -> dict[str, Any]:
     """The site of an SAE and the active latents it was asked for."""
     site = {} if where is None else {"site": where}
-    return site | {"asked_l0": sae.fixed_l0, "d_sae": sae.d_sae}
+    precision = str(sae.matmul_dtype).removeprefix("torch.")
+    sizes = {"asked_l0": sae.fixed_l0, "d_sae": sae.d_sae}
+    return site | sizes | {"matmul_precision": precision}
 
 
 def of_sites(read: Site | Sites, write: Site | Sites) -> str:
