@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import CONF
 from fake_features import (
@@ -31,7 +32,7 @@ from matplotlib.figure import Figure
 from sae_experiments.cli.main import draw_report
 from sae_experiments.errors import UserError
 from sae_experiments.plots.base import bare, finish, panels
-from sae_experiments.report import features, markup, page, summary
+from sae_experiments.report import chart, comparison, features, markup, overview, page
 from sae_experiments.report.figures import draw_all, run_report
 from sae_experiments.report.page import Picture
 from sae_experiments.results.records import Record, read_records, write_record
@@ -40,8 +41,8 @@ from sae_experiments.results.table import RunTable, load_table
 SCRIPT = "".join((page.HERE / name).read_text() for name in page.SCRIPTS)
 
 
-KNOWN = """html head meta title style body a nav div button main header h1 h2 h3 p section table thead tbody tr th td small span b strong ul li
-           details summary code pre figure figcaption script noscript"""
+KNOWN = """html head meta title style body a nav div button main header h1 h2 h3 p section table thead tbody tr th td small span b strong ul li svg
+           text line circle details summary code pre figure figcaption script noscript"""
 
 
 class Elements(HTMLParser):
@@ -388,7 +389,9 @@ def test_many_runs_become_rows_and_what_cannot_be_compared_says_why(tmp_path: Pa
     ]
     html = page.page(load_table(paths), [])
     text = " ".join(Elements(html).text)
-    assert "Comparison of 5 runs" in text and "not comparable: preset full vs laptop" in text
+    assert "Comparison of 5 runs" in text
+    why = "preset full vs laptop"
+    assert text.count(why) == 1 and f"Not comparable with run_0: run_9: {why}." in text
     rows = load_table([*paths, *(made(tmp_path, f"more_{i}") for i in range(3))])
     tall = Elements(page.page(rows, []))
     assert ("table", {"class": "numbers wide"}) in tall.found
@@ -418,10 +421,59 @@ def test_stand_in_text_null_and_unfinished_are_said(tmp_path: Path) -> None:
 def test_a_part_that_fails_costs_only_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(summary, "final_numbers", lambda *_: 1 / 0)
+    monkeypatch.setattr(comparison, "comparison", lambda *_: 1 / 0)
     html = page.page(load_table([made(tmp_path)]), [])
     assert 'id="details"' in html and 'id="summary"' not in html
     assert caplog.messages == ["report: summary left out, ZeroDivisionError: division by zero"]
+
+
+def test_the_first_screen_is_written_from_the_numbers(tmp_path: Path) -> None:
+    saes = ("topk", "standard")
+    reports = [f"{corpus}.{sae}" for corpus in ("enwik8", "text8") for sae in saes]
+    run = made(tmp_path, datasets=reports, config={"saes": {sae: {} for sae in saes}})
+    for corpus in ("enwik8", "text8"):
+        for sae, fvu in (("topk", 0.1), ("standard", 0.3)):
+            for seed in range(3):
+                metrics = {"sae_fvu": fvu + 0.001 * seed, "sae_l0": 30.0 + seed}
+                record = Record(dataset=f"{corpus}.{sae}", seed=seed, metrics=metrics)
+                write_record(run, record)
+    for report in reports:
+        add_features(run, report, 0, features_of(text_of(4000), 40))
+    table = load_table([run])
+    html = page.page(table, [])
+    text = " ".join(Elements(html).text)
+    assert "run_1 fitted 2 SAEs (standard, topk)" in text and "3 seeds" in text
+    assert "topk rebuilds best on enwik8 (FVU 0.1010 ± 0.0006 at L0 31) and text8" in text
+    assert "its lead over standard on enwik8, standard on text8 is believable" in text
+    assert "rebuilds best on" not in overview.what_came_out(table, pd.DataFrame())
+    assert html.count('<svg viewBox="0 0 360') == 2 and html.count('class="dot v') == 4
+    data = json.loads(re.findall(r'id="data">([^<]*)<', html)[0])
+    assert len(data["cards"]) == len({tuple(card) for card in data["cards"]}) > 2
+    for cell, latent in data["cards"]:
+        feature = unpacked(html, f"cell-{cell}")["latents"][latent]
+        assert feature["latent"] == latent and feature["rule"] and feature["top"]
+
+
+@pytest.mark.parametrize("values", [[3.0], [3.0, 3.0], [1e-9, 2e-9], [8, 32, 1000], [31.0, 33.0]])
+def test_ticks_of_the_picture_are_within_the_axis(values: list[float]) -> None:
+    scale = chart._scale(values, 0, 100)
+    assert all(scale.low <= tick <= scale.high for tick in scale.ticks())
+    assert 1 <= len(scale.ticks()) <= 12
+    assert all(0 <= scale(value) <= 100 for value in values)
+
+
+def test_a_run_that_goes_on_says_so_and_reloads(tmp_path: Path) -> None:
+    progress = {"cells": 5, "finished": 1, "running": ["enwik8 seed 0", "<b> seed 0"]}
+    run = made(tmp_path, status="running", progress=progress)
+    html = page.page(load_table([run]), [])
+    data = json.loads(re.findall(r'id="data">([^<]*)<', html)[0])
+    assert data["running"] == [
+        {"run": "run_1", "cells": 5, "finished": 1, "at_work": progress["running"]}
+    ]
+    text = " ".join(Elements(html).text)
+    assert "run_1 is still running: 1 of 5 cells are finished; now enwik8 seed 0, <b>" in text
+    done = page.page(load_table([made(tmp_path, "run_2")]), [])
+    assert 'id="alive"' not in done and '"running":[]' in done
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -451,7 +503,13 @@ def test_figures_of_a_study_have_a_section_of_their_own(tmp_path: Path) -> None:
     ]
     html = page.page(load_table([made(tmp_path)]), pictures)
     sections = re.findall(r'<section id="([^"]*)">|<section[^>]*id="([^"]*)"', html)
-    assert [a or b for a, b in sections] == ["summary", "figures-general", "figures-toy", "details"]
+    assert [a or b for a, b in sections] == [
+        "overview",
+        "summary",
+        "figures-general",
+        "figures-toy",
+        "details",
+    ]
     assert unpacked_svg(html, "figure-toy-a") == b"<svg/>"
 
 

@@ -21,6 +21,7 @@ from fake_features import (
 from fake_runs import make_run
 
 from sae_experiments.plots.base import bare, finish, panels
+from sae_experiments.report import page as report_page
 from sae_experiments.report.page import Picture, write_report
 from sae_experiments.results.table import load_table
 
@@ -125,11 +126,14 @@ def test_the_policy_refuses_what_was_not_in_the_file(ready: Page) -> None:
 
 def test_sorting(ready: Page) -> None:
     order = "[...document.querySelectorAll('#browser .latents tr[data-latent] td:nth-child({})')].map((c) => parseFloat(c.innerText))"
-    assert len(rows(ready)) == 200, "more on demand"
+    assert len(rows(ready)) == 100, "a page of the list"
     f1 = ready(order.format(3))
     assert f1 == sorted(f1, reverse=True)
     ready("document.querySelector('[data-sort=latent]').click()")
-    assert rows(ready) == list(range(200))
+    assert rows(ready) == list(range(100))
+    ready("document.querySelector('[aria-label=\"next page\"]').click()")
+    assert rows(ready) == list(range(100, 200))
+    assert "101 to 200 of 1024" in ready("document.querySelector('.pager').innerText")
     ready("document.querySelector('[data-sort=latent]').click()")
     assert rows(ready)[0] == 1023
     assert (
@@ -138,8 +142,70 @@ def test_sorting(ready: Page) -> None:
         )
         == "descending"
     )
-    ready("document.querySelector('#browser .more').click()")
-    assert len(rows(ready)) == 1024
+
+
+def test_a_latent_is_open_and_the_first_screen_shows_six(ready: Page) -> None:
+    assert ready("document.querySelector('#latent-title').innerText").startswith("Latent ")
+    assert ready("location.hash") == "", "opening the page goes nowhere"
+    cards = "document.querySelectorAll('#cards .telling')"
+    assert ready(f"{cards}.length") == 6
+    assert ready(f"[...{cards}].every((n) => n.querySelectorAll('.ctx .at').length === 3)")
+    assert ready(f"Math.max(...[...{cards}].map((n) => n.getBoundingClientRect().bottom))") < 900
+    link = ready(f"{cards}[3].querySelector('a').getAttribute('href')")
+    ready(f"{cards}[3].querySelector('a').click()")
+    latent = link.rsplit("-", 1)[1]
+    until(ready, f"document.querySelector('#latent-title')?.innerText === 'Latent {latent}'")
+    until(ready, "document.querySelector('#latent').getBoundingClientRect().top < innerHeight")
+
+
+def choose(page: Page, key: str, value: str) -> None:
+    page(
+        f"(() => {{ const b = document.querySelector('#{key}'); b.value = {value!r}; b.dispatchEvent(new Event('change')); }})()"
+    )
+
+
+def test_filters(ready: Page) -> None:
+    stored = features_of(text_of(131_072), 1024)
+    fits = {
+        "all": lambda f: True,
+        "rule": lambda f: f.get("f1", 0) >= 0.5,
+        "unexplained": lambda f: f["density"] > 0 and not f.get("f1", 0) >= 0.5,
+        "dense": lambda f: f["density"] > 0.1,
+        "dead": lambda f: not f["density"],
+    }
+    offered = ready("[...document.querySelector('#filter').options].map((o) => o.value)")
+    ready("document.querySelector('[data-sort=latent]').click()")
+    for key, is_of_kind in fits.items():
+        expected = [f["latent"] for f in stored if is_of_kind(f)]
+        assert (key in offered) == bool(expected)
+        if expected:
+            choose(ready, "filter", key)
+            assert rows(ready) == expected[:100], key
+    choose(ready, "filter", "all")
+    for concept in ready("[...document.querySelector('#concept').options].map((o) => o.value)")[1:]:
+        choose(ready, "concept", concept)
+        expected = [
+            f["latent"] for f in stored if f.get("concept") == concept and abs(f["phi"]) >= 0.3
+        ]
+        assert expected and rows(ready) == expected[:100]
+
+
+def test_a_page_of_a_running_run_reloads(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets = report_page._assets()
+    script = assets["script"].replace("RELOAD_MS = 20000", "RELOAD_MS = 200")
+    assert script != assets["script"]
+    monkeypatch.setattr(report_page, "_assets", lambda: assets | {"script": script})
+    for status, reloads in (("running", True), ("done", False)):
+        run = make_run(tmp_path, status, seeds=(0,), status=status, curves=False)
+        page.open(write_report(load_table([run]), [], tmp_path / "report.html"))
+        page("window.before = true")
+        if reloads:
+            until(page, "window.before === undefined", wait_s=10)
+        else:
+            time.sleep(1)
+            assert page("window.before"), "a finished run stays as it is"
 
 
 def test_searching_text_rules_and_numbers(ready: Page) -> None:
@@ -340,7 +406,6 @@ def test_hostile_text_is_shown_as_it_is_and_nothing_runs(
     )
     page.resize(1280, 900)
     page.open(path)
-    before = page("document.querySelectorAll('*').length")
     assert bad in page("document.title") and bad in page("document.querySelector('h1').innerText")
     page("document.querySelector('.graph .node').dispatchEvent(new MouseEvent('click'))")
     for j, text in enumerate(HOSTILE):
@@ -357,7 +422,7 @@ def test_hostile_text_is_shown_as_it_is_and_nothing_runs(
         assert page(IN_ORDER), f"marks for writing direction move nothing: {text!r}"
     type_in(page, "</script>")
     assert 0 in rows(page)
-    assert before < page("document.querySelectorAll('*').length")
+    assert page("document.querySelectorAll('#latent .ctx').length") > 0
     names = set(page("[...document.querySelectorAll('main *')].map((n) => n.localName)"))
     assert not names & {
         "script",

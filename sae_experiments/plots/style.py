@@ -52,3 +52,24 @@ def run_handle(run: Run, style: RunStyle, *, line: bool) -> Line2D:
         kind = {"linestyle": style.line, "marker": ""}
     size = 9 if style.marker == "*" else 6
     return Line2D([], [], color=style.color, markersize=size, label=clip(run.title), **kind)
+
+
+#: Variants with a colour of their own, the same in every figure; see `PALETTE`.
+VARIANTS = (
+    "standard",
+    "topk",
+    "batch_topk",
+    "gated",
+    "jumprelu",
+    "matryoshka",
+    "hierarchical",
+    "random",
+)
+
+
+def variant_index(variant: str) -> int:
+    """Number of a variant's colour: its place in `VARIANTS`, else one made from its name."""
+    name = variant.partition("-")[0]
+    if name in VARIANTS:
+        return VARIANTS.index(name)
+    return sum(map(ord, name)) % len(PALETTE)

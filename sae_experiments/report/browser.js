@@ -1,5 +1,6 @@
 // The feature browser: choose a cell, filter, sort, choose a latent.
-const STEP = 200;
+const PAGE = 100; // latents on a page of the list
+const CONCEPT_PHI = 0.3; // least |phi| with which a latent is listed under a concept
 const COLUMNS = [
   { key: "latent", name: "#", get: (f) => f.latent, text: (f) => `${f.latent}`, up: true },
   { key: "density", name: "density", get: (f) => f.density, text: (f) => percent(f.density) },
@@ -26,31 +27,70 @@ class View {
   }
 }
 
+// Filters of the list, by name; `fits` gets a latent.
+const RULE_LIKE = 0.5;
+const DENSE = 0.1;
+const FILTERS = [
+  { key: "all", name: "all latents", fits: () => true },
+  { key: "rule", name: "rule-like (F1 ≥ 0.5)", fits: (f) => f.f1 >= RULE_LIKE },
+  { key: "unexplained", name: "alive without a good rule", fits: (f) => f.density > 0 && !(f.f1 >= RULE_LIKE) },
+  { key: "dense", name: "dense (fire on > 10 %)", fits: (f) => f.density > DENSE },
+  { key: "dead", name: "dead", fits: (f) => !f.density },
+];
+
+// What the list depends on: a change of any of these draws it again.
+const OF_THE_LIST = ["cell", "bin", "query", "filter", "concept", "sort", "up", "tree", "page"];
+
 class Browser {
   constructor(root) {
     this.root = root;
     this.views = new Map();
-    this.state = { cell: -1, query: "", bin: null, sort: "f1", up: false, tree: false, latent: null, shown: STEP };
-    this.cells = h("select", { id: "cell", change: () => this.open(Number(this.cells.value)) }, DATA.cells.map((c, i) => h("option", { value: i }, `${new Set(DATA.cells.map((x) => x.run)).size > 1 ? `${c.run}: ` : ""}${c.title} (${c.n} latents)`)));
-    this.search = h("input", { id: "search", type: "search", placeholder: "rule, text or #number", "aria-label": "search latents", input: () => this.set({ query: this.search.value, shown: STEP }) });
+    this.state = { cell: -1, query: "", filter: "all", concept: "", bin: null, sort: "f1", up: false, tree: false, latent: null, page: 0 };
+    const several = new Set(DATA.cells.map((c) => c.run)).size > 1;
+    const cellName = (c) => `${several ? `${c.run}: ` : ""}${c.title} (${c.n} latents)`;
+    this.cells = h("select", { id: "cell", change: () => this.open(Number(this.cells.value)) }, DATA.cells.map((c, i) => h("option", { value: i }, cellName(c))));
+    this.search = h("input", { id: "search", type: "search", placeholder: "rule, text or #number", "aria-label": "search latents", input: () => this.set({ query: this.search.value, page: 0 }) });
+    this.filter = h("select", { id: "filter", "aria-label": "kind of latent", change: () => this.set({ filter: this.filter.value, page: 0 }) });
+    this.concept = h("select", { id: "concept", "aria-label": "concept", change: () => this.set({ concept: this.concept.value, page: 0 }) });
     this.count = h("span", { class: "quiet", role: "status", "aria-live": "polite" });
-    this.tree = h("button", { type: "button", hidden: true, "aria-pressed": "false", click: () => this.set({ tree: !this.state.tree, shown: STEP }) }, "As a tree");
+    this.tree = h("button", { type: "button", hidden: true, "aria-pressed": "false", click: () => this.set({ tree: !this.state.tree, page: 0 }) }, "As a tree");
     this.chart = h("div", { class: "density-box" });
     this.list = h("div", { class: "list", role: "region", "aria-label": "latents", keydown: (e) => this.key(e) });
-    this.card = h("div", { class: "card", id: "latent", "aria-live": "polite" }, h("p", { class: "quiet" }, "Choose a latent from the list, or a bar above."));
-    root.append(h("div", { class: "tools" }, h("label", null, "Cell ", this.cells), this.search, this.tree, this.count), this.chart, h("div", { class: "split" }, this.list, this.card));
+    this.card = h("div", { class: "card", id: "latent", "aria-live": "polite" });
+    const tools = h("div", { class: "tools" }, h("label", null, "Cell ", this.cells), this.search, this.filter, this.concept, this.tree, this.count);
+    root.append(tools, h("div", { class: "split" }, this.list, this.card), this.chart);
   }
 
-  async open(index) {
+  // The view of a cell, unpacked once.
+  async load(index) {
+    if (!this.views.has(index)) this.views.set(index, new View(index, JSON.parse(await (await unpack(`cell-${index}`)).text())));
+    return this.views.get(index);
+  }
+
+  async open(index, latent) {
     try {
-      if (!this.views.has(index)) this.views.set(index, new View(index, JSON.parse(await (await unpack(`cell-${index}`)).text())));
+      this.view = await this.load(index);
     } catch (error) {
       this.card.replaceChildren(h("p", { class: "alarm" }, `The features cannot be shown: ${error.message}`));
       return;
     }
-    this.view = this.views.get(index);
     this.cells.value = String(index);
-    this.set({ cell: index, bin: null, shown: STEP, tree: this.state.tree && this.view.isTree, sort: this.view.columns.some((c) => c.key === this.state.sort) ? this.state.sort : "density" });
+    this.offer();
+    const sort = this.view.columns.some((c) => c.key === this.state.sort) ? this.state.sort : "density";
+    this.set({ cell: index, bin: null, page: 0, filter: "all", concept: "", tree: this.state.tree && this.view.isTree, sort });
+    this.set({ latent: latent ?? (this.found.length ? this.found[0].latent : null) });
+  }
+
+  // The filters that this cell has latents for, with their numbers.
+  offer() {
+    const latents = this.view.latents, options = FILTERS.map((f) => [f, latents.filter(f.fits).length]);
+    this.filter.replaceChildren(...options.filter(([, n]) => n).map(([f, n]) => h("option", { value: f.key }, `${f.name} (${n})`)));
+    const counts = new Map();
+    for (const f of latents) if (f.concept && Math.abs(f.phi) >= CONCEPT_PHI) counts.set(f.concept, (counts.get(f.concept) || 0) + 1);
+    const names = [...counts].sort((a, b) => b[1] - a[1] || f0(a[0], b[0]));
+    this.concept.hidden = !names.length;
+    const bytes = this.view.contexts.bytes;
+    this.concept.replaceChildren(h("option", { value: "" }, "any concept"), ...names.map(([name, n]) => h("option", { value: name }, `${clear(name, bytes)} (${n})`)));
   }
 
   // The one place where the state changes.
@@ -58,35 +98,51 @@ class Browser {
     const before = this.state;
     this.state = { ...before, ...change };
     if (["cell", "bin"].some((k) => k in change)) this.drawChart();
-    if (["cell", "bin", "query", "sort", "up", "tree", "shown"].some((k) => k in change)) this.drawList();
+    if (OF_THE_LIST.some((k) => k in change)) this.drawList();
     if ("latent" in change || ("cell" in change && before.cell !== this.state.cell)) this.drawCard();
   }
 
   matching() {
-    const { query, bin, sort, up, tree } = this.state, wanted = query.trim().toLowerCase(), get = COLUMNS.find((c) => c.key === sort).get;
+    const { query, filter, concept, bin, sort, up, tree } = this.state, wanted = query.trim().toLowerCase();
+    const get = COLUMNS.find((c) => c.key === sort).get, ofKind = FILTERS.find((f) => f.key === filter).fits;
     const exact = /^#?\d+$/.test(wanted) ? Number(wanted.replace("#", "")) : null;
-    const fits = (f) => (bin === null || binOf(f.density) === bin) && (!wanted || f.latent === exact || (wanted[0] !== "#" && this.view.words(f).includes(wanted))) && (!tree || (f.children && f.children.length));
+    const said = (f) => !wanted || f.latent === exact || (wanted[0] !== "#" && this.view.words(f).includes(wanted));
+    const about = (f) => !concept || (f.concept === concept && Math.abs(f.phi) >= CONCEPT_PHI);
+    const fits = (f) => (bin === null || binOf(f.density) === bin) && ofKind(f) && about(f) && said(f) && (!tree || (f.children && f.children.length));
     const value = (f) => { const v = get(f); return v === undefined || v === null ? (up ? Infinity : -Infinity) : v; };
     return this.view.latents.filter(fits).sort((a, b) => (f0(value(a), value(b)) * (up ? 1 : -1)) || a.latent - b.latent);
   }
 
-  drawChart() { this.chart.replaceChildren(densityChart(this.view.latents, this.state.bin, (bin) => this.set({ bin, shown: STEP }))); }
+  drawChart() { this.chart.replaceChildren(densityChart(this.view.latents, this.state.bin, (bin) => this.set({ bin, page: 0 }))); }
 
   drawList() {
     this.found = this.matching();
-    const { shown, bin, tree } = this.state, columns = this.view.columns;
+    const { page, bin, tree } = this.state, columns = this.view.columns;
     this.tree.hidden = !this.view.isTree;
     this.tree.setAttribute("aria-pressed", String(tree));
-    this.count.replaceChildren(`${this.found.length} of ${this.view.latents.length} latents`, bin === null ? "" : h("button", { type: "button", class: "clear", click: () => this.set({ bin: null }) }, `✕ ${binName(bin)}`));
+    this.filter.value = this.state.filter;
+    this.concept.value = this.state.concept;
+    const clearBin = bin === null ? "" : h("button", { type: "button", class: "clear", click: () => this.set({ bin: null, page: 0 }) }, `✕ ${binName(bin)}`);
+    this.count.replaceChildren(`${this.found.length} of ${this.view.latents.length} latents`, clearBin);
     const heads = columns.map((c) => {
       const on = this.state.sort === c.key;
       return h("th", { scope: "col", class: c.narrow ? "narrow" : null, "aria-sort": on ? (this.state.up ? "ascending" : "descending") : "none" },
-        h("button", { type: "button", "data-sort": c.key, click: () => this.set({ sort: c.key, up: on ? !this.state.up : Boolean(c.up), shown: STEP }) }, c.name, on ? (this.state.up ? " ↑" : " ↓") : ""));
+        h("button", { type: "button", "data-sort": c.key, click: () => this.set({ sort: c.key, up: on ? !this.state.up : Boolean(c.up), page: 0 }) }, c.name, on ? (this.state.up ? " ↑" : " ↓") : ""));
     });
-    const rows = this.found.slice(0, shown).map((f) => this.row(f, columns));
-    const more = this.found.length > shown ? h("button", { type: "button", class: "more", click: () => this.set({ shown: shown + 5 * STEP }) }, `Show more (${this.found.length - shown} left)`) : null;
-    this.list.replaceChildren(h("table", { class: "latents" }, h("thead", null, h("tr", null, heads, h("th", { scope: "col", class: "about" }, this.view.latents.some((f) => f.rule) ? "rule, or strongest context" : "strongest context"))), h("tbody", null, rows)), more || "");
+    const rows = this.found.slice(page * PAGE, (page + 1) * PAGE).map((f) => this.row(f, columns));
+    const last = h("th", { scope: "col", class: "about" }, this.view.latents.some((f) => f.rule) ? "rule, or strongest context" : "strongest context");
+    this.list.replaceChildren(h("table", { class: "latents" }, h("thead", null, h("tr", null, heads, last)), h("tbody", null, rows)), this.pager() || "");
+    this.list.scrollTop = 0;
     this.mark();
+  }
+
+  // The pages of the list; null if there is one.
+  pager() {
+    const { page } = this.state, pages = Math.ceil(this.found.length / PAGE);
+    if (pages < 2) return null;
+    const go = (to, name) => h("button", { type: "button", "aria-label": name, hidden: to < 0 || to >= pages, click: () => this.set({ page: to }) }, name === "next page" ? "→" : "←");
+    const shown = `${page * PAGE + 1} to ${Math.min((page + 1) * PAGE, this.found.length)} of ${this.found.length}`;
+    return h("p", { class: "pager" }, go(page - 1, "previous page"), ` ${shown} `, go(page + 1, "next page"));
   }
 
   row(f, columns) {
@@ -102,16 +158,22 @@ class Browser {
     if (location.hash === wanted) this.follow(); else location.hash = wanted;
   }
   async follow() {
-    const found = /^#latent-(\d+)-(\d+)$/.exec(location.hash);
-    if (!found || !DATA.cells[Number(found[1])]) return;
-    if (this.state.cell !== Number(found[1])) await this.open(Number(found[1]));
+    const wanted = /^#latent-(\d+)-(\d+)$/.exec(location.hash);
+    if (!wanted || !DATA.cells[Number(wanted[1])]) return;
+    const cell = Number(wanted[1]), latent = Number(wanted[2]);
+    if (this.state.cell !== cell) await this.open(cell, latent);
     if (!this.view) return;
-    this.set({ latent: Number(found[2]) });
-    if (matchMedia("(max-width: 900px)").matches) this.card.scrollIntoView();
+    this.set({ latent });
+    const box = this.card.getBoundingClientRect(), onPhone = matchMedia("(max-width: 900px)").matches;
+    if (onPhone || box.top > innerHeight - 80 || box.bottom < 80) this.card.scrollIntoView();
   }
+  // The latent `by` places further in the list, whatever page it is on.
   move(by) {
     const at = this.found.findIndex((f) => f.latent === this.state.latent), next = this.found[at + by];
-    if (next) this.go(next.latent);
+    if (!next) return;
+    const page = Math.floor((at + by) / PAGE);
+    if (page !== this.state.page) this.set({ page });
+    this.go(next.latent);
   }
   key(event) {
     const row = event.target.closest("tr[data-latent]");
@@ -126,7 +188,7 @@ class Browser {
   drawCard() {
     const feature = this.view.byNumber.get(this.state.latent);
     this.mark();
-    this.card.replaceChildren(feature ? latentCard(feature, this.view, (by) => this.move(by)) : h("p", { class: "quiet" }, this.state.latent === null ? "Choose a latent from the list, or a bar above." : `Latent ${this.state.latent} is not among those stored for this cell.`));
+    this.card.replaceChildren(feature ? latentCard(feature, this.view, (by) => this.move(by)) : h("p", { class: "quiet" }, this.state.latent === null ? "No latent." : `Latent ${this.state.latent} is not among those stored for this cell.`));
     this.card.scrollTop = 0;
   }
 }

@@ -1,6 +1,7 @@
 // Text of corpora on the page: every character shown as what it is, with its activation as a shade.
 const NAMED = { "\n": "⏎", "\t": "⇥", "\r": "␍" };
 const ODD = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}]|(?! )\p{Zs}/u;
+const NOTATION = new Set("␣⏎"); // in rules, where they stand for a space and a newline
 const hex = (code, n) => code.toString(16).toUpperCase().padStart(n, "0");
 
 // What stands for a character, and the class it is drawn in ("" for an ordinary one).
@@ -19,7 +20,7 @@ const charNode = (char, bytes) => {
 };
 
 // Text such as a rule, with what cannot be seen made visible; plain spaces stay.
-const clear = (text, bytes) => Array.from(String(text), (c) => { const [shown, kind] = glyph(c, bytes); return kind === "raw" ? `‹${shown}›` : shown; }).join("");
+const clear = (text, bytes) => Array.from(String(text), (c) => { if (NOTATION.has(c)) return c; const [shown, kind] = glyph(c, bytes); return kind === "raw" ? `‹${shown}›` : shown; }).join("");
 
 class Contexts {
   constructor(cell, bytes) {
@@ -40,10 +41,14 @@ class Contexts {
   }
   plain(packed) { return this.open(packed).chars.join(""); }
 
-  node(packed, max) {
+  // A list item with the text of a context; `around` keeps so many characters on either side.
+  node(packed, max, around) {
     const { chars, at, acts, row } = this.open(packed), before = h("span", { class: "before" }), after = h("span", { class: "after" });
+    const middle = Math.max(at, 0), first = around ? Math.max(0, middle - around) : 0;
+    const last = around ? middle + around : chars.length;
     let run = null, text = at > 0 ? before : after;
     chars.forEach((char, i) => {
+      if (i < first || i > last) return;
       if (i === at) { text = after; run = null; }
       const act = acts.get(i) || 0, level = Math.min(9, Math.ceil(Math.abs(act) / 11)), [shown, kind] = glyph(char, this.bytes);
       const look = [level ? (act > 0 ? `a${level}` : `n${level}`) : "", kind, i === at ? "at" : ""].filter(Boolean).join(" ");

@@ -1,7 +1,7 @@
-"""What the feature browser and the graphs of a report are given: the stored features of every cell, packed small.
+"""Data of the feature browser and the graphs of a report: the stored features, packed small.
 
-Contexts that know their row share one copy of the held-out text; activations are kept where they are not zero, in hundredths of the
-latent's maximum.
+Contexts that know their row share one copy of the held-out text; activations are kept if they are
+not zero, in hundredths of the latent's maximum.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sae_experiments.results.names import put_together
 from sae_experiments.results.records import cell_name, number, try_json
 from sae_experiments.results.table import Run
 
@@ -33,53 +34,54 @@ class FeatureCell(NamedTuple):
     seed: int
     is_bytes: bool  # characters from 128 on are raw bytes
     features: list[dict[str, Any]]
+    sae: str = ""
 
     @property
     def title(self) -> str:
-        return f"{self.dataset}, seed {self.seed}"
+        where = f"{self.dataset}, {self.sae}" if self.sae else self.dataset
+        return f"{where}, seed {self.seed}"
 
 
 def cells_of(run: Run) -> Iterator[FeatureCell]:
     """Every cell of a run that has features; a damaged file is a warning and is left out."""
-    for dataset, seed, found in _stored(run, "features"):
-        features = [f for f in found if isinstance(f, dict) and isinstance(f.get("latent"), int)]
+    for dataset, seed, stored in _stored(run, "features"):
+        features = [f for f in stored if isinstance(f, dict) and isinstance(f.get("latent"), int)]
         if features:
-            yield FeatureCell(run.name, dataset, seed, _is_bytes(run, dataset), features)
+            is_bytes = _is_bytes(run, dataset)
+            yield FeatureCell(run.folder, dataset, seed, is_bytes, features, run.sae)
 
 
 def graphs_of(run: Run) -> list[dict[str, Any]]:
-    """The graphs of a run (``graphs/<report>_<seed>.json``), each with the cell it belongs to; those without nodes are left out."""
-    found = []
-    for dataset, seed, graphs in _stored(run, "graphs"):
-        for graph in graphs:
-            if isinstance(graph, dict) and isinstance(graph.get("nodes"), list) and graph["nodes"]:
-                about = {
-                    "run": run.name,
-                    "cell": f"{dataset}, seed {seed}",
-                    "bytes": _is_bytes(run, dataset),
-                }
-                nodes = [
-                    node | _plain(node.get("contexts"))
-                    for node in graph["nodes"]
-                    if isinstance(node, dict)
-                ]
-                found.append(graph | about | {"nodes": nodes})
-    return found
+    """The graphs of a run, each with its cell; those without nodes are left out."""
+    graphs = []
+    for dataset, seed, stored in _stored(run, "graphs"):
+        for graph in stored:
+            if not isinstance(graph, dict) or not _dicts(graph.get("nodes")):
+                continue
+            about = {
+                "run": run.name,
+                "cell": f"{dataset}, seed {seed}",
+                "bytes": _is_bytes(run, dataset),
+            }
+            nodes = [node | _plain(node.get("contexts")) for node in _dicts(graph["nodes"])]
+            graphs.append(graph | about | {"nodes": nodes})
+    return graphs
 
 
 def _stored(run: Run, folder: str) -> Iterator[tuple[str, int, list[Any]]]:
     for record in run.records if run.path else []:
-        path = run.path / folder / f"{cell_name(record.dataset, record.seed)}.json"
-        found = try_json(path) if path.exists() else None
-        if isinstance(found, list):
-            yield record.dataset, record.seed, found
-        elif found is not None:
+        name = cell_name(put_together(record.dataset, run.sae), record.seed)
+        path = run.path / folder / f"{name}.json"
+        content = try_json(path) if path.exists() else None
+        if isinstance(content, list):
+            yield record.dataset, record.seed, content
+        elif content is not None:
             log.warning("%s holds no list; left out", path)
 
 
 def _is_bytes(run: Run, dataset: str) -> bool:
     data = run.config.get("data")
-    about = data.get(dataset.split(".")[0]) if isinstance(data, dict) else None
+    about = data.get(dataset) if isinstance(data, dict) else None
     return isinstance(about, dict) and about.get("encoding") == "latin-1"
 
 
@@ -91,23 +93,25 @@ def _plain(contexts: Any) -> dict[str, Any]:
 
 
 def pack(cell: FeatureCell, size: tuple[int, int]) -> bytes:
-    """``{"latents": [...], "text": [[row, characters], ...]}`` as compressed JSON; a latent keeps ``size`` contexts and samples.
+    """Compress a cell to JSON of `latents` and `text`, a list of [first row, characters].
 
-    A context is ``[row, length, at, [place, value, ...]]``, or ``[text, at, [place, value, ...]]`` where its row is not known.
+    A context is `[row, length, at, [place, value, ...]]`, or `[text, at, [place, value, ...]]` if
+    its row is unknown.
+
+    Args:
+        cell: Features to pack.
+        size: Numbers of strongest contexts and of samples that a latent keeps.
     """
     pool: list[str | None] = []
     latents = []
     for feature in cell.features:
-        top = number(feature.get("max")) or max(
-            (abs(v) for c in _dicts(feature.get("top")) for v in _acts(c)), default=0.0
-        )
+        strongest, samples = (_dicts(feature.get(key)) for key in ("top", "samples"))
+        largest = max((abs(v) for context in strongest for v in _acts(context)), default=0.0)
+        top = number(feature.get("max")) or largest
         kept = {k: v for k, v in feature.items() if k not in ("top", "samples", "strings")}
-        kept["top"] = [
-            _context(c, top, pool) for c in _dicts(feature.get("top"))[: size[0]]
-        ] + _strings(feature, top, size[0])
-        kept["samples"] = [
-            _context(c, top, pool) for c in _dicts(feature.get("samples"))[: size[1]]
-        ]
+        kept["top"] = [_context(c, top, pool) for c in strongest[: size[0]]]
+        kept["top"] += _strings(feature, top, size[0])
+        kept["samples"] = [_context(c, top, pool) for c in samples[: size[1]]]
         latents.append({k: v for k, v in kept.items() if v is not None and v != []})
     content = {"latents": latents, "text": _segments(pool)}
     try:
@@ -136,13 +140,13 @@ def _acts(context: Mapping[str, Any]) -> list[float]:
 
 
 def _sparse(acts: Sequence[float], top: float) -> list[int]:
-    """Place and value of what is not zero, in hundredths of ``top``; what is too small for that counts as one."""
-    found: list[int] = []
+    """Places and values of what is not zero, in hundredths of `top`; at least one hundredth."""
+    pairs: list[int] = []
     for place, value in enumerate(acts):
         if value:
             shown = round(SCALE * value / top) if top else 0
-            found += [place, max(-SCALE, min(SCALE, shown)) or (1 if value > 0 else -1)]
-    return found
+            pairs += [place, max(-SCALE, min(SCALE, shown)) or (1 if value > 0 else -1)]
+    return pairs
 
 
 def _context(context: Mapping[str, Any], top: float, pool: list[str | None]) -> list[Any]:
@@ -153,10 +157,9 @@ def _context(context: Mapping[str, Any], top: float, pool: list[str | None]) -> 
     first = row - len(before)
     end = first + len(text)
     pool.extend([None] * (end - len(pool)))
-    if any(
-        known is not None and known != c for known, c in zip(pool[first:end], text, strict=True)
-    ):  # not the same text after all
-        return _inline(context, top)
+    pairs = zip(pool[first:end], text, strict=True)
+    if any(known is not None and known != char for known, char in pairs):
+        return _inline(context, top)  # not the same text after all
     pool[first:end] = text
     return [first, len(text), len(before), _sparse(_acts(context), top)]
 
@@ -167,21 +170,16 @@ def _inline(context: Mapping[str, Any], top: float) -> list[Any]:
 
 
 def _strings(feature: Mapping[str, Any], top: float, most: int) -> list[list[Any]]:
-    """Whole strings with one value each (``strings``), as contexts; the value stands at the character ``position`` where that is known."""
+    """Whole strings with one value each, as contexts; the value is at `position` if known."""
     pairs = [p for p in feature.get("strings") or [] if isinstance(p, list) and len(p) == 2]
     top = top or max((abs(number(v) or 0.0) for _, v in pairs), default=0.0)
     place = feature.get("position")
-    found = []
+    contexts = []
     for string, value in ((str(text), number(v) or 0.0) for text, v in pairs[: max(most, 1)]):
         at = place if isinstance(place, int) and 0 <= place < len(string) else -1
-        found.append(
-            [
-                string,
-                at,
-                _sparse([value if at in (-1, i) else 0.0 for i in range(len(string))], top),
-            ]
-        )
-    return found
+        acts = [value if at in (-1, i) else 0.0 for i in range(len(string))]
+        contexts.append([string, at, _sparse(acts, top)])
+    return contexts
 
 
 def _segments(pool: Sequence[str | None]) -> list[list[Any]]:
@@ -192,38 +190,47 @@ def _segments(pool: Sequence[str | None]) -> list[list[Any]]:
 
 
 def packed(cells: Sequence[FeatureCell], room: int) -> tuple[list[tuple[FeatureCell, str]], str]:
-    """Cells as base64 of compressed JSON, altogether at most ``room`` characters, and a note on what had to be left out.
+    """Pack cells as base64, altogether at most `room` characters.
 
-    First fewer contexts a latent, then only the first seed of every dataset, then only as many cells as there is room for.
+    If they do not fit, latents keep fewer contexts, then only the first seed of every dataset and
+    SAE is kept, then only as many cells as there is room for.
+
+    Returns:
+        Cells with their data, and a note about what was left out.
     """
-    firsts = {(c.run, c.dataset): c for c in reversed(cells)}
-    only = [c for c in cells if firsts[c.run, c.dataset] is c]
-    tries = [
-        *((s, cells) for s in SIZES[:3]),
-        *((s, only) for s in (SIZES if len(only) < len(cells) else SIZES[3:])),
-    ]
+    first: dict[tuple[str, str, str], FeatureCell] = {}
+    for cell in cells:
+        first.setdefault((cell.run, cell.dataset, cell.sae), cell)
+    only = list(first.values())
+    tries: list[tuple[tuple[int, int], Sequence[FeatureCell]]] = [(s, cells) for s in SIZES[:3]]
+    tries += [(s, only) for s in (SIZES if len(only) < len(cells) else SIZES[3:])]
     for size, chosen in tries:
-        found = _all(chosen, size, room)
-        if found is not None:
-            notes = (
-                [
-                    f"{size[0]} strongest contexts and {size[1]} samples a latent are kept in this file"
-                ]
-                if size != FULL
-                else []
-            )
-            notes += ["only the first seed of each dataset is"] if len(chosen) < len(cells) else []
-            return found, "; ".join(notes)
-    found, used = [], 0
+        data = _all(chosen, size, room)
+        if data is not None:
+            return data, _note(size, some=len(chosen) < len(cells))
+    data, used = [], 0
     for cell in only:
-        data = _text(cell, SIZES[-1])
-        if used + len(data) > room:
+        text = _text(cell, SIZES[-1])
+        if used + len(text) > room:
             break
-        found, used = [*found, (cell, data)], used + len(data)
-    return (
-        found,
-        f"only {len(found)} of {len(cells)} cells fit into this file; the others are in the runs' folders features/",
+        data.append((cell, text))
+        used += len(text)
+    return data, (
+        f"only {len(data)} of {len(cells)} cells fit into this file; "
+        "the others are in the runs' folders features/"
     )
+
+
+def _note(size: tuple[int, int], *, some: bool) -> str:
+    """What was left out, in words; empty if nothing was."""
+    notes = []
+    if size != FULL:
+        notes.append(
+            f"{size[0]} strongest contexts and {size[1]} samples per latent are kept in this file"
+        )
+    if some:
+        notes.append("only the first seed of each dataset is")
+    return "; ".join(notes)
 
 
 def _text(cell: FeatureCell, size: tuple[int, int]) -> str:
@@ -233,11 +240,14 @@ def _text(cell: FeatureCell, size: tuple[int, int]) -> str:
 def _all(
     cells: Sequence[FeatureCell], size: tuple[int, int], room: int
 ) -> list[tuple[FeatureCell, str]] | None:
-    """All cells, or None as soon as it is clear that there is no room for them, at the size that a latent has had so far."""
-    found, used, latents, total = [], 0, 0, sum(len(c.features) for c in cells)
+    """All cells; None as soon as they cannot fit, judged by the latents packed so far."""
+    data = []
+    used = latents = 0
+    total = sum(len(cell.features) for cell in cells)
     for cell in cells:
-        found.append((cell, _text(cell, size)))
-        used, latents = used + len(found[-1][1]), latents + len(cell.features)
+        data.append((cell, _text(cell, size)))
+        used += len(data[-1][1])
+        latents += len(cell.features)
         if used > room or used * total / latents > 1.15 * room:
             return None
-    return found
+    return data

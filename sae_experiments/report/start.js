@@ -30,17 +30,33 @@ async function pictures() {
   }
 }
 
+// While a run is at work the page reloads, except under the hands of a reader.
+const RELOAD_MS = 20000;
+function keepUpToDate() {
+  if (!DATA.running.length) return;
+  let touched = Date.now();
+  for (const kind of ["pointerdown", "pointermove", "keydown", "wheel", "touchstart"]) addEventListener(kind, () => { touched = Date.now(); }, { passive: true });
+  setInterval(() => { if (Date.now() - touched > RELOAD_MS) location.reload(); }, RELOAD_MS);
+}
+
 async function start() {
+  keepUpToDate();
   if (DATA.graphs.length) byId("graphs").append(...DATA.graphs.map(graphFigure));
   if (DATA.cells.length) {
     const browser = new Browser(byId("browser"));
-    await browser.open(0);
+    const [cell, latent] = DATA.cards[0] || [0, undefined];
+    await browser.open(cell, latent);
+    await drawCards(browser);
     await browser.follow();
     addEventListener("hashchange", () => browser.follow());
-    addEventListener("keydown", (event) => { if (event.key === "/" && !/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) { event.preventDefault(); browser.search.focus(); } });
+    addEventListener("keydown", (event) => {
+      if (event.key !== "/" || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
+      event.preventDefault();
+      browser.search.focus();
+    });
   }
   await pictures();
   page.dataset.ready = "yes";
 }
-addEventListener("beforeprint", () => { for (const box of document.querySelectorAll("#differences details, #summary details")) box.open = true; });
+addEventListener("beforeprint", () => { for (const box of document.querySelectorAll("#summary details")) box.open = true; });
 start().catch((error) => { page.dataset.failed = error.message; throw error; });

@@ -228,6 +228,8 @@ def _place(run: Run, best: Run, dataset: str, metric: str, better: str) -> dict[
     if run is best:
         return {"place": "best", "behind": 0.0, "behind_stderr": None}
     stat, top = run.stats[dataset][metric], best.stats[dataset][metric]
+    if stat.mean == top.mean:
+        return {"place": "best", "behind": 0.0, "behind_stderr": None}
     difference = delta(stat, top)
     scale = max(abs(stat.mean or 0), abs(top.mean or 0))
     believable = smallest_believable([run, best], dataset, metric)

@@ -1,0 +1,210 @@
+"""The first screen of a report: what was done, in two sentences, and the most telling latents."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import pandas as pd
+
+from sae_experiments.report.features import FeatureCell
+from sae_experiments.results.headline import headline
+from sae_experiments.results.notes import not_comparable_lines, short_list
+from sae_experiments.results.numbers import missing, short
+from sae_experiments.results.records import number
+from sae_experiments.results.runs import mapping
+from sae_experiments.results.table import Run, RunTable
+
+MAIN = "sae_fvu"
+MOST_CARDS = 6
+RARE = 1e-4
+DENSE = 0.3
+CHARACTERS_OF_A_TELLING_RULE = 3
+Row = Mapping[str, Any]
+
+
+def what_was_done(table: RunTable) -> str:
+    """One sentence: which SAEs, on which corpora and model, with how many seeds."""
+    folders = [of_folder[0] for of_folder in table.folders]
+    fitted = [run for run in table.runs if run.sae_name]
+    saes = list(dict.fromkeys(run.sae_name for run in fitted))
+    who = folders[0].folder if len(folders) == 1 else f"{len(folders)} runs"
+    what = f"{len(saes)} SAEs ({short_list(saes, 6)})" if len(saes) > 1 else f"the SAE {saes[0]}"
+    model = _model(folders[0])
+    presets = list(dict.fromkeys(run.preset or "unknown" for run in folders))
+    seeds = _seeds(table)
+    where = short_list(table.datasets, 4)
+    settings = f"preset {', '.join(presets)}; {seeds}"
+    return f"{who} fitted {what} {model}on {where} ({settings})."
+
+
+def _model(run: Run) -> str:
+    config = run.whole_config
+    target = str(mapping(config.get("study")).get("_target_", "language"))
+    if "language" not in target:
+        return f"in the study {target.split('.')[-2]} "
+    lm = mapping(config.get("lm"))
+    layers, width, site = lm.get("n_layer"), lm.get("n_embd"), config.get("site")
+    size = f" with {layers} layers of width {width}" if layers and width else ""
+    return f"to {site or 'activations'} of a language model{size} "
+
+
+def _seeds(table: RunTable) -> str:
+    counts = sorted({run.n_seeds for run in table.runs if run.n_seeds})
+    if not counts:
+        return "seeds unknown"
+    if counts == [1]:
+        return "1 seed"
+    return f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seeds"
+
+
+def what_came_out(table: RunTable, rows: pd.DataFrame) -> str:
+    """One sentence: the best SAE, and which differences are believable and which are not."""
+    parts = list(_findings(table, rows))
+    return f"{'; '.join(parts)}." if parts else ""
+
+
+def _findings(table: RunTable, rows: pd.DataFrame) -> Iterator[str]:
+    main = rows[rows["metric"] == MAIN].to_dict("records") if len(rows) else []
+    by_dataset: dict[str, list[Row]] = {}
+    for row in main:
+        if not missing(row["mean"]):
+            by_dataset.setdefault(str(row["dataset"]), []).append(row)
+    contested = {d: of for d, of in by_dataset.items() if any(r["place"] == "best" for r in of)}
+    if contested:
+        yield _best(contested, rows)
+        yield from _believable(contested)
+    elif by_dataset:
+        yield _alone(by_dataset, rows)
+    yield from _against_baseline(table, rows)
+
+
+def _best(contested: Mapping[str, Sequence[Row]], rows: pd.DataFrame) -> str:
+    """`topk rebuilds best on enwik8 (FVU 0.066 at L0 32) and on text8 (...)`."""
+    won: dict[str, list[str]] = {}
+    for dataset, of_dataset in contested.items():
+        best = next(row for row in of_dataset if row["place"] == "best")
+        value, error = short(best["mean"], best["stderr"])
+        numbers = f"{value} ± {error}" if error else value
+        numbers += _at_l0(rows, dataset, best["name"])
+        won.setdefault(best["name"], []).append(f"{dataset} (FVU {numbers})")
+    parts = [f"{name} rebuilds best on {' and '.join(where)}" for name, where in won.items()]
+    return ", ".join(parts)
+
+
+def _at_l0(rows: pd.DataFrame, dataset: str, name: str) -> str:
+    l0 = rows[(rows["dataset"] == dataset) & (rows["metric"] == "sae_l0") & (rows["name"] == name)]
+    known = [value for value in l0["mean"] if not missing(value)]
+    return f" at L0 {known[0]:.3g}" if known else ""
+
+
+def _believable(contested: Mapping[str, Sequence[Row]]) -> Iterator[str]:
+    """Leads of the best SAEs: believable, within the error, or not to be judged."""
+    leads: dict[str, list[str]] = {"behind": [], "tied": [], "": []}
+    for dataset, of_dataset in contested.items():
+        for row in of_dataset:
+            where = f"{row['name']} on {dataset}" if len(contested) > 1 else row["name"]
+            leads.setdefault(row["place"], []).append(where)
+    if leads["behind"]:
+        yield f"its lead over {short_list(leads['behind'])} is believable"
+    if leads["tied"]:
+        yield f"the difference from {short_list(leads['tied'])} is within the error"
+    if leads[""] and not leads["behind"]:
+        yield "with one seed there is no standard error, and no lead is more than a hint"
+    elif leads[""]:
+        yield f"that over {short_list(leads[''])} cannot be judged from one seed"
+
+
+def _alone(by_dataset: Mapping[str, Sequence[Row]], rows: pd.DataFrame) -> str:
+    parts = []
+    for dataset, of_dataset in by_dataset.items():
+        for row in of_dataset[:2]:
+            value, error = short(row["mean"], row["stderr"])
+            value += f" ± {error}" if error else ""
+            parts.append(f"{dataset} {value}{_at_l0(rows, dataset, row['name'])}")
+    return f"FVU: {short_list(parts, 4)}"
+
+
+def _against_baseline(table: RunTable, rows: pd.DataFrame) -> Iterator[str]:
+    """Believable differences from the baseline among the metrics that matter most."""
+    if not len(rows) or len(table.runs) > MOST_CARDS:
+        return
+    for run in table.runs:
+        mine = rows[(rows["name"] == run.name) & ~rows["is_baseline"] & rows["delta"].notna()]
+        chosen = [
+            row
+            for dataset in run.stats
+            for row in mine[mine["dataset"] == dataset].to_dict("records")
+            if row["metric"] in headline(table, dataset)
+        ]
+        if not chosen:
+            continue
+        counts = {v: sum(row["verdict"] == v for row in chosen) for v in ("better", "worse")}
+        baseline = chosen[0]["baseline"]
+        yield (
+            f"against {baseline}, {run.name} is believably better in {counts['better']} and worse "
+            f"in {counts['worse']} of {len(chosen)} main numbers"
+        )
+
+
+def caveats(table: RunTable, rows: pd.DataFrame) -> list[str]:
+    """Why runs are not compared with the baseline, one line for each reason."""
+    return not_comparable_lines(rows) if table.baselines else []
+
+
+def telling_latents(cells: Sequence[FeatureCell], most: int = MOST_CARDS) -> list[tuple[int, int]]:
+    """Latents whose rule says most about where they fire, as (cell, latent).
+
+    A rule counts for its F1 times the information of firing, `log(lift)`; rules of one character
+    count half. The first seed of every dataset and SAE takes part, in turn. Latents with a concept
+    or a part of a rule that another one has come last.
+    """
+    queues = [_ranked(i, cell) for i, cell in enumerate(cells) if _is_first(cells, i)]
+    distinct: list[tuple[int, int]] = []
+    alike: list[tuple[int, int]] = []
+    seen: set[str] = set()
+    for ranked in zip_longest(*queues):
+        for i, feature in filter(None, ranked):
+            words = _words(feature)
+            chosen = distinct if seen.isdisjoint(words) else alike
+            chosen.append((i, feature["latent"]))
+            seen |= words
+    return [*distinct, *alike][:most]
+
+
+def _is_first(cells: Sequence[FeatureCell], i: int) -> bool:
+    same = [(c.run, c.dataset, c.sae) for c in cells]
+    return same.index(same[i]) == i
+
+
+def _ranked(i: int, cell: FeatureCell) -> list[tuple[int, dict[str, Any]]]:
+    scored = [(_telling(feature), feature) for feature in cell.features]
+    scored = [(score, feature) for score, feature in scored if score > 0]
+    scored.sort(key=lambda pair: (-pair[0], pair[1]["latent"]))
+    return [(i, feature) for _, feature in scored[: 10 * MOST_CARDS]]
+
+
+def _telling(feature: Mapping[str, Any]) -> float:
+    density, f1 = number(feature.get("density")) or 0.0, number(feature.get("f1")) or 0.0
+    if not feature.get("top") or not feature.get("rule") or not RARE < density < DENSE:
+        return 0.0
+    lift = number(feature.get("lift")) or 1.0
+    literal = max(map(len, re.findall(r"\w+", _literal(str(feature["rule"])))), default=0)
+    weight = 0.5 + 0.5 * min(literal, CHARACTERS_OF_A_TELLING_RULE) / CHARACTERS_OF_A_TELLING_RULE
+    parts = str(feature["rule"]).count(" or ") + 1
+    return f1 * math.log(max(lift, 1.0)) * weight / math.sqrt(parts)
+
+
+def _literal(rule: str) -> str:
+    """A rule without its classes and states: what remains are characters."""
+    return re.sub(r"\[[^\]]*\]|\([^)]*\)|\bor\b", " ", rule)
+
+
+def _words(feature: Mapping[str, Any]) -> set[str]:
+    parts = {part.strip().lower() for part in str(feature.get("rule")).split(" or ")}
+    concept = feature.get("concept")
+    strong = (number(feature.get("phi")) or 0.0) > 0.5
+    return parts | ({f"concept {concept}"} if concept and strong else set())
