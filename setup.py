@@ -1,4 +1,6 @@
-"""The packages of a wheel: conf/ stands at the top of a checkout and inside an installed package."""
+"""The packages of a wheel: conf/ stands at the top of a checkout and inside an installed
+package.
+"""
 
 from setuptools import find_packages, setup
 

@@ -3,12 +3,15 @@
     python benchmarks/bench.py [SECTION ...] [--threads N] [--rounds R]
     PEERS_PYTHON=/path/to/venv/bin/python python benchmarks/bench.py steps
 
-Sections: steps (SAE training steps), memory is part of it; together (several SAEs in one pass); scaling (time and memory against width and rows);
-lm (training, generation and collection of activations); jobs (a finished run by stage and metric; --run FOLDER). Each writes
-``results/<section>.json`` and ``results/<section>.md`` when it ends, so sections can be run one at a time and again.
+Sections: steps (SAE training steps), memory is part of it; together (several SAEs in one pass);
+scaling (time and memory against width and rows); lm (training, generation and collection of
+activations); jobs (a finished run by stage and metric; --run FOLDER). Each writes
+``results/<section>.json`` and ``results/<section>.md`` when it ends, so sections can be run one
+at a time and again.
 
-Everything compared is trained alternately, a few steps each, by processes that sleep while the others work (``workers.py``). With one thread, times are
-processor time, which other work on the machine hardly disturbs; with more, time on the clock.
+Everything compared is trained alternately, a few steps each, by processes that sleep while the
+others work (``workers.py``). With one thread, times are processor time, which other work on the
+machine hardly disturbs; with more, time on the clock.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from workers import ContestantError, Host, Worker  # noqa: E402
 
 SIZES = ((128, 1024), (128, 4096), (384, 12288))
 K, BATCH = 32, 4096
-#: After the @, a setting for our side. A gated SAE starts dense, and what it costs once it is sparse is another question.
+#: After the @, a setting for our side. A gated SAE starts dense, and what it costs once it is
+#: sparse is another question.
 VARIANTS = (
     "topk",
     "topk@sae.matmul_precision=bf16",
@@ -43,17 +47,21 @@ VARIANTS = (
     "lista",
 )
 LIBRARIES = ("sae-lens", "dictionary-learning", "eai-sparsify")
-OFFERED = {  # which peers have a variant, and under which name (the same table is in peers.py, which this Python need not be able to import)
+# which peers have a variant, and under which name (the same table is in peers.py, which this Python
+# need not be able to import)
+OFFERED = {
     **{
         v: [(p, v) for p in LIBRARIES[:2]]
         for v in ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka")
-    },
+    }
 }
 OFFERED["topk"] = [*OFFERED["topk"], ("eai-sparsify", "topk"), ("eai-sparsify", "groupmax")]
 
 
 class Contestant(NamedTuple):
-    """Who: the host to fork from, the function and its arguments; ``n`` steps a turn after ``warm`` that do not count."""
+    """Who: the host to fork from, the function and its arguments; ``n`` steps a turn after
+    ``warm`` that do not count.
+    """
 
     host: str
     call: str
@@ -84,7 +92,9 @@ class Arena:
     def compare(
         self, contestants: Mapping[str, Contestant], say: Callable[[str], None]
     ) -> dict[str, dict[str, Any]]:
-        """Rounds in which every contestant makes a few steps. Of each: ``ms`` (median), ``rounds`` (median of each), ``peak`` bytes, ``info``."""
+        """Rounds in which every contestant makes a few steps. Of each: ``ms`` (median),
+        ``rounds`` (median of each), ``peak`` bytes, ``info``.
+        """
         workers: dict[str, Worker] = {}
         found: dict[str, dict[str, Any]] = {}
         try:
@@ -136,11 +146,13 @@ class Arena:
         }
 
 
-# --- sections ---------------------------------------------------------------------------------------------------------------
+# --- sections -------------------------------------------------------------------------------------
 
 
 def steps(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
-    """A training step of every variant at three sizes, beside the peers that have it, a plain loop and the encoder product alone."""
+    """A training step of every variant at three sizes, beside the peers that have it, a plain
+    loop and the encoder product alone.
+    """
     groups = []
     for d, m in args.sizes:
         size = {"d": d, "m": m}
@@ -233,7 +245,9 @@ def scaling(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def lm(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
-    """Language models of the laptop and the full size: a training step, generation, collecting activations."""
+    """Language models of the laptop and the full size: a training step, generation, collecting
+    activations.
+    """
     groups = []
     fp32 = ("lm.precision=fp32",)
     adamw = ("lm.train.optimizer=adamw",)

@@ -1,11 +1,15 @@
-"""What attributing one target costs: all targets in one call, against one backward pass a target, in one process and in turns.
+"""What attributing one target costs: all targets in one call, against one backward pass a
+target, in one process and in turns.
 
-    python benchmarks/circuits.py                                    the laptop preset's sizes: 4 blocks of width 128, 128 positions
+    python benchmarks/circuits.py                                    the laptop preset's sizes:
+    4 blocks of width 128, 128 positions
     python benchmarks/circuits.py --width 384 --length 256 --layers 6   the full preset's
 
-Two kinds of one by one: the model is run anew for every target, as scripts do, and every gradient is projected on all decoder rows; or it is
-run once a prompt, its graph kept, and the gradient projected on the active rows only, gathered once a prompt. Printed are medians over the rounds
-of milliseconds a target, of each round's ratio, and the largest difference of the gradients relative to the largest gradient of the target.
+Two kinds of one by one: the model is run anew for every target, as scripts do, and every
+gradient is projected on all decoder rows; or it is run once a prompt, its graph kept, and the
+gradient projected on the active rows only, gathered once a prompt. Printed are medians over the
+rounds of milliseconds a target, of each round's ratio, and the largest difference of the
+gradients relative to the largest gradient of the target.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ UP, DOWN = Site("mlp_act", 2), Site("mlp_act", 3)
 
 
 def world(args: argparse.Namespace) -> tuple[Circuit, Prompts]:
-    """A random model with random SAEs of the asked L0: what is computed does not depend on what was learned."""
+    """A random model with random SAEs of the asked L0: what is computed does not depend on what
+    was learned.
+    """
     spec = LMSpec(
         n_layer=args.layers,
         n_head=max(args.width // 64, 1),
@@ -125,7 +131,9 @@ def kept(
 
 
 class Peak(threading.Thread):
-    """The most memory this process held while it ran, in MiB above what it held at the start (Linux)."""
+    """The most memory this process held while it ran, in MiB above what it held at the start
+    (Linux).
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -183,13 +191,15 @@ def main() -> None:
     a, b = together(circuit, prompts, few), anew(circuit, prompts, few, x)
     worst = max(float((a[k] - b[k]).abs().max() / b[k].abs().max().clamp_min(1e-30)) for k in b)
     print(
-        f"{targets.n} targets over {args.length} positions, width {args.width}, {circuit.upstream.d_sae} upstream latents, L0 {args.l0}"
+        f"{targets.n} targets over {args.length} positions, width {args.width},"
+        f" {circuit.upstream.d_sae} upstream latents, L0 {args.l0}"
     )
     for name, values in times.items():
         ratio = statistics.median(v / w for v, w in zip(values, times["together"], strict=True))
         print(f"{name:>11}: {statistics.median(values):8.3f} ms a target, {ratio:6.1f} x")
     print(
-        f"{targets.n} targets in {statistics.median(times['together']) * targets.n / 1000:.2f} s; peak {peak.most:.0f} MiB above the start"
+        f"{targets.n} targets in {statistics.median(times['together']) * targets.n / 1000:.2f} s;"
+        f" peak {peak.most:.0f} MiB above the start"
     )
     print(f"largest difference of a gradient, relative to the target's largest: {worst:.1e}")
 

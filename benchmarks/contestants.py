@@ -1,4 +1,6 @@
-"""What is timed on this project's side, and plain loops of the same work: each a function that calls ``turns.next()`` before every step."""
+"""What is timed on this project's side, and plain loops of the same work: each a function that
+calls ``turns.next()`` before every step.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 def study(*overrides: str) -> Any:
-    """The laptop preset's language study with ``overrides``: fit numbers and SAEs exactly as a run has them."""
+    """The laptop preset's language study with ``overrides``: fit numbers and SAEs exactly as a
+    run has them.
+    """
     return build(compose_checked(CONF, ["preset=laptop", *overrides])[0].study)
 
 
@@ -56,9 +60,11 @@ def ours(
         found = loss(b, step)
         codes = found.extra.codes
         turns.info = {
-            "active": len(codes.pattern.col) / batch
-            if codes.pattern is not None
-            else float((codes.values != 0).sum() / batch),
+            "active": (
+                len(codes.pattern.col) / batch
+                if codes.pattern is not None
+                else float((codes.values != 0).sum() / batch)
+            ),
             "sparse": codes.pattern is not None,
             "loss": float(found.total.detach()),
         }
@@ -75,7 +81,9 @@ def ours(
 
 
 def encoder_product(turns: Turns, d: int, m: int, batch: int, library: str) -> None:
-    """The product every SAE begins with, into a buffer that is reused; ``library``: default, onednn (as this project asks for it), bf16."""
+    """The product every SAE begins with, into a buffer that is reused; ``library``: default,
+    onednn (as this project asks for it), bf16.
+    """
     x, weight, out = rows(d, batch, 1), torch.randn(m, d) / d**0.5, torch.empty(batch, m)
     bias = torch.zeros(m)
     turns.prepared()

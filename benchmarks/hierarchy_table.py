@@ -3,8 +3,9 @@
     python experiment.py --out_dir=run_1     # with PLAN = "hierarchical", and the others
     python benchmarks/hierarchy_table.py runs
 
-Values are means over the seeds with their standard error where there are several. A paired change is the mean over the seeds of one run's value
-over the other's, less 1. Runs that are missing or not finished leave gaps.
+Values are means over the seeds with their standard error where there are several. A paired
+change is the mean over the seeds of one run's value over the other's, less 1. Runs that are
+missing or not finished leave gaps.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from sae_experiments.results.records import Stat, mean_stderr, read_records, statistics_of
 
 CORPORA = ("shakespeare_char", "enwik8", "text8")
-#: Rows of the main table: title, metrics (shown side by side), digits, whether the paired change is of interest.
+#: Rows of the main table: title, metrics (shown side by side), digits, whether the paired change is
+#: of interest.
 ROWS = (
     ("sparsity below, held out (target 0.90)", ("bottom_sparsity",), 4, False),
     ("sparsity above, held out (target 0.70)", ("top_sparsity",), 4, False),
@@ -171,6 +173,7 @@ def tables(folder: Path) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not any(Path(sys.argv[1]).glob("run_*/cells")):
         sys.exit(
-            "usage: python benchmarks/hierarchy_table.py FOLDER (of run_0, run_1, ... of the plan hierarchical)"
+            "usage: python benchmarks/hierarchy_table.py FOLDER (of run_0, run_1, ... of the plan"
+            " hierarchical)"
         )
     print(tables(Path(sys.argv[1])))

@@ -1,4 +1,6 @@
-"""The language model's work, as this project does it and as a plain loop in the manner of nanoGPT does it."""
+"""The language model's work, as this project does it and as a plain loop in the manner of
+nanoGPT does it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def settings(preset: str, *overrides: str) -> tuple[Any, Any]:
     return chosen.lm, chosen.lm.train_config(chosen.data["shakespeare_char"].recipe)
 
 
-# --- this project -----------------------------------------------------------------------------------------------------------
+# --- this project ---------------------------------------------------------------------------------
 
 
 def train_ours(turns: Turns, preset: str, overrides: tuple[str, ...] = ()) -> None:
@@ -92,7 +94,7 @@ def collect_ours(turns: Turns, preset: str, batch: int) -> None:
         step += 1
 
 
-# --- plain ------------------------------------------------------------------------------------------------------------------
+# --- plain ----------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -165,7 +167,9 @@ def plain(preset: str) -> tuple[PlainGPT, Any, Any]:
 
 
 def train_plain(turns: Turns, preset: str) -> None:
-    """fp32, AdamW with decay on matrices, clipping; batches cut from the text one window at a time."""
+    """fp32, AdamW with decay on matrices, clipping; batches cut from the text one window at a
+    time.
+    """
     torch.manual_seed(0)
     ids = corpus().splits["train"]
     turns.prepared()

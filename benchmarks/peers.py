@@ -1,8 +1,11 @@
-"""The peers' own training steps, each behind one loop; imported only by the Python of ``PEERS_PYTHON`` (docs/speed.md says how to make it).
+"""The peers' own training steps, each behind one loop; imported only by the Python of
+``PEERS_PYTHON`` (docs/speed.md says how to make it).
 
-sae-lens: ``SAETrainer.step``, scaling of the activations included. dictionary-learning: ``trainer.update`` on batches divided by their mean norm,
-as its ``trainSAE`` does. eai-sparsify: its ``SparseCoder`` with the order of calls of its trainer and Adam (its trainer itself is bound to a language
-model and a tokenizer). Settings not named here are the libraries' defaults.
+sae-lens: ``SAETrainer.step``, scaling of the activations included. dictionary-learning:
+``trainer.update`` on batches divided by their mean norm, as its ``trainSAE`` does.
+eai-sparsify: its ``SparseCoder`` with the order of calls of its trainer and Adam (its trainer
+itself is bound to a language model and a tokenizer). Settings not named here are the libraries'
+defaults.
 """
 
 from __future__ import annotations
@@ -66,7 +69,9 @@ def make(
     sample: Tensor,
     seed: int = 0,
 ) -> tuple[Step, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """A training step over raw rows, and what the trained SAE answers to raw rows: (codes, reconstruction in raw units)."""
+    """A training step over raw rows, and what the trained SAE answers to raw rows: (codes,
+    reconstruction in raw units).
+    """
     torch.manual_seed(seed)
     args = (variant, d, m, k, lr, steps, batch, coeff, sample)
     return {

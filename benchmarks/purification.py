@@ -1,11 +1,14 @@
-"""What purification costs: seconds a step and peak memory of an SAE with it, against the same SAE without it.
+"""What purification costs: seconds a step and peak memory of an SAE with it, against the same
+SAE without it.
 
-    python benchmarks/purification.py                          d_in 128, d_sae 1024, 4096 rows a step: the laptop preset
+    python benchmarks/purification.py                          d_in 128, d_sae 1024, 4096 rows a
+    step: the laptop preset
     python benchmarks/purification.py --d_in 384 --d_sae 3072  the full preset
 
-All SAEs take turns step by step on the same made-up batches in one process, so that whatever else the machine does hits them alike; printed are the
-median over the rounds of each round's ratio, and the range. Every step is perturbed (in a fit the first tenth is not). Memory is by how
-much training one of them, in a process of its own, raises the peak (Linux).
+All SAEs take turns step by step on the same made-up batches in one process, so that whatever
+else the machine does hits them alike; printed are the median over the rounds of each round's
+ratio, and the range. Every step is perturbed (in a fit the first tenth is not). Memory is by
+how much training one of them, in a process of its own, raises the peak (Linux).
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ KINDS = {
 
 
 def make(kind: str, host: str, d_in: int, d_sae: int, l0: float):
-    """An untrained SAE; ``sae/host`` cannot be set by keyword, so the default host stands for all."""
+    """An untrained SAE; ``sae/host`` cannot be set by keyword, so the default host stands for
+    all.
+    """
     settings = {
         "d_sae": d_sae,
         "target_l0": l0,
@@ -105,29 +110,33 @@ def main() -> None:
     rounds = [train(list(KINDS), args, args.steps) for _ in range(args.rounds)]
     options = [f"--{k}={getattr(args, k)}" for k in ("d_in", "d_sae", "batch", "l0", "threads")]
     memory = {
-        kind: int(
-            subprocess.run(
-                [sys.executable, __file__, *options, f"--memory_of={kind}"],
-                capture_output=True,
-                check=True,
-                text=True,
-            ).stdout
+        kind: (
+            int(
+                subprocess.run(
+                    [sys.executable, __file__, *options, f"--memory_of={kind}"],
+                    capture_output=True,
+                    check=True,
+                    text=True,
+                ).stdout
+            )
+            / 1024
         )
-        / 1024
         for kind in KINDS
     }
     print(
-        f"d_in {args.d_in}, d_sae {args.d_sae}, {args.batch} rows, L0 {args.l0}, {args.threads} threads; {args.rounds} rounds of {args.steps} steps"
+        f"d_in {args.d_in}, d_sae {args.d_sae}, {args.batch} rows, L0 {args.l0}, {args.threads}"
+        f" threads; {args.rounds} rounds of {args.steps} steps"
     )
     print(
-        "| | ms a step | time against the host | peak memory, MiB | against the host |\n|---|---|---|---|---|"
+        "| | ms a step | time against the host | peak memory, MiB | against the host"
+        " |\n|---|---|---|---|---|"
     )
     for kind in KINDS:
         ratios = [r[kind] / r["host"] for r in rounds]
         ms = 1000 * statistics.median(r[kind] for r in rounds)
         print(
-            f"| {kind} | {ms:.1f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {memory[kind]:.0f} "
-            f"| {memory[kind] / memory['host']:.2f} |"
+            f"| {kind} | {ms:.1f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to"
+            f" {max(ratios):.2f}) | {memory[kind]:.0f} | {memory[kind] / memory['host']:.2f} |"
         )
 
 

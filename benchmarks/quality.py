@@ -1,12 +1,15 @@
-"""Reconstruction and dead latents at an equal budget, this project and the peers on the same activations, batches and number of steps.
+"""Reconstruction and dead latents at an equal budget, this project and the peers on the same
+activations, batches and number of steps.
 
     python benchmarks/quality.py [--only sae-lens:topk] [--steps 1500] [--work FOLDER]
 
-Activations: residual stream after the middle block of the laptop preset's language model on shakespeare_char (width 128). SAEs: 1,024 latents, L0 32,
-batches of 4,096, 1,500 steps. Every library scales its input in its own way and warms up over the same steps; the peers run at three learning rates, of
-which the best counts, this project at its configured one. Where a library cannot be told an L0 (a penalty with a coefficient), its coefficient is
-searched in short pilots, and this project's SAE is then trained to the L0 that the library ended with.
-Every finished fit is kept in ``--work``, so the command may be stopped and started again.
+Activations: residual stream after the middle block of the laptop preset's language model on
+shakespeare_char (width 128). SAEs: 1,024 latents, L0 32, batches of 4,096, 1,500 steps. Every
+library scales its input in its own way and warms up over the same steps; the peers run at three
+learning rates, of which the best counts, this project at its configured one. Where a library
+cannot be told an L0 (a penalty with a coefficient), its coefficient is searched in short
+pilots, and this project's SAE is then trained to the L0 that the library ended with. Every
+finished fit is kept in ``--work``, so the command may be stopped and started again.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ STEERED = ("jumprelu", "standard", "gated")  # by a coefficient
 M, L0, BATCH = 1024, 32, 4096
 
 
-# --- in a worker ------------------------------------------------------------------------------------------------------------
+# --- in a worker ----------------------------------------------------------------------------------
 
 
 def _stream(work: str, batch: int) -> Any:
@@ -145,11 +148,13 @@ def peer(
     turns.next()
 
 
-# --- in the bench -----------------------------------------------------------------------------------------------------------
+# --- in the bench ---------------------------------------------------------------------------------
 
 
 def prepare(work: Path) -> None:
-    """Activations of the laptop preset's language model as ``train.npy``, ``calibration.npy`` and ``held_out.npy``."""
+    """Activations of the laptop preset's language model as ``train.npy``, ``calibration.npy``
+    and ``held_out.npy``.
+    """
     if (work / "held_out.npy").exists():
         return
     import torch
@@ -227,7 +232,9 @@ class Bench:
         return self.fit(name, "peers", "quality:peer", steps=self.steps, coeff=coeff, **args)
 
     def coefficient(self, library: str, variant: str, lr: float, tries: int = 4) -> float:
-        """A coefficient that gives about the asked-for L0, by secant steps in logarithms over pilots of a quarter of the rows."""
+        """A coefficient that gives about the asked-for L0, by secant steps in logarithms over
+        pilots of a quarter of the rows.
+        """
         start = {
             ("sae-lens", "standard"): 0.5,
             ("sae-lens", "gated"): 0.5,
@@ -264,7 +271,9 @@ class Bench:
         return coeff
 
     def best(self, library: str, variant: str) -> dict[str, Any] | None:
-        """The peer's fit with the least FVU among the learning rates that are finished; of steered ones, those within 30 % of the L0 count first."""
+        """The peer's fit with the least FVU among the learning rates that are finished; of
+        steered ones, those within 30 % of the L0 count first.
+        """
         fits = [(lr, self.work / f"{library}_{variant}_{self.steps}_lr{lr:g}.json") for lr in RATES]
         done = [json.loads(path.read_text()) | {"lr": lr} for lr, path in fits if path.exists()]
         near = [
@@ -275,7 +284,9 @@ class Bench:
         )
 
     def match(self) -> None:
-        """Train this project's SAE to the L0 at which a peer ended, where a peer cannot be told one."""
+        """Train this project's SAE to the L0 at which a peer ended, where a peer cannot be told
+        one.
+        """
         for variant in STEERED:
             for library in PEERS:
                 if (peer := self.best(library, variant)) is not None:

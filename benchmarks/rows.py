@@ -1,4 +1,6 @@
-"""Rows that look like a language model's activations, the same for every contestant in whatever Python it runs."""
+"""Rows that look like a language model's activations, the same for every contestant in whatever
+Python it runs.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from torch import Tensor
 
 
 def rows(d: int, n: int, seed: int) -> Tensor:
-    """Rows (n, d) that look like activations: a mean, about 16 of 4 d directions with uneven frequencies each, a little noise."""
+    """Rows (n, d) that look like activations: a mean, about 16 of 4 d directions with uneven
+    frequencies each, a little noise.
+    """
     g = torch.Generator().manual_seed(seed)
     directions = F.normalize(
         torch.randn(4 * d, d, generator=torch.Generator().manual_seed(0)), dim=1

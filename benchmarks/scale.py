@@ -1,7 +1,9 @@
-"""What sweeps cost: what one run or sweep has measured, and the arithmetic for more jobs and larger models.
+"""What sweeps cost: what one run or sweep has measured, and the arithmetic for more jobs and
+larger models.
 
-python benchmarks/scale.py runs/sweep_a --cache DIR     seconds by stage, bytes by kind, what is shared; 1,000 jobs like these
-python benchmarks/scale.py --model 4096 --rows 500e6    bytes and operations for a model of that width
+python benchmarks/scale.py runs/sweep_a --cache DIR     seconds by stage, bytes by kind, what is
+shared; 1,000 jobs like these python benchmarks/scale.py --model 4096 --rows 500e6    bytes and
+operations for a model of that width
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def kinds(cache: Path) -> dict[str, tuple[int, int]]:
 
 
 def checking_rate(cache: Path) -> float:
-    """Bytes a second at which the largest file of the cache is verified (SHA-256, from the page cache where it fits)."""
+    """Bytes a second at which the largest file of the cache is verified (SHA-256, from the page
+    cache where it fits).
+    """
     largest = max((p for p in cache.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     sha256_file(largest)
     began = time.perf_counter()
@@ -73,11 +77,13 @@ def report(folders: list[Path], cache: Path, n_jobs: int) -> None:
     own = seconds["fit"] + seconds["metrics"] + store / rate
     alone, shared = n_jobs * (sum(first.values()) + own), sum(first.values()) + n_jobs * own
     print(
-        f"{n_jobs:,} jobs: {shared / 3600:.1f} h of one core with the cache, {alone / 3600:.1f} h without ({alone / shared:.1f} times as much)"
+        f"{n_jobs:,} jobs: {shared / 3600:.1f} h of one core with the cache, {alone / 3600:.1f} h"
+        f" without ({alone / shared:.1f} times as much)"
     )
     fit = sizes["fits"][1] / max(sizes["fits"][0], 1)
     print(
-        f"  cache {(store + sizes['lms'][1] + n_jobs * fit) / GB:.2f} GB with sharing, {n_jobs * (store + sizes['lms'][1] + fit) / GB:.1f} GB without"
+        f"  cache {(store + sizes['lms'][1] + n_jobs * fit) / GB:.2f} GB with sharing,"
+        f" {n_jobs * (store + sizes['lms'][1] + fit) / GB:.1f} GB without"
     )
 
 
@@ -88,11 +94,13 @@ def arithmetic(
     d_sae = expansion * width
     weights = (2 * width * d_sae + width + d_sae) * 4
     print(
-        f"width {width:,}, {rows:,.0f} rows, {d_sae:,} latents, {steps:,} steps of {batch:,} rows, L0 {l0}"
+        f"width {width:,}, {rows:,.0f} rows, {d_sae:,} latents, {steps:,} steps of {batch:,} rows,"
+        f" L0 {l0}"
     )
     print(f"  store: {rows * width * 2 * n_sites / GB:,.1f} GB in float16 for {n_sites} site(s)")
     print(
-        f"  SAE: {weights / GB:,.2f} GB of float32 weights; training holds four times that (gradient, two moments): {4 * weights / GB:,.2f} GB"
+        f"  SAE: {weights / GB:,.2f} GB of float32 weights; training holds four times that"
+        f" (gradient, two moments): {4 * weights / GB:,.2f} GB"
     )
     product = 2 * batch * width * d_sae
     dense = 5 * product  # encoder: forward, weights; decoder: forward, codes, weights
@@ -100,10 +108,12 @@ def arithmetic(
         product + 4 * 2 * batch * l0 * width
     )  # the encoder must see every latent, the rest only those that fire
     print(
-        f"  one step: {dense / 1e12:,.2f} TFLOP dense, {sparse / 1e12:,.2f} with sparse codes; a fit: {dense * steps / 1e15:,.0f} or {sparse * steps / 1e15:,.0f} PFLOP"
+        f"  one step: {dense / 1e12:,.2f} TFLOP dense, {sparse / 1e12:,.2f} with sparse codes; a"
+        f" fit: {dense * steps / 1e15:,.0f} or {sparse * steps / 1e15:,.0f} PFLOP"
     )
     print(
-        f"  one fit reads {steps * batch * width * 2 * n_sites / GB:,.0f} GB, or {batch * width * 2 * n_sites / 1e6:,.1f} MB a step"
+        f"  one fit reads {steps * batch * width * 2 * n_sites / GB:,.0f} GB, or"
+        f" {batch * width * 2 * n_sites / 1e6:,.1f} MB a step"
     )
 
 

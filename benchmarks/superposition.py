@@ -1,9 +1,12 @@
-"""The superposition sweep in batched tensors against the obvious loop, one configuration at a time, side by side in one process.
+"""The superposition sweep in batched tensors against the obvious loop, one configuration at a
+time, side by side in one process.
 
-    python benchmarks/superposition.py [--threads 1] [--rounds 8] [--no-compiler] [--out benchmarks/results/superposition.md]
+    python benchmarks/superposition.py [--threads 1] [--rounds 8] [--no-compiler] [--out
+    benchmarks/results/superposition.md]
 
-Speed: in every round a few steps of each of the 42 configurations with the loop, then a few of the sweep, so that both see the same machine;
-times are scaled to 10,000 steps. Agreement: final losses of both, over many instances, compared by a Mann-Whitney test for each configuration.
+Speed: in every round a few steps of each of the 42 configurations with the loop, then a few of
+the sweep, so that both see the same machine; times are scaled to 10,000 steps. Agreement: final
+losses of both, over many instances, compared by a Mann-Whitney test for each configuration.
 """
 
 from __future__ import annotations
@@ -68,11 +71,13 @@ def config(steps: int) -> TrainConfig:
     )
 
 
-# --- the obvious loop: nothing from the package but the definition of the task -----------------------------------------------
+# --- the obvious loop: nothing from the package but the definition of the task --------------------
 
 
 def obvious_batch(family: str, depth: int, instances: int) -> Tensor:
-    """(batch, instances, features): the tree grown level by level, or independent features with its marginals."""
+    """(batch, instances, features): the tree grown level by level, or independent features with
+    its marginals.
+    """
     if family == "control":
         p = torch.cat([torch.full((2**level,), 0.5**level) for level in range(1, depth + 1)])
         return (torch.rand(BATCH, instances, len(p)) < p).float()
@@ -116,7 +121,7 @@ class ObviousLoop:
         return (self.output(x) - x).square().mean((0, 2)).numpy()
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 class Sweep:
@@ -156,7 +161,9 @@ def timed(call: Any) -> float:
 
 
 def speed(rounds: int, few: int = 4, many: int = 16) -> dict[str, tuple[float, float]]:
-    """Seconds for a whole sweep: of the loop (all configurations one after the other), and of the batched sweep, by family (medians of rounds)."""
+    """Seconds for a whole sweep: of the loop (all configurations one after the other), and of
+    the batched sweep, by family (medians of rounds).
+    """
     found = {}
     for family in FAMILIES:
         loops = [ObviousLoop(family, d, h, INSTANCES) for d, h in SHAPES]
@@ -175,7 +182,8 @@ def speed(rounds: int, few: int = 4, many: int = 16) -> dict[str, tuple[float, f
             STEPS * float(np.median(column)) for column in zip(*times, strict=True)
         )
         print(
-            f"{family}: loop {found[family][0]:,.0f} s, sweep {found[family][1]:,.0f} s, ratio {found[family][0] / found[family][1]:.1f}",
+            f"{family}: loop {found[family][0]:,.0f} s, sweep {found[family][1]:,.0f} s, ratio"
+            f" {found[family][0] / found[family][1]:.1f}",
             flush=True,
         )
     return found
@@ -184,7 +192,9 @@ def speed(rounds: int, few: int = 4, many: int = 16) -> dict[str, tuple[float, f
 def agreement(
     steps: int, instances: int, rows: int = 32 * BATCH
 ) -> list[tuple[str, int, int, float, float, float]]:
-    """(family, depth, hidden, median loss of the loop, of the sweep, p of the Mann-Whitney test) for small configurations."""
+    """(family, depth, hidden, median loss of the loop, of the sweep, p of the Mann-Whitney
+    test) for small configurations.
+    """
     found = []
     shapes = [(2, 2), (2, 4), (3, 2), (3, 4), (3, 6)]
     for family in FAMILIES:
@@ -218,17 +228,29 @@ def report(
     least = min(p for *_, p in pairs)
     combined = stats.combine_pvalues([p for *_, p in pairs]).pvalue
     step = "PyTorch's step (no C compiler)" if args.no_compiler else "the compiled step"
-    command = f"--threads {args.threads} --rounds {args.rounds} --steps {args.steps} --instances {args.instances}"
+    command = (
+        f"--threads {args.threads} --rounds {args.rounds} --steps {args.steps} --instances"
+        f" {args.instances}"
+    )
     lines = [
         "# Superposition: the whole sweep at once against one configuration at a time",
         "",
         f"The sweep takes {step}.",
         "",
-        f"{date.today().isoformat()}; two AMD EPYC cores (AVX-512), no accelerator, torch 2.13 CPU; {args.threads} thread(s) for both sides; {args.note}",
+        (
+            f"{date.today().isoformat()}; two AMD EPYC cores (AVX-512), no accelerator, torch 2.13"
+            f" CPU; {args.threads} thread(s) for both sides; {args.note}"
+        ),
         "",
-        f"`python benchmarks/superposition.py {command}{' --no-compiler' if args.no_compiler else ''}`",
+        (
+            "`python benchmarks/superposition.py"
+            f" {command}{' --no-compiler' if args.no_compiler else ''}`"
+        ),
         "",
-        f"42 configurations (depth 1 to 6, hidden 2 to 10) x {INSTANCES} instances, {STEPS:,} steps of {BATCH:,}; steps of both are measured in turns",
+        (
+            f"42 configurations (depth 1 to 6, hidden 2 to 10) x {INSTANCES} instances, {STEPS:,}"
+            f" steps of {BATCH:,}; steps of both are measured in turns"
+        ),
         f"(median of {args.rounds} rounds) and scaled to {STEPS:,}.",
         "",
         "| generator | one by one (s) | sweep (s) | ratio |",
@@ -236,8 +258,14 @@ def report(
         *(f"| {name} | {a:,.0f} | {b:,.0f} | {a / b:.1f} |" for name, (a, b) in times.items()),
         f"| all three | {loop:,.0f} | {sweep:,.0f} | **{loop / sweep:.1f}** |",
         "",
-        f"Agreement: loss after {args.steps:,} steps, {args.instances} instances on each side, Mann-Whitney test for each configuration.",
-        f"Least p of {len(pairs)}: {least:.3f} (Bonferroni {min(1.0, least * len(pairs)):.2f}); combined by Fisher's method: p = {combined:.2f}.",
+        (
+            f"Agreement: loss after {args.steps:,} steps, {args.instances} instances on each side,"
+            " Mann-Whitney test for each configuration."
+        ),
+        (
+            f"Least p of {len(pairs)}: {least:.3f} (Bonferroni {min(1.0, least * len(pairs)):.2f});"
+            f" combined by Fisher's method: p = {combined:.2f}."
+        ),
         "",
         "| generator | depth | hidden | median, one by one | median, sweep | p |",
         "|---|---|---|---|---|---|",

@@ -67,7 +67,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def ratio(results: dict[str, Any], a: str, b: str) -> float | None:
-    """How many times longer ``a`` takes than ``b``: the median over rounds of the ratio within a round."""
+    """How many times longer ``a`` takes than ``b``: the median over rounds of the ratio within
+    a round.
+    """
     if not all("rounds" in results.get(name, {}) for name in (a, b)):
         return None
     return median(x / y for x, y in zip(results[a]["rounds"], results[b]["rounds"], strict=True))
@@ -81,7 +83,8 @@ def _about(about: dict[str, Any]) -> list[str]:
     )
     features = f" ({', '.join(about['features'])})" if about["features"] else ""
     lines = [
-        f"{about['date']}; {about['cpu']}{features}, {about['cores']} cores; {kind}; medians of {about['rounds']} rounds in turns."
+        f"{about['date']}; {about['cpu']}{features}, {about['cores']} cores; {kind}; medians of"
+        f" {about['rounds']} rounds in turns."
     ]
     libraries: dict[str, str] = {}
     for found in about["versions"].values():
@@ -109,7 +112,7 @@ def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
-# --- steps ------------------------------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------
 
 
 def _steps(data: dict[str, Any]) -> list[str]:
@@ -120,8 +123,14 @@ def _steps(data: dict[str, Any]) -> list[str]:
     if not data["about"]["peers"]:
         lines += ["Peers are left out: `PEERS_PYTHON` was not set.", ""]
     lines += [
-        "`product` is the encoder's product alone (our path to it / the default library / bf16 inputs): no step can cost less without another algorithm.",
-        "The last columns: the fastest peer's step over ours, with default and with tuned memory settings on the peer's side; our step over the two products.",
+        (
+            "`product` is the encoder's product alone (our path to it / the default library / bf16"
+            " inputs): no step can cost less without another algorithm."
+        ),
+        (
+            "The last columns: the fastest peer's step over ours, with default and with tuned"
+            " memory settings on the peer's side; our step over the two products."
+        ),
         "",
     ]
     for d, m in dict.fromkeys((g["d"], g["m"]) for g in data["groups"]):
@@ -191,7 +200,7 @@ def _mb(found: dict[str, Any]) -> str:
     return f"{found['peak'] / 2**20:,.0f}" if "peak" in found else "failed"
 
 
-# --- the others -------------------------------------------------------------------------------------------------------------
+# --- the others -----------------------------------------------------------------------------------
 
 
 def _together(data: dict[str, Any]) -> list[str]:
@@ -259,7 +268,10 @@ def _jobs(data: dict[str, Any]) -> list[str]:
         for n in names
     ]
     return [
-        f"Run `{data['run']}`, seconds. Language models that came from the cache count as they took when they were trained.",
+        (
+            f"Run `{data['run']}`, seconds. Language models that came from the cache count as they"
+            " took when they were trained."
+        ),
         "",
         *table(["stage", *cells, "sum"], rows),
     ]
@@ -267,8 +279,14 @@ def _jobs(data: dict[str, Any]) -> list[str]:
 
 def _quality(data: dict[str, Any]) -> list[str]:
     lines = [
-        f"Residual stream of the laptop preset's language model (d 128); m {data['m']}, batch {data['batch']}, {data['steps']} steps, L0 {data['l0']} asked.",
-        "A peer's row is its best learning rate of those in brackets. `ours at that L0`: this project's SAE asked for the L0 that the peer ended with.",
+        (
+            f"Residual stream of the laptop preset's language model (d 128); m {data['m']}, batch"
+            f" {data['batch']}, {data['steps']} steps, L0 {data['l0']} asked."
+        ),
+        (
+            "A peer's row is its best learning rate of those in brackets. `ours at that L0`: this"
+            " project's SAE asked for the L0 that the peer ended with."
+        ),
         "dead: share of latents that fire for none of the held-out rows.",
         "",
     ]

@@ -3,8 +3,9 @@
     python experiment.py --out_dir=variants_l0_32 'sae=[standard,topk,...]'
     python benchmarks/variant_table.py runs/variants_l0_32
 
-One row an SAE, one group of columns a corpus; values are means over the seeds, with the standard error where there are several. A run over
-several L0s (``'sae.target_l0=[8,16,32,64]'``) on one corpus gives one row an SAE and a column an L0.
+One row an SAE, one group of columns a corpus; values are means over the seeds, with the
+standard error where there are several. A run over several L0s
+(``'sae.target_l0=[8,16,32,64]'``) on one corpus gives one row an SAE and a column an L0.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def table(folder: Path) -> str:
 
 
 def grid(stats: dict[str, dict[str, Stat]], batch: int) -> str:
-    """One row an SAE, a column an L0, for each metric of ``GRID``; steps a second are those at the first L0 and the last."""
+    """One row an SAE, a column an L0, for each metric of ``GRID``; steps a second are those at
+    the first L0 and the last.
+    """
     found: dict[str, dict[float, dict[str, Stat]]] = {}
     for report, values in stats.items():
         if match := re.fullmatch(r"[^.]+\.(.+)-target_l0_([\d.]+)", report):

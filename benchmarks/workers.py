@@ -1,8 +1,10 @@
 """Contestants in processes of their own that take turns: one works while all others sleep.
 
-A *host* is one process of one Python that has imported what is slow to import; for every contestant it forks a child, so that contestants start in
-no time, share nothing and have a peak memory of their own. A contestant is a function ``f(turns, **args)`` that calls ``turns.next()`` before every
-step of its loop; there it waits until it is told to go on. What is timed is therefore the loop itself, not a copy of it.
+A *host* is one process of one Python that has imported what is slow to import; for every
+contestant it forks a child, so that contestants start in no time, share nothing and have a peak
+memory of their own. A contestant is a function ``f(turns, **args)`` that calls ``turns.next()``
+before every step of its loop; there it waits until it is told to go on. What is timed is
+therefore the loop itself, not a copy of it.
 
     host = Host(["sae_contestants"], python=sys.executable)
     worker = host.start("sae_contestants:ours", variant="topk", d=128, m=1024)
@@ -25,8 +27,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-#: glibc maps and unmaps every block above 32 MiB anew, and page faults then take up to half of a step; these settings keep the memory.
-KEEP_MEMORY = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
+#: glibc maps and unmaps every block above 32 MiB anew, and page faults then take up to half of a
+#: step; these settings keep the memory.
+KEEP_MEMORY = (
+    "glibc.malloc.mmap_threshold=4294967296:"
+    "glibc.malloc.trim_threshold=17179869184:"
+    "glibc.malloc.top_pad=268435456"
+)
 
 
 class ContestantError(RuntimeError):
@@ -92,7 +99,9 @@ class Worker:
         self._listen()
 
     def run(self, n: int) -> list[tuple[float, float]]:
-        """Let it make ``n`` steps; of each the seconds on the clock and the seconds of processor time."""
+        """Let it make ``n`` steps; of each the seconds on the clock and the seconds of
+        processor time.
+        """
         self.conn.send(n)
         return self._listen()
 
@@ -165,7 +174,9 @@ class Host:
             ) from None
 
     def start(self, call: str, **args: Any) -> Worker:
-        """Fork a contestant: ``module:function`` with ``args``. Returns when it is ready for its first step."""
+        """Fork a contestant: ``module:function`` with ``args``. Returns when it is ready for
+        its first step.
+        """
         self.conn.send({"call": call, "args": args})
         return Worker(self._accept())
 

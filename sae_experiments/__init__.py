@@ -1,6 +1,8 @@
-"""Train small language models, fit sparse autoencoders to their activations, evaluate and compare them.
+"""Train small language models, fit sparse autoencoders to their activations, and compare them.
 
-In a notebook: ``from sae_experiments import build_sae, fit_saes, evaluate, load_sae, save_sae`` on a plain tensor of activations.
+In a notebook, on a plain tensor of activations:
+
+    from sae_experiments import build_sae, fit_saes, evaluate, load_sae, save_sae
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from typing import Any
 __version__ = "0.2.0"
 #: Whether torch was imported before the line below could tell its threads anything.
 LATE = "torch" in sys.modules and "GOMP_SPINCOUNT" not in os.environ
-# Threads that wait give their core away soon: beside other work, spinning costs a training step four to ten times its time,
-# and on an idle machine this changes nothing (two cores, a small GPT-2: 61 ms a step both ways). Read when torch is imported.
+# Threads that wait give their core away soon: beside other work, spinning makes a training step
+# four to ten times slower, and on an idle machine this changes nothing (two cores, a small GPT-2:
+# 61 ms per step both ways). Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOME = {
@@ -28,7 +31,7 @@ __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    """Loaded on first use: the command line must not wait for torch to say that an option is misspelt."""
+    """Load a name on first use: the command line must not wait for torch to report a mistake."""
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,10 @@ BLOCK = 128  # positions whose attention is worked out together
 
 
 def use_cheap_paths(model: nn.Module) -> None:
-    """On a CPU, dropout by :func:`dropped` and attention by :func:`causal_attention`: the same model, its rounding and random numbers apart."""
+    """On a CPU, use `dropped` for dropout and `causal_attention` for attention.
+
+    The model is the same but for rounding and random numbers.
+    """
     for part in list(model.modules()):
         for name, child in part.named_children():
             if isinstance(child, nn.Dropout) and child.p:
@@ -35,9 +38,14 @@ class _Dropout(nn.Dropout):
 
 
 def dropped(x: Tensor, p: float) -> Tensor:
-    """Dropout with 16 random bits an entry, four entries a draw: 3.6 times as fast as PyTorch's on a CPU. p is met to 1 in 65,536.
+    """Dropout with 16 random bits per entry, four entries per draw.
 
-    Uses the default generator, like PyTorch's.
+    It is 3.6 times as fast as PyTorch's on a CPU. The probability is exact to 1 in 65,536. Uses the
+    default generator, like PyTorch's.
+
+    Args:
+        x: Activations of any shape.
+        p: Probability of zero.
     """
     drawn = (
         torch.empty(-(-x.numel() // 4), dtype=torch.int64)
@@ -58,10 +66,24 @@ def causal_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention (B, H, T, d) as plain products, a block of queries at a time, so that keys after the block are never looked at.
+    """Causal attention as plain matrix products, one block of queries at a time.
 
-    On a CPU PyTorch has no fast kernel with dropout, and its kernel for bf16 takes two to four times as long as these products, most of it
-    going back. In float32 without dropout, elsewhere and for cached keys PyTorch's own is used.
+    Keys after a block are never read. On a CPU PyTorch has no fast kernel with dropout, and its
+    kernel for bf16 takes two to four times as long as these products, most of it in the backward
+    pass. In float32 without dropout, on other devices and for cached keys PyTorch's own is used.
+
+    Args:
+        module: The attention module, for PyTorch's own kernel.
+        query: (B, H, T, d).
+        key: (B, H, T, d).
+        value: (B, H, T, d).
+        attention_mask: None for causal attention alone.
+        dropout: Probability of dropping an attention weight.
+        scaling: Factor of the scores; None: 1 / sqrt(d).
+        **kwargs: Further arguments of PyTorch's own kernel.
+
+    Returns:
+        Mixed values (B, T, H, d), and no attention weights.
     """
     length = query.shape[2]
     plain = dropout or query.dtype == torch.bfloat16

@@ -54,7 +54,7 @@ class Span(NamedTuple):
 
 
 @styled
-def draw(
+def draw(  # noqa: PLR0913 (keyword-only settings)
     table: RunTable,
     *,
     title: str,

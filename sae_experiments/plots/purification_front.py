@@ -43,7 +43,7 @@ class Mark(NamedTuple):
 
 
 @styled
-def draw(
+def draw(  # noqa: PLR0913 (keyword-only settings)
     table: RunTable,
     *,
     title: str,

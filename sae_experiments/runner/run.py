@@ -545,12 +545,13 @@ def _refuse_other_configuration(folder: Path, config: Mapping[str, Any], overwri
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
-            f"{folder} holds results of another configuration ({'; '.join(changed[:3])}{more}): {REMEDY}"
+            f"{folder} holds results of another configuration "
+            f"({'; '.join(changed[:3])}{more}): {REMEDY}"
         )
 
 
 def _source(study: Study) -> str:
-    """Name the code that results come from: the package, and what the study uses of a user's own."""
+    """Digest of the code that results come from: the package, and the user's own code."""
     package, outside = package_digest(PACKAGE), outside_digest(study)
     return digest([package, outside]) if outside else package
 

@@ -1,4 +1,4 @@
-"""Where live numbers go: curves on disk always, a wandb mirror where asked for, which can never make a run fail."""
+"""Trackers of live numbers: a mirror to wandb, if asked for, which can never make a run fail."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ class NoTracker:
 
 
 class Wandb:
-    """Mirror to Weights & Biases: offline without an API key, and silent for good after its first error.
+    """Mirror to Weights & Biases: offline without an API key, silent after its first error.
 
-    With mode auto, the variable WANDB_MODE and wandb's own settings decide, where they say something.
-    Every point carries its own step (``<dataset>/<seed>/step``), so that resumed and parallel stages never run backwards.
+    With mode auto, the variable WANDB_MODE and wandb's own settings decide, if they are set. Every
+    point carries its own step (`<dataset>/<seed>/step`), so that resumed and parallel stages never
+    run backwards.
     """
 
     def __init__(
@@ -62,7 +63,10 @@ class Wandb:
         self.project, self.group, self.mode, self.say, self.run = project, group, mode, say, None
 
     def start(self, folder: Path, config: Mapping[str, Any], label: str, plan: str | None) -> None:
-        """Open a wandb run named after the folder and label, grouped by plan; offline where ``mode`` says so or no key is set."""
+        """Open a wandb run named after the folder and label, grouped by plan.
+
+        It is offline if `mode` is, or if no API key is set.
+        """
 
         def begin() -> None:
             import wandb
@@ -103,7 +107,7 @@ class Wandb:
             )
 
     def publish(self, folder: Path) -> None:
-        """Mirror the final table, the figures and the report of a run folder, under the names of their files."""
+        """Mirror the final table, the figures and the report of a run folder."""
 
         def send() -> None:
             import wandb
@@ -145,13 +149,11 @@ class Wandb:
     def _guarded(self, action: Callable[[], None], what: str) -> None:
         try:
             action()
-        except (
-            Exception
-        ) as error:  # a tracker is a mirror: whatever breaks in it must not break the run
+        except Exception as error:
+            # A tracker is a mirror: nothing that breaks in it may break the run.
             self.run = None
-            self.say(
-                f"wandb: {what} failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); going on without it"
-            )
+            first = (str(error).splitlines() or [""])[0]
+            self.say(f"wandb: {what} failed ({type(error).__name__}: {first}); going on without it")
 
 
 def mode_of(wandb: Any) -> str:
@@ -172,7 +174,7 @@ def mode_of(wandb: Any) -> str:
 
 
 def _has_key(settings: Any) -> bool:
-    """Whether wandb has an API key: in its settings, which know WANDB_API_KEY, or in the netrc file."""
+    """True if wandb has an API key: in its settings (WANDB_API_KEY) or in the netrc file."""
     if settings.api_key or os.environ.get("WANDB_API_KEY"):
         return True
     server = (settings.base_url or "").removeprefix("https://").removeprefix("http://").strip("/")

@@ -343,6 +343,14 @@ class _Running:
             # its weights transposed).
             self.optimizers.append(torch.optim.Muon(muon_groups, adjust_lr_fn="match_rms_adamw"))
 
+    def change_phase(self, step: int) -> None:
+        """End a phase and begin the next one if this is its first step."""
+        index = self.phase_at(step)
+        if step == self.spans[index][0] and index > 0:
+            self.learner.finish(self.phases[index - 1].name)
+            self.learner.begin(self.phases[index].name)
+            self.enter(index)
+
     def info(self, step: int) -> StepInfo:
         index = self.phase_at(step)
         start, end = self.spans[index]
@@ -433,11 +441,7 @@ def train(
     saved = time.monotonic()
     for step in range(progress.step, cfg.steps):
         for r in running:
-            index = r.phase_at(step)
-            if step == r.spans[index][0] and index > 0:
-                r.learner.finish(r.phases[index - 1].name)
-                r.learner.begin(r.phases[index].name)
-                r.enter(index)
+            r.change_phase(step)
         batch = batch_at(step)
         last = step + 1 == cfg.steps
         for r in running:

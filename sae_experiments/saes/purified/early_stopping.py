@@ -54,7 +54,7 @@ class StabilityEarlyStopping(nn.Module):
     state: Tensor
     trace: Tensor
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (keyword-only settings)
         self,
         sae: SAE,
         *,
