@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -146,8 +146,7 @@ class Run:
         """Every logged point that is not null: dataset, seed, step, name, value."""
         rows = []
         for result_name, dataset, seed in self.cell_files("curves", ".jsonl"):
-            assert self.path is not None
-            for step, name, value in read_curves(self.path, result_name, seed):
+            for step, name, value in read_curves(cast("Path", self.path), result_name, seed):
                 if value is not None:
                     rows.append((dataset, seed, step, name, value))
         return pd.DataFrame(rows, columns=["dataset", "seed", "step", "name", "value"])
@@ -157,8 +156,7 @@ class Run:
         stored = {}
         for result_name, of_dataset, seed in self.cell_files("arrays", ".npz"):
             if of_dataset == dataset:
-                assert self.path is not None
-                stored[seed] = load_arrays(self.path, result_name, seed)
+                stored[seed] = load_arrays(cast("Path", self.path), result_name, seed)
         return stored
 
     def cell_files(self, folder: str, suffix: str) -> list[tuple[str, str, int]]:

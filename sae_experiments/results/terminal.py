@@ -45,8 +45,9 @@ def terminal(
         colour: Use ANSI colours and bold type.
         width: Columns; None for those of the terminal.
     """
+    output = io.StringIO()
     console = Console(
-        file=io.StringIO(),
+        file=output,
         width=width or terminal_width(),
         force_terminal=colour,
         color_system="standard" if colour else None,
@@ -60,8 +61,6 @@ def terminal(
     console.print()
     for line in [*_legend(rows), *notes(table, rows), *_difference_lines(table)]:
         console.print(_wrapped(line, console.width), soft_wrap=True)
-    output = console.file
-    assert isinstance(output, io.StringIO)
     lines = [line.rstrip() for line in output.getvalue().splitlines()]
     return "\n".join(lines).strip("\n")
 
