@@ -110,6 +110,23 @@ def of_outliers(*, rows: int, outliers: int, variance_frac: float, handling: str
     return [Warned("fit_outliers", outliers / rows, says, do)]
 
 
+def of_splice(untouched: int, rows: int) -> list[Warned]:
+    """Outlier rows that a splice into the language model leaves as they are.
+
+    Args:
+        untouched: Their number.
+        rows: Rows of the spliced windows.
+    """
+    if not untouched:
+        return []
+    says = (
+        f"{untouched:,} of {rows:,} spliced rows are outliers, which the SAE was not fitted to: "
+        "they stay as they are"
+    )
+    do = "read the loss as that of the other rows, or fit them too (fit.outliers=keep)"
+    return [Warned("ce_spliced", untouched / rows, says, do)]
+
+
 def _lower_rate(lr: float) -> str:
     return (
         f"use a lower learning rate (lr={lr:.3g} was used; try {lr / 2:.2g}), or train longer, "

@@ -20,6 +20,7 @@ from sae_experiments.models.hooks import Site, activations
 from sae_experiments.models.store import Store, collect
 from sae_experiments.results.records import NOT_GIVEN, Record
 from sae_experiments.saes.base import SAE
+from sae_experiments.saes.outliers import Region
 
 CPU = torch.device("cpu")
 
@@ -419,7 +420,14 @@ def splice(trained: Any, corpus: Any, held_out: Store) -> Callable[..., Measured
     """Downstream metrics of a stub."""
 
     def measure(
-        sae: SAE, *, read: Site = SITE, write: Site = SITE, windows: int = 40, batch: int = 8
+        sae: SAE,
+        *,
+        read: Site = SITE,
+        write: Site = SITE,
+        windows: int = 40,
+        batch: int = 8,
+        region: Region | None = None,
+        outliers: str = "leave_out",
     ) -> Measured:
         tokens = lambda starts: tuple(corpus.windows("val", starts + shift, 16) for shift in (0, 1))  # noqa: E731
         ctx = EvalContext(
@@ -429,6 +437,8 @@ def splice(trained: Any, corpus: Any, held_out: Store) -> Callable[..., Measured
             write=write,
             held_out=held_out,
             lm=LMSplice(trained.model, write, tokens),
+            outliers=outliers,
+            extras={} if region is None else {"region": region},
         )
         return downstream.measure(ctx, windows=windows, batch=batch)
 
@@ -456,6 +466,23 @@ def test_the_mean_activation_is_mean_ablation(splice, held_out):
     mean = held_out.rows(SITE, slice(None)).mean(0)
     found = splice(Stub(rebuild=lambda z: mean.expand_as(z))).scalars
     assert found["loss_recovered"] == pytest.approx(0, abs=1e-6)
+
+
+def test_outliers_stay_as_they_are_where_the_fit_left_them_out(splice, held_out):
+    zeros = Stub(rebuild=torch.zeros_like)
+    x = held_out.rows(SITE, slice(None))
+    region = Region.of(x)
+    nothing = region._replace(limits=torch.zeros(1))
+    assert splice(zeros, region=nothing).scalars["ce_delta_bits"] == pytest.approx(0, abs=1e-6)
+    every = splice(zeros)
+    assert every.warnings == [], "activations of this model have no outliers"
+    half = region._replace(limits=(x - region.centre).norm(dim=1).median()[None])
+    some = splice(zeros, region=half)
+    assert 0.01 < some.scalars["ce_delta_bits"] < every.scalars["ce_delta_bits"]
+    (told,) = some.warnings
+    assert told.key == "ce_spliced" and 0.4 < told.value < 0.6 and "stay as they are" in told.says
+    kept = splice(zeros, region=half, outliers="keep")
+    assert kept.scalars == every.scalars and kept.warnings == []
 
 
 def test_halfway_lies_between(splice):

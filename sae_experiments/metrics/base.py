@@ -15,6 +15,7 @@ from sae_experiments.models.hooks import Site, Sites, as_sites
 from sae_experiments.models.store import Store
 from sae_experiments.quality_warnings import Warned
 from sae_experiments.saes.base import SAE
+from sae_experiments.saes.outliers import SAMPLE, Region
 
 __all__ = ["EvalContext", "LMSplice", "Measured", "Metric", "MetricInfo", "Rows"]
 
@@ -93,6 +94,8 @@ class EvalContext:
     """The character of every token id, if tokens are characters."""
     pieces: Sequence[str] = ()
     """The text of every token id, if tokens are longer than characters."""
+    outliers: str = "leave_out"
+    """Handling of outlier rows in the fit, `fit.outliers`: what it left out is not replaced."""
     replicas: tuple[SAE, ...] = ()
     """The same SAE fitted to the same activations with other seeds."""
     extras: dict[str, Any] = field(default_factory=dict)
@@ -135,6 +138,19 @@ class EvalContext:
         if self.held_out is None:
             return cast("Tensor", self.y)[rows]
         return self.held_out.rows(self.write_sites, rows)
+
+    def replaced(self, inputs: Tensor) -> Tensor | None:
+        """Rows (n,) among inputs (n, D) that a splice replaces: the ordinary ones.
+
+        None if all are.
+        """
+        if self.outliers == "keep":
+            return None
+        if "region" not in self.extras:
+            sample = self.inputs(slice(0, SAMPLE)).to(self.device)
+            self.extras["region"] = Region.of(sample, max(len(self.read_sites), 1))
+        ordinary = self.extras["region"].contains(inputs.float())
+        return None if bool(ordinary.all()) else ordinary
 
     def spell(self, i: int) -> str:
         """Text of token id `i`, or `<i>` if it has none (a token that is part of a character)."""

@@ -17,6 +17,7 @@ from sae_experiments.metrics.base import EvalContext, LMSplice, Measured, Metric
 from sae_experiments.metrics.codes import nulls
 from sae_experiments.metrics.noise import noise_of
 from sae_experiments.models.hooks import Site, capture, patched
+from sae_experiments.quality_warnings import of_splice
 
 INFO = [
     MetricInfo(
@@ -110,7 +111,8 @@ def measure(ctx: EvalContext, *, windows: int, batch: int) -> Measured:
     """Cross-entropy with the reconstruction spliced in, and the KL divergence from the clean model.
 
     The reconstruction replaces the activation at every position, and at every site for an SAE over
-    several; mean and zero ablation are the references. The first position of each window is left
+    several; mean and zero ablation are the references. Outlier rows that the fit left out (see
+    `saes.outliers`) stay as they are in all three. The first position of each window is left
     out of the averages, as it has no context. Loss recovered is null if the ablation costs less
     than 0.01 bit.
 
@@ -131,18 +133,22 @@ def measure(ctx: EvalContext, *, windows: int, batch: int) -> Measured:
         _window_sums(ctx, lm, means, starts[begin : begin + batch])
         for begin in range(0, len(starts), batch)
     ]
+    untouched = float(sum(sums.pop("untouched").sum() for sums in batches))
     window_means = {
         name: torch.cat([sums[name] for sums in batches]).numpy() / (length - 1)
         for name in batches[0]
     }
     result = _summary({name: float(values.mean()) for name, values in window_means.items()})
-    return result._replace(noise=_noise(window_means, result.scalars))
+    warnings = of_splice(round(untouched), len(starts) * length)
+    return result._replace(noise=_noise(window_means, result.scalars), warnings=warnings)
 
 
 def _window_sums(
     ctx: EvalContext, lm: LMSplice, means: dict[Site, Tensor], starts: np.ndarray
 ) -> dict[str, Tensor]:
     """Sum over positions of each loss and of the KL divergence, (windows,) float64.
+
+    Also, as `untouched`, the number of rows that stay as they are, (1,).
 
     Args:
         ctx: Evaluation context.
@@ -161,11 +167,12 @@ def _window_sums(
     by_site = dict(zip(means, recon.split(widths, -1), strict=True))
     averages = {site: mean.expand(*x.shape, -1) for site, mean in means.items()}
     zeros = {site: torch.zeros_like(part) for site, part in by_site.items()}
-    splice = _replaced_log_probs(model, x, by_site)
+    replaced = ctx.replaced(inputs)
+    splice = _replaced_log_probs(model, x, by_site, replaced)
     log_probs = {
         "clean": clean,
-        "mean": _replaced_log_probs(model, x, averages),
-        "zero": _replaced_log_probs(model, x, zeros),
+        "mean": _replaced_log_probs(model, x, averages, replaced),
+        "zero": _replaced_log_probs(model, x, zeros, replaced),
         "spliced": splice,
     }
     targets = y[:, 1:].reshape(-1)
@@ -173,7 +180,9 @@ def _window_sums(
         name: F.nll_loss(log_p, targets, reduction="none") for name, log_p in log_probs.items()
     }
     losses["kl"] = F.kl_div(splice, clean, log_target=True, reduction="none").sum(1)
-    return {name: loss.view(len(x), -1).double().sum(1).cpu() for name, loss in losses.items()}
+    sums = {name: loss.view(len(x), -1).double().sum(1).cpu() for name, loss in losses.items()}
+    untouched = 0 if replaced is None else int((~replaced).sum())
+    return sums | {"untouched": torch.tensor([untouched])}
 
 
 def _noise(
@@ -216,11 +225,24 @@ def _summary(losses: dict[str, float]) -> Measured:
     return Measured(values, why_null=why_null)
 
 
-def _replaced_log_probs(model: nn.Module, x: Tensor, by_site: dict[Site, Tensor]) -> Tensor:
-    """Log-probabilities (n, V) with the activations at some sites replaced."""
+def _replaced_log_probs(
+    model: nn.Module, x: Tensor, by_site: dict[Site, Tensor], rows: Tensor | None
+) -> Tensor:
+    """Log-probabilities (n, V) with the activations at some sites replaced.
+
+    Args:
+        model: The language model.
+        x: Token ids (W, T).
+        by_site: New activations (W, T, D) by site.
+        rows: Which of them to use, (W T,); None: all.
+    """
+
+    def put(old: Tensor, new: Tensor) -> Tensor:
+        return new if rows is None else torch.where(rows.view(*x.shape, 1), new.to(old), old)
+
     with ExitStack() as stack:
         for site, value in by_site.items():
-            stack.enter_context(patched(model, site, lambda _old, value=value: value))
+            stack.enter_context(patched(model, site, lambda old, value=value: put(old, value)))
         return _log_probs(model, x)
 
 

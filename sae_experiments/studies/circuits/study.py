@@ -399,6 +399,7 @@ class Circuits:
                 lm=LMSplice(lm.model, write, stores.tokens),
                 symbols=text.symbols,
                 pieces=pieces,
+                outliers=self.fit.outliers,
             )
             codes = sparse_codes(evaluation, len(ids))
             if codes is None:

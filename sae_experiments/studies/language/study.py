@@ -334,6 +334,7 @@ class Language:
             held_out=stores.held_out,
             lm=LMSplice(lm.model, write, stores.tokens),
             symbols=corpus.symbols,
+            outliers=self.fit.outliers,
             replicas=replicas,
         )
         outcome = Outcome(
