@@ -15,7 +15,8 @@ from sae_experiments.saes.base import SAE, Batch, Step
 from sae_experiments.training.loop import TrainConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-NAMES = sorted(p.stem for p in (CONF / "sae").glob("[!_]*.yaml"))
+#: SAEs that are trained here, which sae=saelens is not.
+NAMES = sorted(p.stem for p in (CONF / "sae").glob("[!_]*.yaml") if p.stem != "saelens")
 D, M, L0, TRUE = 16, 48, 4, 40
 
 

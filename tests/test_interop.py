@@ -138,7 +138,7 @@ def test_swapped_tensors_are_noticed_by_the_reference_rows(tmp_path):
     [
         ("architecture", "magic", "architecture='magic'"),
         ("d_in", "x", "d_in"),
-        ("normalize_activations", "layer_norm", "layer_norm"),
+        ("normalize_activations", "constant_scalar_rescale", "constant_scalar_rescale"),
     ],
 )
 def test_a_setting_that_is_not_known_is_named(key, value, said, tmp_path):

@@ -23,6 +23,8 @@ from sae_experiments.errors import UserError
 
 #: Key of the SAE that another one wraps, as users write it, and its name in Hydra.
 HOST, HYDRA_HOST = "sae/host", "sae@sae.host"
+#: The SAE that is read from a directory, and the key of that directory, which no other SAE has.
+LOADED, PATH = "saelens", "sae.path"
 
 # ------------------------------------------------------------------------------ sweeps
 
@@ -144,7 +146,9 @@ def split_by_sae(
     own: dict[str, list[Override]] = {}
     for o in parsed:
         name, _, key = o.key_or_group.removeprefix("sae.").partition(".")
-        if not o.key_or_group.startswith("sae.") or not key or name not in known:
+        if o.key_or_group == PATH and LOADED in names:
+            own.setdefault(LOADED, []).append(o)
+        elif not o.key_or_group.startswith("sae.") or not key or name not in known:
             common.append(o)
         elif name in names:
             plain = o.input_line.replace(f"sae.{name}.", "sae.", 1)
@@ -176,7 +180,7 @@ def hosts_of(
         raise UserError(
             f"{HOST}={asked[0]} is for an SAE that is built around another, such as sae=purified"
         )
-    known = [name for name in options(conf, "sae") if not _wraps(conf, name)]
+    known = [name for name in options(conf, "sae") if name != LOADED and not _wraps(conf, name)]
     for host in asked:
         if str(host) not in known:
             raise UserError(

@@ -19,6 +19,7 @@ from sae_experiments.errors import UserError
 PLACES = ("out_dir", "runs_root", "cache")
 #: Files and folders that are read.
 INPUTS = ("data.*.file", "study.local.folder", "study.local.text", "study.*.sae")
+INPUTS += ("sae.path", "sae.saelens.path", "saes.*.path")
 #: Text that is shown or handed on.
 NAMES = (
     "label",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sae_experiments.fitting.fit import OUTLIERS, SCALES, RowHandling
 from sae_experiments.models.hooks import Site, Sites, parse_site
 from sae_experiments.resources import cpu_has_bf16
 from sae_experiments.saes.base import SAE
+from sae_experiments.saes.saelens import directory_digest, sites_of
 from sae_experiments.source import modules_behind
 from sae_experiments.training.loop import TrainConfig, seed_of
 
@@ -50,6 +52,7 @@ class SAESpec:
     """Precision in which training selects the active latents: auto, fp32 or bf16."""
     host: SAESpec | None = None
     """SAE that a variant such as purified wraps; its model is part of ours."""
+    path: str | None = None  # SAELens directory of an SAE that is evaluated and not trained
 
     def build(self, d_in: int, d_out: int) -> SAE:
         """The untrained SAE. Raises :class:`UserError` for sizes that cannot work."""
@@ -61,7 +64,10 @@ class SAESpec:
                 f"sae.matmul_precision={self.matmul_precision!r} is not one of "
                 f"{', '.join(PRECISIONS)}"
             )
-        sae = self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **self._asked(d_sae))
+        given = {} if self.path is None else {"path": self.path}
+        sae = self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **self._asked(d_sae), **given)
+        if self.path is not None:
+            return sae
         asked = self.target_l0 if sae.fixed_l0 is None else sae.fixed_l0
         if asked is not None and asked >= d_sae:
             raise UserError(
@@ -94,14 +100,33 @@ class SAESpec:
             torch.manual_seed(seed_of(seed, "sae"))
             return self.build(d_in, d_out)
 
-    def check(self, d_in: int, d_out: int, cfg: TrainConfig) -> None:
-        """Build on the meta device and read the recipe: bad numbers fail before any compute."""
+    def check(self, d_in: int, d_out: int, cfg: TrainConfig, *, loads: bool = False) -> None:
+        """Build on the meta device and read the recipe: bad numbers fail before any compute.
+
+        Args:
+            d_in: Width of the site that is read.
+            d_out: Width of the site that is rebuilt.
+            cfg: Numbers of the fit.
+            loads: Whether the study can evaluate an SAE from a directory.
+        """
+        if self.path is not None and not loads:
+            raise UserError(
+                f"sae.path={self.path}: an SAE from a directory is evaluated by study=language "
+                "only; circuits take one as study.upstream.sae"
+            )
         self.config(cfg)
         with torch.device("meta"):
             self.build(d_in, d_out)
 
     def sites(self, default: str, n_layer: int) -> tuple[Site | Sites, Site | Sites]:
         """The sites that the encoder reads and that the decoder reconstructs."""
+        if self.path is not None:
+            if isinstance(self.read, (list, tuple)):
+                raise UserError(f"sae.read={list(self.read)}: sae=saelens reads one site")
+            here = str(parse_site(self.read or default, n_layer))
+            names = sites_of(self.path, self.read and here, self.write, here)
+            read, write = (parse_site(name, n_layer) for name in names)
+            return read, write
         named = self.read if self.read is not None else default
         read = (
             tuple(parse_site(s, n_layer) for s in named)
@@ -121,6 +146,8 @@ class SAESpec:
 
     def describe(self) -> dict[str, Any]:
         """A JSON-like description, for cache keys."""
+        if self.path is not None:
+            return {"directory": directory_digest(Path(self.path).expanduser())}
         return {
             "model": _to_jsonable(self.model),
             "d_sae": self.d_sae,

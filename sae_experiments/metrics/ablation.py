@@ -288,6 +288,9 @@ class _Windows:
         # Codes, (W, T, F).
         rows = (picked[:, None] * store.length + np.arange(store.length)).reshape(-1)
         self.z = torch.from_numpy(codes[rows].toarray()).view(len(picked), store.length, -1)
+        # Factors of the decoded codes, (W, T, 1); None for 1.
+        scale = ctx.sae.output_scale(store.rows(ctx.read_sites, rows).to(ctx.device))
+        self.scale = None if scale is None else scale.view(len(picked), store.length, 1)
         # Value of each latent when it is removed, (F,).
         means = np.asarray(codes.mean(0), np.float32).ravel()
         self.replacement = torch.from_numpy(means * opts.mean)
@@ -307,6 +310,8 @@ class _Windows:
             acts[:, latents] = self.replacement[latents]
             change = whole - self.sae.decode(acts.to(self.device))
             change = change.view(len(part), self.z.shape[1], -1)
+            if self.scale is not None:
+                change = change * self.scale[part]
             with patched(self.lm.model, self.site, lambda a, change=change: a - change.to(a.dtype)):
                 log_p = self._log_probs(self.x[part])
             clean = self.clean[part]

@@ -21,6 +21,7 @@ from sae_experiments.metrics.coding import Quantiser, landmarks, support_bits
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of, only
 from sae_experiments.metrics.rate_distortion import (
     Decode,
+    Direct,
     Rated,
     Window,
     bits_at,
@@ -209,8 +210,8 @@ class _Split(NamedTuple):
     """Codes to be sent, (n, F)."""
     test: np.ndarray
     """Mask of the rows of `code` among all rows."""
-    direct: np.ndarray | None
-    """Part of the reconstruction that bypasses the code, (n, O), if any."""
+    direct: Direct | None
+    """What of the reconstruction bypasses the code, if anything does."""
 
 
 def measure(ctx: EvalContext, **options: Any) -> Measured:
@@ -268,8 +269,8 @@ def _n_evaluated(ctx: EvalContext, codes: sparse.csr_matrix, opts: Options) -> i
 
 
 @torch.no_grad()
-def _direct(ctx: EvalContext, test: np.ndarray) -> np.ndarray | None:
-    """Part of the test rows' reconstruction that bypasses the code, (n, O); None if there is none.
+def _direct(ctx: EvalContext, test: np.ndarray) -> Direct | None:
+    """What of the test rows' reconstruction bypasses the code; None if nothing does.
 
     Args:
         ctx: Evaluation context.
@@ -279,8 +280,8 @@ def _direct(ctx: EvalContext, test: np.ndarray) -> np.ndarray | None:
     if sae.linear_path(torch.zeros(1, sae.d_in, device=ctx.device)) is None:
         return None
     x = torch.from_numpy(raw_rows(ctx, len(test))[test]).to(ctx.device)
-    direct = sae.linear_path(x)
-    return None if direct is None else direct.cpu().numpy()
+    added, scale = sae.linear_path(x), sae.output_scale(x)
+    return None if added is None else Direct(added.cpu(), None if scale is None else scale.cpu())
 
 
 # ------------------------------------------------------------------------------- at a matched FVU
@@ -332,9 +333,11 @@ def _fvu(split: _Split, code: sparse.csr_matrix, y: np.ndarray, variance: float)
     for begin in range(0, len(y), 4096):
         part = slice(begin, begin + 4096)
         recon = ctx.sae.decode(torch.from_numpy(code[part].toarray()).to(ctx.device))
+        if split.direct is not None:
+            recon = split.direct.scaled(recon, part)
         residual = y[part] - recon.cpu().numpy()
         if split.direct is not None:
-            residual = residual - split.direct[part]
+            residual = residual - split.direct.added[part].numpy()
         error += float(np.square(residual, dtype=np.float64).sum())
     return error / variance
 

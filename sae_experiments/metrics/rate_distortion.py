@@ -86,13 +86,30 @@ def _nats(lm: LMSplice, x: Tensor, y: Tensor) -> Tensor:
     return -logits.log_softmax(-1).gather(2, y[:, 1:, None]).squeeze(2)
 
 
+class Direct(NamedTuple):
+    """What n rows contribute to their reconstructions past the code."""
+
+    added: Tensor
+    """Part that is added, (n, O)."""
+    scale: Tensor | None
+    """Factor of the decoded code, (n, 1); None for 1."""
+
+    def scaled(self, recon: Tensor, rows: slice | np.ndarray) -> Tensor:
+        """Decoded codes (B, O) of some of the rows times their factors."""
+        return recon if self.scale is None else recon * self.scale[rows].to(recon)
+
+    def joined(self, recon: Tensor, rows: slice | np.ndarray) -> Tensor:
+        """Reconstructions from the decoded codes (B, O) of some of the rows."""
+        return self.scaled(recon, rows) + self.added[rows].to(recon)
+
+
 @torch.no_grad()
 def rise(
     ctx: EvalContext,
     window: Window,
     code: sparse.csr_matrix,
     decode: Decode,
-    direct: np.ndarray | None,
+    direct: Direct | None,
     batch: int,
 ) -> float:
     """Mean rise of the cross-entropy with a code's reconstruction in place of the activation.
@@ -102,7 +119,7 @@ def rise(
         window: Windows to evaluate.
         code: Codes of the test rows, (n, F).
         decode: Decoder of the codes.
-        direct: Part of the reconstruction that bypasses the code, (n, O), if any.
+        direct: What of the reconstruction bypasses the code, for n rows, if anything does.
         batch: Windows per forward pass.
 
     Returns:
@@ -114,7 +131,7 @@ def rise(
         rows = window.rows[begin * length : (begin + batch) * length]
         recon = decode(torch.from_numpy(code[rows].toarray()).to(ctx.device))
         if direct is not None:
-            recon = recon + torch.from_numpy(direct[rows]).to(recon)
+            recon = direct.joined(recon, rows)
         recon = recon.view(-1, length, recon.shape[1])
         part = slice(begin, begin + batch)
         with patched(window.lm.model, window.site, lambda a, new=recon: new.to(a.dtype)):

@@ -270,12 +270,9 @@ class _Run:
         before = read_json(path).get("corpora", {})
         for name in sorted(before.keys() & corpora.keys()):
             if _text(before[name]) != _text(corpora[name]):
-                was, now = (
-                    f"{text.get('corpus')} from {text.get('source')}"
-                    for text in (before[name], corpora[name])
-                )
                 raise UserError(
-                    f"{folder} holds results on another text ({name}: {was} -> {now}): {REMEDY}"
+                    f"{folder} holds results on another "
+                    f"{_other(before[name], corpora[name], name)}: {REMEDY}"
                 )
 
     # ---------------------------------------------------------------------------- the cells
@@ -554,6 +551,14 @@ def _source(study: Study) -> str:
     """Digest of the code that results come from: the package, and the user's own code."""
     package, outside = package_digest(PACKAGE), outside_digest(study)
     return digest([package, outside]) if outside else package
+
+
+def _other(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str:
+    """The difference between two provenances of one result, in words."""
+    was, is_now = (f"{c.get('corpus')} from {c.get('source')}" for c in (before, now))
+    if before.get("sae") == now.get("sae"):
+        return f"text ({name}: {was} -> {is_now})"
+    return f"SAE ({name}: {before.get('sae')} -> {now.get('sae')})"
 
 
 def _text(provenance: Mapping[str, Any]) -> dict[str, Any]:

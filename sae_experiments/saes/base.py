@@ -174,6 +174,10 @@ class SAE(nn.Module):
         """Part of the reconstruction (B, O) that bypasses the code; None for no such path."""
         return None
 
+    def output_scale(self, x: Tensor) -> Tensor | None:
+        """Factor (B, 1) of a decoded code in the reconstruction of rows (B, D); None for 1."""
+        return None
+
     def nested_recons(self, codes: Codes) -> Tensor | None:
         """Reconstructions (B, G, O) from nested parts of the code, the last one from all of it.
 
@@ -335,8 +339,10 @@ class SAE(nn.Module):
 
     def reconstruct(self, x: Tensor, acts: Tensor) -> Tensor:
         """Reconstruction (B, O) from dense codes (B, F) and the direct path from `x` (B, D)."""
-        direct = self.linear_path(x)
-        return self.decode(acts) if direct is None else self.decode(acts) + direct
+        recon, scale, direct = self.decode(acts), self.output_scale(x), self.linear_path(x)
+        if scale is not None:
+            recon = recon * scale
+        return recon if direct is None else recon + direct
 
     def training_forward(self, batch: Batch) -> Forward:
         """One forward pass that keeps a graph only where a gradient can flow."""

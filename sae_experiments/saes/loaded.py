@@ -1,4 +1,4 @@
-"""SAE read from a SAELens directory, for use or further training."""
+"""SAEs read from SAELens directories, for use or further training."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.saes import selection
-from sae_experiments.saes.base import Inference
+from sae_experiments.saes.base import Inference, NotExportable
 from sae_experiments.saes.batch_topk import BatchTopK
 from sae_experiments.saes.gated import as_gated
 from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.types import by_rows
 from sae_experiments.sampling import spread_rows
 
 #: Weight of AuxK, which brings dead latents back, as in `conf/sae/topk.yaml`.
 AUX_COEFF = 1 / 32
 #: Rows on which active latents are counted before further training.
 COUNTED = 8192
+#: Normalisations that depend on each row.
+BY_ROW = ("layer_norm", "constant_norm_rescale")
+#: Added by SAELens to the standard deviation in `layer_norm`.
+EPSILON = 1e-5
 
 
 class Loaded(BatchTopK):
@@ -51,6 +56,7 @@ class Loaded(BatchTopK):
             super().__init__(
                 d_in=d_in,
                 d_sae=d_sae,
+                d_out=tensors["W_dec"].shape[1],
                 k=d_sae,
                 unit_decoder=False,
                 pre_bias=pre_bias,
@@ -76,7 +82,39 @@ class Loaded(BatchTopK):
         theta = tensors["threshold"] if self.architecture == "jumprelu" else torch.zeros(d_sae)
         self.register_buffer("theta", theta.clone())
         self.register_buffer("wanted", torch.tensor(torch.nan, dtype=torch.float64))
+        skip = tensors.get("W_skip")
+        self.W_skip = None if skip is None else nn.Parameter(skip.clone())
+        self.transcodes = bool(config.get("transcoder"))
+        if self.transcodes:
+            self.trains_on = False
+        scale = config.get("input_scale")
+        #: The input is scaled by a factor that the directory does not tell; see `adapt`.
+        self.needs_scale = "input_scale" in config and scale is None
+        if scale is not None:
+            self.fold_input_scale(scale)
         self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def adapt(self, x: Tensor) -> None:
+        """Learn from rows (N, D) of the model what the directory does not tell about its units.
+
+        An unknown factor of the input is `sqrt(D) / mean |x|`, as in SAELens' training.
+        """
+        if self.needs_scale:
+            self.fold_input_scale(float(self.d_in**0.5 / x.double().norm(dim=1).mean()))
+
+    @torch.no_grad()
+    def fold_input_scale(self, scale: float) -> None:
+        """Turn an SAE of `scale * x` into one of x with the same codes."""
+        self.W_enc.mul_(scale)
+        self.W_dec.div_(scale)
+        self.b_dec.div_(scale)
+        self.needs_scale = False
+
+    @by_rows("d_in")
+    def linear_path(self, x: Tensor) -> Tensor | None:
+        """The skip path of rows (..., D)."""
+        return None if self.W_skip is None else x @ self.W_skip.t()
 
     @property
     def fixed_l0(self) -> float | None:
@@ -147,9 +185,86 @@ class Loaded(BatchTopK):
         settings: dict[str, Any] = {"apply_b_dec_to_input": self.pre_bias}
         if self.architecture == "topk":
             settings |= {"k": self.k, "rescale_acts_by_decoder_norm": False}
+        if self.transcodes:
+            raise NotExportable("a loaded transcoder is not written again: use its own directory")
         if self.architecture == "gated":
             return as_gated(self)
         tensors = self.plain_tensors()
         if self.architecture == "jumprelu":
             tensors["threshold"] = self.theta + self.threshold
         return Inference(self.architecture, tensors, settings)
+
+
+class NormalisedRows(Loaded):
+    """SAE that normalises every row by itself and undoes that after decoding.
+
+    With the mean and the standard deviation of a row, or 0 and `|x| / sqrt(D)`, as m and s:
+
+        z = encode((x - m) / (s + epsilon))        xhat = s decode(z) + m
+
+    A transcoder's output is not scaled back. Decoder and biases are kept in the units of a row of
+    typical s (1, or the mean over the rows of `adapt`), so that what is read off the decoder alone
+    has the units of the activations; `output_scale` is the rest.
+    """
+
+    trains_on = False
+
+    typical: Tensor
+
+    def __init__(self, inference: Inference, notes: tuple[str, ...] = ()) -> None:
+        super().__init__(inference, notes)
+        self.trains_on = False
+        self.kind = inference.config["normalize_activations"]
+        self.undone = not self.transcodes
+        if self.pre_bias:  # subtracted from a normalised row, whereas b_dec changes its units
+            self.pre_bias = False
+            self.centre.copy_(self.b_dec)
+        self.register_buffer("typical", torch.ones(()))
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Centre and scale (..., 1) of each of the rows (..., D)."""
+        if self.kind == "layer_norm":
+            return x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        scale = x.norm(dim=-1, keepdim=True).clamp_min(1e-12) / self.d_in**0.5
+        return torch.zeros_like(scale), scale
+
+    @by_rows("d_in")
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """Normalised rows (..., D)."""
+        centre, scale = self.moments(x)
+        epsilon = EPSILON if self.kind == "layer_norm" else 0.0
+        return (x - centre) / (scale + epsilon)
+
+    @torch.no_grad()
+    def adapt(self, x: Tensor) -> None:
+        """Put the decoder in the units of a typical one of the rows (N, D)."""
+        super().adapt(x)
+        if self.undone:
+            factor = self.moments(x)[1].mean() / self.typical
+            self.W_dec.mul_(factor)
+            self.b_dec.mul_(factor)
+            self.typical.mul_(factor)
+
+    def output_scale(self, x: Tensor) -> Tensor | None:
+        """Factor (B, 1) of a decoded code in the reconstruction."""
+        return self.moments(x)[1] / self.typical if self.undone else None
+
+    @by_rows("d_in")
+    def linear_path(self, x: Tensor) -> Tensor | None:
+        """What is added to the decoded codes: the centres of rows (..., D), or the skip path."""
+        if not self.undone:
+            return super().linear_path(x)
+        return self.moments(x)[0].expand(*x.shape[:-1], self.d_out)
+
+    def inference(self) -> Inference:
+        """The SAE in its own architecture, with its normalisation."""
+        architecture, tensors, settings = super().inference()
+        for name in ("W_dec", "b_dec"):
+            tensors[name] = tensors[name] / self.typical
+        return Inference(architecture, tensors, settings | {"normalize_activations": self.kind})
+
+
+def loaded(inference: Inference, notes: tuple[str, ...] = ()) -> Loaded:
+    """The SAE of a directory, of the class that its normalisation needs."""
+    by_row = inference.config.get("normalize_activations") in BY_ROW
+    return (NormalisedRows if by_row else Loaded)(inference, notes)

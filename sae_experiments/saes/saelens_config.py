@@ -14,22 +14,47 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_experiments.errors import UserError
+from sae_experiments.files import read_json
 from sae_experiments.saes.base import Inference
 
 #: Names of the two files of a directory.
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 #: Version written into our directories: sae-lens drops the metadata of versions before 6.
 VERSION = "6.54.12"
-#: Tensors of each architecture beside `W_enc`, `W_dec` and `b_dec`.
+#: Tensors (F,) of each architecture beside `W_enc`, `W_dec` and `b_dec`.
 TENSORS = {
     "standard": ("b_enc",),
     "topk": ("b_enc",),
     "jumprelu": ("b_enc", "threshold"),
     "gated": ("b_gate", "r_mag", "b_mag"),
 }
+#: Architectures of training checkpoints: batch top-k, whose codes have one threshold afterwards.
+CHECKPOINTS = ("batchtopk", "matryoshka_batchtopk")
+#: Transcoders, with the architecture of their code and whether a linear path goes past it.
+TRANSCODERS = {
+    "transcoder": ("standard", False),
+    "jumprelu_transcoder": ("jumprelu", False),
+    "skip_transcoder": ("standard", True),
+    "jumprelu_skip_transcoder": ("jumprelu", True),
+}
+ARCHITECTURES = (*TENSORS, *CHECKPOINTS, *TRANSCODERS)
+#: Normalisations of the input by their names in `cfg.json`; versions before 6 write booleans.
+NORMALISATIONS = {
+    None: "none",
+    False: "none",
+    True: "expected_average_only_in",
+    "none": "none",
+    "expected_average_only_in": "expected_average_only_in",
+    "constant_norm_rescale": "constant_norm_rescale",
+    "layer_norm": "layer_norm",
+}
+#: Files beside a checkpoint that hold the factor of `expected_average_only_in`, by version.
+SCALER, STORE_STATE = "activation_scaler.json", "activations_store_state.safetensors"
 #: Names of the tensor that scales the codes of a fine-tuned SAE, in decoding only.
 SCALES = ("scaling_factor", "finetuning_scaling_factor")
 #: Reason to refuse the index of an attention head.
@@ -76,9 +101,13 @@ _READ = """
     architecture activation_fn activation_fn_str activation_fn_kwargs k d_in d_sae d_out dtype
     apply_b_dec_to_input normalize_activations reshape_activations rescale_acts_by_decoder_norm
     finetuning_scaling_factor hook_head_index hook_point_head_index hook_name hook_point
-    hook_layer hook_point_layer
+    hook_layer hook_point_layer hook_name_out hook_layer_out hook_head_index_out
 """
 READ = frozenset(_READ.split())
+#: Numbers of training in the checkpoints of batch top-k SAEs.
+OF_CHECKPOINTS = frozenset(
+    ("k", "rescale_acts_by_decoder_norm", "matryoshka_widths", "use_matryoshka_aux_loss")
+)
 
 
 class Directory(NamedTuple):
@@ -150,15 +179,26 @@ def understood(values: Any, tensors: Mapping[str, Tensor], folder: Path) -> Dire
     if not isinstance(values, Mapping):
         raise UserError(f"{folder / CONFIG} is not a mapping")
     config = _Config(values, folder / CONFIG)
-    architecture = _architecture(config)
-    settings: dict[str, Any] = {"apply_b_dec_to_input": config.flag("apply_b_dec_to_input", True)}
-    if architecture == "topk":
-        settings |= {
-            "k": _k(config),
-            "rescale_acts_by_decoder_norm": config.flag("rescale_acts_by_decoder_norm", False),
-        }
-    _refuse_unsupported(config, architecture)
-    weights = _tensors(config, architecture, tensors, folder / WEIGHTS)
+    name = _architecture(config)
+    kind, skip = TRANSCODERS.get(name, (name, False))
+    settings: dict[str, Any] = {
+        "apply_b_dec_to_input": config.flag("apply_b_dec_to_input", True),
+        "normalize_activations": _normalisation(config),
+    }
+    if name in TRANSCODERS:
+        settings["transcoder"] = True
+        if settings["apply_b_dec_to_input"]:
+            raise config.wrong("apply_b_dec_to_input", f"must be false (architecture {name})")
+    if kind == "topk" or kind in CHECKPOINTS:
+        by_norm = config.flag("rescale_acts_by_decoder_norm", kind in CHECKPOINTS)
+        settings["rescale_acts_by_decoder_norm"] = by_norm
+    if kind == "topk":
+        settings["k"] = _k(config)
+    _refuse_unsupported(config, name)
+    weights = _tensors(config, kind, tensors, folder / WEIGHTS, skip=skip, name=name)
+    if kind in CHECKPOINTS:
+        weights = _with_thresholds(weights, settings.pop("rescale_acts_by_decoder_norm"))
+        kind = "jumprelu"
     scale = _scale(config, tensors)
     if scale is not None:
         if settings.get("rescale_acts_by_decoder_norm"):
@@ -167,17 +207,71 @@ def understood(values: Any, tensors: Mapping[str, Tensor], folder: Path) -> Dire
                 "is not supported together with rescale_acts_by_decoder_norm",
             )
         weights["W_dec"] = weights["W_dec"] * scale[:, None]
+    if settings["normalize_activations"] == "expected_average_only_in":
+        settings["input_scale"] = _input_scale(folder)
     notes: tuple[str, ...] = ()
     if noise := config.values.get("noise_scale"):
         notes = (f"{config.path}: noise_scale={noise!r} was noise in training, none is added here",)
-    return Directory(Inference(architecture, weights, settings), notes)
+    return Directory(Inference(kind, weights, settings), notes)
+
+
+def _normalisation(config: _Config) -> str:
+    """Read the normalisation of the input."""
+    value = config.values.get("normalize_activations")
+    if not _is_among(value, tuple(NORMALISATIONS)):
+        known = ", ".join(name for name in NORMALISATIONS if isinstance(name, str))
+        raise config.wrong("normalize_activations", f"is not supported, only {known}")
+    return NORMALISATIONS[value]
+
+
+def _input_scale(folder: Path) -> float | None:
+    """The factor of `expected_average_only_in` from a file beside the weights; None without one.
+
+    Raises:
+        UserError: The file cannot be read, or holds no positive number.
+    """
+    for path in (folder / SCALER, folder / STORE_STATE):
+        if not path.is_file():
+            continue
+        if path.name == SCALER:
+            values = read_json(path)
+            factor = values.get("scaling_factor") if isinstance(values, Mapping) else None
+        else:
+            try:
+                factor = load_file(path).get("estimated_norm_scaling_factor")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is not a whole safetensors file ({error})") from error
+            factor = float(factor) if factor is not None and factor.numel() == 1 else None
+        if factor is None:
+            continue
+        is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+        if not is_number or not 0 < factor < float("inf"):
+            raise UserError(f"{path}: scaling_factor={factor!r} is no positive number")
+        return float(factor)
+    return None
+
+
+def _with_thresholds(weights: dict[str, Tensor], by_norm: bool) -> dict[str, Tensor]:
+    """Tensors of a batch top-k checkpoint as those of a jumprelu SAE with the same codes.
+
+    Args:
+        weights: Its tensors, `topk_threshold` () among them.
+        by_norm: Whether codes are multiplied by the lengths of the decoder's rows.
+    """
+    threshold = weights.pop("topk_threshold")
+    if by_norm:
+        norms = weights["W_dec"].norm(dim=1)
+        weights["W_enc"] = weights["W_enc"] * norms
+        weights["b_enc"] = weights["b_enc"] * norms
+        weights["W_dec"] = weights["W_dec"] / norms.clamp_min(1e-12)[:, None]
+    return weights | {"threshold": threshold.expand(len(weights["b_enc"])).contiguous()}
 
 
 def _architecture(config: _Config) -> str:
     """Read the architecture from its name and the activation function of older versions."""
     name = config.values.get("architecture", "standard")  # up to version 3.5 there was no other
-    if not isinstance(name, str) or name not in TENSORS:
-        raise config.wrong("architecture", f"is not one of {', '.join(TENSORS)}")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise config.wrong("architecture", f"is not one of {', '.join(ARCHITECTURES)}")
     keys = ("activation_fn_str", "activation_fn")
     named = [key for key in keys if config.values.get(key) is not None]
     for key in named:
@@ -209,11 +303,6 @@ def _k(config: _Config) -> int:
 
 def _refuse_unsupported(config: _Config, architecture: str) -> None:
     """Refuse settings that would change the result, and unknown keys that might."""
-    config.among(
-        "normalize_activations",
-        ("none", False),
-        "is not supported, only none: choose an SAE of plain activations",
-    )
     # hook_z is fine: activations come with their heads side by side already.
     config.among(
         "reshape_activations", ("none", "hook_z"), "is not supported, only none and hook_z"
@@ -223,11 +312,12 @@ def _refuse_unsupported(config: _Config, architecture: str) -> None:
         tuple(prefix + dtype for prefix in ("", "torch.") for dtype in DTYPES),
         f"is not one of {', '.join(DTYPES)}",
     )
-    for key in ("hook_head_index", "hook_point_head_index"):
+    for key in ("hook_head_index", "hook_point_head_index", "hook_head_index_out"):
         config.among(key, (), SINGLE_HEAD)
-    if config.values.get("d_out") is not None and config.whole("d_out") != config.whole("d_in"):
+    has_d_out = architecture not in TRANSCODERS and config.values.get("d_out") is not None
+    if has_d_out and config.whole("d_out") != config.whole("d_in"):
         raise config.wrong(
-            "d_out", f"is not d_in={config.values['d_in']}: transcoders are not supported"
+            "d_out", f"is not d_in={config.values['d_in']} (architecture {architecture})"
         )
     _refuse_unknown_keys(config, architecture)
     metadata = config.values.get("metadata")
@@ -242,6 +332,9 @@ def _refuse_unknown_keys(config: _Config, architecture: str) -> None:
     """Refuse keys of unknown meaning, or of another architecture, that switch something on."""
     of_topk = {"k", "activation_fn_kwargs", "rescale_acts_by_decoder_norm"}
     known = READ | ABOUT
+    if architecture in CHECKPOINTS:  # k is a number of training there: the threshold counts
+        known = known | OF_CHECKPOINTS
+        of_topk = {"activation_fn_kwargs"}
     if architecture != "topk":
         known = known - of_topk
     for key, value in config.values.items():
@@ -256,15 +349,23 @@ def _refuse_unknown_keys(config: _Config, architecture: str) -> None:
 
 
 def _tensors(
-    config: _Config, architecture: str, tensors: Mapping[str, Tensor], path: Path
+    config: _Config,
+    architecture: str,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    *,
+    skip: bool,
+    name: str,
 ) -> dict[str, Tensor]:
     """Check the tensors and bring them into the common form.
 
     Args:
         config: The configuration, for the widths.
-        architecture: A key of `TENSORS`.
+        architecture: A key of `TENSORS`, or one of `CHECKPOINTS`.
         tensors: Tensors of the weights file.
         path: The weights file, for messages.
+        skip: Whether there is a linear path past the code.
+        name: Name of the architecture in the configuration, for messages.
 
     Returns:
         The tensors of the architecture as float32.
@@ -272,28 +373,40 @@ def _tensors(
     Raises:
         UserError: A tensor is missing, not finite, of another shape, or of unknown meaning.
     """
-    d_in = config.whole("d_in")
-    d_sae = config.whole("d_sae")
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    shapes |= dict.fromkeys(TENSORS[architecture], (d_sae,))
+    shapes, sizes = _shapes(config, architecture, skip, name)
     floats = _as_float32(tensors, path)
     if architecture == "jumprelu" and "threshold" not in floats and "log_threshold" in floats:
         floats["threshold"] = floats.pop("log_threshold").exp()  # training stores the logarithm
-    for name, shape in shapes.items():
-        if name not in floats:
-            raise UserError(f"{path}: tensor {name} is missing (architecture {architecture})")
-        actual = tuple(floats[name].shape)
+    for key, shape in shapes.items():
+        if key not in floats:
+            raise UserError(f"{path}: tensor {key} is missing (architecture {name})")
+        actual = tuple(floats[key].shape)
         if actual != shape:
-            raise UserError(
-                f"{path}: tensor {name} has shape {actual}, not {shape} "
-                f"(d_in={d_in}, d_sae={d_sae})"
-            )
-    for name in floats.keys() - shapes.keys() - set(SCALES):
-        if bool(floats[name].any()):
-            raise UserError(
-                f"{path}: tensor {name} is not understood (architecture {architecture})"
-            )
-    return {name: floats[name] for name in shapes}
+            raise UserError(f"{path}: tensor {key} has shape {actual}, not {shape} ({sizes})")
+    for key in floats.keys() - shapes.keys() - set(SCALES):
+        if bool(floats[key].any()):
+            raise UserError(f"{path}: tensor {key} is not understood (architecture {name})")
+    return {key: floats[key] for key in shapes}
+
+
+def _shapes(
+    config: _Config, architecture: str, skip: bool, name: str
+) -> tuple[dict[str, tuple[int, ...]], str]:
+    """Shapes of the tensors of an architecture, and the widths they follow from, in words."""
+    d_in, d_sae = config.whole("d_in"), config.whole("d_sae")
+    sizes, d_out = f"d_in={d_in}, d_sae={d_sae}", d_in
+    if name in TRANSCODERS:
+        d_out = config.whole("d_out")
+        sizes += f", d_out={d_out}"
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out)}
+    shapes["b_dec"] = (d_out,)
+    if architecture in CHECKPOINTS:
+        shapes |= {"b_enc": (d_sae,), "topk_threshold": ()}
+    else:
+        shapes |= dict.fromkeys(TENSORS[architecture], (d_sae,))
+    if skip:
+        shapes["W_skip"] = (d_out, d_in)
+    return shapes, sizes
 
 
 def _as_float32(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -391,6 +504,20 @@ def hook_name(values: Any, path: Path) -> str:
             f"{path}: hook_layer={', '.join(sorted(layers))} contradicts hook_name={name!r}"
         )
     return name
+
+
+def output_hook_name(values: Any, path: Path) -> str:
+    """Read the hook point that a transcoder rebuilds; "" if the configuration names none."""
+    names = _named(_places(values), ("hook_name_out",))
+    if len(names) > 1:
+        raise UserError(f"{path}: hook_name_out is {' and '.join(sorted(names))}: an SAE has one")
+    return next(iter(names), "")
+
+
+def is_transcoder(values: Any) -> bool:
+    """True if a configuration, which may be of any form, names a transcoder."""
+    name = values.get("architecture") if isinstance(values, Mapping) else None
+    return isinstance(name, str) and name in TRANSCODERS
 
 
 def _places(values: Any) -> list[Mapping[str, Any]]:

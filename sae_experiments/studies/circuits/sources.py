@@ -19,6 +19,7 @@ from sae_experiments.models.local import Sizes, TokenText
 from sae_experiments.saes import saelens as interop
 from sae_experiments.saes import saelens_config as saelens
 from sae_experiments.saes.base import SAE
+from sae_experiments.saes.loaded import NormalisedRows
 
 #: Model types whose blocks can be taken apart (`blocks.Block`).
 KINDS = ("gpt2", "gpt_neo")
@@ -148,24 +149,14 @@ def load_sae(
             f"study.{role}.sae={folder} has d_in={sae.d_in}, but {site} is {width} wide: "
             "it belongs to another model or site"
         )
-    for note in _remarks(folder, sae, hook, site):
+    if sae.transcodes or isinstance(sae, NormalisedRows):
+        raise UserError(
+            f"study.{role}.sae={folder} is a transcoder or normalises every row, and circuits are "
+            "followed through neither: choose an SAE of plain activations"
+        )
+    for note in interop.remarks(folder, sae, str(site)):
         say(f"  study.{role}.sae: {note}")
     return sae
-
-
-def _remarks(folder: Path, sae: interop.Loaded, hook: str, site: Site) -> list[str]:
-    """Remarks about an SAE that can be used but may be the wrong one."""
-    remarks = [*sae.notes]
-    if not hook:
-        remarks.append(f"{folder} names no hook_name: it is taken for one of {site}")
-    elif site.stream in ("resid", "mlp_out") and saelens.centred_in_training(
-        read_json(folder / interop.CONFIG)
-    ):
-        remarks.append(
-            f"{folder} is of sae-lens before 3.19.2 or of no known version: it may expect rows "
-            "less their mean over the width, which are not taken here"
-        )
-    return remarks
 
 
 def _in_run(role: str, path: Path, dataset: str, seed: int, site: Site) -> Path:

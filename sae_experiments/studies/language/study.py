@@ -33,7 +33,7 @@ from sae_experiments.saes.base import SAE, NotExportable
 from sae_experiments.source import source_digest
 from sae_experiments.studies import conditions as facts
 from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of
-from sae_experiments.studies.language import second_view
+from sae_experiments.studies.language import loaded, second_view
 from sae_experiments.studies.language import stores as stores_module
 from sae_experiments.studies.language.second_view import SecondView
 from sae_experiments.studies.language.stores import Stores, Where
@@ -99,7 +99,7 @@ class Language:
             self.lm.train_config(spec.recipe)
         for sae_spec in self.saes.values():
             read, write = self.sites(sae_spec)
-            sae_spec.check(self.width(read), self.width(write), self.fit.train)
+            sae_spec.check(self.width(read), self.width(write), self.fit.train, loads=True)
 
     def sites(self, sae_spec: SAESpec) -> tuple[Where, Where]:
         """Sites that an SAE reads and reconstructs."""
@@ -140,9 +140,11 @@ class Language:
                 spec, cache=ctx.cache, offline=self.offline, say=ctx.console.say
             )
         return {
-            self.result_name(name, sae): self._corpora[name].provenance | part_of(self.held_out)
+            self.result_name(name, sae): self._corpora[name].provenance
+            | part_of(self.held_out)
+            | loaded.origin(sae_spec)
             for name in self.data
-            for sae in self.saes
+            for sae, sae_spec in self.saes.items()
         }
 
     def result_name(self, dataset: str, sae: str) -> str:
@@ -194,7 +196,8 @@ class Language:
         outcomes = {}
         for name, (sae, fitted) in self.fitted(stores, cell, ctx).items():
             report = self.result_name(cell.dataset, name)
-            replicas = tuple(fit[name][0] for fit in replica_fits)
+            fits = [] if self.saes[name].path else replica_fits  # a loaded SAE has one only
+            replicas = tuple(fit[name][0] for fit in fits)
             outcomes[report] = self.evaluate(name, sae, replicas, corpus, lm, stores, fitted, ctx)
             export(
                 sae,
@@ -211,6 +214,7 @@ class Language:
             n: sae_spec.seeded(*map(self.width, self.sites(sae_spec)), cell.seed).to(ctx.device)
             for n, sae_spec in self.saes.items()
         }
+        ready = {n: saes.pop(n) for n in list(saes) if self.saes[n].path}
         keys = {n: self._fit_key(n, sae, stores, cell, ctx) for n, sae in saes.items()}
         missing = {n: saes[n] for n in saes if not is_cached(ctx.cache, "fits", keys[n])}
         joint_fit_dir, key = None, {"fits": [keys[n] for n in missing]}
@@ -237,9 +241,12 @@ class Language:
             sae.load_state_dict(load_file(folder / "sae.safetensors", device=str(ctx.device)))
             sae.eval().requires_grad_(False)
             found[name] = sae, FitReport(**read_json(folder / "report.json"))
+        for name, sae in ready.items():
+            sites = self.sites(self.saes[name])
+            found[name] = loaded.settled(name, self.saes[name], sae, stores, sites, ctx)
         if joint_fit_dir is not None and not any(report.cut for _, report in found.values()):
             discard(ctx.cache, "passes", key)
-        return found
+        return {name: found[name] for name in self.saes}
 
     def _fit_key(
         self, name: str, sae: SAE, stores: Stores, cell: Cell, ctx: Context
@@ -349,6 +356,8 @@ class Language:
             "sae_train_time": fitted.seconds,
             "sae_tokens_per_second": fitted.rows_per_second,
         }
+        if self.saes[name].path:
+            loaded.record(outcome, self.saes[name])
         outcome.curves = [(s, f"lm/{n}", v) for s, n, v in lm.history] + [
             (s, f"sae/{n}", v) for s, n, v in fitted.history
         ]
