@@ -14,7 +14,7 @@ from metric_worlds import CPU, Given
 from sae_experiments.metrics import ablation, downstream
 from sae_experiments.metrics.base import EvalContext, LMSplice, Measured
 from sae_experiments.models.hooks import Site
-from sae_experiments.models.store import collect
+from sae_experiments.models.store import Source, collect
 
 SITE = Site("resid", 1)
 OPTIONS = {
@@ -35,16 +35,18 @@ def world(
     trained: Any, corpus: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., EvalContext]:
     store = collect(
-        trained.model,
-        lambda s: corpus.windows("val", s, 16),
+        Source(
+            model=trained.model,
+            tokens_of=lambda s: corpus.windows("val", s, 16),
+            length=16,
+            split="val",
+            key=trained.key,
+            dtype="float32",
+            batch=16,
+        ),
         np.arange(0, 40 * 16, 16),
         [SITE],
-        length=16,
-        split="val",
         cache=tmp_path_factory.mktemp("stores"),
-        key=trained.key,
-        dtype="float32",
-        batch=16,
     )
     tokens = lambda starts: tuple(corpus.windows("val", starts + shift, 16) for shift in (0, 1))  # noqa: E731
     return lambda sae: EvalContext(

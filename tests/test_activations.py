@@ -18,7 +18,7 @@ from sae_experiments.models import store as activations_module
 from sae_experiments.models.begin import begin_with
 from sae_experiments.models.gpt2 import build_lm, generate
 from sae_experiments.models.hooks import Site, activations, capture, parse_site, patched
-from sae_experiments.models.store import Store, collect
+from sae_experiments.models.store import Source, Store, collect
 
 LAYERS, WIDTH, LENGTH, VOCABULARY = 3, 16, 16, 11
 SITES = [Site("resid", layer) for layer in range(LAYERS + 1)] + [
@@ -287,7 +287,8 @@ def collected(
     plain = {"length": LENGTH, "split": "train", "key": {"lm": 1}, "dtype": "float32", "batch": 4}
     starts = np.arange(0, 10 * LENGTH, LENGTH) if starts is None else np.asarray(starts)
     sites = changes.pop("sites", [Site("resid", 1), Site("mlp_act", 2)])
-    return collect(model, text or Text(), starts, sites, cache=cache, **(plain | changes))
+    source = Source(model=model, tokens_of=text or Text(), **(plain | changes))
+    return collect(source, starts, sites, cache=cache)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -225,7 +225,8 @@ def run(experiment: Any, *args: str) -> Any:
 def test_a_run_evaluates_it_beside_its_own_with_every_metric(experiment: Any) -> None:
     folder = foreign(experiment.here / "o'ther #1", "jumprelu", "layer_norm")
     args = ["sae=[saelens,batch_topk]", f"sae.path={folder}", "site=resid.1", "metric=all"]
-    made = run(experiment, *args, "report=true", "study.replicas=1")
+    args += ["study.replicas=1"]
+    made = run(experiment, *args, "report=true")
     assert made.returncode == 0, made.stderr
     assert "report: " in made.stdout
     final = experiment.json("run", "final_info.json")

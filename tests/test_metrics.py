@@ -17,7 +17,7 @@ from sae_experiments.metrics import downstream, reconstruction, sparsity
 from sae_experiments.metrics.base import EvalContext, LMSplice, Measured, Rows
 from sae_experiments.metrics.sparsity import DENSITY_EDGES, latent_entropy
 from sae_experiments.models.hooks import Site, activations
-from sae_experiments.models.store import Store, collect
+from sae_experiments.models.store import Source, Store, collect
 from sae_experiments.results.records import NOT_GIVEN, Record
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.outliers import Region
@@ -402,16 +402,18 @@ def held_out(trained: Any, corpus: Any, tmp_path_factory: pytest.TempPathFactory
     starts = np.arange(0, 40 * 16, 16)
     sites = [SITE, Site("mlp_in", 2), Site("mlp_out", 2)]
     return collect(
-        trained.model,
-        lambda s: corpus.windows("val", s, 16),
+        Source(
+            model=trained.model,
+            tokens_of=lambda s: corpus.windows("val", s, 16),
+            length=16,
+            split="val",
+            key=trained.key,
+            dtype="float32",
+            batch=16,
+        ),
         starts,
         sites,
-        length=16,
-        split="val",
         cache=tmp_path_factory.mktemp("stores"),
-        key=trained.key,
-        dtype="float32",
-        batch=16,
     )
 
 

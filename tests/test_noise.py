@@ -15,7 +15,7 @@ from sae_experiments.metrics import ablation, absorption, downstream, probing, r
 from sae_experiments.metrics.base import EvalContext, LMSplice, Measured
 from sae_experiments.metrics.noise import Grouped, noise_over, resampled_auc, resampled_means
 from sae_experiments.models.hooks import Site
-from sae_experiments.models.store import collect
+from sae_experiments.models.store import Source, collect
 
 BLOCK = 4
 RULES = {
@@ -203,16 +203,18 @@ def windows_at(
     def made(starts: np.ndarray) -> EvalContext:
         site = Site("resid", 1)
         store = collect(
-            trained.model,
-            lambda s: corpus.windows("val", s, 16),
+            Source(
+                model=trained.model,
+                tokens_of=lambda s: corpus.windows("val", s, 16),
+                length=16,
+                split="val",
+                key=trained.key,
+                dtype="float32",
+                batch=16,
+            ),
             starts,
             [site],
-            length=16,
-            split="val",
             cache=tmp_path_factory.mktemp("stores"),
-            key=trained.key,
-            dtype="float32",
-            batch=16,
         )
         tokens = lambda at: tuple(corpus.windows("val", at + shift, 16) for shift in (0, 1))  # noqa: E731
         sae = Given(torch.cat([torch.eye(16), -torch.eye(16)]))

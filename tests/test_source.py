@@ -200,18 +200,16 @@ def keys(
         return made._fit_key(name, sae, rows, cell, ctx)
 
     def collected() -> Any:
-        return activations.collect(
-            torch.nn.Linear(1, 1),
-            stores.split_windows,
-            torch.zeros(1).numpy(),
-            [],
+        source = activations.Source(
+            model=torch.nn.Linear(1, 1),
+            tokens_of=stores.split_windows,
             length=1,
             split="train",
-            cache=tmp_path,
             key={},
             dtype="float32",
             batch=1,
         )
+        return activations.collect(source, torch.zeros(1).numpy(), [], cache=tmp_path)
 
     toys, strings = "study=superposition", "study=palindrome"
     asks = {
@@ -285,10 +283,15 @@ def test_two_texts_that_one_model_reads_have_activations_of_their_own(monkeypatc
     monkeypatch.setattr(
         stores,
         "collect",
-        lambda *args, key, **more: asked.append(digest(key)) or SimpleNamespace(key={}),
+        lambda source, *args, **more: asked.append(digest(source.key)) or SimpleNamespace(key={}),
     )
     fit = SimpleNamespace(
-        train_rows=64, calibration_rows=16, held_out_rows=16, store_dtype="float32", collect_batch=1
+        train_rows=64,
+        calibration_rows=16,
+        held_out_rows=16,
+        store_dtype="float32",
+        collect_batch=1,
+        store="disk",
     )
     model: Any = SimpleNamespace(
         model=SimpleNamespace(config=SimpleNamespace(n_positions=8)), key={"what": "local lm"}

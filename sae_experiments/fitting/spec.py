@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.fit import OUTLIERS, SCALES, RowHandling
 from sae_experiments.models.hooks import Site, Sites, parse_site
+from sae_experiments.models.stream import SMALLEST
 from sae_experiments.resources import cpu_has_bf16
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.saelens import directory_digest, sites_of
@@ -34,6 +35,10 @@ PER_SAE_SETTINGS = (
 )
 #: Precisions in which training may select the active latents.
 PRECISIONS = ("auto", "fp32", "bf16")
+#: Places of the rows of a fit. disk: a store in the cache, which later fits find there; memory: the
+#: same rows, and nothing on disk; stream: collected while they are read, in chunks; auto: disk, or
+#: stream where the disk is too small.
+KEPT_IN = ("auto", "disk", "memory", "stream")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +69,8 @@ class SAESpec:
                 f"sae.matmul_precision={self.matmul_precision!r} is not one of "
                 f"{', '.join(PRECISIONS)}"
             )
-        given = {} if self.path is None else {"path": self.path}
-        sae = self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **self._asked(d_sae), **given)
+        given = self._asked(d_sae) if self.path is None else {"path": self.path}
+        sae = self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **given)
         if self.path is not None:
             return sae
         asked = self.target_l0 if sae.fixed_l0 is None else sae.fixed_l0
@@ -199,6 +204,9 @@ class FitSpec:
     train: TrainConfig  # optimisation
     scale: str = "spread"  # centring and scaling: spread, robust or none, see `fit.units_of`
     outliers: str = "leave_out"  # rows far out: leave_out or keep, see `saes.outliers`
+    store: str = "auto"  # where rows are kept: auto, disk, memory or stream, see `KEPT_IN`
+    stream_rows: int | None = None  # rows of a chunk of a stream at most; None: SMALLEST batches
+    disk_share: float = 0.5  # of the free disk that auto may fill before it streams
 
     def __post_init__(self) -> None:
         for name in (
@@ -210,17 +218,36 @@ class FitSpec:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"fit.{name}={getattr(self, name)} must be at least 1")
-        if self.store_dtype not in ("float16", "float32"):
-            raise UserError(f"fit.store_dtype={self.store_dtype!r} is not one of float16, float32")
-        if self.scale not in SCALES:
-            raise UserError(f"fit.scale={self.scale!r} is not one of {', '.join(SCALES)}")
-        if self.outliers not in OUTLIERS:
-            raise UserError(f"fit.outliers={self.outliers!r} is not one of {', '.join(OUTLIERS)}")
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"fit.{name}={value!r} is not one of {', '.join(known)}")
+        if not 0 < self.disk_share <= 1:
+            raise UserError(f"fit.disk_share={self.disk_share} must lie in (0, 1]")
+        self._check_chunks()
         if self.train.batch_size > self.train_rows:
             raise UserError(
                 f"fit.train.batch_size={self.train.batch_size} "
                 f"exceeds fit.train_rows={self.train_rows}"
             )
+
+    def _check_chunks(self) -> None:
+        least = SMALLEST * self.train.batch_size
+        if self.stream_rows is not None and self.stream_rows < least:
+            raise UserError(
+                f"fit.stream_rows={self.stream_rows} must be at least {least}, {SMALLEST} batches, "
+                "or null: smaller chunks are shuffled too little"
+            )
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a chunk at most, if rows are streamed."""
+        return self.stream_rows or SMALLEST * self.train.batch_size
+
+    def of_result(self) -> dict[str, Any]:
+        """The numbers that a fit depends on beside its rows, for cache keys."""
+        places = ("store", "stream_rows", "disk_share")
+        return {name: value for name, value in asdict(self).items() if name not in places}
 
     @property
     def handling(self) -> RowHandling:
@@ -231,3 +258,12 @@ class FitSpec:
     def dead_after(self) -> int:
         """Rows without firing after which a latent counts as dead."""
         return round(self.dead_after_frac * self.train.steps * self.train.batch_size)
+
+
+#: Fields of `FitSpec` that are one of a few words.
+_CHOICES = {
+    "store_dtype": ("float16", "float32"),
+    "store": KEPT_IN,
+    "scale": SCALES,
+    "outliers": OUTLIERS,
+}

@@ -250,6 +250,9 @@ class _Run:
     def _finish(self, status: str) -> None:
         self.manifest.pop("progress", None)
         self.manifest |= {"status": status, "ended": _now()}
+        kept_in = {record.facts.get("rows") for record in self.runner.records()} - {None}
+        if kept_in:  # what fit.store=auto came to
+            self.manifest["rows"] = ", ".join(sorted(kept_in))
         if self.failures:
             self.manifest["cause"] = "; ".join(self.failures)
         self._write_manifest()

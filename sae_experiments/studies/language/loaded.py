@@ -37,7 +37,7 @@ def settled(
         sites: What it reads and what it rebuilds.
         ctx: Whom to tell what may make it the wrong one.
     """
-    sae.adapt(stores.sample(*sites).x)
+    sae.adapt(stores.for_pass(*sites).sample(*sites).x)
     sae.eval().requires_grad_(False)
     (read,) = as_sites(sites[0])
     for note in remarks(Path(str(spec.path)).expanduser(), sae, str(read)):

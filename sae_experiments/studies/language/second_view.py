@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sae_experiments.models.hooks import as_sites
-from sae_experiments.models.store import collect
+from sae_experiments.models.store import Source, Store, collect
+from sae_experiments.models.stream import ChunkIndex, Stream
 from sae_experiments.saes.base import Batch
 from sae_experiments.studies.base import Context
 from sae_experiments.studies.language.stores import Stores, Where
@@ -29,21 +30,25 @@ class SecondView:
             share,
             seed_of(stores.seed, "second view", share),
         )
-        train, model = stores.train, stores.model
+        train = stores.train
+        source = Source(
+            model=stores.model,
+            tokens_of=lambda starts: self.replaced(starts)[0],
+            length=train.length,
+            split=train.split,
+            key={"lm": train.key["of"], "replaced": share, "seed": self.seed},
+            dtype=stores.fit.store_dtype,
+            batch=stores.fit.collect_batch,
+        )
+        sites = list(as_sites(read))
+        self.store: Store | Stream
         with ctx.console.stage("collect second view", "window") as tick:
-            self.store = collect(
-                model,
-                lambda starts: self.replaced(starts)[0],
-                train.starts,
-                list(as_sites(read)),
-                length=train.length,
-                split=train.split,
-                cache=ctx.cache,
-                key={"lm": train.key["of"], "replaced": share, "seed": self.seed},
-                dtype=stores.fit.store_dtype,
-                batch=stores.fit.collect_batch,
-                tick=tick,
-            )
+            if isinstance(train, Stream):
+                self.store = train.over(source).only(sites)
+            elif stores.kind == "memory":
+                self.store = Store.in_memory(source, train.starts, sites, tick)
+            else:
+                self.store = collect(source, train.starts, sites, cache=ctx.cache, tick=tick)
         self.own = torch.cat(
             [
                 self.replaced(part)[1]
@@ -66,5 +71,6 @@ class SecondView:
         batch = self.stores.batch_at(step, read, write)
         index = self.stores.index_at(step)
         alt = self.store.rows(read, index).to(batch.x.device)
-        own = self.own[torch.from_numpy(index).long()].to(batch.x.device)
+        numbers = index.rows if isinstance(index, ChunkIndex) else index
+        own = self.own[torch.from_numpy(numbers).long()].to(batch.x.device)
         return batch._replace(alt=torch.where(own[:, None], batch.x, alt))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,10 @@ from sae_experiments.fitting.fit import Sample
 from sae_experiments.fitting.spec import FitSpec
 from sae_experiments.models.gpt2 import TrainedLM
 from sae_experiments.models.hooks import Site, Sites, as_sites, blocks_of, capture, patched
-from sae_experiments.models.store import Store, collect
+from sae_experiments.models.store import Source, Store, bytes_to_collect, collect
+from sae_experiments.models.stream import ChunkIndex, Stream
 from sae_experiments.quality_warnings import Warned, of_rows
+from sae_experiments.resources import Need, announce
 from sae_experiments.saes.base import Batch
 from sae_experiments.sampling import spread_order
 from sae_experiments.studies.base import Context
@@ -69,28 +73,53 @@ class Stores:
         sizes = {name: len(ids) for name, ids in corpus.splits.items()}
         self.split, held = held_out_starts(sizes, held_out, length, fit.held_out_rows)
 
-        def store(split: str, starts: np.ndarray, what: str) -> Store:
-            with ctx.console.stage(f"collect {what}", "window") as tick:
-                return collect(
-                    lm.model,
-                    lambda s: corpus.windows(split, s, length),
-                    starts,
-                    list(sites),
-                    length=length,
-                    split=split,
-                    cache=ctx.cache,
-                    key={"lm": lm.key, "text": corpus.key},
-                    dtype=fit.store_dtype,
-                    batch=fit.collect_batch,
-                    tick=tick,
-                )
+        def source(split: str) -> Source:
+            return Source(
+                model=lm.model,
+                tokens_of=lambda starts: corpus.windows(split, starts, length),
+                length=length,
+                split=split,
+                key={"lm": lm.key, "text": corpus.key},
+                dtype=fit.store_dtype,
+                batch=fit.collect_batch,
+            )
 
-        self.train, self.calibration, self.held_out = (
-            store("train", train, "train"),
-            store("train", calibration, "calibration"),
-            store(self.split, held, "held-out"),
-        )
+        parts = {
+            "train": (source("train"), train),
+            "calibration": (source("train"), calibration),
+            "held-out": (source(self.split), held),
+        }
+        #: Where the rows are while they are used: disk, memory or stream.
+        self.kind = kind_of(fit, list(parts.values()), sites, ctx.cache)
+        announce_memory(self.kind, fit, list(parts.values()), sites, ctx)
+
+        def store(what: str) -> Store:
+            with ctx.console.stage(f"collect {what}", "window") as tick:
+                if self.kind == "disk":
+                    return collect(*parts[what], sites, cache=ctx.cache, tick=tick)
+                return Store.in_memory(*parts[what], sites, tick)
+
+        self.calibration, self.held_out = store("calibration"), store("held-out")
+        self.train: Store | Stream
+        if self.kind == "stream":
+            self.train = Stream(
+                *parts["train"],
+                sites,
+                chunk_rows=fit.chunk_rows,
+                batch_rows=fit.train.batch_size,
+                kept=self.calibration.kept,
+            )
+        else:
+            self.train = store("train")
         self.seconds = time.monotonic() - began
+
+    def for_pass(self, read: Where, write: Where) -> Stores:
+        """The same stores for a fit that reads and rebuilds these sites alone."""
+        if not isinstance(self.train, Stream):
+            return self
+        other = copy.copy(self)
+        other.train = self.train.only([*as_sites(read), *as_sites(write)])
+        return other
 
     def short(self) -> list[Warned]:
         """Where the text holds fewer rows than were asked for."""
@@ -129,8 +158,8 @@ class Stores:
         other.order = order
         return other
 
-    def index_at(self, step: int) -> np.ndarray:
-        """Numbers of the training rows of one step."""
+    def index_at(self, step: int) -> np.ndarray | ChunkIndex:
+        """The training rows of one step."""
         return self.train.index_at(
             step, rows=self.fit.train.batch_size, seed=seed_of(self.order, "rows")
         )
@@ -152,7 +181,7 @@ class Stores:
         tokens = self.corpus.windows("train", self.train.starts[windows], length).to(self.device)
         return batch._replace(downstream=lambda recon: effect_of(self.model, write, tokens, recon))
 
-    def _batch(self, index: np.ndarray, read: Where, write: Where) -> Batch:
+    def _batch(self, index: np.ndarray | ChunkIndex, read: Where, write: Where) -> Batch:
         x = self.train.rows(read, index).to(self.device, non_blocking=True)
         return Batch(
             x,
@@ -163,11 +192,59 @@ class Stores:
 
     def sample(self, read: Where, write: Where) -> Sample:
         """Rows to initialise from (training rows) and to calibrate on (never trained on)."""
-        index = self.train.index_at(
-            0, rows=min(self.fit.init_rows, self.train.n_rows), seed=seed_of(self.order, "init")
-        )
+        # Of a stream they are from the first chunk that the fit reads, which is collected once.
+        purpose = "init" if isinstance(self.train, Store) else "rows"
+        rows = min(self.fit.init_rows, self.train.n_at_once)
+        index = self.train.index_at(0, rows=rows, seed=seed_of(self.order, purpose))
         x, y = (self.train.rows(where, index).to(self.device) for where in (read, write))
         return Sample(x, y, self.calibration.rows(read, slice(None)).to(self.device))
+
+
+Part = tuple[Source, np.ndarray]  # where windows are read, and their starts
+
+
+def kind_of(fit: FitSpec, parts: Sequence[Part], sites: Sequence[Site], cache: Path) -> str:
+    """Where rows are kept: what `fit.store` says, for auto a stream where the disk is too small.
+
+    Args:
+        fit: The share of the free disk that stores may take, and the choice.
+        parts: What is to be collected.
+        sites: Sites to collect.
+        cache: Folder of the cache, on the disk in question.
+    """
+    if fit.store != "auto":
+        return fit.store
+    asked, unfinished = np.sum(
+        [bytes_to_collect(source, starts, sites, cache) for source, starts in parts], axis=0
+    )
+    place = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free + unfinished
+    return "stream" if asked > fit.disk_share * free else "disk"
+
+
+def announce_memory(
+    kind: str, fit: FitSpec, parts: Sequence[Part], sites: Sequence[Site], ctx: Context
+) -> None:
+    """Say what rows in memory will need, if that is much. Raises `UserError` if it is not there.
+
+    Args:
+        kind: Where rows are kept.
+        fit: Sizes and precision.
+        parts: Training, calibration and held-out windows.
+        sites: Sites to collect.
+        ctx: The device, and whom to tell.
+    """
+    if kind == "disk":
+        return
+    source, starts = parts[0]
+    width = sum(source.widths(sites, int(starts[0])).values())
+    size = width * np.dtype(fit.store_dtype).itemsize
+    train, *others = (len(starts) * source.length for _, starts in parts)
+    at_once = min(train, fit.chunk_rows) if kind == "stream" else train
+    need = Need({"training rows": size * at_once, "other rows": size * sum(others)})
+    fix = "use fewer rows (fit.train_rows, fit.held_out_rows) or fit.store=disk"
+    what = f"fit.store={kind} over {len(sites)} sites"
+    announce(what, need, fix, device=torch.device("cpu"), say=ctx.console.say)
 
 
 def effect_of(model: nn.Module, site: Site, tokens: Tensor, recon: Tensor) -> dict[str, Tensor]:

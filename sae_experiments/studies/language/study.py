@@ -6,7 +6,7 @@ import functools
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +265,7 @@ class Language:
         return {
             "what": "fit",
             "rows": stores.identity(*self.sites(sae_spec)),
-            "fit": asdict(self.fit),
+            "fit": self.fit.of_result(),
             "seed": cell.seed,
             "sae_spec": sae_spec.describe(),
             "sizes": [sae.d_in, sae.d_sae, sae.d_out],
@@ -286,20 +286,17 @@ class Language:
             ).append(name)
         reports: dict[str, FitReport] = {}
         for i, ((read, write, needs_model, replaced), names) in enumerate(passes.items()):
-            batch_at = (
-                stores.windows_at
-                if needs_model
-                else SecondView(stores, read, replaced, ctx).batch_at
-                if replaced
-                else stores.batch_at
-            )
+            here = stores.for_pass(read, write)
+            batch_at = here.windows_at if needs_model else here.batch_at
+            if replaced and not needs_model:
+                batch_at = SecondView(here, read, replaced, ctx).batch_at
             with ctx.session(f"fit {listed(names)}", "sae", share=0.8) as session:
                 session.checkpoint = part / f"checkpoint_{i}.safetensors"
                 reports |= fit_saes(
                     {n: saes[n] for n in names},
                     functools.partial(_batch, batch_at, read, write),
                     {n: self.saes[n].config(self.fit.train) for n in names},
-                    stores.sample(read, write),
+                    here.sample(read, write),
                     seed=cell.seed,
                     dead_after=self.fit.dead_after,
                     handling=self.fit.handling,
@@ -351,6 +348,7 @@ class Language:
             sae, facts.of_sites(read, write)
         )
         outcome.facts |= {"store": self.fit.store_dtype, "replicas": len(replicas)}
+        outcome.facts["rows"] = stores.kind
         outcome.add_fit(fitted)
         outcome.metrics |= {
             "sae_train_time": fitted.seconds,
