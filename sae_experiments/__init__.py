@@ -26,6 +26,7 @@ _HOME = {
     "fit_saes": "api",
     "load_sae": "saes.saelens",
     "save_sae": "saes.saelens",
+    "steer": "steering",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -24,7 +24,10 @@ from sae_experiments.fitting.spec import SAESpec
 from sae_experiments.metrics import reconstruction, sparsity
 from sae_experiments.metrics.base import EvalContext
 from sae_experiments.saes.base import SAE, Batch
+from sae_experiments.steering import steer
 from sae_experiments.training.loop import TrainConfig, seed_of
+
+__all__ = ["build_sae", "evaluate", "fit_saes", "steer"]
 
 #: Rows that are looked at at once for values that are not finite.
 CHUNK = 1 << 14

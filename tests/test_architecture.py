@@ -65,9 +65,11 @@ TABLE: dict[str, set[str]] = {
     "report": FOUNDATIONS | {"results", "plots"},
     "config": FOUNDATIONS | {"results"},
     "sweeps": FOUNDATIONS | {"config", "results"},
-    "cli": FOUNDATIONS | {"config", "report", "results", "runner", "sweeps"},
+    "steering": FOUNDATIONS | {"metrics", "models", "results", "saes"},
+    "cli": FOUNDATIONS | {"config", "report", "results", "runner", "steering", "sweeps"},
     "__main__": {"cli", "files"},
-    "api": FOUNDATIONS | {"", "config", "fitting", "metrics", "saes", "training"},
+    "steer": {"cli"},
+    "api": FOUNDATIONS | {"", "config", "fitting", "metrics", "saes", "steering", "training"},
 }
 #: Only these rooms (or modules) may import these packages.
 ONLY = {

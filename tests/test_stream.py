@@ -342,7 +342,7 @@ def test_a_fit_killed_in_a_chunk_goes_on_with_the_same_bits(
 
 
 def test_a_run_says_in_its_manifest_where_its_rows_were(experiment: Any) -> None:
-    made = experiment("out_dir=run", "sae=batch_topk", "fit.store=stream", "metric=[sparsity]")
+    made = experiment("out_dir=run", "sae=batch_topk", "fit.store=stream", "metric=[downstream]")
     assert made.returncode == 0, made.stderr
     assert experiment.json("run", "manifest.json")["rows"] == "stream"
 

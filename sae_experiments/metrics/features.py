@@ -107,10 +107,11 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
         feature["stability"] = cosine
     dead = [{"latent": latent, "density": 0.0} for latent in np.flatnonzero(fires == 0).tolist()]
     described = [*features.values(), *dead]
+    arrays = {"feature_max": np.asarray(abs(z).max(axis=0).todense(), np.float32).ravel()}
     if bits is None:
-        return nulls(INFO, NO_TEXT)._replace(features=described)
+        return nulls(INFO, NO_TEXT)._replace(features=described, arrays=arrays)
     mean_bits = float(bits[alive].mean())
-    arrays = {"feature_next_bits": bits}
+    arrays["feature_next_bits"] = bits
     return Measured({"feature_next_bits": mean_bits}, arrays, features=described)
 
 

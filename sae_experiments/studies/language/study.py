@@ -36,6 +36,7 @@ from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out,
 from sae_experiments.studies.language import loaded, second_view
 from sae_experiments.studies.language import stores as stores_module
 from sae_experiments.studies.language.second_view import SecondView
+from sae_experiments.studies.language.steered import add_examples
 from sae_experiments.studies.language.stores import Stores, Where
 from sae_experiments.training import checkpoint
 from sae_experiments.training import loop as training
@@ -79,12 +80,15 @@ class Language:
     replicas: int = 0  # further fits of every SAE to the same activations, from other seeds (weights and order of the batches): what seed stability is measured with
     offline: bool = False
     held_out: str = "val"
+    steering: int = 0  # most rule-like latents whose steered continuations are shown
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_corpora", {})
 
     def check(self) -> None:
         check_held_out(self.held_out)
+        if not isinstance(self.steering, int) or self.steering < 0:
+            raise UserError(f"study.steering={self.steering} must be a whole number of at least 0")
         if not self.data:
             raise UserError("data=[] names no corpus: use for example data=[shakespeare_char]")
         if self.seeds is not None and (
@@ -362,6 +366,7 @@ class Language:
         outcome.seconds = {"lm": lm.seconds, "collect": stores.seconds, "fit": fitted.seconds}
         with ctx.console.stage(f"measure {name}", "metric") as tick:
             outcome.measure(self.metrics, evaluation, ctx.ends, tick)
+        add_examples(outcome, evaluation, self.steering, ctx.ends)
         ctx.console.say(f"  {name}: {headline(outcome.metrics)} (fitted in {fitted.seconds:.0f} s)")
         costs = {
             k.removeprefix("metric."): s
