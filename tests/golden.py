@@ -48,9 +48,9 @@ WORDS = (
 
 
 def variants() -> list[str]:
-    """Every SAE that conf/sae offers, by name."""
+    """Every SAE that conf/sae offers and that is trained here, by name."""
     names = sorted(p.stem for p in (ROOT / "conf" / "sae").glob("*.yaml"))
-    return [name for name in names if not name.startswith("_")]
+    return [name for name in names if not name.startswith("_") and name != "saelens"]
 
 
 def jobs() -> dict[str, list[str]]:
