@@ -38,7 +38,8 @@ def options(group: str) -> list[str]:
     return sorted(p.stem for p in (CONF / group).glob("*.yaml") if not p.stem.startswith("_"))
 
 
-PRESETS, SAES, PLANS = options("preset"), options("sae"), options("plan")
+PRESETS, PLANS = options("preset"), options("plan")
+SAES = [name for name in options("sae") if name != "saelens"]  # that one is read from a directory
 PLANNED = [
     (plan, run) for plan in PLANS for run in OmegaConf.load(CONF / "plan" / f"{plan}.yaml").runs
 ]
