@@ -47,7 +47,11 @@ def main(argv: list[str]) -> int:
         runs = figures.runs_to_compare(options.runs, Path.cwd(), HOME)
         table = load_table(runs, baseline=options.baseline, labels=LABELS)
         out = options.out or figures.default_out(runs)
-        return figures.report(table, chosen, out, options.png_dir, runs)
+        status = figures.report(table, chosen, out, options.png_dir, runs)
+        if options.paper:
+            pdfs = figures.draw_for_paper(table, chosen, out / "paper")
+            print(f"{len(pdfs)} PDF files and their captions in {out / 'paper'}")
+        return status
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

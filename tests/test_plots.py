@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from sae_experiments.errors import UserError
-from sae_experiments.plots.base import NothingToDrawError, save
+from sae_experiments.plots.base import PAPER_WIDTHS, NothingToDrawError, save
 from sae_experiments.plots.style import ALARM, run_styles
 from sae_experiments.plots.text import clip, percent
 from sae_experiments.report.figures import choose_figures, default_out, draw_all
@@ -471,3 +472,35 @@ def test_the_purification_matrix_shows_a_fit_that_is_the_host_of_another_corpus(
     )
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == ["two", "three"][:max_corpora]
+
+
+def test_figures_for_a_paper_are_pdfs_of_its_widths_with_embedded_fonts(tmp_path: Path) -> None:
+    for name, sae in (("run_0", "standard"), ("run_1", "topk"), ("run_2", "gated")):
+        make_run(tmp_path / "runs", name, sae=sae, datasets=THREE, curves=False)
+    done = plot(tmp_path, "--figures=pareto", "--paper")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "comparison" / "paper"
+    widths = {"pareto_2col": PAPER_WIDTHS["2col"]}
+    widths |= {f"pareto_{dataset}_1col": PAPER_WIDTHS["1col"] for dataset in THREE}
+    assert {path.stem for path in folder.glob("*.pdf")} == set(widths)
+    for name, inches in widths.items():
+        pdf = (folder / f"{name}.pdf").read_bytes()
+        (box,) = set(re.findall(rb"/MediaBox \[ 0 0 ([\d.]+) ([\d.]+) \]", pdf))
+        assert float(box[0]) == pytest.approx(72 * inches, abs=0.5)
+        assert b"/FontFile2" in pdf and b"/Type3" not in pdf, "TrueType, embedded"
+        assert b"/Image" not in pdf.replace(b"/ImageB /ImageC /ImageI", b""), "vectors only"
+    caption = (folder / "pareto.txt").read_text()
+    assert "n = 3 seeds" in caption and "Preset laptop" in caption and "enwik8-head" in caption
+
+
+def test_a_variant_has_one_colour_in_every_figure(tmp_path: Path) -> None:
+    names = ("topk", "gated", "batch_topk", "jumprelu", "matryoshka", "standard")
+    paths = [make_run(tmp_path, f"{sae}_{k}", sae=sae, k=k) for sae in names for k in (8, 16)]
+    table = load_table(paths)
+    some = load_table([path for path in reversed(paths) if "a" in path.name])
+    colours = {sae: {run_styles(table)[f"{sae}_{k}"].color for k in (8, 16)} for sae in names}
+    assert all(len(of) == 1 for of in colours.values())
+    assert len(set.union(*colours.values())) == len(names)
+    for run in some.runs:
+        assert {run_styles(some)[run.name].color} == colours[run.variant]
+    assert len(set(run_styles(table).values())) == len(table.runs), "no two runs look the same"

@@ -17,6 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from sae_experiments.errors import UserError
 from sae_experiments.files import write_bytes
@@ -41,6 +42,7 @@ STYLE: Any = {
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.5,
     "legend.frameon": False,
+    "pdf.fonttype": 42,  # TrueType: text of a PDF can be searched and edited
     "svg.hashsalt": "sae_experiments",  # the same figure gives the same bytes
 }
 #: Decorator of every `draw` function: applies `STYLE` while it runs.
@@ -128,9 +130,57 @@ def save(fig: Figure, name: str, folder: Path) -> list[Path]:
     return paths
 
 
+#: Widths of a paper's column and of its text block, in inches, by the ending of the file's name.
+PAPER_WIDTHS = {"1col": 3.25, "2col": 6.75}
+PAPER_FONTS = (6.0, 8.0)  # smallest and largest, in points
+LEGEND_LINE = 0.16  # inches
+
+
+def save_for_paper(fig: Figure, name: str, width: str, folder: Path) -> Path:
+    """Write `<folder>/<name>_<width>.pdf` in the size of print, without title and caption.
+
+    Fonts are embedded as TrueType. The legend moves below the panels. The figure is changed.
+
+    Args:
+        fig: Figure as `draw` made it.
+        name: Name of the figure.
+        width: Key of `PAPER_WIDTHS`.
+        folder: Folder of the file.
+    """
+    inches = PAPER_WIDTHS[width]
+    caption = fig.get_supxlabel()
+    fig.suptitle("")
+    fig.supxlabel("")
+    height = fig.get_figheight() - LINE_HEIGHT * len(caption.splitlines()) - 0.35
+    scale = inches / fig.get_figwidth()
+    smallest, largest = PAPER_FONTS
+    for text in fig.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_fontsize(min(max(float(text.get_fontsize()) * scale, smallest), largest))
+    entries = _legend_below(fig, inches)
+    fig.set_size_inches(inches, max(height * scale, 0.55 * inches) + LEGEND_LINE * entries)
+    path = folder / f"{name}_{width}.pdf"
+    write_bytes(path, _rendered(fig, "pdf"))
+    return path
+
+
+def _legend_below(fig: Figure, inches: float) -> int:
+    """Move the legend below the panels; returns the number of its lines."""
+    if not fig.legends:
+        return 0
+    old = fig.legends[0]
+    handles, labels = list(old.legend_handles), [text.get_text() for text in old.get_texts()]
+    old.remove()
+    longest = max(map(len, labels))
+    columns = max(1, min(len(labels), int(inches / (0.35 + 0.062 * longest))))
+    fig.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=6.5)
+    return -(-len(labels) // columns)
+
+
 def _rendered(fig: Figure, kind: str) -> bytes:
     """The figure as a file of this kind, without the date or the version that wrote it."""
-    metadata = {"Software": None} if kind == "png" else {"Date": None}
+    undated = {"png": {"Software": None}, "svg": {"Date": None}}
+    metadata = undated.get(kind, {"CreationDate": None, "Producer": None, "Creator": None})
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
         fig.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)

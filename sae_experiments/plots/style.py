@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from matplotlib.lines import Line2D
@@ -37,11 +39,31 @@ def nth_style(i: int) -> RunStyle:
 
 
 def run_styles(table: RunTable) -> dict[str, RunStyle]:
-    """Style of each run by name; the baseline is black."""
-    others = [run.name for run in table.runs if run is not table.baseline]
-    styles = {name: nth_style(i) for i, name in enumerate(others)}
+    """Style of each run by name; the baseline is black.
+
+    A variant has the same colour in every figure; its runs differ in marker and line. If all runs
+    are of one variant, colours tell the runs apart.
+    """
+    others = [run for run in table.runs if run is not table.baseline]
+    if len({run.variant for run in others}) < 2:
+        styles = {run.name: nth_style(i) for i, run in enumerate(others)}
+    else:
+        styles = _variant_styles(others)
     if table.baseline:
         styles[table.baseline.name] = BASELINE_STYLE
+    return styles
+
+
+def _variant_styles(runs: Sequence[Run]) -> dict[str, RunStyle]:
+    styles: dict[str, RunStyle] = {}
+    drawn: Counter[int] = Counter()
+    for run in runs:
+        color = variant_index(run.variant)
+        n = drawn[color]
+        marker = MARKERS[(color + n) % len(MARKERS)]
+        line = LINES[(n + n // len(MARKERS)) % len(LINES)]
+        styles[run.name] = RunStyle(PALETTE[color], marker, line)
+        drawn[color] += 1
     return styles
 
 

@@ -15,7 +15,12 @@ from typing import Any, NoReturn, TextIO
 from sae_experiments.cache import clearing
 from sae_experiments.errors import UserError
 from sae_experiments.files import write_bytes
-from sae_experiments.plots.base import NothingToDrawError, bare, save
+from sae_experiments.plots.base import (
+    NothingToDrawError,
+    bare,
+    save,
+    save_for_paper,
+)
 from sae_experiments.plots.text import short_list
 from sae_experiments.report.page import Picture, write_report
 from sae_experiments.results.compare import compare
@@ -44,7 +49,7 @@ def parse_options(argv: Sequence[str], description: str | None) -> argparse.Name
         description: First part of the help.
 
     Returns:
-        `runs`, `out`, `png_dir`, `baseline` and `figures`.
+        `runs`, `out`, `png_dir`, `baseline`, `figures` and `paper`.
 
     Raises:
         UserError: An option is unknown or lacks its value.
@@ -78,7 +83,45 @@ def parse_options(argv: Sequence[str], description: str | None) -> argparse.Name
         "(default: run_0; at full scale the published figures)",
     )
     parser.add_argument("--figures", help="names from conf/plot, with commas (default: all)")
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="also write PDFs for print, one and two columns wide, and their captions, to paper/",
+    )
     return parser.parse_args(argv)
+
+
+def draw_for_paper(table: RunTable, figures: Figures, folder: Path) -> list[Path]:
+    """Write every figure as PDF in each width of print, and its caption as text.
+
+    Two columns hold all datasets, one column one dataset. A figure that no run has data for is left
+    out.
+    """
+    several = len(table.datasets) > 1
+    written = []
+    for name, make_draw in figures.items():
+        written += _print(table, make_draw, name, "2col", folder)
+        for dataset in table.datasets:
+            named = f"{name}_{dataset}" if several else name
+            written += _print(table.only(dataset), make_draw, named, "1col", folder)
+    return written
+
+
+def _print(
+    table: RunTable,
+    make_draw: Callable[[], Callable[..., Any]],
+    name: str,
+    width: str,
+    folder: Path,
+) -> list[Path]:
+    """Write one figure and its caption; nothing if no run has its data."""
+    try:
+        fig = make_draw()(table)
+    except NothingToDrawError:
+        return []
+    caption = f"{fig.get_suptitle()}. {' '.join(fig.get_supxlabel().split())}\n"
+    write_bytes(folder / f"{name}.txt", caption.encode())
+    return [save_for_paper(fig, name, width, folder)]
 
 
 def runs_to_compare(named: Sequence[Path], here: Path, home: Path) -> list[Path]:

@@ -115,6 +115,19 @@ class RunTable:
             if info:
                 yield info
 
+    def only(self, dataset: str) -> RunTable:
+        """The same table with one of its datasets."""
+        parts = {
+            id(run): replace(run, stats={dataset: run.stats[dataset]})
+            for run in [*self.runs, *self.baselines]
+            if dataset in run.stats
+        }
+        return RunTable(
+            [parts[id(run)] for run in self.runs if id(run) in parts],
+            parts.get(id(self.baseline)),
+            [parts[id(run)] for run in self.baselines if id(run) in parts],
+        )
+
     def is_baseline(self, run: Run) -> bool:
         """True if the run is part of the baseline."""
         return any(run is other for other in self.baselines)
