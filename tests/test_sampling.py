@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from saes import CONF, NAMES, M, effect, make, rows, step
 from test_purified import HOSTS, kinds, plainly
 
+from sae_experiments.corpora.corpus import window_starts
 from sae_experiments.metrics.base import EvalContext
 from sae_experiments.metrics.robustness import measure as robustness
 from sae_experiments.saes.base import SAE, Batch
@@ -76,13 +77,13 @@ def test_the_first_ones_of_an_order_are_spread_over_all(n, run):
 
 
 def test_held_out_windows_are_of_the_whole_split_and_come_in_documents():
-    starts = held_out_starts({"val": 200_000}, "val", 128, 65_536)[1]
+    starts = held_out_starts({"val": window_starts(200_000, 128)}, "val", 128, 65_536)[1]
     assert len(starts) == 512 and len(set(starts)) == 512
     assert (np.diff(starts.reshape(-1, DOCUMENT), axis=1) == 128).all()
     for part in (starts[:64], starts[:256], starts):  # however few a metric looks at
         counts = np.histogram(part, bins=4, range=(0, 200_000))[0]
         assert counts.min() >= 0.5 * len(part) / 4 and counts.max() <= 1.75 * len(part) / 4
-    assert sorted(held_out_starts({"val": 5000}, "val", 128, 10**9)[1]) == list(
+    assert sorted(held_out_starts({"val": window_starts(5000, 128)}, "val", 128, 10**9)[1]) == list(
         range(0, 5000 - 128, 128)
     )
 

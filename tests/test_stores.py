@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONF, train_config
 
 from sae_experiments.config.compose import build, compose_checked
 from sae_experiments.console import Console
+from sae_experiments.corpora.corpus import window_starts
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.spec import FitSpec
 from sae_experiments.models.gpt2 import train_lm
@@ -67,6 +69,10 @@ def test_another_seed_sees_the_same_store_in_another_order(
     assert not torch.equal(mine, other) and {tuple(row.tolist()) for row in other} <= known
 
 
+def windows_of(sizes: dict[str, int]) -> dict[str, np.ndarray]:
+    return {split: window_starts(n, 16) for split, n in sizes.items()}
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -78,7 +84,7 @@ def test_another_seed_sees_the_same_store_in_another_order(
 def test_a_search_and_its_report_have_no_character_in_common(sizes: dict[str, int]) -> None:
     seen = {}
     for which in ("val", "search", "test"):
-        split, starts = held_out_starts(sizes, which, 16, 10**9)
+        split, starts = held_out_starts(windows_of(sizes), which, 16, 10**9)
         seen[which] = {
             (split, int(at) + i) for at in starts for i in range(17)
         }  # what is read, and what the last position predicts
@@ -90,7 +96,7 @@ def test_a_search_and_its_report_have_no_character_in_common(sizes: dict[str, in
 def test_a_text_too_short_for_two_halves_is_one_line() -> None:
     for which in ("search", "test"):
         with pytest.raises(UserError, match="three windows of 16"):
-            held_out_starts({"train": 900, "val": 48}, which, 16, 10**9)
+            held_out_starts(windows_of({"train": 900, "val": 48}), which, 16, 10**9)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +160,10 @@ def test_the_metrics_of_a_run_are_those_of_the_part(
         found = study.run(study.cells()[0], ctx)["text8"].metrics["ce_clean"]
         corpus = study._corpora["text8"]
         split, starts = held_out_starts(
-            {k: len(v) for k, v in corpus.splits.items()}, which, 16, study.fit.held_out_rows
+            windows_of({k: len(v) for k, v in corpus.splits.items()}),
+            which,
+            16,
+            study.fit.held_out_rows,
         )
         assert (split, about["text8"]["held_out"]) == (
             "test" if test_frac and which == "test" else "val",

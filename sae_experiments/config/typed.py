@@ -18,7 +18,15 @@ from sae_experiments.errors import UserError
 #: Places where results go: text, and never null.
 PLACES = ("out_dir", "runs_root", "cache")
 #: Files and folders that are read.
-INPUTS = ("data.*.file", "study.local.folder", "study.local.text", "study.*.sae")
+INPUTS = (
+    "data.*.file",
+    "data.*.path",
+    "lm.path",
+    "study.lm.path",
+    "study.local.folder",
+    "study.local.text",
+    "study.*.sae",
+)
 INPUTS += ("sae.path", "sae.saelens.path", "saes.*.path")
 #: Text that is shown or handed on.
 NAMES = (

@@ -19,6 +19,7 @@ from sae_experiments import cache, errors, files
 from sae_experiments.cache import cached, clearing
 from sae_experiments.corpora import download as fetch
 from sae_experiments.corpora import standin
+from sae_experiments.corpora.documents import Piece, Source, cut_text
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest, read_json, write_json
 from sae_experiments.source import source_digest
@@ -141,6 +142,15 @@ class CharCorpus:
     provenance: dict[str, Any]
     key: str  # names the ids and the splits, wherever the text came from
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of symbols."""
+        return len(self.symbols)
+
+    def window_starts(self, split: str, length: int) -> np.ndarray:
+        """Starts of windows of a split, see `window_starts`."""
+        return window_starts(len(self._split(split)), length)
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of the characters of ``text``. Raises :class:`UserError` for one that the corpus does not have."""
         known, points = (
@@ -200,6 +210,48 @@ class CharCorpus:
 
     def _points(self) -> np.ndarray:
         return np.array([ord(symbol) for symbol in self.symbols], dtype="<u4")
+
+
+def window_starts(n: int, length: int) -> np.ndarray:
+    """Starts of the non-overlapping windows of a text; each has a symbol after it to predict.
+
+    Args:
+        n: Number of symbols of the text.
+        length: Symbols per window.
+
+    Raises:
+        UserError: The text is too short for one.
+    """
+    starts = np.arange(0, n - length, length, dtype=np.int64)
+    if not len(starts):
+        raise UserError(
+            f"a split of {n} characters holds no window of {length}: use a longer text or a "
+            "smaller lm.n_positions"
+        )
+    return starts
+
+
+def source_of(corpus: CharCorpus, spec: CorpusSpec) -> Source:
+    """The text of a corpus for a tokenizer, one document per split.
+
+    Args:
+        corpus: The corpus.
+        spec: What it was loaded by; symbols of `latin-1` are bytes, which are read as UTF-8.
+    """
+
+    def text(split: str) -> str:
+        decoded = corpus.decode(corpus.splits[split])
+        if spec.encoding == "latin-1":
+            return decoded.encode("latin-1").decode("utf-8", "replace")
+        return decoded
+
+    def parts() -> Iterator[tuple[str | None, Iterator[Piece]]]:
+        for split in corpus.splits:
+            yield split, cut_text(text(split))
+
+    keep = ("symbols", "counts")
+    origin = {k: v for k, v in corpus.provenance.items() if k not in keep}
+    return Source({"corpus": corpus.key, "encoding": spec.encoding}, origin, parts)
 
 
 def load_corpus(

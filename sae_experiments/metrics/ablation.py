@@ -282,7 +282,7 @@ class _Windows:
         self.device = ctx.device
         self.lm = lm
         self.site = site
-        self.batch = opts.batch
+        self.batch = ctx.windows_per_pass(opts.batch)
         # Token ids and next token ids, (W, T) each.
         self.x, self.y = lm.tokens(store.starts[picked])
         # Codes, (W, T, F).

@@ -17,8 +17,8 @@ from sklearn.metrics import f1_score
 
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import (
-    NO_TEXT,
     NOT_FINITE,
+    no_text,
     nulls,
     raw_rows,
     read_text,
@@ -169,7 +169,7 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
     opts = Options(**options)
     text = read_text(ctx, opts.rows)
     if text is None:
-        return nulls(INFO, NO_TEXT)
+        return nulls(INFO, no_text(ctx))
     if ctx.read != ctx.write or ctx.sae.d_in != ctx.sae.d_out:
         return nulls(INFO, "encoder and decoder live in different spaces")
     codes = sparse_codes(ctx, opts.rows)

@@ -20,6 +20,10 @@ from sae_experiments.saes.outliers import SAMPLE, Region
 __all__ = ["EvalContext", "LMSplice", "Measured", "Metric", "MetricInfo", "Rows"]
 
 
+#: Logits of one forward pass: a bound on the memory for models with many tokens.
+MOST_LOGITS = 1 << 25
+
+
 class Rows(NamedTuple):
     """Consecutive held-out rows with their codes and reconstructions, all float32."""
 
@@ -100,6 +104,21 @@ class EvalContext:
     """The same SAE fitted to the same activations with other seeds."""
     extras: dict[str, Any] = field(default_factory=dict)
     """What only some studies provide (`"truth"`, `"latents"`), and values shared by metrics."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids; 0 without text."""
+        return len(self.symbols or self.pieces)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """True if tokens are longer than characters."""
+        return not self.symbols and bool(self.pieces)
+
+    def windows_per_pass(self, asked: int) -> int:
+        """Windows per forward pass: as many as asked for, or as have `MOST_LOGITS` logits."""
+        length = 1 if self.held_out is None else self.held_out.length
+        return max(1, min(asked, MOST_LOGITS // (length * max(self.vocabulary, 1))))
 
     @property
     def n_rows(self) -> int:

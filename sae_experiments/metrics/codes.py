@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,20 +14,31 @@ from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.saes.base import SAE
 
 NO_TEXT = "there is no text"
+NO_CHARACTERS = "it is defined on characters, and the language model reads tokens"
 NOT_FINITE = "the codes or activations are not finite"
 
 
 class Text(NamedTuple):
-    """Held-out text aligned with the activations: whole windows, one character per row."""
+    """Held-out text aligned with the activations: whole windows, one character or token per row."""
 
     chars: np.ndarray
-    """Code point of the character of every row, (N,)."""
+    """Code point of the character of every row, or id of its token, (N,)."""
     following: np.ndarray
-    """Code point of the character after it, (N,)."""
+    """The same of the character or token after it, (N,)."""
     length: int
     """Rows per window."""
     breaks: np.ndarray
     """Rows at which the text does not continue from the row before; row 0 is one of them."""
+    pieces: Sequence[str] = ()
+    """Text of every token id; empty if rows are characters."""
+
+    def spell(self, symbol: int) -> str:
+        """Text of a character or token, given as in `chars`."""
+        return self.pieces[symbol] if self.pieces else chr(symbol)
+
+    def parts(self, begin: int, end: int) -> list[str]:
+        """Texts of some consecutive rows."""
+        return [self.spell(symbol) for symbol in self.chars[begin:end].tolist()]
 
     @property
     def offset(self) -> np.ndarray:
@@ -39,30 +50,43 @@ class Text(NamedTuple):
         return np.arange(len(self.chars)) // (self.length * windows)
 
 
-def read_text(ctx: EvalContext, rows: int | None) -> Text | None:
+def no_text(ctx: EvalContext) -> str:
+    """The reason for null results if a metric on characters has no text."""
+    return NO_CHARACTERS if ctx.reads_tokens else NO_TEXT
+
+
+def read_text(ctx: EvalContext, rows: int | None, *, tokens: bool = False) -> Text | None:
     """Text of the held-out rows.
 
     Args:
         ctx: Evaluation context.
         rows: Number of rows, from the first on, rounded down to whole windows (at least one);
             None for all.
+        tokens: Whether the metric is also defined on tokens.
 
     Returns:
-        The text, or None if there is no language model over characters.
+        The text, or None if there is no language model, or one over tokens that the metric is not
+        defined on.
     """
-    if ctx.lm is None or ctx.held_out is None or not ctx.symbols:
+    if ctx.lm is None or ctx.held_out is None or not ctx.vocabulary:
+        return None
+    if ctx.reads_tokens and not tokens:
         return None
     store = ctx.held_out
     windows = max(1, ctx.n_used(rows) // store.length)
     starts = store.starts[:windows]
     ids, next_ids = ctx.lm.tokens(starts)
-    code_points = np.array([ord(symbol) for symbol in ctx.symbols], dtype=np.uint32)
+    # For tokens, the ids themselves.
+    code_points = np.arange(ctx.vocabulary, dtype=np.uint32)
+    if ctx.symbols:
+        code_points = np.array([ord(symbol) for symbol in ctx.symbols], dtype=np.uint32)
     gaps = np.diff(starts, prepend=starts[0] - 1)
     return Text(
         chars=code_points[ids.cpu().numpy().reshape(-1)],
         following=code_points[next_ids.cpu().numpy().reshape(-1)],
         length=store.length,
         breaks=np.flatnonzero(gaps != store.length) * store.length,
+        pieces=[ctx.spell(i) for i in range(ctx.vocabulary)] if ctx.reads_tokens else (),
     )
 
 

@@ -306,7 +306,7 @@ def _by_fvu(split: _Split, y: np.ndarray, variance: float, opts: Options) -> Mea
     within = [point for point in curve if point.fvu <= limit]
     coarsest = within[0] if within else None
     support = support_bits(split.train, split.code)
-    symbols = len(split.ctx.symbols)
+    symbols = split.ctx.vocabulary
     values = support | chosen(coarsest, support["code_support_bits"], y, symbols)
     null = [name for name, value in values.items() if value is None]
     why_null = {name: _why(name, coarsest) for name in null}
@@ -394,7 +394,14 @@ def _by_ce(split: _Split, opts: Options) -> Measured:
         return nulls(CE_INFO, "there is no language model, or no whole window to test it on")
     sae = split.ctx.sae
     points = _points(split, window, sae.decode, opts.keep, opts)
-    exact = rise(split.ctx, window, split.code, sae.decode, split.direct, opts.batch)
+    exact = rise(
+        split.ctx,
+        window,
+        split.code,
+        sae.decode,
+        split.direct,
+        opts.batch,
+    )
     values, why_null, arrays = _at_limit("", points, opts.limit)
     arrays = {"code_ce_limit": np.array(opts.limit)} | arrays
     within = [p for p in points if p.keep == 1 and p.ce <= exact + opts.tolerance * abs(exact)]

@@ -126,6 +126,7 @@ def measure(ctx: EvalContext, *, windows: int, batch: int) -> Measured:
     if lm is None or store is None:
         return nulls(INFO, "there is no language model")
     length = store.length
+    batch = ctx.windows_per_pass(batch)
     starts = store.starts[:windows]
     part = slice(0, min(store.n_rows, MEAN_ROWS))
     means = {s: store.rows(s, part).mean(0).to(ctx.device) for s in ctx.write_sites}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.text.contexts import contexts_of, quantile_rows, top_rows
-from sae_experiments.models.hooks import Site, blocks_of, capture
+from sae_experiments.models.hooks import Site, activations, blocks_of
 from sae_experiments.models.layouts import Layout, final_norm, layout_of_model, matrix
 from sae_experiments.saes.base import SAE
 from sae_experiments.sampling import evenly_spaced, spread
@@ -34,6 +35,10 @@ INFO = [
 ]
 #: Joint firings are counted by a dense matrix product if more than this share of codes is active.
 DENSE_ABOVE = 0.08
+#: Tokens above which the largest are not found by sorting all.
+MANY = 4096
+#: Entries of a matrix of latents by tokens that are computed at a time.
+MOST_ENTRIES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +91,7 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
     codes = sparse_codes(ctx, opts.rows)
     if codes is None:
         return nulls(INFO, NOT_FINITE)
-    text = read_text(ctx, opts.rows)
+    text = read_text(ctx, opts.rows, tokens=True)
     z = sparse.csc_matrix(codes if text is None else codes[: len(text.chars)])
     z.eliminate_zeros()
     fires = np.diff(z.indptr)
@@ -150,19 +155,31 @@ def _add_text(
 
 def _add_logit_effect(features: dict[int, dict[str, Any]], ctx: EvalContext, opts: Options) -> None:
     """Add the characters whose logits each of `features` raises and lowers most, at its maximum."""
-    strength = np.zeros(ctx.sae.d_sae)
-    for latent, feature in features.items():
-        strength[latent] = feature["max"]
-    effect = logit_effect(ctx, strength, opts.windows)
-    if effect is None:
+    path = _direct_path(ctx, opts.windows)
+    if path is None:
         return
-    for latent, feature in features.items():
-        logits = effect[latent]
-        order = np.argsort(-logits, kind="stable").tolist()
-        best = order[: opts.characters]
-        worst = order[::-1][: opts.characters]
-        feature["promotes"] = [[ctx.spell(i), _three_digits(logits[i])] for i in best]
-        feature["suppresses"] = [[ctx.spell(i), _three_digits(logits[i])] for i in worst]
+    rows = list(features.items())
+    step = max(1, min(1024, MOST_ENTRIES // max(ctx.vocabulary, 1)))
+    for begin in range(0, len(rows), step):
+        part = rows[begin : begin + step]
+        acts = torch.zeros(len(part), ctx.sae.d_sae, device=ctx.device)
+        for i, (latent, feature) in enumerate(part):
+            acts[i, latent] = feature["max"]
+        effect = path(acts)
+        if effect is None:
+            return
+        for logits, (_, feature) in zip(effect, part, strict=True):
+            best, worst = (_largest(sign * logits, opts.characters) for sign in (1, -1))
+            feature["promotes"] = [[ctx.spell(i), _three_digits(logits[i])] for i in best]
+            feature["suppresses"] = [[ctx.spell(i), _three_digits(logits[i])] for i in worst]
+
+
+def _largest(values: np.ndarray, n: int) -> list[int]:
+    """Places of the `n` largest of the values (V,), largest first."""
+    if len(values) <= MANY:
+        return np.argsort(-values, kind="stable")[:n].tolist()
+    some = np.argpartition(-values, n)[:n]
+    return some[np.argsort(-values[some], kind="stable")].tolist()
 
 
 def followers(z: sparse.csc_matrix, text: Text, n: int) -> tuple[list[list[list[Any]]], np.ndarray]:
@@ -188,26 +205,28 @@ def followers(z: sparse.csc_matrix, text: Text, n: int) -> tuple[list[list[list[
     entries = np.ones(len(ids)), (np.arange(len(ids)), ids)
     one_hot = sparse.csr_matrix(entries, shape=(len(ids), len(points)))
     on = sparse.csc_matrix((np.ones(len(z.data)), z.indices, z.indptr), shape=z.get_shape())
-    counts = (on.T @ one_hot).toarray()
-    total = counts.sum(1, keepdims=True)
-    p = counts / np.maximum(total, 1)
+    together = sparse.csr_matrix(on.T @ one_hot)
     q = np.bincount(ids) / len(ids)
-    lift = p / q
-    terms = np.where(p > 0, p * np.log2(np.where(p > 0, lift, 1)), 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bias = ((counts > 0).sum(1) - 1) / (2 * total[:, 0] * np.log(2))
-        bits = np.where(total[:, 0] > 0, np.maximum(terms.sum(1) - bias, 0), np.nan)
-    best = np.argsort(-terms, axis=1, kind="stable")[:, :n]
-    listed = []
-    for latent, row in enumerate(best.tolist()):
-        positive = [i for i in row if terms[latent, i] > 0]
-        listed.append(
-            [
-                [chr(points[i]), _three_digits(p[latent, i]), _three_digits(lift[latent, i])]
-                for i in positive
-            ]
-        )
-    return listed, bits
+    listed: list[list[list[Any]]] = []
+    bits = []
+    step = max(1, MOST_ENTRIES // len(points))
+    for begin in range(0, z.get_shape()[1], step):
+        counts = together[begin : begin + step].toarray()
+        total = counts.sum(1, keepdims=True)
+        p = counts / np.maximum(total, 1)
+        lift = p / q
+        terms = np.where(p > 0, p * np.log2(np.where(p > 0, lift, 1)), 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bias = ((counts > 0).sum(1) - 1) / (2 * total[:, 0] * np.log(2))
+            bits.append(np.where(total[:, 0] > 0, np.maximum(terms.sum(1) - bias, 0), np.nan))
+        best = np.argsort(-terms, axis=1, kind="stable")[:, :n]
+        for latent, row in enumerate(best.tolist()):
+            shares = [(int(points[i]), p[latent, i], lift[latent, i]) for i in row]
+            positive = [s for i, s in zip(row, shares, strict=True) if terms[latent, i] > 0]
+            listed.append(
+                [[text.spell(s), _three_digits(a), _three_digits(b)] for s, a, b in positive]
+            )
+    return listed, np.concatenate(bits)
 
 
 def pairs_of(z: sparse.csc_matrix, names: np.ndarray, rows: int, n: int) -> list[list[list[Any]]]:
@@ -264,6 +283,17 @@ def logit_effect(ctx: EvalContext, strength: np.ndarray, windows: int) -> np.nda
         Logits (F, V); None without a language model, if the SAE does not write to the residual
         stream (directly or through the output matrix of an MLP), or if a logit is not finite.
     """
+    path = _direct_path(ctx, windows)
+    if path is None:
+        return None
+    one_each = torch.diag(torch.as_tensor(strength, dtype=torch.float32, device=ctx.device))
+    parts = [path(acts) for acts in one_each.split(1024)]
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
+
+
+def _direct_path(ctx: EvalContext, windows: int) -> Callable[[Tensor], np.ndarray | None] | None:
+    """The map from codes (n, F) to logits (n, V) of `logit_effect`."""
     lm = ctx.lm
     store = ctx.held_out
     if lm is None or lm.model is None or store is None or not ctx.write_sites:
@@ -277,9 +307,8 @@ def logit_effect(ctx: EvalContext, strength: np.ndarray, windows: int) -> np.nda
     norm = final_norm(model)
     tokens = lm.tokens(store.starts[spread(len(store.starts), windows)])[0].to(ctx.device)
     last = Site("resid", len(blocks))
-    with capture(model, [last]) as seen:
-        model(input_ids=tokens, use_cache=False)
-    stream = seen[last].float()
+    with torch.no_grad():
+        stream = activations(model, tokens, [last])[last].float()
     variance = stream.var(-1, correction=0) if norm.centred else stream.square().mean(-1)
     sigma = variance.add(norm.eps).sqrt().mean()
     unembed = model.get_output_embeddings().weight.float()
@@ -288,19 +317,20 @@ def logit_effect(ctx: EvalContext, strength: np.ndarray, windows: int) -> np.nda
         mlp_out = matrix(blocks[site.layer - 1].get_submodule(layout.mlp_act)).float()
     # Of an SAE over several sites, the last part of the output belongs to the last site.
     width = unembed.shape[1] if mlp_out is None else mlp_out.shape[0]
-    one_each = torch.diag(torch.as_tensor(strength, dtype=torch.float32, device=ctx.device))
-    base = ctx.sae.decode(torch.zeros_like(one_each[:1]))
-    parts = []
-    for acts in one_each.split(1024):
+
+    @torch.no_grad()
+    def path(acts: Tensor) -> np.ndarray | None:
+        base = ctx.sae.decode(torch.zeros_like(acts[:1]))
         d = (ctx.sae.decode(acts) - base)[:, -width:].float()
         if mlp_out is not None:
             d = d @ mlp_out
         if norm.centred:
             d = d - d.mean(1, keepdim=True)
         logits = (d * norm.gain) @ unembed.T / sigma
-        parts.append((logits - logits.mean(1, keepdim=True)).cpu())
-    effect = torch.cat(parts).numpy()
-    return effect if np.isfinite(effect).all() else None
+        effect = (logits - logits.mean(1, keepdim=True)).cpu().numpy()
+        return effect if np.isfinite(effect).all() else None
+
+    return path
 
 
 def _adds_to_stream(layout: Layout, site: Site) -> bool:

@@ -24,7 +24,8 @@ from sae_experiments.metrics.codes import (
     sparse_codes,
 )
 from sae_experiments.metrics.noise import auc, resampled_auc
-from sae_experiments.metrics.text.concepts import LEVELS, Concept, bank, label_all
+from sae_experiments.metrics.text.concepts import LEVELS, Concept
+from sae_experiments.metrics.text.labels import labelled
 
 KS = ("1", "2", "5", "16", "all")
 FAMILIES = (*LEVELS, "predictive")
@@ -397,7 +398,8 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
         **options: Fields of `Options`.
     """
     opts = Options(**options)
-    text, codes = read_text(ctx, opts.rows), sparse_codes(ctx, opts.rows)
+    text = read_text(ctx, opts.rows, tokens=True)
+    codes = sparse_codes(ctx, opts.rows)
     names = {_metric_name("sae", family, k) for family in FAMILIES for k in opts.k}
     infos = [i for i in INFO if i.name in names]
     if text is None:
@@ -405,8 +407,7 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
     x = raw_rows(ctx, len(text.chars))
     if codes is None or not np.isfinite(x).all():
         return nulls(infos, NOT_FINITE)
-    concepts = bank(ctx.symbols)
-    labels = label_all(concepts, text.chars, text.following, text.breaks)
+    concepts, labels = labelled(ctx, text)
     drawn = draw_tasks(concepts, labels, text, opts)
     fitter = Fitter(drawn.document, opts.strengths, opts.bootstrap, opts.seed, drawn.tested)
     latents = sparse_features(codes.tocsc()[: len(text.chars)])

@@ -75,6 +75,7 @@ def windows_of(ctx: EvalContext, test: np.ndarray, n: int, batch: int) -> Window
     x, y = (ids.to(ctx.device) for ids in lm.tokens(store.starts[picked]))
     position_among_test = np.cumsum(test) - 1
     rows = position_among_test[(picked[:, None] * length + np.arange(length)).reshape(-1)]
+    batch = ctx.windows_per_pass(batch)
     batches = zip(x.split(batch), y.split(batch), strict=True)
     clean = torch.cat([_nats(lm, *part) for part in batches])
     return Window(lm, ctx.write, rows, x, y, clean)
@@ -126,6 +127,7 @@ def rise(
         Bits per character.
     """
     length = window.x.shape[1]
+    batch = ctx.windows_per_pass(batch)
     total = 0.0
     for begin in range(0, len(window.x), batch):
         rows = window.rows[begin * length : (begin + batch) * length]

@@ -13,7 +13,9 @@ from scipy.stats import chi2
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.noise import DRAWS, document_weights, noise_over
-from sae_experiments.metrics.text.concepts import Concept, bank, label_all
+from sae_experiments.metrics.text.concepts import Concept
+from sae_experiments.metrics.text.contexts import visible
+from sae_experiments.metrics.text.labels import labelled
 from sae_experiments.metrics.text.ngrams import Simulated, simulate
 from sae_experiments.metrics.text.patterns import (
     ANY,
@@ -25,8 +27,10 @@ from sae_experiments.metrics.text.patterns import (
     pack,
     quality,
     spell,
+    token_elements,
     unpack,
 )
+from sae_experiments.metrics.text.token_concepts import token_classes
 
 INFO = [
     MetricInfo(
@@ -199,7 +203,8 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
         **options: Fields of `Options`.
     """
     opts = Options(**options)
-    text, codes = read_text(ctx, opts.rows), sparse_codes(ctx, opts.rows)
+    text = read_text(ctx, opts.rows, tokens=True)
+    codes = sparse_codes(ctx, opts.rows)
     if text is None:
         return nulls(INFO, NO_TEXT)
     if codes is None:
@@ -258,9 +263,11 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
 
 def _split(ctx: EvalContext, text: Text, block: int) -> Halves:
     """Split the text into documents of even number (training) and odd number (test)."""
-    concepts = [c for c in bank(ctx.symbols) if c.causal]
-    labels = label_all(concepts, text.chars, text.following, text.breaks)
+    concepts, labels = labelled(ctx, text, causal=True)
     elements = elements_of(ctx.symbols)
+    if text.pieces:
+        classes, tokens = token_classes(text.pieces), np.unique(text.chars)
+        elements = token_elements(classes, tokens, [visible(piece) for piece in text.pieces])
     document = text.blocks(block)
     even = document % 2 == 0
     train, test = np.flatnonzero(even), np.flatnonzero(~even)

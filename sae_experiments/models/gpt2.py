@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,10 +22,13 @@ from transformers.utils import logging as hf_logging
 from sae_experiments.cache import cached
 from sae_experiments.conditions import OF_MODEL, OF_MODEL_TIME
 from sae_experiments.corpora.corpus import CharCorpus
+from sae_experiments.corpora.tokens import TokenCorpus
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_json
 from sae_experiments.metric_info import MetricInfo
+from sae_experiments.models import hub  # noqa: F401 (keeps transformers from the network)
 from sae_experiments.models.cpu_kernels import use_cheap_paths
+from sae_experiments.models.tokens import N_BYTES, Tokenizer, copy_tokenizer
 from sae_experiments.resources import Need, cpu_has_bf16
 from sae_experiments.source import source_digest
 from sae_experiments.training.loop import (
@@ -41,10 +43,6 @@ from sae_experiments.training.loop import (
     seed_of,
     train,
 )
-
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # models come from here or from a local folder, never from a hub
 
 hf_logging.disable_progress_bar()
 #: What the key/value cache is called: transformers renamed the argument and will drop its old name.
@@ -124,6 +122,8 @@ class LMSpec:
     top_k: int
     tied: bool = True
     embedding_std: float | None = None
+    vocab_size: int | None = None
+    """Tokens of byte-pair encoding, trained on the text; None: characters."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -156,6 +156,10 @@ class LMSpec:
         if self.embedding_std is not None and not self.embedding_std > 0:
             raise UserError(
                 f"lm.embedding_std={self.embedding_std} must be positive, or null for GPT-2's own"
+            )
+        if self.vocab_size is not None and not N_BYTES < self.vocab_size <= 1 << 16:
+            raise UserError(
+                f"lm.vocab_size={self.vocab_size} must lie between {N_BYTES + 1} and 65,536"
             )
         if not self.temperature > 0:
             raise UserError(f"lm.temperature={self.temperature} must be positive")
@@ -268,7 +272,7 @@ class LMLearner(Learner):
     def __init__(
         self,
         model: GPT2LMHeadModel,
-        corpus: CharCorpus,
+        corpus: CharCorpus | TokenCorpus,
         spec: LMSpec,
         cfg: TrainConfig,
         *,
@@ -343,13 +347,14 @@ class LMLearner(Learner):
 
 def train_lm(
     spec: LMSpec,
-    corpus: CharCorpus,
+    corpus: CharCorpus | TokenCorpus,
     recipe: dict[str, Any],
     *,
     seed: int,
     cache: Path,
     device: torch.device,
     session: Session,
+    tokenizer: Tokenizer | None = None,
 ) -> TrainedLM:
     """The language model of (spec, corpus, seed): from the cache, or trained now, continuing where a killed process stopped."""
     cfg = spec.train_config(recipe)
@@ -363,7 +368,10 @@ def train_lm(
         "torch": torch.__version__,
     }
     folder = cached(
-        cache, "lms", key, lambda part: _make(part, spec, corpus, cfg, seed, device, session)
+        cache,
+        "lms",
+        key,
+        lambda part: _make(part, spec, corpus, cfg, seed, device, session, tokenizer),
     )
     info = read_json(folder / "info.json")
     if info["cut"]:
@@ -376,13 +384,14 @@ def train_lm(
 def _make(
     part: Path,
     spec: LMSpec,
-    corpus: CharCorpus,
+    corpus: CharCorpus | TokenCorpus,
     cfg: TrainConfig,
     seed: int,
     device: torch.device,
     session: Session,
+    tokenizer: Tokenizer | None,
 ) -> bool:
-    model = build_lm(spec, len(corpus.symbols), seed=seed_of(seed, "lm")).to(device)
+    model = build_lm(spec, corpus.vocabulary, seed=seed_of(seed, "lm")).to(device)
     learner = LMLearner(model, corpus, spec, cfg, seed=seed)
     checkpoint = part / "checkpoint.safetensors"
     progress = train(
@@ -402,7 +411,10 @@ def _make(
         "avg_inference_tokens_per_second": sampling_rate(model, corpus, spec, seed=seed),
     }
     model.save_pretrained(part)
-    write_json(part / "symbols.json", corpus.symbols)
+    if tokenizer is None:
+        write_json(part / "symbols.json", corpus.symbols)
+    else:
+        copy_tokenizer(tokenizer, part)
     write_json(
         part / "info.json",
         {
@@ -465,16 +477,21 @@ def generate(
     return out
 
 
+def _prompt_id(corpus: CharCorpus | TokenCorpus, prompt: str) -> int:
+    """First id of the prompt; 0 for one that the corpus does not have."""
+    if isinstance(corpus, TokenCorpus):
+        return int(next(iter(corpus.encode(prompt)), 0))
+    return corpus.symbols.index(prompt) if prompt in corpus.symbols else 0
+
+
 def sampling_rate(
-    model: GPT2LMHeadModel, corpus: CharCorpus, spec: LMSpec, *, seed: int
+    model: GPT2LMHeadModel, corpus: CharCorpus | TokenCorpus, spec: LMSpec, *, seed: int
 ) -> float | None:
     """Mean over ``spec.samples`` samples, made one by one, of characters generated per second (None when no sample is asked for)."""
     if not spec.samples:
         return None
     device = next(model.parameters()).device
-    prompt = torch.tensor(
-        [[corpus.symbols.index(spec.prompt) if spec.prompt in corpus.symbols else 0]], device=device
-    )
+    prompt = torch.tensor([[_prompt_id(corpus, spec.prompt)]], device=device)
     generator = torch.Generator(device).manual_seed(seed_of(seed, "sample"))
     rates = []
     for _ in range(spec.samples):

@@ -26,6 +26,8 @@ STREAMS = ("resid", "attn_out", "mlp_in", "mlp_act", "mlp_out")
 #: Streams that are the input of a module of the layout; the others are outputs.
 _INPUTS = ("mlp_in", "mlp_act")
 
+#: Types whose activations are seen as float32.
+HALF = (torch.float16, torch.bfloat16)
 #: Sees an activation (B, T, D) and may return its replacement.
 See = Callable[[Tensor], Tensor | None]
 
@@ -103,10 +105,12 @@ def _hook(model: nn.Module, site: Site, see: See, stack: ExitStack) -> None:
         """The positions of the caller's tokens, in whatever form the module has them."""
         rows = x.unflatten(0, shape) if x.ndim == 2 else x
         first = n_begin(model)
-        new = see(rows[:, first:])
+        text = rows[:, first:]
+        new = see(text.float() if text.dtype in HALF else text)
         if new is None:
             return None
-        new = torch.cat([rows[:, :first], new.to(rows.dtype)], 1) if first else new
+        new = new.to(rows.dtype)
+        new = torch.cat([rows[:, :first], new], 1) if first else new
         return new.flatten(0, 1) if x.ndim == 2 else new
 
     def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -203,7 +207,7 @@ def check_layout(model: nn.Module, where: str) -> None:
         logits = model(input_ids=tokens, use_cache=False).logits.float()
     limit = 1e-3 if vocabulary.dtype == torch.float32 else 5e-2
     norm = model.get_submodule(layout_of_model(model).norm)
-    again = model.get_output_embeddings()(norm(seen[streams[-1]])).float()
+    again = model.get_output_embeddings()(norm(seen[streams[-1]].to(vocabulary.dtype))).float()
     cap = getattr(model.config, "final_logit_softcapping", None)
     pairs = {"the logits": (cap * torch.tanh(again / cap) if cap else again, logits)}
     for i in range(n_layer):

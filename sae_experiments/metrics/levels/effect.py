@@ -100,6 +100,7 @@ def measure(ctx: EvalContext, *, windows: int, batch: int, mean_rows: int) -> Me
     changes = _changes(sae, _mean_code(ctx, mean_rows))
     starts = _evenly_spaced(store.starts, windows)
     by_batch: list[dict[str, Tensor]] = []
+    batch = ctx.windows_per_pass(batch)
     for begin in range(0, len(starts), batch):
         x, y = (t.to(ctx.device) for t in lm.tokens(starts[begin : begin + batch]))
         by_batch.append(_effects(sae, lm.model, site, changes, x, y))

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from sae_experiments.metric_info import Better
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
-from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
+from sae_experiments.metrics.codes import NOT_FINITE, Text, no_text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of
 from sae_experiments.metrics.probing import Sample, Sampling, Task, draw_tasks
 from sae_experiments.metrics.text.concepts import LEVELS, bank, label_all
@@ -188,7 +188,7 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
     opts = Options(**options)
     text, codes = read_text(ctx, opts.rows), sparse_codes(ctx, opts.rows)
     if text is None:
-        return nulls(INFO, NO_TEXT)
+        return nulls(INFO, no_text(ctx))
     if codes is None:
         return nulls(INFO, NOT_FINITE)
     codes = sparse.csr_matrix(codes[: len(text.chars)])

@@ -135,7 +135,7 @@ def other_texts(ctx: EvalContext, rows: int, share: float, seed: int) -> Tensor 
     store, sites = ctx.held_out, ctx.read_sites
     g = torch.Generator().manual_seed(seed)
     n_windows = -(-min(rows, store.n_rows) // store.length)
-    n_symbols = max(len(ctx.symbols), 2)
+    n_symbols = max(ctx.vocabulary, 2)
     parts = []
     for begin in range(0, n_windows, WINDOWS_PER_PASS):
         starts = store.starts[begin : min(begin + WINDOWS_PER_PASS, n_windows)]

@@ -63,8 +63,9 @@ def denoising(
     sae, starts = ctx.sae, store.starts[:windows]
     g = torch.Generator(ctx.device).manual_seed(seed)
     clean = noisy = rebuilt = 0.0
-    for begin in range(0, len(starts), WINDOWS_PER_PASS):
-        x, y = (t.to(ctx.device) for t in lm.tokens(starts[begin : begin + WINDOWS_PER_PASS]))
+    step = ctx.windows_per_pass(WINDOWS_PER_PASS)
+    for begin in range(0, len(starts), step):
+        x, y = (t.to(ctx.device) for t in lm.tokens(starts[begin : begin + step]))
         delta = cloud.directions("gaussian", x.numel(), g).mul_(eps * cloud.radius)
         delta = delta.view(*x.shape, -1)
 

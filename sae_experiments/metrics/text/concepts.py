@@ -188,15 +188,17 @@ class Concept:
     """False if the answer depends on the next character."""
     needs: tuple[str, ...] = ()
     """The concept applies to an alphabet that has at least one symbol of each of these strings."""
+    about_itself: bool = False
+    """True if the answer follows from the row's own character or token for the most part."""
 
     @property
     def matched(self) -> bool:
         """True if negatives must have the same characters as positives.
 
         Then knowing the character alone does not help. Concepts about the character itself are the
-        exception.
+        exception, and so are those about the token itself.
         """
-        return not (self.level == "char" and self.causal)
+        return not (self.about_itself or (self.level == "char" and self.causal))
 
 
 def bank(symbols: Sequence[str]) -> list[Concept]:

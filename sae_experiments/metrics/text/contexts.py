@@ -8,6 +8,11 @@ import numpy as np
 
 from sae_experiments.metrics.codes import Text
 
+#: Characters of an average token.
+PER_TOKEN = 4
+#: What white space of a token is shown as.
+VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+
 
 def top_rows(text: Text, values: np.ndarray, n: int) -> np.ndarray:
     """Rows of the `n` largest values, at most one per window so that the places differ.
@@ -41,17 +46,26 @@ def contexts_of(
 ) -> list[dict[str, Any]]:
     """Text around rows, no further than their window, with the activation at each character.
 
+    A token's activation stands at each of its characters.
+
     Args:
         text: Text of the rows.
         values: One latent's activations, (N,).
         rows: Rows to show.
-        before: Characters shown before a row.
-        after: Characters shown after a row.
+        before: Characters shown before a row, or about as many characters of tokens.
+        after: Characters shown after a row, likewise.
 
     Returns:
         For each row a dict of `before`, `at` and `after` (text), `acts` (activation per character,
         three significant digits) and `row`, which tells whether two contexts are the same place.
+        Of tokens also `tokens`, their texts with spaces made visible, and no `row`, which counts
+        characters.
     """
+    if text.pieces:
+        return [
+            _of_tokens(text, values, row, before // PER_TOKEN, after // PER_TOKEN)
+            for row in rows.tolist()
+        ]
     contexts = []
     for row in rows.tolist():
         window_start = row - row % text.length
@@ -67,6 +81,30 @@ def contexts_of(
             }
         )
     return contexts
+
+
+def _of_tokens(text: Text, values: np.ndarray, row: int, before: int, after: int) -> dict[str, Any]:
+    """A context of one row, in tokens."""
+    window_start = row - row % text.length
+    begin = max(row - before, window_start)
+    end = min(row + after + 1, window_start + text.length)
+    pieces = text.parts(begin, end)
+    acts = [_three_digits(value) for value in values[begin:end].tolist()]
+    at = row - begin
+    return {
+        "before": "".join(pieces[:at]),
+        "at": pieces[at],
+        "after": "".join(pieces[at + 1 :]),
+        "acts": [act for piece, act in zip(pieces, acts, strict=True) for _ in piece],
+        "tokens": [visible(piece) for piece in pieces],
+    }
+
+
+def visible(piece: str) -> str:
+    """A token with its white space made visible."""
+    for blank, shown in VISIBLE.items():
+        piece = piece.replace(blank, shown)
+    return piece
 
 
 def _three_digits(value: float) -> float:

@@ -94,7 +94,7 @@ def measure(
         predictable: R2 above which a latent counts as predictable.
         block: Windows per document.
     """
-    text, codes = read_text(ctx, rows), sparse_codes(ctx, rows)
+    text, codes = read_text(ctx, rows, tokens=True), sparse_codes(ctx, rows)
     if text is None:
         return nulls(INFO, NO_TEXT)
     if codes is None:

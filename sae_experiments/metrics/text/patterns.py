@@ -7,7 +7,7 @@ which must match.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +49,8 @@ class Element(NamedTuple):
     """Code points it matches."""
     wider: tuple[int, ...]
     """Numbers of the elements that match all of these symbols and more."""
+    shown: str = ""
+    """How a token is written in a rule; empty for characters and classes."""
 
 
 def elements_of(symbols: Sequence[str]) -> list[Element]:
@@ -64,6 +66,31 @@ def elements_of(symbols: Sequence[str]) -> list[Element]:
     for name, own in sets:
         wider = tuple(j for j, (_, other) in enumerate(sets) if own < other)
         elements.append(Element(name, own, wider))
+    return elements
+
+
+def token_elements(
+    classes: Mapping[str, np.ndarray], tokens: np.ndarray, pieces: Sequence[str]
+) -> list[Element]:
+    """Elements for tokens: anything, every class with two of the tokens, every token of a text.
+
+    Args:
+        classes: By name a mask (V,) of the token ids in the class.
+        tokens: Ids that occur in the text, (n,).
+        pieces: How each id is written in a rule.
+    """
+    sets = [("any", frozenset(tokens.tolist()))]
+    for name, mask in classes.items():
+        members = frozenset(tokens[mask[tokens]].tolist())
+        if len(members) > 1:
+            sets.append((name, members))
+    elements = []
+    for name, own in sets:
+        wider = tuple(j for j, (_, other) in enumerate(sets) if own < other)
+        elements.append(Element(name, own, wider))
+    for token in tokens.tolist():
+        wider = tuple(j for j, (_, members) in enumerate(sets) if token in members)
+        elements.append(Element(pieces[token], frozenset([token]), wider, pieces[token]))
     return elements
 
 
@@ -112,30 +139,34 @@ class Matcher:
         self.elements = elements
         self.n = len(rows)
         self.states = pack(states[:, rows])
-        #: Matches of element i at a lag, by (i, lag).
-        self.element_bits: dict[tuple[int, int], np.ndarray] = {}
-        for lag in range(LAGS):
-            chars_back = chars[np.maximum(rows - lag, 0)]
-            visible = offset[rows] >= lag
-            self.element_bits[ANY, lag] = pack(np.ones(self.n, bool))
-            for i, element in enumerate(elements):
-                if i != ANY:
-                    matches = np.isin(chars_back, list(element.symbols)) & visible
-                    self.element_bits[i, lag] = pack(matches)
+        self._back = [chars[np.maximum(rows - lag, 0)] for lag in range(LAGS)]
+        self._visible = [offset[rows] >= lag for lag in range(LAGS)]
+        self._any = pack(np.ones(self.n, bool))
+        self._bits: dict[tuple[int, int], np.ndarray] = {}
+
+    def element_bits(self, element: int, lag: int) -> np.ndarray:
+        """Packed positions at which an element matches at a lag."""
+        if element == ANY:
+            return self._any
+        if (element, lag) not in self._bits:
+            symbols = list(self.elements[element].symbols)
+            matches = np.isin(self._back[lag], symbols) & self._visible[lag]
+            self._bits[element, lag] = pack(matches)
+        return self._bits[element, lag]
 
     def match(self, pattern: Pattern) -> np.ndarray:
         """Packed positions at which the pattern matches."""
-        bits = self.element_bits[ANY, 0]
+        bits = self._any
         if pattern.state >= 0:
             bits = self.states[pattern.state]
         for lag, element in enumerate(pattern.elements):
             if element != ANY:
-                bits = bits & self.element_bits[element, lag]
+                bits = bits & self.element_bits(element, lag)
         return bits
 
     def match_any(self, rule: Sequence[Pattern]) -> np.ndarray:
         """Packed positions at which at least one of the patterns matches."""
-        bits = np.zeros_like(self.element_bits[ANY, 0])
+        bits = np.zeros_like(self._any)
         for pattern in rule:
             bits = bits | self.match(pattern)
         return bits
@@ -215,7 +246,7 @@ def _widened(matcher: Matcher, pattern: Pattern) -> list[tuple[Pattern, np.ndarr
         for wider in matcher.elements[element].wider:
             bits = without_place
             if wider != ANY:
-                bits = without_place & matcher.element_bits[wider, lag]
+                bits = without_place & matcher.element_bits(wider, lag)
             choices.append((pattern.with_element(lag, wider), bits))
     return choices
 
@@ -300,7 +331,7 @@ def spell(rule: Sequence[Pattern], elements: Sequence[Element], states: Sequence
     """Spell a rule for people: the last characters in reading order.
 
     `.` stands for anything, `[class]` for a class, `␣` and `⏎` for white space; `(state)` follows
-    the characters.
+    the characters. Tokens stand apart.
     """
     return " or ".join(_spell_pattern(p, elements, states) for p in rule)
 
@@ -309,7 +340,8 @@ def _spell_pattern(pattern: Pattern, elements: Sequence[Element], states: Sequen
     places = list(pattern.elements)
     while places and places[-1] == ANY:
         places.pop()
-    text = "".join(_spell_element(elements[e].name) for e in reversed(places))
+    words = [elements[e].shown or _spell_element(elements[e].name) for e in reversed(places)]
+    text = (" " if elements[-1].shown else "").join(words)
     state = f"({states[pattern.state]})" if pattern.state >= 0 else ""
     return f"{text} {state}".strip() or "anything"
 

@@ -149,6 +149,11 @@ class Circuits:
                 f"study.prompts={self.prompts} must be at least 1 and "
                 f"study.memory_mb={self.memory_mb} positive"
             )
+        if not isinstance(self.lm, LMSpec) or self.lm.vocab_size is not None:
+            raise UserError(
+                "study=circuits trains a character model, or reads a model by study.local.folder "
+                "(and its text by study.local.text): leave lm out"
+            )
         if len(self.saes) != 1:
             raise UserError(
                 f"sae=[{','.join(self.saes)}]: a circuit has one kind of SAE; "

@@ -60,7 +60,7 @@ class SecondView:
         """Ids (n, T) of the windows at ``starts`` with replacements, and where these are; a function of each window alone."""
         length = self.stores.train.length
         ids = self.stores.corpus.windows(self.stores.train.split, starts, length)
-        symbols = max(len(self.stores.corpus.symbols), 2)
+        symbols = max(self.stores.corpus.vocabulary, 2)
         chance = [np.random.default_rng([self.seed & 0xFFFFFFFF, int(start)]) for start in starts]
         gone = torch.from_numpy(np.stack([c.random(length) < self.share for c in chance]))
         shift = torch.from_numpy(np.stack([c.integers(1, symbols, length) for c in chance]))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sae_experiments.corpora.corpus import CharCorpus
+from sae_experiments.corpora.tokens import TokenCorpus
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.fit import Sample
 from sae_experiments.fitting.spec import FitSpec
@@ -46,7 +47,7 @@ class Stores:
         self,
         fit: FitSpec,
         sites: Sequence[Site],
-        corpus: CharCorpus,
+        corpus: CharCorpus | TokenCorpus,
         lm: TrainedLM,
         seed: int,
         ctx: Context,
@@ -64,14 +65,16 @@ class Stores:
         length = lm.model.config.n_positions
         began = time.monotonic()
         train, calibration = split_windows(
-            len(corpus.splits["train"]),
+            corpus.window_starts("train", length),
             length,
             fit.train_rows,
             fit.calibration_rows,
             seed_of(seed, "windows"),
         )
-        sizes = {name: len(ids) for name, ids in corpus.splits.items()}
-        self.split, held = held_out_starts(sizes, held_out, length, fit.held_out_rows)
+        windows = {
+            name: corpus.window_starts(name, length) for name in corpus.splits if name != "train"
+        }
+        self.split, held = held_out_starts(windows, held_out, length, fit.held_out_rows)
 
         def source(split: str) -> Source:
             return Source(
@@ -267,56 +270,64 @@ def effect_of(model: nn.Module, site: Site, tokens: Tensor, recon: Tensor) -> di
     return {"kl": kl, "later": sum(errors) / len(errors) if errors else kl * 0}
 
 
-def window_starts(n: int, length: int) -> np.ndarray:
-    """Starts of the non-overlapping windows of a text of n characters; each has a character after it to predict."""
-    starts = np.arange(0, n - length, length, dtype=np.int64)
-    if not len(starts):
-        raise UserError(
-            f"a split of {n} characters holds no window of {length}: use a longer text or a smaller lm.n_positions"
-        )
-    return starts
-
-
 def held_out_starts(
-    sizes: Mapping[str, int], held_out: str, length: int, rows: int
+    windows: Mapping[str, np.ndarray], held_out: str, length: int, rows: int
 ) -> tuple[str, np.ndarray]:
-    """The split and the starts of the windows that SAEs are evaluated on, in the order that :class:`Stores` tells of.
+    """Windows that SAEs are evaluated on, in the order that `Stores` describes.
 
-    What a search sees and what its winner is reported on have no character in common: they are the validation and the test split, or the
-    two halves of the validation split where there is no test split.
+    What a search sees and what its winner is reported on have nothing in common: they are the
+    validation and the test split, or the two halves of the validation split if there is no test
+    split.
 
     Args:
-        sizes: characters of each split, by name.
-        held_out: "val", "search" or "test".
-        length: characters of a window.
-        rows: how many rows the windows should have (at least one window, at most all).
+        windows: Starts of the windows of each split.
+        held_out: `val`, `search` or `test`.
+        length: Symbols per window.
+        rows: Rows that the windows should have (at least one window, at most all).
+
+    Returns:
+        The split, and the starts.
 
     Raises:
-        UserError: the text is too short for a window, or for one in each half.
+        UserError: The text is too short for a window in each half.
     """
-    own = "test" in sizes
+    own = "test" in windows
     split = "test" if held_out == "test" and own else "val"
-    starts = window_starts(sizes[split], length)
+    starts = windows[split]
     if held_out != "val" and not own:
         if len(starts) < 3:
             raise UserError(
-                f"held_out={held_out}: there is no test split, and the validation split of {sizes['val']:,} characters has fewer than three "
-                f"windows of {length}: use a longer text, a test_frac or a smaller lm.n_positions"
+                f"held_out={held_out}: there is no test split, and the validation split has fewer "
+                f"than three windows of {length}: use a longer text, a test_frac or a smaller "
+                "lm.n_positions"
             )
-        # The window between the halves is in neither: its first character is what the last window before it predicts.
+        # The window between the halves is in neither: its first character is what the last window
+        # before it predicts.
         half = len(starts) // 2
         starts = starts[:half] if held_out == "search" else starts[half + 1 :]
     return split, starts[spread_order(len(starts), DOCUMENT)][: max(1, rows // length)]
 
 
 def split_windows(
-    n: int, length: int, train_rows: int, calibration_rows: int, seed: int
+    starts: np.ndarray, length: int, train_rows: int, calibration_rows: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Disjoint windows for training and calibration, drawn at random and then sorted; calibration gets at most a tenth of all windows."""
-    starts = np.random.default_rng(seed).permutation(window_starts(n, length))
+    """Disjoint windows for training and calibration, drawn at random and then sorted.
+
+    Args:
+        starts: Starts of all windows, (n,).
+        length: Rows per window.
+        train_rows: Rows to train on, at most.
+        calibration_rows: Rows to calibrate on, at most; they get at most a tenth of all windows.
+        seed: Seed of the draw.
+
+    Raises:
+        UserError: There are fewer than two windows.
+    """
+    starts = np.random.default_rng(seed).permutation(starts)
     if len(starts) < 2:
         raise UserError(
-            f"a training split of {n} characters holds fewer than two windows of {length}: use a longer text or a smaller lm.n_positions"
+            f"a training split holds fewer than two windows of {length}: use a longer text or a "
+            "smaller lm.n_positions"
         )
     n_calibration = max(1, min(calibration_rows // length, len(starts) // 10))
     n_train = max(1, min(train_rows // length, len(starts) - n_calibration))

@@ -1,8 +1,12 @@
-"""The main study: train a character GPT-2, fit SAEs to its activations, evaluate them on held-out text."""
+"""The main study: a language model, SAEs fitted to its activations, their evaluation on held-out text.
+
+The model is trained here, on characters or byte pairs, or pretrained.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +20,7 @@ from safetensors.torch import load_file, save
 from sae_experiments.cache import cached, discard, is_cached
 from sae_experiments.conditions import OF_SAE_TIME
 from sae_experiments.console import listed
-from sae_experiments.corpora.corpus import CharCorpus, CorpusSpec, load_corpus
+from sae_experiments.corpora.tokens import TokenCorpus
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_bytes, write_json
 from sae_experiments.fitting import fit
@@ -25,8 +29,10 @@ from sae_experiments.fitting.spec import FitSpec, SAESpec, code_of
 from sae_experiments.metrics.base import EvalContext, LMSplice, Metric, MetricInfo
 from sae_experiments.models import hooks as activations
 from sae_experiments.models.gpt2 import INFO as LM_INFO
-from sae_experiments.models.gpt2 import LMSpec, TrainedLM, train_lm, training_need
+from sae_experiments.models.gpt2 import LMSpec, TrainedLM, training_need
 from sae_experiments.models.hooks import Site, Sites, as_sites
+from sae_experiments.models.layouts import Sizes
+from sae_experiments.models.pretrained import Checked, PretrainedSpec, loading_need
 from sae_experiments.resources import Need, announce
 from sae_experiments.saes import saelens as interop
 from sae_experiments.saes.base import SAE, NotExportable
@@ -35,14 +41,23 @@ from sae_experiments.studies import conditions as facts
 from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of
 from sae_experiments.studies.language import loaded, second_view
 from sae_experiments.studies.language import stores as stores_module
+from sae_experiments.studies.language.lms import (
+    OF_TRAINING,
+    TOKEN_INFO,
+    Corpus,
+    DataSpec,
+    Models,
+    ReadyText,
+    checked_lm,
+    in_tokens,
+    ready_text,
+    sizes_of_lm,
+)
 from sae_experiments.studies.language.second_view import SecondView
 from sae_experiments.studies.language.steered import add_examples
 from sae_experiments.studies.language.stores import Stores, Where
 from sae_experiments.training import checkpoint
 from sae_experiments.training import loop as training
-
-#: Symbols of a corpus, before it is read: as many as there are bytes.
-SYMBOLS = 256
 
 FIT_INFO = [
     MetricInfo(
@@ -68,10 +83,13 @@ FIT_INFO = [
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """Cells are (corpus, seed); every cell trains (or reuses) its language model, its stores and its SAEs."""
+    """Cells are (corpus, seed); each has a language model, activation stores and SAEs.
 
-    data: Mapping[str, CorpusSpec]
-    lm: LMSpec
+    Whatever was computed before comes from the cache.
+    """
+
+    data: Mapping[str, DataSpec]
+    lm: LMSpec | PretrainedSpec
     saes: Mapping[str, SAESpec]
     metrics: Mapping[str, Metric]
     fit: FitSpec
@@ -84,6 +102,34 @@ class Language:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_corpora", {})
+        object.__setattr__(self, "_texts", {})
+        object.__setattr__(self, "_lms", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: not what was read or loaded here."""
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    @property
+    def models(self) -> Models:
+        """The language models, checked but not loaded."""
+        if self._lms is None:
+            lms = Models(checked_lm(self.lm, self.data, offline=self.offline))
+            object.__setattr__(self, "_lms", lms)
+        return self._lms
+
+    @property
+    def sizes(self) -> Sizes:
+        """Sizes of the language model."""
+        return sizes_of_lm(self.models.lm)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """True if the model reads tokens, false for characters."""
+        return isinstance(self.lm, PretrainedSpec) or self.lm.vocab_size is not None
 
     def check(self) -> None:
         check_held_out(self.held_out)
@@ -99,50 +145,62 @@ class Language:
             raise UserError(
                 f"seeds={self.seeds} must be a list of whole numbers like [0,1,2], or null for each corpus's own"
             )
-        for spec in self.data.values():
-            self.lm.train_config(spec.recipe)
         for sae_spec in self.saes.values():
             read, write = self.sites(sae_spec)
             sae_spec.check(self.width(read), self.width(write), self.fit.train, loads=True)
 
     def sites(self, sae_spec: SAESpec) -> tuple[Where, Where]:
         """Sites that an SAE reads and reconstructs."""
-        return sae_spec.sites(self.site, self.lm.n_layer)
+        return sae_spec.sites(self.site, self.sizes.n_layer)
 
     def width(self, where: Site | Sites) -> int:
         """Width of a site of this language model, or of several side by side."""
-        return sum(
-            4 * self.lm.n_embd if s.stream == "mlp_act" else self.lm.n_embd for s in as_sites(where)
-        )
+        return sum(self.sizes.width_of(site.stream) for site in as_sites(where))
 
     def announce(self, ctx: Context) -> None:
-        """Say what the largest language model and its activations will need. Raises :class:`UserError` where they do not fit."""
-        lm, device = self.lm, ctx.device
+        """Say what the language model and its activations will need.
+
+        Raises:
+            UserError: They do not fit into the memory.
+        """
+        if isinstance(self.lm, LMSpec):
+            self._announce_training(self.lm, ctx)
+        sizes, length = self.sizes, self.lm.n_positions
+        memory = {
+            "activations": float(
+                (60 * sizes.width + 8 * sizes.vocabulary) * self.fit.collect_batch * length
+            )
+        }
+        what = (
+            f"reading activations of fit.collect_batch={self.fit.collect_batch} windows of "
+            f"lm.n_positions={length}"
+        )
+        fix = "use fewer windows or positions"
+        lm = self.models.lm
+        if isinstance(lm, Checked):
+            # The head is not run where activations are collected.
+            memory["activations"] -= 8.0 * sizes.vocabulary * self.fit.collect_batch * length
+            memory |= loading_need(lm, ctx.device).memory
+            what = f"lm.path={lm.folder} and {what}"
+            fix = "use a smaller model, lm.dtype=bf16, or fewer windows"
+        announce(what, Need(memory), fix, device=ctx.device, say=ctx.console.say)
+
+    def _announce_training(self, lm: LMSpec, ctx: Context) -> None:
+        device, vocabulary = ctx.device, self.sizes.vocabulary
         recipes = {name: lm.train_config(spec.recipe) for name, spec in self.data.items()}
-        needs = {name: training_need(lm, cfg, SYMBOLS, device) for name, cfg in recipes.items()}
+        needs = {name: training_need(lm, cfg, vocabulary, device) for name, cfg in recipes.items()}
         name = max(needs, key=lambda n: sum(needs[n].memory.values()))
         what = f"a language model with lm.n_positions={lm.n_positions}, lm.n_embd={lm.n_embd} and lm.train.batch_size={recipes[name].batch_size}"
         work = sum(needs[cell.dataset].work for cell in self.cells())
         fix = "use fewer positions, a smaller batch or a smaller model"
         announce(what, needs[name]._replace(work=work), fix, device=device, say=ctx.console.say)
-        reading = Need(
-            {
-                "activations": (60 * lm.n_embd + 8 * SYMBOLS)
-                * self.fit.collect_batch
-                * lm.n_positions
-            }
-        )
-        what = f"reading activations of fit.collect_batch={self.fit.collect_batch} windows of lm.n_positions={lm.n_positions}"
-        announce(
-            what, reading, "use fewer windows or positions", device=device, say=ctx.console.say
-        )
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
         self.announce(ctx)
         for name, spec in self.data.items():
-            self._corpora[name] = load_corpus(
-                spec, cache=ctx.cache, offline=self.offline, say=ctx.console.say
-            )
+            text = ready_text(self.models.lm, spec, ctx, offline=self.offline)
+            self._texts[name], self._corpora[name] = text, text.corpus
+        self.models.load(ctx)
         return {
             self.result_name(name, sae): self._corpora[name].provenance
             | part_of(self.held_out)
@@ -167,22 +225,19 @@ class Language:
             m.func if isinstance(m, functools.partial) else m for m in self.metrics.values()
         ]
         modules = dict.fromkeys(sys.modules[f.__module__] for f in functions)
-        return [*LM_INFO, *(i for m in modules for i in m.INFO), *FIT_INFO]
+        every = [*LM_INFO, *(i for m in modules for i in m.INFO), *FIT_INFO]
+        return [*map(in_tokens, every), *TOKEN_INFO] if self.reads_tokens else every
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
-        corpus = self._corpora[cell.dataset]
+        text: ReadyText = self._texts[cell.dataset]
+        corpus = text.corpus
         with ctx.session("language model", "lm", share=0.6) as session:
-            lm = train_lm(
-                self.lm,
-                corpus,
-                self.data[cell.dataset].recipe,
-                seed=cell.seed,
-                cache=ctx.cache,
-                device=ctx.device,
-                session=session,
-            )
+            recipe = self.data[cell.dataset].recipe
+            lm = self.models.of(text, recipe, cell.seed, ctx, session)
+        trained = "" if isinstance(self.lm, PretrainedSpec) else f" after {lm.seconds:.0f} s"
         ctx.console.say(
-            f"  language model: val loss {lm.metrics['best_val_loss']:.4f} after {lm.seconds:.0f} s of training"
+            f"  language model: val loss {lm.metrics['best_val_loss']:.4f}"
+            f"{trained and trained + ' of training'}"
         )
         sites = list(
             dict.fromkeys(
@@ -209,8 +264,18 @@ class Language:
                 stores,
                 self.sites(self.saes[name])[0],
                 ctx,
+                self.exported,
             )
         return outcomes
+
+    @property
+    def exported(self) -> dict[str, Any]:
+        """What exported SAEs say of the language model, in SAELens' keys."""
+        lm = self.models.lm
+        if not isinstance(lm, Checked):
+            return {}
+        begin = lm.begin is not None
+        return {"model_name": lm.spec.name, "context_size": lm.context, "prepend_bos": begin}
 
     def fitted(self, stores: Stores, cell: Cell, ctx: Context) -> dict[str, tuple[SAE, FitReport]]:
         """The SAEs of a cell, each from the cache if it was fitted before; the others are fitted now, side by side."""
@@ -326,7 +391,7 @@ class Language:
         name: str,
         sae: SAE,
         replicas: tuple[SAE, ...],
-        corpus: CharCorpus,
+        corpus: Corpus,
         lm: TrainedLM,
         stores: Stores,
         fitted: FitReport,
@@ -343,6 +408,7 @@ class Language:
             lm=LMSplice(lm.model, write, stores.tokens),
             symbols=corpus.symbols,
             outliers=self.fit.outliers,
+            pieces=getattr(corpus, "pieces", ()),
             replicas=replicas,
         )
         outcome = Outcome(
@@ -366,6 +432,8 @@ class Language:
         outcome.seconds = {"lm": lm.seconds, "collect": stores.seconds, "fit": fitted.seconds}
         with ctx.console.stage(f"measure {name}", "metric") as tick:
             outcome.measure(self.metrics, evaluation, ctx.ends, tick)
+        if self.reads_tokens:
+            _add_token_metrics(outcome, corpus, stores.split)
         add_examples(outcome, evaluation, self.steering, ctx.ends)
         ctx.console.say(f"  {name}: {headline(outcome.metrics)} (fitted in {fitted.seconds:.0f} s)")
         costs = {
@@ -378,6 +446,24 @@ class Language:
             f"  metrics took {sum(costs.values()):.0f} s, most of it {', '.join(f'{k} {s:.1f}' for k, s in most)}"
         )
         return outcome
+
+
+def _add_token_metrics(outcome: Outcome, corpus: Corpus, split: str) -> None:
+    """Add losses per byte, which models with different tokens share, and why others are null."""
+    values = outcome.metrics
+    for name, source, of, unit in (
+        ("val_bits_per_byte", "best_val_loss", "val", math.log(2)),
+        ("ce_delta_bits_per_byte", "ce_delta_bits", split, 1.0),
+    ):
+        value = values.get(source)
+        values[name] = None
+        if isinstance(corpus, TokenCorpus) and value is not None:
+            values[name] = value / unit / corpus.bytes_per_token(of)
+        else:
+            outcome.why_null[name] = f"{source} was not measured"
+    for name in OF_TRAINING:
+        if values.get(name) is None:
+            outcome.why_null.setdefault(name, "the language model was loaded, not trained here")
 
 
 def _copy_fit_to_cache(joint_fit_dir: Path | None, i: int, part: Path) -> bool:
@@ -408,14 +494,31 @@ def headline(metrics: Mapping[str, float | None]) -> str:
     )
 
 
-def export(sae: SAE, folder: Path, stores: Stores, read: Where, ctx: Context) -> None:
-    """Write the SAE as a SAELens directory, with reference rows, where it has such a form."""
+def export(
+    sae: SAE,
+    folder: Path,
+    stores: Stores,
+    read: Where,
+    ctx: Context,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the SAE as a SAELens directory, with reference rows, if it has such a form.
+
+    Args:
+        sae: The SAE.
+        folder: Directory to write.
+        stores: The activations.
+        read: Where the SAE reads.
+        ctx: Context of the run.
+        more: Further metadata, which counts before what the stores say.
+    """
     x = stores.held_out.rows(read, slice(0, 64)).to(ctx.device)
     hook = ", ".join(str(s) for s in as_sites(read))
     about = {
         "hook_name": hook,
         "context_size": stores.held_out.length,
         "dataset_path": stores.corpus.name,
+        **(more or {}),
     }
     try:
         interop.save_sae(sae, folder, reference=x, metadata=about)
