@@ -322,10 +322,10 @@ def test_what_the_browser_shows_of_tokens_spells_the_text(run):
     features = read_json(run / "features" / "text_0.json")
     shown = [c for f in features for c in f.get("top", [])]
     assert shown
-    for context in shown:
-        text = context["before"] + context["at"] + context["after"]
-        assert text in TEXT and len(context["acts"]) == len(text)
-        assert "".join(context["tokens"]).replace("␣", " ") == text
+    for place in shown:
+        text = place["before"] + place["at"] + place["after"]
+        assert text in TEXT and len(place["acts"]) == len(text)
+        assert "".join(place["tokens"]).replace("␣", " ") == text
     rules = [f["rule"] for f in features if f.get("rule")]
     assert rules and any("␣" in rule for rule in rules)
     assert any(f.get("promotes") for f in features)
@@ -397,6 +397,38 @@ def test_a_text_shorter_than_a_window_is_one_line_before_the_model_is_loaded(
     with pytest.raises(UserError, match="is longer than a window of 63"):
         study.prepare(context(tmp_path))
     assert study.models._loaded is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "sites"),
+    [
+        (["site=resid.all"], ["resid.1", "resid.2"]),
+        (["site=[resid.0,mlp_act.1]"], ["resid.0", "mlp_act.1"]),
+        (["sae.read=[resid.1,attn_out.all]"], ["resid.1", "attn_out.1", "attn_out.2"]),
+    ],
+)
+def test_several_sites_are_an_sae_each_in_one_run(folder, asked, sites):
+    study = checked_study(f"lm.path={folder}", "data.text.file=x.txt", *asked)
+    labels = [f"batch_topk-{site.replace('.', '_')}" for site in sites]
+    assert list(study.saes) == labels
+    assert [str(study.sites(s)[0]) for s in study.saes.values()] == sites
+    (cell,) = study.cells()
+    assert cell.reports == tuple(f"text.{label}" for label in labels)
+    assert [study.width(study.sites(s)[0]) for s in study.saes.values()] == [
+        24 if "act" in site else 16 for site in sites
+    ]
+
+
+def test_a_crosscoder_reads_its_sites_together_and_a_write_site_is_for_one_alone(folder):
+    fixed = [f"lm.path={folder}", "data.text.file=x.txt"]
+    both = checked_study(*fixed, "sae=crosscoder", "sae.read=[resid.1,resid.2]", "site=resid.all")
+    assert list(both.saes) == ["crosscoder"]
+    with pytest.raises(UserError, match="sae.write=mlp_out.1 is for one site, but 2"):
+        checked_study(*fixed, "site=resid.all", "sae.write=mlp_out.1")
+    with pytest.raises(UserError, match="list the sites"):
+        checked_study("lm.path=org/name", "data.text.file=x.txt", "site=resid.all")
+    with pytest.raises(UserError, match="names no site"):
+        checked_study(*fixed, "site=[]")
 
 
 def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(folder, monkeypatch):

@@ -35,6 +35,7 @@ from sae_experiments.config.checks import (
     parse,
     refuse_sweeps,
 )
+from sae_experiments.config.sites import per_site
 from sae_experiments.config.typed import did_you_mean, key_of, value_of
 from sae_experiments.errors import UserError
 from sae_experiments.flatten import flatten
@@ -104,7 +105,8 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
                 saes[label] = OmegaConf.to_container(cfg.sae, resolve=True)
     check_texts(cfg)
     OmegaConf.set_struct(cfg, False)
-    cfg.saes = saes
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    cfg.saes = per_site(saes, plain["site"], plain["lm"])
     return cfg, ", ".join(saes)
 
 
