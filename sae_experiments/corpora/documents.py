@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -269,7 +270,8 @@ def _lines(path: Path, where: str) -> Iterable[bytes]:
         return gzip.open(path, "rb")
     if kind == ".jsonl.zst":
         pyarrow = _optional("pyarrow", where, "text")
-        return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+        # The stream of pyarrow has no lines of its own.
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
     return open(path, "rb")
 
 
