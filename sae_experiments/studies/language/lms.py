@@ -160,14 +160,19 @@ class Models:
         self.lm = lm
         self._loaded: tuple[nn.Module, dict[str, Any]] | None = None
 
-    def load(self, ctx: Context) -> None:
-        """Load a pretrained model, unless it is there."""
-        if isinstance(self.lm, Checked) and self._loaded is None:
+    def prepare(self, ctx: Context) -> None:
+        """Load a pretrained model, so that one that cannot be used ends the run at once."""
+        if isinstance(self.lm, Checked):
+            self._load(self.lm, ctx)
+
+    def _load(self, lm: Checked, ctx: Context) -> tuple[nn.Module, dict[str, Any]]:
+        if self._loaded is None:
             with ctx.console.stage("load language model"):
-                model, key, notes = load_pretrained(self.lm, ctx.device)
+                model, key, notes = load_pretrained(lm, ctx.device)
             for note in notes:
                 ctx.console.say(f"  {note}")
             self._loaded = model, key
+        return self._loaded
 
     def of(
         self, text: ReadyText, recipe: dict[str, Any], seed: int, ctx: Context, session: Session
@@ -184,9 +189,7 @@ class Models:
                 session=session,
                 tokenizer=text.tokenizer,
             )
-        self.load(ctx)
-        assert self._loaded is not None and isinstance(text.corpus, TokenCorpus)
-        model, key = self._loaded
+        model, key = self._load(self.lm, ctx)
         metrics = _losses(model, key, self.lm, text.corpus, ctx.cache, session.tick)
         return TrainedLM(model, metrics, [], self.lm.folder, key, 0.0, False)  # type: ignore[arg-type]
 
@@ -195,7 +198,7 @@ def _losses(
     model: nn.Module,
     key: Mapping[str, Any],
     lm: Checked,
-    corpus: TokenCorpus,
+    corpus: Corpus,
     cache: Path,
     tick: Callable[[int, int], None] | None,
 ) -> dict[str, float | None]:
@@ -224,7 +227,7 @@ def _losses(
 @torch.no_grad()
 def mean_loss(
     model: nn.Module,
-    corpus: TokenCorpus,
+    corpus: Corpus,
     split: str,
     spec: PretrainedSpec,
     tick: Callable[[int, int], None] | None = None,

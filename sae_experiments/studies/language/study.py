@@ -200,7 +200,7 @@ class Language:
         for name, spec in self.data.items():
             text = ready_text(self.models.lm, spec, ctx, offline=self.offline)
             self._texts[name], self._corpora[name] = text, text.corpus
-        self.models.load(ctx)
+        self.models.prepare(ctx)
         return {
             self.result_name(name, sae): self._corpora[name].provenance
             | part_of(self.held_out)
