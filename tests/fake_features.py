@@ -106,6 +106,9 @@ def features_of(
             "concept": "first letter of a word",
             "phi": 0.61,
         }
+        if j % 10 == 0:
+            lines = [[strength, text[j : j + 60]] for strength in (-4.0, 0.0, 4.0)]
+            feature["steering"] = {"prompt": text[:8], "texts": lines}
         if tree:
             feature["level"] = 1 if j < n // 4 else 0
             key = "children" if j < n // 4 else "parents"
@@ -136,6 +139,7 @@ def hostile_features() -> list[dict[str, Any]]:
                 "promotes": [[text, 1.0]],
                 "suppresses": [[text, -1.0]],
                 "partners": [[0, 0.1]],
+                "steering": {"prompt": text, "texts": [[-4.0, text], [0.0, text]]},
                 text: text,
             }
         )

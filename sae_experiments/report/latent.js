@@ -1,6 +1,6 @@
 // The card of one latent.
 const KNOWN = new Set(["latent", "density", "max", "mean", "histogram", "top", "samples", "next", "promotes", "suppresses", "partners", "stability", "rule", "f1",
-  "precision", "recall", "lift", "length", "order", "r2", "concept", "phi", "threshold", "active_frac", "level", "children", "parents"]);
+  "precision", "recall", "lift", "length", "order", "r2", "concept", "phi", "threshold", "active_frac", "level", "children", "parents", "steering"]);
 
 function bar(value, top) {
   const inner = h("span", { class: `fill${value < 0 ? " minus" : ""}` });
@@ -30,6 +30,16 @@ function ruleLine(feature, bytes) {
   return h("p", { class: "rule" }, h("code", null, clear(feature.rule, bytes)), shown);
 }
 
+// Continuations of a prompt with the latent's direction added to the stream, a line per strength.
+function steered(feature, bytes) {
+  const made = feature.steering;
+  if (!made || !Array.isArray(made.texts)) return null;
+  const lines = made.texts.filter((pair) => Array.isArray(pair)).map(([strength, text]) =>
+    h("div", null, h("dt", null, strength > 0 ? `+${show(strength)}` : String(show(strength)).replace("-", "−")), h("dd", null, h("code", null, clear(String(text), bytes)))));
+  return h("div", { class: "steering" }, h("h4", { title: "strength is in multiples of its largest activation; the same random numbers in every line" }, "Steering"),
+    h("p", { class: "quiet" }, `After the prompt "${clear(String(made.prompt), bytes)}", with this latent added or removed:`), h("dl", null, lines));
+}
+
 // Latents it has to do with: [number, weight] as links, each with its rule.
 function related(title, pairs, view, name) {
   if (!pairs || !pairs.length) return null;
@@ -54,7 +64,7 @@ function latentCard(feature, view, move) {
       characters("Suppresses", feature.suppresses, contexts.bytes, (r) => show(r[1], 2).replace("-", "−"), "what it takes from the logits on the direct path, at its strongest"),
       characters("Followed by", feature.next, contexts.bytes, (r) => `${percent(r[1])}, ×${show(r[2], 2)}`, "the next character in the text where it fires: share, and how many times its share anywhere")),
     feature.histogram ? h("div", null, h("h4", null, "Activations where it fires"), histogram(feature.histogram, { low: 0, high: feature.max, label: "histogram of activations", unit: "characters" })) : null,
-    list("From strongest to weakest, evenly", feature.samples),
+    list("From strongest to weakest, evenly", feature.samples), steered(feature, contexts.bytes),
     h("div", { class: "columns" }, related("Parents", feature.parents, view, "weight"), related("Fires together with", feature.partners, view, "φ")));
 }
 
