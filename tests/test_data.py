@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import dataclasses
 import gzip
 import hashlib
 import http.server
@@ -29,6 +30,7 @@ from sae_experiments.corpora import corpus as data
 from sae_experiments.corpora import download as fetch
 from sae_experiments.corpora import standin
 from sae_experiments.corpora.corpus import CorpusSpec, load_corpus
+from sae_experiments.corpora.documents import HubSpec, TextSpec
 from sae_experiments.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -888,7 +890,11 @@ def test_killed_while_downloading(tmp_path, server):
 
 # -------------------------------------------------------------------------------------------------- conf/data and real files
 
-NAMES = sorted(path.stem for path in (ROOT / "conf" / "data").glob("*.yaml"))
+#: Texts that are named and not known: a user's own files, a data set of the hub.
+UNKNOWN = {"text": TextSpec, "hub": HubSpec}
+NAMES = sorted(
+    path.stem for path in (ROOT / "conf" / "data").glob("*.yaml") if path.stem not in UNKNOWN
+)
 
 
 def configured(size: str, *overrides: str) -> dict[str, CorpusSpec]:
@@ -900,6 +906,19 @@ def configured(size: str, *overrides: str) -> dict[str, CorpusSpec]:
             overrides=[f"+data=[{','.join(NAMES)}]", f"+corpus_size={size}", *overrides]
         )
     return instantiate(config.data, _convert_="all")
+
+
+@pytest.mark.parametrize(("name", "kind"), UNKNOWN.items())
+def test_a_text_that_is_named_composes_with_every_field_of_its_specification(name, kind):
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose(overrides=[f"+data=[{name}]"])
+    spec = instantiate(config.data, _convert_="all")[name]
+    assert type(spec) is kind and spec.name == name
+    raw = yaml.safe_load((ROOT / "conf" / "data" / f"{name}.yaml").read_text())
+    assert set(raw) - {"_target_", "_convert_"} == {f.name for f in dataclasses.fields(kind)}
 
 
 def test_every_corpus_composes_with_the_sizes_of_the_presets():
