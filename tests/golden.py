@@ -33,9 +33,11 @@ TIMED = {
 }
 #: SAEs that need a language model, several sites or a study of their own.
 NOT_PLANTED = {
+    "cross_layer_transcoder",
     "crosscoder",
     "end_to_end",
     "kl_rate",
+    "per_layer_transcoder",
     "purified_adaptive",
     "purified_mixed",
     "skip_transcoder",

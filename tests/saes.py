@@ -17,6 +17,8 @@ from sae_experiments.training.loop import TrainConfig
 CONF = Path(__file__).resolve().parents[1] / "conf"
 #: SAEs that are trained here, which sae=saelens is not.
 NAMES = sorted(p.stem for p in (CONF / "sae").glob("[!_]*.yaml") if p.stem != "saelens")
+#: Those that read several sites at once.
+OF_SEVERAL_SITES = {"crosscoder", "cross_layer_transcoder", "per_layer_transcoder"}
 D, M, L0, TRUE = 16, 48, 4, 40
 
 

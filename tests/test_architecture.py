@@ -31,7 +31,14 @@ FOUNDATIONS = {
 }
 STUDIES = {
     f"studies.{name}"
-    for name in ("language", "ground_truth", "palindrome", "superposition", "circuits")
+    for name in (
+        "language",
+        "ground_truth",
+        "palindrome",
+        "superposition",
+        "circuits",
+        "attribution",
+    )
 }
 _FITTING = FOUNDATIONS | {"training", "models", "saes"}
 _STUDY = _FITTING | {"corpora", "fitting", "metrics", "studies"}
@@ -59,6 +66,7 @@ TABLE: dict[str, set[str]] = {
     "studies": _FITTING | {"corpora", "fitting", "metrics"},
     **dict.fromkeys(STUDIES, _STUDY),
     "studies.circuits": _STUDY | {"studies.language"},
+    "studies.attribution": _STUDY | {"studies.language"},
     "runner": FOUNDATIONS | {"results", "studies"},
     "results": FOUNDATIONS,
     "plots": FOUNDATIONS | {"results"},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from circuit_worlds import C, F, T, circuit, model, sae, tokens
-from saes import NAMES, make, sae_spec, unsettled
+from saes import NAMES, OF_SEVERAL_SITES, make, sae_spec, unsettled
 from scipy import sparse
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -421,7 +421,7 @@ def gap_of(c: Circuit, ids: Tensor, nodes: int) -> float:
     return float((path - effect).abs().sum() / effect.abs().sum())
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "crosscoder"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in OF_SEVERAL_SITES])
 def test_integrated_gradients_add_up_for_every_variant_whose_pre_activation_is_continuous(
     name: str,
 ) -> None:

@@ -104,7 +104,11 @@ MOVES = {
     },
 }
 #: What nothing that is cached depends on: what measures, draws, tells or reads the command line.
-NEVER = {n for n in FILES if n.startswith(("plots.", "report.", "metrics.", "studies.circuits."))}
+NEVER = {
+    n
+    for n in FILES
+    if n.startswith(("plots.", "report.", "metrics.", "studies.circuits.", "studies.attribution."))
+}
 NEVER |= {
     "cli.main",
     "config.axes",

@@ -100,7 +100,7 @@ def test_a_text_too_short_for_two_halves_is_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["language", "circuits", "ground_truth", "superposition", "palindrome"]
+    "name", ["language", "circuits", "attribution", "ground_truth", "superposition", "palindrome"]
 )
 def test_every_study_says_which_held_out_part_its_results_are_of(name: str) -> None:
     made = {

@@ -18,7 +18,8 @@ def per_site(
 ) -> dict[str, Any]:
     """Put an SAE per site in the place of one that is given a list of sites, or `resid.all`.
 
-    A crosscoder reads several sites at once and stays as it is.
+    A crosscoder, or a transcoder of all layers, reads several sites at once and stays one; its
+    number of sites is filled in where it is null.
 
     Args:
         saes: Configurations of the SAEs by label.
@@ -35,7 +36,12 @@ def per_site(
     for label, sae in saes.items():
         read = sae.get("read") or site
         sites = _sites(read, lm)
-        if "n_sites" in sae.get("model", {}) or sites == [read]:
+        if "n_sites" in sae.get("model", {}):
+            model = sae["model"]
+            n_sites = len(sites) if model["n_sites"] is None else model["n_sites"]
+            expanded[label] = {**sae, "model": {**model, "n_sites": n_sites}}
+            continue
+        if sites == [read]:
             expanded[label] = dict(sae)
             continue
         if sae.get("write"):

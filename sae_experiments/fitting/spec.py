@@ -49,8 +49,9 @@ class SAESpec:
     target_l0: float  # active latents per row
     expansion: float  # latents per input dimension, if d_sae is null
     d_sae: int | None  # number of latents; null: expansion * d_in
-    read: str | Sequence[str] | None  # site to encode; null: the study's; a list for a crosscoder
-    write: str | None  # site to reconstruct; null: the one that is read
+    # Site to encode; null: the study's; several for a crosscoder: a list, or mlp_in.all
+    read: str | Sequence[str] | None
+    write: str | Sequence[str] | None  # site, or sites, to reconstruct; null: what is read
     train: Mapping[str, Any]  # fields of fit.train that this SAE overrides
     active_frac: float | None = None  # L0 as a fraction of the latents, instead of target_l0
     matmul_precision: str = "auto"
@@ -126,19 +127,14 @@ class SAESpec:
     def sites(self, default: str, n_layer: int) -> tuple[Site | Sites, Site | Sites]:
         """The sites that the encoder reads and that the decoder reconstructs."""
         if self.path is not None:
-            if isinstance(self.read, (list, tuple)):
-                raise UserError(f"sae.read={list(self.read)}: sae=saelens reads one site")
+            if isinstance(self.read, (list, tuple)) or isinstance(self.write, (list, tuple)):
+                raise UserError(f"sae.read={self.read}: sae=saelens reads and writes one site")
             here = str(parse_site(self.read or default, n_layer))
             names = sites_of(self.path, self.read and here, self.write, here)
             read, write = (parse_site(name, n_layer) for name in names)
             return read, write
-        named = self.read if self.read is not None else default
-        read = (
-            tuple(parse_site(s, n_layer) for s in named)
-            if isinstance(named, (list, tuple))
-            else parse_site(named, n_layer)
-        )
-        return read, parse_site(self.write, n_layer) if self.write else read
+        read = _parsed(self.read if self.read is not None else default, n_layer)
+        return read, _parsed(self.write, n_layer) if self.write else read
 
     def config(self, cfg: TrainConfig) -> TrainConfig:
         """The numbers of the fit, with this SAE's own in their place."""
@@ -169,6 +165,15 @@ class SAESpec:
             return given
         native = {"native_bf16": cpu_has_bf16()} if self.matmul_precision == "auto" else {}
         return given | {"matmul_precision": self.matmul_precision} | native
+
+
+def _parsed(named: str | Sequence[str], n_layer: int) -> Site | Sites:
+    """A site, or several: given as a list, or `<stream>.all` for every block."""
+    if isinstance(named, str) and named.endswith(".all"):
+        named = [f"{named.removesuffix('.all')}.{layer}" for layer in range(1, n_layer + 1)]
+    if isinstance(named, str):
+        return parse_site(named, n_layer)
+    return tuple(parse_site(one, n_layer) for one in named)
 
 
 def _to_jsonable(value: Any) -> Any:

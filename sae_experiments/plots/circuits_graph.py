@@ -68,7 +68,8 @@ def _first_graphs(run: Run, dataset: str) -> list[Graph] | None:
     if run.path is None:
         return None
     for seed in sorted(record.seed for record in run.records if record.dataset == dataset):
-        graphs = read_graphs(run.path, dataset, seed)
+        # Graphs of other studies have more than two columns.
+        graphs = [g for g in read_graphs(run.path, dataset, seed) if "firings" in g]
         if graphs:
             return graphs
     return None

@@ -482,7 +482,7 @@ class _Run:
         mine = self.hashes["config_hash"]
         if all(r.config_hash.removesuffix("-cut") == mine for r in read_records(folder)):
             return
-        for name in ("cells", "curves", "arrays", "features", "graphs", "saes"):
+        for name in ("cells", "curves", "arrays", "features", "graphs", "circuit_tracer", "saes"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for path in folder.glob("final_info*.json"):
             path.unlink()

@@ -118,13 +118,7 @@ class SAE(nn.Module):
             raise UserError(
                 f"sae: pre_bias=true needs equal widths, not d_in={d_in} and d_out={d_out}"
             )
-        decoder = ops.unit_rows(torch.randn(d_sae, self.d_out))
-        if self.d_out == d_in:
-            encoder = decoder.clone()
-        else:
-            encoder = ops.unit_rows(torch.randn(d_sae, d_in))
-        self.W_dec = nn.Parameter(decoder)
-        self.W_enc = nn.Parameter(encoder)
+        self._make_weights()
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_buffer("threshold", torch.zeros(()))
@@ -133,6 +127,16 @@ class SAE(nn.Module):
         self._scratch: dict[str, Tensor] = {}
         #: Steers the coefficient of the sparsity penalty; None for an SAE without one.
         self.controller: Controller | None = None
+
+    def _make_weights(self) -> None:
+        """Draw `W_dec` and `W_enc`; a variant that stores them in another form overrides this."""
+        decoder = ops.unit_rows(torch.randn(self.d_sae, self.d_out))
+        if self.d_out == self.d_in:
+            encoder = decoder.clone()
+        else:
+            encoder = ops.unit_rows(torch.randn(self.d_sae, self.d_in))
+        self.W_dec = nn.Parameter(decoder)
+        self.W_enc = nn.Parameter(encoder)
 
     @property
     def level_of_latent(self) -> Tensor | None:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
+from sae_experiments.models.blocks import Block
 from sae_experiments.studies.circuits.attribution import Circuit, Prompts
-from sae_experiments.studies.circuits.blocks import Block
 
 
 class Weights(NamedTuple):

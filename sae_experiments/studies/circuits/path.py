@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
+from sae_experiments.models.blocks import Attended, Block, blocks_between, check_order
 from sae_experiments.models.hooks import Site, activations, blocks_of
-from sae_experiments.studies.circuits.blocks import Attended, Block, blocks_between, check_order
 
 #: Maps downstream activations (R, D) to one number per row, (R,), such as a pre-activation.
 Read = Callable[[Tensor], Tensor]

@@ -22,6 +22,7 @@ from sae_experiments.fitting.fit import FitReport
 from sae_experiments.fitting.spec import FitSpec, SAESpec
 from sae_experiments.metrics.base import EvalContext, LMSplice, Metric, MetricInfo
 from sae_experiments.metrics.codes import sparse_codes
+from sae_experiments.models.blocks import check_order
 from sae_experiments.models.gpt2 import LMSpec, TrainedLM, train_lm
 from sae_experiments.models.hooks import Site, as_sites, parse_site
 from sae_experiments.models.local import TokenText
@@ -31,7 +32,6 @@ from sae_experiments.sampling import evenly_spaced
 from sae_experiments.studies import conditions as facts
 from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, merged, part_of
 from sae_experiments.studies.circuits.attribution import Circuit, Prompts
-from sae_experiments.studies.circuits.blocks import check_order
 from sae_experiments.studies.circuits.comparators import Specific, coactivation, weight_directions
 from sae_experiments.studies.circuits.describe import Describer
 from sae_experiments.studies.circuits.graph import GraphSpec, Traced, as_dict, trace

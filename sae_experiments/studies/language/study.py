@@ -386,6 +386,10 @@ class Language:
             old.unlink()
         return not cut
 
+    def described_latents(self) -> Sequence[int]:
+        """Latents that the features metric describes in any case; for studies built on this one."""
+        return ()
+
     def evaluate(
         self,
         name: str,
@@ -410,6 +414,7 @@ class Language:
             outliers=self.fit.outliers,
             pieces=getattr(corpus, "pieces", ()),
             replicas=replicas,
+            extras={"latents": list(self.described_latents())},
         )
         outcome = Outcome(
             metrics=dict(lm.metrics), cut=lm.cut or fitted.cut, warnings=stores.short()

@@ -1,0 +1,1 @@
+"""Attribution graphs from the tokens to the logits, checked by intervention."""

@@ -1,0 +1,132 @@
+"""Descriptions of the numbers of attribution graphs and their checks."""
+
+from __future__ import annotations
+
+from sae_experiments.conditions import OF_SAE_TIME, ON_ACTIVATIONS
+from sae_experiments.metric_info import Better, MetricInfo, info
+
+_MEAN = "mean over prompts"
+_GRAPH: list[tuple[str, str, str, Better, bool]] = [
+    ("graph_replacement", "replacement", "influence of tokens / (tokens + errors)", "up", True),
+    (
+        "graph_completeness",
+        "completeness",
+        "share of the edges into a node that is not from errors, weighted by influence, over nodes "
+        "with inputs",
+        "up",
+        True,
+    ),
+    (
+        "graph_completeness_all",
+        "completeness (all)",
+        "the same with tokens and errors counted as complete nodes, as circuit-tracer counts",
+        "up",
+        False,
+    ),
+    (
+        "pruned_replacement",
+        "replacement, pruned",
+        "replacement of the pruned graph, dropped latents counted as errors",
+        "up",
+        False,
+    ),
+    (
+        "pruned_completeness",
+        "completeness, pruned",
+        "completeness of the pruned graph, dropped latents counted as errors",
+        "up",
+        False,
+    ),
+    ("graph_latents", "latents", "active latents of a prompt", "none", False),
+    ("graph_latents_kept", "latents kept", "latents of the pruned graph", "none", True),
+    ("graph_edges_kept", "edges kept", "edges of the pruned graph", "none", False),
+    (
+        "graph_path_length",
+        "path length",
+        "mean number of latents between a token or error and a logit, weighted by influence",
+        "none",
+        False,
+    ),
+    (
+        "graph_constant_share",
+        "constants",
+        "absolute attribution of positions and biases to the logits / that of all sources",
+        "none",
+        False,
+    ),
+    ("graph_seconds", "graph time", "seconds to make one graph, without checks", "down", False),
+]
+_CHECKS = {
+    "constrained": "MLPs and attention weights of the clean run plus the latent's writes",
+    "free": "the write to the latent's own layer alone, everything after it responds",
+}
+ORDERS = {
+    "influence": "influence on the logits",
+    "direct": "absolute edge to the most probable token",
+    "activation": "activation",
+    "random": "random order",
+}
+
+
+def infos() -> list[MetricInfo]:
+    """Descriptions of all numbers of the study."""
+    described = [
+        info(
+            name,
+            title,
+            f"{_MEAN}: {formula}",
+            better,
+            shown=shown,
+            unit="s" if name == "graph_seconds" else "",
+            depends=OF_SAE_TIME if name == "graph_seconds" else ON_ACTIVATIONS,
+        )
+        for name, title, formula, better, shown in _GRAPH
+    ]
+    described.append(
+        info(
+            "graph_gap",
+            "sum gap",
+            "largest difference of a pre-activation from the sum of what goes into it, relative to "
+            "their root mean square",
+            "down",
+            shown=False,
+        )
+    )
+    for check, formula in _CHECKS.items():
+        for target in ("latent", "logit"):
+            of = f"predicted and measured change of a {target} when a latent is set to 0 or doubled"
+            described += [
+                info(
+                    f"{check}_{target}_pearson",
+                    f"r {check}, {target}s",
+                    f"Pearson correlation of the {of}; {formula}",
+                    "up",
+                ),
+                info(
+                    f"{check}_{target}_slope",
+                    f"slope {check}, {target}s",
+                    f"slope of measured on predicted for the {of}",
+                    "target",
+                    shown=False,
+                ),
+                info(
+                    f"{check}_{target}_pairs",
+                    f"pairs {check}, {target}s",
+                    f"number of pairs of the {of}",
+                    "none",
+                    shown=False,
+                ),
+            ]
+    for order, formula in ORDERS.items():
+        described.append(
+            info(
+                f"deletion_{order}",
+                f"deletion, {order}",
+                "mean KL(p || p without the first latents of an order) over the numbers of latents "
+                f"removed freely; order: {formula}",
+                "up" if order != "random" else "none",
+                unit="nat",
+                shown=order != "direct",
+            )
+        )
+    return described

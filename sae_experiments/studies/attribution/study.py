@@ -1,0 +1,352 @@
+"""Attribution graphs: transcoders of every layer, graphs from tokens to logits, interventions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_experiments.corpora.corpus import CharCorpus
+from sae_experiments.errors import UserError
+from sae_experiments.fitting.fit import FitReport
+from sae_experiments.metric_info import MetricInfo
+from sae_experiments.models.gpt2 import TrainedLM
+from sae_experiments.saes.base import SAE
+from sae_experiments.saes.cross_layer import CrossLayerTranscoder
+from sae_experiments.studies import conditions as facts
+from sae_experiments.studies.attribution.front_end import (
+    Drawn,
+    as_circuit_tracer,
+    as_report,
+    shown_columns,
+    slug_of,
+    write_circuit_tracer,
+)
+from sae_experiments.studies.attribution.influence import Graph, prune
+from sae_experiments.studies.attribution.info import ORDERS, infos
+from sae_experiments.studies.attribution.interventions import Interventions
+from sae_experiments.studies.attribution.local import Adjacency, LocalModel
+from sae_experiments.studies.attribution.prompts import Prompt, PromptSpec, choose, given
+from sae_experiments.studies.base import Context, Outcome
+from sae_experiments.studies.language.stores import Stores
+from sae_experiments.studies.language.study import Language
+from sae_experiments.training.loop import seed_of
+
+#: Sums that differ by more than this from the values they explain are a fault, not rounding.
+LARGEST_GAP = 1e-2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphSpec:
+    """Size of the graphs."""
+
+    logit_share: float  # logit nodes: the fewest tokens with this probability together
+    logits: int  # at most so many of them
+    node_share: float  # share of the influence that the kept nodes have
+    edge_share: float  # share of the influence that the kept edges have
+    shown: int  # nodes of a graph in the report, beside the logits
+
+    def __post_init__(self) -> None:
+        for name in ("logit_share", "node_share", "edge_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"study.graph.{name}={getattr(self, name)} must be in (0, 1]")
+        for name in ("logits", "shown"):
+            if getattr(self, name) < 1:
+                raise UserError(f"study.graph.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckSpec:
+    """What is checked by intervention."""
+
+    strongest: int  # latents clamped per prompt, those with the largest influence
+    random: int  # further latents clamped per prompt, at random
+    multiples: Sequence[float]  # of its activation that a latent is set to
+    counts: Sequence[int]  # latents removed at once, in deletion curves
+
+    def __post_init__(self) -> None:
+        if self.strongest < 1 or self.random < 0 or not self.multiples or not self.counts:
+            raise UserError(
+                "study.checks: strongest must be at least 1, random at least 0, and multiples and "
+                "counts must not be empty"
+            )
+        if 1 in self.multiples:
+            raise UserError("study.checks.multiples=1 changes nothing: leave it out")
+
+
+class Traced(NamedTuple):
+    """One prompt with its graph."""
+
+    prompt: Prompt
+    local: LocalModel
+    adjacency: Adjacency
+    drawn: Drawn
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution(Language):
+    """The language study with transcoders of every layer, and graphs on top."""
+
+    prompts: PromptSpec
+    graph: GraphSpec
+    checks: CheckSpec
+    memory_mb: float  # memory that a batch of gradients or reruns may take
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.memory_mb > 0:
+            raise UserError(f"study.memory_mb={self.memory_mb} must be positive")
+        object.__setattr__(self, "_latents", [])
+
+    def check(self) -> None:
+        super().check()
+        for name, spec in self.saes.items():
+            read, write = self.sites(spec)
+            with torch.device("meta"):
+                sae = spec.build(self.width(read), self.width(write))
+            if not isinstance(sae, CrossLayerTranscoder) or sae.n_sites != self.sizes.n_layer:
+                raise UserError(
+                    f"sae={name}: an attribution graph needs transcoders of every layer: use "
+                    "sae=cross_layer_transcoder or sae=per_layer_transcoder"
+                )
+
+    def infos(self) -> list[MetricInfo]:
+        return [*infos(), *super().infos()]
+
+    def described_latents(self) -> Sequence[int]:
+        """Latents that the features metric describes whatever else it chooses."""
+        return self._latents
+
+    def evaluate(
+        self,
+        name: str,
+        sae: SAE,
+        replicas: tuple[SAE, ...],
+        corpus: CharCorpus,
+        lm: TrainedLM,
+        stores: Stores,
+        fitted: FitReport,
+        ctx: Context,
+    ) -> Outcome:
+        """Metrics of the transcoders, then graphs and their checks."""
+        traced = self._traced(sae, corpus, lm, stores, ctx)
+        self._latents[:] = sorted({i for one in traced for i in self._shown_latents(one)})
+        outcome = super().evaluate(name, sae, replicas, corpus, lm, stores, fitted, ctx)
+        measured = graph_numbers(traced)
+        with ctx.console.stage(f"check {name}", "prompt") as tick:
+            checked = []
+            for i, one in enumerate(traced):
+                checked.append(self._checked(one, seed_of(stores.seed, "attribution", i)))
+                tick(i + 1, len(traced))
+        _add_effects(outcome, checked)
+        _add_deletions(outcome, checked, self.checks.counts)
+        outcome.metrics |= measured
+        settings = facts.flat({"graph": asdict(self.graph), "checks": asdict(self.checks)})
+        settings |= facts.flat({"prompts": asdict(self.prompts)})
+        outcome.facts["settings"] = settings
+        about = {feature["latent"]: feature for feature in outcome.features or []}
+        outcome.graphs = [as_report(one.drawn, self.graph.shown, about) for one in traced]
+        result_name = self.result_name(corpus.name, name)
+        self._write(traced, f"{result_name}_{stores.seed}", ctx)
+        m = outcome.metrics
+        ctx.console.say(
+            f"  {len(traced)} graphs: replacement {m['graph_replacement']:.3f}, completeness "
+            f"{m['graph_completeness']:.3f}; r constrained "
+            f"{_show(m['constrained_latent_pearson'])}, free {_show(m['free_latent_pearson'])}"
+        )
+        return outcome
+
+    # --- graphs ----------------------------------------------------------------------------------
+
+    def _prompts(self, corpus: CharCorpus, lm: TrainedLM, stores: Stores) -> list[Prompt]:
+        length = min(self.prompts.length, stores.held_out.length)
+        if self.prompts.texts is not None:
+            return given(self.prompts.texts, corpus.symbols, stores.held_out.length)
+        tokens, following = stores.tokens(stores.held_out.starts[: self.prompts.windows])
+        spec = PromptSpec(**(asdict(self.prompts) | {"length": length}))
+        return choose(lm.model, tokens, following, corpus.symbols, spec)
+
+    def _traced(
+        self, sae: SAE, corpus: CharCorpus, lm: TrainedLM, stores: Stores, ctx: Context
+    ) -> list[Traced]:
+        """The graph of every prompt."""
+        prompts = self._prompts(corpus, lm, stores)
+        traced = []
+        with ctx.console.stage("trace", "prompt") as tick:
+            for i, prompt in enumerate(prompts):
+                traced.append(self._trace(prompt, sae, corpus, lm, ctx))
+                tick(i + 1, len(prompts))
+        return traced
+
+    def _trace(
+        self, prompt: Prompt, sae: SAE, corpus: CharCorpus, lm: TrainedLM, ctx: Context
+    ) -> Traced:
+        began = time.monotonic()
+        local = LocalModel(
+            lm.model,
+            sae,
+            prompt.tokens.to(ctx.device),
+            logits=(self.graph.logit_share, self.graph.logits),
+            memory_mb=self.memory_mb,
+        )
+        adjacency = local.adjacency()
+        if not adjacency.gap < LARGEST_GAP:
+            raise UserError(
+                f"an attribution graph does not add up (relative gap {adjacency.gap:.2g}): values "
+                "of the model or of the transcoders are not finite, or too large for float32"
+            )
+        columns = adjacency.weights[:, : local.sources.tokens.stop]
+        n_errors = local.n_layer * local.length
+        graph = Graph(columns, local.logits.probability, n_errors)
+        nodes, edges = prune(graph, self.graph.node_share, self.graph.edge_share)
+        text = "".join(corpus.symbols[i] for i in prompt.tokens[0].tolist())
+        likely = corpus.symbols[int(local.logits.token[0])]
+        title = f"{text[-40:]!r} -> {likely!r} ({prompt.kind})"
+        drawn = Drawn(local, graph, nodes, edges, corpus.symbols, title)
+        return Traced(prompt, local, adjacency, drawn, time.monotonic() - began)
+
+    def _shown_latents(self, one: Traced) -> list[int]:
+        """Latents of the report's graph, by their number among those of all layers."""
+        n, nodes = one.drawn.graph.n, one.local.nodes
+        chosen = torch.tensor([i for i in shown_columns(one.drawn, self.graph.shown) if i < n])
+        if not len(chosen):
+            return []
+        return (nodes.layer[chosen] * one.local.sae.per_layer + nodes.latent[chosen]).tolist()
+
+    def _write(self, traced: Sequence[Traced], cell: str, ctx: Context) -> None:
+        """Write the graphs for circuit-tracer's front end."""
+        graphs = []
+        for i, one in enumerate(traced):
+            slug = slug_of(f"{cell}-{i}")
+            share = self.graph.node_share
+            graphs.append(as_circuit_tracer(one.drawn, slug, slug_of(cell), share, {}))
+        write_circuit_tracer(ctx.folder / "circuit_tracer" / cell, graphs)
+
+    # --- checks ----------------------------------------------------------------------------------
+
+    def _checked(self, one: Traced, seed: int) -> dict[str, Tensor]:
+        """Predicted and measured effects, and deletion curves, of one prompt."""
+        made = Interventions(one.local, one.adjacency, memory_mb=self.memory_mb)
+        n, graph = one.local.nodes.n, one.drawn.graph
+        if not n:
+            return {}
+        influence = graph.influence()[0][:n]
+        chance = torch.Generator().manual_seed(seed % 2**63)
+        shuffled = torch.randperm(n, generator=chance).to(influence.device)
+        by_influence = torch.argsort(influence, descending=True, stable=True)
+        sources = torch.cat([by_influence[: self.checks.strongest], shuffled[: self.checks.random]])
+        sources = sources.unique()
+        found: dict[str, Tensor] = {}
+        for free in (False, True):
+            found |= self._effects(made, sources, free)
+        orders = {
+            "influence": by_influence,
+            "direct": graph.weights[n, :n].abs().argsort(descending=True, stable=True),
+            "activation": one.local.nodes.value.argsort(descending=True, stable=True),
+            "random": shuffled,
+        }
+        for order, ranked in orders.items():
+            found[f"deletion_{order}"] = made.deletion(ranked, self.checks.counts)
+        return found
+
+    def _effects(self, made: Interventions, sources: Tensor, free: bool) -> dict[str, Tensor]:
+        """Predicted and measured effects by name, one after the other."""
+        check = "free" if free else "constrained"
+        later = made.later(sources)
+        found: dict[str, list[Tensor]] = {}
+        for multiple in self.checks.multiples:
+            predict = made.total if free else made.direct
+            predicted = predict(sources, multiple)
+            measured = made.measure(sources, multiple, free=free)
+            parts = {
+                f"{check}_latent_predicted": predicted.latents[later],
+                f"{check}_latent_measured": measured.latents[later],
+                f"{check}_logit_predicted": predicted.logits.flatten(),
+                f"{check}_logit_measured": measured.logits.flatten(),
+            }
+            for name, part in parts.items():
+                found.setdefault(name, []).append(part)
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def graph_numbers(traced: Sequence[Traced]) -> dict[str, float | None]:
+    """Means over prompts of what the graphs are like."""
+    rows = []
+    for one in traced:
+        graph, drawn = one.drawn.graph, one.drawn
+        pruned = graph.unexplained(drawn.nodes).scores()
+        influence = graph.influence()[0]
+        logits = one.adjacency.weights[graph.n :].abs()
+        constants = logits[:, one.local.sources.positions.start :].sum()
+        rows.append(
+            {f"graph_{name}": value for name, value in graph.scores().items()}
+            | {f"pruned_{name}": pruned[name] for name in ("replacement", "completeness")}
+            | {
+                "graph_latents": graph.n,
+                "graph_latents_kept": int(drawn.nodes[: graph.n].sum()),
+                "graph_edges_kept": int(drawn.edges.sum()),
+                "graph_path_length": float(influence[: graph.n].sum() / graph.probability.sum()),
+                "graph_constant_share": float(constants / logits.sum()),
+                "graph_seconds": one.seconds,
+            }
+        )
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return means | {"graph_gap": max(one.adjacency.gap for one in traced)}
+
+
+def _add_effects(outcome: Outcome, checked: Sequence[Mapping[str, Tensor]]) -> None:
+    """Add correlation and slope of measured effects on predicted ones, over all prompts."""
+    for check in ("constrained", "free"):
+        for target in ("latent", "logit"):
+            name = f"{check}_{target}"
+            pairs = []
+            for side in ("predicted", "measured"):
+                parts = [one[f"{name}_{side}"] for one in checked if one]
+                pairs.append(torch.cat(parts).cpu().double().numpy() if parts else np.zeros(0))
+            predicted, measured = pairs
+            outcome.arrays[f"{name}_predicted"] = predicted.astype(np.float32)
+            outcome.arrays[f"{name}_measured"] = measured.astype(np.float32)
+            outcome.metrics[f"{name}_pairs"] = len(predicted)
+            values = agreement(predicted, measured)
+            for kind, value in zip(("pearson", "slope"), values, strict=True):
+                outcome.metrics[f"{name}_{kind}"] = value
+                if value is None:
+                    outcome.why_null[f"{name}_{kind}"] = "there are no pairs that differ"
+
+
+def agreement(predicted: np.ndarray, measured: np.ndarray) -> tuple[float | None, float | None]:
+    """Pearson correlation, and slope of measured on predicted; None where nothing varies."""
+    if len(predicted) < 3 or not predicted.std() > 0 or not measured.std() > 0:
+        return None, None
+    pearson = float(np.corrcoef(predicted, measured)[0, 1])
+    return pearson, pearson * float(measured.std() / predicted.std())
+
+
+def _add_deletions(
+    outcome: Outcome, checked: Sequence[Mapping[str, Tensor]], counts: Sequence[int]
+) -> None:
+    """Add the mean cost of each order of removal, its curve, and the noise over prompts."""
+    outcome.arrays["deletion_counts"] = np.array(counts)
+    for order in ORDERS:
+        name = f"deletion_{order}"
+        curves = [one[name].cpu().double().numpy() for one in checked if one]
+        if not curves:
+            outcome.metrics[name] = None
+            outcome.why_null[name] = "no latent is active in the prompts"
+            continue
+        stacked = np.stack(curves)
+        outcome.arrays[name] = stacked
+        outcome.metrics[name] = float(stacked.mean())
+        if len(stacked) > 1:
+            error = stacked.mean(1).std(ddof=1) / len(stacked) ** 0.5
+            outcome.noise[name] = float(error)
+
+
+def _show(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
