@@ -11,12 +11,22 @@ from pathlib import Path
 
 PLAN = "variants"
 OVERRIDES: list[str] = []
+# SAEs and metrics of your own. With `from sae_experiments.saes.batch_topk import BatchTopK` above:
+#   class Mine(BatchTopK):
+#       def budget(self): return 0.9 * self.k    # override any method of saes/base.py
+#   SAES = {"mine": Mine}                        # then --check=mine, and sae=mine in any run
+SAES: dict[str, type] = {}
+METRICS: dict[str, object] = {}
 
 if __name__ == "__main__":
     from sae_experiments.cli.main import main
 
     sys.exit(
         main(
-            sys.argv[1:], plan=PLAN, extra=OVERRIDES, conf=Path(__file__).resolve().parent / "conf"
+            sys.argv[1:],
+            plan=PLAN,
+            extra=OVERRIDES,
+            conf=Path(__file__).resolve().parent / "conf",
+            script=__file__,
         )
     )

@@ -80,11 +80,10 @@ class NewFolder:
             self.folder.mkdir(exist_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON with sorted keys; NaN and infinity, which JSON lacks, raise `ValueError`."""
-    write_bytes(
-        path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-    )
+def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
+    """Write JSON; NaN and infinity, which JSON lacks, raise `ValueError`."""
+    text = json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False)
+    write_bytes(path, f"{text}\n".encode())
 
 
 def read_json(path: Path) -> Any:

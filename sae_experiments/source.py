@@ -37,6 +37,8 @@ INSTALLED = {
     "filelock",
     "joblib",
 }
+#: Settings of a script like experiment.py, which are in a run's configuration if they matter.
+SETTINGS = {"PLAN", "OVERRIDES", "SAES", "METRICS", "labels"}
 INSTALLED |= {"tqdm", "wandb", "hydra", "omegaconf", "yaml", "optuna", "ray", "submitit", "pytest"}
 _TARGET = re.compile(r"""_target_["']?\s*[:=]\s*["']?([A-Za-z_]\w*(?:\.\w+)+)""")
 _FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -55,10 +57,11 @@ class Import(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """What a file says: a digest of its code, and its imports."""
+    """What a file says: a digest of its code, its imports, and its text."""
 
     code: str
     imports: tuple[Import, ...]
+    text: str = ""
 
 
 # ------------------------------------------------------------------------------ one file
@@ -89,11 +92,35 @@ def _parse(path: Path) -> Parsed:
     if path.suffix != ".py":
         return Parsed(digest(path.read_bytes().hex()), ())
     try:
-        tree = ast.parse(_text(path), str(path))
+        text = _text(path)
+        tree = ast.parse(text, str(path))
     except (SyntaxError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not Python that can be read: {error}") from error
+    _drop_command_line(tree)
     imports = tuple(_imports(tree.body, inside=False))
-    return Parsed(digest(_code(tree)), imports)
+    return Parsed(digest(_code(tree)), imports, text)
+
+
+def _drop_command_line(tree: ast.Module) -> None:
+    """Leave out of a script what only its command line reads: the main guard and its settings.
+
+    A setting that anything else in the file reads stays. Other files are left as they are.
+    """
+    body = [node for node in tree.body if not _is_main_guard(node)]
+    if len(body) == len(tree.body):
+        return
+    loads = [n for node in body for n in ast.walk(node) if isinstance(n, ast.Name)]
+    read = {name.id for name in loads if isinstance(name.ctx, ast.Load)}
+    tree.body = [node for node in body if not _assigned(node) & SETTINGS - read]
+
+
+def _is_main_guard(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
+def _assigned(node: ast.stmt) -> set[str]:
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _text(path: Path) -> str:
@@ -379,10 +406,27 @@ def _behind(value: Any) -> Iterator[str]:
             yield from _behind([getattr(value, f.name, None) for f in fields(value)])
 
 
+def is_outside(value: Any) -> bool:
+    """Whether code behind a value is not this package's."""
+    return any(name.partition(".")[0] != PACKAGE for name in modules_behind(value))
+
+
 def outside_digest(*values: Any) -> str:
     """Name the code behind `values` that is not this package's; "" if there is none."""
     names = [n for n in modules_behind(*values) if n.partition(".")[0] != PACKAGE]
     return source_digest(*names) if names else ""
+
+
+def outside_texts(*values: Any) -> dict[str, str]:
+    """The files behind `values` that are not this package's, by module, as they were loaded."""
+    names = [n for n in modules_behind(*values) if n.partition(".")[0] != PACKAGE]
+    walk = _walked(names)
+    texts: dict[str, str] = {}
+    for name in walk.code:
+        place = _place(name)
+        if name.partition(".")[0] != PACKAGE and place and place.file and walk.code[name]:
+            texts[name] = _parsed(place.file, place.spec).text
+    return texts
 
 
 def targets_digest(texts: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ from sae_experiments.cli.main import execute
 from sae_experiments.config.compose import build, compose_checked
 from sae_experiments.errors import UserError
 from sae_experiments.models.local import cut, load_local, sizes_of
+from sae_experiments.results.records import means_of
 from sae_experiments.saes.batch_topk import BatchTopK
 from sae_experiments.saes.saelens import save_sae
 from sae_experiments.studies.circuits.sources import load_sae, site_of
@@ -90,7 +91,7 @@ def first(home: Path, corpus_file: Path) -> Path:
 def test_a_run_measures_draws_and_describes(first: Path, tmp_path: Path) -> None:
     final = load(first / "final_info.json")
     assert set(final) == {"text8", "text8.upstream", "text8.downstream"}
-    means = final["text8"]["means"]
+    means = means_of(final["text8"])
     assert means["n_pairs_mean"] > 20 and means["earlier_n_pairs_mean"] > 20
     assert (
         means["attribution_ablation_pearson_mean"]

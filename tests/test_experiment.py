@@ -77,13 +77,16 @@ def test_final_info_is_exactly_what_callers_read(first):
     final = experiment.json("first", "final_info.json")
     assert list(final) == ["text8"], "nothing but datasets on top"
     entry = final["text8"]
-    assert set(entry) == {"means", "stderrs", "final_info_dict"}
+    assert list(entry) == ["means", "more_means", "stderrs", "final_info_dict"]
     metrics = set(entry["final_info_dict"])
-    assert set(entry["means"]) == {f"{m}_mean" for m in metrics} and set(entry["stderrs"]) == {
+    means = entry["means"] | entry["more_means"]
+    assert set(means) == {f"{m}_mean" for m in metrics} and set(entry["stderrs"]) == {
         f"{m}_stderr" for m in metrics
     }
+    assert next(iter(entry["means"])) == "sae_fvu_mean" and len(entry["means"]) <= 10
+    assert None not in entry["means"].values()
     numbers = [
-        *entry["means"].values(),
+        *means.values(),
         *entry["stderrs"].values(),
         *(v for vs in entry["final_info_dict"].values() for v in vs),
     ]

@@ -560,7 +560,7 @@ def test_a_metric_that_is_not_finite_is_null_with_a_reason(experiment, monkeypat
     assert reconstruction
     monkeypatch.setattr(Outcome, "measure", measure)
     assert in_this_process(experiment, *RUN) == 0
-    assert experiment.json("k", "final_info.json")["text8"]["means"]["sae_fvu_mean"] is None
+    assert experiment.json("k", "final_info.json")["text8"]["more_means"]["sae_fvu_mean"] is None
     assert experiment.json("k", "cells", "text8_0.json")["why_null"]["sae_fvu"] == "not finite"
 
 

@@ -17,6 +17,7 @@ from sae_experiments.console import Console
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.fit import RowHandling, Sample, fit_saes
 from sae_experiments.models.gpt2 import build_lm
+from sae_experiments.results.records import means_of
 from sae_experiments.saes.base import SAE, Batch, Step
 from sae_experiments.studies.base import Context
 from sae_experiments.studies.palindrome import study as palindrome
@@ -288,7 +289,7 @@ SMALL = (
 def test_the_study_from_start_to_end(experiment: Experiment) -> None:
     done = experiment("--out_dir=run_0", *SMALL, tiny=False)
     assert done.returncode == 0, done.stderr
-    means = experiment.json("run_0", "final_info.json")["palindrome"]["means"]
+    means = means_of(experiment.json("run_0", "final_info.json")["palindrome"])
     assert {
         f"{m}_mean"
         for m in ("excess_loss", "mirror_accuracy", "explained_variance", "alive_latents")
@@ -331,7 +332,7 @@ def test_the_default_setting_solves_the_task(experiment: Experiment) -> None:
         "--out_dir=run_0", "study=palindrome", "preset=laptop", tiny=False, timeout=400
     )
     assert done.returncode == 0, done.stderr
-    means = experiment.json("run_0", "final_info.json")["palindrome"]["means"]
+    means = means_of(experiment.json("run_0", "final_info.json")["palindrome"])
     assert means["mirror_accuracy_mean"] == 1.0
     assert means["excess_loss_mean"] < 0.005
     assert means["explained_variance_mean"] > 0.9969

@@ -20,11 +20,13 @@ from sae_experiments.metric_info import MetricInfo, describe
 from sae_experiments.results.names import CIRCUIT_ROLES, put_together, take_apart
 from sae_experiments.results.records import (
     NOT_FINITE,
+    PUBLISHED,
     CurveWriter,
     Record,
     aggregate,
     load_arrays,
     mean_stderr,
+    means_of,
     read_curves,
     read_records,
     save_arrays,
@@ -131,11 +133,13 @@ def test_aggregate_is_exactly_the_contract() -> None:
     assert aggregate(records) == {
         "enwik8": {
             "means": {"m_mean": 7.0},
+            "more_means": {},
             "stderrs": {"m_stderr": None},
             "final_info_dict": {"m": [7.0]},
         },
         "text8": {
             "means": {"m_mean": 2.0, "late_mean": 1.0},
+            "more_means": {},
             "stderrs": {"m_stderr": 1.0, "late_stderr": None},
             "final_info_dict": {"m": [1.0, None, 3.0], "late": [None, None, 1.0]},
         },
@@ -152,9 +156,19 @@ def test_final_info_is_standard_json_and_the_same_bytes_in_any_order(tmp_path: P
         tmp_path / "b/final_info.json"
     ).read_bytes()
     content = strict(tmp_path / "a/final_info.json")
-    assert {k: v["means"] for k, v in content.items()} == {
-        "text8": {"m_mean": pytest.approx(1 / 3), "n_mean": None}
-    }  # type: ignore[attr-defined]
+    assert content["text8"]["means"] == {"m_mean": pytest.approx(1 / 3)}
+    assert content["text8"]["more_means"] == {"n_mean": None}
+
+
+def test_callers_get_at_most_ten_means_the_leading_ones_first_and_the_published_four() -> None:
+    many = {f"m{i:02}": float(i) for i in range(30)} | {"sae_fvu": math.nan}
+    many |= dict.fromkeys(PUBLISHED, 1.0)
+    entry = aggregate([record(0, **many)], ["m07", "nothing", "sae_fvu", "m03"])["text8"]
+    names = [key.removesuffix("_mean") for key in entry["means"]]
+    assert names == ["m07", "m03", "m00", "m01", "m02", "m04", *PUBLISHED]
+    assert set(means_of(entry)) == {f"{name}_mean" for name in many}
+    assert not set(entry["means"]) & set(entry["more_means"])
+    assert means_of({"means": {"x_mean": 1}}) == {"x_mean": 1}, "a file of another program"
 
 
 def test_damaged_cells_are_one_warning_each(

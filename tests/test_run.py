@@ -193,7 +193,8 @@ def test_a_mistake_does_not_take_the_folder_of_a_run_that_goes_on(folder):
 def test_a_run_leaves_manifest_records_curves_arrays_and_final_info(folder):
     assert go(Fake(), folder) == "done"
     assert final(folder)["a"] == {
-        "means": {"loss_mean": 1.5, "nothing_mean": None},
+        "means": {"loss_mean": 1.5},
+        "more_means": {"nothing_mean": None},
         "stderrs": {"loss_stderr": 0.5, "nothing_stderr": None},
         "final_info_dict": {"loss": [1.0, 2.0], "nothing": [None, None]},
     }

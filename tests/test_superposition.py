@@ -15,6 +15,7 @@ from drawing import drawn
 from torch import Tensor
 
 from sae_experiments.errors import UserError
+from sae_experiments.results.records import means_of
 from sae_experiments.studies.base import Outcome
 from sae_experiments.studies.superposition import toy, toy_step
 from sae_experiments.studies.superposition.study import best_cosines, measures, summarise
@@ -381,7 +382,7 @@ def test_the_study_from_start_to_end(experiment: Experiment) -> None:
         "smallest_hidden_mean",
         "sae_mmcs_mean",
         "sae_recovered_frac_mean",
-    } <= set(final["control"]["means"])
+    } <= set(means_of(final["control"]))
     done, empty = drawn(experiment.runs / "run_0", "superposition_", experiment.here)
     assert len(done) == 5 and not empty
     assert drawn(experiment.runs / "run_0", "palindrome_", experiment.here) == (

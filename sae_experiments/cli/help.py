@@ -9,6 +9,9 @@ import re
 import textwrap
 from pathlib import Path
 
+from sae_experiments.config import own
+from sae_experiments.config.checks import options
+
 WIDTH = 100
 PAGE = """\
 Train a small language model, fit a sparse autoencoder (SAE) to its activations, evaluate it.
@@ -60,14 +63,14 @@ def help_page(conf: Path, plan: str) -> str:
     """The page of --help, with the groups and plans in `conf`."""
     groups = ""
     for group in HELP_GROUPS:
-        names = ["auto"] * (group == "preset") + _names(conf, group)
+        names = ["auto"] * (group == "preset") + options(conf, group)
         indent = " " * 11
         row = textwrap.fill("  ".join(names), WIDTH - 12, subsequent_indent=indent)
         groups += f"  {group:<8} {row}\n"
     return PAGE.format(
         plan=plan,
         groups=groups,
-        plans=", ".join(name for name in _names(conf, "plan") if name != plan),
+        plans=", ".join(name for name in options(conf, "plan") if name != plan),
         runs=_runs(conf, plan),
     )
 
@@ -76,14 +79,16 @@ def list_page(conf: Path) -> str:
     """The page of `list`: a line for every choice, from the comment at the top of its file."""
     parts = []
     for group, heading in LISTED.items():
-        names = _names(conf, group)
+        names = options(conf, group)
         width = max(map(len, names))
-        lines = [
-            _shortened(f"  {name:<{width}}  {comment_of(conf / group / f'{name}.yaml')}")
-            for name in names
-        ]
+        lines = [_shortened(f"  {name:<{width}}  {_comment(conf, group, name)}") for name in names]
         parts.append("\n".join([heading, *lines]))
     return "\n\n".join(parts)
+
+
+def _comment(conf: Path, group: str, name: str) -> str:
+    path = conf / group / f"{name}.yaml"
+    return comment_of(path) if path.exists() else own.comment(group, name)
 
 
 def comment_of(path: Path) -> str:
@@ -99,10 +104,6 @@ def comment_of(path: Path) -> str:
 
 def _shortened(line: str) -> str:
     return line if len(line) <= WIDTH else f"{line[: WIDTH - 3].rsplit(' ', 1)[0]} ..."
-
-
-def _names(conf: Path, group: str) -> list[str]:
-    return sorted(p.stem for p in (conf / group).glob("*.yaml") if not p.stem.startswith("_"))
 
 
 def _runs(conf: Path, plan: str) -> str:

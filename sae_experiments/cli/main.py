@@ -20,12 +20,15 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from sae_experiments.cli.help import help_page, list_page
+from sae_experiments.config import own
 from sae_experiments.config.checks import configuring, first_line
 from sae_experiments.config.compose import build, compose_checked
 from sae_experiments.config.hydra_habits import translate
 from sae_experiments.config.plans import complete
-from sae_experiments.config.typed import for_hydra, run_folder
+from sae_experiments.config.typed import for_hydra, key_of, run_folder, value_of
 from sae_experiments.errors import UserError
+from sae_experiments.files import conf_folder
+from sae_experiments.source import is_outside
 from sae_experiments.stopping import (
     Stopped,
     end_with_parent,
@@ -67,14 +70,22 @@ class Command(NamedTuple):
     flags: list[str]  # left to Hydra
 
 
-def main(argv: Sequence[str], *, plan: str, extra: Sequence[str], conf: Path) -> int:
+def main(
+    argv: Sequence[str],
+    *,
+    plan: str,
+    extra: Sequence[str],
+    conf: Path | None = None,
+    script: str | Path | None = None,
+) -> int:
     """Run a command line. Nothing is printed on stderr after the cause of a failure.
 
     Args:
         argv: Arguments without the name of the program.
         plan: Name of the plan that says what each run folder is.
         extra: Overrides for every run, as if they had been typed first.
-        conf: Folder of the YAML files.
+        conf: Folder of the YAML files; None: that of the package.
+        script: The script that was started, which may define `SAES` and `METRICS`.
 
     Returns:
         Exit status: 2 for a mistake in the configuration, 1 for failures while running, 128 plus
@@ -82,8 +93,11 @@ def main(argv: Sequence[str], *, plan: str, extra: Sequence[str], conf: Path) ->
     """
     if os.environ.get(JOB):
         end_with_parent()
+    conf = conf or conf_folder()
     try:
         with listening():
+            with configuring():
+                own.register(script, conf)
             return _run(argv, plan, extra, conf)
     except UserError as error:
         return _failed(str(error), error.exit_status)
@@ -116,6 +130,8 @@ def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> in
     if list(argv) == ["list"]:
         print(list_page(conf))
         return 0
+    if argv and argv[0].split("=")[0] == "--check":
+        return _check(argv, extra, conf)
     command = parse(argv)
     if {"-sc", "--shell-completion"} & set(command.flags):
         run_hydra(conf, [*command.flags, *command.overrides], lambda cfg: None)
@@ -126,6 +142,7 @@ def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> in
         return _sweep(command.flags, user, plan, extra, conf)
     with configuring():
         overrides, about = complete(user, plan=plan, extra=extra, conf=conf)
+        overrides += own.measured_too(conf, overrides)
     if command.flags:
         run_hydra(conf, [*command.flags, *map(for_hydra, overrides)], lambda cfg: None)
         return 0
@@ -137,12 +154,28 @@ def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> in
     return 0
 
 
+def _check(argv: Sequence[str], extra: Sequence[str], conf: Path) -> int:
+    """Check the laws of one SAE, `--check=NAME` with overrides after it, and say how it went."""
+    from sae_experiments.fitting.laws import L0, check
+
+    command = parse(argv)
+    name = value_of(command.overrides[0])
+    typed = [o for o in command.overrides[1:] if key_of(o).startswith("sae.")]
+    of_it = [o for o in extra if key_of(o).startswith("sae.") and key_of(o) != "sae.target_l0"]
+    asked = [*of_it, f"sae.target_l0={L0}", *typed]
+
+    with configuring():
+        cfg, _ = compose_checked(conf, ["preset=smoke", f"sae={name}", *asked])
+        spec = next(iter(build(cfg.study).saes.values()))
+    return check(name, spec)
+
+
 def _sweep(
     flags: Sequence[str], user: Sequence[str], plan: str, extra: Sequence[str], conf: Path
 ) -> int:
     if flags:
         raise UserError(f"{flags[0]} is for a single run: leave out what makes a sweep (-m)")
-    here = functools.partial(main, plan=plan, extra=extra, conf=conf)
+    here = functools.partial(main, plan=plan, extra=extra, conf=conf, script=own.script())
     with wait_for_children():
         return sweep(conf, [*extra, *user], here)
 
@@ -282,6 +315,7 @@ def _prepared(cfg: DictConfig, about: Mapping[str, Any], label: str) -> tuple[An
         raise UserError(f"device={device}: there is no CUDA device; use device=cpu")
     study, tracker = build(cfg.study), build(cfg.track)
     study.check()
+    _check_own(study)
     settings = RunSettings(
         folder=run_folder(cfg.runs_root, str(cfg.out_dir)),
         cache=Path(str(cfg.cache)).expanduser(),
@@ -294,8 +328,23 @@ def _prepared(cfg: DictConfig, about: Mapping[str, Any], label: str) -> tuple[An
         workers=cfg.workers,
         threads=cfg.threads,
         about=about,
+        leading=own.names("metric"),
     )
     return study, tracker, settings
+
+
+def _check_own(study: Any) -> None:
+    """Check what a script adds: quick laws of its SAEs, names of its metrics."""
+    saes = {n: spec for n, spec in getattr(study, "saes", {}).items() if is_outside(spec.model)}
+    if saes:
+        from sae_experiments.fitting.laws import refuse_broken
+
+        for name, spec in saes.items():
+            refuse_broken(name, spec)
+    known = [info.name for info in study.infos()] if own.names("metric") else []
+    for name in own.names("metric"):
+        if known.count(name) > 1:
+            raise UserError(f"METRICS: {name} is a metric already: give yours another name")
 
 
 def recorded(cfg: DictConfig) -> dict[str, Any]:

@@ -192,4 +192,5 @@ def hosts_of(
 
 
 def _wraps(conf: Path, name: str) -> bool:
-    return "sae@host" in (conf / "sae" / f"{name}.yaml").read_text()
+    path = conf / "sae" / f"{name}.yaml"
+    return path.exists() and "sae@host" in path.read_text()

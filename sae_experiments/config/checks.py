@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sae_experiments.config import own
 from sae_experiments.config.typed import (
     CHOICES,
     FRACTIONS,
@@ -83,8 +84,12 @@ def is_group(conf: Path, key: str) -> bool:
 
 
 def options(conf: Path, group: str) -> list[str]:
-    """Names of the files of a group, without the parts that files share (`_name.yaml`)."""
-    return sorted(p.stem for p in (conf / group).glob("*.yaml") if not p.stem.startswith("_"))
+    """Names to choose from: the files of a group, and what the script adds.
+
+    The parts that files share (`_name.yaml`) are left out.
+    """
+    files = [p.stem for p in (conf / group).glob("*.yaml") if not p.stem.startswith("_")]
+    return sorted([*files, *own.names(group)])
 
 
 def is_grid(key: str, value: Any, before: Any) -> bool:

@@ -16,7 +16,7 @@ import re
 import statistics
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,15 @@ RESULT_NEUTRAL_KEYS = (
     "offline",
     "hydra",
 )
+#: Metrics whose names callers rely on: they stay in `means` of `final_info.json`.
+PUBLISHED = (
+    "final_train_loss",
+    "best_val_loss",
+    "total_train_time",
+    "avg_inference_tokens_per_second",
+)
+#: Metrics in `means` at most; all others are in `more_means`.
+MOST_MEANS = 10
 NOT_FINITE = "not finite"
 MOST_ARRAYS = 1 << 30  # bytes of a cell's arrays, unpacked
 NOT_GIVEN = "no value and no reason given"
@@ -272,27 +281,55 @@ def statistics_of(records: Iterable[Record]) -> dict[str, dict[str, Stat]]:
     return stats
 
 
-def aggregate(records: Iterable[Record]) -> dict[str, dict[str, dict[str, Any]]]:
+def aggregate(
+    records: Iterable[Record], leading: Sequence[str] = ()
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Build the content of `final_info.json`.
 
+    Args:
+        records: Records of one run.
+        leading: Metrics whose means come first, in this order.
+
     Returns:
-        `means`, `stderrs` and `final_info_dict` by result name, and nothing else on top. Lists hold
-        one value per seed, in the order of the seeds; nulls stay out of means and standard errors.
+        `means`, `more_means`, `stderrs` and `final_info_dict` by result name, and nothing else on
+        top. `means` holds at most `MOST_MEANS` metrics, since callers show all of it to people and
+        language models. Lists hold one value per seed, in the order of the seeds; nulls stay out
+        of means and standard errors.
     """
-    return {
-        dataset: {
-            "means": {f"{name}_mean": stat.mean for name, stat in stats.items()},
+    final_info = {}
+    for dataset, stats in statistics_of(records).items():
+        first = _leading(stats, leading)
+        rest = [name for name in stats if name not in first]
+        final_info[dataset] = {
+            "means": {f"{name}_mean": stats[name].mean for name in first},
+            "more_means": {f"{name}_mean": stats[name].mean for name in rest},
             "stderrs": {f"{name}_stderr": stat.stderr for name, stat in stats.items()},
             "final_info_dict": {name: list(stat.values.values()) for name, stat in stats.items()},
         }
-        for dataset, stats in statistics_of(records).items()
-    }
+    return final_info
 
 
-def write_final_info(run_dir: Path, records: Iterable[Record]) -> dict[str, Any]:
+def _leading(stats: Mapping[str, Stat], leading: Sequence[str]) -> list[str]:
+    """The metrics of `means`: the leading ones that have a value, and those callers rely on."""
+    relied_on = [name for name in PUBLISHED if name in stats]
+    valued = [name for name, stat in stats.items() if stat.mean is not None]
+    ranked = [name for name in dict.fromkeys([*leading, *valued]) if name in valued]
+    first = [name for name in ranked if name not in relied_on]
+    return [*first[: MOST_MEANS - len(relied_on)], *relied_on]
+
+
+def means_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """All means of one dataset of `final_info.json`, also of files that another program wrote."""
+    parts = [entry.get(key) for key in ("means", "more_means")]
+    return {k: v for part in parts if isinstance(part, Mapping) for k, v in part.items()}
+
+
+def write_final_info(
+    run_dir: Path, records: Iterable[Record], leading: Sequence[str] = ()
+) -> dict[str, Any]:
     """Aggregate and write `final_info.json`; returns what was written."""
-    final_info = aggregate(records)
-    write_json(run_dir / FINAL_INFO, final_info)
+    final_info = aggregate(records, leading)
+    write_json(run_dir / FINAL_INFO, final_info, sort_keys=False)
     return final_info
 
 

@@ -25,6 +25,7 @@ from sae_experiments.results.records import (
     Stat,
     load_arrays,
     mean_stderr,
+    means_of,
     number,
     read_curves,
     read_records,
@@ -322,10 +323,10 @@ def _of_final_info(final_info: Mapping[str, Any]) -> tuple[Stats, Listed]:
     stats: Stats = {}
     listed: Listed = {}
     for dataset, entry in final_info.items():
-        means, stderrs, lists = (
-            mapping(mapping(entry).get(key)) for key in ("means", "stderrs", "final_info_dict")
+        stderrs, lists = (
+            mapping(mapping(entry).get(key)) for key in ("stderrs", "final_info_dict")
         )
-        for key, mean in means.items():
+        for key, mean in means_of(mapping(entry)).items():
             metric = key.removesuffix("_mean")
             given = lists.get(metric)
             values = [number(v) for v in given] if isinstance(given, list) else []

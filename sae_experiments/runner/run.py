@@ -26,10 +26,19 @@ from sae_experiments import memory
 from sae_experiments.cache import locked
 from sae_experiments.console import Console
 from sae_experiments.errors import NonFinite, UserError
-from sae_experiments.files import PACKAGE, NewFolder, digest, read_json, remove_stale, write_json
+from sae_experiments.files import (
+    PACKAGE,
+    NewFolder,
+    digest,
+    read_json,
+    remove_stale,
+    write_bytes,
+    write_json,
+)
 from sae_experiments.flatten import flatten
 from sae_experiments.metric_info import describe
 from sae_experiments.quality_warnings import Warned
+from sae_experiments.results.leading import leading
 from sae_experiments.results.records import (
     RESULT_NEUTRAL_KEYS,
     damaged_files,
@@ -42,7 +51,7 @@ from sae_experiments.runner.messages import packed, unpacked
 from sae_experiments.runner.pool import Pool, Shares, how_it_died, shares
 from sae_experiments.runner.track import Tracker
 from sae_experiments.runner.worker import Event, Setup
-from sae_experiments.source import outside_digest, package_digest
+from sae_experiments.source import outside_digest, outside_texts, package_digest
 from sae_experiments.stopping import OutOfTime, Stopped, last_words, wait_for_children
 from sae_experiments.studies.base import Cell, Context, Study
 
@@ -87,6 +96,8 @@ class RunSettings:
     """CPU threads per cell; None: the cores divided by the workers."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """argv, overrides, preset and the reason for it."""
+    leading: Sequence[str] = ()
+    """Metrics that lead all others in `final_info.json`."""
 
 
 def run(
@@ -222,6 +233,7 @@ class _Run:
         )
         self._clear_other_results()
         self._write_manifest()
+        self._keep_source()
         self.tracker.start(s.folder, s.config, s.label, s.about.get("plan"))
         status = "failed"
         try:
@@ -242,6 +254,12 @@ class _Run:
                 f"{'; '.join(self.failures)}"
             )
         return status
+
+    def _keep_source(self) -> None:
+        """Keep the user's own modules (an SAE in experiment.py) as they ran, in `source/`."""
+        shutil.rmtree(self.settings.folder / "source", ignore_errors=True)
+        for name, text in outside_texts(self.study).items():
+            write_bytes(self.settings.folder / "source" / f"{name}.py", text.encode())
 
     def _memory_need(self) -> float:
         need = getattr(self.study, "memory_per_cell", None)
@@ -294,7 +312,7 @@ class _Run:
             self._side_by_side(pending, cells, share, content)
         else:
             self._one_by_one(pending, cells, ctx, share)
-        write_final_info(self.settings.folder, self.runner.records())
+        self._write_final_info()
 
     def _one_by_one(
         self, pending: deque[Cell], cells: Sequence[Cell], ctx: Context, share: Shares
@@ -412,7 +430,7 @@ class _Run:
         for name, metrics in result.metrics.items():
             self.tracker.summary(name, cell.seed, metrics)
         self.manifest["progress"]["finished"] += 1
-        write_final_info(self.settings.folder, self.runner.records())
+        self._write_final_info()
 
     def _late(self, cell: Cell) -> None:
         self.cut = True
@@ -486,6 +504,10 @@ class _Run:
             shutil.rmtree(folder / name, ignore_errors=True)
         for path in folder.glob("final_info*.json"):
             path.unlink()
+
+    def _write_final_info(self) -> None:
+        order = leading(self.study.infos(), self.settings.leading)
+        write_final_info(self.settings.folder, self.runner.records(), order)
 
     def _write_manifest(self, manifest: Mapping[str, Any] | None = None) -> None:
         path = self.settings.folder / "manifest.json"

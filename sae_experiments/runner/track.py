@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json
+from sae_experiments.results.records import means_of
 
 MODES = ("auto", "online", "offline", "disabled")
 #: Where wandb looks for a key of its own server, whatever its newest address is.
@@ -121,7 +122,7 @@ class Wandb:
                     report["stderrs"].get(f"{metric.removesuffix('_mean')}_stderr"),
                 ]
                 for name, report in final.items()
-                for metric, mean in report["means"].items()
+                for metric, mean in means_of(report).items()
             ]
             shown = {
                 "final_info": wandb.Table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +67,15 @@ def module_of(metric: Callable[..., Any]) -> Any:
     return sys.modules[function.__module__]
 
 
+def infos_of(metrics: Iterable[Callable[..., Any]]) -> list[MetricInfo]:
+    """The descriptions of metrics, each once, in their order."""
+    infos: dict[MetricInfo, None] = {}
+    for metric in metrics:
+        own = getattr(metric, "infos", None)
+        infos |= dict.fromkeys(module_of(metric).INFO if own is None else own)
+    return list(infos)
+
+
 @dataclass
 class Outcome:
     """Results of a cell under one name."""
@@ -123,7 +132,7 @@ class Outcome:
                 with fast_matmul():
                     measured = metric(evaluation)
             except OutOfTime:
-                names = [info.name for info in module_of(metric).INFO]
+                names = [info.name for info in infos_of([metric])]
                 late = [name for name in names if name not in self.metrics]
                 self.metrics |= dict.fromkeys(late)
                 self.why_null |= dict.fromkeys(late, "not measured: the time limit was over")

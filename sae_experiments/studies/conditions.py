@@ -91,6 +91,8 @@ def of_evaluation(
     `rows_read` of its module, if there is one, overrides this.
     """
     partial = metric if isinstance(metric, functools.partial) else functools.partial(metric)
+    if own := getattr(metric, "settings", None):
+        partial = functools.partial(partial.func, **own)
     given = {k: plain(v) for k, v in partial.keywords.items()}
     length = evaluation.held_out.length if evaluation.held_out is not None else 1
     module = sys.modules[partial.func.__module__]

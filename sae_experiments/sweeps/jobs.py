@@ -19,6 +19,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from sae_experiments.cache import locked
+from sae_experiments.config import own
 from sae_experiments.config.axes import axes_of
 from sae_experiments.config.checks import configuring
 from sae_experiments.config.compose import build, compose_checked, options_of
@@ -187,7 +188,7 @@ class Jobs:
     varied: list[str]
 
     def __post_init__(self) -> None:
-        script = self.conf.parent / "experiment.py"
+        script = own.script() or self.conf.parent / "experiment.py"
         yaml = {
             str(p.relative_to(self.conf)): sha256_file(p) for p in sorted(self.conf.rglob("*.yaml"))
         }

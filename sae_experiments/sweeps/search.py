@@ -17,7 +17,7 @@ from sae_experiments.config.axes import Axis
 from sae_experiments.config.typed import key_of
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_json
-from sae_experiments.results.records import number, try_json
+from sae_experiments.results.records import means_of, number, try_json
 
 SAMPLERS = ("tpe", "random")
 
@@ -181,9 +181,8 @@ class Search:
 
     def _value(self, folder: Path) -> float | None:
         final = try_json(folder / "final_info.json") or {}
-        values = [
-            number(entry.get("means", {}).get(f"{self.metric}_mean")) for entry in final.values()
-        ]
+        key = f"{self.metric}_mean"
+        values = [number(means_of(entry).get(key)) for entry in final.values()]
         known = [value for value in values if value is not None]
         return statistics.mean(known) if known and len(known) == len(values) else None
 

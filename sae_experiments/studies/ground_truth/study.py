@@ -32,7 +32,7 @@ from sae_experiments.studies.base import (
     Context,
     Outcome,
     check_held_out,
-    module_of,
+    infos_of,
     part_of,
     rows_seed,
 )
@@ -133,8 +133,7 @@ class GroundTruth:
         ]
 
     def infos(self) -> list[MetricInfo]:
-        modules = dict.fromkeys(module_of(metric) for metric in self.metrics.values())
-        return [info for module in modules for info in module.INFO]
+        return infos_of(self.metrics.values())
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
         world = World(self.world, seed_of(cell.seed, "world"), ctx.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,14 @@ from sae_experiments.saes import saelens as interop
 from sae_experiments.saes.base import SAE, NotExportable
 from sae_experiments.source import source_digest
 from sae_experiments.studies import conditions as facts
-from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of
+from sae_experiments.studies.base import (
+    Cell,
+    Context,
+    Outcome,
+    check_held_out,
+    infos_of,
+    part_of,
+)
 from sae_experiments.studies.language import loaded, second_view
 from sae_experiments.studies.language import stores as stores_module
 from sae_experiments.studies.language.lms import (
@@ -221,11 +227,7 @@ class Language:
         ]
 
     def infos(self) -> list[MetricInfo]:
-        functions = [
-            m.func if isinstance(m, functools.partial) else m for m in self.metrics.values()
-        ]
-        modules = dict.fromkeys(sys.modules[f.__module__] for f in functions)
-        every = [*LM_INFO, *(i for m in modules for i in m.INFO), *FIT_INFO]
+        every = [*LM_INFO, *infos_of(self.metrics.values()), *FIT_INFO]
         return [*map(in_tokens, every), *TOKEN_INFO] if self.reads_tokens else every
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
