@@ -74,7 +74,7 @@ TABLE: dict[str, set[str]] = {
     "config": FOUNDATIONS | {"results"},
     "sweeps": FOUNDATIONS | {"config", "results"},
     "steering": FOUNDATIONS | {"metrics", "models", "results", "saes"},
-    "cli": FOUNDATIONS | {"config", "report", "results", "runner", "steering", "sweeps"},
+    "cli": FOUNDATIONS | {"config", "report", "results", "runner", "steering", "sweeps", "fitting"},
     "__main__": {"cli", "files"},
     "steer": {"cli"},
     "api": FOUNDATIONS | {"", "config", "fitting", "metrics", "saes", "steering", "training"},
