@@ -76,6 +76,7 @@ TABLE: dict[str, set[str]] = {
     "steering": FOUNDATIONS | {"metrics", "models", "results", "saes"},
     "cli": FOUNDATIONS | {"config", "report", "results", "runner", "steering", "sweeps", "fitting"},
     "__main__": {"cli", "files"},
+    "trial": _STUDY | {"studies.ground_truth"},
     "steer": {"cli"},
     "api": FOUNDATIONS | {"", "config", "fitting", "metrics", "saes", "steering", "training"},
 }

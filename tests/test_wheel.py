@@ -25,7 +25,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if tracked.returncode != 0:
         pytest.skip("not a git checkout")
     for name in tracked.stdout.splitlines():
-        if name.startswith(("sae_experiments/", "conf/")) or "/" not in name:
+        if name.startswith(("sae_experiments/", "conf/", "templates/")) or "/" not in name:
             target = source / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
@@ -40,6 +40,9 @@ def test_a_wheel_holds_every_file_that_the_package_reads(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     for path in (ROOT / "conf").rglob("*.yaml"):
         assert f"sae_experiments/conf/{path.relative_to(ROOT / 'conf').as_posix()}" in inside
+    for path in (ROOT / "templates").rglob("*.*"):
+        if "__pycache__" not in path.parts and path.is_file():
+            assert f"sae_experiments/{path.relative_to(ROOT).as_posix()}" in inside
     for path in (ROOT / "sae_experiments").rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:
             assert path.relative_to(ROOT).as_posix() in inside

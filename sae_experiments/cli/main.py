@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
+from sae_experiments.cli.closing import block
 from sae_experiments.cli.help import help_page, list_page
 from sae_experiments.config import own
 from sae_experiments.config.checks import configuring, first_line
@@ -130,6 +131,10 @@ def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> in
     if list(argv) == ["list"]:
         print(list_page(conf))
         return 0
+    if argv and argv[0] == "template":
+        from sae_experiments.cli import template
+
+        return template.main(argv[1:])
     if argv and argv[0].split("=")[0] == "--check":
         return _check(argv, extra, conf)
     command = parse(argv)
@@ -370,6 +375,8 @@ def print_summary(folder: Path, status: str) -> None:
         table = table_of_run(folder)
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(f"\n{terminal(table, compare(table), colour=colour)}")
+    if not sys.stdout.isatty():
+        print(f"\n{block(folder)}")
     print(f"\n{status}: {folder / 'final_info.json'}", flush=True)
 
 

@@ -25,6 +25,7 @@ from sae_experiments.source import INSTALLED
 
 BASE = "sae_experiments.saes.base.SAE"
 BETTER = ("up", "down", "none", "target")
+GUARD = 'keep `if __name__ == "__main__":` around the call of main: the script is imported as well'
 #: Arguments that the frame gives to every SAE, and the L0 under the names that variants use.
 OF_THE_FRAME = ("self", "d_in", "d_sae", "d_out")
 L0_NAMES = ("k", "target_l0")
@@ -39,7 +40,7 @@ class _Registry:
     def clear(self) -> None:
         self.script: Path | None = None
         self.comments: dict[str, dict[str, str]] = {"sae": {}, "metric": {}}
-        self.loading = False
+        self.loading = self.again = False
 
 
 _known = _Registry()
@@ -78,10 +79,8 @@ def register(path: str | Path | None, conf: Path) -> None:
         UserError: The script cannot be loaded, or an entry of `SAES` or `METRICS` cannot be used.
     """
     if _known.loading:
-        raise UserError(
-            'a script that defines SAES or METRICS is imported once more: keep `if __name__ == "'
-            '__main__":` around the call of main'
-        )
+        _known.again = True
+        raise UserError(GUARD)
     _known.clear()
     if path is None:
         return
@@ -110,6 +109,8 @@ def _loaded(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     finally:
         _known.loading = False
+    if _known.again:
+        raise UserError(GUARD)
     return module
 
 
@@ -147,7 +148,7 @@ def _sae_node(name: str, sae: Any, conf: Path) -> dict[str, Any]:
         raise UserError(f"SAES: {name} must be a class that extends an SAE, such as BatchTopK")
     home, settings = _nearest_file(sae, conf)
     model: dict[str, Any] = {"_target_": _target("SAES", name, sae), "_partial_": True}
-    for argument in _arguments(sae):
+    for argument in _arguments(sae, up_to_base=home == "_base"):
         if argument.name in settings:
             continue
         if argument.name in L0_NAMES:
@@ -177,11 +178,11 @@ def _nearest_file(sae: type, conf: Path) -> tuple[str, dict[str, Any]]:
     return "_base", {}
 
 
-def _arguments(sae: type) -> list[Argument]:
+def _arguments(sae: type, *, up_to_base: bool) -> list[Argument]:
     """Arguments of a constructor and of those to which it hands further keywords."""
     arguments: dict[str, Argument] = {}
     for cls in sae.__mro__:
-        if "__init__" not in vars(cls):
+        if "__init__" not in vars(cls) or (_full_name(cls) == BASE and not up_to_base):
             continue
         parameters = inspect.signature(cls.__init__).parameters.values()
         for p in parameters:
