@@ -37,7 +37,7 @@ def written(kind: str, folder: Path) -> Path:
     elif kind == ".jsonl":
         path.write_text(lines + "\n\n")
     elif kind == ".jsonl.gz":
-        path.write_bytes(gzip.compress(lines.encode()))
+        path.write_bytes(gzip.compress(lines.encode(), mtime=0))
     elif kind == ".jsonl.zst":
         pyarrow = pytest.importorskip("pyarrow")
         with pyarrow.CompressedOutputStream(str(path), "zstd") as f:
@@ -186,7 +186,7 @@ def test_a_character_corpus_is_read_as_text_with_its_own_splits(tokenizer, tmp_p
         ("bad.jsonl", b'{"text": "a"}\n{"text": ', "JSON lines"),
         ("other.jsonl", b'{"body": "a"}\n', "line 1 has no text under 'text'"),
         ("list.jsonl", b"[1]\n", "line 1 has no text under 'text'"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:30], "JSON lines"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:30], "JSON lines"),
         ("bad.parquet", b"PAR1 this is no parquet", "not a whole parquet file|needs pyarrow"),
         ("bad.jsonl.zst", b"no zstd", "JSON lines|needs pyarrow"),
         ("some.doc", b"x", "of no known kind"),
