@@ -19,6 +19,7 @@ from sae_experiments.plots import circuits_graph
 from sae_experiments.plots.base import NothingToDrawError
 from sae_experiments.report import page
 from sae_experiments.results.table import load_table
+from sae_experiments.saes.circuit_tracer import load_transcoders
 from sae_experiments.studies.attribution.front_end import cantor
 from sae_experiments.studies.attribution.influence import Graph, keep_share, prune
 from sae_experiments.studies.attribution.interventions import Interventions
@@ -328,6 +329,8 @@ def test_the_json_is_what_circuit_tracers_page_reads(first: Path) -> None:
     listed = load(folder / "graph-metadata.json")["graphs"]
     assert len(listed) == 3
     kinds = set()
+    read = load_transcoders(folder / "transcoders")
+    assert read.n_sites == 2 and read.cross
     for metadata in listed:
         graph = load(folder / f"{metadata['slug']}.json")
         assert graph["metadata"] == metadata and metadata["schema_version"] == 1

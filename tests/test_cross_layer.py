@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from attribution_worlds import side_by_side, world
 from circuit_worlds import model, tokens
 from saes import make, rows, sae_spec, step, trained
+from safetensors.torch import load_file
 
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.fit import units_of
 from sae_experiments.metrics.replacement import replaced_logits, with_errors_gap
 from sae_experiments.models.frozen import FrozenModel
 from sae_experiments.models.hooks import Site
+from sae_experiments.saes.circuit_tracer import load_transcoders, save_transcoders
 from sae_experiments.saes.cross_layer import CrossLayerTranscoder
 from sae_experiments.saes.transcoder import Transcoder
 from sae_experiments.saes.types import Batch
@@ -121,8 +126,8 @@ def test_the_models_own_mlps_give_its_own_logits(kind: str, hold: bool) -> None:
 def test_error_nodes_give_the_logits_back(cross: bool, skip: bool) -> None:
     lm, sae, ids = world(cross=cross, skip=skip)
     assert with_errors_gap(lm, sae, ids) < 1e-9
-    clean = lm(input_ids=ids).logits
-    without = replaced_logits(lm, ids, sae.replacement(ids.shape))
+    clean = lm(input_ids=ids).logits.detach()
+    without = replaced_logits(lm, ids, sae.replacement(ids.shape)).detach()
     assert float((without - clean).abs().max()) > 0.1, "without them it is another model"
 
 
@@ -145,3 +150,55 @@ def test_with_everything_held_the_replaced_model_is_that_of_the_clean_codes_at_l
         sae.encode(x)[:, : sae.per_layer], sae.encode_from(0, run.mlp_in[0]).flatten(0, 1)
     )
     assert isinstance(sae, CrossLayerTranscoder)
+
+
+# --- circuit-tracer's files ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "skip"), [(KINDS[0], False), (KINDS[1], False), (KINDS[1], True)])
+def test_transcoders_come_back_from_circuit_tracers_layout(
+    name: str, skip: bool, tmp_path: Path
+) -> None:
+    sae = trained(name, f"sae.model.skip={str(skip).lower()}", n_train=30)
+    assert bool(sae.centre.any())
+    save_transcoders(sae, tmp_path, model="gpt2", scan="mine")
+    again = load_transcoders(tmp_path)
+    x = rows(64, 5)
+    torch.testing.assert_close(again.encode(x), sae.encode(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again(x), sae(x), rtol=1e-4, atol=1e-5)
+    part = again.encode_from(1, x[:, again.site_of(1)])
+    torch.testing.assert_close(part, again.encode(x)[:, again.latents_of(1)])
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["model_kind"] == (KINDS[0] if name == KINDS[0] else "transcoder_set")
+
+
+def test_the_files_are_in_circuit_tracers_orientation(tmp_path: Path) -> None:
+    """`W_dec_i` (F, L - i, C): [:, j] writes layer i + j, and a reconstruction made from it."""
+    sae = trained("cross_layer_transcoder", n_train=30)
+    save_transcoders(sae, tmp_path, model="gpt2", scan="mine")
+    x, out = rows(32, 5), torch.zeros(32, 2, 8)
+    for i in range(2):
+        encoder = load_file(tmp_path / f"W_enc_{i}.safetensors")
+        decoder = load_file(tmp_path / f"W_dec_{i}.safetensors")[f"W_dec_{i}"]
+        assert decoder.shape == (24, 2 - i, 8)
+        pre = x[:, 8 * i : 8 * i + 8] @ encoder[f"W_enc_{i}"].T + encoder[f"b_enc_{i}"]
+        acts = pre * (pre > encoder[f"threshold_{i}"])
+        out[:, i:] += torch.einsum("bf,fjc->bjc", acts, decoder)
+        out[:, i] += encoder[f"b_dec_{i}"]
+    torch.testing.assert_close(out.flatten(1), sae(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_set_of_transcoders_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"W_enc_0\.safetensors"):
+        load_transcoders(tmp_path)
+    sae = trained("cross_layer_transcoder", n_train=30)
+    save_transcoders(sae, tmp_path, model="gpt2", scan="mine")
+    (tmp_path / "W_dec_1.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="W_dec_1"):
+        load_transcoders(tmp_path)
+    (tmp_path / "W_dec_1.safetensors").write_bytes((tmp_path / "W_dec_0.safetensors").read_bytes())
+    with pytest.raises(UserError, match="a tensor is missing or has another shape"):
+        load_transcoders(tmp_path)
+    skipping = make("cross_layer_transcoder", "sae.model.skip=true")
+    with pytest.raises(UserError, match="no skip paths"):
+        save_transcoders(skipping, tmp_path / "other", model="gpt2", scan="mine")

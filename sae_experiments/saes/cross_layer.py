@@ -199,7 +199,10 @@ class CrossLayerTranscoder(BatchTopK):
         latents = self.latents_of(layer)
         x = x - self.centre[self.site_of(layer)]
         pre = nn.functional.linear(x, self.encoders[latents], self.b_enc[latents])
-        return pre * (pre > self.threshold if support is None else support)
+        if support is None:
+            one_each = bool(self.threshold.ndim)  # as in a file of circuit-tracer
+            support = pre > (self.threshold[latents] if one_each else self.threshold)
+        return pre * support
 
     def decode(self, acts: Tensor) -> Tensor:
         """Reconstruction (..., O) of dense codes (..., F)."""

@@ -17,6 +17,7 @@ from sae_experiments.fitting.fit import FitReport
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models.gpt2 import TrainedLM
 from sae_experiments.saes.base import SAE
+from sae_experiments.saes.circuit_tracer import save_transcoders
 from sae_experiments.saes.cross_layer import CrossLayerTranscoder
 from sae_experiments.studies import conditions as facts
 from sae_experiments.studies.attribution.front_end import (
@@ -154,6 +155,7 @@ class Attribution(Language):
         outcome.graphs = [as_report(one.drawn, self.graph.shown, about) for one in traced]
         result_name = self.result_name(corpus.name, name)
         self._write(traced, f"{result_name}_{stores.seed}", ctx)
+        self._export(sae, f"{result_name}_{stores.seed}", lm, ctx)
         m = outcome.metrics
         ctx.console.say(
             f"  {len(traced)} graphs: replacement {m['graph_replacement']:.3f}, completeness "
@@ -227,6 +229,12 @@ class Attribution(Language):
             share = self.graph.node_share
             graphs.append(as_circuit_tracer(one.drawn, slug, slug_of(cell), share, {}))
         write_circuit_tracer(ctx.folder / "circuit_tracer" / cell, graphs)
+
+    def _export(self, sae: SAE, cell: str, lm: TrainedLM, ctx: Context) -> None:
+        """Write the transcoders for circuit-tracer, where its layout has a place for them."""
+        folder = ctx.folder / "circuit_tracer" / cell / "transcoders"
+        if isinstance(sae, CrossLayerTranscoder) and not (sae.cross and sae.W_skip is not None):
+            save_transcoders(sae, folder, model=str(lm.folder), scan=slug_of(cell))
 
     # --- checks ----------------------------------------------------------------------------------
 
