@@ -12,8 +12,10 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +127,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> int:
+    began = time.monotonic()
     if "--help" in argv or "-h" in argv:
         print(help_page(conf, plan))
         return 0
@@ -155,7 +158,7 @@ def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> in
         cfg, label = compose_checked(conf, overrides)
     closing = functools.partial(draw_report, conf=conf) if cfg.report else lambda folder: None
     about = {"argv": list(argv), "overrides": overrides, **about}
-    execute(cfg, about=about, label=label, closing=closing)
+    execute(cfg, about=about, label=label, closing=closing, began=began)
     return 0
 
 
@@ -280,6 +283,7 @@ def execute(
     about: Mapping[str, Any],
     label: str,
     closing: Callable[[Path], None] = lambda folder: None,
+    began: float | None = None,
 ) -> Path:
     """Build the study of a configuration and run it.
 
@@ -288,6 +292,7 @@ def execute(
         about: Facts for the manifest: argv, overrides, preset, plan and the reasons for them.
         label: Name of the run, unless `cfg.label` gives one.
         closing: Called with the run folder when there are results in it.
+        began: Time (`time.monotonic`) from which the time limit counts; None: now.
 
     Returns:
         The run folder.
@@ -296,6 +301,7 @@ def execute(
 
     with configuring():
         study, tracker, settings = _prepared(cfg, about, label)
+        settings = replace(settings, began=began)
     if cfg.verbosity != "quiet":
         print(f"preset {about['preset']} ({about['preset_reason']}); {about['plan_note']}")
         print(f"results in {settings.folder}", flush=True)

@@ -52,12 +52,14 @@ from sae_experiments.runner.pool import Pool, Shares, how_it_died, shares
 from sae_experiments.runner.track import Tracker
 from sae_experiments.runner.worker import Event, Setup
 from sae_experiments.source import outside_digest, outside_texts, package_digest
-from sae_experiments.stopping import OutOfTime, Stopped, last_words, wait_for_children
+from sae_experiments.stopping import OutOfTime, Stopped, last_words, limited, wait_for_children
 from sae_experiments.studies.base import Cell, Context, Study
 
 REMEDY = "choose another out_dir, or add overwrite=true to replace them"
 #: While cells are at work, drawing the report takes at most this share of the time.
 REPORT_SHARE = 0.05
+#: Share of the time limit by which its last stages, report and closing table, may overrun it.
+LATE_SHARE = 0.03
 
 
 class RunFailed(UserError):
@@ -96,6 +98,8 @@ class RunSettings:
     """CPU threads per cell; None: the cores divided by the workers."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """argv, overrides, preset and the reason for it."""
+    began: float | None = None
+    """Time (`time.monotonic`) from which `time_limit_s` counts; None: the start of `run`."""
     leading: Sequence[str] = ()
     """Metrics that lead all others in `final_info.json`."""
 
@@ -185,7 +189,8 @@ class _Run:
         self.device = torch.device(settings.device)
         self.hashes = {"config_hash": digest(config), "source_hash": _source(study)}
         limit = settings.time_limit_s
-        self.deadline = None if limit is None else time.monotonic() + limit
+        began = time.monotonic() if settings.began is None else settings.began
+        self.deadline = None if limit is None else began + limit
         self.manifest: dict[str, Any] = {}
         self.cut = False
         self.said: set[Warned] = set()
@@ -275,7 +280,7 @@ class _Run:
             self.manifest["cause"] = "; ".join(self.failures)
         self._write_manifest()
         if status != "stopped" and self.runner.records():
-            self.closing(self.settings.folder)
+            self._close()
             self.tracker.publish(self.settings.folder)
         self.tracker.finish(status)
 
@@ -475,7 +480,17 @@ class _Run:
         if not self.reported.is_due() or not self.runner.records():
             return
         with self.reported.timed():
-            self.closing(self.settings.folder)
+            self._close()
+
+    def _close(self) -> None:
+        """Draw the report, which may overrun the time limit by `LATE_SHARE` of it."""
+        limit = self.settings.time_limit_s or 0.0
+        ends = None if self.deadline is None else self.deadline + LATE_SHARE * limit
+        try:
+            with limited(ends, lambda: True):
+                self.closing(self.settings.folder)
+        except OutOfTime:
+            self.console.say("no time left for report.html: python plot.py makes one")
 
     def _finished(self, cell: Cell) -> bool:
         """Whether every result of the cell is there, by this code, with undamaged files."""
