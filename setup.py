@@ -13,7 +13,7 @@ setup(
     package_dir={"sae_experiments.conf": "conf", "sae_experiments.templates": "templates"},
     package_data={
         "sae_experiments": ["py.typed"],
-        "sae_experiments.conf": ["*.yaml", "*/*.yaml"],
+        "sae_experiments.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
         "sae_experiments.templates": ["*/*", "*/*/*"],
         "sae_experiments.report": ["*.js", "*.css", "*.html"],
         "sae_experiments.results": ["*.json"],

@@ -14,6 +14,7 @@ from metric_worlds import CPU, LENGTH, Given, ctx, play
 from sae_experiments.metrics import ablation, absorption, downstream, probing, rules
 from sae_experiments.metrics.base import EvalContext, LMSplice, Measured
 from sae_experiments.metrics.noise import Grouped, noise_over, resampled_auc, resampled_means
+from sae_experiments.metrics.text import concepts, labels
 from sae_experiments.models.hooks import Site
 from sae_experiments.models.store import Source, collect
 
@@ -184,11 +185,11 @@ def test_probes_of_many_concepts_promise_no_less_noise(
 ) -> None:
     """One concept under several names, each in a group of its own."""
     made = ctx(UNLIKE, fires(1), Given(d_in=4))
-    vowel = next(c for c in probing.bank(made.symbols) if c.name == "vowel")
+    vowel = next(c for c in concepts.bank(made.symbols) if c.name == "vowel")
     measured = {}
     for n in (1, copies):
         monkeypatch.setattr(
-            probing,
+            labels,
             "bank",
             lambda symbols, n=n: [replace(vowel, name=f"{i}", group=f"{i}") for i in range(n)],
         )

@@ -393,10 +393,10 @@ STREAMS = {
     "mlp_act": "mlp.hook_post",
     "mlp_out": "hook_mlp_out",
     "mlp_in": "mlp.hook_in",
+    "attn_out": "hook_attn_out",
 }
 NOWHERE = [
     "hook_resid_mid",
-    "hook_attn_out",
     "attn.hook_z",
     "hook_mlp_in",
     "ln2.hook_normalized",

@@ -31,7 +31,7 @@ Every option is key=value or --key=value. Results go to runs/<out_dir>/final_inf
 Choices (conf/<group>/<name>.yaml)
 {groups}
 Plan '{plan}' (PLAN in experiment.py)
-  others in conf/plan: {plans}
+  others: {plans}
 {runs}
 Frequent options
   sae.target_l0=32        latents active on average        sae.expansion=8     d_sae / d_in

@@ -171,8 +171,8 @@ def _parsed(named: str | Sequence[str], n_layer: int) -> Site | Sites:
     """A site, or several: given as a list, or `<stream>.all` for every block."""
     if isinstance(named, str) and named.endswith(".all"):
         named = [f"{named.removesuffix('.all')}.{layer}" for layer in range(1, n_layer + 1)]
-    if isinstance(named, str):
-        return parse_site(named, n_layer)
+    if not isinstance(named, (list, tuple)):
+        return parse_site(str(named), n_layer)
     return tuple(parse_site(one, n_layer) for one in named)
 
 

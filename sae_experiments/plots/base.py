@@ -11,7 +11,7 @@ import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -154,8 +154,7 @@ def save_for_paper(fig: Figure, name: str, width: str, folder: Path) -> Path:
     height = fig.get_figheight() - LINE_HEIGHT * len(caption.splitlines()) - 0.35
     scale = inches / fig.get_figwidth()
     smallest, largest = PAPER_FONTS
-    for text in fig.findobj(Text):
-        assert isinstance(text, Text)
+    for text in cast("list[Text]", fig.findobj(Text)):
         text.set_fontsize(min(max(float(text.get_fontsize()) * scale, smallest), largest))
     entries = _legend_below(fig, inches)
     fig.set_size_inches(inches, max(height * scale, 0.55 * inches) + LEGEND_LINE * entries)
