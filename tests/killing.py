@@ -56,7 +56,7 @@ def watch(shared: mmap.mmap) -> None:
     from sae_experiments.models import gpt2 as lm
     from sae_experiments.models import store as activations
     from sae_experiments.report import figures
-    from sae_experiments.runner import run
+    from sae_experiments.runner import cell, run
     from sae_experiments.studies import base
     from sae_experiments.studies.language import stores
     from sae_experiments.studies.language import study as language
@@ -72,7 +72,7 @@ def watch(shared: mmap.mmap) -> None:
         (language.Language, "_fit", "fit"),
         (base.Outcome, "measure", "metrics"),
         (language, "export", "export"),
-        (run._Run, "_keep", "aggregate"),
+        (cell.CellRunner, "_keep", "aggregate"),
         (run, "write_final_info", "aggregate"),
         (figures, "draw_all", "plot"),
         (figures, "write_tables", "plot"),

@@ -19,6 +19,7 @@ import torch
 import yaml
 from conftest import CONF, ROOT, Experiment
 from omegaconf import DictConfig, OmegaConf
+from test_pretrained import folder_of
 
 from sae_experiments.cli.main import main, parse
 from sae_experiments.config import compose as config
@@ -98,6 +99,18 @@ def test_presets_change_sizes_only():
             assert other[part] == before[part], f"{preset} changes {part}"
 
 
+def with_what_it_needs(group: str, name: str, folder: Path) -> list[str]:
+    """What must be typed beside a choice: the text, the model, or the path that it is about."""
+    (folder / "text.txt").write_text("a text of some words")
+    needs = {
+        ("data", "text"): ["lm=gpt2_bpe", f"data.text.file={folder / 'text.txt'}"],
+        ("data", "hub"): ["lm=gpt2_bpe", "data.hub.path=org/name"],
+    }
+    if (group, name) == ("lm", "pretrained"):
+        return [f"lm.path={folder_of(folder / 'model')}", "lm.n_positions=16"]
+    return needs.get((group, name), [])
+
+
 @pytest.mark.parametrize(
     ("group", "name"),
     [
@@ -105,13 +118,11 @@ def test_presets_change_sizes_only():
         for g in sorted(CONF.iterdir())
         if g.is_dir() and g.name not in ("sae", "plan", "plot", "sweep", "launcher", "search")
         for n in options(g.name)
-        # These need a path or a model of tokens besides: test_pretrained composes them.
-        if (g.name, n) not in {("data", "hub"), ("data", "text"), ("lm", "pretrained")}
     ],
 )
-def test_every_choice_of_every_group_composes_and_builds(group, name):
+def test_every_choice_of_every_group_composes_and_builds(group, name, tmp_path):
     value = f"[{name}]" if group in ("data", "metric") else name
-    overrides = [f"{group}={value}"]
+    overrides = [f"{group}={value}", *with_what_it_needs(group, name, tmp_path)]
     cfg = compose_checked(CONF, overrides if group == "preset" else ["preset=smoke", *overrides])[0]
     study = build(cfg.study)
     study.check()
@@ -192,7 +203,7 @@ def test_every_planned_run_composes_and_builds(plan, run):
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_has_a_title_a_baseline_and_runs_that_differ(plan):
     content = OmegaConf.to_container(OmegaConf.load(CONF / "plan" / f"{plan}.yaml"))
-    assert content["title"] and (plan == "plain" or "run_0" in content["runs"])
+    assert content["title"] and "run_0" in content["runs"]
     assert all(re.fullmatch(r"run_\d+", name) for name in content["runs"])
     plain = [tuple(o for o in v if not o.startswith("label=")) for v in content["runs"].values()]
     assert len(set(plain)) == len(plain)

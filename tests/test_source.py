@@ -22,15 +22,17 @@ from sae_experiments.console import Console
 from sae_experiments.corpora import corpus as data
 from sae_experiments.corpora import download as fetch
 from sae_experiments.corpora import standin
+from sae_experiments.corpora.corpus import window_starts
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest
 from sae_experiments.fitting import cached as fitting_cached
 from sae_experiments.models import gpt2 as lm
 from sae_experiments.models import store as activations
+from sae_experiments.models import tokens
 from sae_experiments.source import closure, outside_digest, source_digest, targets_digest
 from sae_experiments.studies.base import Cell, Context
 from sae_experiments.studies.ground_truth import study as ground_truth
-from sae_experiments.studies.language import stores
+from sae_experiments.studies.language import lms, stores
 from sae_experiments.studies.language import study as language
 from sae_experiments.studies.palindrome import study as palindrome
 from sae_experiments.studies.superposition import study as superposition
@@ -95,6 +97,8 @@ MOVES = {
     "fits of palindromes": ARMS | {"saes.topk"},
     "fits of planted": ARMS
     | {"saes.topk", "studies.ground_truth.world", "studies.ground_truth.study"},
+    "tokenizers": {"models.tokens"},
+    "losses": {"studies.language.lms"},  # of a pretrained model, whose key is part of theirs
     "toys": TRAIN
     | {
         "studies.superposition.toy",
@@ -166,6 +170,8 @@ class Keys:
             ground_truth,
             superposition,
             fitting_cached,
+            tokens,
+            lms,
         ):
             monkeypatch.setattr(module, "source_digest", self.digest, raising=False)
             monkeypatch.setattr(module, "cached", self.cached, raising=False)
@@ -196,6 +202,7 @@ def keys(
     rows: Any = SimpleNamespace(identity=lambda *where: {})
     cell = Cell("text8", 0, ())
     study = _small
+    pretrained: Any = SimpleNamespace(spec=SimpleNamespace(eval_windows=1, n_positions=8))
 
     def fit(*overrides: str) -> Any:
         made = study("data=[text8]", *overrides)
@@ -233,6 +240,8 @@ def keys(
             torch.zeros(1), {}, 0, ctx
         ),
         "fits of planted": lambda: study("study=ground_truth", "sae=topk").fitted(None, cell, ctx),
+        "tokenizers": lambda: tokens.trained_tokenizer(list, 300, key={}, cache=tmp_path),
+        "losses": lambda: lms._losses(None, {}, pretrained, corpus, tmp_path, None),  # type: ignore[arg-type]
         "toys": lambda: study(toys).trained(next(iter(study(toys).families.values())), 0, ctx),
     }
     return found, asks
@@ -302,7 +311,14 @@ def test_two_texts_that_one_model_reads_have_activations_of_their_own(monkeypatc
     )
     ctx: Any = SimpleNamespace(device="cpu", cache=None, console=Console(verbosity="quiet"))
     for key in ("one", "other"):
-        text: Any = SimpleNamespace(splits={"train": range(200), "val": range(50)}, key=key)
+        splits = {"train": range(200), "val": range(50)}
+        text: Any = SimpleNamespace(
+            splits=splits,
+            key=key,
+            window_starts=lambda split, length, splits=splits: window_starts(
+                len(splits[split]), length
+            ),
+        )
         stores.Stores(fit, [], text, model, 0, ctx)  # type: ignore[arg-type]
     assert len(asked) == 6 and not set(asked[:3]) & set(asked[3:])
 
@@ -325,6 +341,8 @@ def test_everything_that_is_cached_has_its_line_in_the_table():
         "stand_in",
         "lms",
         "stores",
+        "tokenizers",
+        "losses",
         "palindromes",
         "toys",
         "fits",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from sae_experiments.models.hooks import Site, Sites, parse_site
 from sae_experiments.models.stream import SMALLEST
 from sae_experiments.resources import cpu_has_bf16
 from sae_experiments.saes.base import SAE
-from sae_experiments.saes.saelens import directory_digest, sites_of
 from sae_experiments.source import modules_behind
 from sae_experiments.training.loop import TrainConfig, seed_of
 
@@ -58,7 +56,8 @@ class SAESpec:
     """Precision in which training selects the active latents: auto, fp32 or bf16."""
     host: SAESpec | None = None
     """SAE that a variant such as purified wraps; its model is part of ours."""
-    path: str | None = None  # SAELens directory of an SAE that is evaluated and not trained
+    path: str | None = None
+    """SAELens directory of an SAE that is evaluated and not trained, see `DirectorySpec`."""
 
     def build(self, d_in: int, d_out: int) -> SAE:
         """The untrained SAE. Raises :class:`UserError` for sizes that cannot work."""
@@ -70,10 +69,7 @@ class SAESpec:
                 f"sae.matmul_precision={self.matmul_precision!r} is not one of "
                 f"{', '.join(PRECISIONS)}"
             )
-        given = self._asked(d_sae) if self.path is None else {"path": self.path}
-        sae = self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **given)
-        if self.path is not None:
-            return sae
+        sae = self.model(d_in=d_in, d_sae=d_sae, d_out=d_out, **self._asked(d_sae))
         asked = self.target_l0 if sae.fixed_l0 is None else sae.fixed_l0
         if asked is not None and asked >= d_sae:
             raise UserError(
@@ -113,26 +109,14 @@ class SAESpec:
             d_in: Width of the site that is read.
             d_out: Width of the site that is rebuilt.
             cfg: Numbers of the fit.
-            loads: Whether the study can evaluate an SAE from a directory.
+            loads: True if the study can evaluate an SAE from a directory.
         """
-        if self.path is not None and not loads:
-            raise UserError(
-                f"sae.path={self.path}: an SAE from a directory is evaluated by study=language "
-                "only; circuits take one as study.upstream.sae"
-            )
         self.config(cfg)
         with torch.device("meta"):
             self.build(d_in, d_out)
 
     def sites(self, default: str, n_layer: int) -> tuple[Site | Sites, Site | Sites]:
         """The sites that the encoder reads and that the decoder reconstructs."""
-        if self.path is not None:
-            if isinstance(self.read, (list, tuple)) or isinstance(self.write, (list, tuple)):
-                raise UserError(f"sae.read={self.read}: sae=saelens reads and writes one site")
-            here = str(parse_site(self.read or default, n_layer))
-            names = sites_of(self.path, self.read and here, self.write, here)
-            read, write = (parse_site(name, n_layer) for name in names)
-            return read, write
         read = _parsed(self.read if self.read is not None else default, n_layer)
         return read, _parsed(self.write, n_layer) if self.write else read
 
@@ -147,8 +131,6 @@ class SAESpec:
 
     def describe(self) -> dict[str, Any]:
         """A JSON-like description, for cache keys."""
-        if self.path is not None:
-            return {"directory": directory_digest(Path(self.path).expanduser())}
         return {
             "model": _to_jsonable(self.model),
             "d_sae": self.d_sae,

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_experiments.conditions import OF_MODEL_ON_ROWS
 from sae_experiments.errors import UserError
 from sae_experiments.metric_info import info
 from sae_experiments.metrics.base import EvalContext, Measured
@@ -31,7 +30,6 @@ INFO = [
         "(CE with every MLP replaced at once - CE) / ln 2; codes from the changed inputs",
         "down",
         unit="bit/char",
-        depends=OF_MODEL_ON_ROWS,
     ),
     info(
         "replaced_kl",
@@ -39,7 +37,6 @@ INFO = [
         "mean KL(p || p with every MLP replaced)",
         "down",
         unit="nat",
-        depends=OF_MODEL_ON_ROWS,
     ),
     info(
         "replaced_agreement",
@@ -47,7 +44,6 @@ INFO = [
         "share of positions where the most probable token stays the same",
         "up",
         shown=False,
-        depends=OF_MODEL_ON_ROWS,
     ),
     info(
         "replaced_frozen_ce_delta_bits",
@@ -55,7 +51,6 @@ INFO = [
         f"replaced_ce_delta_bits with {_FROZEN}",
         "down",
         unit="bit/char",
-        depends=OF_MODEL_ON_ROWS,
     ),
     info(
         "replaced_frozen_kl",
@@ -64,7 +59,6 @@ INFO = [
         "down",
         unit="nat",
         shown=False,
-        depends=OF_MODEL_ON_ROWS,
     ),
     info(
         "replaced_with_errors_gap",
@@ -73,7 +67,6 @@ INFO = [
         "arithmetic)",
         "down",
         shown=False,
-        depends=OF_MODEL_ON_ROWS,
     ),
 ]
 OF_FROZEN = ("replaced_frozen_ce_delta_bits", "replaced_frozen_kl")

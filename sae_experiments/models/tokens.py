@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from sae_experiments.cache import cached
 from sae_experiments.errors import UserError
 from sae_experiments.files import write_bytes, write_json
+from sae_experiments.source import source_digest
 
 #: Name of the file that holds a fast tokenizer.
 FILE = "tokenizer.json"
@@ -51,7 +52,13 @@ def trained_tokenizer(
     Raises:
         UserError: The text is too short for so many tokens.
     """
-    full = {"what": "bpe", "vocab_size": vocab_size, "of": key, "by": tokenizers.__version__}
+    full = {
+        "what": "bpe",
+        "vocab_size": vocab_size,
+        "of": key,
+        "by": tokenizers.__version__,
+        "code": source_digest(alone=[__name__]),
+    }
 
     def make(folder: Path) -> None:
         # One thread at a time gives the same merges everywhere.

@@ -200,12 +200,11 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 # --- SAEs of a run ----------------------------------------------------------------------------
 
 
-def from_directory(*, d_in: int, d_sae: int, d_out: int, path: str | None = None) -> Loaded:
+def from_directory(*, d_in: int, d_out: int, path: str | None = None) -> Loaded:
     """The SAE of `sae=saelens`, which is evaluated and not trained.
 
     Args:
         d_in: Width of the site that is read.
-        d_sae: Not used: the directory says how many latents there are.
         d_out: Width of the site that is rebuilt.
         path: The directory.
 

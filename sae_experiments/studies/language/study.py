@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from sae_experiments.cache import cached, discard, is_cached
 from sae_experiments.conditions import OF_SAE_TIME
@@ -288,13 +288,14 @@ class Language:
         ready = {n: saes.pop(n) for n in list(saes) if self.saes[n].path}
         keys = {n: self._fit_key(n, sae, stores, cell, ctx) for n, sae in saes.items()}
         missing = {n: saes[n] for n in saes if not is_cached(ctx.cache, "fits", keys[n])}
+        sites = {n: self.sites(self.saes[n]) for n in self.saes}
         joint_fit_dir, key = None, {"fits": [keys[n] for n in missing]}
         if missing:
 
             def fit_missing(part: Path) -> bool:
                 if all(is_cached(ctx.cache, "fits", keys[n]) for n in missing):
                     return False  # another process fitted them while this one waited
-                return self._fit(part, missing, stores, cell, ctx)
+                return self._fit(part, missing, sites, stores, cell, ctx)
 
             joint_fit_dir = cached(ctx.cache, "passes", key, fit_missing)
         found = {}
@@ -313,8 +314,7 @@ class Language:
             sae.eval().requires_grad_(False)
             found[name] = sae, FitReport(**read_json(folder / "report.json"))
         for name, sae in ready.items():
-            sites = self.sites(self.saes[name])
-            found[name] = loaded.settled(name, self.saes[name], sae, stores, sites, ctx)
+            found[name] = loaded.settled(name, self.saes[name], sae, stores, sites[name], ctx)
         if joint_fit_dir is not None and not any(report.cut for _, report in found.values()):
             discard(ctx.cache, "passes", key)
         return {name: found[name] for name in self.saes}
@@ -346,15 +346,19 @@ class Language:
         }
 
     def _fit(
-        self, part: Path, saes: dict[str, SAE], stores: Stores, cell: Cell, ctx: Context
+        self,
+        part: Path,
+        saes: dict[str, SAE],
+        sites: Mapping[str, tuple[Where, Where]],
+        stores: Stores,
+        cell: Cell,
+        ctx: Context,
     ) -> bool:
         """Fit SAEs that read the same sites in one pass over the activations, pass after pass."""
         passes: dict[tuple[Any, ...], list[str]] = {}
         for name, sae in saes.items():
-            passes.setdefault(
-                (*self.sites(self.saes[name]), sae.needs_model, sae.second_view),
-                [],
-            ).append(name)
+            key = (*sites[name], sae.needs_model, sae.second_view)
+            passes.setdefault(key, []).append(name)
         reports: dict[str, FitReport] = {}
         for i, ((read, write, needs_model, replaced), names) in enumerate(passes.items()):
             here = stores.for_pass(read, write)
@@ -373,15 +377,9 @@ class Language:
                     handling=self.fit.handling,
                     session=session,
                 )
-        for i, (name, sae) in enumerate(
-            saes.items()
-        ):  # numbered: a label may hold what no file name should
-            write_bytes(
-                part / f"{i}.safetensors",
-                save(
-                    {k: v.detach().cpu().contiguous().clone() for k, v in sae.state_dict().items()}
-                ),
-            )
+        # Numbered: a label may hold what no file name should.
+        for i, (name, sae) in enumerate(saes.items()):
+            write_bytes(part / f"{i}.safetensors", checkpoint.tensors_of(sae))
             write_json(part / f"{i}.json", reports[name]._asdict())
         cut = any(r.cut for r in reports.values())
         for old in [] if cut else part.glob("checkpoint_*"):
