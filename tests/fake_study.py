@@ -12,6 +12,7 @@ import torch
 
 from sae_experiments.errors import NonFinite, UserError
 from sae_experiments.metric_info import MetricInfo
+from sae_experiments.resources import Need
 from sae_experiments.studies.base import Cell, Context, Outcome
 
 INFO = [MetricInfo(name="loss", title="loss", formula="f", unit="nat", better="down")]
@@ -24,6 +25,8 @@ class FakeStudy:
     seeds: tuple[int, ...] = (0, 1)
     acts: dict[str, str] = field(default_factory=dict)
     """What a cell does, by "dataset seed": nan, memory, mistake, bug, kill, sleep or nothing."""
+    memory: float = 0.0
+    """Bytes that every cell announces."""
     seconds: float = 0.0
     """Time that every cell takes."""
 
@@ -32,6 +35,7 @@ class FakeStudy:
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
         """Provenance of two texts."""
+        ctx.announce("a fake cell", Need({"all": self.memory}), "use less")
         return {name: {"corpus": name, "stand_in": False} for name in ("a", "b")}
 
     def cells(self) -> list[Cell]:

@@ -431,7 +431,9 @@ def test_a_crosscoder_reads_its_sites_together_and_a_write_site_is_for_one_alone
         checked_study(*fixed, "site=[]")
 
 
-def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(folder, monkeypatch):
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(
+    folder, tmp_path, monkeypatch
+):
     from sae_experiments import resources
     from sae_experiments.studies.language import lms
 
@@ -439,7 +441,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(folder, m
     monkeypatch.setattr(lms, "load_pretrained", lambda *a: pytest.fail("it was loaded"))
     overrides = [*SMALL, f"lm.path={folder}", "data.text.file=x.txt"]
     study = build(compose_checked(CONF, overrides)[0].study)
-    ctx = type("Ctx", (), {"device": CPU, "console": type("C", (), {"say": print})})
+    ctx = context(tmp_path)
     with pytest.raises(UserError, match=r"lm.path=.*needs about .*weights"):
         study.announce(ctx)
 

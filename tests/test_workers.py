@@ -300,8 +300,14 @@ def test_auto_divides_the_cores(machine, cores, threads, n_cells, expected):
 def test_auto_starts_no_more_workers_than_fit_into_memory(machine):
     machine(16, gigabytes=4.0)
     assert pool.shares("auto", None, 5, CPU, 0.0).workers == 3
-    assert pool.shares("auto", None, 5, CPU, 1.9e9).workers == 2
+    assert pool.shares("auto", None, 5, CPU, 1.4e9).workers == 2
     assert pool.shares("auto", None, 5, CPU, 9e9).workers == 1
+
+
+def test_cells_that_announce_much_memory_run_one_after_the_other(folder, machine):
+    machine(2, gigabytes=3.0)
+    assert go(FakeStudy(memory=2e9), folder, workers="auto", threads=None) == "done"
+    assert manifest(folder)["workers"] == 1
 
 
 def test_the_share_of_a_job_of_a_sweep_is_kept(monkeypatch):

@@ -24,7 +24,9 @@ from sae_experiments.runner.worker import Event, Setup
 from sae_experiments.stopping import GRACE_S
 from sae_experiments.studies.base import Cell
 
-#: Bytes that a worker needs at the laptop preset (measured: benchmarks/results/workers.md).
+#: Bytes of Python, PyTorch and this package in a worker.
+BASE_MEMORY = 0.5e9
+#: Bytes that a worker needs at least, with fit and metrics at the laptop preset.
 MEMORY_PER_WORKER = 1.2e9
 POLL_S = 0.2
 
@@ -36,6 +38,12 @@ class Shares(NamedTuple):
     """Processes that run cells; 1: this process runs them."""
     threads: int | None
     """CPU threads of a cell's arithmetic; None: PyTorch's default."""
+
+
+def check_workers(workers: int | str) -> None:
+    """Raise `UserError` unless `workers` is "auto" or a number of processes."""
+    if workers != "auto" and (isinstance(workers, (str, bool)) or workers < 1):
+        raise UserError(f"workers={workers} must be auto or a whole number of at least 1")
 
 
 def shares(
@@ -51,13 +59,8 @@ def shares(
         threads: CPU threads per cell; None: the cores divided by the workers.
         n_cells: Cells of the run.
         device: Device of the arithmetic.
-        need: Bytes that one cell needs.
-
-    Raises:
-        UserError: `workers` is neither.
+        need: Bytes that the largest announced part of a cell needs.
     """
-    if workers != "auto" and (isinstance(workers, (str, bool)) or workers < 1):
-        raise UserError(f"workers={workers} must be auto or a whole number of at least 1")
     cores = cores_here()
     if workers != "auto":
         n = min(int(workers), n_cells)
@@ -65,7 +68,8 @@ def shares(
         n = min(torch.cuda.device_count() if device.index is None else 1, n_cells)
     else:
         free = resources.free_memory(device)
-        fit = n_cells if free is None else int(free // max(need, MEMORY_PER_WORKER))
+        each = max(BASE_MEMORY + need, MEMORY_PER_WORKER)
+        fit = n_cells if free is None else int(free // each)
         n = max(min(n_cells, cores // (threads or 1), fit), 1)
     if n == 1:
         return Shares(1, threads)

@@ -48,7 +48,7 @@ from sae_experiments.results.records import (
 from sae_experiments.runner.board import Board
 from sae_experiments.runner.cell import CellResult, CellRunner, TimeLeft
 from sae_experiments.runner.messages import packed, unpacked
-from sae_experiments.runner.pool import Pool, Shares, how_it_died, shares
+from sae_experiments.runner.pool import Pool, Shares, check_workers, how_it_died, shares
 from sae_experiments.runner.track import Tracker
 from sae_experiments.runner.worker import Event, Setup
 from sae_experiments.source import outside_digest, outside_texts, package_digest
@@ -201,18 +201,16 @@ class _Run:
         """Run the cells; returns the status."""
         s = self.settings
         memory.keep()
-        share = shares(
-            s.workers, s.threads, len(self.study.cells()), self.device, self._memory_need()
-        )
+        check_workers(s.workers)
         # Before it is prepared: what it then holds (texts on disk) is opened again by each worker.
-        content = packed(self.study) if share.workers > 1 else b""
+        content = packed(self.study) if s.workers != 1 else b""
+        ctx = Context(folder=s.folder, cache=s.cache, device=self.device, console=self.console)
+        corpora = self.study.prepare(ctx)
+        need = max(ctx.needs, default=0.0)
+        share = shares(s.workers, s.threads, len(self.study.cells()), self.device, need)
         if share.workers > 1 and not content:
             self.console.say("workers=1: this study is defined where no other process finds it")
             share = Shares(1, s.threads)
-        if share.workers == 1 and share.threads is not None:
-            torch.set_num_threads(share.threads)
-        ctx = Context(folder=s.folder, cache=s.cache, device=self.device, console=self.console)
-        corpora = self.study.prepare(ctx)
         self._refuse_other_text(corpora)
         # The same configuration over another text (a stand-in, a changed file) is another result.
         texts = {name: _text(provenance) for name, provenance in corpora.items()}
@@ -265,10 +263,6 @@ class _Run:
         shutil.rmtree(self.settings.folder / "source", ignore_errors=True)
         for name, text in outside_texts(self.study).items():
             write_bytes(self.settings.folder / "source" / f"{name}.py", text.encode())
-
-    def _memory_need(self) -> float:
-        need = getattr(self.study, "memory_per_cell", None)
-        return 0.0 if need is None else need(self.device)
 
     def _finish(self, status: str) -> None:
         self.manifest.pop("progress", None)

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from sae_experiments import resources
 from sae_experiments.console import Console
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.fit import FitReport
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.quality_warnings import Warned
+from sae_experiments.resources import Need
 from sae_experiments.saes.ops import fast_matmul
 from sae_experiments.stopping import OutOfTime
 from sae_experiments.studies import conditions as facts_module
@@ -181,6 +183,17 @@ class Context:
     """Time (`time.monotonic`) at which the training of the cell ends; None: never."""
     ends: float | None = None
     """Time at which the whole run ends; None: never."""
+    needs: list[float] = field(default_factory=list)
+    """Bytes of what was announced, each the peak of one part of a cell."""
+
+    def announce(self, what: str, need: Need, fix: str) -> None:
+        """Say what a part of a cell will need, see `resources.announce`, and keep its bytes.
+
+        Raises:
+            UserError: It does not fit into the memory of the device.
+        """
+        resources.announce(what, need, fix, device=self.device, say=self.console.say)
+        self.needs.append(float(sum(need.memory.values())))
 
     @contextmanager
     def session(self, name: str, prefix: str, *, share: float = 1.0) -> Iterator[Session]:

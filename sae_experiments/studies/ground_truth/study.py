@@ -23,7 +23,7 @@ from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
 from sae_experiments.fitting.spec import SAESpec, code_of
 from sae_experiments.metrics.base import EvalContext, Metric, MetricInfo
 from sae_experiments.metrics.recovery import Truth
-from sae_experiments.resources import Need, announce
+from sae_experiments.resources import Need
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.source import source_digest
 from sae_experiments.studies import conditions as facts
@@ -101,14 +101,14 @@ class GroundTruth:
         what = f"a world of study.world.features={self.world.features} with {key}={sizes[key]}"
         fix = "use fewer features or rows"
         need = Need(self.world.memory(sizes[key]))
-        announce(what, need, fix, device=ctx.device, say=ctx.console.say)
+        ctx.announce(what, need, fix)
         if self.world.features * self.train.batch_size * self.train.steps < NOTABLE_DRAWS:
             return
         world = World(self.world, seed_of(0, "world"), ctx.device)
         began = time.monotonic()
         self.rows(world, self.train.batch_size, 0)
         seconds = (time.monotonic() - began) * self.train.steps * len(self.cells())
-        announce(what, need._replace(seconds=seconds), fix, device=ctx.device, say=ctx.console.say)
+        ctx.announce(what, need._replace(seconds=seconds), fix)
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
         self.announce(ctx)

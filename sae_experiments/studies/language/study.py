@@ -32,7 +32,7 @@ from sae_experiments.models.gpt2 import LMSpec, TrainedLM, training_need
 from sae_experiments.models.hooks import Site, Sites, as_sites
 from sae_experiments.models.layouts import Sizes
 from sae_experiments.models.pretrained import Checked, PretrainedSpec, loading_need
-from sae_experiments.resources import Need, announce
+from sae_experiments.resources import Need
 from sae_experiments.saes import saelens as interop
 from sae_experiments.saes.base import SAE, NotExportable
 from sae_experiments.source import source_digest
@@ -189,17 +189,20 @@ class Language:
             memory |= loading_need(lm, ctx.device).memory
             what = f"lm.path={lm.folder} and {what}"
             fix = "use a smaller model, lm.dtype=bf16, or fewer windows"
-        announce(what, Need(memory), fix, device=ctx.device, say=ctx.console.say)
+        ctx.announce(what, Need(memory), fix)
 
     def _announce_training(self, lm: LMSpec, ctx: Context) -> None:
         device, vocabulary = ctx.device, self.sizes.vocabulary
         recipes = {name: lm.train_config(spec.recipe) for name, spec in self.data.items()}
         needs = {name: training_need(lm, cfg, vocabulary, device) for name, cfg in recipes.items()}
         name = max(needs, key=lambda n: sum(needs[n].memory.values()))
-        what = f"a language model with lm.n_positions={lm.n_positions}, lm.n_embd={lm.n_embd} and lm.train.batch_size={recipes[name].batch_size}"
+        what = (
+            f"a language model with lm.n_positions={lm.n_positions}, lm.n_embd={lm.n_embd} and "
+            f"lm.train.batch_size={recipes[name].batch_size}"
+        )
         work = sum(needs[cell.dataset].work for cell in self.cells())
         fix = "use fewer positions, a smaller batch or a smaller model"
-        announce(what, needs[name]._replace(work=work), fix, device=device, say=ctx.console.say)
+        ctx.announce(what, needs[name]._replace(work=work), fix)
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
         self.announce(ctx)

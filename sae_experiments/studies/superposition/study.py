@@ -24,7 +24,7 @@ from sae_experiments.files import digest, read_json, write_bytes, write_json
 from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
 from sae_experiments.fitting.spec import SAESpec
 from sae_experiments.metric_info import MetricInfo, info
-from sae_experiments.resources import Need, announce
+from sae_experiments.resources import Need
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.saes.ops import unit_rows
 from sae_experiments.source import source_digest
@@ -182,7 +182,7 @@ class Superposition:
                 f"study.instances={self.instances}"
             )
             fix = "use smaller depths or branching, or fewer instances"
-            announce(what, need, fix, device=ctx.device, say=ctx.console.say)
+            ctx.announce(what, need, fix)
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
         self.announce(ctx)
