@@ -32,6 +32,18 @@ WITH_REPLICAS = (*ON_ACTIVATIONS, "replicas")
 OF_MODEL = ("vocabulary", "text", "context", "settings")
 #: The same on the rows that SAEs are evaluated on.
 OF_MODEL_ON_ROWS = (*OF_MODEL, "held-out part", "held-out rows")
+#: Settings of a language model that do not change the model.
+NOT_THE_MODEL = (
+    "n_positions",
+    "eval_batches",
+    "curve_batches",
+    "samples",
+    "sample_length",
+    "prompt",
+    "temperature",
+    "top_k",
+    "compile",
+)
 #: Seconds and speeds: of a language model, and of an SAE.
 OF_MODEL_TIME = ("text", "settings", "device")
 OF_SAE_TIME = ("text", "language model", "toy models", "site", "device")

@@ -23,6 +23,7 @@ class FakeStudy:
     """Cells of two datasets and some seeds, each of which does what `acts` says."""
 
     seeds: tuple[int, ...] = (0, 1)
+    names: tuple[str, ...] = ("a", "b")
     acts: dict[str, str] = field(default_factory=dict)
     """What a cell does, by "dataset seed": nan, memory, mistake, bug, kill, sleep or nothing."""
     memory: float = 0.0
@@ -34,13 +35,13 @@ class FakeStudy:
         """Nothing can be wrong."""
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
-        """Provenance of two texts."""
+        """Provenance of the texts."""
         ctx.announce("a fake cell", Need({"all": self.memory}), "use less")
-        return {name: {"corpus": name, "stand_in": False} for name in ("a", "b")}
+        return {name: {"corpus": name, "stand_in": False} for name in self.names}
 
     def cells(self) -> list[Cell]:
-        """Every seed of a, then every seed of b."""
-        return [Cell(name, seed, (name,)) for name in ("a", "b") for seed in self.seeds]
+        """Every seed of the first text, then of the next."""
+        return [Cell(name, seed, (name,)) for name in self.names for seed in self.seeds]
 
     def infos(self) -> list[MetricInfo]:
         """One metric."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sae_experiments.metrics.base import EvalContext, LMSplice, Rows
 from sae_experiments.models.hooks import Site
+from sae_experiments.models.store import Source, Store, collect
 from sae_experiments.saes.base import SAE
 
 CPU, SITE = torch.device("cpu"), Site("resid", 1)
@@ -106,3 +108,30 @@ def ctx(
         symbols=symbols,
         **kwargs,
     )
+
+
+def validation_store(
+    trained: Any,
+    corpus: Any,
+    sites: Sequence[Site],
+    cache: Path,
+    starts: np.ndarray | None = None,
+) -> Store:
+    """Activations of windows of a validation text, 16 characters each; of the first 40 if None."""
+    if starts is None:
+        starts = np.arange(0, 40 * 16, 16)
+    source = Source(
+        model=trained.model,
+        tokens_of=lambda starts: corpus.windows("val", starts, 16),
+        length=16,
+        split="val",
+        key=trained.key,
+        dtype="float32",
+        batch=16,
+    )
+    return collect(source, starts, sites, cache=cache)
+
+
+def validation_tokens(corpus: Any) -> Callable[[np.ndarray], tuple[Tensor, ...]]:
+    """Ids and next ids of windows of a validation text, as `LMSplice.tokens` gives them."""
+    return lambda at: tuple(corpus.windows("val", at + shift, 16) for shift in (0, 1))

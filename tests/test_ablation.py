@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from metric_worlds import CPU, Given
+from metric_worlds import CPU, Given, validation_store, validation_tokens
 
 from sae_experiments.metrics import ablation, downstream
 from sae_experiments.metrics.base import EvalContext, LMSplice, Measured
 from sae_experiments.models.hooks import Site
-from sae_experiments.models.store import Source, collect
 
 SITE = Site("resid", 1)
 OPTIONS = {
@@ -34,21 +33,8 @@ OPTIONS = {
 def world(
     trained: Any, corpus: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., EvalContext]:
-    store = collect(
-        Source(
-            model=trained.model,
-            tokens_of=lambda s: corpus.windows("val", s, 16),
-            length=16,
-            split="val",
-            key=trained.key,
-            dtype="float32",
-            batch=16,
-        ),
-        np.arange(0, 40 * 16, 16),
-        [SITE],
-        cache=tmp_path_factory.mktemp("stores"),
-    )
-    tokens = lambda starts: tuple(corpus.windows("val", starts + shift, 16) for shift in (0, 1))  # noqa: E731
+    store = validation_store(trained, corpus, [SITE], tmp_path_factory.mktemp("stores"))
+    tokens = validation_tokens(corpus)
     return lambda sae: EvalContext(
         sae=sae,
         device=CPU,

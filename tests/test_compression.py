@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from metric_worlds import CPU, Chunked, Given
+from metric_worlds import CPU, Chunked, Given, validation_store, validation_tokens
 from scipy import sparse
 
 from sae_experiments.metrics import coding, compression
@@ -15,7 +15,6 @@ from sae_experiments.metrics.base import EvalContext, LMSplice
 from sae_experiments.metrics.codes import sparse_codes
 from sae_experiments.metrics.rate_distortion import rise, windows_of
 from sae_experiments.models.hooks import Site
-from sae_experiments.models.store import Source, collect
 
 OPTIONS = {"rows": None, "steps": [4, 2, 1, 0.5, 0.25, 0.125, 0.01], "tolerance": 0.05, "block": 50}
 OPTIONS |= {"entries": 10**9, "keep": [0.5, 1], "limit": 0.1, "windows": 16, "batch": 8}
@@ -164,21 +163,8 @@ def test_a_code_length_is_that_of_a_quantiser_within_the_tolerance_or_null(steps
 )
 def test_the_same_for_the_cross_entropy(steps, tolerance, trained, corpus, tmp_path):
     site = Site("resid", 1)
-    store = collect(
-        Source(
-            model=trained.model,
-            tokens_of=lambda s: corpus.windows("val", s, 16),
-            length=16,
-            split="val",
-            key=trained.key,
-            dtype="float32",
-            batch=16,
-        ),
-        np.arange(0, 40 * 16, 16),
-        [site],
-        cache=tmp_path,
-    )
-    tokens = lambda starts: tuple(corpus.windows("val", starts + shift, 16) for shift in (0, 1))  # noqa: E731
+    store = validation_store(trained, corpus, [site], tmp_path)
+    tokens = validation_tokens(corpus)
     eye = torch.eye(16)[:12]
     sae = Given(torch.cat([eye, -eye]))
     ctx = EvalContext(

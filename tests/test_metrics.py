@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from metric_worlds import validation_store, validation_tokens
 from torch import Tensor
 
 from sae_experiments.metrics import downstream, reconstruction, sparsity
 from sae_experiments.metrics.base import EvalContext, LMSplice, Measured, Rows
 from sae_experiments.metrics.sparsity import DENSITY_EDGES, latent_entropy
 from sae_experiments.models.hooks import Site, activations
-from sae_experiments.models.store import Source, Store, collect
+from sae_experiments.models.store import Store
 from sae_experiments.results.records import NOT_GIVEN, Record
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.outliers import Region
@@ -399,22 +400,8 @@ SITE = Site("resid", 1)
 
 @pytest.fixture(scope="module")
 def held_out(trained: Any, corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    starts = np.arange(0, 40 * 16, 16)
     sites = [SITE, Site("mlp_in", 2), Site("mlp_out", 2)]
-    return collect(
-        Source(
-            model=trained.model,
-            tokens_of=lambda s: corpus.windows("val", s, 16),
-            length=16,
-            split="val",
-            key=trained.key,
-            dtype="float32",
-            batch=16,
-        ),
-        starts,
-        sites,
-        cache=tmp_path_factory.mktemp("stores"),
-    )
+    return validation_store(trained, corpus, sites, tmp_path_factory.mktemp("stores"))
 
 
 @pytest.fixture
@@ -431,7 +418,7 @@ def splice(trained: Any, corpus: Any, held_out: Store) -> Callable[..., Measured
         region: Region | None = None,
         outliers: str = "leave_out",
     ) -> Measured:
-        tokens = lambda starts: tuple(corpus.windows("val", starts + shift, 16) for shift in (0, 1))  # noqa: E731
+        tokens = validation_tokens(corpus)
         ctx = EvalContext(
             sae=sae,
             device=CPU,

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from metric_worlds import CPU, LENGTH, Given, ctx, play
+from metric_worlds import CPU, LENGTH, Given, ctx, play, validation_store, validation_tokens
 
 from sae_experiments.metrics import ablation, absorption, downstream, probing, rules
 from sae_experiments.metrics.base import EvalContext, LMSplice, Measured
 from sae_experiments.metrics.noise import Grouped, noise_over, resampled_auc, resampled_means
 from sae_experiments.metrics.text import concepts, labels
 from sae_experiments.models.hooks import Site
-from sae_experiments.models.store import Source, collect
 
 BLOCK = 4
 RULES = {
@@ -203,21 +202,8 @@ def windows_at(
 ) -> Callable[[np.ndarray], EvalContext]:
     def made(starts: np.ndarray) -> EvalContext:
         site = Site("resid", 1)
-        store = collect(
-            Source(
-                model=trained.model,
-                tokens_of=lambda s: corpus.windows("val", s, 16),
-                length=16,
-                split="val",
-                key=trained.key,
-                dtype="float32",
-                batch=16,
-            ),
-            starts,
-            [site],
-            cache=tmp_path_factory.mktemp("stores"),
-        )
-        tokens = lambda at: tuple(corpus.windows("val", at + shift, 16) for shift in (0, 1))  # noqa: E731
+        store = validation_store(trained, corpus, [site], tmp_path_factory.mktemp("stores"), starts)
+        tokens = validation_tokens(corpus)
         sae = Given(torch.cat([torch.eye(16), -torch.eye(16)]))
         return EvalContext(
             sae=sae,

@@ -281,13 +281,16 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("cores", "threads", "n_cells", "expected"),
     [
-        (2, None, 5, (2, 1)),
-        (8, None, 5, (5, 1)),
-        (16, None, 5, (5, 3)),
-        (2, 2, 5, (1, 2)),
-        (8, 4, 5, (2, 4)),
-        (8, None, 1, (1, None)),
-        (1, None, 5, (1, None)),
+        (2, None, 5, (2, 1, 2)),
+        (2, None, 4, (2, 1, None)),
+        (2, 1, 5, (2, 1, None)),
+        (8, None, 5, (5, 1, None)),
+        (4, None, 5, (4, 1, 4)),
+        (16, None, 5, (5, 3, None)),
+        (2, 2, 5, (1, 2, None)),
+        (8, 4, 5, (2, 4, None)),
+        (8, None, 1, (1, None, None)),
+        (1, None, 5, (1, None, None)),
     ],
 )
 def test_auto_divides_the_cores(machine, cores, threads, n_cells, expected):
@@ -299,9 +302,19 @@ def test_auto_divides_the_cores(machine, cores, threads, n_cells, expected):
 
 def test_auto_starts_no_more_workers_than_fit_into_memory(machine):
     machine(16, gigabytes=4.0)
-    assert pool.shares("auto", None, 5, CPU, 0.0).workers == 3
+    assert pool.shares("auto", None, 5, CPU, 0.0).workers == 2
     assert pool.shares("auto", None, 5, CPU, 1.4e9).workers == 2
+    assert pool.shares("auto", None, 5, CPU, 2.4e9).workers == 1
     assert pool.shares("auto", None, 5, CPU, 9e9).workers == 1
+
+
+def test_an_odd_cell_runs_first_on_all_cores(folder, machine):
+    machine(2)
+    study = FakeStudy(seeds=(0,), names=("a", "b", "c"))
+    assert go(study, folder, workers="auto", threads=None) == "done"
+    threads = {r.dataset: r.facts["threads"] for r in read_records(folder)}
+    assert threads == {"a": 2, "b": 1, "c": 1}
+    assert (manifest(folder)["threads"], manifest(folder)["threads_of_first_cell"]) == (1, 2)
 
 
 def test_cells_that_announce_much_memory_run_one_after_the_other(folder, machine):
@@ -312,10 +325,10 @@ def test_cells_that_announce_much_memory_run_one_after_the_other(folder, machine
 
 def test_the_share_of_a_job_of_a_sweep_is_kept(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert pool.shares("auto", None, 5, CPU, 0.0) == (1, None)
+    assert pool.shares("auto", None, 5, CPU, 0.0) == (1, None, None)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(pool.joblib, "cpu_count", lambda: 16)
-    assert pool.shares("auto", None, 5, CPU, 0.0) == (3, 1)
+    assert pool.shares("auto", None, 5, CPU, 0.0) == (3, 1, None)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 8, 16])

@@ -6,20 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae_experiments import conditions
+from sae_experiments.conditions import NOT_THE_MODEL
 from sae_experiments.results.runs import Run, mapping
 
-#: Settings of a language model that do not change the model.
-NOT_THE_MODEL = {
-    "n_positions",
-    "eval_batches",
-    "curve_batches",
-    "samples",
-    "sample_length",
-    "prompt",
-    "temperature",
-    "top_k",
-    "compile",
-}
 #: Provenance of real text. Generated rows have other entries, which say what generated them.
 OF_REAL_TEXT = {
     "corpus",

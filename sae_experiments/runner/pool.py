@@ -26,8 +26,8 @@ from sae_experiments.studies.base import Cell
 
 #: Bytes of Python, PyTorch and this package in a worker.
 BASE_MEMORY = 0.5e9
-#: Bytes that a worker needs at least, with fit and metrics at the laptop preset.
-MEMORY_PER_WORKER = 1.2e9
+#: Bytes that a worker needs at least: what was seen at the laptop preset (docs/using.md).
+MEMORY_PER_WORKER = 1.5e9
 POLL_S = 0.2
 
 
@@ -38,6 +38,12 @@ class Shares(NamedTuple):
     """Processes that run cells; 1: this process runs them."""
     threads: int | None
     """CPU threads of a cell's arithmetic; None: PyTorch's default."""
+    first: int | None = None
+    """CPU threads of the first cell, which then runs alone; None: those of the others."""
+
+    def threads_of(self, place: int) -> int | None:
+        """CPU threads of the cell at a place in the order of the run, from 0."""
+        return self.first if place == 0 and self.first is not None else self.threads
 
 
 def check_workers(workers: int | str) -> None:
@@ -73,7 +79,10 @@ def shares(
         n = max(min(n_cells, cores // (threads or 1), fit), 1)
     if n == 1:
         return Shares(1, threads)
-    return Shares(n, threads or max(cores // n, 1))
+    # One cell more than fills the workers evenly runs first and has all cores: the first report
+    # comes sooner, and no worker waits at the end for the other's last cell.
+    alone = threads is None and device.type == "cpu" and n_cells % n == 1 and cores > 1
+    return Shares(n, threads or max(cores // n, 1), cores if alone else None)
 
 
 def cores_here() -> int:

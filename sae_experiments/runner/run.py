@@ -224,6 +224,7 @@ class _Run:
             "device": _device_name(self.device, share),
             "workers": share.workers,
             "threads": share.threads or torch.get_num_threads(),
+            "threads_of_first_cell": share.threads_of(0) or torch.get_num_threads(),
             "corpora": corpora,
             "metrics": describe(self.study.infos()),
             **self.hashes,
@@ -316,10 +317,11 @@ class _Run:
     def _one_by_one(
         self, pending: deque[Cell], cells: Sequence[Cell], ctx: Context, share: Shares
     ) -> None:
-        if share.threads is not None:
-            torch.set_num_threads(share.threads)
         while pending:
             cell = pending.popleft()
+            threads = share.threads_of(cells.index(cell))
+            if threads is not None:
+                torch.set_num_threads(threads)
             if self._no_time_for(cell, cells):
                 continue
             self._say_of(cell, cells)
@@ -329,7 +331,7 @@ class _Run:
                 self.tracker.log(cell.dataset, cell.seed, step, values)
 
             try:
-                left = self._time_left(1 + len(pending), workers=1)
+                left = self._time_left(1 + len(pending))
                 self._ended(cell, self.runner.run(cell, replace(ctx, log=log), left))
             except OutOfTime:
                 self._late(cell)
@@ -351,13 +353,31 @@ class _Run:
             threads=share.threads,
             verbosity=self.settings.verbosity,
         )
+        if share.first is not None and pending[0] == cells[0]:
+            first = deque([pending.popleft()])
+            alone = replace(setup, threads=share.first)
+            rounds = 1 + -(-len(pending) // share.workers)
+            self._in_pool(Pool(alone, 1), first, cells, rounds)
         n = min(share.workers, len(pending))
         threads = f"{share.threads} thread{'s' if share.threads != 1 else ''}"
         self.console.say(f"{n} workers of {threads} each (workers=1: one cell after the other)")
-        pool, board = Pool(setup, n), Board(self.console, len(pending), n)
+        self._in_pool(Pool(setup, n), pending, cells)
+
+    def _in_pool(
+        self, pool: Pool, pending: deque[Cell], cells: Sequence[Cell], rounds: int = 1
+    ) -> None:
+        """Run cells in the workers of a pool.
+
+        Args:
+            pool: The workers.
+            pending: The cells, which are taken from it.
+            cells: All cells of the run.
+            rounds: Cells that a worker has time for, at least: others may come after these.
+        """
+        board = Board(self.console, len(pending), pool.size)
         with wait_for_children():
             try:
-                self._feed(pool, board, pending, cells)
+                self._feed(pool, board, pending, cells, rounds)
                 for worker, cell, event in pool.events():
                     if event.kind == "idle":
                         board.tell()
@@ -365,7 +385,7 @@ class _Run:
                     self._event(worker, cell, event, board)
                     if cell not in pool.running:
                         board.end(worker)
-                        self._feed(pool, board, pending, cells)
+                        self._feed(pool, board, pending, cells, rounds)
                         self._progress(pool.running)
                         if pool.running:
                             self._draw_report()
@@ -373,20 +393,23 @@ class _Run:
                 board.close()
                 pool.close()
 
-    def _feed(self, pool: Pool, board: Board, pending: deque[Cell], cells: Sequence[Cell]) -> None:
+    def _feed(
+        self,
+        pool: Pool,
+        board: Board,
+        pending: deque[Cell],
+        cells: Sequence[Cell],
+        rounds: int,
+    ) -> None:
         """Give every free worker a cell."""
         while pending and pool.free:
             cell = pending.popleft()
             if self._no_time_for(cell, cells):
                 continue
             self._say_of(cell, cells)
-            left = self._time_left(1 + len(pending), workers=self._workers_of(pool, pending))
+            left = self._time_left(max(rounds, -(-(1 + len(pending)) // pool.size)))
             board.start(pool.give(cell, left), named(cell))
         self._progress(pool.running)
-
-    @staticmethod
-    def _workers_of(pool: Pool, pending: deque[Cell]) -> int:
-        return min(pool.size, 1 + len(pending))
 
     def _event(self, worker: int, cell: Cell, event: Event, board: Board) -> None:
         """Act on what a worker says.
@@ -450,15 +473,14 @@ class _Run:
         self._say_of(cell, cells, "no time left")
         return True
 
-    def _time_left(self, cells_left: int, *, workers: int) -> TimeLeft:
-        """An equal share of the time for every cell that is left.
+    def _time_left(self, rounds: int) -> TimeLeft:
+        """An equal share of the time for every cell that a worker has still to run.
 
         A limit cuts training short everywhere instead of dropping the last cells.
         """
         if self.deadline is None:
             return TimeLeft()
         left = max(self.deadline - time.monotonic(), 0.0)
-        rounds = -(-cells_left // workers)
         return TimeLeft(training=left / rounds, whole=self.deadline - time.monotonic())
 
     def _say_of(self, cell: Cell, cells: Sequence[Cell], what: str = "") -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_experiments.conditions import NOT_THE_MODEL
 from sae_experiments.files import sha256_file
 from sae_experiments.flatten import flatten
 from sae_experiments.models.gpt2 import TrainedLM
@@ -18,16 +19,8 @@ if TYPE_CHECKING:  # what is fitted must not be fitted anew whenever a metric's 
     from sae_experiments.metrics.base import EvalContext
 
 #: Numbers of a language model's recipe that do not change the model itself.
-NOT_THE_MODEL = (
-    "n_positions",
-    "eval_batches",
-    "curve_batches",
-    "samples",
-    "sample_length",
-    "prompt",
-    "temperature",
-    "top_k",
-    "compile",
+NOT_THE_RECIPE = (
+    *NOT_THE_MODEL,
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every_s",
@@ -58,7 +51,7 @@ def of_language(lm: TrainedLM, text: Any) -> dict[str, Any]:
         text: A corpus or a text in tokens, with `key`, `provenance` and `splits`.
     """
     spec, train = flat(lm.key.get("spec", {})), lm.key.get("spec", {}).get("train", {})
-    recipe = {k: v for k, v in spec.items() if k not in NOT_THE_MODEL}
+    recipe = {k: v for k, v in spec.items() if k not in NOT_THE_RECIPE}
     model = recipe | {"code": lm.key["source"]} if spec else flat(lm.key.get("files", {}))
     if "cut" in lm.key:
         model["cut at step"] = lm.key["cut"]
