@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class UserError(Exception):
     """A mistake that the user can mend, shown as one line without a traceback.
@@ -16,3 +18,23 @@ class NonFinite(UserError):
     """A loss term, gradient or activation became NaN or infinite."""
 
     exit_status = 1
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first non-empty line of an error, or of its cause if it has no text."""
+    kind = ""
+    while error is not None:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if lines:
+            return lines[0]
+        kind = type(error).__name__
+        error = error.__cause__ or error.__context__
+    return kind
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if Python, PyTorch or CUDA had no memory left."""
+    words = r"allocate memory|out of memory"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
+    )

@@ -57,7 +57,7 @@ class Import(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """What a file says: a digest of its code, its imports, and its text."""
+    """Digest of the code of a file, its imports, and its text."""
 
     code: str
     imports: tuple[Import, ...]
@@ -185,7 +185,7 @@ class Place(NamedTuple):
 
 
 def _place(name: str) -> Place | None:
-    """Where the module `name` lies, without importing anything; None where it cannot be found."""
+    """File of the module `name`, without importing anything; None if it cannot be found."""
     module = sys.modules.get(name)
     if module is not None:
         spec = getattr(module, "__spec__", None)
@@ -214,7 +214,7 @@ def _library() -> tuple[Path, ...]:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether a module is of the standard library, installed, or nowhere to be found."""
+    """True if a module is of the standard library, installed, or nowhere to be found."""
     top = name.partition(".")[0]
     if top in sys.stdlib_module_names or top in INSTALLED:
         return True
@@ -407,7 +407,7 @@ def _behind(value: Any) -> Iterator[str]:
 
 
 def is_outside(value: Any) -> bool:
-    """Whether code behind a value is not this package's."""
+    """True if code behind a value is not this package's."""
     return any(name.partition(".")[0] != PACKAGE for name in modules_behind(value))
 
 

@@ -208,7 +208,7 @@ def last_words(words: Callable[[], None]) -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether a signal to end has come."""
+    """True if a signal to end has come."""
     request = _innermost()
     return request is not None and request.number is not None
 

@@ -9,7 +9,6 @@ import errno
 import functools
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -24,12 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 from sae_experiments.cli.closing import block
 from sae_experiments.cli.help import help_page, list_page
 from sae_experiments.config import own
-from sae_experiments.config.checks import configuring, first_line
+from sae_experiments.config.checks import configuring
 from sae_experiments.config.compose import build, compose_checked
 from sae_experiments.config.hydra_habits import translate
 from sae_experiments.config.plans import complete
 from sae_experiments.config.typed import for_hydra, key_of, run_folder, value_of
-from sae_experiments.errors import UserError
+from sae_experiments.errors import UserError, first_line, is_out_of_memory
 from sae_experiments.files import conf_folder
 from sae_experiments.source import is_outside
 from sae_experiments.stopping import (
@@ -110,7 +109,7 @@ def main(
     except OSError as error:
         return _failed(os_error(error), 1)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _failed(
             f"out of memory ({first_line(error)}): use smaller sizes "
@@ -119,11 +118,6 @@ def main(
         )
     except (KeyboardInterrupt, Stopped) as stopped:
         return _failed(farewell(str(stopped) or "SIGINT"), getattr(stopped, "exit_status", 130))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    says_so = re.search(r"allocate memory|out of memory", str(error))
-    return isinstance(error, MemoryError) or says_so is not None
 
 
 def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> int:

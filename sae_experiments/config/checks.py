@@ -32,7 +32,7 @@ from sae_experiments.config.typed import (
     for_hydra,
     is_text,
 )
-from sae_experiments.errors import UserError
+from sae_experiments.errors import UserError, first_line
 from sae_experiments.flatten import flatten
 
 #: Groups that a command line may choose from.
@@ -79,7 +79,7 @@ def last_value(parsed: Sequence[Override], key: str, default: Any = None) -> Any
 
 
 def is_group(conf: Path, key: str) -> bool:
-    """Whether `key` is a folder of the configuration, from which a file is chosen."""
+    """True if `key` is a folder of the configuration, from which a file is chosen."""
     return (conf / key).is_dir()
 
 
@@ -93,7 +93,7 @@ def options(conf: Path, group: str) -> list[str]:
 
 
 def is_grid(key: str, value: Any, before: Any) -> bool:
-    """Whether a list is given for a setting of an SAE that takes a single value.
+    """True if a list is given for a setting of an SAE that takes a single value.
 
     Args:
         key: Full key, for example `sae.target_l0`.
@@ -232,18 +232,6 @@ def check_texts(cfg: DictConfig) -> None:
 
 
 # ------------------------------------------------------------------------------ errors
-
-
-def first_line(error: BaseException | None) -> str:
-    """The first non-empty line of an error, or of its cause if it has no text."""
-    kind = ""
-    while error is not None:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        if lines:
-            return lines[0]
-        kind = type(error).__name__
-        error = error.__cause__ or error.__context__
-    return kind
 
 
 def configuration_error(error: Exception) -> str:

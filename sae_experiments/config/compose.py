@@ -28,7 +28,6 @@ from sae_experiments.config.checks import (
     check_key,
     check_keys,
     check_texts,
-    first_line,
     is_group,
     last_value,
     options,
@@ -37,7 +36,7 @@ from sae_experiments.config.checks import (
 )
 from sae_experiments.config.sites import per_site
 from sae_experiments.config.typed import did_you_mean, key_of, value_of
-from sae_experiments.errors import UserError
+from sae_experiments.errors import UserError, first_line
 from sae_experiments.flatten import flatten
 
 

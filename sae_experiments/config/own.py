@@ -32,7 +32,7 @@ L0_NAMES = ("k", "target_l0")
 
 
 class _Registry:
-    """What the script of this process defines."""
+    """Definitions of the script of this process."""
 
     def __init__(self) -> None:
         self.clear()

@@ -67,7 +67,7 @@ def key_of(override: str) -> str:
 
 
 def is_text(key: str, among: Sequence[str] = TEXTS) -> bool:
-    """Whether the value of a key is text."""
+    """True if the value of a key is text."""
     return any(fnmatchcase(key, pattern) for pattern in among)
 
 
@@ -139,7 +139,7 @@ def by_key(overrides: Iterable[str]) -> dict[str, str]:
 
 
 def in_group(override: str, *groups: str) -> bool:
-    """Whether an override chooses from one of the groups or changes a setting in it."""
+    """True if an override chooses from one of the groups or changes a setting in it."""
     return key_of(override).split(".")[0] in groups
 
 

@@ -57,7 +57,7 @@ class SplitSpec:
     column: str
     """Field of a record, or column of a table, that holds the text."""
     across: bool
-    """Whether windows may run over the ends of documents."""
+    """True if windows may run over the ends of documents."""
     separator: str
     """Text between documents, if they may."""
     val_frac: float

@@ -40,7 +40,7 @@ class TokenCorpus:
     pieces: list[str]
     """Text of every id."""
     provenance: dict[str, Any]
-    """What the manifest says of the text."""
+    """Entry of the manifest about the text."""
     key: str
     """Digest of ids, splits and documents."""
     encode_texts: Encode

@@ -63,7 +63,7 @@ class LMSplice(NamedTuple):
     model: nn.Module
     """The language model."""
     site: Site | Sites
-    """Where the reconstruction replaces the activation."""
+    """Site at which the reconstruction replaces the activation."""
     tokens: Callable[[np.ndarray], tuple[Tensor, Tensor]]
     """Maps window starts (n,) to token ids and next token ids, (n, T) each."""
 
@@ -83,7 +83,7 @@ class EvalContext:
     device: torch.device
     """Device on which rows are encoded."""
     read: Site | Sites | None = None
-    """Where the SAE reads its input; None without a language model."""
+    """Site that the SAE reads; None without a language model."""
     write: Site | Sites | None = None
     """The activation that the SAE reconstructs; None without a language model."""
     held_out: Store | None = None
@@ -103,7 +103,7 @@ class EvalContext:
     replicas: tuple[SAE, ...] = ()
     """The same SAE fitted to the same activations with other seeds."""
     extras: dict[str, Any] = field(default_factory=dict)
-    """What only some studies provide (`"truth"`, `"latents"`), and values shared by metrics."""
+    """Values that only some studies provide (`"truth"`, `"latents"`), and values that metrics share."""
 
     @property
     def vocabulary(self) -> int:

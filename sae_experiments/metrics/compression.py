@@ -211,7 +211,7 @@ class _Split(NamedTuple):
     test: np.ndarray
     """Mask of the rows of `code` among all rows."""
     direct: Direct | None
-    """What of the reconstruction bypasses the code, if anything does."""
+    """Part of the reconstruction that bypasses the code, if any."""
 
 
 def measure(ctx: EvalContext, **options: Any) -> Measured:
@@ -270,7 +270,7 @@ def _n_evaluated(ctx: EvalContext, codes: sparse.csr_matrix, opts: Options) -> i
 
 @torch.no_grad()
 def _direct(ctx: EvalContext, test: np.ndarray) -> Direct | None:
-    """What of the test rows' reconstruction bypasses the code; None if nothing does.
+    """Part of the test rows' reconstruction that bypasses the code; None if there is none.
 
     Args:
         ctx: Evaluation context.

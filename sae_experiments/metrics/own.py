@@ -52,7 +52,7 @@ class Own:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What two values must share to be comparable: the function's settings and its code."""
+        """Conditions that two values must share: the function's settings and its code."""
         given = self.function.keywords if isinstance(self.function, functools.partial) else {}
         return {**given, "code": _code(self._plain())}
 

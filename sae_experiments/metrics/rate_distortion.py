@@ -88,7 +88,7 @@ def _nats(lm: LMSplice, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Direct(NamedTuple):
-    """What n rows contribute to their reconstructions past the code."""
+    """Contribution of n rows to their reconstructions past the code."""
 
     added: Tensor
     """Part that is added, (n, O)."""

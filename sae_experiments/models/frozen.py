@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 
 
 class Clean(NamedTuple):
-    """What one block computes in the clean run."""
+    """Values of one block in the clean run."""
 
     weights: Tensor
     """Attention weights, (P, H, T, T)."""

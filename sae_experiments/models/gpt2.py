@@ -190,7 +190,7 @@ STREAM_BYTES, PAIR_BYTES = (
 
 
 def training_need(spec: LMSpec, cfg: TrainConfig, vocab_size: int, device: torch.device) -> Need:
-    """What training will need at its peak, to about a third, and the operations of all steps.
+    """Memory of training at its peak, to about a third, and the operations of all steps.
 
     Attention keeps its weights for every pair of positions where it is worked out as plain products (on a CPU in bf16 or with dropout).
     """

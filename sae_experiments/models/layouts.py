@@ -1,4 +1,4 @@
-"""Where the parts of a language model are: one row of a table for every layout that is proven.
+"""Layouts of language models: one row of a table for every layout that is proven.
 
 A layout is proven when the laws of `tests/test_layouts.py` hold for it; every other model type is
 refused, since a part found in the wrong place gives wrong numbers without a word. A model that is
@@ -34,7 +34,7 @@ class Layout:
     flat: bool = False
     """True if the MLP sees all positions of a batch as one axis, (B T, D)."""
     gain: float = 0.0
-    """What norms add to their weight before they multiply with it."""
+    """Number that norms add to their weight before they multiply with it."""
 
 
 _GPT2 = Layout(

@@ -61,7 +61,7 @@ class LocalLM(NamedTuple):
     key: dict[str, Any]
     """Digests of all files that decide what it computes, and how it is run."""
     notes: tuple[str, ...] = ()
-    """What had to be mended while it was read, a line each."""
+    """Remarks on what was mended while it was read, a line each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,7 +77,7 @@ class TokenText:
     symbols: list[str]
     """The same if every piece is one character, as metrics on characters need it; else empty."""
     provenance: dict[str, Any]
-    """What the manifest says of the text."""
+    """Entry of the manifest about the text."""
     key: str
     """Digest of ids and splits."""
 

@@ -92,7 +92,7 @@ class Stream:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What the rows and their order depend on, for cache keys."""
+        """Identity of the rows and their order, for cache keys."""
         chunks = {"chunk_rows": self.chunk_rows, "batch": self.batch_rows}
         return self.source.key_of(self.starts, self.sites) | {
             "stream": chunks | {"collect_batch": self.source.batch}

@@ -24,7 +24,7 @@ N_BYTES = 256
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokenizer:
-    """How texts become token ids, and ids texts."""
+    """Conversion of texts to token ids and back."""
 
     encode: Callable[[Sequence[str]], list[list[int]]]
     """Ids of each text; special tokens that are spelled out in a text count as its characters."""
@@ -33,7 +33,7 @@ class Tokenizer:
     begin: int | None
     """Id of the begin-of-text token, if there is one."""
     key: Mapping[str, Any]
-    """What decides about the ids."""
+    """Cache key of the ids."""
     file: Path | None = None
     """`tokenizer.json`, if the tokenizer is our own."""
 

@@ -222,7 +222,7 @@ def packed(cells: Sequence[FeatureCell], room: int) -> tuple[list[tuple[FeatureC
 
 
 def _note(size: tuple[int, int], *, some: bool) -> str:
-    """What was left out, in words; empty if nothing was."""
+    """Words for what was left out; empty if nothing was."""
     notes = []
     if size != FULL:
         notes.append(

@@ -210,7 +210,7 @@ def _compressed(content: bytes) -> str:
 
 
 def _safely(what: str, make: Callable[[], T]) -> T | None:
-    """What `make` returns; None, with a warning, if it fails: one bad file costs one part."""
+    """Result of `make`; None, with a warning, if it fails: one bad file costs one part."""
     try:
         return make()
     except Exception as error:  # a run folder may hold anything

@@ -33,7 +33,7 @@ def chosen_differences(run: Run, baseline: Run) -> list[Difference]:
 
 
 def choices(run: Run) -> dict[str, str]:
-    """What a person chose for a run, in a few words each."""
+    """Choices of a person for a run, in a few words each."""
     config, git = run.whole_config, mapping(run.manifest.get("git"))
     study = mapping(config.get("study")).get("_target_")
     named = {

@@ -1,4 +1,4 @@
-"""Whether a metric of two runs may be compared, and what keeps it from that."""
+"""Comparability of a metric between two runs, and the reasons against it."""
 
 from __future__ import annotations
 

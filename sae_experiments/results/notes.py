@@ -1,4 +1,4 @@
-"""What a reader of any table of results must know before believing a number."""
+"""Notes that a reader of any table of results needs before believing a number."""
 
 from __future__ import annotations
 

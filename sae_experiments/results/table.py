@@ -109,7 +109,7 @@ class RunTable:
         }
 
     def _described(self, metric: str) -> Iterator[dict[str, Any]]:
-        """What the manifests say of a metric."""
+        """Description of a metric in the manifests."""
         for run in self.runs:
             info = mapping(mapping(run.manifest.get("metrics")).get(metric))
             if info:
@@ -133,7 +133,7 @@ class RunTable:
         return any(run is other for other in self.baselines)
 
     def baseline_of(self, run: Run) -> Run | None:
-        """What a run is compared with: the baseline's SAE of the same name, or its only one."""
+        """Counterpart of a run: the baseline's SAE of the same name, or its only one."""
         same = [other for other in self.baselines if other.sae == run.sae]
         return next(iter(same), self.baseline)
 

@@ -172,7 +172,7 @@ def _legend(rows: pd.DataFrame) -> list[str]:
 
 
 def _difference_lines(table: RunTable) -> Iterator[str]:
-    """What each folder has different from the baseline, in a line each."""
+    """Differences of each folder from the baseline, a line each."""
     for run, *_ in table.folders:
         baseline = table.baselines[0] if table.baselines else None
         if baseline is None or table.is_baseline(run) or not baseline.whole_config:

@@ -29,7 +29,7 @@ class CellResult:
     """The end of a cell whose results are on disk."""
 
     cut: bool
-    """Whether the time limit cut something short."""
+    """True if the time limit cut something short."""
     warnings: list[tuple[str, Warned]]
     """Result names with what to know before their numbers are believed."""
     metrics: dict[str, dict[str, float | None]]

@@ -32,7 +32,7 @@ POLL_S = 0.2
 
 
 class Shares(NamedTuple):
-    """How a run uses the machine."""
+    """Division of the machine among the cells of a run."""
 
     workers: int
     """Processes that run cells; 1: this process runs them."""
@@ -167,7 +167,7 @@ class Pool:
 
     @property
     def free(self) -> bool:
-        """Whether a worker can take a cell."""
+        """True if a worker can take a cell."""
         return bool(self._idle) or len(self._workers) < self.size
 
     @property

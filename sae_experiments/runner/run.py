@@ -509,7 +509,7 @@ class _Run:
             self.console.say("no time left for report.html: python plot.py makes one")
 
     def _finished(self, cell: Cell) -> bool:
-        """Whether every result of the cell is there, by this code, with undamaged files."""
+        """True if every result of the cell is there, by this code, with undamaged files."""
         folder = self.settings.folder
         hashes = tuple(self.hashes.values())
         records = [
@@ -552,7 +552,7 @@ class Reported:
         self._next = 0.0
 
     def is_due(self) -> bool:
-        """Whether drawing keeps to `REPORT_SHARE` of the time; always before the first time."""
+        """True if drawing keeps to `REPORT_SHARE` of the time; always before the first time."""
         return time.monotonic() >= self._next
 
     @contextmanager
@@ -618,7 +618,7 @@ def _other(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str:
 
 
 def _text(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What the text is, whatever place it came from."""
+    """Identity of a text, without the place it came from."""
     return {k: v for k, v in provenance.items() if k not in ("source", "verified")}
 
 

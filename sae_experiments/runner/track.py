@@ -158,7 +158,7 @@ class Wandb:
 
 
 def mode_of(wandb: Any) -> str:
-    """How wandb is to run where ``track.mode=auto`` leaves it open.
+    """Mode of wandb if `track.mode=auto` leaves it open.
 
     Args:
         wandb: the module.

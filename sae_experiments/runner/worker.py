@@ -8,7 +8,6 @@ its own cells and nothing else. It ends when its input ends, which it does when 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -27,7 +26,7 @@ EVENTS_PER_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a worker needs to know once."""
+    """Facts that a worker is told once."""
 
     study: Any
     """The study, not yet prepared."""
@@ -194,7 +193,7 @@ def _with_console(ctx: Any, console: Any) -> Any:
 
 def _sent(error: BaseException, channel: Channel) -> bool:
     """Tell the owner how a cell ended; False for what ends the worker as well."""
-    from sae_experiments.errors import NonFinite, UserError
+    from sae_experiments.errors import NonFinite, UserError, first_line, is_out_of_memory
     from sae_experiments.stopping import OutOfTime
 
     if isinstance(error, OutOfTime):
@@ -204,7 +203,7 @@ def _sent(error: BaseException, channel: Channel) -> bool:
     elif isinstance(error, UserError):
         channel.send("user_error", (str(error), error.exit_status))
     elif is_out_of_memory(error):
-        channel.send("failed", f"out of memory ({_first_line(error)}): use fewer workers")
+        channel.send("failed", f"out of memory ({first_line(error)}): use fewer workers")
     elif isinstance(error, Exception):
         channel.send("error", (_described(error), traceback.format_exc()))
     else:
@@ -212,20 +211,8 @@ def _sent(error: BaseException, channel: Channel) -> bool:
     return True
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, PyTorch or CUDA found no memory."""
-    words = r"allocate memory|out of memory"
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
-    )
-
-
 def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class _Tasks:

@@ -251,7 +251,7 @@ class NormalisedRows(Loaded):
 
     @by_rows("d_in")
     def linear_path(self, x: Tensor) -> Tensor | None:
-        """What is added to the decoded codes: the centres of rows (..., D), or the skip path."""
+        """Addition to the decoded codes: the centres of rows (..., D), or the skip path."""
         if not self.undone:
             return super().linear_path(x)
         return self.moments(x)[0].expand(*x.shape[:-1], self.d_out)

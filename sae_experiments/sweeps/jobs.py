@@ -56,7 +56,7 @@ class Asked(NamedTuple):
 
 
 def is_sweep(overrides: Sequence[str]) -> bool:
-    """Whether a command line without `-m` is a sweep all the same: it names one."""
+    """True if a command line without `-m` is a sweep all the same: it names one."""
     return any(in_group(o, *WORDS) for o in overrides)
 
 
@@ -268,7 +268,7 @@ class Jobs:
         )
 
     def finished(self, job: Job) -> bool:
-        """Whether this code and configuration finished the job, and its results are whole."""
+        """True if this code and configuration finished the job, and its results are whole."""
         record = self.record(job)
         if record["status"] != "done" or record.get("fingerprint") != self.fingerprint(job):
             return False

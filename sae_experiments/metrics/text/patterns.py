@@ -50,7 +50,7 @@ class Element(NamedTuple):
     wider: tuple[int, ...]
     """Numbers of the elements that match all of these symbols and more."""
     shown: str = ""
-    """How a token is written in a rule; empty for characters and classes."""
+    """Spelling of a token in a rule; empty for characters and classes."""
 
 
 def elements_of(symbols: Sequence[str]) -> list[Element]:

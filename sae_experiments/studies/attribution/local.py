@@ -242,7 +242,7 @@ class LocalModel:
         out[:, columns.biases.start + self.n_layer + k] = g.sum(1) @ bias
 
     def writes(self, k: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """What active latents write to the output of the MLP of block k, position by position.
+        """Writes of active latents to the output of the MLP of block k, position by position.
 
         Yields:
             Active latents at one position (r,) and their writes (r, C).

@@ -63,7 +63,7 @@ class GraphSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckSpec:
-    """What is checked by intervention."""
+    """Settings of the checks by intervention."""
 
     strongest: int  # latents clamped per prompt, those with the largest influence
     random: int  # further latents clamped per prompt, at random

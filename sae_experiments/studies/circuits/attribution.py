@@ -56,7 +56,7 @@ class Prompts:
     value: Tensor
     """Their activations, (P, T, K); 0 for padding."""
     amount: Tensor
-    """What removing each takes away, its activation minus the baseline, (P, T, K)."""
+    """Activation minus the baseline, which removing each latent takes away, (P, T, K)."""
     state: Tensor
     """The state that upstream latents add to, (P, T, C); see `Path`."""
     base: Tensor | None

@@ -124,7 +124,7 @@ def _source(spec: DataSpec, ctx: Context, *, offline: bool) -> tuple[SplitSpec, 
 
 
 def _training_text(source: Source) -> Iterable[str]:
-    """What a tokenizer is trained on: the training split, or all of a text without splits."""
+    """Training text of a tokenizer: the training split, or all of a text without splits."""
     for split, documents in source.parts():
         if split in (None, "train"):
             yield from (piece.text for piece in documents)
@@ -143,7 +143,7 @@ def _encoded(split: SplitSpec, source: Source, tokenizer: Tokenizer, ctx: Contex
 
 
 def _about_begin(lm: LMSpec | Checked, windows: Mapping[str, int]) -> dict[str, Any] | None:
-    """What the manifest says of the token before each window; None if there is none."""
+    """Entry of the manifest about the token before each window; None if there is none."""
     if isinstance(lm, LMSpec) or lm.begin is None:
         return None
     return {

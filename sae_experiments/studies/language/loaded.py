@@ -18,7 +18,7 @@ OF_TRAINING = ("sae_train_time", "sae_tokens_per_second")
 
 
 def origin(spec: SAESpec) -> dict[str, Any]:
-    """What the provenance of a result says about its SAE: the files of a directory, by digest."""
+    """Provenance of the SAE of a result: the files of a directory, by digest."""
     if spec.path is None:
         return {}
     return {"sae": f"loaded, {directory_digest(Path(spec.path).expanduser())}"}

@@ -125,7 +125,7 @@ class Stores:
         return other
 
     def short(self) -> list[Warned]:
-        """Where the text holds fewer rows than were asked for."""
+        """Warnings about texts with fewer rows than were asked for."""
         asked = {
             "train_rows": self.train,
             "calibration_rows": self.calibration,
@@ -138,7 +138,7 @@ class Stores:
         ]
 
     def identity(self, read: Where, write: Where) -> dict[str, Any]:
-        """What the rows of two sites depend on, for cache keys (not on what else the stores hold)."""
+        """Identity of the rows of two sites, for cache keys, whatever else the stores hold."""
         parts = {
             k: {n: v for n, v in store.key.items() if n != "sites"}
             for k, store in (("train", self.train), ("calibration", self.calibration))
@@ -207,7 +207,7 @@ Part = tuple[Source, np.ndarray]  # where windows are read, and their starts
 
 
 def kind_of(fit: FitSpec, parts: Sequence[Part], sites: Sequence[Site], cache: Path) -> str:
-    """Where rows are kept: what `fit.store` says, for auto a stream where the disk is too small.
+    """Place of the rows: `fit.store`, or for auto a stream if the disk is too small.
 
     Args:
         fit: The share of the free disk that stores may take, and the choice.
@@ -251,7 +251,7 @@ def announce_memory(
 
 
 def effect_of(model: nn.Module, site: Site, tokens: Tensor, recon: Tensor) -> dict[str, Tensor]:
-    """What a reconstruction (B*T, D) at ``site`` does: ``kl``, mean KL(p || p') of the next character, and ``later``, the mean over later
+    """Effect of a reconstruction (B*T, D) at `site`: ``kl``, mean KL(p || p') of the next character, and ``later``, the mean over later
     blocks of the error it causes in the residual stream relative to that stream's variance. Differentiable in ``recon``.
     """
     n_layer = len(blocks_of(model))

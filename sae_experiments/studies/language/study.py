@@ -112,7 +112,7 @@ class Language:
         object.__setattr__(self, "_lms", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process needs: not what was read or loaded here."""
+        """State for another process, without what was read or loaded here."""
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -275,7 +275,7 @@ class Language:
 
     @property
     def exported(self) -> dict[str, Any]:
-        """What exported SAEs say of the language model, in SAELens' keys."""
+        """Description of the language model in exported SAEs, under SAELens' keys."""
         lm = self.models.lm
         if not isinstance(lm, Checked):
             return {}
@@ -325,7 +325,7 @@ class Language:
     def _fit_key(
         self, name: str, sae: SAE, stores: Stores, cell: Cell, ctx: Context
     ) -> dict[str, Any]:
-        """What decides about one fit: nothing of what is fitted beside it."""
+        """Cache key of one fit; SAEs that are fitted beside it have no part in it."""
         sae_spec = self.saes[name]
         modules = [
             *code_of({name: sae_spec}, {name: sae}),
