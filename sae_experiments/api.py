@@ -1,4 +1,6 @@
-"""SAEs on a plain tensor of activations, from any model: no Hydra configuration to write, no run folder."""
+"""SAEs on a plain tensor of activations, from any model: no Hydra configuration to write, no
+run folder.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,9 @@ CHUNK = 1 << 14
 def build_sae(name: str, d_in: int, *, seed: int = 0, **settings: Any) -> SAE:
     """An untrained SAE of the family, with the defaults of ``conf/sae/<name>.yaml``.
 
-    ``settings`` are its options without the leading ``sae.``: ``build_sae("jumprelu", 512, target_l0=20, d_sae=4096)``; options of the
-    model itself with two underscores, ``model__bandwidth=0.05``.
+    ``settings`` are its options without the leading ``sae.``: ``build_sae("jumprelu", 512,
+    target_l0=20, d_sae=4096)``; options of the model itself with two underscores,
+    ``model__bandwidth=0.05``.
     """
     sae_spec, _ = _sae_spec(name, settings)
     sae = sae_spec.seeded(d_in, d_in, seed)
@@ -58,14 +61,17 @@ def fit_saes(
     outliers: str = "leave_out",
     **train: Any,
 ) -> dict[str, FitReport]:
-    """Fit one SAE, or several in one pass, to rows (..., D) in their own units; afterwards they are calibrated and in eval mode.
+    """Fit one SAE, or several in one pass, to rows (..., D) in their own units; afterwards they
+    are calibrated and in eval mode.
 
-    A twentieth of the rows (at least 4,096 where there are five times as many, at most 2^17) is kept from training to calibrate thresholds
-    on, unless ``held_out`` gives such rows. ``train`` changes numbers of ``fit.train``: ``steps=5000, lr=1e-3, batch_size=2048``, say.
+    A twentieth of the rows (at least 4,096 where there are five times as many, at most 2^17) is
+    kept from training to calibrate thresholds on, unless ``held_out`` gives such rows.
+    ``train`` changes numbers of ``fit.train``: ``steps=5000, lr=1e-3, batch_size=2048``, say.
     An SAE from :func:`.interop.load_sae` is trained on from where it is.
 
-    ``scale``: how rows are centred and scaled meanwhile, see :func:`.fit.units_of`; ``robust`` where a few rows are huge.
-    ``outliers``: rows far from all others (:mod:`.saes.outliers`) are left out of the fit; ``keep`` fits them too.
+    ``scale``: how rows are centred and scaled meanwhile, see :func:`.fit.units_of`; ``robust``
+    where a few rows are huge. ``outliers``: rows far from all others (:mod:`.saes.outliers`)
+    are left out of the fit; ``keep`` fits them too.
 
     Raises:
         UserError: rows of another width, too few of them, or with values that are not finite; a
@@ -118,7 +124,8 @@ def fit_saes(
 
 
 def evaluate(sae: SAE, activations: Tensor | np.ndarray) -> dict[str, float | None]:
-    """Reconstruction and sparsity of ``sae`` on rows (..., D) that it was not fitted to; None where a number has no value.
+    """Reconstruction and sparsity of ``sae`` on rows (..., D) that it was not fitted to; None
+    where a number has no value.
 
     Raises:
         UserError: rows of another width, none at all, or with values that are not finite.
@@ -136,7 +143,9 @@ def evaluate(sae: SAE, activations: Tensor | np.ndarray) -> dict[str, float | No
 
 
 def _rows(x: Tensor | np.ndarray, d_in: Sequence[int], what: str, least: int = 1) -> Tensor:
-    """Rows (N, D) from what people have: arrays, any leading dimensions, a graph that is not wanted."""
+    """Rows (N, D) from what people have: arrays, any leading dimensions, a graph that is not
+    wanted.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -149,7 +158,8 @@ def _rows(x: Tensor | np.ndarray, d_in: Sequence[int], what: str, least: int = 1
         ) from error
     if not x.ndim or [x.shape[-1]] != list(d_in) or x.is_complex():
         raise UserError(
-            f"{what} of shape {tuple(x.shape)} and type {x.dtype} do not fit SAEs with d_in={list(d_in)}: give rows (N, d_in) of real numbers"
+            f"{what} of shape {tuple(x.shape)} and type {x.dtype} do not fit SAEs with"
+            f" d_in={list(d_in)}: give rows (N, d_in) of real numbers"
         )
     x = x.reshape(-1, x.shape[-1])
     if len(x) < least:
@@ -158,7 +168,8 @@ def _rows(x: Tensor | np.ndarray, d_in: Sequence[int], what: str, least: int = 1
         wrong = (~torch.isfinite(part).all(1)).nonzero()
         if len(wrong):
             raise UserError(
-                f"{what} hold a value that is not finite in row {first + int(wrong[0])} of {len(x)}: leave such rows out"
+                f"{what} hold a value that is not finite in row {first + int(wrong[0])} of"
+                f" {len(x)}: leave such rows out"
             )
     return x
 
@@ -177,7 +188,8 @@ def _config(train: Mapping[str, Any]) -> TrainConfig:
         return replace(_sae_spec("batch_topk", {})[1], **train)
     except TypeError as error:
         raise UserError(
-            f"fit_saes: {', '.join(f'{k}={v!r}' for k, v in train.items())} cannot be used ({error})"
+            f"fit_saes: {', '.join(f'{k}={v!r}' for k, v in train.items())} cannot be used"
+            f" ({error})"
         ) from error
 
 
@@ -186,8 +198,9 @@ def _tell_late() -> None:
     """Warn once where torch was imported too early to tell its threads how long to wait."""
     if sae_experiments.LATE and torch.get_num_threads() > 1 and sys.platform == "linux":
         warnings.warn(
-            "torch was imported before sae_experiments: beside other work on this machine its waiting threads can make a step ten times as "
-            "long. Import sae_experiments first, or set GOMP_SPINCOUNT=1000 before Python starts.",
+            "torch was imported before sae_experiments: beside other work on this machine its"
+            " waiting threads can make a step ten times as long. Import sae_experiments first, or"
+            " set GOMP_SPINCOUNT=1000 before Python starts.",
             stacklevel=3,
         )
 

@@ -1,4 +1,6 @@
-"""A headless Chromium driven over a pipe with its DevTools protocol: no driver program, no package, no port."""
+"""A headless Chromium driven over a pipe with its DevTools protocol: no driver program, no
+package, no port.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ WHY_NOT = f"no browser on PATH ({', '.join(NAMES)}): apt-get install chromium"
 
 
 class Page:
-    """One page. ``messages`` are what it said to the console, errors, and requests that its policy refused."""
+    """One page. ``messages`` are what it said to the console, errors, and requests that its
+    policy refused.
+    """
 
     def __init__(self, send: int, receive: int) -> None:
         self._send, self._receive, self._buffer, self._next = send, receive, b"", 0
@@ -55,9 +59,9 @@ class Page:
     def _note(self, event: dict[str, Any]) -> None:
         params = event.get("params", {})
         if event["method"] == "Runtime.exceptionThrown":
-            self.messages.append(
-                f"exception: {params['exceptionDetails'].get('exception', {}).get('description', params['exceptionDetails']['text'])}"
-            )
+            details = params["exceptionDetails"]
+            text = details.get("exception", {}).get("description", details["text"])
+            self.messages.append(f"exception: {text}")
         elif event["method"] == "Log.entryAdded":
             self.messages.append(f"{params['entry']['source']}: {params['entry']['text']}")
         elif event["method"] == "Runtime.consoleAPICalled":

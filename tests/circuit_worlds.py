@@ -14,7 +14,9 @@ C, T, VOCABULARY, F = 24, 10, 18, 40
 
 
 def model(kind: str, *, layers: int = 4, scale: float = 0.3) -> nn.Module:
-    """A random GPT-2 or GPT-Neo in double precision, biases included; GPT-Neo's odd blocks attend locally."""
+    """A random GPT-2 or GPT-Neo in double precision, biases included; GPT-Neo's odd blocks
+    attend locally.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
     torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""What several test modules share: a made text, a tiny trained language model, and the command line in a folder of its own."""
+"""What several test modules share: a made text, a tiny trained language model, and the command
+line in a folder of its own.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ removals.refuse()  # before a library takes hold of warnings.warn
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
-WORDS = "the quick brown fox jumps over a lazy dog while seven small birds sing about old rivers and the cold rain of the hills"
+WORDS = (
+    "the quick brown fox jumps over a lazy dog while seven small birds sing about old rivers and"
+    " the cold rain of the hills"
+)
 #: Metrics and record keys that are measured with a clock.
 TIMED = {
     "total_train_time",
@@ -34,10 +39,12 @@ TIMED = {
 }
 #: Overrides that make a run of the whole pipeline take about a second of computing.
 TINY = (
-    "preset=smoke threads=1 offline=true lm.n_layer=2 lm.n_head=2 lm.n_embd=16 lm.n_positions=16 lm.eval_batches=4 lm.curve_batches=2 "
-    "lm.sample_length=20 lm.train.steps=12 lm.train.eval_every=5 lm.train.batch_size=8 lm.train.checkpoint_every_s=0 fit.train_rows=3000 "
-    "fit.calibration_rows=512 fit.held_out_rows=512 fit.init_rows=512 fit.train.steps=12 fit.train.batch_size=128 "
-    "fit.train.checkpoint_every_s=0 metric.downstream.windows=16 sae.target_l0=4 report=false"
+    "preset=smoke threads=1 offline=true lm.n_layer=2 lm.n_head=2 lm.n_embd=16 lm.n_positions=16"
+    " lm.eval_batches=4 lm.curve_batches=2 lm.sample_length=20 lm.train.steps=12"
+    " lm.train.eval_every=5 lm.train.batch_size=8 lm.train.checkpoint_every_s=0 fit.train_rows=3000"
+    " fit.calibration_rows=512 fit.held_out_rows=512 fit.init_rows=512 fit.train.steps=12"
+    " fit.train.batch_size=128 fit.train.checkpoint_every_s=0 metric.downstream.windows=16"
+    " sae.target_l0=4 report=false"
 )
 
 
@@ -201,7 +208,9 @@ class Experiment:
         return self.here / "cache"
 
     def command(self, *args: str, tiny: bool = True) -> list[str]:
-        """The command line; with ``tiny`` it is the small run on the made text, which ``args`` change."""
+        """The command line; with ``tiny`` it is the small run on the made text, which ``args``
+        change.
+        """
         small = (
             [
                 *TINY.split(),
@@ -301,7 +310,9 @@ _known: dict[Any, Any] = {}
 
 @pytest.fixture
 def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What costs a run in this process most of its first second is asked once: the state of git, the package's digest, compositions."""
+    """What costs a run in this process most of its first second is asked once: the state of
+    git, the package's digest, compositions.
+    """
     import copy
 
     from sae_experiments.config import compose as config

@@ -13,7 +13,9 @@ from sae_experiments.results.table import load_table
 
 
 def drawn(run: Path, prefix: str, out: Path) -> tuple[list[str], list[str]]:
-    """Names of the figures in ``conf/plot`` with this prefix that were drawn and saved, and of those without anything to draw."""
+    """Names of the figures in ``conf/plot`` with this prefix that were drawn and saved, and of
+    those without anything to draw.
+    """
     table, done, empty = load_table([run]), [], []
     for path in sorted((CONF / "plot").glob(f"{prefix}*.yaml")):
         try:

@@ -9,7 +9,11 @@ import numpy as np
 
 from sae_experiments.results.records import save_features, save_graphs
 
-WORDS = "the and you my of thing where what kind eat tale stone water bring quiet in him win great people island never upon walk".split()  # noqa: SIM905
+WORDS = [
+    *("the", "and", "you", "my", "of", "thing", "where", "what", "kind", "eat", "tale", "stone"),
+    *("water", "bring", "quiet", "in", "him", "win", "great", "people", "island", "never"),
+    *("upon", "walk"),
+]
 LENGTH = 128  # of a window
 #: What must never become anything but text.
 HOSTILE = [

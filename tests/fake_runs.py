@@ -1,4 +1,6 @@
-"""Run folders with made-up but plausible numbers, for the tests of results, comparison and figures."""
+"""Run folders with made-up but plausible numbers, for the tests of results, comparison and
+figures.
+"""
 
 from __future__ import annotations
 

@@ -97,7 +97,9 @@ def jobs() -> dict[str, list[str]]:
 
 
 def write_text(path: Path) -> None:
-    """A fixed text, the same on every machine: the job must not depend on which corpora are here."""
+    """A fixed text, the same on every machine: the job must not depend on which corpora are
+    here.
+    """
     chance, words = random.Random(0), WORDS.split()
     lines = (" ".join(chance.choice(words) for _ in range(12)) for _ in range(4000))
     path.write_text("\n".join(lines))

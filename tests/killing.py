@@ -1,7 +1,9 @@
-"""A process that has imported everything and forks a child for every command line, which it kills at a chosen moment.
+"""A process that has imported everything and forks a child for every command line, which it
+kills at a chosen moment.
 
-``python tests/killing.py`` reads one JSON request a line and answers each with one line. It is started by ``test_kill.py``: without it,
-every one of a hundred kills would cost the seconds that importing torch takes.
+``python tests/killing.py`` reads one JSON request a line and answers each with one line. It is
+started by ``test_kill.py``: without it, every one of a hundred kills would cost the seconds
+that importing torch takes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
-#: Of the memory shared with the child: the stage it is in, file operations so far, seconds by stage as JSON.
+#: Of the memory shared with the child: the stage it is in, file operations so far, seconds by stage
+#: as JSON.
 NAME, COUNT, SPENT = slice(0, 64), slice(64, 72), slice(128, 4096)
 spent: dict[str, float] = {}
 
@@ -82,7 +85,9 @@ def watch(shared: mmap.mmap) -> None:
 
 
 def child(request: dict[str, Any], shared: mmap.mmap) -> int:
-    """Run the command lines; die of SIGKILL at file operation number ``at_event``, where one is given."""
+    """Run the command lines; die of SIGKILL at file operation number ``at_event``, where one is
+    given.
+    """
     os.chdir(request["here"])
     os.environ.update(request["env"])
     said = os.open(request["said"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)

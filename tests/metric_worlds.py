@@ -1,4 +1,6 @@
-"""Small worlds with known answers for the metrics that read text: a made text, and activations and SAEs that are functions of it."""
+"""Small worlds with known answers for the metrics that read text: a made text, and activations
+and SAEs that are functions of it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ from sae_experiments.saes.base import SAE
 
 CPU, SITE = torch.device("cpu"), Site("resid", 1)
 LENGTH = 32
-WORDS = "the and you my of thing where what kind eat tale stone water bring quiet in him win great people island never upon walk"
+WORDS = (
+    "the and you my of thing where what kind eat tale stone water bring quiet in him win great"
+    " people island never upon walk"
+)
 
 
 class TextStore:
@@ -35,7 +40,9 @@ class TextStore:
 
 
 class Given(SAE):
-    """An SAE whose encoder is ``ReLU(x W_enc^T + b_enc)`` with weights as given; the identity unless told otherwise."""
+    """An SAE whose encoder is ``ReLU(x W_enc^T + b_enc)`` with weights as given; the identity
+    unless told otherwise.
+    """
 
     def __init__(
         self,
@@ -64,7 +71,9 @@ def points(text: str) -> np.ndarray:
 
 
 def play(n: int, seed: int = 0) -> str:
-    """``n`` characters that look like a play: names, short speeches, capitals, all vowels and many words."""
+    """``n`` characters that look like a play: names, short speeches, capitals, all vowels and
+    many words.
+    """
     chance = random.Random(seed)
     words = WORDS.split()
     out = ""
@@ -111,11 +120,7 @@ def ctx(
 
 
 def validation_store(
-    trained: Any,
-    corpus: Any,
-    sites: Sequence[Site],
-    cache: Path,
-    starts: np.ndarray | None = None,
+    trained: Any, corpus: Any, sites: Sequence[Site], cache: Path, starts: np.ndarray | None = None
 ) -> Store:
     """Activations of windows of a validation text, 16 characters each; of the first 40 if None."""
     if starts is None:

@@ -1,4 +1,6 @@
-"""Warnings of what will be removed: an error where our code made the call, nobody's business where a library did."""
+"""Warnings of what will be removed: an error where our code made the call, nobody's business
+where a library did.
+"""
 
 from __future__ import annotations
 

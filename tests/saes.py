@@ -55,7 +55,9 @@ def subject(name: str) -> Subject:
 
 
 def make(name: str, *overrides: str, seed: int = 0, d_sae: int = M, **kwargs: Any) -> SAE:
-    """A small untrained SAE whose biases and scales are not at their (zero) start, so that nothing is trivially true."""
+    """A small untrained SAE whose biases and scales are not at their (zero) start, so that
+    nothing is trivially true.
+    """
     torch.manual_seed(seed)
     sae = sae_spec(name, *overrides).model(d_in=D, d_sae=d_sae, d_out=D, **kwargs)
     return unsettled(sae, seed)

@@ -1,4 +1,6 @@
-"""Ablations with known answers: all latents at once are zero or mean ablation, latents that do nothing cost nothing."""
+"""Ablations with known answers: all latents at once are zero or mean ablation, latents that do
+nothing cost nothing.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def world(
 
 
 def both_signs(extra: int = 0) -> Given:
-    """Positive and negative parts of every dimension: a perfect copy. ``extra`` latents fire and write nothing."""
+    """Positive and negative parts of every dimension: a perfect copy. ``extra`` latents fire
+    and write nothing.
+    """
     eye = torch.eye(16)
     return Given(
         torch.cat([eye, -eye, eye[:extra]]), w_dec=torch.cat([eye, -eye, torch.zeros(extra, 16)])
@@ -86,7 +90,9 @@ def test_latents_that_write_nothing_cost_nothing(world):
 
 
 def test_the_error_of_the_sae_stays_in(world):
-    """A dictionary that rebuilds badly has effects of its own atoms only: the other dimensions stay as they were."""
+    """A dictionary that rebuilds badly has effects of its own atoms only: the other dimensions
+    stay as they were.
+    """
     good, bad = both_signs(), Given(torch.eye(16)[:3])
     bad.b_dec.data.add_(5.0)
     bad.pre_bias = False

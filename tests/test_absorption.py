@@ -1,4 +1,6 @@
-"""Absorption with known answers: rows made by hand, a dictionary that absorbs one letter, and one that does not."""
+"""Absorption with known answers: rows made by hand, a dictionary that absorbs one letter, and
+one that does not.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ def one_hot(text: str) -> list[np.ndarray]:
 
 
 def dictionary(absorbs: str) -> Given:
-    """Latent 0: a vowel, but for ``absorbs``, whose latents hold the direction of vowels as well."""
+    """Latent 0: a vowel, but for ``absorbs``, whose latents hold the direction of vowels as
+    well.
+    """
     w_enc, w_dec, bias = torch.zeros(7, 8), torch.zeros(7, 8), torch.zeros(7)
     w_enc[0, 0] = w_dec[0, 0] = 1
     for i, v in enumerate("aeiou", 1):

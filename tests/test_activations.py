@@ -1,4 +1,6 @@
-"""Reading and replacing activations gives what the model computes, and the store on disk gives it back."""
+"""Reading and replacing activations gives what the model computes, and the store on disk gives
+it back.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         return model(input_ids=tokens, use_cache=False).logits
 
 
-# ------------------------------------------------------------------------------------------------ sites
+# ------------------------------------------------------------------------------------------------
+# sites
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,8 @@ def test_a_model_of_one_block_has_no_middle_of_its_mlps():
         parse_site("mlp_in.mid", 1)
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------------
+# reading
 
 
 def test_residual_streams_equal_the_hidden_states_of_transformers(model, tokens):
@@ -170,7 +174,8 @@ def test_activations_carry_no_graph(model, tokens):
     assert not any(x.requires_grad for x in activations(model, tokens, SITES).values())
 
 
-# ------------------------------------------------------------------------------------------------ replacing
+# ------------------------------------------------------------------------------------------------
+# replacing
 
 
 @pytest.mark.parametrize("site", SITES, ids=str)
@@ -266,7 +271,8 @@ def test_a_begin_token_stands_once_before_a_text_that_is_generated():
     assert one[0].tolist() == other[0, 1:].tolist()
 
 
-# ------------------------------------------------------------------------------------------------ the store
+# ------------------------------------------------------------------------------------------------
+# the store
 
 
 class Text:

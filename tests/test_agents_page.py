@@ -1,4 +1,6 @@
-"""AGENTS.md is so: its commands and plans exist, its two lines are those of experiment.py, and results look as it says."""
+"""AGENTS.md is so: its commands and plans exist, its two lines are those of experiment.py, and
+results look as it says.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The laws of the house, read from the source with ``ast``: who may import whom, how long things may be, what is never used."""
+"""The laws of the house, read from the source with ``ast``: who may import whom, how long
+things may be, what is never used.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,8 @@ TABLE: dict[str, set[str]] = {
 }
 #: Only these rooms (or modules) may import these packages.
 ONLY = {
-    # Models trained here and models from a directory are apart, so that neither decides about the other's caches.
+    # Models trained here and models from a directory are apart, so that neither decides about the
+    # other's caches.
     "transformers": {"models.gpt2", "models.cpu_kernels", "models.local"},
     "huggingface_hub": {"models.hub", "models.local"},
     "tokenizers": {"models.tokens"},
@@ -189,7 +192,8 @@ def show(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-# ------------------------------------------------------------------------------------------------ imports
+# ------------------------------------------------------------------------------------------------
+# imports
 
 
 @pytest.mark.parametrize("path", FILES, ids=show)
@@ -242,9 +246,11 @@ def test_what_a_script_imports_at_its_start_needs_no_torch(script):
     """Not even through what it imports: help, mistakes and figures come at once."""
     by_module = {module_of(p): p for p in FILES}
     todo, seen, outside = (
-        [script, by_module["sae_experiments.cli.main"]]
-        if script.name == "experiment.py"
-        else [script],
+        (
+            [script, by_module["sae_experiments.cli.main"]]
+            if script.name == "experiment.py"
+            else [script]
+        ),
         set(),
         set(),
     )
@@ -263,7 +269,8 @@ def test_wandb_is_imported_inside_a_method_only():
     assert "wandb" not in {name for p in FILES for name in imports(p, top_level=True)}
 
 
-# ------------------------------------------------------------------------------------------------ sizes
+# ------------------------------------------------------------------------------------------------
+# sizes
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=show)
@@ -275,7 +282,8 @@ def test_there_is_no_module_for_leftovers():
     assert not [show(p) for p in FILES if p.stem in ("utils", "util", "helpers", "misc", "common")]
 
 
-# ------------------------------------------------------------------------------------------------ what is never used
+# ------------------------------------------------------------------------------------------------
+# what is never used
 
 
 @pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=show)

@@ -1,4 +1,6 @@
-"""The benchmarks at tiny sizes: turns are taken in turn, tables say what was measured, results come back from disk."""
+"""The benchmarks at tiny sizes: turns are taken in turn, tables say what was measured, results
+come back from disk.
+"""
 
 from __future__ import annotations
 

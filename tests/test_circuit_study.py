@@ -1,4 +1,6 @@
-"""The circuits study from start to end: on a model trained here, on SAEs of another run, on local Hugging Face directories; and its mistakes."""
+"""The circuits study from start to end: on a model trained here, on SAEs of another run, on
+local Hugging Face directories; and its mistakes.
+"""
 
 from __future__ import annotations
 
@@ -224,11 +226,14 @@ def test_an_upstream_latent_that_does_not_exist_is_one_line(
         run(home, corpus_file, "run_5", "study.graph.upstream_latent=100000")
 
 
-# ------------------------------------------------------------------------------------------------ local directories
+# ------------------------------------------------------------------------------------------------
+# local directories
 
 
 def words_tokenizer(folder: Path, text: str) -> int:
-    """A tokenizer of whole words with the spaces before them, in a model's folder; how many it knows."""
+    """A tokenizer of whole words with the spaces before them, in a model's folder; how many it
+    knows.
+    """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -396,7 +401,8 @@ def test_what_is_no_model_directory_is_said_in_one_line(tmp_path: Path) -> None:
         load_local(folder, context=8, device=torch.device("cpu"))
 
 
-# ------------------------------------------------------------------------------------------------ mistakes
+# ------------------------------------------------------------------------------------------------
+# mistakes
 
 
 def test_a_gap_of_integrated_gradients_reaches_the_record(

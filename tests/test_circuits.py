@@ -1,4 +1,6 @@
-"""Attribution through a language model: exact against autograd one by one, against finite differences, by hand, and in memory."""
+"""Attribution through a language model: exact against autograd one by one, against finite
+differences, by hand, and in memory.
+"""
 
 from __future__ import annotations
 
@@ -169,7 +171,8 @@ def test_batches_do_not_matter_and_memory_is_bounded() -> None:
     sizes: list[int] = []
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        # type: ignore[no-untyped-def]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             sizes.append(out.numel() * out.element_size() if isinstance(out, Tensor) else 0)
             return out
@@ -208,7 +211,9 @@ def test_a_step_along_the_gradient_does_what_the_gradient_says() -> None:
 
 
 def linear_world() -> tuple[Circuit, Tensor]:
-    """A model whose second block does nothing, so that resid.2 is resid.1 and everything between the SAEs is the identity."""
+    """A model whose second block does nothing, so that resid.2 is resid.1 and everything
+    between the SAEs is the identity.
+    """
     lm = model("gpt2", layers=2)
     block = lm.transformer.h[1]
     for layer in (block.attn.c_proj, block.mlp.c_proj):
@@ -287,7 +292,9 @@ def test_integrated_gradients_add_up_to_the_effect_of_removing_everything(
 
 
 def copying() -> tuple[nn.Module, Circuit]:
-    """A planted circuit: block 2's first head looks at the position before and copies coordinate T of what it reads to coordinate T + 1."""
+    """A planted circuit: block 2's first head looks at the position before and copies
+    coordinate T of what it reads to coordinate T + 1.
+    """
     lm = model("gpt2", layers=2)
     for p in lm.parameters():
         nn.init.zeros_(p)
@@ -575,7 +582,9 @@ def described(on: np.ndarray, ids: np.ndarray, length: int = 30) -> Describer:
 
 
 def test_n_grams_are_scored_on_text_they_were_not_found_on() -> None:
-    """40 latents that fire by chance: the best of hundreds of n-grams looks good where it was found, and nowhere else."""
+    """40 latents that fire by chance: the best of hundreds of n-grams looks good where it was
+    found, and nowhere else.
+    """
     chance = np.random.default_rng(0)
     ids, on = chance.integers(0, 8, 3000), chance.random((3000, 40)) < 0.01
     words = described(on, ids)

@@ -79,7 +79,7 @@ def test_uniform_values_cost_the_logarithm_of_the_number_of_bins():
     )
 
 
-def test_values_never_seen_in_training_still_cost_finitely_many_bits_and_are_rebuilt_to_half_a_bin():
+def test_values_never_seen_in_training_cost_finitely_many_bits_and_are_rebuilt_to_half_a_bin():
     train, test = (
         sparse.csr_matrix(np.array(v, np.float32)[:, None]) for v in ([1, 1, 1, 1], [5.3, 1, -2, 1])
     )

@@ -1,4 +1,6 @@
-"""Which metrics of two runs may be subtracted: laws over all metrics, and the same SAE looked at in other ways."""
+"""Which metrics of two runs may be subtracted: laws over all metrics, and the same SAE looked
+at in other ways.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +141,8 @@ def first(home: Path, corpus_file: Path) -> Path:
 
 #: Numbers of a language model on its own random batches.
 LOSSES = ("final_train_loss", "best_val_loss")
-#: Overrides, words that say what differs, and metrics that stay comparable (by the start of their names).
+#: Overrides, words that say what differs, and metrics that stay comparable (by the start of their
+#: names).
 CHANGES = {
     "rows": (["fit.held_out_rows=768"], "held-out rows 768 vs 512", ("ngram_", *LOSSES)),
     "part": (["held_out=search"], "held-out part search vs val", LOSSES),
@@ -156,7 +159,9 @@ TIMES = ("total_train_time", "avg_inference", "sae_train_time", "sae_tokens")
 def test_runs_of_other_conditions_are_compared_metric_by_metric(
     home: Path, corpus_file: Path, first: Path, what: str
 ) -> None:
-    """The same SAE is fitted again but for what changes; whatever its number becomes, no verdict comes of it."""
+    """The same SAE is fitted again but for what changes; whatever its number becomes, no
+    verdict comes of it.
+    """
     overrides, words, kept = CHANGES[what]
     folder = run(home, corpus_file, f"run_{what}", *overrides)
     if what in ("rows", "settings"):

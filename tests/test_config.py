@@ -1,4 +1,6 @@
-"""The configuration: every file composes and builds, plans and grids mean what they say, and every mistake is one line."""
+"""The configuration: every file composes and builds, plans and grids mean what they say, and
+every mistake is one line.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ PLANNED = [
 
 @pytest.fixture(scope="module", autouse=True)
 def compose_once() -> Iterator[None]:
-    """Hydra needs a tenth of a second for each composition; the same overrides give the same answer."""
+    """Hydra needs a tenth of a second for each composition; the same overrides give the same
+    answer.
+    """
     known: dict[tuple[str, ...], DictConfig] = {}
 
     def compose(overrides: Sequence[str]) -> DictConfig:
@@ -74,14 +78,16 @@ def study_of(*overrides: str, preset: str = "smoke") -> Language:
     return study
 
 
-# ------------------------------------------------------------------------------------------------ every file
+# ------------------------------------------------------------------------------------------------
+# every file
 
 
 @pytest.mark.parametrize("sae", SAES)
 def test_every_sae_composes_and_builds_on_meta_at_every_preset(sae):
     saes = study_of(f"sae={sae}").saes
     assert list(saes) == [sae]
-    for preset in PRESETS:  # composing is what takes time, and the presets leave the SAE's own numbers alone (see below)
+    # composing is what takes time, and the presets leave the SAE's own numbers alone (see below)
+    for preset in PRESETS:
         study = replace(study_of(preset=preset), saes=saes)
         study.check()
         read, write = study.sites(saes[sae])
@@ -251,12 +257,15 @@ def test_a_yaml_file_fits_a_screen_and_explains_every_key(path):
 
 
 def test_no_group_of_the_command_line_has_a_single_option_forever():
-    """A choice of one is no choice: such a group is for later options only, so there are few of them."""
+    """A choice of one is no choice: such a group is for later options only, so there are few of
+    them.
+    """
     groups = [g.name for g in CONF.iterdir() if g.is_dir() and len(options(g.name)) == 1]
     assert set(groups) <= {"fit", "lm", "plan", "study"}
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+# ------------------------------------------------------------------------------------------------
+# the command line
 
 
 @pytest.mark.parametrize(
@@ -338,7 +347,10 @@ def test_cfg_job_prints_the_configuration_of_the_planned_run(experiment: Experim
 
 def test_help_and_mistakes_do_not_wait_for_torch():
     code = "import sys\nfrom pathlib import Path\nfrom sae_experiments.cli.main import main\n"
-    code += "main(sys.argv[1:], plan='variants', extra=[], conf=Path('conf'))\nprint('torch' in sys.modules)"
+    code += (
+        "main(sys.argv[1:], plan='variants', extra=[], conf=Path('conf'))\nprint('torch' in"
+        " sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "--help"],
         cwd=ROOT,
@@ -350,7 +362,8 @@ def test_help_and_mistakes_do_not_wait_for_torch():
     assert done.stdout.endswith("False\n")
 
 
-# ------------------------------------------------------------------------------------------------ plans and presets
+# ------------------------------------------------------------------------------------------------
+# plans and presets
 
 
 def values(
@@ -423,7 +436,8 @@ def test_a_plan_that_does_not_exist_is_named_with_those_that_do():
         complete([], plan="variant", extra=[], conf=CONF)
 
 
-# ------------------------------------------------------------------------------------------------ grids
+# ------------------------------------------------------------------------------------------------
+# grids
 
 
 def test_two_saes_and_two_l0s_are_four_arms_with_the_right_values():
@@ -476,11 +490,7 @@ def test_a_key_may_be_for_one_sae_of_the_list_alone():
     )
     assert {
         name: (sae_spec.target_l0, sae_spec.expansion) for name, sae_spec in study.saes.items()
-    } == {
-        "topk-target_l0_4": (4, 8),
-        "topk-target_l0_8": (8, 8),
-        "batch_topk": (16, 2),
-    }
+    } == {"topk-target_l0_4": (4, 8), "topk-target_l0_8": (8, 8), "batch_topk": (16, 2)}
 
 
 @pytest.mark.parametrize(
@@ -488,7 +498,10 @@ def test_a_key_may_be_for_one_sae_of_the_list_alone():
     [
         (
             "sae.gated.target_l0=4",
-            r"sae\.gated\.target_l0: sae=gated is not among the SAEs of this run \(topk, batch_topk\)",
+            (
+                r"sae\.gated\.target_l0: sae=gated is not among the SAEs of this run \(topk,"
+                r" batch_topk\)"
+            ),
         ),
         ("sae.topk.no_such_key=4", "sae.no_such_key is not an option"),
         ("sae.topk.target_l0=many", "sae.target_l0=many must be"),
@@ -500,7 +513,9 @@ def test_a_key_for_one_sae_alone_is_checked(wrong, told):
 
 
 def test_the_five_runs_of_purification_hold_all_that_the_study_must_show():
-    """Early stopping is in run_3 and the price in time and memory in run_4: an automated caller has no further runs."""
+    """Early stopping is in run_3 and the price in time and memory in run_4: an automated caller
+    has no further runs.
+    """
     third, fourth = (
         build(values([f"out_dir=run_{i}"], extra=["preset=smoke"], plan="purification")[0].study)
         for i in (3, 4)
@@ -589,7 +604,8 @@ def test_metric_all_is_every_metric():
     assert set(study_of("metric=all").metrics) == set(options("metric"))
 
 
-# ------------------------------------------------------------------------------------------------ mistakes
+# ------------------------------------------------------------------------------------------------
+# mistakes
 
 
 class ReachedCompute(Exception):
@@ -598,7 +614,9 @@ class ReachedCompute(Exception):
 
 @pytest.fixture
 def typed(tmp_path, monkeypatch, capsys):
-    """Type a command line; what comes back is (exit status, stderr). Nothing can begin to compute."""
+    """Type a command line; what comes back is (exit status, stderr). Nothing can begin to
+    compute.
+    """
 
     def begin(study: Any, settings: Any, *rest: Any) -> str:
         study.check()
@@ -803,11 +821,7 @@ def test_list_has_one_explained_line_for_every_choice(capsys):
     [
         (["hydra/launcher=joblib"], ["launcher=joblib"], False),
         (["hydra/launcher=ray"], ["launcher=ray"], False),
-        (
-            ["hydra/launcher=submitit_slurm"],
-            ["launcher=submitit", "launcher.cluster=slurm"],
-            False,
-        ),
+        (["hydra/launcher=submitit_slurm"], ["launcher=submitit", "launcher.cluster=slurm"], False),
         (["hydra.mode=MULTIRUN", "a=1,2"], ["a=1,2"], True),
         (["hydra.run.dir=some/where"], ["runs_root=some", "out_dir=where"], False),
         (["hydra.sweep.dir=some/where"], [], False),

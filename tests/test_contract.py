@@ -1,6 +1,8 @@
-"""Automated callers, played through: ``python experiment.py --out_dir=run_i`` and nothing else, in every way that it can end.
+"""Automated callers, played through: ``python experiment.py --out_dir=run_i`` and nothing else,
+in every way that it can end.
 
-They read ``final_info.json`` and take ``["means"]`` of every top-level value; on failure they see the last 1,500 characters of stderr.
+They read ``final_info.json`` and take ``["means"]`` of every top-level value; on failure they
+see the last 1,500 characters of stderr.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ pytestmark = pytest.mark.slow
 
 
 class Answer(NamedTuple):
-    """What such a caller knows after a run: its exit status, the means it read (None: there were none), the end of stderr, the pictures."""
+    """What such a caller knows after a run: its exit status, the means it read (None: there
+    were none), the end of stderr, the pictures.
+    """
 
     status: int | None
     means: dict[str, dict[str, Any]] | None
@@ -29,7 +33,9 @@ class Answer(NamedTuple):
 
 
 class Caller:
-    """Copies the repository, edits the two scripts it may edit, runs with a time limit of its own, and removes what failed."""
+    """Copies the repository, edits the two scripts it may edit, runs with a time limit of its
+    own, and removes what failed.
+    """
 
     def __init__(self, home: Path, corpus: Path, experiment: Experiment) -> None:
         self.home, self.experiment = home, experiment

@@ -1,4 +1,6 @@
-"""Transcoders of every layer: against a plain computation, and the metrics of the replaced model."""
+"""Transcoders of every layer: against a plain computation, and the metrics of the replaced
+model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Corpora: where they come from and in which order, how they are verified, encoded, split, read, fetched and replaced."""
+"""Corpora: where they come from and in which order, how they are verified, encoded, split,
+read, fetched and replaced.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "mine"
 
 
-# ------------------------------------------------------------------------------------------------ encoding, splits, batches
+# ------------------------------------------------------------------------------------------------
+# encoding, splits, batches
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,9 @@ WESTERN, CYRILLIC = "the quick brown fox \n" * 40, "съешь ещё этих �
     "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
 )
 def test_a_text_in_a_wide_encoding_is_named_and_latin_1_is_not_advised(tmp_path, text, encoding):
-    """Without its mark such a text can be valid UTF-8, one control character beside each letter: it must not pass."""
+    """Without its mark such a text can be valid UTF-8, one control character beside each
+    letter: it must not pass.
+    """
     with pytest.raises(UserError, match=r"data\.fox: .*t is UTF-(16|32)") as told:
         of_file(tmp_path / "t", text.encode(encoding), tmp_path)
     family, iconv = encoding[:6].upper(), re.search(r"iconv -f (\S+) ", str(told.value))
@@ -262,7 +267,8 @@ def test_encoding_is_bounded_in_memory(tmp_path, monkeypatch, encoding):
     assert peak < 6e6  # the file has 8 MB
 
 
-# --------------------------------------------------------------------------------------------------- files of the user's
+# --------------------------------------------------------------------------------------------------
+# files of the user's
 
 
 def test_the_order_of_the_sources(tmp_path, folder):
@@ -417,7 +423,8 @@ def test_a_specification_that_cannot_work_is_refused(changes, message):
         spec(**changes)
 
 
-# -------------------------------------------------------------------------------------------------------------- stand-ins
+# --------------------------------------------------------------------------------------------------
+# stand-ins
 
 
 def test_a_stand_in_is_announced_and_recorded(tmp_path, monkeypatch):
@@ -438,7 +445,10 @@ def test_a_stand_in_is_announced_and_recorded(tmp_path, monkeypatch):
     assert "in place of 6,000" in said[1]
     with pytest.raises(
         UserError,
-        match=r"data\.fox\.stand_in=never.*fox\.txt.* or fox-head-60 \(its first 60 bytes\).*SAE_DATA_DIR.*file=PATH",
+        match=(
+            r"data\.fox\.stand_in=never.*fox\.txt.* or fox-head-60 \(its first 60"
+            r" bytes\).*SAE_DATA_DIR.*file=PATH"
+        ),
     ):
         load_corpus(spec(head=60), cache=tmp_path, offline=True)
 
@@ -499,7 +509,10 @@ def test_code_fills_up_a_stand_in_and_is_mixed_in(monkeypatch):
 
 
 def test_a_stand_in_is_the_same_in_every_process(tmp_path):
-    code = "from sae_experiments.corpora import standin; import hashlib; print(hashlib.sha256(standin.text('wiki', 700_000)).hexdigest())"
+    code = (
+        "from sae_experiments.corpora import standin; import hashlib;"
+        " print(hashlib.sha256(standin.text('wiki', 700_000)).hexdigest())"
+    )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -512,7 +525,8 @@ def test_a_stand_in_is_the_same_in_every_process(tmp_path):
     assert done.stdout.strip() == sha(standin.text("wiki", 700_000))
 
 
-# --------------------------------------------------------------------------------------------------------------- fetching
+# --------------------------------------------------------------------------------------------------
+# fetching
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -808,7 +822,8 @@ def test_progress_is_a_bar_for_a_person_and_two_lines_for_a_log(tmp_path, server
     assert "fox: 100%" in screen.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------------------- kill and resume
+# --------------------------------------------------------------------------------------------------
+# kill and resume
 
 CHILD = """
 import sys, time; sys.path.insert(0, {root!r})
@@ -858,7 +873,9 @@ def test_killed_while_encoding(tmp_path):
 
 
 def test_killed_while_it_is_written_down_where_the_text_came_from(tmp_path):
-    """The folder of these notes is every corpus's: what a killed process left there goes with the next note."""
+    """The folder of these notes is every corpus's: what a killed process left there goes with
+    the next note.
+    """
     (tmp_path / "own").write_bytes(TEXT)
     wanted, cache = spec(file=str(tmp_path / "own")), tmp_path / "c"
     load_corpus(wanted, cache=cache)
@@ -888,7 +905,8 @@ def test_killed_while_downloading(tmp_path, server):
     assert corpus.provenance["sha256"] == sha(TEXT)
 
 
-# -------------------------------------------------------------------------------------------------- conf/data and real files
+# --------------------------------------------------------------------------------------------------
+# conf/data and real files
 
 #: Texts that are named and not known: a user's own files, a data set of the hub.
 UNKNOWN = {"text": TextSpec, "hub": HubSpec}

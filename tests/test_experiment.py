@@ -1,4 +1,6 @@
-"""The command line from end to end, in processes of their own, offline: what callers read, and what a kill may not change."""
+"""The command line from end to end, in processes of their own, offline: what callers read, and
+what a kill may not change.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,8 @@ def assert_same(a: dict[str, Any], b: dict[str, Any], *, but: tuple[str, ...] = 
     assert not different, {k: (a[k], b[k]) for k in different if k == "metrics"} or different
 
 
-# ------------------------------------------------------------------------------------------------ one run
+# ------------------------------------------------------------------------------------------------
+# one run
 
 
 def test_final_info_is_exactly_what_callers_read(first):
@@ -97,8 +100,14 @@ def test_final_info_is_exactly_what_callers_read(first):
     assert set(PUBLISHED) <= metrics and all(
         isinstance(entry["means"][f"{m}_mean"], float) for m in PUBLISHED
     )
-    family = "sae_l0 sae_sparsity sae_fvu sae_mse sae_cosine sae_l2_ratio sae_dead_frac sae_dense_frac sae_latent_entropy sae_train_time"
-    downstream = "sae_tokens_per_second ce_clean ce_spliced ce_delta_bits loss_recovered loss_recovered_zero kl"
+    family = (
+        "sae_l0 sae_sparsity sae_fvu sae_mse sae_cosine sae_l2_ratio sae_dead_frac sae_dense_frac"
+        " sae_latent_entropy sae_train_time"
+    )
+    downstream = (
+        "sae_tokens_per_second ce_clean ce_spliced ce_delta_bits loss_recovered"
+        " loss_recovered_zero kl"
+    )
     assert {*family.split(), *downstream.split()} <= metrics
     assert experiment.json("first", "final_info_text8_0.json") == {
         m: vs[0] for m, vs in entry["final_info_dict"].items()
@@ -108,7 +117,10 @@ def test_final_info_is_exactly_what_callers_read(first):
 def test_the_run_folder_holds_what_the_design_lists_and_nothing_lies_about_elsewhere(first):
     experiment, _ = first
     run = experiment.runs / "first"
-    files = "manifest.json cells/text8_0.json final_info_text8_0.json curves/text8_0.jsonl arrays/text8_0.npz saes/text8_0/cfg.json"
+    files = (
+        "manifest.json cells/text8_0.json final_info_text8_0.json curves/text8_0.jsonl"
+        " arrays/text8_0.npz saes/text8_0/cfg.json"
+    )
     for name in files.split():
         assert (run / name).is_file(), name
     assert {p.name for p in experiment.here.iterdir()} == {"runs", "cache"}
@@ -258,7 +270,8 @@ def test_the_exported_sae_gives_back_its_reference_rows(first):
     assert float((acts - rows["acts"]).abs().max()) < 1e-3 * float(rows["acts"].max())
 
 
-# ------------------------------------------------------------------------------------------------ what goes wrong
+# ------------------------------------------------------------------------------------------------
+# what goes wrong
 
 
 @pytest.mark.parametrize("typo", ["sae=nosuch", "sae.target_l0=nan", "bogus=1"])
@@ -336,7 +349,8 @@ def test_a_sweep_over_a_choice_that_does_not_exist_is_one_line(experiment):
     assert not list(experiment.here.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------ kills
+# ------------------------------------------------------------------------------------------------
+# kills
 
 
 def kill(process: Any) -> bool:
@@ -359,7 +373,9 @@ def undisturbed(make_experiment: Callable[[str], Experiment]) -> dict[str, Any]:
 def finished_after_kills(
     experiment: Experiment, moments: list[Callable[[Experiment, float], bool]]
 ) -> int:
-    """Start the command, kill it at each moment, then let it finish; returns how many kills hit a running process."""
+    """Start the command, kill it at each moment, then let it finish; returns how many kills hit
+    a running process.
+    """
     hits = 0
     for moment in moments:
         process, began = (

@@ -1,4 +1,6 @@
-"""Disks that fill up, folders that vanish, bits that flip, numbers that are none: noticed, named, and never a wrong result."""
+"""Disks that fill up, folders that vanish, bits that flip, numbers that are none: noticed,
+named, and never a wrong result.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +50,14 @@ WRITING = ("os.rename", "os.mkdir", "os.truncate")
 pytestmark = pytest.mark.usefixtures("quick_start")
 
 
-# ------------------------------------------------------------------------------------------------ a disk that refuses
+# ------------------------------------------------------------------------------------------------ a
+# disk that refuses
 
 
 class Disk:
-    """Counts what is done to files below ``root`` and does something at operation number ``at`` (an audit hook: it sees them all)."""
+    """Counts what is done to files below ``root`` and does something at operation number ``at``
+    (an audit hook: it sees them all).
+    """
 
     def __init__(self) -> None:
         self.root, self.at, self.count, self.act = "", -1, 0, lambda path: None
@@ -120,7 +125,9 @@ def survives(
     undisturbed: dict[str, Any],
     capsys: Any,
 ) -> str | None:
-    """Run with a fault at operation ``at``, then without; returns what the first run said, if it failed."""
+    """Run with a fault at operation ``at``, then without; returns what the first run said, if
+    it failed.
+    """
     disk.root, disk.at, disk.act, disk.count = str(experiment.here), at, act, 0
     status = in_this_process(experiment, *RUN)
     disk.root = ""
@@ -161,7 +168,8 @@ def test_a_disk_that_refuses_at_any_operation(experiment, disk, undisturbed, cap
         faults.append(survives(experiment, disk, at, refuse(number), undisturbed, capsys))
     with capsys.disabled():
         print(
-            f"\nfaults of a disk: {len(faults)} injected, {len([f for f in faults if f])} told in one line, all continued to the same results"
+            f"\nfaults of a disk: {len(faults)} injected, {len([f for f in faults if f])} told in"
+            " one line, all continued to the same results"
         )
     assert len([f for f in faults if f]) >= len(faults) - 2, (
         "an operation that may fail without harm is rare"
@@ -187,7 +195,8 @@ def test_a_folder_that_is_removed_while_it_is_in_use(experiment, disk, undisturb
         )
     with capsys.disabled():
         print(
-            f"\n{what} removed while in use: {told} times refused in one line, else made again; the same results every time"
+            f"\n{what} removed while in use: {told} times refused in one line, else made again; the"
+            " same results every time"
         )
 
 
@@ -232,7 +241,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 def test_a_real_disk_that_is_full_is_one_line_and_with_more_room_the_same_command_goes_on(
     experiment, small_disk, undisturbed
 ):
-    """Also for those who write without asking Python: memory maps, and libraries in other languages."""
+    """Also for those who write without asking Python: memory maps, and libraries in other
+    languages.
+    """
     statuses = []
     for kilobytes in (8, 40, 60, 90, 130, 180, 240, 400, 600, 60_000):
         cache = small_disk(kilobytes)
@@ -243,11 +254,7 @@ def test_a_real_disk_that_is_full_is_one_line_and_with_more_room_the_same_comman
                 done.returncode in (1, 2)
                 and "No space left" in done.stderr
                 and done.stderr.count("\n") == 1
-            ), (
-                kilobytes,
-                done.returncode,
-                done.stderr,
-            )
+            ), (kilobytes, done.returncode, done.stderr)
     assert statuses[-1] == 0 and statuses.count(0) < 6, statuses
     assert_same(
         lasting(experiment.runs / "k"), {k: v for k, v in undisturbed.items() if k != "operations"}
@@ -265,7 +272,8 @@ def test_a_real_folder_that_cannot_be_written_is_one_line(experiment, small_disk
         ), done.stderr
 
 
-# ------------------------------------------------------------------------------------------------ flipped bits
+# ------------------------------------------------------------------------------------------------
+# flipped bits
 
 
 def flip(path: Path, chance: random.Random, n: int = 1) -> None:
@@ -278,7 +286,9 @@ def flip(path: Path, chance: random.Random, n: int = 1) -> None:
 
 
 def cached_files(experiment: Experiment) -> list[Path]:
-    """Every file of the cache but locks: ids, models, stores, SAEs, and the lists of what is whole."""
+    """Every file of the cache but locks: ids, models, stores, SAEs, and the lists of what is
+    whole.
+    """
     return sorted(
         p
         for p in experiment.cache.rglob("*")
@@ -326,7 +336,8 @@ def test_a_flipped_bit_in_any_cached_file_is_never_a_wrong_number(experiment, un
         )
     with capsys.disabled():
         print(
-            f"\nbits flipped in the cache: {2 * len(files)} in {len(files)} files, {noticed} told (the others: bits that say nothing), no wrong number"
+            f"\nbits flipped in the cache: {2 * len(files)} in {len(files)} files, {noticed} told"
+            " (the others: bits that say nothing), no wrong number"
         )
     assert noticed > 0.9 * 2 * len(files)
 
@@ -360,7 +371,8 @@ def a_cell(folder: Path) -> Record:
     metrics = {"sae_fvu": 0.123456, "sae_l0": 32.0, "nothing": None}
     (folder / "curves").mkdir(parents=True)
     (folder / "curves" / "text8_0.jsonl").write_text(
-        '{"step": 1, "name": "sae/mse", "value": 0.5}\n{"step": 2, "name": "sae/mse", "value": 0.25}\n'
+        '{"step": 1, "name": "sae/mse", "value": 0.5}\n{"step": 2, "name": "sae/mse", "value":'
+        " 0.25}\n"
     )
     (folder / "arrays").mkdir()
     np.savez_compressed(folder / "arrays" / "text8_0.npz", x=np.arange(40.0))
@@ -431,7 +443,8 @@ def test_a_damaged_file_of_a_finished_cell_is_named_and_the_cell_evaluated_again
         assert_same(lasting(run), {k: v for k, v in undisturbed.items() if k != "operations"})
 
 
-# ------------------------------------------------------------------------------------------------ numbers that are none
+# ------------------------------------------------------------------------------------------------
+# numbers that are none
 
 
 def nan_at(
@@ -584,7 +597,9 @@ def test_a_learning_rate_that_diverges_stops_with_its_step_whichever_step_that_i
 
 
 def test_numbers_that_leave_the_last_step_broken_are_noticed(experiment, monkeypatch, capsys):
-    """The loss of a step is computed before its update: what the last update does, no loss ever sees."""
+    """The loss of a step is computed before its update: what the last update does, no loss ever
+    sees.
+    """
     plain = fit.SAELearner.after_update
 
     def after_update(self: Any, loss: Any, info: Any) -> None:
@@ -604,7 +619,8 @@ def test_non_finite_is_an_error_of_its_own_with_status_1():
     assert issubclass(NonFinite, UserError) and NonFinite.exit_status == 1
 
 
-# ------------------------------------------------------------------------------------------------ signals and company
+# ------------------------------------------------------------------------------------------------
+# signals and company
 
 
 @pytest.mark.parametrize(
@@ -722,7 +738,9 @@ def test_of_two_runs_in_one_folder_the_second_says_so_in_one_line(experiment):
 
 @pytest.mark.slow
 def test_a_time_limit_is_kept_whatever_the_run_is_doing_and_what_it_gives_is_valid(experiment):
-    """Three seeds of which one fits: the run ends in time, with what is finished and what was cut."""
+    """Three seeds of which one fits: the run ends in time, with what is finished and what was
+    cut.
+    """
     sizes = (
         "lm.train.steps=100000",
         "fit.train.steps=100000",

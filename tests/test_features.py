@@ -1,4 +1,6 @@
-"""What the feature browser is given: contexts, histograms, followers, logit effects, partners and stability with known answers."""
+"""What the feature browser is given: contexts, histograms, followers, logit effects, partners
+and stability with known answers.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,9 @@ def test_partners_are_the_latents_that_fire_at_the_same_rows() -> None:
 
 
 class Tiny(nn.Module):
-    """The ends of a language model: a final norm and an unembedding, around blocks that do nothing."""
+    """The ends of a language model: a final norm and an unembedding, around blocks that do
+    nothing.
+    """
 
     def __init__(self, width: int, symbols: int) -> None:
         super().__init__()
@@ -220,7 +224,7 @@ def test_what_metrics_say_about_a_latent_is_joined() -> None:
     outcome = Outcome()
     outcome.measure(
         {
-            k: (lambda ctx, v=v: Measured({}, features=v))
+            k: lambda ctx, v=v: Measured({}, features=v)
             for k, v in (("x", one), ("y", None), ("z", other))
         },
         SimpleNamespace(held_out=None, n_rows=1),

@@ -1,4 +1,6 @@
-"""The watch over training, on the processor and, where there is one, on an accelerator, where it may not stop the queue at every step."""
+"""The watch over training, on the processor and, where there is one, on an accelerator, where
+it may not stop the queue at every step.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ DEVICES = ["cpu", "cpu, as an accelerator", pytest.param("cuda", marks=CUDA)]
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device; on a processor that plays an accelerator, the watch asks as seldom as it does there."""
+    """A device; on a processor that plays an accelerator, the watch asks as seldom as it does
+    there.
+    """
     if request.param.endswith("accelerator"):
         plain = FiniteGuard.__init__
 
@@ -68,7 +72,10 @@ def run(learner: Line, device: str, checkpoint=None) -> None:
 def test_the_first_step_that_broke_is_named_and_nothing_of_it_is_written(device, step, tmp_path):
     with pytest.raises(
         NonFinite,
-        match=rf"^line: loss term mse is not finite at step {step} \(mse=nan.*; first non-finite (gradient|weight): weight; try",
+        match=(
+            rf"^line: loss term mse is not finite at step {step} \(mse=nan.*; first non-finite"
+            r" (gradient|weight): weight; try"
+        ),
     ):
         run(Line(device, loss_at=step), device, tmp_path / "checkpoint")
     again = Line(device)

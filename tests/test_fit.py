@@ -16,7 +16,9 @@ STEPS = 10
 
 
 def fitted(sae: SAE, given: int) -> FitReport:
-    """The report of a short fit to batches of ``given`` rows, which the recipe takes to have 256."""
+    """The report of a short fit to batches of ``given`` rows, which the recipe takes to have
+    256.
+    """
     start = rows(512, 10**6)
     sample = Sample(start, start, rows(512, 10**6 + 1))
     return fit_saes(

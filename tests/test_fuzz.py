@@ -1,4 +1,6 @@
-"""Generated command lines and edited YAML files: each is run, or refused in one line with status 2; never a traceback, never a folder."""
+"""Generated command lines and edited YAML files: each is run, or refused in one line with
+status 2; never a traceback, never a folder.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,11 @@ from sae_experiments.config.compose import compose_checked
 from sae_experiments.flatten import flatten
 
 VALUES = (  # noqa: SIM905 (a list of words)
-    "0 1 -1 2 3.5 -0.0 1e-3 1e300 -1e300 99999999999999999999 1e999 nan inf -inf true false null True None yes '' \"\" ' ' abc ü 日本語 🦆 a\u0301 "
-    "[] [1] [1,2] [a,b] [[1]] {} {a:1} {a:{b:c}} [ ] { } [1 1,2 ( ) a=b == = , ; : # \\ / ../x /etc/passwd ~ * ? ${out_dir} ${nosuch} ${oc.env:HOME} "
-    "${oc.env:NO_SUCH_VARIABLE} ${ $x range(3) choice(1,2) glob(*) interval(0,1) sort(3,1) int(3) str(1) @x x@y a.b.c 0x10 1_000 1e 1.2.3 +1 %00 \x00 \x7f"
+    "0 1 -1 2 3.5 -0.0 1e-3 1e300 -1e300 99999999999999999999 1e999 nan inf -inf true false null"
+    " True None yes '' \"\" ' ' abc ü 日本語 🦆 a\u0301 [] [1] [1,2] [a,b] [[1]] {} {a:1} {a:{b:c}}"
+    " [ ] { } [1 1,2 ( ) a=b == = , ; : # \\ / ../x /etc/passwd ~ * ? ${out_dir} ${nosuch}"
+    " ${oc.env:HOME} ${oc.env:NO_SUCH_VARIABLE} ${ $x range(3) choice(1,2) glob(*) interval(0,1)"
+    " sort(3,1) int(3) str(1) @x x@y a.b.c 0x10 1_000 1e 1.2.3 +1 %00 \x00 \x7f"
 ).split(" ")
 GROUPS = (
     "preset",
@@ -61,7 +65,9 @@ class ReachedCompute(Exception):
 def typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Type a command line; what comes back is "runs", "refused", or what is wrong with the answer."""
+    """Type a command line; what comes back is "runs", "refused", or what is wrong with the
+    answer.
+    """
     here = tmp_path / "here"
     here.mkdir()
 
@@ -185,7 +191,8 @@ def test_a_thousand_generated_command_lines(typed, capsys):
     answers = try_many(typed, 1000, seed=2)
     with capsys.disabled():
         print(
-            f"\ncommand lines tried: {answers.total()}, {answers['runs']} accepted, {answers['refused']} refused in one line"
+            f"\ncommand lines tried: {answers.total()}, {answers['runs']} accepted,"
+            f" {answers['refused']} refused in one line"
         )
     assert answers["runs"] > 50 and answers["refused"] > 500
 
@@ -278,5 +285,6 @@ def test_three_hundred_edits_of_yaml_files(typed, tmp_path, capsys):
     answers = try_edits(typed, tmp_path, 300, seed=2)
     with capsys.disabled():
         print(
-            f"\nedits of YAML files tried: {answers.total()}, {answers['runs']} accepted, {answers['refused']} refused in one line"
+            f"\nedits of YAML files tried: {answers.total()}, {answers['runs']} accepted,"
+            f" {answers['refused']} refused in one line"
         )

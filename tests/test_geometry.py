@@ -1,4 +1,6 @@
-"""Dictionary geometry with known answers: orthonormal, doubled, permuted, rotated and dead dictionaries, and brute force."""
+"""Dictionary geometry with known answers: orthonormal, doubled, permuted, rotated and dead
+dictionaries, and brute force.
+"""
 
 from __future__ import annotations
 

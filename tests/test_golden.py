@@ -1,4 +1,6 @@
-"""Golden numbers: the first losses and results of every study and SAE variant stay what they were."""
+"""Golden numbers: the first losses and results of every study and SAE variant stay what they
+were.
+"""
 
 from __future__ import annotations
 

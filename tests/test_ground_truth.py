@@ -1,4 +1,6 @@
-"""Worlds with planted features: their statistics, dictionaries that are the truth or chance, and the study end to end."""
+"""Worlds with planted features: their statistics, dictionaries that are the truth or chance,
+and the study end to end.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def recipe(**changes: Any) -> Planted:
 
 
 def oracle(world: World) -> Given:
-    """A dictionary that is the truth; it can read its features off only where they are orthogonal."""
+    """A dictionary that is the truth; it can read its features off only where they are
+    orthogonal.
+    """
     return Given(world.directions, b_enc=torch.full((len(world.directions),), -1.5))
 
 
@@ -139,7 +143,8 @@ def test_what_cannot_be_measured_is_null_with_a_reason():
         ) == {None}
 
 
-# ------------------------------------------------------------------------------------------------ the world
+# ------------------------------------------------------------------------------------------------
+# the world
 
 
 def test_features_fire_as_often_as_the_recipe_says():
@@ -161,9 +166,10 @@ def test_children_come_with_their_parent_only_one_at_a_time_and_scaled():
     on = world.acts(20_000, 3) > 0
     for i, children in zip(world.inner(), world.children, strict=True):
         assert not (on[:, children] & ~on[:, i : i + 1]).any() and on[:, children].sum(1).max() <= 1
-    assert set(np.round(world.acts(500, 3).unique().tolist(), 4)) == {0.0, 4.5}, (
-        "without spread all magnitudes are equal"
-    )
+    assert set(np.round(world.acts(500, 3).unique().tolist(), 4)) == {
+        0.0,
+        4.5,
+    }, "without spread all magnitudes are equal"
     sizes = World(recipe(), 1, CPU).acts(20_000, 3)
     child, parent = int(world.children[0][0]), world.inner()[0]
     both = sizes[:, child] > 0

@@ -1,4 +1,6 @@
-"""The hierarchical SAE: its forward pass by hand, its phases, what is frozen, how exactly the sparsities are met, and its state by phase."""
+"""The hierarchical SAE: its forward pass by hand, its phases, what is frozen, how exactly the
+sparsities are met, and its state by phase.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,8 @@ def fvu(sae: Hierarchical, x: Tensor, gate: float | None = None) -> float:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- the forward pass
+# --------------------------------------------------------------------------------------------------
+# the forward pass
 
 
 def test_the_forward_pass_by_hand():
@@ -161,7 +164,8 @@ def test_the_bottom_alone_is_one_level():
     assert fvu(sae, x) < 0.6
 
 
-# ------------------------------------------------------------------------------------------------------------- phases
+# --------------------------------------------------------------------------------------------------
+# phases
 
 
 def test_the_phases_say_who_learns():
@@ -211,7 +215,8 @@ def test_the_state_of_every_phase_is_kept(watched):
     for phase in PHASES:
         sae.restore(phase)
         errors[phase] = fvu(sae, x)
-        # What is kept went through the change of units that the state seen from outside had not: the codes are the same.
+        # What is kept went through the change of units that the state seen from outside had not:
+        # the codes are the same.
         z1 = sae.split(sae.encode(x))[0]
         assert abs(float((z1 == 0).float().mean()) - 0.9) < 0.01
     assert errors["bottom"] == pytest.approx(fvu_of_bottom(sae, x, "bottom"), rel=1e-5)
@@ -267,7 +272,8 @@ def test_a_bad_row_in_the_second_phase_names_step_and_term():
         fit(built(), batch_at=batch_at)
 
 
-# ------------------------------------------------------------------------------------------------------ sizes and terms
+# --------------------------------------------------------------------------------------------------
+# sizes and terms
 
 
 def test_a_total_l0_scales_both_levels_alike():
@@ -332,7 +338,8 @@ def test_paths_are_dropped_on_the_asked_for_share_of_the_rows():
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ the parts
+# --------------------------------------------------------------------------------------------------
+# the parts
 
 
 @pytest.mark.parametrize("n", [1, 7, 5000, 29_999, 59_999, 60_000])
@@ -384,7 +391,8 @@ def test_directions_and_readers_of_the_top_are_those_of_its_products():
     assert sae.threshold.shape == (WIDTH,) and sae.group.tolist() == [0] * 48 + [1] * 12
 
 
-# --------------------------------------------------------------------------------------------------- sizes in the YAML
+# --------------------------------------------------------------------------------------------------
+# sizes in the YAML
 
 
 def test_an_l0_may_be_asked_for_as_a_share_of_the_latents():

@@ -1,4 +1,6 @@
-"""Files from strangers: no code of theirs runs, nothing is written outside, memory is bounded, and what is wrong is one clear line."""
+"""Files from strangers: no code of theirs runs, nothing is written outside, memory is bounded,
+and what is wrong is one clear line.
+"""
 
 from __future__ import annotations
 
@@ -145,7 +147,9 @@ def test_a_hostile_run_folder_hides_no_other_and_harms_nothing(tmp_path, name, c
 
 @pytest.mark.slow
 def test_plot_py_draws_what_is_left_beside_hostile_runs(tmp_path):
-    """As a whole, in a process with little memory: bounded, no code run, nothing written outside, and no markup of theirs in the page."""
+    """As a whole, in a process with little memory: bounded, no code run, nothing written
+    outside, and no markup of theirs in the page.
+    """
     runs, mark = tmp_path / "runs", tmp_path / "mark"
     evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
     make_run(runs, "run_0", seeds=(0,), label=evil)
@@ -163,7 +167,10 @@ def test_plot_py_draws_what_is_left_beside_hostile_runs(tmp_path):
         runs / "run_1" / "features" / "shakespeare_char_0.json",
         [{"latent": evil, "contexts": DEEP[:100]}, 3, None],
     )
-    limited = f"ulimit -v {8 << 20}; exec {sys.executable} {ROOT}/plot.py {runs} --png_dir {tmp_path}/png --figures pareto,density,final_metrics"
+    limited = (
+        f"ulimit -v {8 << 20}; exec {sys.executable} {ROOT}/plot.py {runs} --png_dir {tmp_path}/png"
+        " --figures pareto,density,final_metrics"
+    )
     done = subprocess.run(
         ["bash", "-c", limited],
         cwd=tmp_path,
@@ -189,12 +196,15 @@ HOSTILE_WEIGHTS = {
     "a tensor outside the file": weights(
         b'{"W_enc":{"dtype":"F32","shape":[9999999,9999999],"data_offsets":[0,399999840000016]}}'
     ),
-    "tensors that overlap": weights(
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    )
-    + bytes(4),
-    "a negative shape": weights(b'{"W_enc":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}')
-    + bytes(4),
+    "tensors that overlap": (
+        weights(
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+        )
+        + bytes(4)
+    ),
+    "a negative shape": (
+        weights(b'{"W_enc":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}') + bytes(4)
+    ),
     "deep": weights(b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}"),
     "nothing": b"",
 }

@@ -1,4 +1,6 @@
-"""SAELens directories: what is written loads again and, where sae-lens is installed, loads there and computes the same."""
+"""SAELens directories: what is written loads again and, where sae-lens is installed, loads
+there and computes the same.
+"""
 
 from __future__ import annotations
 

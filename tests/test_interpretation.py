@@ -1,4 +1,6 @@
-"""n-gram tables, rules and contexts with known answers: latents that are a function of the last characters, and latents that are chance."""
+"""n-gram tables, rules and contexts with known answers: latents that are a function of the last
+characters, and latents that are chance.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,8 @@ def chance(n: int, p: float = 0.1):
     return lambda text: list((np.random.default_rng(0).random((n, len(text))) < p) * 1.0)
 
 
-# ------------------------------------------------------------------------------------------------ n-grams
+# ------------------------------------------------------------------------------------------------
+# n-grams
 
 
 def test_a_latent_that_is_an_n_gram_has_that_order_and_r2_1():
@@ -132,7 +135,8 @@ def test_n_grams_do_not_depend_on_the_size_of_chunks():
     assert ngrams.measure(ctx(TEXT, suffix("e", "th"), kind=Chunked), **NGRAMS).scalars == plain
 
 
-# ------------------------------------------------------------------------------------------------ rules
+# ------------------------------------------------------------------------------------------------
+# rules
 
 
 def described(features, sae=None, kind: type[EvalContext] = EvalContext, **options):
@@ -230,7 +234,8 @@ def test_what_cannot_be_measured_is_null_with_a_reason(metric):
         ) == {None}
 
 
-# ------------------------------------------------------------------------------------------------ patterns
+# ------------------------------------------------------------------------------------------------
+# patterns
 
 
 def test_packed_positions_agree_with_booleans():

@@ -22,7 +22,10 @@ from sae_experiments.source import package_digest, source_digest
 
 def python(code: str, *args: object) -> subprocess.Popen[str]:
     """Another process that has imported the modules under test."""
-    start = "import os, signal, sys, time\nfrom pathlib import Path\nfrom sae_experiments import cache, files\n"
+    start = (
+        "import os, signal, sys, time\nfrom pathlib import Path\nfrom sae_experiments import cache,"
+        " files\n"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", start + code, *map(str, args)],
         stdout=subprocess.PIPE,
@@ -31,7 +34,8 @@ def python(code: str, *args: object) -> subprocess.Popen[str]:
     )
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------
+# files
 
 
 def test_a_reader_sees_the_old_bytes_or_the_new_ones_and_never_half(tmp_path):
@@ -76,7 +80,8 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path, moment):
     path = tmp_path / "f"
     write_bytes(path, b"old")
     killed = python(
-        f"os.{moment} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nfiles.write_bytes(Path(sys.argv[1]), b'new')",
+        f"os.{moment} = lambda *a: os.kill(os.getpid(),"
+        " signal.SIGKILL)\nfiles.write_bytes(Path(sys.argv[1]), b'new')",
         path,
     )
     assert killed.wait(30) == -signal.SIGKILL
@@ -114,7 +119,8 @@ def test_damaged_json_is_one_line_that_names_the_file(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------ digests
+# ------------------------------------------------------------------------------------------------
+# digests
 
 
 def test_digest_depends_on_content_and_not_on_key_order():
@@ -192,7 +198,8 @@ def test_package_digest_notices_a_new_and_a_renamed_module(tmp_path):
     assert len({before, added, package_digest(tmp_path)}) == 3
 
 
-# ------------------------------------------------------------------------------------------------ the cache
+# ------------------------------------------------------------------------------------------------
+# the cache
 
 
 def make_of(calls: list[Path], name: str = "f", content: bytes = b"content" * 100):
@@ -232,7 +239,10 @@ def test_cached_goes_on_in_the_same_folder_after_an_exception(tmp_path):
 
 
 def test_cached_goes_on_in_the_same_folder_after_a_kill_and_nobody_waits_for_the_dead(tmp_path):
-    make = "def make(f):\n files.write_bytes(f / 'checkpoint', b'half')\n os.kill(os.getpid(), signal.SIGKILL)\n"
+    make = (
+        "def make(f):\n files.write_bytes(f / 'checkpoint', b'half')\n os.kill(os.getpid(),"
+        " signal.SIGKILL)\n"
+    )
     killed = python(make + "cache.cached(Path(sys.argv[1]), 'kind', {'a': 1}, make)", tmp_path)
     assert killed.wait(30) == -signal.SIGKILL
     found = []
@@ -308,7 +318,8 @@ def test_a_folder_that_several_write_to_is_cleared_of_what_killed_writers_left_a
 ):
     folder = tmp_path / "shared"
     killed = python(
-        "os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nfiles.write_bytes(Path(sys.argv[1]), b'half')",
+        "os.replace = lambda *a: os.kill(os.getpid(),"
+        " signal.SIGKILL)\nfiles.write_bytes(Path(sys.argv[1]), b'half')",
         folder / "a.json",
     )
     assert killed.wait(30) == -signal.SIGKILL and len(list(folder.glob(".a.json.*.tmp"))) == 1

@@ -1,4 +1,6 @@
-"""SIGKILL at any moment of any stage, the same command again: the same numbers as undisturbed, and no partial file read as a whole one."""
+"""SIGKILL at any moment of any stage, the same command again: the same numbers as undisturbed,
+and no partial file read as a whole one.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ from sae_experiments.cache import DONE, _damage
 from sae_experiments.results.records import load_arrays, read_records
 
 STAGES = ("download", "encode", "language model", "collect", "fit", "metrics", "aggregate", "plot")
-LONGER = "lm.train.steps=60 fit.train.steps=60 sae=batch_topk metric=[reconstruction,sparsity,downstream,geometry]"
+LONGER = (
+    "lm.train.steps=60 fit.train.steps=60 sae=batch_topk"
+    " metric=[reconstruction,sparsity,downstream,geometry]"
+)
 FIGURES = "--figures=pareto,final_metrics"
 
 
@@ -147,7 +152,9 @@ def killer(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Itera
 
 @pytest.fixture(scope="module")
 def undisturbed(killer: Killer) -> dict[str, Any]:
-    """What the commands leave behind where nobody disturbs them, and how long and how many file operations that took."""
+    """What the commands leave behind where nobody disturbs them, and how long and how many file
+    operations that took.
+    """
     began = time.monotonic()
     ended = killer()
     assert ended["status"] == 0, (killer.here / "said.txt").read_text()[-3000:]
@@ -189,7 +196,9 @@ def left_behind(here: Path) -> dict[str, Any]:
 
 
 def torn_files(here: Path) -> list[str]:
-    """Files under their final names that are not whole, and cache folders that say they are finished and are not."""
+    """Files under their final names that are not whole, and cache folders that say they are
+    finished and are not.
+    """
     torn = [
         f"{done.parent}/{damaged}"
         for done in (here / "cache").rglob(DONE)
@@ -218,7 +227,9 @@ def torn_files(here: Path) -> list[str]:
 def finish_after(
     killer: Killer, moments: list[dict[str, Any]], undisturbed: dict[str, Any]
 ) -> collections.Counter[str]:
-    """Kill at each moment, starting anew whenever the commands got through; at every end the same is there as undisturbed."""
+    """Kill at each moment, starting anew whenever the commands got through; at every end the
+    same is there as undisturbed.
+    """
     kills: collections.Counter[str] = collections.Counter()
     killer.clear()
     for moment in [*moments, {}]:
@@ -242,7 +253,9 @@ def finish_after(
 
 
 def moments(killer: Killer, undisturbed: dict[str, Any], n: int) -> list[dict[str, Any]]:
-    """Half by the clock, half by the number of a file operation (between the writing of a file and its renaming, say)."""
+    """Half by the clock, half by the number of a file operation (between the writing of a file
+    and its renaming, say).
+    """
     chance = killer.chance
     timed = [{"after_s": chance.uniform(0.0, undisturbed["seconds"] * 0.8)} for _ in range(n // 2)]
     counted = [{"at_event": chance.randint(1, undisturbed["events"])} for _ in range(n - n // 2)]
@@ -276,18 +289,22 @@ def test_killed_at_a_hundred_random_moments_and_started_again_gives_the_same_res
         kills += finish_after(killer, moments(killer, undisturbed, 3), undisturbed)
     with capsys.disabled():
         print(
-            f"\nkills survived: {kills.total()} ({', '.join(f'{stage} {n}' for stage, n in kills.most_common())})"
+            f"\nkills survived: {kills.total()}"
+            f" ({', '.join(f'{stage} {n}' for stage, n in kills.most_common())})"
         )
 
 
 @pytest.mark.slow
 def test_killed_at_every_single_file_operation_gives_the_same_results(killer, undisturbed, capsys):
-    """From an empty cache to the figures, at each file that is opened for writing, renamed or removed, in turn."""
+    """From an empty cache to the figures, at each file that is opened for writing, renamed or
+    removed, in turn.
+    """
     kills: collections.Counter[str] = collections.Counter()
     for event in range(1, undisturbed["events"] + 1, max(1, undisturbed["events"] // 60)):
         kills += finish_after(killer, [{"at_event": event}], undisturbed)
     with capsys.disabled():
         print(
-            f"\nfile operations at which a kill was survived: {kills.total()} of {undisturbed['events']}"
+            f"\nfile operations at which a kill was survived: {kills.total()} of"
+            f" {undisturbed['events']}"
         )
     assert kills.total() > 40

@@ -1,4 +1,6 @@
-"""The laws of every layout in the table, and the refusal of every other; checkpoints that do not fit."""
+"""The laws of every layout in the table, and the refusal of every other; checkpoints that do
+not fit.
+"""
 
 from __future__ import annotations
 
@@ -197,7 +199,9 @@ def test_the_width_of_the_mlp_is_that_of_its_activations(model: nn.Module, tmp_p
 def test_the_effect_on_logits_is_that_of_the_models_own_modules(
     model: nn.Module, stream: str
 ) -> None:
-    """A latent's direction is sent through the output projection itself, whatever its weights' layout."""
+    """A latent's direction is sent through the output projection itself, whatever its weights'
+    layout.
+    """
     site, layout = Site(stream, 2), layout_of_model(model)
     sae = TopK(d_in=activations(model, ids(), [site])[site].shape[-1], d_sae=8, k=2)
     starts = np.arange(3)
@@ -281,7 +285,8 @@ def test_models_that_are_no_causal_language_models_or_whose_streams_are_no_sums(
         sizes_of(tmp_path / "opt")
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------------------------------
+# checkpoints
 
 
 def checkpoint(folder: Path, kind: str, **more: Any) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -336,7 +341,9 @@ def test_a_weight_that_is_missing_or_has_no_place_is_one_line(
 
 
 def test_what_transformers_itself_leaves_out_is_no_fault(tmp_path: Path) -> None:
-    """A tied head is not in the file; old files hold causal masks; a body alone has no first name."""
+    """A tied head is not in the file; old files hold causal masks; a body alone has no first
+    name.
+    """
     model, tensors = checkpoint(tmp_path, "gpt2")
     assert "lm_head.weight" not in tensors
     masks = {

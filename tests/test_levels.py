@@ -1,4 +1,6 @@
-"""Metrics of levels on made data: correlations, permutation tests, autocorrelation, detection of concepts, rates; and one whole small run."""
+"""Metrics of levels on made data: correlations, permutation tests, autocorrelation, detection
+of concepts, rates; and one whole small run.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class Grouped(Given):
 
 
 def correlated(n: int = 4000) -> np.ndarray:
-    """Four columns: two below (independent), two above: a noisy copy of the first, and a coin of its own."""
+    """Four columns: two below (independent), two above: a noisy copy of the first, and a coin
+    of its own.
+    """
     chance = np.random.default_rng(0)
     values = chance.exponential(1.0, (n, 4)) * (chance.random((n, 4)) < 0.3)
     values[:, 2] = values[:, 0] * (1 + 0.1 * chance.random(n))
@@ -115,7 +119,8 @@ def test_what_an_sae_lacks_is_null_with_a_reason():
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- meaning
+# --------------------------------------------------------------------------------------------------
+# meaning
 
 
 def test_the_autocorrelation_length_of_a_known_process():
@@ -237,7 +242,8 @@ def _column(text: str) -> np.ndarray:
     return np.array(out, float)
 
 
-# ---------------------------------------------------------------------------------------------------- rates and effects
+# --------------------------------------------------------------------------------------------------
+# rates and effects
 
 
 def test_the_rate_at_a_limit_lies_between_the_points_beside_it():
@@ -259,9 +265,12 @@ def test_the_strongest_entries_of_a_row_are_kept():
         np.array([[1.0, 3, 2, 0], [0, 0, 5, 1], [0, 0, 0, 0], [0, 7, 0, 0]], np.float32)
     )
     kept = strongest(z, 0.5, np.array([10.0, 1, 1, 1]), rows=3).toarray()
-    assert kept.tolist() == [[1, 3, 0, 0], [0, 0, 5, 0], [0, 0, 0, 0], [0, 7, 0, 0]], (
-        "half of three is two, and the first latent weighs ten times"
-    )
+    assert kept.tolist() == [
+        [1, 3, 0, 0],
+        [0, 0, 5, 0],
+        [0, 0, 0, 0],
+        [0, 7, 0, 0],
+    ], "half of three is two, and the first latent weighs ten times"
 
 
 def test_a_latents_effect_is_the_length_of_what_it_adds():
@@ -318,7 +327,8 @@ def test_a_level_is_taken_out_in_three_ways_and_the_honest_ones_are_shown():
     assert not {"ablate_bottom_ce_delta_bits", "ablate_top_ce_delta_bits"} & shown
 
 
-# ------------------------------------------------------------------------------------------------------------ all of it
+# --------------------------------------------------------------------------------------------------
+# all of it
 
 
 def test_a_small_run_measures_draws_and_tells_the_tree(experiment, tmp_path):

@@ -1,4 +1,6 @@
-"""The character GPT-2: the published size, evaluation that repeats itself, sampling with a cache, and a folder others can load."""
+"""The character GPT-2: the published size, evaluation that repeats itself, sampling with a
+cache, and a folder others can load.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ def greedy(model: GPT2LMHeadModel, prompt: torch.Tensor, n: int) -> torch.Tensor
     return prompt
 
 
-# ------------------------------------------------------------------------------------------------ the model
+# ------------------------------------------------------------------------------------------------
+# the model
 
 
 def test_the_published_model_has_about_10_65_million_parameters_that_train():
@@ -145,7 +148,8 @@ def test_a_wrong_number_is_one_line_that_names_key_and_value(key, value):
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------ recipe and precision
+# ------------------------------------------------------------------------------------------------
+# recipe and precision
 
 
 def test_what_is_null_comes_from_the_corpus_and_explicit_numbers_win():
@@ -223,7 +227,8 @@ def test_on_cuda_auto_asks_the_device(monkeypatch, supported):
     assert (autocast(torch.device("cuda"), "auto", 384) is not nullcontext) == supported
 
 
-# ------------------------------------------------------------------------------------------------ loss and evaluation
+# ------------------------------------------------------------------------------------------------
+# loss and evaluation
 
 
 def at_step(step: int) -> StepInfo:
@@ -304,7 +309,8 @@ def test_quick_evaluations_have_another_name_so_that_best_val_loss_never_mixes_t
     assert set(same.evaluate(50)) == {"eval_train_loss", "eval_val_loss"}
 
 
-# ------------------------------------------------------------------------------------------------ sampling
+# ------------------------------------------------------------------------------------------------
+# sampling
 
 
 def test_greedy_generation_with_the_cache_equals_reading_everything_again(trained):
@@ -396,7 +402,8 @@ def test_top_k_keeps_the_k_likeliest_characters_only(trained):
     assert set(found[:, 1].tolist()) == best
 
 
-# ------------------------------------------------------------------------------------------------ training and the folder
+# ------------------------------------------------------------------------------------------------
+# training and the folder
 
 
 def test_training_learns_and_reports_the_four_published_metrics(trained, corpus):
@@ -441,9 +448,12 @@ def again(
 ) -> Any:
     logged: list[int] = []
     session = Session(log=lambda step, values: logged.append(step), deadline=deadline)
-    return train_lm(
-        lm_spec(**changes), corpus, {}, seed=seed, cache=cache, device=CPU, session=session
-    ), logged
+    return (
+        train_lm(
+            lm_spec(**changes), corpus, {}, seed=seed, cache=cache, device=CPU, session=session
+        ),
+        logged,
+    )
 
 
 def test_a_trained_model_is_reused_and_nothing_is_trained_again(trained, corpus, lm_cache):

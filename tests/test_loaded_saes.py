@@ -1,4 +1,6 @@
-"""SAEs from SAELens directories: every architecture and normalisation computes what sae-lens does, and a run evaluates them beside its own."""
+"""SAEs from SAELens directories: every architecture and normalisation computes what sae-lens
+does, and a run evaluates them beside its own.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +136,9 @@ def test_a_factor_that_is_none_is_one_line(text: str, said: str | None, tmp_path
 
 
 def test_a_decoder_in_units_of_typical_rows_predicts_what_a_latent_adds() -> None:
-    """What metrics read off the decoder alone must have the units of the activations, not of normalised rows."""
+    """What metrics read off the decoder alone must have the units of the activations, not of
+    normalised rows.
+    """
     t = weights("standard")
     sae = loaded(Inference("standard", t, {"normalize_activations": "layer_norm"}))
     assert isinstance(sae, NormalisedRows)

@@ -1,4 +1,6 @@
-"""The versions that `make run` and `make test` install: complete, for every Python, from nowhere in particular."""
+"""The versions that `make run` and `make test` install: complete, for every Python, from
+nowhere in particular.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def test_a_line_is_a_name_and_a_version_and_says_nothing_of_where_it_comes_from(
 
 
 def test_torch_is_a_version_that_has_no_build_in_its_name():
-    """A build for one accelerator would force it on every machine; 2.13.0 is whatever build is at hand."""
+    """A build for one accelerator would force it on every machine; 2.13.0 is whatever build is
+    at hand.
+    """
     assert {chosen(python)["torch"] for python in PYTHONS} == {"2.13.0"}
 
 

@@ -18,7 +18,8 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     y = torch.relu(x)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-early, late = [faults() for _ in range(24)], [faults() for _ in range(8)]  # it takes some calls until blocks of the right size are at hand
+# It takes some calls until blocks of the right size are at hand.
+early, late = [faults() for _ in range(24)], [faults() for _ in range(8)]
 print(sum(late) // len(late))
 """
 

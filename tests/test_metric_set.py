@@ -1,4 +1,6 @@
-"""What all metrics share: every option stands in YAML, every number is described, and the whole set survives a tiny run."""
+"""What all metrics share: every option stands in YAML, every number is described, and the whole
+set survives a tiny run.
+"""
 
 from __future__ import annotations
 

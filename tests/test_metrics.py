@@ -1,4 +1,6 @@
-"""Metrics with known answers: identity, zero, mean and scaled reconstructions, codes made by hand, closed forms and brute force."""
+"""Metrics with known answers: identity, zero, mean and scaled reconstructions, codes made by
+hand, closed forms and brute force.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,8 @@ def reasons(measured: Measured) -> dict[str, str]:
     ).why_null
 
 
-# ------------------------------------------------------------------------------------------------ reconstruction
+# ------------------------------------------------------------------------------------------------
+# reconstruction
 
 
 def test_a_perfect_copy_has_fvu_0_mse_0_cosine_1_and_ratio_1():
@@ -214,7 +217,8 @@ def test_a_transcoder_is_measured_against_its_target_and_not_its_input():
     assert reconstruction.measure(ctx, rows=None).scalars["sae_fvu"] == 0
 
 
-# ------------------------------------------------------------------------------------------------ sparsity
+# ------------------------------------------------------------------------------------------------
+# sparsity
 
 
 def measured(
@@ -228,7 +232,9 @@ def measured(
 
 
 def by_hand() -> Tensor:
-    """20 rows of 6 latents: always, once, twice (a tenth), never, three times, and twice with a negative value."""
+    """20 rows of 6 latents: always, once, twice (a tenth), never, three times, and twice with a
+    negative value.
+    """
     codes = torch.zeros(20, 6)
     codes[:, 0] = 1.0
     codes[4, 1] = 2.0
@@ -393,7 +399,8 @@ def test_values_apart_by_rounding_only_count_as_constant():
     assert 0 <= latent_entropy(values) <= 1.1
 
 
-# ------------------------------------------------------------------------------------------------ downstream
+# ------------------------------------------------------------------------------------------------
+# downstream
 
 SITE = Site("resid", 1)
 
@@ -489,7 +496,9 @@ def test_halfway_lies_between(splice):
 
 
 def test_downstream_losses_equal_those_computed_by_hand(splice, trained, corpus, held_out):
-    """Window by window and block by block, without hooks; the first position has no context and is left out."""
+    """Window by window and block by block, without hooks; the first position has no context and
+    is left out.
+    """
     body, head = trained.model.transformer, trained.model.lm_head
     rebuild = lambda z: 0.7 * z + 0.1  # noqa: E731
     sums, n = {"clean": 0.0, "spliced": 0.0, "zero": 0.0, "kl": 0.0}, 0
@@ -578,7 +587,8 @@ def test_measuring_changes_neither_sae_nor_language_model(splice, trained, corpu
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in trained.model.modules())
 
 
-# ------------------------------------------------------------------------------------------------ what all share
+# ------------------------------------------------------------------------------------------------
+# what all share
 
 
 @pytest.mark.parametrize(

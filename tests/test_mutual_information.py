@@ -1,4 +1,6 @@
-"""The redundancy of two levels: known tables, independent, identical and XOR latents, and what the two losses push on."""
+"""The redundancy of two levels: known tables, independent, identical and XOR latents, and what
+the two losses push on.
+"""
 
 from __future__ import annotations
 

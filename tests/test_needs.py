@@ -1,4 +1,6 @@
-"""What work will need is said before it begins: what cannot fit is refused in one line, what is ordinary is not mentioned."""
+"""What work will need is said before it begins: what cannot fit is refused in one line, what is
+ordinary is not mentioned.
+"""
 
 from __future__ import annotations
 
@@ -191,15 +193,21 @@ def test_numbers_are_told_in_words() -> None:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ what is really needed
+# ------------------------------------------------------------------------------------------------
+# what is really needed
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def peak(code: str) -> float:
-    """Bytes by which the memory of a fresh process grows at most while it runs ``work()``, which ``code`` defines."""
-    measure = "import os, resource\nbefore = int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')\nwork()\n"
+    """Bytes by which the memory of a fresh process grows at most while it runs ``work()``,
+    which ``code`` defines.
+    """
+    measure = (
+        "import os, resource\nbefore = int(open('/proc/self/statm').read().split()[1]) *"
+        " os.sysconf('SC_PAGE_SIZE')\nwork()\n"
+    )
     print_it = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)"
     paths = f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
     done = subprocess.run(
@@ -216,7 +224,10 @@ import torch
 from conftest import lm_spec, train_config
 from sae_experiments.models.gpt2 import LMLearner, build_lm
 from sae_experiments.training.loop import Session, train
-spec, cfg = lm_spec(n_layer=3, n_embd=64, n_positions={n}, precision={precision!r}, dropout={dropout}), train_config(steps=1, batch_size=8, eval_every=9)
+spec = lm_spec(
+    n_layer=3, n_embd=64, n_positions={n}, precision={precision!r}, dropout={dropout}
+)
+cfg = train_config(steps=1, batch_size=8, eval_every=9)
 learner = LMLearner(build_lm(spec, 65, seed=0), None, spec, cfg, seed=0)
 learner.evaluate = lambda step: {{}}
 x = torch.zeros(8, {n}, dtype=torch.int64)
@@ -254,8 +265,14 @@ def test_training_needs_about_what_is_foretold(n: int, precision: str, dropout: 
 @pytest.mark.slow
 @linux
 def test_a_world_needs_about_what_is_foretold() -> None:
-    code = "import torch\nfrom test_ground_truth import recipe\nfrom sae_experiments.studies.ground_truth.world import World\n"
-    code += "world = World(recipe(features=20000, width=64), 0, torch.device('cpu'))\ndef work():\n    world.rows(world.acts(2048, 1), 2)\n"
+    code = (
+        "import torch\nfrom test_ground_truth import recipe\nfrom"
+        " sae_experiments.studies.ground_truth.world import World\n"
+    )
+    code += (
+        "world = World(recipe(features=20000, width=64), 0, torch.device('cpu'))\ndef work():\n   "
+        " world.rows(world.acts(2048, 1), 2)\n"
+    )
     foretold = sum(recipe(features=20000, width=64).memory(2048).values())
     assert 0.7 * foretold < peak(code) < 1.3 * foretold
 
@@ -269,7 +286,15 @@ from conftest import CONF
 study = build(compose_checked(CONF, {overrides})[0].study)
 features = study.families[{family!r}]
 def work():
-    made = toy.make(study.shapes(features), features, study.train, instances=5, init=study.init, seed=0, device=torch.device("cpu"))
+    made = toy.make(
+        study.shapes(features),
+        features,
+        study.train,
+        instances=5,
+        init=study.init,
+        seed=0,
+        device=torch.device("cpu"),
+    )
     train([made], made.batch_at, study.train, Session())
     made.final(study.eval_rows)
 """

@@ -1,4 +1,6 @@
-"""The noise of an evaluation is over text: nothing where documents are alike, and no smaller for more latents or concepts."""
+"""The noise of an evaluation is over text: nothing where documents are alike, and no smaller
+for more latents or concepts.
+"""
 
 from __future__ import annotations
 
@@ -225,7 +227,9 @@ def test_effects_of_latents(windows_at: Callable[[np.ndarray], EvalContext]) -> 
 
 
 def test_it_is_the_spread_over_texts_that_were_really_drawn() -> None:
-    """30 latents that share the moods of 40 documents: independent latents would promise a fifth of the true spread."""
+    """30 latents that share the moods of 40 documents: independent latents would promise a
+    fifth of the true spread.
+    """
     chance, means, promised = np.random.default_rng(0), [], []
     document = np.repeat(np.arange(40), 5)
     for _ in range(200):

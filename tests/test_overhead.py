@@ -1,4 +1,6 @@
-"""The price of purification as a metric: what is counted, on which SAEs, and that nothing is left changed."""
+"""The price of purification as a metric: what is counted, on which SAEs, and that nothing is
+left changed.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,10 @@ def measured(name: str, *overrides: str) -> tuple[Measured, Any]:
     sae = make(name, *overrides)
     x = batch(512).x
     sae.begin("train", x, x)
-    return overhead.measure(
-        EvalContext(sae=sae.eval(), device=torch.device("cpu"), x=x), **SETTINGS
-    ), sae
+    return (
+        overhead.measure(EvalContext(sae=sae.eval(), device=torch.device("cpu"), x=x), **SETTINGS),
+        sae,
+    )
 
 
 def test_memory_is_that_of_living_tensors_and_of_no_view():

@@ -1,4 +1,6 @@
-"""SAEs and metrics that experiment.py itself defines: chosen, checked, cached and kept like those of the package."""
+"""SAEs and metrics that experiment.py itself defines: chosen, checked, cached and kept like
+those of the package.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +134,10 @@ def test_settings_come_from_the_nearest_base_class_and_from_the_constructor(writ
     own.register(write(), CONF)
     spec = study_of("sae=mine", "sae.target_l0=7", "sae.model.aux_coeff=0.5").saes["mine"]
     assert spec.model.keywords == {"k": 7, "aux_coeff": 0.5, "share": 0.9}
-    plain = "from sae_experiments.saes.base import SAE\nclass Mine(SAE):\n  def __init__(self, *, k, eta=2, **kw):\n    super().__init__(**kw)\nSAES = {'mine': Mine}"
+    plain = (
+        "from sae_experiments.saes.base import SAE\nclass Mine(SAE):\n  def __init__(self, *, k,"
+        " eta=2, **kw):\n    super().__init__(**kw)\nSAES = {'mine': Mine}"
+    )
     own.register(write(plain), CONF)
     spec = study_of("sae=mine", "sae.target_l0=7").saes["mine"]
     assert spec.model.keywords["k"] == 7 and spec.model.keywords["eta"] == 2
@@ -169,7 +174,10 @@ def test_what_cannot_be_used_is_refused_in_one_line(write, capsys, line, message
 
 
 def test_a_script_without_its_main_guard_does_not_run_twice(write, capsys):
-    text = "from sae_experiments.cli.main import main\nmain([], plan='plain', extra=[], script=__file__)"
+    text = (
+        "from sae_experiments.cli.main import main\nmain([], plan='plain', extra=[],"
+        " script=__file__)"
+    )
     assert main([], plan="plain", extra=[], conf=CONF, script=write(text)) == 2
     assert "keep `if __name__" in capsys.readouterr().err.splitlines()[-1]
 
@@ -180,7 +188,8 @@ def test_a_metric_may_not_take_the_name_of_another(write, corpus_file, capsys):
     assert "sae_fvu is a metric already" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------ laws
+# ------------------------------------------------------------------------------------------------
+# laws
 
 #: A change of BatchTopK that breaks a law, the law, and a pattern of its number.
 BROKEN = {
@@ -190,7 +199,10 @@ BROKEN = {
         r"\d+ of 3072 entries",
     ),
     "the loss writes": (
-        "def reconstruction(self, fwd, step):\n        self.b_dec.data += 0.01\n        return super().reconstruction(fwd, step)",
+        (
+            "def reconstruction(self, fwd, step):\n        self.b_dec.data += 0.01\n        return"
+            " super().reconstruction(fwd, step)"
+        ),
         "the loss changes nothing",
         r"gave \d+\.\d+ and \d+\.\d+",
     ),
@@ -200,7 +212,10 @@ BROKEN = {
         r"L0 is [12]\.\d+, asked for 4 \(tolerance 5%\)",
     ),
     "state outside the weights": (
-        "def finish(self, phase, x):\n        super().finish(phase, x); self.more = 1.0\n    def threshold_score(self, pre):\n        return pre + getattr(self, 'more', 0)",
+        (
+            "def finish(self, phase, x):\n        super().finish(phase, x); self.more = 1.0\n   "
+            " def threshold_score(self, pre):\n        return pre + getattr(self, 'more', 0)"
+        ),
         "weights say it all",
         r"codes differ by [\d.]+",
     ),

@@ -1,4 +1,6 @@
-"""The palindrome study: its data, its tables on a known dictionary, and the whole of it from start to end."""
+"""The palindrome study: its data, its tables on a known dictionary, and the whole of it from
+start to end.
+"""
 
 from __future__ import annotations
 
@@ -197,7 +199,8 @@ def test_two_definitions_of_alive() -> None:
     assert moved["explained_variance_entries"] > found["explained_variance_entries"]
 
 
-# ------------------------------------------------------------------------------------------------ as published
+# ------------------------------------------------------------------------------------------------
+# as published
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +225,9 @@ def test_the_published_language_model_has_embeddings_of_its_own(published: Any) 
 
 
 def test_the_published_sae_loss_is_elementwise_on_raw_vectors_and_raw_codes(published: Any) -> None:
-    """A step of the fit has the gradient of ``mean (x - xhat)^2 + 1e-3 sum KL(0.05 || mean z)``, everything in the vectors' own units."""
+    """A step of the fit has the gradient of ``mean (x - xhat)^2 + 1e-3 sum KL(0.05 || mean
+    z)``, everything in the vectors' own units.
+    """
     (sae_spec,) = published.saes.values()
     assert published.fit.scale == "none" and not published.center
     x = 0.3 * torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) + 0.2

@@ -1,4 +1,6 @@
-"""Noise of one size: what each kind is, and what the metric says about codes whose stability is known."""
+"""Noise of one size: what each kind is, and what the metric says about codes whose stability is
+known.
+"""
 
 from __future__ import annotations
 
@@ -165,7 +167,8 @@ def test_targets_are_active_latents_of_the_wanted_sort():
     )
 
 
-# ------------------------------------------------------------------------------------------------ measures
+# ------------------------------------------------------------------------------------------------
+# measures
 
 
 def test_measures_by_hand():
@@ -204,7 +207,9 @@ def test_an_unchanged_code_is_perfectly_stable_and_a_disjoint_one_not_at_all():
 
 
 def test_gaussian_change_of_a_linear_code_is_the_closed_form():
-    """Identity encoder far from its thresholds: |dz| is half-normal with standard deviation eps R / sqrt d."""
+    """Identity encoder far from its thresholds: |dz| is half-normal with standard deviation eps
+    R / sqrt d.
+    """
     x = 10 + torch.randn(4096, 8, generator=generator())
     found = robustness.measure(
         EvalContext(sae=Given(d_in=8), device=CPU, x=x), **options(rows=None)
@@ -252,7 +257,9 @@ def test_a_wrong_radius_is_not_confirmed(monkeypatch):
 
 
 def test_crosstalk_of_a_dictionary_with_known_gram_matrix():
-    """Unit rows with cosine 0.6 and a tied encoder: a step along one moves the other by 0.6 of it."""
+    """Unit rows with cosine 0.6 and a tied encoder: a step along one moves the other by 0.6 of
+    it.
+    """
     rows = torch.tensor([[1.0, 0], [0.6, 0.8]])
     noises = NoiseSource(sae=Given(rows), cloud=NoiseModel(2), attack_steps=1, seed=0, alt=None)
     ratio, slope = crosstalk(noises, torch.full((50, 2), 10.0), 0.1)

@@ -130,7 +130,10 @@ def test_one_seed_has_no_error_bar_and_null_no_dot(tmp_path: Path) -> None:
     fig = drawn("final_metrics", run, other, metrics=["sae_fvu", "sae_l0"])
     assert [
         bool(c[2][0].get_segments()) if c[2] else False for c in bars(fig.axes[0]).values()
-    ] == [False, True]  # type: ignore[attr-defined]
+    ] == [
+        False,
+        True,
+    ]  # type: ignore[attr-defined]
     assert list(bars(fig.axes[1])) == ["run_1"]
     assert "null" in [text.get_text() for text in fig.axes[1].texts]
     assert "n = 1 to 3 seeds" in caption(fig)
@@ -159,7 +162,8 @@ def test_runs_that_must_not_be_compared_are_hollow(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FIGURES)
 def test_stand_in_text_is_red(name: str, tmp_path: Path) -> None:
     fig = drawn(name, make_run(tmp_path, "run_0", seeds=(0,), stand_in=True))
-    title = fig.axes[0].title if fig.axes[0].get_title() else fig.axes[0]._left_title  # type: ignore[attr-defined]
+    # type: ignore[attr-defined]
+    title = fig.axes[0].title if fig.axes[0].get_title() else fig.axes[0]._left_title
     assert "STAND-IN TEXT" in title.get_text()
     assert title.get_color() == ALARM
     assert fig.axes[0].get_facecolor() != (1.0, 1.0, 1.0, 1.0)
@@ -172,7 +176,8 @@ def test_a_dataset_the_baseline_lacks_is_not_hollow(tmp_path: Path) -> None:
         make_run(tmp_path, "run_1", datasets=THREE[::2], curves=False),
     ]
     fig = drawn("final_metrics", *paths, metrics=["sae_fvu"])
-    assert bars(fig.axes[1])["run_1"][0].get_markerfacecolor() != "white"  # type: ignore[union-attr]
+    # type: ignore[union-attr]
+    assert bars(fig.axes[1])["run_1"][0].get_markerfacecolor() != "white"
     assert "Hollow" not in caption(fig)
 
 

@@ -1,4 +1,6 @@
-"""Probes with known answers: latents that are the concept, latents that know nothing, and the noise of what is measured."""
+"""Probes with known answers: latents that are the concept, latents that know nothing, and the
+noise of what is measured.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def test_a_concept_that_needs_two_latents_needs_k_2():
 
 
 def test_knowing_the_character_does_not_solve_a_matched_concept():
-    """One-hot characters score 1 on character concepts and a half on where in a word a character stands."""
+    """One-hot characters score 1 on character concepts and a half on where in a word a
+    character stands.
+    """
     found = probing.measure(
         ctx(TEXT, lambda t: [np.array([x == c for x in t]) for c in sorted(set(TEXT))]),
         **OPTIONS | {"k": ["all"]},

@@ -1,4 +1,6 @@
-"""Purification: the host's own bits without it, what each term computes, the pool against explicit encodes, adaptation, early stopping."""
+"""Purification: the host's own bits without it, what each term computes, the pool against
+explicit encodes, adaptation, early stopping.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def weights(**values: float) -> list[str]:
 
 
 def plainly(*overrides: str, host: str = "batch_topk", seed: int = 0):
-    """What ``make("purified", "sae/host=...", *overrides)`` builds, without the half second that composing a configuration takes."""
+    """What ``make("purified", "sae/host=...", *overrides)`` builds, without the half second
+    that composing a configuration takes.
+    """
     settings = copy.deepcopy(dict(sae_spec("purified").model.keywords)) | {
         "host": sae_spec(host).model
     }
@@ -158,7 +162,9 @@ def test_host_and_its_numbers_come_from_the_command_line():
 
 @pytest.mark.parametrize("kind", SHARED)
 def test_the_pool_gives_the_pre_activations_of_the_rows_it_moved(kind):
-    """W_enc (x + delta) = W_enc x + W_enc delta: the code of the moved rows is what the encoder says to them."""
+    """W_enc (x + delta) = W_enc x + W_enc delta: the code of the moved rows is what the encoder
+    says to them.
+    """
     sae = ready(
         *kinds(**{kind: 1.0}), "sae.model.row_frac=0.7", "sae.model.pool=5", host="standard"
     )
@@ -260,8 +266,8 @@ def test_l2_norm_and_denoising_terms():
 
 
 def test_a_code_can_be_made_stable_neither_by_shrinking_nor_by_a_constant():
-    """Relative: no gradient along the encoder's weights, and an offset of latents that are on anyway changes nothing. Not relative: the gradient
-    points to a smaller code.
+    """Relative: no gradient along the encoder's weights, and an offset of latents that are on
+    anyway changes nothing. Not relative: the gradient points to a smaller code.
     """
     along = {}
     for relative in (1.0, 0.5, 0.0):
@@ -298,7 +304,9 @@ def test_a_code_can_be_made_stable_neither_by_shrinking_nor_by_a_constant():
 
 
 def test_denoising_on_few_rows_says_what_all_rows_would():
-    """Its mean over draws of rows is the error over the whole batch, and it varies far less than the plain mean over the perturbed rows."""
+    """Its mean over draws of rows is the error over the whole batch, and it varies far less
+    than the plain mean over the perturbed rows.
+    """
     few, all_rows = (
         ready(
             *weights(denoise=1.0),
@@ -369,8 +377,9 @@ HELD_DENSE = [
 @pytest.mark.parametrize("noise", NOISE)
 @pytest.mark.parametrize("host", HELD_DENSE)
 def test_zeros_that_a_sparse_code_holds_are_not_active_latents(host, noise, monkeypatch):
-    """With biases this low hardly any row has k positive pre-activations, so that a TopK's support is padded with zeros; a JumpReLU's window
-    holds zeros too. A dense code cannot tell such a zero from any other: loss, gradients and the supports' overlap have to be the same.
+    """With biases this low hardly any row has k positive pre-activations, so that a TopK's
+    support is padded with zeros; a JumpReLU's window holds zeros too. A dense code cannot tell
+    such a zero from any other: loss, gradients and the supports' overlap have to be the same.
     """
 
     def measured(dense: bool):
@@ -424,7 +433,9 @@ def test_the_clean_code_is_a_constant_only_if_asked():
 
 
 def test_the_stability_term_has_a_gradient_that_shrinks_the_response():
-    """Noise behind the encoder would give a constant; here a step downhill makes the same noise move the code less."""
+    """Noise behind the encoder would give a constant; here a step downhill makes the same noise
+    move the code less.
+    """
     sae = ready(*weights(stability=1.0), host="standard")
     x = batch(512)
     before = sae.robustness(sae.training_forward(x), step(sae))["stability"]
@@ -468,7 +479,9 @@ def test_the_analytic_term_is_the_mean_of_sampled_gaussian_noise_without_flips()
 
 
 def test_targeted_term_by_hand():
-    """Latent 0 answers to its own direction with slope 0.5 and moves latent 1 by a quarter; nothing else moves."""
+    """Latent 0 answers to its own direction with slope 0.5 and moves latent 1 by a quarter;
+    nothing else moves.
+    """
     reach, latents, sign = torch.tensor(0.2), torch.tensor([0, 0]), torch.tensor([1.0, -1.0])
     before = Codes(
         torch.tensor([1.0, 1.0, 1.0, 1.0]), Pattern.from_mask(torch.ones(2, 2, dtype=torch.bool))
@@ -535,8 +548,9 @@ def test_adaptation_survives_and_is_recorded():
 
 
 def test_purification_forgets_directions_in_which_the_rows_do_not_vary():
-    """Planted truth: rows fill half of the space. The host keeps in the other half what its initialisation had there, so noise in it moves its code;
-    the purified one has no use for it, and reconstructs as well.
+    """Planted truth: rows fill half of the space. The host keeps in the other half what its
+    initialisation had there, so noise in it moves its code; the purified one has no use for it,
+    and reconstructs as well.
     """
     inside = torch.arange(D) < D // 2
 
@@ -591,7 +605,9 @@ def stopping(**changes):
 
 
 def test_early_stopping_puts_the_best_state_back(monkeypatch):
-    """The score is made to fall after the third look: training ends two looks later and the weights are those of the third."""
+    """The score is made to fall after the third look: training ends two looks later and the
+    weights are those of the third.
+    """
     kept, looks = {}, []
 
     def measure(self, sae):
@@ -726,9 +742,11 @@ def test_from_the_command_line_to_the_figures_token_noise_included(experiment, t
     assert cell["metrics"]["rob_change_token"] > 0 and cell["metrics"]["rob_fss"] < 100
     names = {
         json.loads(line)["name"]
-        for line in (experiment.runs / "both" / "curves" / "text8.purified-noise_token_0.jsonl")
-        .read_text()
-        .splitlines()
+        for line in (
+            (experiment.runs / "both" / "curves" / "text8.purified-noise_token_0.jsonl")
+            .read_text()
+            .splitlines()
+        )
     }
     assert {"sae/stability", "sae/denoise"} <= names
     done, empty = drawn(experiment.runs / "both", "purification", tmp_path)

@@ -19,7 +19,10 @@ def library(name: str, source: str) -> Any:
     return module
 
 
-SOURCE = "import warnings, functools\n\ndef old(kind):\n    warnings.warn('old will be removed', kind, stacklevel=2)\n"
+SOURCE = (
+    "import warnings, functools\n\ndef old(kind):\n    warnings.warn('old will be removed', kind,"
+    " stacklevel=2)\n"
+)
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""The report as a file: numbers, escaping, packing, and what it does with runs that are incomplete or hostile."""
+"""The report as a file: numbers, escaping, packing, and what it does with runs that are
+incomplete or hostile.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,11 @@ from sae_experiments.results.table import RunTable, load_table
 SCRIPT = "".join((page.HERE / name).read_text() for name in page.SCRIPTS)
 
 
-KNOWN = """html head meta title style body a nav div button main header h1 h2 h3 p section table thead tbody tr th td small span b strong ul li svg
-           text line circle details summary code pre figure figcaption script noscript"""
+KNOWN = """
+html head meta title style body a nav div button main header h1 h2 h3 p section table thead
+tbody tr th td small span b strong ul li svg text line circle details summary code pre figure
+figcaption script noscript
+"""
 
 
 class Elements(HTMLParser):
@@ -81,7 +86,8 @@ def opened(cell: dict[str, Any], context: list[Any]) -> tuple[str, dict[int, int
     return text[row - first : row - first + length], acts
 
 
-# ------------------------------------------------------------------------------------------------ markup
+# ------------------------------------------------------------------------------------------------
+# markup
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -111,7 +117,8 @@ def test_nothing_inserted_into_the_template_is_filled_again() -> None:
     assert page._fill("{{a}} {{b}}", {"a": "{{b}}", "b": "x"}) == "{{b}} x"
 
 
-# ------------------------------------------------------------------------------------------------ safety of the whole file
+# ------------------------------------------------------------------------------------------------
+# safety of the whole file
 
 
 def test_a_hostile_run_gives_a_page_of_known_elements(tmp_path: Path) -> None:
@@ -187,7 +194,8 @@ def test_the_script_makes_no_markup_from_strings_and_asks_no_network() -> None:
     assert "url(" not in css and "@import" not in css and "</style" not in css
 
 
-# ------------------------------------------------------------------------------------------------ features
+# ------------------------------------------------------------------------------------------------
+# features
 
 
 def test_packed_contexts_are_the_text_and_the_values_that_were_stored(tmp_path: Path) -> None:
@@ -360,7 +368,8 @@ def test_graphs_carry_the_contexts_of_their_nodes(tmp_path: Path) -> None:
     assert '<div id="graphs"></div>' in page.page(load_table([run]), [])
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------------
+# tables
 
 
 def test_one_run_shows_every_dataset_beside_the_baseline(tmp_path: Path) -> None:
@@ -476,7 +485,8 @@ def test_a_run_that_goes_on_says_so_and_reloads(tmp_path: Path) -> None:
     assert 'id="alive"' not in done and '"running":[]' in done
 
 
-# ------------------------------------------------------------------------------------------------ figures
+# ------------------------------------------------------------------------------------------------
+# figures
 
 
 def figure(caption: str) -> Figure:

@@ -1,4 +1,6 @@
-"""The report in a real browser: it opens without a word on the console, does what it says, and lets no text of a corpus become anything else."""
+"""The report in a real browser: it opens without a word on the console, does what it says, and
+lets no text of a corpus become anything else.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ def until(page: Page, expression: str, wait_s: float = 5) -> Any:
 
 def rows(page: Page) -> list[int]:
     return page(
-        "[...document.querySelectorAll('#browser .latents tr[data-latent]')].map((r) => Number(r.dataset.latent))"
+        "[...document.querySelectorAll('#browser .latents tr[data-latent]')].map((r) =>"
+        " Number(r.dataset.latent))"
     )
 
 
@@ -81,11 +84,13 @@ def card(page: Page) -> str:
 
 def type_in(page: Page, text: str) -> None:
     page(
-        f"(() => {{ const b = document.querySelector('#search'); b.value = {text!r}; b.dispatchEvent(new Event('input')); }})()"
+        f"(() => {{ const b = document.querySelector('#search'); b.value = {text!r};"
+        " b.dispatchEvent(new Event('input')); })()"
     )
 
 
-# ------------------------------------------------------------------------------------------------ it opens
+# ------------------------------------------------------------------------------------------------
+# it opens
 
 
 @pytest.mark.slow  # by the clock: it says something only where nothing else runs
@@ -108,7 +113,8 @@ def test_it_opens_without_console_messages_or_requests(page: Page, report: Path)
 def test_the_policy_refuses_what_was_not_in_the_file(ready: Page) -> None:
     assert (
         ready(
-            "(() => { const n = document.createElement('script'); try { n.text = 'window.hacked = 9'; } catch { return 'refused'; } document.head.append(n); return window.hacked; })()"
+            "(() => { const n = document.createElement('script'); try { n.text = 'window.hacked ="
+            " 9'; } catch { return 'refused'; } document.head.append(n); return window.hacked; })()"
         )
         == "refused"
     )
@@ -121,11 +127,15 @@ def test_the_policy_refuses_what_was_not_in_the_file(ready: Page) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ it works
+# ------------------------------------------------------------------------------------------------
+# it works
 
 
 def test_sorting(ready: Page) -> None:
-    order = "[...document.querySelectorAll('#browser .latents tr[data-latent] td:nth-child({})')].map((c) => parseFloat(c.innerText))"
+    order = (
+        "[...document.querySelectorAll('#browser .latents tr[data-latent]"
+        " td:nth-child({})')].map((c) => parseFloat(c.innerText))"
+    )
     assert len(rows(ready)) == 100, "a page of the list"
     f1 = ready(order.format(3))
     assert f1 == sorted(f1, reverse=True)
@@ -160,7 +170,8 @@ def test_a_latent_is_open_and_the_first_screen_shows_six(ready: Page) -> None:
 
 def choose(page: Page, key: str, value: str) -> None:
     page(
-        f"(() => {{ const b = document.querySelector('#{key}'); b.value = {value!r}; b.dispatchEvent(new Event('change')); }})()"
+        f"(() => {{ const b = document.querySelector('#{key}'); b.value = {value!r};"
+        " b.dispatchEvent(new Event('change')); })()"
     )
 
 
@@ -288,14 +299,16 @@ def test_contexts_show_spaces_newlines_and_how_strongly_it_fires(ready: Page) ->
 def test_levels_are_a_tree_down_to_contexts(ready: Page, report: Path) -> None:
     ready.open(report, "#latent-1-0")
     ready(
-        "[...document.querySelectorAll('#browser .tools button')].find((b) => b.innerText === 'As a tree').click()"
+        "[...document.querySelectorAll('#browser .tools button')].find((b) => b.innerText === 'As a"
+        " tree').click()"
     )
     found = rows(ready)
     assert found and all(i < 15 for i in found), "the latents of the top level"
     ready("document.querySelector('#latent .branches details').open = true")
     until(
         ready,
-        "document.querySelectorAll('#latent .branches .ctx').length > 0 || document.querySelectorAll('#latent .branches details').length > 0",
+        "document.querySelectorAll('#latent .branches .ctx').length > 0 ||"
+        " document.querySelectorAll('#latent .branches details').length > 0",
     )
     assert "Below it" in card(ready)
 
@@ -320,7 +333,8 @@ def test_dark_light_and_what_the_system_says(ready: Page) -> None:
     ready("document.querySelector('#theme').click()")
     assert ready(background) == light
     ready(
-        "(() => { delete document.documentElement.dataset.theme; try { localStorage.clear(); } catch {} })()"
+        "(() => { delete document.documentElement.dataset.theme; try { localStorage.clear(); }"
+        " catch {} })()"
     )
     ready.resize(1280, 900, dark=True)
     assert ready(background) == dark
@@ -347,11 +361,14 @@ def test_printing_leaves_the_controls_out_and_the_tables_whole(ready: Page) -> N
     ready.resize(1280, 900)
 
 
-# ------------------------------------------------------------------------------------------------ hostile text
+# ------------------------------------------------------------------------------------------------
+# hostile text
 
 
 def visible(text: str, *, is_bytes: bool) -> str:
-    """What a person must see: every character as itself, or as its name where it would not be seen or would move others."""
+    """What a person must see: every character as itself, or as its name where it would not be
+    seen or would move others.
+    """
     import unicodedata
 
     out = ""
@@ -370,9 +387,11 @@ def visible(text: str, *, is_bytes: bool) -> str:
     return out
 
 
-#: Whether the characters of every context stand from left to right, line by line, in the order in which they are stored.
+#: Whether the characters of every context stand from left to right, line by line, in the order in
+#: which they are stored.
 IN_ORDER = """[...document.querySelectorAll('#latent .ctx .text > span')].every((text) => {
-  const walker = document.createTreeWalker(text, NodeFilter.SHOW_TEXT), range = document.createRange();
+  const walker = document.createTreeWalker(text, NodeFilter.SHOW_TEXT);
+  const range = document.createRange();
   let right = -1e9, bottom = -1e9;
   for (let node = walker.nextNode(); node; node = walker.nextNode())
     for (let i = 0; i < node.length; i++) {
@@ -414,7 +433,8 @@ def test_hostile_text_is_shown_as_it_is_and_nothing_runs(
         shown = page(
             "[...document.querySelectorAll('#latent .ctx .text')].map((n) => n.textContent)"
         )
-        # lone surrogates reach the driver as U+FFFD wherever they stand by themselves; in the page they are named
+        # lone surrogates reach the driver as U+FFFD wherever they stand by themselves; in the page
+        # they are named
         assert shown == [visible(text + text[0] + text, is_bytes=encoding == "latin-1")] * 3, (
             j,
             text,
@@ -438,7 +458,8 @@ def test_hostile_text_is_shown_as_it_is_and_nothing_runs(
     }
     assert page("[...document.querySelectorAll('img')].every((n) => n.src.startsWith('blob:'))")
     assert page(
-        "[...document.querySelectorAll('*')].every((n) => [...n.attributes].every((a) => !a.name.startsWith('on')))"
+        "[...document.querySelectorAll('*')].every((n) => [...n.attributes].every((a) =>"
+        " !a.name.startsWith('on')))"
     )
     assert page(
         "[...document.querySelectorAll('a')].every((n) => n.getAttribute('href').startsWith('#'))"

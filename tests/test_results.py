@@ -1,4 +1,6 @@
-"""The results schema: what is written, what is read back, and that damage is a warning and never a traceback."""
+"""The results schema: what is written, what is read back, and that damage is a warning and
+never a traceback.
+"""
 
 from __future__ import annotations
 
@@ -275,11 +277,7 @@ def test_bad_runs_do_not_hide_good_ones(tmp_path: Path, caplog: pytest.LogCaptur
     columns = ["run", "dataset", "sae", "seed", "metric", "value", "noise"]
     assert table.frame.columns.tolist() == columns
     assert _rows(table, "run_4", "m")["seed"].isna().all()
-    assert _rows(table, "run_0", "sae_fvu")["seed"].tolist() == [
-        0,
-        1,
-        2,
-    ]
+    assert _rows(table, "run_0", "sae_fvu")["seed"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("key", ["saes", "arms"])  # `arms` until version 0.2
@@ -371,7 +369,8 @@ def test_metric_infos_keep_their_order_through_the_manifest(tmp_path: Path) -> N
         "order": 0,
     }
     with pytest.raises(ValueError, match="better='sideways'"):
-        MetricInfo(name="m", title="", formula="", unit="", better="sideways")  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        MetricInfo(name="m", title="", formula="", unit="", better="sideways")
 
 
 def test_fifty_runs_are_read_in_moments(tmp_path: Path) -> None:
@@ -387,16 +386,21 @@ def test_fifty_runs_are_read_in_moments(tmp_path: Path) -> None:
 
 def test_nothing_here_imports_torch() -> None:
     code = (
-        "import sys, sae_experiments.results.records, sae_experiments.results.compare, sae_experiments.report.figures, plot;"
-        "from sae_experiments.plots import density, final_metrics, pareto, training_curves;"
-        "print([m for m in ('torch', 'transformers', 'wandb', 'matplotlib.pyplot') if m in sys.modules])"
+        "import sys, sae_experiments.results.records, sae_experiments.results.compare,"
+        " sae_experiments.report.figures, plot;from sae_experiments.plots import density,"
+        " final_metrics, pareto, training_curves;print([m for m in ('torch', 'transformers',"
+        " 'wandb', 'matplotlib.pyplot') if m in sys.modules])"
     )
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
-    light = "import sys, sae_experiments.results.records; print([m for m in ('pandas', 'matplotlib') if m in sys.modules])"  # experiment.py pays for neither
+    # experiment.py pays for neither
+    light = (
+        "import sys, sae_experiments.results.records; print([m for m in ('pandas', 'matplotlib') if"
+        " m in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", light], cwd=root, capture_output=True, text=True, check=True

@@ -1,4 +1,6 @@
-"""A run folder with a made-up study: what is skipped, refused, kept, and told, whatever happens to a cell or a tracker."""
+"""A run folder with a made-up study: what is skipped, refused, kept, and told, whatever happens
+to a cell or a tracker.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ INFO = [MetricInfo(name="loss", title="loss", formula="f", unit="nat", better="d
 
 
 class Fake:
-    """Four cells; ``act(cell, ctx)`` may raise, and gives the outcome of a cell where it is not None."""
+    """Four cells; ``act(cell, ctx)`` may raise, and gives the outcome of a cell where it is not
+    None.
+    """
 
     def __init__(
         self,
@@ -102,7 +106,9 @@ _git, _package_digest = functools.cache(run_module._git), functools.cache(run_mo
 
 @pytest.fixture(autouse=True)
 def asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Git and the digest of the package answer what they answer, but only the first run pays for it."""
+    """Git and the digest of the package answer what they answer, but only the first run pays
+    for it.
+    """
     monkeypatch.setattr(run_module, "_git", _git)
     monkeypatch.setattr(run_module, "package_digest", _package_digest)
 
@@ -135,7 +141,8 @@ def fail_at(dataset: str, seed: int, error: BaseException) -> Callable[[Cell, Co
     return act
 
 
-# ------------------------------------------------------------------------------------------------ mistakes that are found late
+# ------------------------------------------------------------------------------------------------
+# mistakes that are found late
 
 
 def raised(name: str, study: Fake) -> Fake:
@@ -177,7 +184,9 @@ def test_what_lay_in_the_folder_before_stays_there(folder):
 
 
 def test_a_mistake_does_not_take_the_folder_of_a_run_that_goes_on(folder):
-    """Two processes that make one folder at once: the one that must not have it leaves it to the other."""
+    """Two processes that make one folder at once: the one that must not have it leaves it to
+    the other.
+    """
 
     def meanwhile(cell: Cell, ctx: Context) -> None:
         with pytest.raises(UserError, match="in use") as caught:
@@ -187,7 +196,8 @@ def test_a_mistake_does_not_take_the_folder_of_a_run_that_goes_on(folder):
     assert go(Fake(act=meanwhile), folder) == "done"
 
 
-# ------------------------------------------------------------------------------------------------ what a run leaves behind
+# ------------------------------------------------------------------------------------------------
+# what a run leaves behind
 
 
 def test_a_run_leaves_manifest_records_curves_arrays_and_final_info(folder):
@@ -298,7 +308,8 @@ def test_a_metric_that_is_not_finite_becomes_null_and_the_run_is_done(folder):
     }
 
 
-# ------------------------------------------------------------------------------------------------ running again
+# ------------------------------------------------------------------------------------------------
+# running again
 
 
 def test_finished_cells_are_skipped_and_their_files_untouched(folder, capsys):
@@ -413,7 +424,8 @@ def test_another_source_runs_finished_cells_again(folder, monkeypatch):
     assert len(again.ran) == 4 and len({r.source_hash for r in read_records(folder)}) == 1
 
 
-# ------------------------------------------------------------------------------------------------ failures
+# ------------------------------------------------------------------------------------------------
+# failures
 
 
 def test_a_loss_that_is_not_finite_ends_its_cell_only(folder, capsys):
@@ -457,7 +469,10 @@ def test_an_error_before_the_first_cell_leaves_no_folder(folder):
     with pytest.raises(UserError, match="no corpus"):
         go(study, folder)
     assert not folder.exists()
-    study.prepare, study.check = Fake().prepare, study.prepare  # pyright: ignore[reportAttributeAccessIssue]
+    study.prepare, study.check = (
+        Fake().prepare,
+        study.prepare,
+    )  # pyright: ignore[reportAttributeAccessIssue]
     study.check = lambda: (_ for _ in ()).throw(UserError("no such thing"))  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(UserError, match="no such thing"):
         go(study, folder)
@@ -493,7 +508,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, place):
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value) and not study.ran
 
 
-# ------------------------------------------------------------------------------------------------ time limit
+# ------------------------------------------------------------------------------------------------
+# time limit
 
 
 def test_a_run_cut_short_says_so_and_the_same_command_makes_it_whole(folder):
@@ -503,9 +519,10 @@ def test_a_run_cut_short_says_so_and_the_same_command_makes_it_whole(folder):
         )
 
     assert go(Fake(act=act), folder, time_limit_s=100) == "cut"
-    assert manifest(folder)["status"] == "cut" and set(final(folder)) == {"a", "b"}, (
-        "what was cut short is reported all the same"
-    )
+    assert manifest(folder)["status"] == "cut" and set(final(folder)) == {
+        "a",
+        "b",
+    }, "what was cut short is reported all the same"
     again = Fake()
     assert go(again, folder) == "done"
     assert again.ran == [("b", 0), ("b", 1)] and manifest(folder)["status"] == "done"
@@ -555,7 +572,8 @@ def test_a_cell_that_is_busy_when_the_limit_is_over_is_left_for_another_time(fol
     assert go(again, folder) == "done" and again.ran == [("a", 1), ("b", 1)]
 
 
-# ------------------------------------------------------------------------------------------------ trackers
+# ------------------------------------------------------------------------------------------------
+# trackers
 
 
 class FakeWandb(ModuleType):
@@ -632,9 +650,10 @@ def test_a_tracker_that_raises_changes_neither_status_nor_results(folder, monkey
         "said once, in one line"
     )
     if broken == "log":
-        assert [what for what, *_ in wandb.calls] == ["init", "log"], (
-            "after its first error it is left alone"
-        )
+        assert [what for what, *_ in wandb.calls] == [
+            "init",
+            "log",
+        ], "after its first error it is left alone"
 
 
 def test_wandb_is_offline_without_a_key_and_online_with_one(folder, tmp_path, monkeypatch):
@@ -757,7 +776,9 @@ def test_a_real_failure_is_not_hidden_by_a_tracker_that_fails_too(folder, monkey
 
 
 def test_results_on_another_text_are_refused_and_the_same_text_from_elsewhere_is_not(folder):
-    """A stand-in and the real corpus have the same configuration: only the text tells their results apart."""
+    """A stand-in and the real corpus have the same configuration: only the text tells their
+    results apart.
+    """
 
     def text(source: str, sha256: str) -> Callable[[Context], dict[str, Any]]:
         return lambda ctx: {

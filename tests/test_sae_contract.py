@@ -33,7 +33,9 @@ def test_law(name, law):
 
 @every_sae
 def test_what_latents_contribute_along_a_direction_sums_to_the_reconstruction(name):
-    """In units of the activations: the fit folds its input scale into the weights, so that decoder rows are not of length 1 afterwards."""
+    """In units of the activations: the fit folds its input scale into the weights, so that
+    decoder rows are not of length 1 afterwards.
+    """
     sae = trained(name, n_train=40)
     with torch.no_grad():
         if name == "hierarchical":
@@ -52,8 +54,9 @@ def test_what_latents_contribute_along_a_direction_sums_to_the_reconstruction(na
 @pytest.mark.parametrize("scale", [0.02, 50.0])
 @every_sae
 def test_decoder_rows_are_all_in_the_units_of_the_activations(name, scale):
-    """What multiplies codes by decoder rows, or compares their lengths, may not find one part of the latents in other units than the rest
-    (tied weights leave their rows as they are, and scale the code).
+    """What multiplies codes by decoder rows, or compares their lengths, may not find one part
+    of the latents in other units than the rest (tied weights leave their rows as they are, and
+    scale the code).
     """
     sae = trained(name, n_train=40)
     before = sae.W_dec.norm(dim=1)
@@ -85,7 +88,9 @@ def agree(one, other):
 
 @every_sae
 def test_sparse_and_dense_paths_agree_in_loss_and_gradients(name, monkeypatch):
-    """Patterns are turned into masks on the dense side, so the same code meets both kinds of arithmetic."""
+    """Patterns are turned into masks on the dense side, so the same code meets both kinds of
+    arithmetic.
+    """
 
     def as_masks(sae):
         plain = sae.support
@@ -97,7 +102,8 @@ def test_sparse_and_dense_paths_agree_in_loss_and_gradients(name, monkeypatch):
 
     if name in ("matryoshka", "lista"):
         pytest.skip(
-            "decode groups from the pattern itself; test_sae_math compares them with separate dense decodes"
+            "decode groups from the pattern itself; test_sae_math compares them with separate dense"
+            " decodes"
         )
     monkeypatch.setattr(ops, "SPARSE_BELOW", 1.1)
     sparse = gradients(name)

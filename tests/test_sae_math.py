@@ -1,4 +1,6 @@
-"""Exact answers: selection, thresholds, straight-through gradients, nested decoding, AuxK, and variants that reduce to one another."""
+"""Exact answers: selection, thresholds, straight-through gradients, nested decoding, AuxK, and
+variants that reduce to one another.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from sae_experiments.saes.jumprelu import _Heaviside, _Jump
 from sae_experiments.saes.p_anneal import power_sum
 from sae_experiments.saes.selection import Pattern
 
-# --- selection --------------------------------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guess", [None, 0.01, 0.5, 1.2, 50.0])
@@ -119,7 +121,7 @@ def test_without_a_sparse_library_the_results_are_the_same(monkeypatch):
     torch.testing.assert_close(fast[2], p.dense(values) @ right)
 
 
-# --- hand-computed ----------------------------------------------------------------------------------------------------
+# --- hand-computed --------------------------------------------------------------------------------
 
 
 def test_a_two_by_two_standard_sae_by_hand():
@@ -178,7 +180,9 @@ def test_the_gate_learns_only_from_the_penalty_and_the_third_term():
 
 @pytest.mark.parametrize("theta", [0.3, 0.01])
 def test_jumprelu_threshold_gradients_match_the_kernel_smoothed_loss(theta):
-    """E over a of the pseudo-derivative equals the finite difference of the expectation (1e6 samples), also for theta below eps/2."""
+    """E over a of the pseudo-derivative equals the finite difference of the expectation (1e6
+    samples), also for theta below eps/2.
+    """
     eps, h = 0.05, 0.02
     a = (
         torch.rand(1_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
@@ -205,7 +209,9 @@ def test_jumprelu_threshold_gradients_match_the_kernel_smoothed_loss(theta):
 def test_jumprelu_held_densely_has_the_gradients_of_the_same_code_held_sparsely(
     density, theta, form, monkeypatch
 ):
-    """Also where the threshold lies within half a bandwidth of 0, the value that a dense code has outside its support."""
+    """Also where the threshold lies within half a bandwidth of 0, the value that a dense code
+    has outside its support.
+    """
     eps, x = 0.3, rows(512, 5)
 
     def measured(sparse_below: float):
@@ -307,7 +313,7 @@ def test_the_orthogonality_penalty_by_brute_force():
     )
 
 
-# --- AuxK -------------------------------------------------------------------------------------------------------------
+# --- AuxK -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["topk", "batch_topk", "matryoshka", "standard"])
@@ -326,7 +332,7 @@ def test_aux_k_reaches_dead_rows_and_no_live_parameter(name):
     assert grads[3] is None or not bool(grads[3].any())
 
 
-# --- matryoshka and lista ---------------------------------------------------------------------------------------------
+# --- matryoshka and lista -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sorted_", ["false", "true"])
@@ -386,7 +392,7 @@ def test_decreasing_k_starts_high_and_ends_at_k():
     assert sae.budget() == 4
 
 
-# --- reductions: one variant becomes another --------------------------------------------------------------------------
+# --- reductions: one variant becomes another ------------------------------------------------------
 
 BTK = ("batch_topk",)
 REDUCTIONS = [
@@ -427,7 +433,7 @@ def test_a_crosscoder_scales_every_site_by_itself():
     assert units.scale.tolist() == pytest.approx([1 / math.sqrt(2)] * 2 + [1 / math.sqrt(8)] * 2)
 
 
-# --- controller and mistakes ------------------------------------------------------------------------------------------
+# --- controller and mistakes ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", [0.5, 200.0])

@@ -1,4 +1,6 @@
-"""Foreign SAE directories: the right value, checked against a plain reference, or one line that names the key."""
+"""Foreign SAE directories: the right value, checked against a plain reference, or one line that
+names the key.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,11 @@ def spelled(version: int, kind: str, k: int) -> dict[str, Any]:
             size
             | acts
             | old
-            | {"hook_name": "blocks.3.hook_resid_post", "hook_layer": 3, "hook_head_index": None}
+            | {
+                "hook_name": "blocks.3.hook_resid_post",
+                "hook_layer": 3,
+                "hook_head_index": None,
+            }
         )
     new = {
         "architecture": kind,
@@ -257,7 +263,9 @@ def write(folder: Path, config: Any, t: dict[str, Tensor]) -> Path:
 def outcome(
     folder: Path, config: dict[str, Any], t: dict[str, Tensor], changed: set[str], must_load: bool
 ) -> bool:
-    """Whether it loaded; asserts that it then is right, and that a refusal is one line about something that was changed."""
+    """Whether it loaded; asserts that it then is right, and that a refusal is one line about
+    something that was changed.
+    """
     try:
         sae = load_sae(write(folder, config, t))
     except UserError as error:
@@ -385,7 +393,8 @@ def test_a_raw_log_threshold_is_exponentiated(tmp_path: Path) -> None:
     assert outcome(tmp_path, spelled(6, "jumprelu", 4), t, set(), True)
 
 
-# ------------------------------------------------------------------------------------------------ sites
+# ------------------------------------------------------------------------------------------------
+# sites
 
 
 STREAMS = {
@@ -511,7 +520,8 @@ def test_what_may_be_the_wrong_sae_is_said(tmp_path: Path) -> None:
         assert (told is None and not said) or (len(said) == 1 and told in said[0])
 
 
-# ------------------------------------------------------------------------------------------------ what is written here
+# ------------------------------------------------------------------------------------------------
+# what is written here
 
 
 @pytest.mark.parametrize("site", ["resid.0", "resid.2", "mlp_in.1", "mlp_act.3", "mlp_out.4"])

@@ -1,4 +1,6 @@
-"""Samples are spread over what they are taken from: the helper itself, and that nothing takes the first rows of an ordered batch instead."""
+"""Samples are spread over what they are taken from: the helper itself, and that nothing takes
+the first rows of an ordered batch instead.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_a_sample_has_one_row_of_every_stretch(n, k):
 @pytest.mark.parametrize("period", [2, 64, 100, 128, 256])
 @pytest.mark.parametrize("stride", [2, 4, 128, 256])
 def test_a_sample_keeps_step_with_no_period_of_the_rows(period, stride):
-    """Rows of a store come in windows: a plain stride of a window's length would take one position only."""
+    """Rows of a store come in windows: a plain stride of a window's length would take one
+    position only.
+    """
     phases = spread(stride * 2048, 2048) % period
     counts = np.bincount(phases * min(period, 16) // period, minlength=min(period, 16))
     assert counts.max() < 1.5 * counts.min()
@@ -104,7 +108,9 @@ VARIANTS = [*NAMES, *(f"purified-{host}" for host in HOSTS), "stopped"]
 
 
 def variant(name: str) -> SAE:
-    """One of them; batches are larger than what a hierarchy reads of them, and than what is watched for early stopping."""
+    """One of them; batches are larger than what a hierarchy reads of them, and than what is
+    watched for early stopping.
+    """
     if name == "stopped":
         return plainly(
             "sae.model.stop.patience=3", "sae.model.stop.eval_rows=4096", host="topk"
@@ -115,7 +121,9 @@ def variant(name: str) -> SAE:
 
 
 def begun(sae: SAE, x: torch.Tensor) -> None:
-    """All phases begun and ended on the same rows, so that every sample an SAE takes outside of a step is taken."""
+    """All phases begun and ended on the same rows, so that every sample an SAE takes outside of
+    a step is taken.
+    """
     with torch.no_grad():
         for phase in sae.phases():
             sae.begin(phase.name, x, x)
@@ -147,7 +155,9 @@ def test_the_order_of_the_rows_does_not_matter_to_beginnings_and_calibrations(na
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_term_of_a_loss_depends_on_rows_from_every_part_of_the_batch(name):
-    """A term that depends on the rows at all (decay, say, does not) changes with any eighth of them."""
+    """A term that depends on the rows at all (decay, say, does not) changes with any eighth of
+    them.
+    """
     start, x = rows(2048, 10), rows(512, 11)
     sae = variant(name)
     phases = [phase.name for phase in sae.phases()]

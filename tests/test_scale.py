@@ -1,4 +1,6 @@
-"""The unit of the data, their mean and their shape do not matter: laws over all SAEs of conf/sae."""
+"""The unit of the data, their mean and their shape do not matter: laws over all SAEs of
+conf/sae.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def fitted(
     target: Map | None = None,
     **settings: Any,
 ) -> SAE:
-    """An SAE of rows mapped by ``there``; ``back`` undoes it for the stand-in of the language model."""
+    """An SAE of rows mapped by ``there``; ``back`` undoes it for the stand-in of the language
+    model.
+    """
     sae, start, held = make(name, **settings), there(rows(2048, 10)), there(rows(4096, 11))
     target = target or (lambda x: x)
     if name == "end_to_end":
@@ -189,7 +193,9 @@ def test_other_types_are_read_and_wrong_widths_named(name):
 @pytest.mark.parametrize("name", EXPORTABLE)
 @pytest.mark.parametrize("pre_bias", [True, False])
 def test_a_directory_holds_the_mean(name, pre_bias, tmp_path):
-    """Where b_dec is subtracted it holds the mean; else the encoder's bias does, and loses digits that a sum in float32 has not."""
+    """Where b_dec is subtracted it holds the mean; else the encoder's bias does, and loses
+    digits that a sum in float32 has not.
+    """
     sae = fitted(name, lambda x: x + OFFSET, lambda x: x - OFFSET, pre_bias=pre_bias)
     x = rows(4096, 77) + OFFSET
     save_sae(sae, tmp_path / "sae", reference=x[:64], metadata={})

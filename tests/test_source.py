@@ -1,4 +1,6 @@
-"""Names of code: which cached things are made anew for a change of which module, and that a user's own modules count wherever they lie."""
+"""Names of code: which cached things are made anew for a change of which module, and that a
+user's own modules count wherever they lie.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ def small(*overrides: str) -> Any:
 _small = functools.cache(small)
 
 
-# ------------------------------------------------------------------------------ which keys move for which modules
+# ------------------------------------------------------------------------------ which keys move for
+# which modules
 
 TRAIN = {"", "files", "errors", "training.loop", "training.checkpoint", "training.finite", "memory"}
 LM = TRAIN | {
@@ -70,7 +73,8 @@ LM = TRAIN | {
 SAE = TRAIN | {"saes.base", "saes.ops", "saes.selection"}
 ARMS = SAE | {"fitting.fit", "models.hooks", "fitting.spec"}
 FIT = LM | ARMS | {"studies.language.stores", "studies.base", "studies.language.study"}
-#: What each kind of cached thing depends on, at least: a change of one of these modules makes it anew.
+#: What each kind of cached thing depends on, at least: a change of one of these modules makes it
+#: anew.
 MOVES = {
     "corpora": {"files", "cache", "errors", "corpora.corpus"},
     "stand_in": {"files", "cache", "errors", "corpora.standin"},
@@ -84,28 +88,34 @@ MOVES = {
     },  # and with the language model, whose key is part of theirs
     "fits of topk": FIT | {"saes.topk"},
     "fits of gated": FIT | {"saes.gated", "saes.standard", "saes.controller"},
-    "fits of purified": FIT
-    | {
-        "saes.batch_topk",
-        "saes.purified.sae",
-        "saes.purified.perturb",
-        "saes.purified.early_stopping",
-        "studies.language.second_view",
-    },
-    "palindromes": LM
-    | {"studies.palindrome.strings", "studies.palindrome.study"},  # in the keys of the next too
+    "fits of purified": (
+        FIT
+        | {
+            "saes.batch_topk",
+            "saes.purified.sae",
+            "saes.purified.perturb",
+            "saes.purified.early_stopping",
+            "studies.language.second_view",
+        }
+    ),
+    "palindromes": (
+        LM | {"studies.palindrome.strings", "studies.palindrome.study"}
+    ),  # in the keys of the next too
     "fits of palindromes": ARMS | {"saes.topk"},
-    "fits of planted": ARMS
-    | {"saes.topk", "studies.ground_truth.world", "studies.ground_truth.study"},
+    "fits of planted": (
+        ARMS | {"saes.topk", "studies.ground_truth.world", "studies.ground_truth.study"}
+    ),
     "tokenizers": {"models.tokens"},
     "losses": {"studies.language.lms"},  # of a pretrained model, whose key is part of theirs
-    "toys": TRAIN
-    | {
-        "studies.superposition.toy",
-        "studies.superposition.toy_step",
-        "studies.superposition.trees",
-        "studies.superposition.study",
-    },
+    "toys": (
+        TRAIN
+        | {
+            "studies.superposition.toy",
+            "studies.superposition.toy_step",
+            "studies.superposition.trees",
+            "studies.superposition.study",
+        }
+    ),
 }
 #: What nothing that is cached depends on: what measures, draws, tells or reads the command line.
 NEVER = {
@@ -236,12 +246,13 @@ def keys(
         "fits of gated": lambda: fit("sae=gated"),
         "fits of purified": lambda: fit("sae=purified", "sae.model.noise=token"),
         "palindromes": lambda: study(strings, "sae=topk").trained((), 0, ctx),
-        "fits of palindromes": lambda: study(strings, "sae=topk").fitted(
-            torch.zeros(1), {}, 0, ctx
+        "fits of palindromes": (
+            lambda: study(strings, "sae=topk").fitted(torch.zeros(1), {}, 0, ctx)
         ),
         "fits of planted": lambda: study("study=ground_truth", "sae=topk").fitted(None, cell, ctx),
         "tokenizers": lambda: tokens.trained_tokenizer(list, 300, key={}, cache=tmp_path),
-        "losses": lambda: lms._losses(None, {}, pretrained, corpus, tmp_path, None),  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        "losses": lambda: lms._losses(None, {}, pretrained, corpus, tmp_path, None),
         "toys": lambda: study(toys).trained(next(iter(study(toys).families.values())), 0, ctx),
     }
     return found, asks
@@ -249,7 +260,9 @@ def keys(
 
 @pytest.fixture
 def edit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Ends the files of modules with one character more, as if they were loaded that way, and takes earlier edits back."""
+    """Ends the files of modules with one character more, as if they were loaded that way, and
+    takes earlier edits back.
+    """
     plain, changed = source._text, set()
 
     def known_no_more() -> None:
@@ -291,7 +304,9 @@ def test_a_change_of_a_module_moves_the_keys_that_depend_on_it_and_no_other(keys
 
 
 def test_two_texts_that_one_model_reads_have_activations_of_their_own(monkeypatch):
-    """A model from a folder has a key of its own, whatever it reads; texts cut to one length have windows at the same places."""
+    """A model from a folder has a key of its own, whatever it reads; texts cut to one length
+    have windows at the same places.
+    """
     asked: list[Any] = []
     monkeypatch.setattr(
         stores,
@@ -361,11 +376,14 @@ def test_everything_that_is_cached_has_its_line_in_the_table():
     )
 
 
-# ------------------------------------------------------------------------------ what runs is what is named
+# ------------------------------------------------------------------------------ what runs is what
+# is named
 
 
 class Watched:
-    """Watches which modules of the package run while a cached thing is made, and which its key names."""
+    """Watches which modules of the package run while a cached thing is made, and which its key
+    names.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.named: dict[str, set[str]] = {}
@@ -417,7 +435,8 @@ def texts(value: Any) -> Iterator[str]:
         yield value
 
 
-#: ``ctx.session`` shows, and says when the time is over; the third names what is cached meanwhile. They compute nothing.
+#: ``ctx.session`` shows, and says when the time is over; the third names what is cached meanwhile.
+#: They compute nothing.
 SHOWN = {"sae_experiments.console", "sae_experiments.studies.base", "sae_experiments.source"}
 NOISY = ["sae.model.noise=token", "sae.model.clean_frac=0", "sae.model.warmup_frac=0"]
 
@@ -484,19 +503,26 @@ def test_the_key_of_a_cached_thing_names_all_the_code_that_made_it(
     assert {kind: more - SHOWN for kind, more in watched.wrong.items() if more - SHOWN} == {}
 
 
-# ------------------------------------------------------------------------------ a user's own modules
+# ------------------------------------------------------------------------------ a user's own
+# modules
 
 PER_SAE_SETTINGS = {
     "mysae/__init__.py": "from .layers import Encoder as Encoder\n",
-    "mysae/layers.py": "from . import maths\n\nclass Encoder:\n    def run(self):\n        return maths.twice(2)\n",
+    "mysae/layers.py": (
+        "from . import maths\n\nclass Encoder:\n    def run(self):\n        return maths.twice(2)\n"
+    ),
     "mysae/maths.py": "def twice(x):\n    return 2 * x\n",
     "mysae/unused.py": "y = 1\n",
     "mysae/deep/__init__.py": "",
     "mysae/deep/late.py": "z = 1\n",
-    "helper_of_mine.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import only_for_types\nelse:\n    import at_run_time\n",
+    "helper_of_mine.py": (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import only_for_types\nelse:\n   "
+        " import at_run_time\n"
+    ),
     "only_for_types.py": "a = 1\n",
     "at_run_time.py": "a = 1\n",
-    "own_model.py": """
+    "own_model.py": (
+        """
         import helper_of_mine
         from mysae import Encoder
         from sae_experiments.saes import topk
@@ -507,7 +533,8 @@ PER_SAE_SETTINGS = {
 
         class Mine(topk.TopK):
             pass
-        """,
+        """
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""Steering: what is added is a latent's part of the reconstruction, in a call that gives the same texts every time."""
+"""Steering: what is added is a latent's part of the reconstruction, in a call that gives the
+same texts every time.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,7 @@ def test_a_run_shows_continuations_of_its_most_rule_like_latents(run: Experiment
 
 def test_a_finished_run_can_be_steered(run: Experiment) -> None:
     folder = run.runs / "run"
-    (one, *_) = [f for f in run.json("run", "features", "text8_0.json") if "steering" in f]
+    one, *_ = [f for f in run.json("run", "features", "text8_0.json") if "steering" in f]
     given = {"latent": one["latent"], "prompt": one["steering"]["prompt"], "length": 60}
     texts = steer(folder, **given)
     assert list(texts) == [0.0, 4.0, -4.0] and texts == steer(folder, **given)

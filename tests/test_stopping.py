@@ -1,4 +1,6 @@
-"""A process that is asked to end does so within seconds, whatever it is doing, and keeps what it trained."""
+"""A process that is asked to end does so within seconds, whatever it is doing, and keeps what
+it trained.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,9 @@ def held(work: str, grace: float) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("work", ["swallow()", "closing()", "in_c()"])
 def test_a_process_that_does_not_end_by_itself_is_ended(work):
-    """A library that takes the exception for an error, code that cleans up for ever, a call that does not return."""
+    """A library that takes the exception for an error, code that cleans up for ever, a call
+    that does not return.
+    """
     process = held(work, grace=0.5)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)

@@ -1,4 +1,6 @@
-"""Which activations a fit sees, and in which order: a replica from another seed sees the same rows in another one."""
+"""Which activations a fit sees, and in which order: a replica from another seed sees the same
+rows in another one.
+"""
 
 from __future__ import annotations
 

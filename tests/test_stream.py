@@ -1,4 +1,6 @@
-"""Rows on disk, in memory and in a stream: the same rows, each used once an epoch, in bounded memory, whatever is killed where."""
+"""Rows on disk, in memory and in a stream: the same rows, each used once an epoch, in bounded
+memory, whatever is killed where.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ SIZES = [
 
 @pytest.mark.parametrize(("n", "length", "batch", "chunk"), SIZES)
 def test_an_epoch_uses_every_row_once(n: int, length: int, batch: int, chunk: int) -> None:
-    """But for a remainder of less than a batch, of each chunk where no few batches are whole windows."""
+    """But for a remainder of less than a batch, of each chunk where no few batches are whole
+    windows.
+    """
     stream = made_up(n, length, batch, chunk)
     sizes = np.diff(stream.bounds) * length
     assert sizes.max() <= chunk and (len(sizes) == 1 or sizes.min() >= BATCHES * batch)
@@ -95,7 +99,9 @@ def test_rows_of_a_chunk_come_from_all_over_the_text() -> None:
 def test_streamed_rows_are_those_of_a_store(
     dtype: str, trained: Any, corpus: Any, tmp_path: Path
 ) -> None:
-    """Bit for bit on one thread: the same windows in other forward passes, kept about the same centre."""
+    """Bit for bit on one thread: the same windows in other forward passes, kept about the same
+    centre.
+    """
     sites = [SITE, Site("mlp_out", 2)]
     starts = np.arange(0, 1000 * LENGTH, LENGTH)
     disk = collect(source(trained, corpus, dtype), starts, sites, cache=tmp_path)
@@ -142,7 +148,9 @@ def test_a_chunk_is_collected_once_for_all_of_its_batches(trained: Any, corpus: 
 
 
 def test_memory_is_that_of_one_chunk_whatever_the_text(tmp_path: Path) -> None:
-    """Peak of what NumPy allocates, which the arrays of activations are, against the size of the whole."""
+    """Peak of what NumPy allocates, which the arrays of activations are, against the size of
+    the whole.
+    """
     import tracemalloc
 
     class Model(nn.Module):

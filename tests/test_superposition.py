@@ -1,4 +1,6 @@
-"""Superposition: the generator against exact probabilities, models that do not disturb each other, and the study from start to end."""
+"""Superposition: the generator against exact probabilities, models that do not disturb each
+other, and the study from start to end.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def features(mode: str = "exclusive", **changes: Any) -> Features:
 
 
 def grown(branching: int, depth: int, go_on: float, root: float) -> dict[tuple[int, ...], float]:
-    """Every sample of a tree and its probability, by walking all ways down: another road to what ``Features`` says."""
+    """Every sample of a tree and its probability, by walking all ways down: another road to
+    what ``Features`` says.
+    """
     n = sum(branching**level for level in range(1, depth + 1))
     found: dict[tuple[int, ...], float] = {}
 
@@ -150,13 +154,15 @@ def test_counts_are_the_multinomial_of_a_batch() -> None:
     made = features("early_stopping")
     stream = Stream(made, 3, instances=50, batch=64, seed=0, device=CPU)
     assert stream.counted
-    counts = torch.cat([stream.batch_at(step).shares for step in range(200)]).double() * 64  # type: ignore[list-item]
+    # type: ignore[list-item]
+    counts = torch.cat([stream.batch_at(step).shares for step in range(200)]).double() * 64
     assert torch.equal(counts.sum(1), torch.full((10_000,), 64.0, dtype=torch.float64))
     p = torch.from_numpy(stream.probs)
     assert torch.allclose(counts.mean(0), 64 * p, atol=0.15)
     assert torch.allclose(counts.T.cov(), 64 * (torch.diag(p) - torch.outer(p, p)), atol=0.7)
     again = Stream(made, 3, instances=50, batch=64, seed=0, device=CPU)
-    assert torch.equal(again.batch_at(77).shares, stream.batch_at(77).shares)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    assert torch.equal(again.batch_at(77).shares, stream.batch_at(77).shares)
 
 
 def learner(
@@ -185,7 +191,9 @@ def learner(
 
 
 def plain_loss(w: Tensor, b: Tensor, x: Tensor, shares: Tensor, weight: Tensor) -> Tensor:
-    """What the study says: mean over batch and features of importance x squared error, summed over instances."""
+    """What the study says: mean over batch and features of importance x squared error, summed
+    over instances.
+    """
     out = torch.relu(torch.einsum("ihf,ihg,isg->isf", w, w, x) + b[:, None])
     return (((out - x).square() * weight).mean(-1) * shares).sum()
 
@@ -222,7 +230,8 @@ def test_loss_and_gradient_are_those_of_autograd(mode: str, importance: float, s
             loss = plain_loss(w, b, x[..., :n].float().expand(3, -1, -1), share, weight)
             loss.backward()
             assert found[:, c].sum().item() == pytest.approx(loss.item(), rel=1e-5)
-            assert torch.allclose(grad[:, c, :hidden, :n], w.grad, atol=1e-6)  # type: ignore[arg-type]
+            # type: ignore[arg-type]
+            assert torch.allclose(grad[:, c, :hidden, :n], w.grad, atol=1e-6)
             assert torch.allclose(grad[:, c, -1, :n], b.grad, atol=1e-6)  # type: ignore[arg-type]
             assert (
                 not theta[:, c, hidden:-1].any() and not theta[..., n:].any()

@@ -1,4 +1,6 @@
-"""Sweeps: which jobs there are, who runs them, what is repeated, and what is told of those that fail."""
+"""Sweeps: which jobs there are, who runs them, what is repeated, and what is told of those that
+fail.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,14 @@ SMALL = ["preset=smoke", "data=[text8]", "offline=true", "launcher=inline"]
 VALUES = re.compile(r"sae.target_l0=(\d+)")
 
 
-# ------------------------------------------------------------------------------------------------ which jobs there are
+# ------------------------------------------------------------------------------------------------
+# which jobs there are
 
 
 class Made:
-    """Stands in for ``experiment.py``: leaves a run folder whose sae_fvu is 1/L0, or fails as it is told; remembers what it ran."""
+    """Stands in for ``experiment.py``: leaves a run folder whose sae_fvu is 1/L0, or fails as
+    it is told; remembers what it ran.
+    """
 
     def __init__(self, root: Path, fail: Callable[[str], str | None] = lambda folder: None) -> None:
         self.root, self.fail, self.ran = root, fail, []
@@ -240,7 +245,8 @@ def test_the_table_counts_what_was_cut_as_a_result_and_what_was_not_run_as_no_fa
     assert "first cause: why" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------ named sweeps
+# ------------------------------------------------------------------------------------------------
+# named sweeps
 
 SWEEPS = sorted(p.stem for p in (CONF / "sweep").glob("*.yaml"))
 
@@ -251,10 +257,13 @@ def test_every_named_sweep_means_something(name):
     axes, fixed = axes_of(CONF, asked.overrides)
     assert axes and asked.out_dir == f"sweep_{name}" and str(asked.root) == f"runs/sweep_{name}"
     assert (asked.search is not None) == any(not axis.choices for axis in axes)
-    last = [
-        f"{axis.key}={axis.choices[-1] if axis.choices else axis.high if not axis.whole else int(axis.high)}"
-        for axis in axes
-    ]
+
+    def highest(axis: Any) -> Any:
+        if axis.choices:
+            return axis.choices[-1]
+        return int(axis.high) if axis.whole else axis.high
+
+    last = [f"{axis.key}={highest(axis)}" for axis in axes]
     build(compose_checked(CONF, [*fixed, *last])[0].study).check()
 
 
@@ -289,7 +298,8 @@ def test_ranges_and_choices_are_hydras():
     assert fixed == ["f=[1,2]"]
 
 
-# ------------------------------------------------------------------------------------------------ launchers
+# ------------------------------------------------------------------------------------------------
+# launchers
 
 LAUNCHERS = sorted(p.stem for p in (CONF / "launcher").glob("*.yaml"))
 
@@ -383,16 +393,21 @@ def test_the_output_of_a_job_that_runs_alone_is_shown_and_kept(tmp_path, capsys)
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_sweep_that_is_told_to_end_tells_its_jobs_and_waits_for_them(tmp_path, jobs):
-    slow = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *a: (print('in good order'), sys.exit(143))); print('up', flush=True)"
+    slow = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *a: (print('in good"
+        " order'), sys.exit(143))); print('up', flush=True)"
+    )
     made = f"""
 import sys, json
 from pathlib import Path
 from sae_experiments.sweeps.launchers import Job, Local
 from sae_experiments.stopping import Stopped, listening
-jobs = [Job(i, f"job{{i}}", [], {python(slow + "; time.sleep(60)")!r}, Path({str(tmp_path)!r}) / f"job{{i}}.log") for i in range(2)]
+command, here = {python(slow + "; time.sleep(60)")!r}, Path({str(tmp_path)!r})
+jobs = [Job(i, f"job{{i}}", [], command, here / f"job{{i}}.log") for i in range(2)]
 try:
     with listening():
-        Local(jobs={jobs}, threads=1, devices=None, first_alone=False).run(jobs, lambda job, how: None, None)
+        launcher = Local(jobs={jobs}, threads=1, devices=None, first_alone=False)
+        launcher.run(jobs, lambda job, how: None, None)
 except Stopped as stopped:
     sys.exit(stopped.exit_status)
 """
@@ -413,9 +428,15 @@ except Stopped as stopped:
     sys.platform != "linux", reason="only Linux tells a process of its parent's death"
 )
 def test_a_job_ends_when_its_sweep_is_killed(tmp_path):
-    child = "import sys; sys.path.insert(0, '.'); from sae_experiments.stopping import end_with_parent; end_with_parent(); "
+    child = (
+        "import sys; sys.path.insert(0, '.'); from sae_experiments.stopping import end_with_parent;"
+        " end_with_parent(); "
+    )
     child += "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    code = f"from sae_experiments.sweeps.launchers import run_command; run_command({[sys.executable, '-c', child]!r}, {str(tmp_path / 'log')!r}, {{}}, '.')"
+    code = (
+        "from sae_experiments.sweeps.launchers import run_command;"
+        f" run_command({[sys.executable, '-c', child]!r}, {str(tmp_path / 'log')!r}, {{}}, '.')"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     limit = time.monotonic() + 20
     while (
@@ -526,7 +547,8 @@ def test_the_first_job_runs_before_the_others_where_the_launcher_asks_for_it(swe
     assert swept("out_dir=a", "sae=topk", "sae.target_l0=1,2,3")[0] == 0 and parts == [1, 2]
 
 
-# ------------------------------------------------------------------------------------------------ searches
+# ------------------------------------------------------------------------------------------------
+# searches
 
 LR = "fit.train.lr=tag(log,interval(1e-4,1e-1))"
 optuna_here = pytest.mark.skipif(
@@ -561,9 +583,12 @@ def search(tmp_path: Path, *overrides: str, stop_after: int | None = None) -> tu
             else bowl(argv)
         )
 
-    return sweep(
-        CONF, [*SMALL, "out_dir=s", "sae=topk", LR, "search.metric=sae_fvu", *overrides], here
-    ), bowl
+    return (
+        sweep(
+            CONF, [*SMALL, "out_dir=s", "sae=topk", LR, "search.metric=sae_fvu", *overrides], here
+        ),
+        bowl,
+    )
 
 
 @optuna_here
@@ -690,7 +715,8 @@ def test_a_search_without_optuna_says_how_to_get_it(tmp_path, monkeypatch):
         _ = Search(tmp_path, spec, [Axis("a", ["1"])], []).study
 
 
-# ------------------------------------------------------------------------------------------------ the real thing
+# ------------------------------------------------------------------------------------------------
+# the real thing
 
 
 @pytest.mark.slow

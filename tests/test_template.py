@@ -45,7 +45,9 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 class Scientist:
-    """The experiment step of The AI Scientist, version 1: it types one command and reads one file."""
+    """The experiment step of The AI Scientist, version 1: it types one command and reads one
+    file.
+    """
 
     def __init__(self, template_folder: Path, results: Path) -> None:
         self.folder = results / "idea"
@@ -206,7 +208,8 @@ def test_a_wrong_word_is_told_in_one_line():
         template.main(["x", "--for", "evolution", "--baseline"])
 
 
-# ------------------------------------------------------------------------------------------------ evolution
+# ------------------------------------------------------------------------------------------------
+# evolution
 
 
 @pytest.fixture
@@ -247,7 +250,8 @@ def test_a_program_gets_a_score_and_one_at_another_l0_none(evaluator, monkeypatc
     assert evaluator.evaluate("wrong.py")["combined_score"] == 0
 
 
-# ------------------------------------------------------------------------------------------------ tree search
+# ------------------------------------------------------------------------------------------------
+# tree search
 
 #: Executes a file as these harnesses do: empty namespace, bare output object, foreign arguments.
 EXECUTOR = """

@@ -1,4 +1,6 @@
-"""The training loop: schedules, phases, bits that survive a kill, and errors that name what went wrong."""
+"""The training loop: schedules, phases, bits that survive a kill, and errors that name what
+went wrong.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ OPTIMIZERS = ["adam", "adamw", "muon"]
 
 
 class Toy(Learner):
-    """Two layers with dropout from the global generator, noise from the loop's own, and a buffer that each update changes."""
+    """Two layers with dropout from the global generator, noise from the loop's own, and a
+    buffer that each update changes.
+    """
 
     def __init__(
         self,
@@ -116,7 +120,8 @@ def killed_at(step: int) -> Any:
     return batches
 
 
-# ------------------------------------------------------------------------------------------------ learning rate
+# ------------------------------------------------------------------------------------------------
+# learning rate
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -200,7 +205,8 @@ def test_a_number_that_cannot_work_is_one_line_that_names_key_and_value(key, val
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------ same bits
+# ------------------------------------------------------------------------------------------------
+# same bits
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -321,10 +327,7 @@ def test_two_learners_side_by_side_equal_each_alone():
 
 def test_two_learners_resume_together(tmp_path):
     def make(init):
-        return [
-            Toy("a", optimizer="adamw", init=init),
-            Toy("b", optimizer="muon", init=init + 1),
-        ]
+        return [Toy("a", optimizer="adamw", init=init), Toy("b", optimizer="muon", init=init + 1)]
 
     straight, second = make(0), make(50)
     whole = run(*straight)
@@ -336,7 +339,8 @@ def test_two_learners_resume_together(tmp_path):
     assert resumed.history == whole.history
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------------------------------
+# checkpoints
 
 
 def truncate(path: Path) -> None:
@@ -384,7 +388,8 @@ def test_no_checkpoint_is_written_more_often_than_asked(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------ phases
+# ------------------------------------------------------------------------------------------------
+# phases
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -487,7 +492,8 @@ def test_progress_runs_from_zero_towards_one_in_every_phase():
     assert [p for name, p in seen if name == "b"] == pytest.approx([i / 6 for i in range(6)])
 
 
-# ------------------------------------------------------------------------------------------------ optimisers
+# ------------------------------------------------------------------------------------------------
+# optimisers
 
 
 class Flat(Toy):
@@ -581,11 +587,14 @@ def test_gradients_are_clipped_to_their_common_norm():
     )
 
 
-# ------------------------------------------------------------------------------------------------ non-finite numbers
+# ------------------------------------------------------------------------------------------------
+# non-finite numbers
 
 
 class Broken(Toy):
-    """From step 3 on, one term is ``bad``; with ``gradient`` the loss is finite and its gradient is not."""
+    """From step 3 on, one term is ``bad``; with ``gradient`` the loss is finite and its
+    gradient is not.
+    """
 
     bad = math.nan
     gradient = False

@@ -1,4 +1,6 @@
-"""Options that are text mean what was typed: in plans, single runs, sweeps and their jobs alike, whatever the characters."""
+"""Options that are text mean what was typed: in plans, single runs, sweeps and their jobs
+alike, whatever the characters.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ from sae_experiments.sweeps import jobs as sweeps
 from sae_experiments.sweeps.launchers import Job, Local
 
 PLANNED = yaml.safe_load((CONF / "plan" / "variants.yaml").read_text())["runs"]
-#: What people call things, and what Hydra, YAML, shells or file systems may take for something else.
+#: What people call things, and what Hydra, YAML, shells or file systems may take for something
+#: else.
 KNOWN = (
     "run_0",
     "run_1",
@@ -164,7 +167,9 @@ def names(n: int, seed: int) -> list[str]:
 
 
 def quoted(text: str, mark: str) -> str:
-    """``text`` between quotes, as Hydra's documentation says: a backslash before a quote, and before those that stand before one."""
+    """``text`` between quotes, as Hydra's documentation says: a backslash before a quote, and
+    before those that stand before one.
+    """
     out, slashes = "", 0
     for c in text:
         out += "\\" * (slashes + 1) if c == mark else ""
@@ -174,7 +179,9 @@ def quoted(text: str, mark: str) -> str:
 
 
 def ways(text: str) -> dict[str, bool]:
-    """How a text may be typed, and whether that is certain to mean it (a text with its own quotes may lose them)."""
+    """How a text may be typed, and whether that is certain to mean it (a text with its own
+    quotes may lose them).
+    """
     plain = text == text.strip() and text[:1] not in ("'", '"') and text.lower() != "null"
     return {text: plain, quoted(text, '"'): True, quoted(text, "'"): True}
 
@@ -194,7 +201,9 @@ def may_be(key: str, text: str) -> bool:
 
 
 def read(key: str, typed: str) -> Any:
-    """What comes out of the reader and of Hydra, which must agree; the error where it is refused."""
+    """What comes out of the reader and of Hydra, which must agree; the error where it is
+    refused.
+    """
     try:
         text = text_of(f"{key}={typed}")
     except UserError as error:
@@ -286,7 +295,9 @@ class Began(Exception):
 def typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Any]:
-    """Type a command line: what comes back are the settings of the run that would begin, or the one line of the error."""
+    """Type a command line: what comes back are the settings of the run that would begin, or the
+    one line of the error.
+    """
     here = tmp_path / "here"
     here.mkdir()
 
@@ -312,7 +323,9 @@ def typed(
 
 
 def check(typed: Callable[..., Any], text: str, most: int = 2) -> bool:
-    """All text options at once are ``text``, and so is what is looked up in the plan; or the line names what is wrong."""
+    """All text options at once are ``text``, and so is what is looked up in the plan; or the
+    line names what is wrong.
+    """
     keys = ("out_dir", "label", "cache", "runs_root", "data.text8.file")
     for way in [way for way, certain in ways(text).items() if certain][:most]:
         found = typed(*(f"{key}={way}" for key in keys))

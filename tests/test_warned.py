@@ -1,4 +1,6 @@
-"""What is worse than it looks is said: in the log, the record, the closing table, the comparison and the report, and in no mean."""
+"""What is worse than it looks is said: in the log, the record, the closing table, the
+comparison and the report, and in no mean.
+"""
 
 from __future__ import annotations
 
@@ -180,7 +182,8 @@ def test_a_run_says_it_everywhere_but_in_the_means(
         return dict.fromkeys(cell.reports, found)
 
     study = Fake(datasets=("a",), act=act)
-    study.prepare = lambda ctx: {"a": {"corpus": "a", "dropped_frac": 0.25}}  # type: ignore[method-assign]
+    # type: ignore[method-assign]
+    study.prepare = lambda ctx: {"a": {"corpus": "a", "dropped_frac": 0.25}}
     folder = tmp_path / "runs" / "r"
     go(study, folder)
     log = capsys.readouterr().out

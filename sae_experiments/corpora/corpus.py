@@ -1,4 +1,6 @@
-"""Character corpora: found or fetched, verified, encoded once into a memory-mapped file, read as windows. The network is in ``fetch``."""
+"""Character corpora: found or fetched, verified, encoded once into a memory-mapped file, read
+as windows. The network is in ``fetch``.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ CHOICES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusSpec:
-    """Where a corpus comes from, how to know it, and how to split it. Raises :class:`UserError` for values that cannot work."""
+    """Where a corpus comes from, how to know it, and how to split it. Raises :class:`UserError`
+    for values that cannot work.
+    """
 
     name: str
     sources: list[
@@ -62,9 +66,9 @@ class CorpusSpec:
     bytes: int | None  # of the whole text, as its checksums
     sha256: str | None
     md5: str | None = None
-    local_names: list[
-        str
-    ]  # of the whole text in the folder SAE_DATA_DIR; "<name>-head-<n>" there holds its first n bytes
+    # File names of the whole text in the folder SAE_DATA_DIR; "<name>-head-<n>" there holds its
+    # first n bytes.
+    local_names: list[str]
     head: int | None  # use the first n bytes only: a corpus of its own
     heads: dict[str, int | None] = field(
         default_factory=dict
@@ -85,11 +89,13 @@ class CorpusSpec:
         for key, allowed in CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise UserError(
-                    f"data.{self.name}.{key}={getattr(self, key)} is not one of {', '.join(allowed)}"
+                    f"data.{self.name}.{key}={getattr(self, key)} is not one of"
+                    f" {', '.join(allowed)}"
                 )
         if not (self.val_frac > 0 and self.test_frac >= 0 and self.val_frac + self.test_frac < 1):
             raise UserError(
-                f"data.{self.name}: val_frac={self.val_frac} must be above 0, test_frac={self.test_frac} at least 0, their sum below 1"
+                f"data.{self.name}: val_frac={self.val_frac} must be above 0,"
+                f" test_frac={self.test_frac} at least 0, their sum below 1"
             )
         most = self.bytes if self.file is None else None
         if self.head is not None and (
@@ -98,7 +104,8 @@ class CorpusSpec:
             or (most is not None and self.head > most)
         ):
             raise UserError(
-                f"data.{self.name}.head={self.head} must be a number of bytes{f' up to {most:,}' if most else ''}, or null for all"
+                f"data.{self.name}.head={self.head} must be a number of"
+                f" bytes{f' up to {most:,}' if most else ''}, or null for all"
             )
         for source in self.sources:
             kind = source.get("archive")
@@ -108,13 +115,15 @@ class CorpusSpec:
                 or (kind == "zip" and not source.get("member"))
             ):
                 raise UserError(
-                    f"data.{self.name}.sources: {dict(source)} needs url, bytes, archive (null, gz or zip) and, for a zip, member"
+                    f"data.{self.name}.sources: {dict(source)} needs url, bytes, archive (null, gz"
+                    " or zip) and, for a zip, member"
                 )
             if self.bytes is None or not (
                 source.get("sha256") or source.get("md5") or self.sha256 or self.md5
             ):
                 raise UserError(
-                    f"data.{self.name}.sources: {source['url']} cannot be verified; give bytes and a sha256 (or md5) of the text"
+                    f"data.{self.name}.sources: {source['url']} cannot be verified; give bytes and"
+                    " a sha256 (or md5) of the text"
                 )
 
     @property
@@ -134,7 +143,9 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CharCorpus:
-    """An encoded corpus: ``splits`` are memory maps of symbol ids, ``symbols`` the characters in the order of their code points."""
+    """An encoded corpus: ``splits`` are memory maps of symbol ids, ``symbols`` the characters
+    in the order of their code points.
+    """
 
     name: str
     splits: dict[str, np.ndarray]
@@ -152,7 +163,9 @@ class CharCorpus:
         return window_starts(len(self._split(split)), length)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the characters of ``text``. Raises :class:`UserError` for one that the corpus does not have."""
+        """Ids of the characters of ``text``. Raises :class:`UserError` for one that the corpus
+        does not have.
+        """
         known, points = (
             self._points(),
             np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4"),
@@ -160,12 +173,15 @@ class CharCorpus:
         ids = np.searchsorted(known, points).clip(max=len(known) - 1)
         if (wrong := np.flatnonzero(known[ids] != points)).size:
             raise UserError(
-                f"the corpus {self.name} has no character {text[wrong[0]]!r} (at position {wrong[0]} of the text to encode)"
+                f"the corpus {self.name} has no character {text[wrong[0]]!r} (at position"
+                f" {wrong[0]} of the text to encode)"
             )
         return ids.astype(self.splits["train"].dtype)
 
     def decode(self, ids: Any) -> str:
-        """The text of ``ids`` (a list, an array or a tensor, flattened). Raises :class:`UserError` for an id out of range."""
+        """The text of ``ids`` (a list, an array or a tensor, flattened). Raises
+        :class:`UserError` for an id out of range.
+        """
         array = (
             np.asarray(ids.detach().cpu() if isinstance(ids, torch.Tensor) else ids)
             .reshape(-1)
@@ -173,29 +189,36 @@ class CharCorpus:
         )
         if array.size and not 0 <= array.min() <= array.max() < len(self.symbols):
             raise UserError(
-                f"the corpus {self.name} has symbols 0 to {len(self.symbols) - 1}, not {array.min()} to {array.max()}"
+                f"the corpus {self.name} has symbols 0 to {len(self.symbols) - 1}, not"
+                f" {array.min()} to {array.max()}"
             )
         return self._points()[array].tobytes().decode("utf-32-le", "surrogatepass")
 
     def batch_at(
         self, split: str, step: int, *, rows: int, length: int, seed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets (the inputs shifted by one), int64 (rows, length), at offsets drawn from (seed, step) alone."""
+        """Inputs and targets (the inputs shifted by one), int64 (rows, length), at offsets
+        drawn from (seed, step) alone.
+        """
         room = len(self._split(split)) - length
         if room < 1:
             raise UserError(
-                f"the {split} split of {self.name} has {room + length:,} characters: too few for windows of {length} and their targets"
+                f"the {split} split of {self.name} has {room + length:,} characters: too few for"
+                f" windows of {length} and their targets"
             )
         chance = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step])))
         both = self.windows(split, chance.integers(0, room, size=rows), length + 1)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
     def windows(self, split: str, starts: np.ndarray, length: int) -> torch.Tensor:
-        """The windows of ``length`` ids that begin at ``starts``, int64 (n, length). Raises :class:`UserError` if one does not fit."""
+        """The windows of ``length`` ids that begin at ``starts``, int64 (n, length). Raises
+        :class:`UserError` if one does not fit.
+        """
         ids, starts = self._split(split), np.asarray(starts, dtype=np.int64)
         if starts.size and not 0 <= starts.min() <= starts.max() <= len(ids) - length:
             raise UserError(
-                f"windows of {length} at {starts.min()} to {starts.max()} are not inside the {len(ids):,} characters of {split}"
+                f"windows of {length} at {starts.min()} to {starts.max()} are not inside the"
+                f" {len(ids):,} characters of {split}"
             )
         return torch.from_numpy(
             np.lib.stride_tricks.sliding_window_view(ids, length)[starts].astype(np.int64)
@@ -262,10 +285,11 @@ def load_corpus(
     say: Callable[[str], None] = print,
     _network: fetch.Network = fetch.NETWORK,
 ) -> CharCorpus:
-    """The corpus of ``spec`` from, in this order: ``spec.file``, the folder SAE_DATA_DIR, ``cache``, the network, a stand-in.
+    """The corpus of ``spec`` from, in this order: ``spec.file``, the folder SAE_DATA_DIR,
+    ``cache``, the network, a stand-in.
 
-    Raises :class:`UserError`, in one line, for a file that is missing, too short or not what its checksum says, and where nothing is
-    found and ``spec.stand_in`` is "never".
+    Raises :class:`UserError`, in one line, for a file that is missing, too short or not what
+    its checksum says, and where nothing is found and ``spec.stand_in`` is "never".
     """
     remedy = standin.remedy(spec.name, (spec.local_names or [spec.name])[0], spec.facts, spec.head)
 
@@ -306,7 +330,9 @@ def load_corpus(
 
 
 def _local(spec: CorpusSpec) -> Text | None:
-    """The file that the user names or keeps in SAE_DATA_DIR; one that is not what it should be is an error, never passed over."""
+    """The file that the user names or keeps in SAE_DATA_DIR; one that is not what it should be
+    is an error, never passed over.
+    """
     if spec.file is not None:
         path = Path(spec.file).expanduser()
         return Text(path, path.name, "file", False) if path.is_file() else None
@@ -340,19 +366,23 @@ def _check(spec: CorpusSpec, path: Path, **facts: Any) -> None:
         fetch.verify(path, str(path), **facts)
     except fetch.BrokenError as error:
         raise UserError(
-            f"data.{spec.name}: {error}; replace it, or use it as it is with data.{spec.name}.file={path}"
+            f"data.{spec.name}: {error}; replace it, or use it as it is with"
+            f" data.{spec.name}.file={path}"
         ) from None
 
 
 def _encoded(spec: CorpusSpec, text: Text, cache: Path) -> CharCorpus:
-    """Encode ``text`` unless these very bytes were encoded before, and remember where they came from."""
+    """Encode ``text`` unless these very bytes were encoded before, and remember where they came
+    from.
+    """
     whole, stand_in = text.path.stat().st_size, text.kind == "stand-in"
     size = whole if stand_in or spec.head is None else spec.head
     if whole == 0:
         raise UserError(f"data.{spec.name}: {text.path} is empty")
     if size > whole:
         raise UserError(
-            f"data.{spec.name}.head={size} is more than the {whole:,} bytes of {text.path}; ask for fewer, or null for the whole text"
+            f"data.{spec.name}.head={size} is more than the {whole:,} bytes of {text.path}; ask for"
+            " fewer, or null for the whole text"
         )
     sha256, cut = (
         fetch.checksum(text.path, head=None if size == whole else size),
@@ -385,7 +415,9 @@ def _encoded(spec: CorpusSpec, text: Text, cache: Path) -> CharCorpus:
 
 
 def _remembered(spec: CorpusSpec, cache: Path) -> CharCorpus | None:
-    """What ``spec`` gave the last time that its text was at hand, so that a folder that is gone does not stop a run from going on."""
+    """What ``spec`` gave the last time that its text was at hand, so that a folder that is gone
+    does not stop a run from going on.
+    """
 
     def gone(folder: Path) -> None:
         raise LookupError("the encoded text was deleted or damaged, and its source is not at hand")
@@ -405,12 +437,9 @@ def _remembered(spec: CorpusSpec, cache: Path) -> CharCorpus | None:
 
 def _pointer(spec: CorpusSpec, cache: Path) -> Path:
     file = None if spec.file is None else str(Path(spec.file).expanduser().absolute())
-    return (
-        cache
-        / "corpora"
-        / "last"
-        / f"{digest([spec.name, spec.head, file, spec.facts, spec.encoding, spec.val_frac, spec.test_frac])}.json"
-    )
+    fracs = [spec.val_frac, spec.test_frac]
+    name = digest([spec.name, spec.head, file, spec.facts, spec.encoding, *fracs])
+    return cache / "corpora" / "last" / f"{name}.json"
 
 
 def _key(spec: CorpusSpec, sha256: str, cut: bool) -> dict[str, Any]:
@@ -444,7 +473,9 @@ def _open(spec: CorpusSpec, folder: Path, origin: dict[str, Any]) -> CharCorpus:
 
 
 def _write(folder: Path, spec: CorpusSpec, path: Path, size: int, sha256: str, cut: bool) -> None:
-    """Two passes in blocks: which symbols there are, then their ids, one split after the other, into ``ids.bin``."""
+    """Two passes in blocks: which symbols there are, then their ids, one split after the other,
+    into ``ids.bin``.
+    """
     if spec.encoding == "utf-8" and (other := other_format(path)):
         raise UserError(
             f"data.{spec.name}: {path} is {other}, not a text in UTF-8; {_remedy(path, other)}"
@@ -495,7 +526,9 @@ def _remedy(path: Path, found: str) -> str:
 
 
 def _remedy_for_bytes(name: str, data: bytes) -> str:
-    """What to do about bytes that are no UTF-8: a zero byte stands in no text, whatever its encoding."""
+    """What to do about bytes that are no UTF-8: a zero byte stands in no text, whatever its
+    encoding.
+    """
     if 0 in data:
         return "it holds zero bytes: name a file of text"
     return f"convert it, or make each byte a symbol with data.{name}.encoding=latin-1"
@@ -504,7 +537,9 @@ def _remedy_for_bytes(name: str, data: bytes) -> str:
 def _blocks(
     path: Path, size: int, spec: CorpusSpec, cut: bool, sha256: str
 ) -> Iterator[np.ndarray]:
-    """Code points of the first ``size`` bytes; a character that a ``cut`` text breaks off in its middle is left out."""
+    """Code points of the first ``size`` bytes; a character that a ``cut`` text breaks off in
+    its middle is left out.
+    """
     decoder, read, left = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), size
     with open(path, "rb") as f:
         while left and (data := f.read(min(BLOCK, left))):
@@ -528,7 +563,9 @@ def _blocks(
 
 
 def _counts(spec: CorpusSpec, n: int) -> dict[str, int]:
-    """Characters of each split. Exact fractions: n * (1 - .05 - .05) in floating point is one character short of 90 %."""
+    """Characters of each split. Exact fractions: n * (1 - .05 - .05) in floating point is one
+    character short of 90 %.
+    """
     val, test = Fraction(str(spec.val_frac)), Fraction(str(spec.test_frac))
     counts = {"train": int(n * (1 - val - test)), "val": 0, "test": int(n * test)}
     counts["val"] = n - counts["train"] - counts["test"]
@@ -536,6 +573,7 @@ def _counts(spec: CorpusSpec, n: int) -> dict[str, int]:
         del counts["test"]
     if min(counts.values()) < 2:
         raise UserError(
-            f"data.{spec.name}: {n:,} characters are too few to split: {counts} must have at least 2 each"
+            f"data.{spec.name}: {n:,} characters are too few to split: {counts} must have at least"
+            " 2 each"
         )
     return counts

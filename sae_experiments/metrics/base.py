@@ -103,7 +103,7 @@ class EvalContext:
     replicas: tuple[SAE, ...] = ()
     """The same SAE fitted to the same activations with other seeds."""
     extras: dict[str, Any] = field(default_factory=dict)
-    """Values that only some studies provide (`"truth"`, `"latents"`), and values that metrics share."""
+    """Values of some studies (`"truth"`, `"latents"`), and values that metrics share."""
 
     @property
     def vocabulary(self) -> int:

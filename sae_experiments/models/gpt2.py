@@ -1,4 +1,6 @@
-"""A character GPT-2: building, training, evaluation and sampling. The only module that imports transformers."""
+"""A character GPT-2: building, training, evaluation and sampling. The only module that imports
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -91,14 +93,17 @@ INFO = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LMSpec:
-    """A GPT-2 and its recipe. Entries of ``train`` that are null are taken from the corpus's published recipe.
+    """A GPT-2 and its recipe. Entries of ``train`` that are null are taken from the corpus's
+    published recipe.
 
-    ``precision``: fp32, bf16 (autocast) or auto, which is bf16 where the device multiplies bf16 faster and the model is wide
-    enough for that to pay. ``freeze_bias`` keeps every bias of the blocks at zero, which is a GPT-2 without biases.
-    With ``train.optimizer=muon``, blocks below number ``muon_writes_from`` leave the matrices that write into the residual stream to AdamW
-    at ``adam_writes_lr`` times its rate: Muon gives every direction of the stream equal weight, and an SAE there needs far more latents.
-    ``tied``: the output matrix is the token embedding. ``embedding_std``: standard deviation that the token and position embeddings and the
-    output matrix are drawn with (None: GPT-2's 0.02).
+    ``precision``: fp32, bf16 (autocast) or auto, which is bf16 where the device multiplies bf16
+    faster and the model is wide enough for that to pay. ``freeze_bias`` keeps every bias of the
+    blocks at zero, which is a GPT-2 without biases. With ``train.optimizer=muon``, blocks below
+    number ``muon_writes_from`` leave the matrices that write into the residual stream to AdamW
+    at ``adam_writes_lr`` times its rate: Muon gives every direction of the stream equal weight,
+    and an SAE there needs far more latents. ``tied``: the output matrix is the token embedding.
+    ``embedding_std``: standard deviation that the token and position embeddings and the output
+    matrix are drawn with (None: GPT-2's 0.02).
     """
 
     n_layer: int
@@ -151,7 +156,8 @@ class LMSpec:
             raise UserError(f"lm.dropout={self.dropout} must lie in [0, 1)")
         if self.activation_function not in ACT2FN:
             raise UserError(
-                f"lm.activation_function={self.activation_function!r} is not one that transformers knows, for example gelu_pytorch_tanh, gelu, relu"
+                f"lm.activation_function={self.activation_function!r} is not one that transformers"
+                " knows, for example gelu_pytorch_tanh, gelu, relu"
             )
         if self.embedding_std is not None and not self.embedding_std > 0:
             raise UserError(
@@ -170,7 +176,9 @@ class LMSpec:
 
 
 class TrainedLM(NamedTuple):
-    """A trained model, its numbers, its curves, its folder (a ``save_pretrained`` directory) and the key of everything made from it."""
+    """A trained model, its numbers, its curves, its folder (a ``save_pretrained`` directory)
+    and the key of everything made from it.
+    """
 
     model: GPT2LMHeadModel
     metrics: dict[str, float | None]
@@ -181,7 +189,8 @@ class TrainedLM(NamedTuple):
     cut: bool
 
 
-#: Bytes of activations that training keeps for each position, block and unit of width; for each pair of positions that attention keeps, by
+#: Bytes of activations that training keeps for each position, block and unit of width; for each
+#: pair of positions that attention keeps, by
 #: (bf16, dropout). Measured at the peak of a step.
 STREAM_BYTES, PAIR_BYTES = (
     84,
@@ -192,7 +201,8 @@ STREAM_BYTES, PAIR_BYTES = (
 def training_need(spec: LMSpec, cfg: TrainConfig, vocab_size: int, device: torch.device) -> Need:
     """Memory of training at its peak, to about a third, and the operations of all steps.
 
-    Attention keeps its weights for every pair of positions where it is worked out as plain products (on a CPU in bf16 or with dropout).
+    Attention keeps its weights for every pair of positions where it is worked out as plain
+    products (on a CPU in bf16 or with dropout).
     """
     rows = cfg.batch_size * spec.n_positions
     n_params = 12 * spec.n_layer * spec.n_embd**2 + (spec.n_positions + vocab_size) * spec.n_embd
@@ -217,7 +227,9 @@ def training_need(spec: LMSpec, cfg: TrainConfig, vocab_size: int, device: torch
 
 
 def build_lm(spec: LMSpec, vocab_size: int, *, seed: int) -> GPT2LMHeadModel:
-    """A GPT-2 with GPT-2's initialisation (residual projections scaled by 1/sqrt(2 n_layer)), weights drawn from ``seed``."""
+    """A GPT-2 with GPT-2's initialisation (residual projections scaled by 1/sqrt(2 n_layer)),
+    weights drawn from ``seed``.
+    """
     config = GPT2Config(
         vocab_size=vocab_size,
         n_layer=spec.n_layer,
@@ -356,7 +368,9 @@ def train_lm(
     session: Session,
     tokenizer: Tokenizer | None = None,
 ) -> TrainedLM:
-    """The language model of (spec, corpus, seed): from the cache, or trained now, continuing where a killed process stopped."""
+    """The language model of (spec, corpus, seed): from the cache, or trained now, continuing
+    where a killed process stopped.
+    """
     cfg = spec.train_config(recipe)
     key = {
         "what": "lm",
@@ -454,8 +468,9 @@ def generate(
 ) -> Tensor:
     """Sample ``n`` characters after ``prompt`` (rows, length); returns (rows, length + n).
 
-    A key/value cache makes each step cost one position. When the context is full, the cache is rebuilt from the last half of it: GPT-2's
-    positions are absolute, so a window that slid by one would have to be recomputed whole at every character.
+    A key/value cache makes each step cost one position. When the context is full, the cache is
+    rebuilt from the last half of it: GPT-2's positions are absolute, so a window that slid by
+    one would have to be recomputed whole at every character.
     """
     model.eval()
     limit = model.config.n_positions
@@ -487,7 +502,9 @@ def _prompt_id(corpus: CharCorpus | TokenCorpus, prompt: str) -> int:
 def sampling_rate(
     model: GPT2LMHeadModel, corpus: CharCorpus | TokenCorpus, spec: LMSpec, *, seed: int
 ) -> float | None:
-    """Mean over ``spec.samples`` samples, made one by one, of characters generated per second (None when no sample is asked for)."""
+    """Mean over ``spec.samples`` samples, made one by one, of characters generated per second
+    (None when no sample is asked for).
+    """
     if not spec.samples:
         return None
     device = next(model.parameters()).device

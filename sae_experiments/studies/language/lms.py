@@ -191,7 +191,8 @@ class Models:
             )
         model, key = self._load(self.lm, ctx)
         metrics = _losses(model, key, self.lm, text.corpus, ctx.cache, session.tick)
-        return TrainedLM(model, metrics, [], self.lm.folder, key, 0.0, False)  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        return TrainedLM(model, metrics, [], self.lm.folder, key, 0.0, False)
 
 
 def _losses(

@@ -1,4 +1,6 @@
-"""Batches with a second view of their rows: what the model makes of the same positions after some of the earlier characters were replaced."""
+"""Batches with a second view of their rows: what the model makes of the same positions after
+some of the earlier characters were replaced.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ from sae_experiments.training.loop import seed_of
 
 
 class SecondView:
-    """A twin of the training store, over the same windows with every character replaced with probability ``share`` by another one.
+    """A twin of the training store, over the same windows with every character replaced with
+    probability ``share`` by another one.
 
-    ``batch_at`` gives the batches of ``stores`` with ``alt`` filled in. A row whose own character was replaced is its own second view: only
-    what came before a position may differ.
+    ``batch_at`` gives the batches of ``stores`` with ``alt`` filled in. A row whose own
+    character was replaced is its own second view: only what came before a position may differ.
     """
 
     def __init__(self, stores: Stores, read: Where, share: float, ctx: Context) -> None:
@@ -57,7 +60,9 @@ class SecondView:
         ).flatten()
 
     def replaced(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Ids (n, T) of the windows at ``starts`` with replacements, and where these are; a function of each window alone."""
+        """Ids (n, T) of the windows at ``starts`` with replacements, and where these are; a
+        function of each window alone.
+        """
         length = self.stores.train.length
         ids = self.stores.corpus.windows(self.stores.train.split, starts, length)
         symbols = max(self.stores.corpus.vocabulary, 2)

@@ -1,4 +1,6 @@
-"""The activations a cell needs: rows to train on, rows kept for calibration, held-out rows; and the batches made from them."""
+"""The activations a cell needs: rows to train on, rows kept for calibration, held-out rows; and
+the batches made from them.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,13 @@ DOCUMENT = 8
 
 
 class Stores:
-    """Three stores over one language model; train and calibration windows are disjoint, held-out ones come from the validation split.
+    """Three stores over one language model; train and calibration windows are disjoint,
+    held-out ones come from the validation split.
 
-    The held-out windows, and so their rows, stand in an order in which the first ones, however many, are spread over the whole split
-    (:func:`.sampling.spread_order`); eight neighbours at a time stay together, which is what metrics take for a document. The rows of the
-    other two follow the text.
+    The held-out windows, and so their rows, stand in an order in which the first ones, however
+    many, are spread over the whole split (:func:`.sampling.spread_order`); eight neighbours at
+    a time stay together, which is what metrics take for a document. The rows of the other two
+    follow the text.
     """
 
     def __init__(
@@ -156,7 +160,9 @@ class Stores:
         )
 
     def ordered(self, order: int) -> Stores:
-        """The same stores, with batches and initial rows in the order of another seed: what a fit from another seed sees."""
+        """The same stores, with batches and initial rows in the order of another seed: what a
+        fit from another seed sees.
+        """
         other = copy.copy(self)
         other.order = order
         return other
@@ -172,7 +178,9 @@ class Stores:
         return self._batch(self.index_at(step), read, write)
 
     def windows_at(self, step: int, read: Where, write: Site) -> Batch:
-        """Whole windows of one step with the rest of the language model behind them, about as many rows as a plain batch."""
+        """Whole windows of one step with the rest of the language model behind them, about as
+        many rows as a plain batch.
+        """
         length = self.train.length
         n = max(1, self.fit.train.batch_size // length)
         windows = np.random.default_rng([self.order, step]).choice(
@@ -188,9 +196,11 @@ class Stores:
         x = self.train.rows(read, index).to(self.device, non_blocking=True)
         return Batch(
             x,
-            x
-            if read == write
-            else self.train.rows(write, index).to(self.device, non_blocking=True),
+            (
+                x
+                if read == write
+                else self.train.rows(write, index).to(self.device, non_blocking=True)
+            ),
         )
 
     def sample(self, read: Where, write: Where) -> Sample:
@@ -251,8 +261,9 @@ def announce_memory(
 
 
 def effect_of(model: nn.Module, site: Site, tokens: Tensor, recon: Tensor) -> dict[str, Tensor]:
-    """Effect of a reconstruction (B*T, D) at `site`: ``kl``, mean KL(p || p') of the next character, and ``later``, the mean over later
-    blocks of the error it causes in the residual stream relative to that stream's variance. Differentiable in ``recon``.
+    """Effect of a reconstruction (B*T, D) at `site`: ``kl``, mean KL(p || p') of the next
+    character, and ``later``, the mean over later blocks of the error it causes in the residual
+    stream relative to that stream's variance. Differentiable in ``recon``.
     """
     n_layer = len(blocks_of(model))
     first = site.layer + (site.stream == "resid")

@@ -1,4 +1,5 @@
-"""The main study: a language model, SAEs fitted to its activations, their evaluation on held-out text.
+"""The main study: a language model, SAEs fitted to its activations, their evaluation on
+held-out text.
 
 The model is trained here, on characters or byte pairs, or pretrained.
 """
@@ -37,14 +38,7 @@ from sae_experiments.saes import saelens as interop
 from sae_experiments.saes.base import SAE, NotExportable
 from sae_experiments.source import source_digest
 from sae_experiments.studies import conditions as facts
-from sae_experiments.studies.base import (
-    Cell,
-    Context,
-    Outcome,
-    check_held_out,
-    infos_of,
-    part_of,
-)
+from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, infos_of, part_of
 from sae_experiments.studies.language import loaded, second_view
 from sae_experiments.studies.language import stores as stores_module
 from sae_experiments.studies.language.lms import (
@@ -101,7 +95,9 @@ class Language:
     fit: FitSpec
     site: str
     seeds: Sequence[int] | None
-    replicas: int = 0  # further fits of every SAE to the same activations, from other seeds (weights and order of the batches): what seed stability is measured with
+    # further fits of every SAE to the same activations, from other seeds (weights and order of the
+    # batches): what seed stability is measured with
+    replicas: int = 0
     offline: bool = False
     held_out: str = "val"
     steering: int = 0  # most rule-like latents whose steered continuations are shown
@@ -149,7 +145,8 @@ class Language:
             or any(not isinstance(s, int) or s < 0 for s in self.seeds)
         ):
             raise UserError(
-                f"seeds={self.seeds} must be a list of whole numbers like [0,1,2], or null for each corpus's own"
+                f"seeds={self.seeds} must be a list of whole numbers like [0,1,2], or null for each"
+                " corpus's own"
             )
         for sae_spec in self.saes.values():
             read, write = self.sites(sae_spec)
@@ -211,15 +208,17 @@ class Language:
             self._texts[name], self._corpora[name] = text, text.corpus
         self.models.prepare(ctx)
         return {
-            self.result_name(name, sae): self._corpora[name].provenance
-            | part_of(self.held_out)
-            | loaded.origin(sae_spec)
+            self.result_name(name, sae): (
+                self._corpora[name].provenance | part_of(self.held_out) | loaded.origin(sae_spec)
+            )
             for name in self.data
             for sae, sae_spec in self.saes.items()
         }
 
     def result_name(self, dataset: str, sae: str) -> str:
-        """The name results appear under: the corpus, and the SAE's label where several are fitted."""
+        """The name results appear under: the corpus, and the SAE's label where several are
+        fitted.
+        """
         return dataset if len(self.saes) == 1 else f"{dataset}.{sae}"
 
     def cells(self) -> list[Cell]:
@@ -283,7 +282,9 @@ class Language:
         return {"model_name": lm.spec.name, "context_size": lm.context, "prepend_bos": begin}
 
     def fitted(self, stores: Stores, cell: Cell, ctx: Context) -> dict[str, tuple[SAE, FitReport]]:
-        """The SAEs of a cell, each from the cache if it was fitted before; the others are fitted now, side by side."""
+        """The SAEs of a cell, each from the cache if it was fitted before; the others are
+        fitted now, side by side.
+        """
         saes = {
             n: sae_spec.seeded(*map(self.width, self.sites(sae_spec)), cell.seed).to(ctx.device)
             for n, sae_spec in self.saes.items()
@@ -451,7 +452,8 @@ class Language:
         }
         most = sorted(costs.items(), key=lambda cost: -cost[1])[:4]
         ctx.console.say(
-            f"  metrics took {sum(costs.values()):.0f} s, most of it {', '.join(f'{k} {s:.1f}' for k, s in most)}"
+            f"  metrics took {sum(costs.values()):.0f} s, most of it"
+            f" {', '.join(f'{k} {s:.1f}' for k, s in most)}"
         )
         return outcome
 
