@@ -308,10 +308,17 @@ def test_auto_starts_no_more_workers_than_fit_into_memory(machine):
     assert pool.shares("auto", None, 5, CPU, 9e9).workers == 1
 
 
-def test_an_odd_cell_runs_first_on_all_cores(folder, machine):
+def test_an_odd_cell_runs_first_on_all_cores_and_is_reported_first(folder, machine):
     machine(2)
     study = FakeStudy(seeds=(0,), names=("a", "b", "c"))
-    assert go(study, folder, workers="auto", threads=None) == "done"
+    reported = []
+    run(
+        study,
+        settings(folder, workers="auto", threads=None),
+        NoTracker(),
+        closing=lambda folder: reported.append(set(losses(folder))),
+    )
+    assert reported[0] == {("a", 0)}
     threads = {r.dataset: r.facts["threads"] for r in read_records(folder)}
     assert threads == {"a": 2, "b": 1, "c": 1}
     assert (manifest(folder)["threads"], manifest(folder)["threads_of_first_cell"]) == (1, 2)

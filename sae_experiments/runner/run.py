@@ -378,6 +378,7 @@ class _Run:
         with wait_for_children():
             try:
                 self._feed(pool, board, pending, cells, rounds)
+                self._draw_report()  # of cells that ended before, while these are at work
                 for worker, cell, event in pool.events():
                     if event.kind == "idle":
                         board.tell()
