@@ -34,7 +34,7 @@ bench: install   ## speed and memory beside the peers (PEERS_PYTHON=... adds the
 	$(BIN)/python benchmarks/bench.py
 
 golden: testing  ## tests/golden/ anew, after a change that is meant to move numbers
-	$(BIN)/python tests/golden.py
+	PYTHONPATH=tests $(BIN)/python -m support.golden
 
 check: testing   ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

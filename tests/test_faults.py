@@ -21,8 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Experiment
-from test_experiment import assert_same, in_this_process, lasting
 
 from sae_experiments.cache import cached
 from sae_experiments.errors import NonFinite, UserError
@@ -39,6 +37,8 @@ from sae_experiments.results.records import (
 )
 from sae_experiments.saes.saelens import load_sae
 from sae_experiments.stopping import GRACE_S
+from support.command_line import assert_same, in_this_process, lasting
+from support.common import Experiment
 
 RUN = (
     "--out_dir=k",

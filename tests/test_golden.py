@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import golden
 import pytest
+
+from support import golden
 
 #: Jobs whose rows do not come from a model that was trained here: rounding differences between
 #: kinds of processors stay small enough in them to compare losses elsewhere.

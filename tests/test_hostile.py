@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from fake_runs import make_run
 
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_json, write_sealed
 from sae_experiments.results.records import load_arrays, read_curves, read_records
 from sae_experiments.results.table import load_table
 from sae_experiments.saes.saelens import load_sae
+from support.common import ROOT
+from support.fake_runs import make_run
 
 DEEP = "[" * 200_000 + "]" * 200_000
 

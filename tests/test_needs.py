@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONF, ROOT, Experiment, lm_spec, train_config
-from test_ground_truth import recipe
 
 from sae_experiments import resources as needs
 from sae_experiments.config.compose import build, compose_checked
@@ -24,6 +22,8 @@ from sae_experiments.resources import Need, announce, free_memory, in_bytes, in_
 from sae_experiments.studies.base import Context
 from sae_experiments.studies.ground_truth.world import World
 from sae_experiments.studies.superposition import toy
+from support.common import CONF, ROOT, Experiment, lm_spec, train_config
+from support.planted import recipe
 
 CPU, GB = torch.device("cpu"), 1e9
 
@@ -266,7 +266,7 @@ def test_training_needs_about_what_is_foretold(n: int, precision: str, dropout: 
 @linux
 def test_a_world_needs_about_what_is_foretold() -> None:
     code = (
-        "import torch\nfrom test_ground_truth import recipe\nfrom"
+        "import torch\nfrom support.planted import recipe\nfrom"
         " sae_experiments.studies.ground_truth.world import World\n"
     )
     code += (

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from saes import L0, NAMES, OF_SEVERAL_SITES, D, rows
 
 from sae_experiments import build_sae, evaluate, fit_saes, load_sae, save_sae
 from sae_experiments.errors import UserError
 from sae_experiments.saes.base import SAE, NotExportable
+from support.common import ROOT
+from support.saes import L0, NAMES, OF_SEVERAL_SITES, D, rows
 
 
 def test_ten_lines_fit_and_evaluate_an_sae():

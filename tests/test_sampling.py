@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from saes import CONF, NAMES, M, effect, make, rows, step
-from test_purified import HOSTS, kinds, plainly
 
 from sae_experiments.corpora.corpus import window_starts
 from sae_experiments.metrics.base import EvalContext
@@ -19,6 +17,8 @@ from sae_experiments.metrics.robustness import measure as robustness
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.sampling import spread, spread_order, spread_rows
 from sae_experiments.studies.language.stores import DOCUMENT, held_out_starts
+from support.purified import HOSTS, kinds, plainly
+from support.saes import CONF, NAMES, M, effect, make, rows, step
 
 #: Rows of a sample that is larger than what any SAE looks at to begin with.
 MANY = 20_000

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONF, ROOT, TINY, corpus_spec, lm_spec
 
 from sae_experiments import source
 from sae_experiments.config.compose import build, compose_checked
@@ -38,6 +37,7 @@ from sae_experiments.studies.language import lms, stores
 from sae_experiments.studies.language import study as language
 from sae_experiments.studies.palindrome import study as palindrome
 from sae_experiments.studies.superposition import study as superposition
+from support.common import CONF, ROOT, TINY, corpus_spec, lm_spec
 
 PACKAGE = ROOT / "sae_experiments"
 FILES = {

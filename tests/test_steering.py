@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Experiment
-from saes import D, make, rows
 
 from sae_experiments import load_sae
 from sae_experiments.errors import UserError
@@ -20,6 +18,8 @@ from sae_experiments.metrics.steering import continued, direction
 from sae_experiments.models.gpt2 import generate
 from sae_experiments.models.hooks import Site, capture
 from sae_experiments.steering import steer
+from support.common import Experiment
+from support.saes import D, make, rows
 
 SITE = Site("resid", 2)
 

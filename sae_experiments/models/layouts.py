@@ -1,8 +1,8 @@
 """Layouts of language models: one row of a table for every layout that is proven.
 
-A layout is proven when the laws of `tests/test_layouts.py` hold for it; every other model type is
-refused, since a part found in the wrong place gives wrong numbers without a word. A model that is
-loaded is checked once more, by `check_layout`.
+A layout is proven when the laws of `tests/models/test_layouts.py` hold for it; every other model
+type is refused, since a part found in the wrong place gives wrong numbers without a word. A model
+that is loaded is checked once more, by `check_layout`.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def layout_of(config: Any, where: str) -> Layout:
         raise UserError(
             f"{where}: model_type={kind!r} is not a known layout: looked for one of "
             f"{', '.join(LAYOUTS)}; a new one is a line of LAYOUTS in models/layouts.py and its "
-            "configuration in tests/test_layouts.py"
+            "configuration in tests/models/test_layouts.py"
         )
     if kind == "opt" and not getattr(config, "do_layer_norm_before", True):
         raise UserError(

@@ -1,0 +1,206 @@
+"""Transcoders of every layer: against a plain computation, and the metrics of the replaced
+model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from sae_experiments.errors import UserError
+from sae_experiments.fitting.fit import units_of
+from sae_experiments.metrics.replacement import replaced_logits, with_errors_gap
+from sae_experiments.models.frozen import FrozenModel
+from sae_experiments.models.hooks import Site
+from sae_experiments.saes.circuit_tracer import load_transcoders, save_transcoders
+from sae_experiments.saes.cross_layer import CrossLayerTranscoder
+from sae_experiments.saes.transcoder import Transcoder
+from sae_experiments.saes.types import Batch
+from support.attribution_worlds import side_by_side, world
+from support.circuit_worlds import model, tokens
+from support.saes import make, rows, sae_spec, step, trained
+
+KINDS = ("cross_layer_transcoder", "per_layer_transcoder")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_an_output_is_the_sum_of_what_the_layers_up_to_it_write(name: str, skip: bool) -> None:
+    sae = trained(name, f"sae.model.skip={str(skip).lower()}", n_train=30)
+    x, n, width = rows(16, 5), sae.n_sites, sae.width
+    acts = sae.encode(x)
+    assert acts.count_nonzero()
+    for k in range(n):
+        expected = sae.b_dec[sae.site_of(k)].clone().expand(16, -1).clone()
+        for source in range(n):
+            mine = acts[:, sae.latents_of(source)]
+            x_in = x[:, sae.site_of(source)] - sae.centre[sae.site_of(source)]
+            pre = x_in @ sae.encoders[sae.latents_of(source)].T + sae.b_enc[sae.latents_of(source)]
+            torch.testing.assert_close(mine, pre * (pre > sae.threshold), rtol=1e-4, atol=1e-5)
+            writes = source <= k if name == KINDS[0] else source == k
+            block = sae.W_dec[sae.latents_of(source), sae.site_of(k)]
+            assert bool((block != 0).any()) == writes
+            expected = expected + mine @ block
+            torch.testing.assert_close(sae.encode_from(source, x[:, sae.site_of(source)]), mine)
+        if skip:
+            direct = (x - sae.centre)[:, sae.site_of(k)] @ sae.W_skip[k].T
+            assert float(direct.abs().max()) > 1e-3, "it has learnt something"
+            expected = expected + direct
+        torch.testing.assert_close(sae(x)[:, k * width :][:, :width], expected)
+
+
+def test_a_layer_by_itself_is_the_transcoder_of_the_family() -> None:
+    """With one layer, loss and gradients are those of the transcoder for a single MLP."""
+    mine = make("cross_layer_transcoder", "sae.model.n_sites=1").train()
+    plain = Transcoder(skip=False, k=mine.k, aux_coeff=mine.aux_coeff, d_in=16, d_sae=48).train()
+    with torch.no_grad():
+        plain.W_enc.copy_(mine.encoders)
+        plain.W_dec.copy_(mine.decoders[0])
+        plain.b_enc.copy_(mine.b_enc)
+        plain.b_dec.copy_(mine.b_dec)
+    dead = torch.arange(48) % 5 == 0
+    batch = Batch(rows(64, 0), rows(64, 1))
+    losses = [sae.loss(batch, step(sae, dead=dead)).total for sae in (mine, plain)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    for one, other in ((mine.encoders, plain.W_enc), (mine.decoders[0], plain.W_dec)):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_are_those_of_a_dense_computation(name: str) -> None:
+    sae = make(name).train()
+    batch = Batch(rows(64, 0), rows(64, 1))
+    forward = sae.training_forward(batch)
+    sae.loss(batch, step(sae)).total.backward()
+    mask = forward.codes.dense() != 0
+    encoder = sae.W_enc.requires_grad_()
+    decoder = sae.W_dec.requires_grad_()
+    acts = (batch.x @ encoder.T + sae.b_enc.detach()) * mask
+    ((acts @ decoder + sae.b_dec.detach() - batch.y).square().sum() / 64).backward()
+    for layer in range(sae.n_sites):
+        latents = sae.latents_of(layer)
+        expected = encoder.grad[latents, sae.site_of(layer)]
+        torch.testing.assert_close(sae.encoders.grad[latents], expected, rtol=1e-4, atol=1e-5)
+        expected = decoder.grad[sae.sources(layer), sae.site_of(layer)]
+        torch.testing.assert_close(sae.decoders[layer].grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_layer_counts_the_same_whatever_its_scale() -> None:
+    x = rows(2048, 0)
+    y = x * torch.linspace(1, 100, 2).repeat_interleave(8)
+    scaled = units_of(y, "targets", 2).apply(y)
+    per_layer = scaled.view(-1, 2, 8).square().sum(2).mean(0)
+    torch.testing.assert_close(per_layer, torch.ones(2), rtol=1e-3, atol=0)
+
+
+def test_sizes_that_cannot_work_are_one_line() -> None:
+    with pytest.raises(UserError, match="multiple of the number of layers, 2"):
+        sae_spec("cross_layer_transcoder", "sae.d_sae=47").build(16, 16)
+    with pytest.raises(UserError, match="3 sites"):
+        sae_spec("cross_layer_transcoder", "sae.model.n_sites=3").build(16, 16)
+
+
+def test_all_names_every_block() -> None:
+    spec = sae_spec("cross_layer_transcoder")
+    read, write = spec.sites("resid.1", 3)
+    assert read == tuple(Site("mlp_in", k) for k in (1, 2, 3))
+    assert write == tuple(Site("mlp_out", k) for k in (1, 2, 3))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo"])
+@pytest.mark.parametrize("hold", [False, True])
+def test_the_models_own_mlps_give_its_own_logits(kind: str, hold: bool) -> None:
+    lm, ids = model(kind), tokens(3)
+    frozen = FrozenModel(lm, ids)
+    run = frozen.run(lambda k, x: frozen.blocks[k].mlp(x), hold_attention=hold, hold_norms=hold)
+    # GPT-Neo computes its attention in single precision.
+    torch.testing.assert_close(run.logits, lm(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("cross", [False, True])
+def test_error_nodes_give_the_logits_back(cross: bool, skip: bool) -> None:
+    lm, sae, ids = world(cross=cross, skip=skip)
+    assert with_errors_gap(lm, sae, ids) < 1e-9
+    clean = lm(input_ids=ids).logits.detach()
+    without = replaced_logits(lm, ids, sae.replacement(ids.shape)).detach()
+    assert float((without - clean).abs().max()) > 0.1, "without them it is another model"
+
+
+def test_replaced_by_hooks_and_by_blocks_is_the_same() -> None:
+    lm, sae, ids = world(skip=True)
+    run = FrozenModel(lm, ids).run(
+        sae.replacement(ids.shape), hold_attention=False, hold_norms=False
+    )
+    torch.testing.assert_close(run.logits, replaced_logits(lm, ids, sae.replacement(ids.shape)))
+
+
+def test_with_everything_held_the_replaced_model_is_that_of_the_clean_codes_at_layer_one() -> None:
+    """The first layer's input does not depend on any MLP: its codes are those of the clean run."""
+    lm, sae, ids = world()
+    frozen = FrozenModel(lm, ids)
+    run = frozen.run(sae.replacement(ids.shape), hold_attention=True, hold_norms=True)
+    torch.testing.assert_close(run.mlp_in[0], frozen.clean[0].mlp_in)
+    x = side_by_side(lm, ids, "mlp_in", 4)
+    torch.testing.assert_close(
+        sae.encode(x)[:, : sae.per_layer], sae.encode_from(0, run.mlp_in[0]).flatten(0, 1)
+    )
+    assert isinstance(sae, CrossLayerTranscoder)
+
+
+# --- circuit-tracer's files ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "skip"), [(KINDS[0], False), (KINDS[1], False), (KINDS[1], True)])
+def test_transcoders_come_back_from_circuit_tracers_layout(
+    name: str, skip: bool, tmp_path: Path
+) -> None:
+    sae = trained(name, f"sae.model.skip={str(skip).lower()}", n_train=30)
+    assert bool(sae.centre.any())
+    save_transcoders(sae, tmp_path, model="gpt2", scan="mine")
+    again = load_transcoders(tmp_path)
+    x = rows(64, 5)
+    torch.testing.assert_close(again.encode(x), sae.encode(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again(x), sae(x), rtol=1e-4, atol=1e-5)
+    part = again.encode_from(1, x[:, again.site_of(1)])
+    torch.testing.assert_close(part, again.encode(x)[:, again.latents_of(1)])
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["model_kind"] == (KINDS[0] if name == KINDS[0] else "transcoder_set")
+
+
+def test_the_files_are_in_circuit_tracers_orientation(tmp_path: Path) -> None:
+    """`W_dec_i` (F, L - i, C): [:, j] writes layer i + j, and a reconstruction made from it."""
+    sae = trained("cross_layer_transcoder", n_train=30)
+    save_transcoders(sae, tmp_path, model="gpt2", scan="mine")
+    x, out = rows(32, 5), torch.zeros(32, 2, 8)
+    for i in range(2):
+        encoder = load_file(tmp_path / f"W_enc_{i}.safetensors")
+        decoder = load_file(tmp_path / f"W_dec_{i}.safetensors")[f"W_dec_{i}"]
+        assert decoder.shape == (24, 2 - i, 8)
+        pre = x[:, 8 * i : 8 * i + 8] @ encoder[f"W_enc_{i}"].T + encoder[f"b_enc_{i}"]
+        acts = pre * (pre > encoder[f"threshold_{i}"])
+        out[:, i:] += torch.einsum("bf,fjc->bjc", acts, decoder)
+        out[:, i] += encoder[f"b_dec_{i}"]
+    torch.testing.assert_close(out.flatten(1), sae(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_set_of_transcoders_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"W_enc_0\.safetensors"):
+        load_transcoders(tmp_path)
+    sae = trained("cross_layer_transcoder", n_train=30)
+    save_transcoders(sae, tmp_path, model="gpt2", scan="mine")
+    (tmp_path / "W_dec_1.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="W_dec_1"):
+        load_transcoders(tmp_path)
+    (tmp_path / "W_dec_1.safetensors").write_bytes((tmp_path / "W_dec_0.safetensors").read_bytes())
+    with pytest.raises(UserError, match="a tensor is missing or has another shape"):
+        load_transcoders(tmp_path)
+    skipping = make("cross_layer_transcoder", "sae.model.skip=true")
+    with pytest.raises(UserError, match="no skip paths"):
+        save_transcoders(skipping, tmp_path / "other", model="gpt2", scan="mine")

@@ -1,0 +1,375 @@
+"""Attribution graphs: the identities of the local replacement model, influence, interventions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_experiments.cli.main import execute
+from sae_experiments.config.compose import compose_checked
+from sae_experiments.errors import UserError
+from sae_experiments.plots import circuits_graph
+from sae_experiments.plots.base import NothingToDrawError
+from sae_experiments.report import page
+from sae_experiments.results.table import load_table
+from sae_experiments.saes.circuit_tracer import load_transcoders
+from sae_experiments.studies.attribution.front_end import cantor
+from sae_experiments.studies.attribution.influence import Graph, keep_share, prune
+from sae_experiments.studies.attribution.interventions import Interventions
+from sae_experiments.studies.attribution.local import Adjacency, LocalModel
+from sae_experiments.studies.attribution.prompts import given
+from support.attribution_worlds import world
+from support.common import CONF, TINY
+
+WORLDS = [
+    ("gpt2", True, False),
+    ("gpt2", True, True),
+    ("gpt2", False, True),
+    ("gpt_neo", True, False),
+]
+every_world = pytest.mark.parametrize(("kind", "cross", "skip"), WORLDS)
+
+
+def local_model(kind: str = "gpt2", cross: bool = True, skip: bool = False, **kwargs: Any) -> Any:
+    """The local replacement model of the first prompt, and its adjacency."""
+    lm, sae, ids = world(kind, cross=cross, skip=skip)
+    local = LocalModel(lm, sae, ids[:1], **kwargs)
+    return local, local.adjacency()
+
+
+def graph_of(local: LocalModel, adjacency: Adjacency) -> Graph:
+    columns = adjacency.weights[:, : local.sources.tokens.stop]
+    return Graph(columns, local.logits.probability, local.error.shape[0] * local.length)
+
+
+@every_world
+def test_what_goes_into_a_node_adds_up_to_its_pre_activation(
+    kind: str, cross: bool, skip: bool
+) -> None:
+    local, adjacency = local_model(kind, cross, skip)
+    assert local.nodes.n > 40
+    tolerance = 1e-9 if kind == "gpt2" else 1e-4  # GPT-Neo attends in single precision
+    assert adjacency.gap < tolerance
+    assert float(adjacency.weights[:, local.sources.positions].abs().max()) > 1e-3
+    assert float(adjacency.weights[:, local.sources.biases].abs().max()) > 1e-3
+
+
+@every_world
+def test_edges_are_the_gradients_of_a_replay_with_the_constants_detached(
+    kind: str, cross: bool, skip: bool
+) -> None:
+    """The recipe of circuit-tracer: autograd of the model with patterns, norms and MLPs held."""
+    local, adjacency = local_model(kind, cross, skip)
+    sae, frozen, nodes = local.sae, local.frozen, local.nodes
+    values = nodes.value.clone().requires_grad_()
+    errors = local.error.clone().requires_grad_()
+    tokens = local.token_embedding.detach().clone().requires_grad_()
+    dense = torch.zeros_like(local.acts).index_put(
+        (nodes.position, nodes.layer * sae.per_layer + nodes.latent), values
+    )
+    frozen.embedded = (tokens + local.position_embedding.detach())[None]
+
+    def mlp(k: int, x: Tensor) -> Tensor:
+        return sae.decode_to(k, dense) + sae.skip_to(k, x) + errors[k]
+
+    run = type(frozen).run.__wrapped__(frozen, mlp, hold_attention=True, hold_norms=True)
+    torch.testing.assert_close(run.logits, frozen.logits, rtol=1e-4, atol=1e-5)
+    targets = []
+    for i in torch.arange(0, nodes.n, 17).tolist():
+        layer, t = int(nodes.layer[i]), int(nodes.position[i])
+        row = sae.encoders[layer * sae.per_layer + int(nodes.latent[i])]
+        targets.append((i, run.mlp_in[layer][0, t] @ row))
+    last = run.logits[0, -1]
+    for j, token in enumerate(local.logits.token.tolist()):
+        targets.append((nodes.n + j, last[token] - last.mean()))
+    for i, target in targets:
+        leaves = (values, errors, tokens)
+        grads = torch.autograd.grad(
+            target, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        wanted = [
+            grads[0] * values,
+            (grads[1] * errors).sum(-1).flatten(),
+            (grads[2] * tokens).sum(-1),
+        ]
+        found = adjacency.weights[i, : local.sources.tokens.stop]
+        torch.testing.assert_close(found, torch.cat(wanted).detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_no_edge_leads_back_or_into_the_same_layer() -> None:
+    local, adjacency = local_model()
+    nodes, n = local.nodes, local.nodes.n
+    edges = adjacency.weights[:n, :n] != 0
+    assert edges.any()
+    target, source = edges.nonzero(as_tuple=True)
+    assert bool((nodes.layer[source] < nodes.layer[target]).all())
+    assert bool((nodes.position[source] <= nodes.position[target]).all())
+    first = nodes.layer == 0
+    assert not bool(adjacency.weights[:n][first][:, : local.sources.errors.stop].any())
+
+
+def test_the_result_does_not_depend_on_the_batch() -> None:
+    _, whole = local_model(memory_mb=64)
+    local, small = local_model(memory_mb=1e-3)
+    assert local.batch == 1
+    torch.testing.assert_close(whole.weights, small.weights)
+
+
+def test_without_cross_layer_decoders_it_is_the_graph_of_per_layer_transcoders() -> None:
+    lm, sae, ids = world(cross=True)
+    _, plain, _ = world(cross=False)
+    with torch.no_grad():
+        for k in range(4):
+            block = torch.zeros_like(sae.decoders[k])
+            block[k * sae.per_layer :] = plain.decoders[k]
+            sae.decoders[k].copy_(block)
+    plain.load_state_dict(
+        {k: v for k, v in sae.state_dict().items() if "decoders" not in k}, strict=False
+    )
+    one, other = (LocalModel(lm, each, ids[:1]).adjacency() for each in (sae, plain))
+    torch.testing.assert_close(one.weights, other.weights)
+
+
+# --- influence -----------------------------------------------------------------------------------
+
+
+def test_influence_is_the_sum_of_the_geometric_series() -> None:
+    local, adjacency = local_model()
+    graph = graph_of(local, adjacency)
+    n, m = graph.n, len(graph.probability)
+    size = graph.weights.shape[1] + m
+    square = torch.zeros(size, size, dtype=torch.float64)
+    rows = torch.cat([torch.arange(n), torch.arange(size - m, size)])
+    square[rows, : size - m] = graph.normalised
+    start = torch.zeros(size, dtype=torch.float64)
+    start[-m:] = graph.probability
+    series = torch.linalg.inv(torch.eye(size, dtype=torch.float64) - square)
+    expected = start @ (series - torch.eye(size, dtype=torch.float64))
+    total, _ = graph.influence()
+    torch.testing.assert_close(total, expected[: size - m])
+    leaves = total[graph.errors].sum() + total[graph.tokens].sum()
+    torch.testing.assert_close(leaves, graph.probability.sum())
+    scores = graph.scores()
+    assert scores["replacement"] == pytest.approx(
+        float(total[graph.tokens].sum() / graph.probability.sum())
+    )
+    assert 0 < scores["completeness"] < scores["completeness_all"] < 1
+
+
+def test_a_hand_made_graph_has_the_scores_worked_out_by_hand() -> None:
+    """Two latents, one error, one token; latent 1 reads latent 0, the error and the token."""
+    weights = torch.tensor(
+        [[0.0, 0.0, 0.0, 2.0], [1.0, 0.0, -2.0, 1.0], [0.0, -3.0, 0.0, 1.0]], dtype=torch.float64
+    )
+    graph = Graph(weights, torch.tensor([0.8], dtype=torch.float64), 1)
+    total, _ = graph.influence()
+    expected = torch.tensor([0.15, 0.6, 0.3, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(total, expected)
+    scores = graph.scores()
+    assert scores["replacement"] == pytest.approx(0.5 / 0.8)
+    assert scores["completeness"] == pytest.approx(1 - 0.5 * 0.6 / (0.15 + 0.6 + 0.8))
+    assert scores["completeness_all"] == pytest.approx(1 - 0.3 / (0.15 + 0.6 + 0.8 + 0.8))
+    kept = torch.tensor([False, True, False, True])
+    pruned = graph.unexplained(kept).scores()  # the error and latent 0 count as errors
+    assert pruned["replacement"] == pytest.approx((0.2 + 0.6 * 0.25) / 0.8)
+
+
+def test_pruning_keeps_what_carries_the_influence_and_nothing_that_leads_nowhere() -> None:
+    local, adjacency = local_model()
+    graph = graph_of(local, adjacency)
+    everything, edges = prune(graph, 1.0, 1.0)
+    total, _ = graph.influence()
+    assert bool(everything[total > 1e-9].all()) and int(edges.sum()) > 1000
+    nodes, edges = prune(graph, 0.6, 0.9)
+    assert 0 < int(nodes[: graph.n].sum()) < int(everything[: graph.n].sum())
+    assert bool(nodes[graph.tokens].all())
+    target, source = edges.nonzero(as_tuple=True)
+    assert bool(nodes[source].all()) and bool(nodes[target[target < graph.n]].all())
+    kept = nodes.clone()
+    kept[graph.tokens] = False
+    assert bool(edges.any(0)[kept].all())
+    assert bool(edges[: graph.n].any(1)[nodes[: graph.n]].all())
+
+
+def test_a_share_is_reached_by_the_largest() -> None:
+    assert keep_share(torch.tensor([1.0, 5.0, 4.0]), 0.9).tolist() == [False, True, True]
+    assert keep_share(torch.tensor([1.0, 5.0, 4.0]), 0.91).tolist() == [True, True, True]
+
+
+# --- interventions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("multiple", [0.0, 2.0])
+@every_world
+def test_a_clamped_latent_moves_everything_by_its_column_if_norms_are_held(
+    kind: str, cross: bool, skip: bool, multiple: float
+) -> None:
+    local, adjacency = local_model(kind, cross, skip)
+    made = Interventions(local, adjacency, memory_mb=1e-1)
+    sources = torch.arange(0, local.nodes.n, 9)
+    assert made.batch < len(sources)
+    predicted = made.direct(sources, multiple)
+    measured = made.measure(sources, multiple, free=False, hold_norms=True)
+    if skip:  # clamped MLPs have no skip path: only what does not pass one is the column
+        plain = local.sae.W_skip.clone()
+        local.sae.W_skip.zero_()
+        predicted = Interventions(local, local.adjacency()).direct(sources, multiple)
+        local.sae.W_skip.copy_(plain)
+    torch.testing.assert_close(measured.latents, predicted.latents, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(measured.logits, predicted.logits, rtol=1e-4, atol=1e-5)
+    assert not bool((predicted.latents != 0)[~made.later(sources)].any())
+
+
+def test_a_total_effect_is_the_sum_over_all_paths() -> None:
+    local, adjacency = local_model()
+    made = Interventions(local, adjacency)
+    n = local.nodes.n
+    slopes = made.slopes[:n]
+    paths = torch.linalg.inv(torch.eye(n, dtype=torch.float64) - slopes)
+    sources = torch.arange(5)
+    start = -adjacency.weights[:n, sources]
+    expected = paths @ start
+    torch.testing.assert_close(made.total(sources, 0.0).latents, expected.t())
+    last = made.total(torch.tensor([n - 1]), 0.0)
+    direct = made.direct(torch.tensor([n - 1]), 0.0)
+    torch.testing.assert_close(last.logits, direct.logits)
+
+
+def test_deleting_nothing_costs_nothing_and_deleting_more_something() -> None:
+    local, adjacency = local_model()
+    made = Interventions(local, adjacency)
+    order = local.nodes.value.argsort(descending=True)
+    cost = made.deletion(order, [0, 1, 8, 10**6])
+    assert float(cost[0]) == pytest.approx(0, abs=1e-12)
+    assert bool((cost[2:] > 1e-3).all())  # the largest one may be too late to matter
+
+
+# --- the study -----------------------------------------------------------------------------------
+
+SMALL = [
+    *(
+        o
+        for o in TINY.split()
+        if not o.startswith(("metric.", "lm.n_positions", "fit.train.steps"))
+    ),
+    "study=attribution",
+    "metric=[reconstruction,replacement,features]",
+    "metric.replacement.windows=16",
+    "lm.n_positions=24",
+    "study.graph.node_share=0.98",
+    "fit.train.steps=40",
+    "data=[text8]",
+    "seeds=[0]",
+]
+
+
+def run(home: Path, text: Path, *more: str) -> Path:
+    """A run in this process; `text` stands for text8."""
+    where = [f"runs_root={home}/runs", f"cache={home}/cache", "out_dir=run_0", "verbosity=quiet"]
+    file = [f"data.text8.file={text}", "data.text8.head=null", "device=cpu"]
+    cfg, label = compose_checked(CONF, [*SMALL, *file, *where, *more])
+    about = {
+        "argv": [],
+        "overrides": [],
+        "preset": "smoke",
+        "preset_reason": "asked for",
+        "plan_note": "",
+    }
+    return execute(cfg, about=about, label=label)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
+    """A finished run on the made text, both kinds of transcoders."""
+    home = tmp_path_factory.mktemp("attribution")
+    return run(home, corpus_file, "sae=[cross_layer_transcoder,per_layer_transcoder]")
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_a_run_measures_graphs_and_checks_them(first: Path) -> None:
+    final = load(first / "final_info.json")
+    described = set(load(first / "manifest.json")["metrics"])
+    assert set(final) == {"text8.cross_layer_transcoder", "text8.per_layer_transcoder"}
+    for name, one in final.items():
+        means = one["means"] | one["more_means"]
+        assert {m.removesuffix("_mean") for m in means} <= described
+        assert means["graph_gap_mean"] < 1e-4 and means["replaced_with_errors_gap_mean"] < 1e-4
+        assert 0 < means["graph_replacement_mean"] < 1 and 0 < means["graph_completeness_mean"] < 1
+        assert means["graph_latents_kept_mean"] >= 1 and means["constrained_latent_pairs_mean"] > 50
+        assert means["constrained_latent_pearson_mean"] > 0.5
+        assert means["deletion_influence_mean"] > means["deletion_random_mean"] > 0
+        graphs = load(first / "graphs" / f"{name}_0.json")
+        assert len(graphs) == 3
+        for graph in graphs:
+            ids = {node["id"] for node in graph["nodes"]}
+            assert len(ids) == len(graph["nodes"]) and graph["edges"]
+            assert all(e["from"] in ids and e["to"] in ids for e in graph["edges"])
+        assert any(node["contexts"] for graph in graphs for node in graph["nodes"])
+
+
+def test_the_graphs_of_a_run_are_in_its_report_and_not_in_the_figure_of_circuits(
+    first: Path,
+) -> None:
+    table = load_table([first])
+    assert "Attribution graphs" in page.page(table, [])
+    with pytest.raises(NothingToDrawError):
+        circuits_graph.draw(table, title="", graphs=2, nodes=4, max_rows=4)
+
+
+def test_the_json_is_what_circuit_tracers_page_reads(first: Path) -> None:
+    folder = first / "circuit_tracer" / "text8.cross_layer_transcoder_0"
+    listed = load(folder / "graph-metadata.json")["graphs"]
+    assert len(listed) == 3
+    kinds = set()
+    read = load_transcoders(folder / "transcoders")
+    assert read.n_sites == 2 and read.cross
+    for metadata in listed:
+        graph = load(folder / f"{metadata['slug']}.json")
+        assert graph["metadata"] == metadata and metadata["schema_version"] == 1
+        assert "".join(metadata["prompt_tokens"]) == metadata["prompt"]
+        ids = [node["node_id"] for node in graph["nodes"]]
+        assert len(set(ids)) == len(ids)
+        assert {end for e in graph["links"] for end in (e["source"], e["target"])} <= set(ids)
+        kinds |= {node["feature_type"] for node in graph["nodes"]}
+        assert sum(node["is_target_logit"] for node in graph["nodes"]) == 1
+        for node in graph["nodes"]:
+            assert set(node) == NODE_KEYS and isinstance(node["feature"], int)
+    assert kinds >= {"cross layer transcoder", "embedding", "logit"}
+
+
+NODE_KEYS = {
+    "node_id",
+    "feature",
+    "layer",
+    "ctx_idx",
+    "feature_type",
+    "token_prob",
+    "is_target_logit",
+    "run_idx",
+    "reverse_ctx_idx",
+    "jsNodeId",
+    "clerp",
+    "influence",
+    "activation",
+}
+
+
+def test_numbers_of_latents_are_circuit_tracers() -> None:
+    assert [cantor(0, 0), cantor(0, 1), cantor(1, 0), cantor(2, 3)] == [0, 2, 1, 18]
+
+
+def test_what_cannot_be_traced_is_one_line(tmp_path: Path, corpus_file: Path) -> None:
+    with pytest.raises(UserError, match="transcoders of every layer"):
+        run(tmp_path, corpus_file, "sae=topk")
+    with pytest.raises(UserError, match="characters that the corpus has, not"):
+        given(["a cat", "\N{SNOWMAN} x"], [*"a ctx"], 20)
+    with pytest.raises(UserError, match=r"multiples=1"):
+        run(tmp_path, corpus_file, "study.checks.multiples=[1]")

@@ -1,0 +1,51 @@
+"""Random language models with random transcoders of all their layers, in double precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sae_experiments.models.hooks import Site, capture
+from sae_experiments.saes.cross_layer import CrossLayerTranscoder
+from support.circuit_worlds import C, model, tokens
+
+P = 30  # latents per layer
+
+
+def sites(stream: str, layers: int) -> list[Site]:
+    """One stream of all blocks."""
+    return [Site(stream, k + 1) for k in range(layers)]
+
+
+def side_by_side(lm: nn.Module, ids: Tensor, stream: str, layers: int) -> Tensor:
+    """Activations (N, L C) of one stream of all blocks."""
+    names = sites(stream, layers)
+    with torch.no_grad(), capture(lm, names) as seen:
+        lm(input_ids=ids, use_cache=False)
+    return torch.cat([seen[name].flatten(0, 1) for name in names], 1)
+
+
+def transcoder(
+    lm: nn.Module, ids: Tensor, *, layers: int, cross: bool = True, skip: bool = False
+) -> CrossLayerTranscoder:
+    """A random transcoder with biases, a centre and about 5 active latents per layer."""
+    torch.manual_seed(3)
+    made = CrossLayerTranscoder(
+        n_sites=layers, cross=cross, skip=skip, k=5 * layers, d_in=C * layers, d_sae=P * layers
+    ).double()
+    made.requires_grad_(False)
+    made.b_dec.normal_(0, 0.3)
+    made.b_enc.normal_(0, 0.1)
+    made.centre.normal_(0, 0.1)
+    if made.W_skip is not None:
+        made.W_skip.normal_(0, 0.1)
+    made.calibrate_threshold(side_by_side(lm, ids, "mlp_in", layers), made.k)
+    return made.eval()
+
+
+def world(
+    kind: str = "gpt2", *, layers: int = 4, n: int = 3, cross: bool = True, skip: bool = False
+) -> tuple[nn.Module, CrossLayerTranscoder, Tensor]:
+    """A model, its transcoder and prompts (n, T)."""
+    lm, ids = model(kind, layers=layers), tokens(n)
+    return lm, transcoder(lm, ids, layers=layers, cross=cross, skip=skip), ids
