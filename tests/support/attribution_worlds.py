@@ -49,3 +49,38 @@ def world(
     """A model, its transcoder and prompts (n, T)."""
     lm, ids = model(kind, layers=layers), tokens(n)
     return lm, transcoder(lm, ids, layers=layers, cross=cross, skip=skip), ids
+
+
+#: Name of the model whose weights are waves.
+WAVES = "waves"
+
+
+@torch.no_grad()
+def _fill_with_waves(module: nn.Module, scale: float) -> None:
+    """Give all weights values that depend on no random number generator."""
+    for i, p in enumerate(module.parameters()):
+        steps = torch.arange(p.numel(), dtype=torch.float64)
+        wave = torch.sin(steps * (1.7 + 0.13 * i) + i) + torch.cos(steps.square() * 0.37 + i)
+        p.copy_(scale * wave.view_as(p))
+
+
+def wave_world() -> tuple[nn.Module, CrossLayerTranscoder, Tensor]:
+    """A GPT-2 of two blocks, cross-layer transcoders and one prompt, the same everywhere."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_layer=2,
+        n_head=2,
+        n_embd=8,
+        n_positions=6,
+        vocab_size=12,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    lm = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    _fill_with_waves(lm, 0.5)
+    sae = CrossLayerTranscoder(n_sites=2, cross=True, skip=False, k=4, d_in=16, d_sae=24)
+    sae.requires_grad_(False)
+    _fill_with_waves(sae, 0.4)
+    sae.threshold.fill_(0.5)
+    return lm, sae.eval(), torch.tensor([[3, 7, 1, 10, 4, 7]])
