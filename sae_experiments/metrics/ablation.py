@@ -121,7 +121,8 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
 
     with z' the code z without the latents. The effect of a single latent is averaged over the
     positions where it is active, that of a group over all positions. Groups are quantiles of
-    density, and the levels of an SAE that has levels.
+    density, and the levels of an SAE that has levels. Outlier rows that the fit left out stay as
+    they are.
 
     Args:
         ctx: Evaluation context.
@@ -288,8 +289,16 @@ class _Windows:
         # Codes, (W, T, F).
         rows = (picked[:, None] * store.length + np.arange(store.length)).reshape(-1)
         self.z = torch.from_numpy(codes[rows].toarray()).view(len(picked), store.length, -1)
+        inputs = store.rows(ctx.read_sites, rows).to(ctx.device)
+        # Rows that an ablation changes, (W, T, 1): the ordinary ones. No latent counts as active
+        # in the others.
+        self.changed = torch.ones(*self.x.shape, 1, dtype=torch.bool)
+        ordinary = ctx.replaced(inputs)
+        if ordinary is not None:
+            self.changed = ordinary.view(self.changed.shape).cpu()
+            self.z.masked_fill_(~self.changed, 0)
         # Factors of the decoded codes, (W, T, 1); None for 1.
-        scale = ctx.sae.output_scale(store.rows(ctx.read_sites, rows).to(ctx.device))
+        scale = ctx.sae.output_scale(inputs)
         self.scale = None if scale is None else scale.view(len(picked), store.length, 1)
         # Value of each latent when it is removed, (F,).
         means = np.asarray(codes.mean(0), np.float32).ravel()
@@ -312,6 +321,7 @@ class _Windows:
             change = change.view(len(part), self.z.shape[1], -1)
             if self.scale is not None:
                 change = change * self.scale[part]
+            change = change.masked_fill(~self.changed[part].to(change.device), 0)
             with patched(self.lm.model, self.site, lambda a, change=change: a - change.to(a.dtype)):
                 log_p = self._log_probs(self.x[part])
             clean = self.clean[part]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from sae_experiments.conditions import OF_MODEL_ON_ROWS
 from sae_experiments.metrics.base import EvalContext, LMSplice, Measured, MetricInfo
 from sae_experiments.metrics.codes import nulls
 from sae_experiments.metrics.noise import noise_of
-from sae_experiments.models.hooks import Site, capture, patched
+from sae_experiments.models.hooks import Site, capture, spliced
 from sae_experiments.quality_warnings import of_splice
 
 INFO = [
@@ -237,13 +236,7 @@ def _replaced_log_probs(
         by_site: New activations (W, T, D) by site.
         rows: Which of them to use, (W T,); None: all.
     """
-
-    def put(old: Tensor, new: Tensor) -> Tensor:
-        return new if rows is None else torch.where(rows.view(*x.shape, 1), new.to(old), old)
-
-    with ExitStack() as stack:
-        for site, value in by_site.items():
-            stack.enter_context(patched(model, site, lambda old, value=value: put(old, value)))
+    with spliced(model, by_site, rows):
         return _log_probs(model, x)
 
 

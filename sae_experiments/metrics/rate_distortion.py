@@ -12,7 +12,7 @@ from scipy import sparse
 from torch import Tensor
 
 from sae_experiments.metrics.base import EvalContext, LMSplice
-from sae_experiments.models.hooks import Site, patched
+from sae_experiments.models.hooks import Site, capture, spliced
 from sae_experiments.sampling import evenly_spaced
 
 #: Maps dense codes (B, F) to reconstructions (B, O).
@@ -47,6 +47,8 @@ class Window(NamedTuple):
     """Next token ids, (W, T)."""
     clean: Tensor
     """Loss in nats at all positions but the first, (W, T - 1)."""
+    replaced: Tensor
+    """Rows that the reconstruction replaces, (W, T): the ordinary ones."""
 
 
 @torch.no_grad()
@@ -76,9 +78,16 @@ def windows_of(ctx: EvalContext, test: np.ndarray, n: int, batch: int) -> Window
     position_among_test = np.cumsum(test) - 1
     rows = position_among_test[(picked[:, None] * length + np.arange(length)).reshape(-1)]
     batch = ctx.windows_per_pass(batch)
-    batches = zip(x.split(batch), y.split(batch), strict=True)
-    clean = torch.cat([_nats(lm, *part) for part in batches])
-    return Window(lm, ctx.write, rows, x, y, clean)
+    clean = []
+    replaced = []
+    for ids, targets in zip(x.split(batch), y.split(batch), strict=True):
+        with capture(lm.model, ctx.read_sites) as seen:
+            clean.append(_nats(lm, ids, targets))
+        ordinary = ctx.replaced(torch.cat([seen[s].flatten(0, 1) for s in ctx.read_sites], 1))
+        if ordinary is None:
+            ordinary = torch.ones(ids.numel(), dtype=torch.bool, device=ids.device)
+        replaced.append(ordinary.view(ids.shape))
+    return Window(lm, ctx.write, rows, x, y, torch.cat(clean), torch.cat(replaced))
 
 
 def _nats(lm: LMSplice, x: Tensor, y: Tensor) -> Tensor:
@@ -115,6 +124,8 @@ def rise(
 ) -> float:
     """Mean rise of the cross-entropy with a code's reconstruction in place of the activation.
 
+    Outlier rows that the fit left out stay as they are.
+
     Args:
         ctx: Evaluation context.
         window: Windows to evaluate.
@@ -136,7 +147,8 @@ def rise(
             recon = direct.joined(recon, rows)
         recon = recon.view(-1, length, recon.shape[1])
         part = slice(begin, begin + batch)
-        with patched(window.lm.model, window.site, lambda a, new=recon: new.to(a.dtype)):
+        splice = {window.site: recon}
+        with spliced(window.lm.model, splice, window.replaced[part].flatten()):
             nats = _nats(window.lm, window.x[part], window.targets[part])
         total += float((nats - window.clean[part]).double().sum())
     return total / window.clean.numel() / math.log(2)

@@ -11,7 +11,7 @@ Shape letters: B sequences, T positions, D width, N rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -158,6 +158,28 @@ def patched(model: nn.Module, site: Site, fn: Callable[[Tensor], Tensor]) -> Ite
     """Within the context, replace the activation (B, T, D) at `site` by `fn` of it."""
     with ExitStack() as stack:
         _hook(model, site, fn, stack)
+        yield
+
+
+@contextmanager
+def spliced(
+    model: nn.Module, by_site: Mapping[Site, Tensor], rows: Tensor | None = None
+) -> Iterator[None]:
+    """Within the context, replace the activations at some sites by given ones.
+
+    Args:
+        model: The language model.
+        by_site: New activations (B, T, D) by site.
+        rows: Rows to replace, (B T,); the others stay as they are. None: all.
+    """
+
+    def put(old: Tensor, new: Tensor) -> Tensor:
+        new = new.to(old.dtype)
+        return new if rows is None else torch.where(rows.view(*new.shape[:2], 1), new, old)
+
+    with ExitStack() as stack:
+        for site, value in by_site.items():
+            _hook(model, site, lambda old, new=value: put(old, new), stack)
         yield
 
 

@@ -14,7 +14,7 @@ from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, nulls
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of, only
 from sae_experiments.metrics.noise import DRAWS, noise_of
-from sae_experiments.models.hooks import Site, capture, patched
+from sae_experiments.models.hooks import Site, capture, spliced
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.hierarchical.sae import Hierarchical
 
@@ -81,7 +81,7 @@ def measure(ctx: EvalContext, *, windows: int, batch: int, mean_rows: int) -> Me
     Cross-entropy and KL are relative to the untouched model, over all positions of a window but the
     first. A splice replaces the activation by one level's reconstruction. An ablation adds to the
     activation the change that removing a level makes in the reconstruction, so that it is not
-    charged for the SAE's error.
+    charged for the SAE's error. Outlier rows that the fit left out stay as they are.
 
     Args:
         ctx: The SAE, the language model and the held-out text.
@@ -103,7 +103,7 @@ def measure(ctx: EvalContext, *, windows: int, batch: int, mean_rows: int) -> Me
     batch = ctx.windows_per_pass(batch)
     for begin in range(0, len(starts), batch):
         x, y = (t.to(ctx.device) for t in lm.tokens(starts[begin : begin + batch]))
-        by_batch.append(_effects(sae, lm.model, site, changes, x, y))
+        by_batch.append(_effects(ctx, lm.model, site, changes, x, y))
     by_window = {}
     for name in by_batch[0]:
         by_window[name] = torch.cat([effects[name] for effects in by_batch]).numpy()
@@ -111,7 +111,7 @@ def measure(ctx: EvalContext, *, windows: int, batch: int, mean_rows: int) -> Me
 
 
 def _effects(
-    sae: SAE,
+    ctx: EvalContext,
     model: nn.Module,
     site: Site,
     changes: Mapping[str, Reconstruct],
@@ -121,7 +121,7 @@ def _effects(
     """Mean effect of each change within each window.
 
     Args:
-        sae: The SAE.
+        ctx: Evaluation context.
         model: The language model.
         site: Site that the SAE reads and rebuilds.
         changes: Changed reconstructions by name.
@@ -133,7 +133,9 @@ def _effects(
     """
     with capture(model, [site]) as seen:
         clean = _log_probs(model, x)
+    sae = ctx.sae
     rows = seen[site].flatten(0, 1).float()
+    replaced = ctx.replaced(rows)
     acts = sae.encode(rows)
     recon = sae.reconstruct(rows, acts)
     effects = {}
@@ -142,7 +144,7 @@ def _effects(
         if name not in SPLICES:
             changed = rows - (recon - changed)
         changed = changed.view(*x.shape, -1)
-        with patched(model, site, lambda a, new=changed: new.to(a.dtype)):
+        with spliced(model, {site: changed}, replaced):
             log_p = _log_probs(model, x)
         rise = (clean - log_p).gather(2, y[:, 1:, None]).squeeze(2) / math.log(2)
         kl = F.kl_div(log_p, clean, log_target=True, reduction="none").sum(2)

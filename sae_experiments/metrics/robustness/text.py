@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_experiments.metrics.base import EvalContext
 from sae_experiments.metrics.robustness.noise import WINDOWS_PER_PASS, NoiseSource
 from sae_experiments.metrics.robustness.sums import Sums
-from sae_experiments.models.hooks import Site, patched
+from sae_experiments.models.hooks import Site, capture, spliced
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.purified.perturb import NoiseModel
 from sae_experiments.sampling import spread
@@ -43,6 +43,8 @@ def denoising(
 ) -> Denoising:
     """Rise of the cross-entropy under Gaussian noise, as it is and through the SAE.
 
+    Outlier rows that the fit left out get no noise and are not rebuilt.
+
     Args:
         ctx: The SAE, the language model and the held-out text.
         cloud: Spread of the rows.
@@ -69,16 +71,15 @@ def denoising(
         delta = cloud.directions("gaussian", x.numel(), g).mul_(eps * cloud.radius)
         delta = delta.view(*x.shape, -1)
 
-        def add_noise(activation: Tensor, delta: Tensor = delta) -> Tensor:
-            return activation + delta
-
-        def rebuild(activation: Tensor, delta: Tensor = delta) -> Tensor:
-            return sae((activation + delta).flatten(0, 1)).view_as(activation)
-
-        clean += _cross_entropy_sum(lm.model, x, y)
-        with patched(lm.model, site, add_noise):
+        with capture(lm.model, [site]) as seen:
+            clean += _cross_entropy_sum(lm.model, x, y)
+        activation = seen[site]
+        replaced = ctx.replaced(activation.flatten(0, 1))
+        noisy_rows = activation + delta
+        denoised = sae(noisy_rows.flatten(0, 1)).view_as(activation)
+        with spliced(lm.model, {site: noisy_rows}, replaced):
             noisy += _cross_entropy_sum(lm.model, x, y)
-        with patched(lm.model, site, rebuild):
+        with spliced(lm.model, {site: denoised}, replaced):
             rebuilt += _cross_entropy_sum(lm.model, x, y)
     # Sums in nats over all characters, as bits per character.
     unit = len(starts) * (store.length - 1) * math.log(2)

@@ -1,0 +1,96 @@
+"""Outlier rows that a fit left out are left alone by every metric that changes the model's run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sae_experiments.metrics import ablation, downstream
+from sae_experiments.metrics.base import EvalContext, LMSplice
+from sae_experiments.metrics.codes import sparse_codes
+from sae_experiments.metrics.levels import effect
+from sae_experiments.metrics.rate_distortion import rise, windows_of
+from sae_experiments.metrics.robustness.text import denoising
+from sae_experiments.models.hooks import Site
+from sae_experiments.models.store import Store
+from sae_experiments.saes.outliers import Region
+from sae_experiments.saes.purified.perturb import NoiseModel
+from support.metric_worlds import CPU, validation_store, validation_tokens
+from support.saes import sae_spec
+
+SITE = Site("resid", 0)
+
+
+@pytest.fixture(scope="module")
+def held_out(trained: Any, corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    cache: Path = tmp_path_factory.mktemp("outlier_rows")
+    return validation_store(trained, corpus, [SITE], cache)
+
+
+def _downstream(ctx: EvalContext) -> list[float | None]:
+    values = downstream.measure(ctx, windows=40, batch=8).scalars
+    return [values["ce_delta_bits"], values["kl"]]
+
+
+def _levels(ctx: EvalContext) -> list[float | None]:
+    return list(effect.measure(ctx, windows=40, batch=8, mean_rows=256).scalars.values())
+
+
+def _ablation(ctx: EvalContext) -> list[float | None]:
+    options = {"windows": 40, "batch": 8, "latents": 8, "per_latent": 4, "min_fires": 1}
+    found = ablation.measure(ctx, **options, rows=640, groups=2, mean=True, seed=0)
+    return [v for name, v in found.scalars.items() if "group" in name or "level" in name]
+
+
+def _denoising(ctx: EvalContext) -> list[float | None]:
+    rows = ctx.inputs(slice(None))
+    return list(denoising(ctx, NoiseModel(rows.shape[1]).learn(rows), 0.5, 40, 0))
+
+
+def _compression(ctx: EvalContext) -> list[float | None]:
+    codes = sparse_codes(ctx, None)
+    windows = windows_of(ctx, np.ones(ctx.n_rows, bool), 40, 8)
+    assert codes is not None
+    assert windows is not None
+    return [rise(ctx, windows, codes, lambda z: torch.zeros(len(z), ctx.sae.d_in), None, 8)]
+
+
+@pytest.mark.parametrize("effects_of", [_downstream, _levels, _ablation, _denoising, _compression])
+def test_what_lies_outside_the_ordinary_rows_is_not_replaced(
+    effects_of: Any, trained: Any, corpus: Any, held_out: Store
+) -> None:
+    x = held_out.rows(SITE, slice(None))
+    region = Region.of(x)
+    median = (x - region.centre).norm(dim=1).median()[None]
+    lm = LMSplice(trained.model, SITE, validation_tokens(corpus))
+    spec = sae_spec("hierarchical", "sae.target_l0=null")
+    width = x.shape[1]
+    torch.manual_seed(0)
+    sae = spec.model(d_in=width, d_sae=48, d_out=width).eval()
+
+    def effects(limits: torch.Tensor, outliers: str = "leave_out") -> np.ndarray:
+        ctx = EvalContext(
+            sae=sae,
+            device=CPU,
+            read=SITE,
+            write=SITE,
+            held_out=held_out,
+            lm=lm,
+            outliers=outliers,
+            extras={"region": region._replace(limits=limits)},
+        )
+        values = [v for v in effects_of(ctx) if v is not None]
+        assert values, "no effect was measured"
+        return np.array(values)
+
+    none = torch.zeros(1)
+    every = effects(none, "keep")
+    assert np.abs(effects(none)).max() < 1e-6, "nothing is replaced, so nothing changes"
+    assert np.abs(every).max() > 1e-3
+    half = effects(median)
+    assert np.abs(half).max() > 1e-4
+    assert (half != every).any()
