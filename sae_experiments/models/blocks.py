@@ -179,6 +179,24 @@ class Block:
         g_v = torch.einsum("hts,rthe->rshe", weights, g_out).flatten(2)
         return g + norm_pull_back(self.ln_1, rstd, g_v @ self.W[2].t())
 
+    def pull_back_heads(self, weights: Tensor, rstd: Tensor, position: Tensor, g: Tensor) -> Tensor:
+        """Gradients at the block's input through each head alone, from those at one position.
+
+        Args:
+            weights: Attention weights of one prompt, (H, T, T).
+            rstd: Inverse standard deviation in the first norm, (T, 1).
+            position: Position of each row, (R,).
+            g: Gradients at the stream after attention at that position, (R, C).
+
+        Returns:
+            Gradients (R, H, T, C), without the path past attention.
+        """
+        W_v, W_o = self.W[2], self.W_o
+        g_out = (g @ W_o.t()).view(len(g), self.n_head, -1)
+        g_v = torch.einsum("hrt,rhe->rhte", weights[:, position], g_out)
+        g_n = torch.einsum("rhte,che->rhtc", g_v, W_v.view(len(W_v), self.n_head, -1))
+        return norm_pull_back(self.ln_1, rstd, g_n)
+
     def forward(self, h: Tensor) -> Tensor:
         """The stream after the block (R, T, C) from the one before it."""
         r = self.attend(h).stream

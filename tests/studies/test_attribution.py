@@ -21,30 +21,10 @@ from sae_experiments.saes.circuit_tracer import load_transcoders
 from sae_experiments.studies.attribution.front_end import cantor
 from sae_experiments.studies.attribution.influence import Graph, keep_share, prune
 from sae_experiments.studies.attribution.interventions import Interventions
-from sae_experiments.studies.attribution.local import Adjacency, LocalModel
+from sae_experiments.studies.attribution.local import LocalModel
 from sae_experiments.studies.attribution.prompts import given
-from support.attribution_worlds import world
+from support.attribution_worlds import every_world, graph_of, local_model, world
 from support.common import CONF, TINY
-
-WORLDS = [
-    ("gpt2", True, False),
-    ("gpt2", True, True),
-    ("gpt2", False, True),
-    ("gpt_neo", True, False),
-]
-every_world = pytest.mark.parametrize(("kind", "cross", "skip"), WORLDS)
-
-
-def local_model(kind: str = "gpt2", cross: bool = True, skip: bool = False, **kwargs: Any) -> Any:
-    """The local replacement model of the first prompt, and its adjacency."""
-    lm, sae, ids = world(kind, cross=cross, skip=skip)
-    local = LocalModel(lm, sae, ids[:1], **kwargs)
-    return local, local.adjacency()
-
-
-def graph_of(local: LocalModel, adjacency: Adjacency) -> Graph:
-    columns = adjacency.weights[:, : local.sources.tokens.stop]
-    return Graph(columns, local.logits.probability, local.error.shape[0] * local.length)
 
 
 @every_world

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 from sae_experiments.models.hooks import Site, capture
 from sae_experiments.saes.cross_layer import CrossLayerTranscoder
+from sae_experiments.studies.attribution.influence import Graph
+from sae_experiments.studies.attribution.local import Adjacency, LocalModel
 from support.circuit_worlds import C, model, tokens
 
 P = 30  # latents per layer
+
+#: Model, cross-layer decoders, skip paths.
+WORLDS = [
+    ("gpt2", True, False),
+    ("gpt2", True, True),
+    ("gpt2", False, True),
+    ("gpt_neo", True, False),
+]
+every_world = pytest.mark.parametrize(("kind", "cross", "skip"), WORLDS)
 
 
 def sites(stream: str, layers: int) -> list[Site]:
@@ -49,6 +63,19 @@ def world(
     """A model, its transcoder and prompts (n, T)."""
     lm, ids = model(kind, layers=layers), tokens(n)
     return lm, transcoder(lm, ids, layers=layers, cross=cross, skip=skip), ids
+
+
+def local_model(kind: str = "gpt2", cross: bool = True, skip: bool = False, **kwargs: Any) -> Any:
+    """The local replacement model of the first prompt, and its adjacency."""
+    lm, sae, ids = world(kind, cross=cross, skip=skip)
+    local = LocalModel(lm, sae, ids[:1], **kwargs)
+    return local, local.adjacency()
+
+
+def graph_of(local: LocalModel, adjacency: Adjacency) -> Graph:
+    """The part of an adjacency that influence flows through."""
+    columns = adjacency.weights[:, : local.sources.tokens.stop]
+    return Graph(columns, local.logits.probability, local.error.shape[0] * local.length)
 
 
 #: Name of the model whose weights are waves.

@@ -202,26 +202,57 @@ class LocalModel:
         out = vectors.new_zeros(len(vectors), self.n_sources)
         g = vectors.new_zeros(len(vectors), self.length, vectors.shape[1])
         g[torch.arange(len(g), device=g.device), position] = vectors
-        for k in reversed(range(self.n_layer)):
-            if k < layer:
-                self._add_writes(out, k, g)
-                g = self._past_mlp(k, g)
-            if k <= layer:
-                block, clean = self.frozen.blocks[k], self.frozen.clean[k]
-                out[:, self.sources.biases.start + k] = g.sum(1) @ block.mixed_bias
-                g = block.pull_back_frozen(clean.weights[0], clean.rstd_1[0], g)
-        out[:, self.sources.tokens] = (g * self.token_embedding).sum(-1)
-        out[:, self.sources.positions] = (g * self.position_embedding).sum(-1)
+        if layer < self.n_layer:
+            g = self.past_attention(out, layer, g)
+        self.descend(out, layer, g)
         return out
 
-    def _past_mlp(self, k: int, g: Tensor) -> Tensor:
+    def descend(self, out: Tensor, k: int, g: Tensor) -> None:
+        """Add what reaches the targets from everything before a block.
+
+        Args:
+            out: Attributions (R, S), changed in place.
+            k: The block; L for the end of the stream.
+            g: Gradients at the stream before the block, (R, T, C).
+        """
+        for j in reversed(range(k)):
+            self.add_writes(out, j, g)
+            g = self.past_attention(out, j, self.past_mlp(j, g))
+        self.add_embeddings(out, g)
+
+    def past_attention(self, out: Tensor, k: int, g: Tensor) -> Tensor:
+        """Gradient at the stream before a block from that after its attention, (R, T, C).
+
+        What comes from the attention's biases is added to the attributions `out` (R, S).
+        """
+        self.add_attention_bias(out, k, g)
+        clean = self.frozen.clean[k]
+        return self.frozen.blocks[k].pull_back_frozen(clean.weights[0], clean.rstd_1[0], g)
+
+    def add_attention_bias(self, out: Tensor, k: int, g: Tensor) -> None:
+        """Add what comes from the biases of block k's attention to attributions (R, S).
+
+        Args:
+            out: Attributions, changed in place.
+            k: The block.
+            g: Gradients at the stream after that attention, (R, T, C).
+        """
+        bias = self.frozen.blocks[k].mixed_bias
+        out[:, self.sources.biases.start + k] += g.sum(1) @ bias
+
+    def add_embeddings(self, out: Tensor, g: Tensor) -> None:
+        """Add what comes from tokens and positions, from gradients (R, T, C) at the embedding."""
+        out[:, self.sources.tokens] += (g * self.token_embedding).sum(-1)
+        out[:, self.sources.positions] += (g * self.position_embedding).sum(-1)
+
+    def past_mlp(self, k: int, g: Tensor) -> Tensor:
         """Gradient at the stream before the MLP of a block from that after it."""
         if self.sae.W_skip is None:
             return g
         block, clean = self.frozen.blocks[k], self.frozen.clean[k]
         return g + norm_pull_back(block.ln_2, clean.rstd_2[0], g @ self.sae.W_skip[k])
 
-    def _add_writes(self, out: Tensor, k: int, g: Tensor) -> None:
+    def add_writes(self, out: Tensor, k: int, g: Tensor) -> None:
         """Add what reaches the targets from the output of the MLP of block k.
 
         Args:
@@ -234,12 +265,12 @@ class LocalModel:
             position = int(self.nodes.position[chosen[0]])
             out[:, chosen] += g[:, position] @ vectors.t()
         at = columns.errors.start + k * self.length
-        out[:, at : at + self.length] = (g * self.error[k]).sum(-1)
+        out[:, at : at + self.length] += (g * self.error[k]).sum(-1)
         bias = self.sae.b_dec[self.sae.site_of(k)]
         if self.sae.W_skip is not None:
             offset = self.frozen.blocks[k].ln_2.bias - self.sae.centre[self.sae.site_of(k)]
             bias = bias + self.sae.W_skip[k] @ offset
-        out[:, columns.biases.start + self.n_layer + k] = g.sum(1) @ bias
+        out[:, columns.biases.start + self.n_layer + k] += g.sum(1) @ bias
 
     def writes(self, k: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Writes of active latents to the output of the MLP of block k, position by position.

@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from attribution_worlds import WAVES, wave_world, world
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_experiments.saes.circuit_tracer import save_transcoders
 from sae_experiments.studies.attribution.influence import Graph, prune
 from sae_experiments.studies.attribution.local import LocalModel
+from support.attribution_worlds import WAVES, wave_world, world
 
 PYTHON = os.environ.get("CIRCUIT_TRACER_PYTHON")
-RECORD = Path(__file__).parent / "golden" / "circuit_tracer.json"
+TESTS = Path(__file__).parents[1]
+RECORD = TESTS / "golden" / "circuit_tracer.json"
 #: Kinds of transcoders, by folder: cross-layer decoders, skip paths.
 KINDS = {"cross": (True, False), "plain": (False, False), "skip": (False, True)}
 #: Largest difference of an edge.
@@ -80,7 +81,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folders = [home / name for name in (*KINDS, WAVES)]
     for folder in folders:
         write(folder, folder.name)
-    script = Path(__file__).with_name("circuit_tracer_peer.py")
+    script = TESTS / "support" / "circuit_tracer_peer.py"
     subprocess.run([PYTHON, str(script), *map(str, folders)], check=True, capture_output=True)
     return home
 

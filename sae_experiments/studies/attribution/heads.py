@@ -1,0 +1,97 @@
+"""Heads that carry the edges of a graph.
+
+Attention is linear while its weights are constants, so an edge is a sum over paths, each of which
+passes some heads on its way. A path is counted at the *last* head it passes, the one that brings it
+to the target's position; paths that pass none stay at that position all the way. These parts sum to
+the edge. They say which head moved something, not why it looked there: that is in the attention
+weights, which are constants here.
+
+Shape letters: R targets, T positions, L blocks, H heads of a block, C width of the residual stream,
+S sources, E edges.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_experiments.studies.attribution.local import LocalModel
+
+
+def n_parts(local: LocalModel) -> int:
+    """Number of parts of an edge: none of the heads, then the heads block by block."""
+    return 1 + local.n_layer * local.frozen.blocks[0].n_head
+
+
+def name_of(local: LocalModel, part: int) -> str | None:
+    """Name of a part's head, counted from 1; None for the part that passes no head."""
+    if not part:
+        return None
+    block, head = divmod(part - 1, local.frozen.blocks[0].n_head)
+    return f"block {block + 1} head {head + 1}"
+
+
+@torch.no_grad()
+def head_rows(local: LocalModel, layer: int, position: Tensor, vectors: Tensor) -> Tensor:
+    """Attributions into targets that read the stream in one layer, by the last head passed.
+
+    Args:
+        local: The local replacement model.
+        layer: The layer whose second norm they read; L for what reads the last stream.
+        position: Position of each target, (R,).
+        vectors: Direction that each reads, (R, C).
+
+    Returns:
+        (R, parts, S), see `n_parts`.
+    """
+    n_head = local.frozen.blocks[0].n_head
+    out = vectors.new_zeros(len(vectors), n_parts(local), local.n_sources)
+    direct = out[:, 0]
+    each = torch.arange(len(vectors), device=vectors.device)
+    g = vectors.new_zeros(len(vectors), local.length, vectors.shape[1])
+    g[each, position] = vectors
+    for k in reversed(range(local.n_layer)):
+        if k < layer:
+            local.add_writes(direct, k, g)
+            g = local.past_mlp(k, g)
+        if k <= layer:
+            local.add_attention_bias(direct, k, g)
+            clean = local.frozen.clean[k]
+            through = local.frozen.blocks[k].pull_back_heads(
+                clean.weights[0], clean.rstd_1[0], position, g[each, position]
+            )
+            part = vectors.new_zeros(len(vectors) * n_head, local.n_sources)
+            local.descend(part, k, through.flatten(0, 1))
+            first = 1 + k * n_head
+            out[:, first : first + n_head] = part.view(len(vectors), n_head, -1)
+    local.add_embeddings(direct, g)
+    return out
+
+
+@torch.no_grad()
+def edge_heads(local: LocalModel, edges: Tensor) -> Tensor:
+    """Parts of chosen edges by the last head passed.
+
+    Args:
+        local: The local replacement model.
+        edges: Chosen edges (n + m, N) from latents, errors and tokens into latents and then logits.
+
+    Returns:
+        (E, parts), in the order of `edges.nonzero()`; each row sums to the edge's weight.
+    """
+    n = local.nodes.n
+    found = local.error.new_zeros(int(edges.sum()), n_parts(local))
+    before = edges.sum(1).cumsum(0) - edges.sum(1)
+    logit_vectors = local.logit_vectors()[0]
+    last = torch.full((1,), local.length - 1, device=edges.device)
+    for row in edges.any(1).nonzero().squeeze(1).tolist():
+        if row < n:
+            layer, at = int(local.nodes.layer[row]), local.nodes.position[row : row + 1]
+            vector = local.read_vectors(layer, torch.tensor([row], device=edges.device))[0]
+        else:
+            layer, at, vector = local.n_layer, last, logit_vectors[row - n : row - n + 1]
+        sources = edges[row].nonzero().squeeze(1)
+        start = int(before[row])
+        parts = head_rows(local, layer, at, vector)[0, :, sources]
+        found[start : start + len(sources)] = parts.t()
+    return found
