@@ -191,7 +191,7 @@ def test_a_clamped_latent_moves_everything_by_its_column_if_norms_are_held(
 ) -> None:
     local, adjacency = local_model(kind, cross, skip)
     made = Interventions(local, adjacency, memory_mb=1e-1)
-    sources = torch.arange(0, local.nodes.n, 9)
+    sources = made.one_each(torch.arange(0, local.nodes.n, 9))
     assert made.batch < len(sources)
     predicted = made.direct(sources, multiple)
     measured = made.measure(sources, multiple, free=False, hold_norms=True)
@@ -214,9 +214,9 @@ def test_a_total_effect_is_the_sum_over_all_paths() -> None:
     sources = torch.arange(5)
     start = -adjacency.weights[:n, sources]
     expected = paths @ start
-    torch.testing.assert_close(made.total(sources, 0.0).latents, expected.t())
-    last = made.total(torch.tensor([n - 1]), 0.0)
-    direct = made.direct(torch.tensor([n - 1]), 0.0)
+    torch.testing.assert_close(made.total(made.one_each(sources), 0.0).latents, expected.t())
+    last = made.one_each(torch.tensor([n - 1]))
+    last, direct = made.total(last, 0.0), made.direct(last, 0.0)
     torch.testing.assert_close(last.logits, direct.logits)
 
 
@@ -292,6 +292,12 @@ def test_a_run_measures_graphs_and_checks_them(first: Path) -> None:
             ids = {node["id"] for node in graph["nodes"]}
             assert len(ids) == len(graph["nodes"]) and graph["edges"]
             assert all(e["from"] in ids and e["to"] in ids for e in graph["edges"])
+            assert len(graph["groups"]) == len(graph["removals"])
+            assert all(len(group["members"]) > 1 for group in graph["groups"])
+        edges = [edge for graph in graphs for edge in graph["edges"]]
+        assert any(part[0].startswith("block") for e in edges for part in e.get("parts", []))
+        assert any(graph["groups"] for graph in graphs)
+        assert 0 < means["graph_attention_share_mean"] < 1
         assert any(node["contexts"] for graph in graphs for node in graph["nodes"])
 
 

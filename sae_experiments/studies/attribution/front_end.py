@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 
 from sae_experiments.files import write_json
+from sae_experiments.studies.attribution.heads import name_of
 from sae_experiments.studies.attribution.influence import Graph, cumulative_share
 from sae_experiments.studies.attribution.local import LocalModel
+
+#: Parts of an edge in the report.
+CARRIERS = 3
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Drawn:
         graph: Its graph before pruning.
         nodes: Kept columns (N,).
         edges: Kept edges (n + m, N).
+        parts: Their parts by the last head passed (E, parts), in the order of `edges.nonzero()`.
+        groups: Kept latents of each supernode.
         pieces: Text of every token id.
         title: One line about the prompt.
     """
@@ -37,6 +43,8 @@ class Drawn:
     graph: Graph
     nodes: Tensor
     edges: Tensor
+    parts: Tensor
+    groups: Sequence[Tensor]
     pieces: Sequence[str]
     title: str
 
@@ -109,12 +117,26 @@ def as_circuit_tracer(
     }
     settings = {
         "pinnedIds": [],
-        "supernodes": [],
+        "supernodes": [[label, *members] for label, members in supernodes(drawn)],
         "linkType": "both",
         "clickedId": "",
         "sg_pos": "",
     }
     return {"metadata": metadata, "qParams": settings, "nodes": nodes, "links": links}
+
+
+def supernodes(drawn: Drawn) -> list[tuple[str, list[str]]]:
+    """Label of every supernode, and the names of its latents that are kept."""
+    nodes, ids = drawn.local.nodes, drawn.column_ids()
+    found = []
+    for number, group in enumerate(drawn.groups):
+        layers = sorted(set((nodes.layer[group] + 1).tolist()))
+        place = int(nodes.position[group[0]])
+        mlps = ", ".join(str(layer) for layer in layers)
+        label = f"group {number + 1}: MLP {mlps} at {drawn.prompt[place]!r} ({place})"
+        kept = [i for i in group.tolist() if bool(drawn.nodes[i])]
+        found.append((label, [ids[i] for i in kept]))
+    return found
 
 
 def _node(node_id: str, feature: int, layer: str, position: int, kind: str) -> dict[str, Any]:
@@ -222,7 +244,8 @@ def as_report(drawn: Drawn, most: int, about: Mapping[int, Mapping[str, Any]]) -
     """
     columns = shown_columns(drawn, most)
     ids, targets = drawn.column_ids(), drawn.logit_ids()
-    nodes = [_shown_node(drawn, i, about) for i in columns]
+    share = cumulative_share(drawn.graph.influence()[0]).tolist()
+    nodes = [_shown_node(drawn, i, about) | {"influence": _digits(share[i])} for i in columns]
     last = drawn.local.n_layer + 1
     for name, token, p in zip(
         targets,
@@ -235,11 +258,22 @@ def as_report(drawn: Drawn, most: int, about: Mapping[int, Mapping[str, Any]]) -
     chosen = dict.fromkeys(columns)
     rows = [*ids[: drawn.graph.n], *targets]
     edges = []
-    for t, s in drawn.edges.nonzero().tolist():
+    for (t, s), parts in zip(drawn.edges.nonzero().tolist(), drawn.parts, strict=True):
         if s in chosen and (t >= drawn.graph.n or t in chosen):
-            weight = float(drawn.graph.weights[t, s])
-            edges.append({"from": ids[s], "to": rows[t], "weight": _digits(weight)})
-    return {"title": drawn.title, "nodes": nodes, "edges": edges}
+            weight = _digits(float(drawn.graph.weights[t, s]))
+            edge = {"from": ids[s], "to": rows[t], "weight": weight}
+            edges.append(edge | _carriers(drawn.local, parts))
+    groups = [{"label": label, "members": members} for label, members in supernodes(drawn)]
+    return {"title": drawn.title, "nodes": nodes, "edges": edges, "groups": groups}
+
+
+def _carriers(local: LocalModel, parts: Tensor) -> dict[str, Any]:
+    """The largest parts of an edge by the head that carries them; nothing if it passes none."""
+    if not bool(parts[1:].any()):
+        return {}
+    order = parts.abs().argsort(descending=True, stable=True)[:CARRIERS].tolist()
+    named = [[name_of(local, i) or "no head", _digits(float(parts[i]))] for i in order]
+    return {"parts": [part for part in named if part[1]]}
 
 
 def _shown_node(drawn: Drawn, i: int, about: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

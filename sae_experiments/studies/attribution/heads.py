@@ -12,9 +12,12 @@ S sources, E edges.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from sae_experiments.studies.attribution.influence import TINY
 from sae_experiments.studies.attribution.local import LocalModel
 
 
@@ -79,19 +82,51 @@ def edge_heads(local: LocalModel, edges: Tensor) -> Tensor:
     Returns:
         (E, parts), in the order of `edges.nonzero()`; each row sums to the edge's weight.
     """
-    n = local.nodes.n
     found = local.error.new_zeros(int(edges.sum()), n_parts(local))
-    before = edges.sum(1).cumsum(0) - edges.sum(1)
-    logit_vectors = local.logit_vectors()[0]
-    last = torch.full((1,), local.length - 1, device=edges.device)
-    for row in edges.any(1).nonzero().squeeze(1).tolist():
-        if row < n:
-            layer, at = int(local.nodes.layer[row]), local.nodes.position[row : row + 1]
-            vector = local.read_vectors(layer, torch.tensor([row], device=edges.device))[0]
-        else:
-            layer, at, vector = local.n_layer, last, logit_vectors[row - n : row - n + 1]
-        sources = edges[row].nonzero().squeeze(1)
-        start = int(before[row])
-        parts = head_rows(local, layer, at, vector)[0, :, sources]
-        found[start : start + len(sources)] = parts.t()
+    number = edges.flatten().cumsum(0).view_as(edges) - 1
+    batch = max(1, local.batch // n_parts(local))
+    for layer, rows in _targets(local, edges):
+        for some in rows.split(batch):
+            position, vectors = _read(local, layer, some)
+            parts = head_rows(local, layer, position, vectors)
+            chosen = edges[some]
+            target, source = chosen.nonzero(as_tuple=True)
+            found[number[some][chosen]] = parts[target, :, source]
     return found
+
+
+def _targets(local: LocalModel, edges: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Rows that have chosen edges, layer by layer; logits read layer L."""
+    n = local.nodes.n
+    used = edges.any(1).nonzero().squeeze(1)
+    last = torch.full((len(edges) - n,), local.n_layer, device=edges.device)
+    layer = torch.cat([local.nodes.layer, last])[used]
+    for k in layer.unique().tolist():
+        yield k, used[layer == k]
+
+
+def _read(local: LocalModel, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions (R,) and read vectors (R, C) of targets in one layer."""
+    if layer < local.n_layer:
+        return local.nodes.position[rows], local.read_vectors(layer, rows)[0]
+    vectors = local.logit_vectors()[0][rows - local.nodes.n]
+    return torch.full_like(rows, local.length - 1), vectors
+
+
+def attention_numbers(parts: Tensor) -> dict[str, float]:
+    """How much of the chosen edges goes through attention, and how far one head carries it.
+
+    Args:
+        parts: Parts of edges (E, parts) by the last head passed.
+
+    Returns:
+        `attention_share`: absolute parts of heads / absolute parts of all. `top_head_share`: the
+        largest part of a head / the sum over heads, weighted by that sum.
+    """
+    size = parts.abs()
+    heads = size[:, 1:]
+    total = float(heads.sum())
+    return {
+        "attention_share": total / max(float(size.sum()), TINY),
+        "top_head_share": float(heads.amax(1).sum()) / max(total, TINY),
+    }

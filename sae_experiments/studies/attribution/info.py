@@ -54,11 +54,33 @@ _GRAPH: list[tuple[str, str, str, Better, bool]] = [
         "none",
         False,
     ),
+    (
+        "graph_attention_share",
+        "through attention",
+        "absolute parts of the kept edges that pass a head / all absolute parts, by the last head "
+        "that a path passes",
+        "none",
+        False,
+    ),
+    (
+        "graph_top_head_share",
+        "top head",
+        "largest part of one head / that of all heads, over the kept edges, weighted by the latter",
+        "none",
+        False,
+    ),
+    ("graph_supernodes", "supernodes", "groups of latents that are alike", "none", False),
+    ("graph_supernode_size", "supernode size", "mean latents of a supernode", "none", False),
     ("graph_seconds", "graph time", "seconds to make one graph, without checks", "down", False),
 ]
+_CLAMPED = "MLPs and attention weights of the clean run plus the writes of what is clamped"
+_FREE = "the writes to the latents' own layers alone, everything after them responds"
+#: What is clamped, the title's beginning and the formula of each check.
 _CHECKS = {
-    "constrained": "MLPs and attention weights of the clean run plus the latent's writes",
-    "free": "the write to the latent's own layer alone, everything after it responds",
+    "constrained": ("a latent is", "r constrained", _CLAMPED),
+    "free": ("a latent is", "r free", _FREE),
+    "supernode_constrained": ("a supernode's latents are", "r supernodes, constrained", _CLAMPED),
+    "supernode_free": ("a supernode's latents are", "r supernodes, free", _FREE),
 }
 ORDERS = {
     "influence": "influence on the logits",
@@ -92,31 +114,9 @@ def infos() -> list[MetricInfo]:
             shown=False,
         )
     )
-    for check, formula in _CHECKS.items():
+    for check in _CHECKS:
         for target in ("latent", "logit"):
-            of = f"predicted and measured change of a {target} when a latent is set to 0 or doubled"
-            described += [
-                info(
-                    f"{check}_{target}_pearson",
-                    f"r {check}, {target}s",
-                    f"Pearson correlation of the {of}; {formula}",
-                    "up",
-                ),
-                info(
-                    f"{check}_{target}_slope",
-                    f"slope {check}, {target}s",
-                    f"slope of measured on predicted for the {of}",
-                    "target",
-                    shown=False,
-                ),
-                info(
-                    f"{check}_{target}_pairs",
-                    f"pairs {check}, {target}s",
-                    f"number of pairs of the {of}",
-                    "none",
-                    shown=False,
-                ),
-            ]
+            described += _agreement(check, target)
     for order, formula in ORDERS.items():
         described.append(
             info(
@@ -129,4 +129,44 @@ def infos() -> list[MetricInfo]:
                 shown=order != "direct",
             )
         )
+    described.append(
+        info(
+            "deletion_gain",
+            "deletion gain",
+            "deletion by influence minus deletion by activation, prompt by prompt",
+            "up",
+            unit="nat",
+        )
+    )
     return described
+
+
+def _agreement(check: str, target: str) -> list[MetricInfo]:
+    """Descriptions of the agreement of predicted and measured changes in one check."""
+    clamped, title, formula = _CHECKS[check]
+    of = f"predicted and measured change of a {target} when {clamped} set to 0 or doubled"
+    slope, pairs = title.replace("r ", "slope ", 1), title.replace("r ", "pairs ", 1)
+    shown = not check.startswith("supernode")
+    return [
+        info(
+            f"{check}_{target}_pearson",
+            f"{title}, {target}s",
+            f"Pearson correlation of the {of}; {formula}",
+            "up",
+            shown=shown,
+        ),
+        info(
+            f"{check}_{target}_slope",
+            f"{slope}, {target}s",
+            f"slope of measured on predicted for the {of}",
+            "target",
+            shown=False,
+        ),
+        info(
+            f"{check}_{target}_pairs",
+            f"{pairs}, {target}s",
+            f"number of pairs of the {of}",
+            "none",
+            shown=False,
+        ),
+    ]

@@ -1,4 +1,4 @@
-"""Interventions on the real model: clamp a latent, and compare what follows with the graph.
+"""Interventions on the real model: clamp latents, and compare what follows with the graph.
 
 Shape letters: R interventions, T positions, C width of the residual stream, n active latents, m
 logits.
@@ -30,7 +30,7 @@ class Interventions:
     """Predicted and measured effects of clamping active latents of one prompt.
 
     A latent is set to a multiple of its activation by adding the difference, times its decoder
-    rows, to the outputs of the real MLPs.
+    rows, to the outputs of the real MLPs. Sets of latents are clamped together.
 
     - *Constrained*: MLP outputs are those of the clean run plus the latent's writes to all layers,
       and attention weights those of the clean run; norms respond. It tests direct effects.
@@ -52,22 +52,45 @@ class Interventions:
         per_run = 24 * local.length * local.error.shape[2] * local.error.element_size()
         self.batch = max(1, int(memory_mb * 2**20 / per_run))
 
+    def members(self, groups: Sequence[Tensor] | Tensor) -> Tensor:
+        """Sets (R, n) of the latents in each of R groups."""
+        sets = torch.zeros(len(groups), self.local.nodes.n, dtype=torch.bool)
+        for row, group in zip(sets, groups, strict=True):
+            row[group.cpu()] = True
+        return sets.to(self.slopes.device)
+
+    def one_each(self, latents: Tensor) -> Tensor:
+        """Sets (R, n) with one latent each, for latents (R,)."""
+        return self.members(latents[:, None])
+
     # --- predictions -----------------------------------------------------------------------------
 
-    def direct(self, sources: Tensor, multiple: float) -> Effects:
-        """Predicted direct effects of setting each source (R,) to a multiple of its activation."""
-        change = (multiple - 1) * self.adjacency.weights[:, sources].t()
-        return self._split(change)
+    def direct(self, sets: Tensor, multiple: float) -> Effects:
+        """Predicted direct effects of setting the latents of each set to a multiple of theirs.
 
-    def total(self, sources: Tensor, multiple: float) -> Effects:
-        """Predicted effects along all paths through active latents, which stay active."""
-        n = self.local.nodes.n
-        step = (multiple - 1) * self.adjacency.weights[:, sources].t()
+        Args:
+            sets: Active latents that are clamped together, as booleans (R, n).
+            multiple: 0 removes a latent, 2 doubles it.
+        """
+        return self._split(self._step(sets, multiple))
+
+    def total(self, sets: Tensor, multiple: float) -> Effects:
+        """Predicted effects along all paths through active latents, which stay active.
+
+        Effects of the latents of a set are added up, those through one another included: a free
+        intervention adds its writes to a model that goes on to respond.
+        """
+        step = self._step(sets, multiple)
         change = step.clone()
         for _ in range(self.local.n_layer):
-            step = step[:, :n] @ self.slopes.t()
+            step = step[:, : self.local.nodes.n] @ self.slopes.t()
             change += step
         return self._split(change)
+
+    def _step(self, sets: Tensor, multiple: float) -> Tensor:
+        """Direct effects (R, n + m) of sets."""
+        weights = self.adjacency.weights[:, : self.local.nodes.n]
+        return (multiple - 1) * sets.to(weights) @ weights.t()
 
     def _split(self, change: Tensor) -> Effects:
         n = self.local.nodes.n
@@ -77,30 +100,42 @@ class Interventions:
 
     @torch.no_grad()
     def measure(
-        self,
-        sources: Tensor,
-        multiple: float,
-        *,
-        free: bool,
-        hold_norms: bool = False,
+        self, sets: Tensor, multiple: float, *, free: bool, hold_norms: bool = False
     ) -> Effects:
-        """Measured effects of setting each source (R,) to a multiple of its activation.
+        """Measured effects of setting the latents of each set to a multiple of their activation.
 
         Args:
-            sources: Active latents.
+            sets: Active latents that are clamped together, as booleans (R, n).
             multiple: 0 removes a latent, 2 doubles it.
             free: See the class.
             hold_norms: Hold the denominators of norms as well; only if constrained.
         """
         parts = []
-        for some in sources.split(self.batch):
-            one_each = torch.eye(len(some), dtype=torch.bool, device=some.device)
-            delta = [
-                (multiple - 1) * self._writes(k, some, one_each, own=free)
-                for k in range(self.local.n_layer)
-            ]
-            parts.append(self._changes(self._rerun(delta, len(some), free, hold_norms)))
+        for some in sets.split(self.batch):
+            run = self._clamped(some, multiple, free=free, hold_norms=hold_norms)
+            parts.append(self._changes(run))
         return Effects(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    @torch.no_grad()
+    def next_tokens(self, sets: Tensor, multiple: float) -> Tensor:
+        """Log probabilities (R, V) of the next token after a free intervention on each set."""
+        parts = [
+            self._clamped(some, multiple, free=True).logits[:, 0].log_softmax(-1)
+            for some in sets.split(self.batch)
+        ]
+        return torch.cat(parts)
+
+    def _clamped(
+        self, sets: Tensor, multiple: float, *, free: bool, hold_norms: bool = False
+    ) -> Rerun:
+        """Run the real model with each set (R, n) at a multiple of its activation."""
+        chosen = sets.any(0).nonzero().squeeze(1)
+        member = sets[:, chosen]
+        delta = [
+            (multiple - 1) * self._writes(k, chosen, member, own=free)
+            for k in range(self.local.n_layer)
+        ]
+        return self._rerun(delta, len(sets), free, hold_norms)
 
     def _writes(self, k: int, chosen: Tensor, member: Tensor, *, own: bool) -> Tensor:
         """Writes (R, T, C) of sets of latents to one layer.
@@ -155,11 +190,15 @@ class Interventions:
         logits = moved[:, local.logits.token] - moved.mean(1, keepdim=True)
         return Effects(latents, logits)
 
-    def later(self, sources: Tensor) -> Tensor:
-        """Pairs (R, n) of a source and a latent that reads a later layer, here or further on."""
+    def later(self, sets: Tensor) -> Tensor:
+        """Pairs (R, n) of a set and a latent outside it that some member can reach.
+
+        Such a latent reads a later layer, here or further on.
+        """
         nodes = self.local.nodes
-        deeper = nodes.layer > nodes.layer[sources, None]
-        return deeper & (nodes.position >= nodes.position[sources, None])
+        deeper = nodes.layer > nodes.layer[:, None]
+        reached = deeper & (nodes.position >= nodes.position[:, None])
+        return (sets.to(self.slopes) @ reached.to(self.slopes) > 0) & ~sets
 
     # --- deletion --------------------------------------------------------------------------------
 
@@ -174,15 +213,10 @@ class Interventions:
         Returns:
             KL(p || p without them) in nats, (len(counts),).
         """
-        counts = [min(count, len(order)) for count in counts]
-        chosen = order[: max(counts)]
-        rank = torch.arange(len(chosen), device=order.device)
-        member = rank < torch.tensor(counts, device=order.device)[:, None]
-        parts = []
-        for some in member.split(self.batch):
-            delta = [-self._writes(k, chosen, some, own=True) for k in range(self.local.n_layer)]
-            run = self._rerun(delta, len(some), free=True, hold_norms=False)
-            log_q = run.logits[:, 0].log_softmax(-1)
-            log_p = self.local.frozen.logits[:, -1].log_softmax(-1).expand_as(log_q)
-            parts.append(F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1))
-        return torch.cat(parts)
+        n = len(order)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(n, device=order.device)
+        sets = rank < torch.tensor(counts, device=order.device)[:, None]
+        log_q = self.next_tokens(sets, 0.0)
+        log_p = self.local.frozen.logits[:, -1].log_softmax(-1).expand_as(log_q)
+        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,13 @@ from sae_experiments.saes.base import SAE
 from sae_experiments.saes.circuit_tracer import save_transcoders
 from sae_experiments.saes.cross_layer import CrossLayerTranscoder
 from sae_experiments.studies import conditions as facts
+from sae_experiments.studies.attribution.checks import (
+    CheckSpec,
+    add_deletions,
+    add_effects,
+    check_graph,
+    removals,
+)
 from sae_experiments.studies.attribution.front_end import (
     Drawn,
     as_circuit_tracer,
@@ -28,11 +35,13 @@ from sae_experiments.studies.attribution.front_end import (
     slug_of,
     write_circuit_tracer,
 )
+from sae_experiments.studies.attribution.heads import attention_numbers, edge_heads
 from sae_experiments.studies.attribution.influence import Graph, prune
-from sae_experiments.studies.attribution.info import ORDERS, infos
+from sae_experiments.studies.attribution.info import infos
 from sae_experiments.studies.attribution.interventions import Interventions
 from sae_experiments.studies.attribution.local import Adjacency, LocalModel
 from sae_experiments.studies.attribution.prompts import Prompt, PromptSpec, choose, given
+from sae_experiments.studies.attribution.supernodes import group_latents
 from sae_experiments.studies.base import Context, Outcome
 from sae_experiments.studies.language.stores import Stores
 from sae_experiments.studies.language.study import Language
@@ -51,33 +60,17 @@ class GraphSpec:
     node_share: float  # share of the influence that the kept nodes have
     edge_share: float  # share of the influence that the kept edges have
     shown: int  # nodes of a graph in the report, beside the logits
+    likeness: float  # mean likeness of the edges of latents in one supernode, at least
 
     def __post_init__(self) -> None:
         for name in ("logit_share", "node_share", "edge_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"study.graph.{name}={getattr(self, name)} must be in (0, 1]")
+        if not -1 <= self.likeness <= 1:
+            raise UserError(f"study.graph.likeness={self.likeness} must be in [-1, 1]")
         for name in ("logits", "shown"):
             if getattr(self, name) < 1:
                 raise UserError(f"study.graph.{name}={getattr(self, name)} must be at least 1")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckSpec:
-    """Settings of the checks by intervention."""
-
-    strongest: int  # latents clamped per prompt, those with the largest influence
-    random: int  # further latents clamped per prompt, at random
-    multiples: Sequence[float]  # of its activation that a latent is set to
-    counts: Sequence[int]  # latents removed at once, in deletion curves
-
-    def __post_init__(self) -> None:
-        if self.strongest < 1 or self.random < 0 or not self.multiples or not self.counts:
-            raise UserError(
-                "study.checks: strongest must be at least 1, random at least 0, and multiples and "
-                "counts must not be empty"
-            )
-        if 1 in self.multiples:
-            raise UserError("study.checks.multiples=1 changes nothing: leave it out")
 
 
 class Traced(NamedTuple):
@@ -140,19 +133,14 @@ class Attribution(Language):
         self._latents[:] = sorted({i for one in traced for i in self._shown_latents(one)})
         outcome = super().evaluate(name, sae, replicas, corpus, lm, stores, fitted, ctx)
         measured = graph_numbers(traced)
-        with ctx.console.stage(f"check {name}", "prompt") as tick:
-            checked = []
-            for i, one in enumerate(traced):
-                checked.append(self._checked(one, seed_of(stores.seed, "attribution", i)))
-                tick(i + 1, len(traced))
-        _add_effects(outcome, checked)
-        _add_deletions(outcome, checked, self.checks.counts)
+        self._check(name, traced, outcome, stores.seed, ctx)
         outcome.metrics |= measured
         settings = facts.flat({"graph": asdict(self.graph), "checks": asdict(self.checks)})
         settings |= facts.flat({"prompts": asdict(self.prompts)})
         outcome.facts["settings"] = settings
         about = {feature["latent"]: feature for feature in outcome.features or []}
-        outcome.graphs = [as_report(one.drawn, self.graph.shown, about) for one in traced]
+        for one, graph in zip(traced, outcome.graphs, strict=True):
+            graph |= as_report(one.drawn, self.graph.shown, about)
         result_name = self.result_name(corpus.name, name)
         self._write(traced, f"{result_name}_{stores.seed}", ctx)
         self._export(sae, f"{result_name}_{stores.seed}", lm, ctx)
@@ -163,6 +151,22 @@ class Attribution(Language):
             f"{_show(m['constrained_latent_pearson'])}, free {_show(m['free_latent_pearson'])}"
         )
         return outcome
+
+    def _check(
+        self, name: str, traced: Sequence[Traced], outcome: Outcome, seed: int, ctx: Context
+    ) -> None:
+        """Add the checks by intervention to an outcome, and supernodes to its graphs."""
+        checked, outcome.graphs = [], []
+        with ctx.console.stage(f"check {name}", "prompt") as tick:
+            for i, one in enumerate(traced):
+                made = Interventions(one.local, one.adjacency, memory_mb=self.memory_mb)
+                groups, graph = one.drawn.groups, one.drawn.graph
+                chance = seed_of(seed, "attribution", i)
+                checked.append(check_graph(made, graph, groups, self.checks, chance))
+                outcome.graphs.append({"removals": removals(made, groups)})
+                tick(i + 1, len(traced))
+        add_effects(outcome, checked)
+        add_deletions(outcome, checked, self.checks.counts)
 
     # --- graphs ----------------------------------------------------------------------------------
 
@@ -210,7 +214,10 @@ class Attribution(Language):
         text = "".join(corpus.symbols[i] for i in prompt.tokens[0].tolist())
         likely = corpus.symbols[int(local.logits.token[0])]
         title = f"{text[-40:]!r} -> {likely!r} ({prompt.kind})"
-        drawn = Drawn(local, graph, nodes, edges, corpus.symbols, title)
+        kept = nodes[: graph.n]
+        groups = group_latents(graph, local.nodes.position, kept, self.graph.likeness)
+        parts = edge_heads(local, edges)
+        drawn = Drawn(local, graph, nodes, edges, parts, groups, corpus.symbols, title)
         return Traced(prompt, local, adjacency, drawn, time.monotonic() - began)
 
     def _shown_latents(self, one: Traced) -> list[int]:
@@ -236,52 +243,6 @@ class Attribution(Language):
         if isinstance(sae, CrossLayerTranscoder) and not (sae.cross and sae.W_skip is not None):
             save_transcoders(sae, folder, model=str(lm.folder), scan=slug_of(cell))
 
-    # --- checks ----------------------------------------------------------------------------------
-
-    def _checked(self, one: Traced, seed: int) -> dict[str, Tensor]:
-        """Predicted and measured effects, and deletion curves, of one prompt."""
-        made = Interventions(one.local, one.adjacency, memory_mb=self.memory_mb)
-        n, graph = one.local.nodes.n, one.drawn.graph
-        if not n:
-            return {}
-        influence = graph.influence()[0][:n]
-        chance = torch.Generator().manual_seed(seed % 2**63)
-        shuffled = torch.randperm(n, generator=chance).to(influence.device)
-        by_influence = torch.argsort(influence, descending=True, stable=True)
-        sources = torch.cat([by_influence[: self.checks.strongest], shuffled[: self.checks.random]])
-        sources = sources.unique()
-        found: dict[str, Tensor] = {}
-        for free in (False, True):
-            found |= self._effects(made, sources, free)
-        orders = {
-            "influence": by_influence,
-            "direct": graph.weights[n, :n].abs().argsort(descending=True, stable=True),
-            "activation": one.local.nodes.value.argsort(descending=True, stable=True),
-            "random": shuffled,
-        }
-        for order, ranked in orders.items():
-            found[f"deletion_{order}"] = made.deletion(ranked, self.checks.counts)
-        return found
-
-    def _effects(self, made: Interventions, sources: Tensor, free: bool) -> dict[str, Tensor]:
-        """Predicted and measured effects by name, one after the other."""
-        check = "free" if free else "constrained"
-        later = made.later(sources)
-        found: dict[str, list[Tensor]] = {}
-        for multiple in self.checks.multiples:
-            predict = made.total if free else made.direct
-            predicted = predict(sources, multiple)
-            measured = made.measure(sources, multiple, free=free)
-            parts = {
-                f"{check}_latent_predicted": predicted.latents[later],
-                f"{check}_latent_measured": measured.latents[later],
-                f"{check}_logit_predicted": predicted.logits.flatten(),
-                f"{check}_logit_measured": measured.logits.flatten(),
-            }
-            for name, part in parts.items():
-                found.setdefault(name, []).append(part)
-        return {name: torch.cat(parts) for name, parts in found.items()}
-
 
 def graph_numbers(traced: Sequence[Traced]) -> dict[str, float | None]:
     """Means over prompts of what the graphs are like."""
@@ -295,12 +256,15 @@ def graph_numbers(traced: Sequence[Traced]) -> dict[str, float | None]:
         rows.append(
             {f"graph_{name}": value for name, value in graph.scores().items()}
             | {f"pruned_{name}": pruned[name] for name in ("replacement", "completeness")}
+            | {f"graph_{name}": v for name, v in attention_numbers(drawn.parts).items()}
             | {
                 "graph_latents": graph.n,
                 "graph_latents_kept": int(drawn.nodes[: graph.n].sum()),
                 "graph_edges_kept": int(drawn.edges.sum()),
                 "graph_path_length": float(influence[: graph.n].sum() / graph.probability.sum()),
                 "graph_constant_share": float(constants / logits.sum()),
+                "graph_supernodes": len(drawn.groups),
+                "graph_supernode_size": _mean_size(drawn.groups),
                 "graph_seconds": one.seconds,
             }
         )
@@ -308,52 +272,8 @@ def graph_numbers(traced: Sequence[Traced]) -> dict[str, float | None]:
     return means | {"graph_gap": max(one.adjacency.gap for one in traced)}
 
 
-def _add_effects(outcome: Outcome, checked: Sequence[Mapping[str, Tensor]]) -> None:
-    """Add correlation and slope of measured effects on predicted ones, over all prompts."""
-    for check in ("constrained", "free"):
-        for target in ("latent", "logit"):
-            name = f"{check}_{target}"
-            pairs = []
-            for side in ("predicted", "measured"):
-                parts = [one[f"{name}_{side}"] for one in checked if one]
-                pairs.append(torch.cat(parts).cpu().double().numpy() if parts else np.zeros(0))
-            predicted, measured = pairs
-            outcome.arrays[f"{name}_predicted"] = predicted.astype(np.float32)
-            outcome.arrays[f"{name}_measured"] = measured.astype(np.float32)
-            outcome.metrics[f"{name}_pairs"] = len(predicted)
-            values = agreement(predicted, measured)
-            for kind, value in zip(("pearson", "slope"), values, strict=True):
-                outcome.metrics[f"{name}_{kind}"] = value
-                if value is None:
-                    outcome.why_null[f"{name}_{kind}"] = "there are no pairs that differ"
-
-
-def agreement(predicted: np.ndarray, measured: np.ndarray) -> tuple[float | None, float | None]:
-    """Pearson correlation, and slope of measured on predicted; None where nothing varies."""
-    if len(predicted) < 3 or not predicted.std() > 0 or not measured.std() > 0:
-        return None, None
-    pearson = float(np.corrcoef(predicted, measured)[0, 1])
-    return pearson, pearson * float(measured.std() / predicted.std())
-
-
-def _add_deletions(
-    outcome: Outcome, checked: Sequence[Mapping[str, Tensor]], counts: Sequence[int]
-) -> None:
-    """Add the mean cost of each order of removal, its curve, and the noise over prompts."""
-    outcome.arrays["deletion_counts"] = np.array(counts)
-    for order in ORDERS:
-        name = f"deletion_{order}"
-        curves = [one[name].cpu().double().numpy() for one in checked if one]
-        if not curves:
-            outcome.metrics[name] = None
-            outcome.why_null[name] = "no latent is active in the prompts"
-            continue
-        stacked = np.stack(curves)
-        outcome.arrays[name] = stacked
-        outcome.metrics[name] = float(stacked.mean())
-        if len(stacked) > 1:
-            error = stacked.mean(1).std(ddof=1) / len(stacked) ** 0.5
-            outcome.noise[name] = float(error)
+def _mean_size(groups: Sequence[Tensor]) -> float:
+    return float(np.mean([len(group) for group in groups])) if groups else 0.0
 
 
 def _show(value: float | None) -> str:
