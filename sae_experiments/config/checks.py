@@ -23,9 +23,12 @@ from sae_experiments.config.typed import (
     CHOICES,
     FRACTIONS,
     LISTS,
+    NUMBER_LISTS,
     NUMBERS,
+    PAIRS,
     POSITIVE,
     REQUIRED,
+    SEEDS,
     TEXTS,
     checked,
     did_you_mean,
@@ -104,6 +107,30 @@ def is_grid(key: str, value: Any, before: Any) -> bool:
     return key.startswith("sae.") and isinstance(value, list) and not takes_list
 
 
+def listed(o: Override, before: Any) -> Override:
+    """The override, with a single number as a list of one where a list of numbers is expected.
+
+    Args:
+        o: The override.
+        before: The value that it replaces.
+    """
+    key, value = o.key_or_group, o.value() if not o.is_delete() else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if o.is_sweep_override() or not is_number or not _holds_numbers(key, before):
+        return o
+    start, _, typed = o.input_line.partition("=")
+    return parse([f"{start}=[{typed.strip()}]"])[0]
+
+
+def _holds_numbers(key: str, before: Any) -> bool:
+    """True if a key holds a list of numbers, as many as one likes."""
+    if is_text(key, PAIRS):
+        return False
+    if isinstance(before, ListConfig):
+        return bool(before) and all(isinstance(v, (int, float)) for v in before)
+    return before is None and key in NUMBER_LISTS
+
+
 # ------------------------------------------------------------------------------ checking
 
 
@@ -180,11 +207,23 @@ def check_type(key: str, value: Any, before: Any) -> None:
     """
     if key in CHOICES and value not in CHOICES[key]:
         raise UserError(f"{key}={value} is not one of {', '.join(CHOICES[key])}")
+    if is_text(key, SEEDS) and value is not None:
+        check_seeds(key, value)
     if isinstance(before, str):
         return
     for single in value if is_grid(key, value, before) else [value]:
         _check_number(key, single, before)
         _check_kind(key, single, before)
+
+
+def check_seeds(key: str, value: Any) -> None:
+    """Raise `UserError` unless a value is a list of seeds with at least one."""
+    seeds = value if isinstance(value, (list, tuple)) else [None]
+    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
+        raise UserError(
+            f"{key}={value} must be a list of whole numbers like [0,1,2], or null for each "
+            "corpus's own"
+        )
 
 
 def _check_number(key: str, value: Any, before: Any) -> None:

@@ -30,6 +30,7 @@ from sae_experiments.config.checks import (
     check_texts,
     is_group,
     last_value,
+    listed,
     options,
     parse,
     refuse_sweeps,
@@ -94,10 +95,12 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
     common, own = split_by_sae(conf, parsed, names := _names(conf, parsed))
     with _hydra_at(conf):
         chosen = _choose(conf, common, names)
-        check_keys(common, [each.base for each in chosen])
+        bases = [each.base for each in chosen]
+        common = _listed(common, bases)
+        check_keys(common, bases)
         saes: dict[str, Any] = {}
         for each in chosen:
-            each.own = own.get(each.name, [])
+            each.own = _listed(own.get(each.name, []), [each.base])
             check_keys(each.own, [each.base])
             for label, complete in each.variants(common):
                 cfg = _compose(complete)
@@ -107,6 +110,14 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     cfg.saes = per_site(saes, plain["site"], plain["lm"])
     return cfg, ", ".join(saes)
+
+
+def _listed(overrides: Sequence[Override], bases: Sequence[DictConfig]) -> list[Override]:
+    """The overrides, with single numbers as lists where any base has a list of numbers."""
+    changed = list(overrides)
+    for base in bases:
+        changed = [listed(o, OmegaConf.select(base, o.key_or_group)) for o in changed]
+    return changed
 
 
 def _every_metric(conf: Path) -> str:
@@ -186,7 +197,9 @@ def options_of(conf: Path, group: str, overrides: Sequence[str]) -> DictConfig:
     keys = flatten({group: OmegaConf.to_container(cfg)}, branches=True)
     for o in parse([o for o in overrides if key_of(o).startswith(f"{group}.")]):
         key = o.key_or_group.split(".", 1)[1]
-        check_key(o, keys, OmegaConf.select(cfg, key), where=f"see conf/{group}")
+        before = OmegaConf.select(cfg, key)
+        o = listed(o, before)
+        check_key(o, keys, before, where=f"see conf/{group}")
         OmegaConf.update(cfg, key, o.value())
     return cfg
 

@@ -47,7 +47,12 @@ REQUIRED = (*PLACES, *VERBATIM, "track.project")
 LONGEST = 255  # bytes of a file's name on the usual file systems
 
 #: Keys that are null in the YAML, but a list if given: they span no grid of SAEs.
-LISTS = ("sae.train.betas", "sae.read")
+NUMBER_LISTS = ("seeds", "study.seeds")
+LISTS = (*NUMBER_LISTS, "sae.train.betas", "sae.read")
+#: Keys that hold exactly two numbers, so that one number is not a list of them.
+PAIRS = ("*.betas",)
+#: Keys that hold the seeds of cells.
+SEEDS = ("seeds", "study.seeds", "data.*.seeds")
 #: Keys that are a whole number in the YAML, but may have a fraction.
 FRACTIONS = ("sae.target_l0", "sae.expansion")
 #: Keys, or beginnings of keys, that take a number if they are null in the YAML.

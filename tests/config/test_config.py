@@ -24,11 +24,13 @@ from omegaconf import DictConfig, OmegaConf
 from sae_experiments.cli.main import main, parse
 from sae_experiments.config import compose as config
 from sae_experiments.config.axes import split_grid
+from sae_experiments.config.checks import listed
 from sae_experiments.config.checks import parse as parse_overrides
 from sae_experiments.config.compose import build, compose_checked, options_of
 from sae_experiments.config.hydra_habits import LAUNCHERS, translate
 from sae_experiments.config.plans import complete, planned_overrides
 from sae_experiments.errors import UserError
+from sae_experiments.flatten import flatten
 from sae_experiments.saes.purified.sae import Purified
 from sae_experiments.studies.language.study import Language
 from support.common import CONF, ROOT, Experiment
@@ -591,6 +593,34 @@ def test_a_list_for_a_key_that_holds_a_list_is_one_value_and_no_grid():
     assert list(study_of("seeds=[3,4]").seeds) == [3, 4]
 
 
+@pytest.mark.parametrize("study", sorted(p.stem for p in (CONF / "study").glob("[a-z]*.yaml")))
+def test_seeds_are_numbers_in_every_study_and_one_number_is_a_list_of_one(study):
+    assert composed(f"study={study}", "seeds=3").seeds == [3]
+    assert composed(f"study={study}", "seeds=0").study.seeds == [0]
+    with pytest.raises(UserError, match="seeds=ab must be a list of whole numbers"):
+        composed(f"study={study}", "seeds=ab")
+
+
+def test_one_number_is_a_list_of_one_wherever_the_configuration_has_a_list_of_numbers():
+    cfg = composed("metric=all", "sae=matryoshka")
+    values = flatten(OmegaConf.to_container(cfg, resolve=True), branches=True)
+    of_numbers = [
+        key
+        for key, value in values.items()
+        if isinstance(value, list) and value and {type(v) for v in value} <= {int, float}
+    ]
+    assert {"data.text8.seeds", "sae.model.group_fracs", "metric.probing.k"} <= set(of_numbers)
+    for key in of_numbers:
+        (given,) = parse_overrides([f"{key}=3"])
+        is_pair = key.endswith(".betas")
+        expected = 3 if is_pair else [3]
+        assert listed(given, OmegaConf.select(cfg, key)).value() == expected, key
+    saes = composed("sae=[topk,matryoshka]", "sae.matryoshka.model.group_fracs=1.0").saes
+    assert saes["matryoshka"]["model"]["group_fracs"] == [1.0]
+    with pytest.raises(UserError, match=r"start_coeff=\[0.1\] must be two numbers"):
+        study_of("sae=hierarchical", "sae.model.start_coeff=0.1")
+
+
 def test_a_list_of_one_sae_is_that_sae():
     assert study_of("sae=[topk]").saes.keys() == study_of("sae=topk").saes.keys() == {"topk"}
 
@@ -664,12 +694,15 @@ MISTAKES = {
     "lm.n_layer=two": ["lm.n_layer=two", "whole number"],
     "overwrite=perhaps": ["overwrite=perhaps", "true or false"],
     "fit.train.betas=0.9": ["fit.train.betas=0.9", "list"],
-    "data.text8.seeds=3": ["data.text8.seeds=3", "list"],
+    "data.text8.seeds=a": ["data.text8.seeds=a", "list"],
     "lm.train.steps=many": ["lm.train.steps", "many"],
     "sae.d_sae=wide": ["sae.d_sae", "wide"],
     "sae.d_sae=10.5": ["sae.d_sae", "10.5"],
     "sae.train.lr=fast": ["sae.train.lr", "fast"],
-    "seeds=0": ["seeds", "0"],
+    "seeds=-1": ["seeds", "-1"],
+    "seeds=1.5": ["seeds", "1.5"],
+    "seeds=true": ["seeds", "True"],
+    "seeds=ab": ["seeds=ab", "list"],
     "seeds=[a]": ["seeds", "a"],
     "seeds=[]": ["seeds"],
     "time_limit_s=soon": ["time_limit_s", "soon"],

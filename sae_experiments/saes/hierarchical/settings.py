@@ -87,6 +87,11 @@ class Settings:
             raise UserError(
                 f"sae.model.phase_fracs={shares} must be three positive numbers that sum to 1"
             )
+        starts = list(self.start_coeff)
+        if len(starts) != 2 or min(starts) < 0:
+            raise UserError(
+                f"sae.model.start_coeff={starts} must be two numbers of at least 0: bottom, top"
+            )
         dropped = self.drop_bottom + self.drop_top
         if self.drop_bottom < 0 or self.drop_top < 0 or dropped > 1:
             raise UserError(
