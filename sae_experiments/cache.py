@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -77,9 +77,24 @@ def locked(path: Path, *, wait_s: float = -1, held: str = "") -> Any:
         lock.release()
 
 
+class Entry(NamedTuple):
+    """A folder of the cache."""
+
+    folder: Path
+    was_there: bool
+    """False if it was made now, or continued."""
+
+
 def cached(
     root: Path, kind: str, key: Mapping[str, Any], make: Callable[[Path], bool | None]
 ) -> Path:
+    """The folder of `entry`, for callers that need not know whether it was made now."""
+    return entry(root, kind, key, make).folder
+
+
+def entry(
+    root: Path, kind: str, key: Mapping[str, Any], make: Callable[[Path], bool | None]
+) -> Entry:
     """The folder `root/kind/<digest of key>`, made unless it is there and whole.
 
     The folder counts as whole once it has `done.json`, which lists size and SHA-256 of every file.
@@ -103,7 +118,7 @@ def cached(
         if (folder / DONE).exists():
             damaged = _damage(folder)
             if damaged is None:
-                return folder
+                return Entry(folder, was_there=True)
             print(
                 f"cache: {kind}/{name}/{damaged} is damaged: making {kind}/{name} again", flush=True
             )
@@ -121,7 +136,7 @@ def cached(
                     f"{folder} was removed while it was being made: type the same command again"
                 )
         if whole is False:
-            return folder
+            return Entry(folder, was_there=False)
         remove_stale(folder)
         files = {
             str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
@@ -129,7 +144,7 @@ def cached(
             if p.is_file()
         }
         write_json(folder / DONE, {"key": json.loads(json.dumps(key, default=str)), "files": files})
-    return folder
+    return Entry(folder, was_there=False)
 
 
 @contextmanager

@@ -19,6 +19,12 @@ def listed(names: Sequence[str]) -> str:
     return row if len(row) <= SHOWN else f"{len(names)} SAEs"
 
 
+def took(what: str, seconds: float, *, from_cache: bool) -> str:
+    """Time that something took, `fitted in 3 s`; from the cache, the time it took then."""
+    spent = f"{what} in {seconds:.0f} s"
+    return f"from the cache, {spent} then" if from_cache else spent
+
+
 class Console:
     """Prints lines and progress on stdout; stderr is left to the cause of a failure.
 

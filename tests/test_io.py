@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sae_experiments import cache, errors, files
-from sae_experiments.cache import DONE, cached, discard, locked
+from sae_experiments.cache import DONE, cached, discard, entry, locked
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest, read_json, write_bytes, write_json
 from sae_experiments.source import package_digest, source_digest
@@ -222,6 +222,19 @@ def test_cached_makes_once_and_names_the_folder_by_its_key(tmp_path):
     assert cached(tmp_path, "kind", {"a": 2}, make_of(calls)) != folder
     assert cached(tmp_path, "other", {"a": 1, "b": 2}, make_of(calls)) != folder
     assert json.loads((folder / DONE).read_text())["key"] == {"a": 1, "b": 2}
+
+
+def test_an_entry_tells_whether_it_was_there(tmp_path):
+    calls: list[Path] = []
+
+    def cut(folder: Path) -> bool:
+        return False
+
+    assert not entry(tmp_path, "kind", {"a": 1}, cut).was_there
+    first = entry(tmp_path, "kind", {"a": 1}, make_of(calls))
+    again = entry(tmp_path, "kind", {"a": 1}, make_of(calls))
+    assert (first.was_there, again.was_there, len(calls)) == (False, True, 1)
+    assert first.folder == again.folder == cached(tmp_path, "kind", {"a": 1}, make_of(calls))
 
 
 def test_cached_goes_on_in_the_same_folder_after_an_exception(tmp_path):

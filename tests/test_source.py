@@ -161,6 +161,10 @@ def others(kind: str) -> set[str]:
     return known - MOVES[kind] - shared
 
 
+#: Functions of `sae_experiments.cache` that make what is cached.
+MAKERS = {"cached", "entry"}
+
+
 class Asked(Exception):
     """The cache was asked for something: its kind and its key."""
 
@@ -184,7 +188,8 @@ class Keys:
             lms,
         ):
             monkeypatch.setattr(module, "source_digest", self.digest, raising=False)
-            monkeypatch.setattr(module, "cached", self.cached, raising=False)
+            for name in MAKERS:
+                monkeypatch.setattr(module, name, self.cached, raising=False)
 
     def digest(self, *modules: Any, alone: Any = ()) -> str:
         names = tuple(m if isinstance(m, str) else m.__name__ for m in modules)
@@ -370,7 +375,8 @@ def test_everything_that_is_cached_has_its_line_in_the_table():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
     )
-    found = {ast.literal_eval(c.args[1]) for c in calls if getattr(c.func, "id", "") == "cached"}
+    made = [c.args[1] for c in calls if getattr(c.func, "id", "") in MAKERS]
+    found = {ast.literal_eval(kind) for kind in made if isinstance(kind, ast.Constant)}
     assert found == kinds, (
         "a new kind of cached thing needs a key with its code, and its line in MOVES"
     )
@@ -393,14 +399,16 @@ class Watched:
         for module in (activations, data, lm, language, palindrome, ground_truth, superposition):
             monkeypatch.setattr(module, "source_digest", self.digest)
         for module in (activations, data, lm, language, palindrome, superposition, fitting_cached):
-            monkeypatch.setattr(module, "cached", functools.partial(self.cached, module.cached))
+            for name in MAKERS & vars(module).keys():
+                plain = getattr(module, name)
+                monkeypatch.setattr(module, name, functools.partial(self.cached, plain))
 
     def digest(self, *modules: Any, alone: Any = ()) -> str:
         found = source_digest(*modules, alone=alone)
         self.named[found] = closure(*modules) | set(alone)
         return found
 
-    def cached(self, plain: Any, root: Path, kind: str, key: Any, make: Any) -> Path:
+    def cached(self, plain: Any, root: Path, kind: str, key: Any, make: Any) -> Any:
         def watched(folder: Path) -> Any:
             before = sys.getprofile()
             self.ran.append(set())

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from sae_experiments.cache import cached
+from sae_experiments.cache import entry
 from sae_experiments.files import read_json, write_bytes, write_json
 from sae_experiments.fitting.fit import FitReport
 from sae_experiments.saes.base import SAE
@@ -52,12 +52,12 @@ def fit_cached(
             checkpoint.unlink(missing_ok=True)
         return not cut
 
-    folder = cached(cache, "fits", dict(key), make)
+    folder, was_there = entry(cache, "fits", dict(key), make)
     reports = read_json(folder / REPORTS)
     fitted = {}
     for name, sae in saes.items():
         device = str(next(sae.parameters()).device)
         sae.load_state_dict(load_file(folder / f"{name}.safetensors", device=device))
         sae.eval().requires_grad_(False)
-        fitted[name] = sae, FitReport(**reports[name])
+        fitted[name] = sae, FitReport(**reports[name])._replace(from_cache=was_there)
     return fitted

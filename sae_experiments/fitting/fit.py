@@ -44,6 +44,7 @@ class FitReport(NamedTuple):
         outliers: Outliers among the rows looked at (`saes.outliers.Outliers`), as a dictionary;
             None in reports of older versions.
         warnings: Signs that the fit went wrong (`quality_warnings.Warned`), as plain dictionaries.
+        from_cache: Whether it was fitted before, by an earlier command or cell.
     """
 
     seconds: float
@@ -54,6 +55,7 @@ class FitReport(NamedTuple):
     lr: float | None = None
     outliers: Mapping[str, Any] | None = None
     warnings: Sequence[Mapping[str, Any]] = ()
+    from_cache: bool = False
 
     @property
     def warned(self) -> list[Warned]:

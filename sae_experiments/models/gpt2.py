@@ -21,8 +21,9 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 from transformers.utils import logging as hf_logging
 
-from sae_experiments.cache import cached
+from sae_experiments.cache import entry
 from sae_experiments.conditions import OF_MODEL, OF_MODEL_TIME
+from sae_experiments.console import took
 from sae_experiments.corpora.corpus import CharCorpus
 from sae_experiments.corpora.tokens import TokenCorpus
 from sae_experiments.errors import UserError
@@ -187,6 +188,14 @@ class TrainedLM(NamedTuple):
     key: dict[str, Any]
     seconds: float
     cut: bool
+    from_cache: bool = False
+
+    @property
+    def headline(self) -> str:
+        """Its loss and how long it was trained, for the terminal."""
+        loss = f"val loss {self.metrics['best_val_loss']:.4f}"
+        spent = took("trained", self.seconds, from_cache=self.from_cache)
+        return f"{loss} ({spent})" if self.history else loss
 
 
 #: Bytes of activations that training keeps for each position, block and unit of width; for each
@@ -381,7 +390,7 @@ def train_lm(
         "source": source_digest(__name__),
         "torch": torch.__version__,
     }
-    folder = cached(
+    folder, was_there = entry(
         cache,
         "lms",
         key,
@@ -392,7 +401,16 @@ def train_lm(
         key = key | {"cut": info["step"]}
     model = GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
     history = [tuple(row) for row in info["history"]]
-    return TrainedLM(model, info["metrics"], history, folder, key, info["seconds"], info["cut"])
+    return TrainedLM(
+        model,
+        info["metrics"],
+        history,
+        folder,
+        key,
+        info["seconds"],
+        info["cut"],
+        from_cache=was_there,
+    )
 
 
 def _make(

@@ -267,7 +267,7 @@ def _read_folder(path: Path, labels: Mapping[str, str]) -> list[Run]:
         return []
     if status in UNFINISHED:
         log.warning(
-            "%s %s: what it has finished is shown (%d cells)",
+            "%s %s: what it has finished is shown (cells: %d)",
             path.name,
             UNFINISHED[status],
             len(records),

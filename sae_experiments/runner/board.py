@@ -49,8 +49,7 @@ class Board:
         self._lines: dict[int, _Line] = {}
         self._n_cells = n_cells
         self._n_workers = n_workers
-        self._finished = 0
-        self._began = self._told = time.monotonic()
+        self._told = time.monotonic()
         self._job: tqdm | None = None
 
     def start(self, worker: int, name: str) -> None:
@@ -88,16 +87,8 @@ class Board:
     def end(self, worker: int) -> None:
         """A worker has ended its cell."""
         self._clear(self._lines.pop(worker))
-        self._finished += 1
         if self._job is not None:
             self._job.update(1)
-
-    def left(self) -> float | None:
-        """Seconds until all cells have ended, by those that have; None before the first."""
-        if not self._finished:
-            return None
-        seconds = (time.monotonic() - self._began) / self._finished
-        return seconds * (self._n_cells - self._finished)
 
     def tell(self) -> None:
         """Without a terminal: one line for all cells, at most every 15 s."""

@@ -48,6 +48,7 @@ from sae_experiments.results.records import (
 from sae_experiments.runner.board import Board
 from sae_experiments.runner.cell import CellResult, CellRunner, TimeLeft
 from sae_experiments.runner.messages import packed, unpacked
+from sae_experiments.runner.pace import Pace
 from sae_experiments.runner.pool import Pool, Shares, check_workers, how_it_died, shares
 from sae_experiments.runner.track import Tracker
 from sae_experiments.runner.worker import Event, Setup
@@ -195,6 +196,7 @@ class _Run:
         self.cut = False
         self.said: set[Warned] = set()
         self.failures: list[str] = []
+        self.pace = Pace(0, 1)
         self.reported = Reported()
 
     def go(self) -> str:
@@ -308,7 +310,9 @@ class _Run:
             else:
                 pending.append(cell)
         self.manifest["progress"] = {"cells": len(cells), "finished": len(cells) - len(pending)}
-        if share.workers > 1 and len(pending) > 1:
+        side_by_side = share.workers > 1 and len(pending) > 1
+        self.pace = Pace(len(pending), share.workers if side_by_side else 1)
+        if side_by_side:
             self._side_by_side(pending, cells, share, content)
         else:
             self._one_by_one(pending, cells, ctx, share)
@@ -325,6 +329,7 @@ class _Run:
             if self._no_time_for(cell, cells):
                 continue
             self._say_of(cell, cells)
+            self.pace.start(cell)
             self._progress([cell])
 
             def log(step: int, values: Mapping[str, float], cell: Cell = cell) -> None:
@@ -410,6 +415,7 @@ class _Run:
             self._say_of(cell, cells)
             left = self._time_left(max(rounds, -(-(1 + len(pending)) // pool.size)))
             board.start(pool.give(cell, left), named(cell))
+            self.pace.start(cell)
         self._progress(pool.running)
 
     def _event(self, worker: int, cell: Cell, event: Event, board: Board) -> None:
@@ -453,10 +459,14 @@ class _Run:
         for name, metrics in result.metrics.items():
             self.tracker.summary(name, cell.seed, metrics)
         self.manifest["progress"]["finished"] += 1
+        self.pace.end(cell)
+        if pace := str(self.pace):
+            self.console.say(f"  {pace}")
         self._write_final_info()
 
     def _late(self, cell: Cell) -> None:
         self.cut = True
+        self.pace.end(cell)
         self.console.say(
             f"  time_limit_s={self.settings.time_limit_s:g} is over: "
             f"{named(cell)} goes on another time"
@@ -464,6 +474,7 @@ class _Run:
 
     def _failed(self, cell: Cell, cause: str) -> None:
         self.failures.append(f"{named(cell)}: {cause}")
+        self.pace.end(cell)
         self.console.say(f"  failed: {named(cell)}: {cause}", always=True)
 
     def _no_time_for(self, cell: Cell, cells: Sequence[Cell]) -> bool:

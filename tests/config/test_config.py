@@ -22,9 +22,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from sae_experiments.cli.main import main, parse
+from sae_experiments.config import checks
 from sae_experiments.config import compose as config
 from sae_experiments.config.axes import split_grid
-from sae_experiments.config.checks import listed
 from sae_experiments.config.checks import parse as parse_overrides
 from sae_experiments.config.compose import build, compose_checked, options_of
 from sae_experiments.config.hydra_habits import LAUNCHERS, translate
@@ -614,7 +614,7 @@ def test_one_number_is_a_list_of_one_wherever_the_configuration_has_a_list_of_nu
         (given,) = parse_overrides([f"{key}=3"])
         is_pair = key.endswith(".betas")
         expected = 3 if is_pair else [3]
-        assert listed(given, OmegaConf.select(cfg, key)).value() == expected, key
+        assert checks.listed(given, OmegaConf.select(cfg, key)).value() == expected, key
     saes = composed("sae=[topk,matryoshka]", "sae.matryoshka.model.group_fracs=1.0").saes
     assert saes["matryoshka"]["model"]["group_fracs"] == [1.0]
     with pytest.raises(UserError, match=r"start_coeff=\[0.1\] must be two numbers"):

@@ -5,6 +5,7 @@ cache, and a folder others can load.
 from __future__ import annotations
 
 import math
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -464,6 +465,9 @@ def test_a_trained_model_is_reused_and_nothing_is_trained_again(trained, corpus,
         trained.history,
         [],
     )
+    assert found.from_cache and "from the cache, trained in" in found.headline
+    made, _ = again(corpus, lm_cache, seed=7, train={"steps": 2, "eval_every": 2})
+    assert not made.from_cache and re.search(r"\(trained in \d+ s\)", made.headline)
 
 
 def test_seed_sizes_and_recipe_name_different_models(trained, corpus, lm_cache):

@@ -267,7 +267,7 @@ def test_bad_runs_do_not_hide_good_ones(tmp_path: Path, caplog: pytest.LogCaptur
     write_json(foreign / "final_info.json", final_info)
     runs = load_runs([good, running, empty, broken, foreign])
     assert [run.name for run in runs] == ["run_0", "run_1", "run_3", "run_4"]
-    assert "run_1 is still running: what it has finished is shown (1 cells)" in caplog.messages
+    assert "run_1 is still running: what it has finished is shown (cells: 1)" in caplog.messages
     assert "run_2 has no results (status running); left out" in caplog.messages
     assert all("\n" not in message for message in caplog.messages)
     stat = runs[-1].stats["text8"]["m"]

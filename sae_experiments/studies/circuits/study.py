@@ -366,10 +366,7 @@ class Circuits:
                 device=ctx.device,
                 session=session,
             )
-        loss = lm.metrics["best_val_loss"]
-        ctx.console.say(
-            f"  language model: val loss {loss:.4f} after {lm.seconds:.0f} s of training"
-        )
+        ctx.console.say(f"  language model: {lm.headline}")
         return lm
 
     def _sides(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sae_experiments.console import listed
+from sae_experiments.console import listed, took
 from sae_experiments.errors import UserError
 from sae_experiments.fitting import cached as cached_module
 from sae_experiments.fitting import fit
@@ -151,7 +151,8 @@ class GroundTruth:
                 for key, title in titles.items()
                 if outcome.metrics.get(key) is not None
             ]
-            ctx.console.say(f"  {name}: {', '.join(shown)} (fitted in {fitted.seconds:.0f} s)")
+            spent = took("fitted", fitted.seconds, from_cache=fitted.from_cache)
+            ctx.console.say(f"  {name}: {', '.join(shown)} ({spent})")
         return outcomes
 
     def rows(self, world: World, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

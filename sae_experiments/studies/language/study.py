@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from sae_experiments.cache import cached, discard, is_cached
 from sae_experiments.conditions import OF_SAE_TIME
-from sae_experiments.console import listed
+from sae_experiments.console import listed, took
 from sae_experiments.corpora.tokens import TokenCorpus
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_bytes, write_json
@@ -238,11 +238,7 @@ class Language:
         with ctx.session("language model", "lm", share=0.6) as session:
             recipe = self.data[cell.dataset].recipe
             lm = self.models.of(text, recipe, cell.seed, ctx, session)
-        trained = "" if isinstance(self.lm, PretrainedSpec) else f" after {lm.seconds:.0f} s"
-        ctx.console.say(
-            f"  language model: val loss {lm.metrics['best_val_loss']:.4f}"
-            f"{trained and trained + ' of training'}"
-        )
+        ctx.console.say(f"  language model: {lm.headline}")
         sites = list(
             dict.fromkeys(
                 s
@@ -316,7 +312,8 @@ class Language:
             )
             sae.load_state_dict(load_file(folder / "sae.safetensors", device=str(ctx.device)))
             sae.eval().requires_grad_(False)
-            found[name] = sae, FitReport(**read_json(folder / "report.json"))
+            report = FitReport(**read_json(folder / "report.json"))
+            found[name] = sae, report._replace(from_cache=name not in missing)
         for name, sae in ready.items():
             found[name] = loaded.settled(name, self.saes[name], sae, stores, sites[name], ctx)
         if joint_fit_dir is not None and not any(report.cut for _, report in found.values()):
@@ -444,7 +441,9 @@ class Language:
         if self.reads_tokens:
             _add_token_metrics(outcome, corpus, stores.split)
         add_examples(outcome, evaluation, self.steering, ctx.ends)
-        ctx.console.say(f"  {name}: {headline(outcome.metrics)} (fitted in {fitted.seconds:.0f} s)")
+        spent = took("fitted", fitted.seconds, from_cache=fitted.from_cache)
+        how = "loaded" if self.saes[name].path else spent
+        ctx.console.say(f"  {name}: {headline(outcome.metrics)} ({how})")
         costs = {
             k.removeprefix("metric."): s
             for k, s in outcome.seconds.items()

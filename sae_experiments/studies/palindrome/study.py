@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_experiments.cache import cached
+from sae_experiments.cache import entry
 from sae_experiments.conditions import OF_MODEL_ON_ROWS, OF_MODEL_TIME, OF_SAE_TIME
-from sae_experiments.console import listed
+from sae_experiments.console import listed, took
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_bytes, write_json
 from sae_experiments.fitting import cached as cached_module
@@ -199,7 +199,7 @@ class Palindrome:
         excess, mirrored = scored["excess_loss"], scored["mirror_accuracy"]
         ctx.console.say(
             f"  transformer: excess {excess:.4f} nats, mirrored half {mirrored:.2%} "
-            f"in {info['seconds']:.0f} s"
+            f"({took('trained', info['seconds'], from_cache=info['from_cache'])})"
         )
         samples = spread_rows(parts[1], self.analysis.samples)
         arrays = selectivity.look(model, samples, parts[1])
@@ -277,8 +277,8 @@ class Palindrome:
                 checkpoint.unlink(missing_ok=True)
             return not progress.cut
 
-        folder = cached(ctx.cache, "palindromes", key, make)
-        info = read_json(folder / "info.json")
+        folder, was_there = entry(ctx.cache, "palindromes", key, make)
+        info = read_json(folder / "info.json") | {"from_cache": was_there}
         model.load_state_dict(load_file(folder / "model.safetensors", device=str(ctx.device)))
         return model.eval(), info, key | ({"cut": info["step"]} if info["cut"] else {})
 

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_experiments.cache import cached
+from sae_experiments.cache import entry
 from sae_experiments.conditions import OF_MODEL, OF_MODEL_TIME
+from sae_experiments.console import took
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest, read_json, write_bytes, write_json
 from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
@@ -226,7 +227,8 @@ class Superposition:
         m = outcome.metrics
         ctx.console.say(
             f"  {len(losses)} configurations x {self.instances}: loss {m['loss_mean']:.5f} "
-            f"(best {m['loss_min']:.5f}) in {info['seconds']:.0f} s"
+            f"(best {m['loss_min']:.5f}), "
+            f"{took('trained', info['seconds'], from_cache=info['from_cache'])}"
         )
         weights = self.hidden_directions(learner, losses)
         saes, reports = self.fitted(features, weights, cell.seed, ctx)
@@ -324,8 +326,8 @@ class Superposition:
                 checkpoint.unlink(missing_ok=True)
             return not progress.cut
 
-        folder = cached(ctx.cache, "toys", key, make)
-        info = read_json(folder / "info.json")
+        folder, was_there = entry(ctx.cache, "toys", key, make)
+        info = read_json(folder / "info.json") | {"from_cache": was_there}
         state = load_file(folder / "models.safetensors", device=str(ctx.device))
         learner.module.load_state_dict(state)
         losses = {(d, h): np.asarray(values) for d, h, values in info["losses"]}
