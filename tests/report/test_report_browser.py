@@ -324,6 +324,65 @@ def test_a_graph_opens_the_contexts_of_a_node(ready: Page) -> None:
     assert ready("document.querySelectorAll('.graph .edge.on').length") == 2
 
 
+def count(page: Page, selector: str) -> int:
+    return page(f"document.querySelectorAll({selector!r}).length")
+
+
+def press(page: Page, selector: str) -> None:
+    page(f"document.querySelector({selector!r}).click()")
+
+
+def at_node(page: Page, node: str, what: str) -> None:
+    """Do something with a node of the graph, as `n`."""
+    page(f"((n) => {{ {what} }})(document.querySelector('.node[data-node=\"{node}\"]'))")
+
+
+def choose_node(page: Page, node: str) -> None:
+    at_node(page, node, "n.dispatchEvent(new MouseEvent('click'))")
+
+
+def test_an_edge_names_the_heads_that_carry_it(ready: Page) -> None:
+    titles = ready("[...document.querySelectorAll('.graph .edge title')].map((n) => n.textContent)")
+    assert any("block 1 head 2 0.75, no head 0.25" in title for title in titles)
+    choose_node(ready, "1.0")
+    assert "(block 1 head 1 0.75" in ready("document.querySelector('.graph-card').innerText")
+
+
+def test_supernodes_fold_and_say_what_their_removal_did(ready: Page) -> None:
+    press(ready, ".graph-figure .fold")
+    assert count(ready, ".graph .node") == 6 and count(ready, ".graph .edge") == 8
+    assert ready("document.querySelector('.graph-figure .fold').ariaPressed") == "true"
+    choose_node(ready, "group 0")
+    said = ready("document.querySelector('.graph-card').innerText")
+    assert "Its 3 latents removed together" in said and "0.75 → 0.5" in said and "-1.25" in said
+    assert "sum of 2 edges" in said and "Ungroup" in said
+    # 1 - 2 into the first, half of it into the second: what opposes each other is added up.
+    titles = ready(
+        "[...document.querySelectorAll('.graph .edge.on title')].map((n) => n.textContent)"
+    )
+    assert len(titles) == 2 and all("-1 (" in title or "-0.5 (" in title for title in titles)
+    press(ready, ".graph-card .ungroup")
+    assert count(ready, ".graph .node") == 7
+
+
+def test_nodes_are_pinned_grouped_and_hidden_by_hand(ready: Page) -> None:
+    for node in ("0.3", "0.4"):
+        at_node(ready, node, "n.focus()")
+        ready.key("p")
+        assert ready("document.activeElement.classList.contains('pinned')"), "focus stays"
+    assert count(ready, ".graph .node.pinned") == 2
+    ready(
+        "(() => { const r = document.querySelector('.graph-figure input[type=range]'); r.value ="
+        " r.min; r.dispatchEvent(new Event('input')); })()"
+    )
+    kept = ready("[...document.querySelectorAll('.graph .node')].map((n) => n.dataset.node)")
+    assert {"0.3", "0.4", "0.0"} <= set(kept) and len(kept) < 6
+    press(ready, ".graph-figure .join")
+    assert count(ready, ".graph .node.many") == 1
+    ready.resize(390, 844)
+    assert ready("document.documentElement.scrollWidth <= 390"), "no scrolling sideways"
+
+
 def test_dark_light_and_what_the_system_says(ready: Page) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
     light = ready(background)

@@ -161,16 +161,30 @@ def graph_of(label: str = "th → e", contexts: list[dict[str, Any]] | None = No
             "value": 1.5 + row,
             "rule": label,
             "contexts": contexts or [],
+            "influence": 0.1 + 0.1 * row + 0.05 * column,
         }
         for column, rows in ((0, 5), (1, 2))
         for row in range(rows)
     ]
     edges = [
-        {"from": f"0.{i}", "to": f"1.{j}", "weight": (-1) ** i * (1 + i) / (1 + j)}
+        {
+            "from": f"0.{i}",
+            "to": f"1.{j}",
+            "weight": (-1) ** i * (1 + i) / (1 + j),
+            "parts": [[f"block 1 head {1 + j}", 0.75], ["no head", 0.25]],
+        }
         for i in range(5)
         for j in range(2)
     ]
-    return {"title": f"What makes {label} fire", "nodes": nodes, "edges": edges}
+    groups = [{"label": f"{label} twins", "members": ["0.0", "0.1", "not shown"]}]
+    removals = [{"before": 0.75, "after": 0.5, "predicted": -1.25, "measured": -0.875}]
+    return {
+        "title": f"What makes {label} fire",
+        "nodes": nodes,
+        "edges": edges,
+        "groups": groups,
+        "removals": removals,
+    }
 
 
 def add_features(
