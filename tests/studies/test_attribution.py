@@ -22,7 +22,13 @@ from sae_experiments.studies.attribution.front_end import cantor
 from sae_experiments.studies.attribution.influence import Graph, keep_share, prune
 from sae_experiments.studies.attribution.interventions import Interventions
 from sae_experiments.studies.attribution.local import LocalModel
-from sae_experiments.studies.attribution.prompts import given
+from sae_experiments.studies.attribution.prompts import (
+    PromptSpec,
+    choose,
+    closes,
+    given,
+    names_speaker,
+)
 from support.attribution_worlds import every_world, graph_of, local_model, world
 from support.common import CONF, TINY
 
@@ -227,6 +233,69 @@ def test_deleting_nothing_costs_nothing_and_deleting_more_something() -> None:
     cost = made.deletion(order, [0, 1, 8, 10**6])
     assert float(cost[0]) == pytest.approx(0, abs=1e-12)
     assert bool((cost[2:] > 1e-3).all())  # the largest one may be too late to matter
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def test_quotations_that_close_and_names_of_speakers_are_told_from_what_is_like_them() -> None:
+    assert closes('he said "go', '"') and closes("so 'tis said, 'come here", "'")
+    for text, after in [
+        ('he said "go" and left', '"'),
+        ("I don", "'"),
+        ("the boys", "'"),
+        ('he said "go ', '"'),
+        ('he said "go', "n"),
+        ("", '"'),
+    ]:
+        assert not closes(text, after), text
+    assert names_speaker("sleep.\n\nROM", "E") and names_speaker("\n\nFirst Citizen", ":")
+    for text, after in [
+        ("sleep.\n\nROMEO: he", "r"),
+        ("sleep.\nROM", "E"),
+        ("sleep.\n\nrom", "e"),
+        ("sleep.\n\nR", "O"),
+        ("\n\nROMEO", "\n"),
+        ("ROM", "E"),
+    ]:
+        assert not names_speaker(text, after), text
+
+
+def test_kinds_of_prompts_that_occur_take_turns() -> None:
+    """A model that knows each next token with probability one half."""
+    text = 'ALONSO:\nno "no" no.\n\nTRINCULO:\n"yes" yes.\n\n'
+    symbols = sorted(set(text))
+    ids = torch.tensor([symbols.index(c) for c in text * 4])
+    tokens, following = ids[:-1].unfold(0, 24, 5), ids[1:].unfold(0, 24, 5)
+
+    class Sure(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+            logits = torch.zeros(*input_ids.shape, len(symbols))
+            n = input_ids.shape[1]
+            right = following[:, :n, None]
+            return type("Out", (), {"logits": logits.scatter(2, right, 3.0)})
+
+    def chosen(kinds: list[str], symbols: list[str] = symbols) -> list[str]:
+        spec = PromptSpec(texts=None, count=4, length=24, windows=100, kinds=kinds)
+        return [p.kind for p in choose(Sure(), tokens, following, symbols, spec)]
+
+    assert (
+        chosen(["closing quotation", "speaker name"])
+        == [
+            "closing quotation",
+            "speaker name",
+        ]
+        * 2
+    )
+    plain = [c if c.isalpha() else "." for c in symbols]
+    assert chosen(["closing quotation", "word completion"], plain) == ["word completion"] * 4
+    assert chosen(["closing quotation"], plain) == ["any"] * 4
+    with pytest.raises(UserError, match="kinds"):
+        PromptSpec(texts=None, count=4, length=24, windows=1, kinds=["riddle"])
 
 
 # --- the study -----------------------------------------------------------------------------------
