@@ -50,7 +50,7 @@ class GraphView {
     this.join = h("button", { type: "button", class: "join", title: "Make one supernode of the pinned latents", click: () => this.joinPinned() }, "Group pinned");
     this.range = h("input", { type: "range", "aria-label": "share of the influence that is shown", input: () => { this.most = Number(this.range.value); this.draw(); } });
     const last = Math.ceil(100 * Math.max(...shares, 0)) / 100;
-    Object.assign(this.range, { min: Math.floor(100 * Math.min(...shares, last)) / 100, max: last, step: 0.01, value: last });
+    Object.assign(this.range, { min: Math.floor(100 * Math.min(...shares, last)) / 100, max: last, step: "any", value: last });
     this.said = h("span", { class: "quiet", role: "status", "aria-live": "polite" });
     return h("div", { class: "tools" }, shares.length ? h("label", null, "Influence shown ", this.range) : null, this.fold, this.join, this.said);
   }

@@ -1,6 +1,6 @@
 // The card of one latent.
 const KNOWN = new Set(["latent", "density", "max", "mean", "histogram", "top", "samples", "next", "promotes", "suppresses", "partners", "stability", "rule", "f1",
-  "precision", "recall", "lift", "length", "order", "r2", "concept", "phi", "threshold", "active_frac", "level", "children", "parents", "steering"]);
+  "precision", "recall", "lift", "length", "order", "r2", "concept", "phi", "threshold", "active_frac", "level", "children", "parents", "steering", "virtual_from", "virtual_to"]);
 
 function bar(value, top) {
   const inner = h("span", { class: `fill${value < 0 ? " minus" : ""}` });
@@ -43,9 +43,9 @@ function steered(feature, bytes) {
 // Latents it has to do with: [number, weight] as links, each with its rule.
 function related(title, pairs, view, name) {
   if (!pairs || !pairs.length) return null;
-  return h("div", { class: "related" }, h("h4", null, title), h("ul", null, pairs.map(([id, weight]) => {
-    const other = view.byNumber.get(id);
-    return h("li", null, other ? h("a", { href: `#latent-${view.index}-${id}` }, `#${id}`) : `#${id}`, " ", h("span", { class: "num" }, `${name} ${show(weight, 2)}`), " ",
+  return h("div", { class: "related" }, h("h4", null, title), h("ul", null, pairs.map(([id, weight, plain]) => {
+    const other = view.byNumber.get(id), more = plain === undefined ? "" : ` (weight ${show(plain, 2)})`;
+    return h("li", null, other ? h("a", { href: `#latent-${view.index}-${id}` }, `#${id}`) : `#${id}`, " ", h("span", { class: "num" }, `${name} ${show(weight, 2)}${more}`), " ",
       h("code", { class: "quiet" }, other ? view.about(other) : ""));
   })));
 }
@@ -65,7 +65,8 @@ function latentCard(feature, view, move) {
       characters("Followed by", feature.next, contexts.bytes, (r) => `${percent(r[1])}, ×${show(r[2], 2)}`, "the next character in the text where it fires: share, and how many times its share anywhere")),
     feature.histogram ? h("div", null, h("h4", null, "Activations where it fires"), histogram(feature.histogram, { low: 0, high: feature.max, label: "histogram of activations", unit: "characters" })) : null,
     list("From strongest to weakest, evenly", feature.samples), steered(feature, contexts.bytes),
-    h("div", { class: "columns" }, related("Parents", feature.parents, view, "weight"), related("Fires together with", feature.partners, view, "φ")));
+    h("div", { class: "columns" }, related("Parents", feature.parents, view, "weight"), related("Fires together with", feature.partners, view, "φ"),
+      related("Reads from, whatever the prompt", feature.virtual_from, view, "expected"), related("Writes to, whatever the prompt", feature.virtual_to, view, "expected")));
 }
 
 // Children as a tree that opens; a latent already above is named, not opened again.

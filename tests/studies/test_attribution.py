@@ -367,6 +367,10 @@ def test_a_run_measures_graphs_and_checks_them(first: Path) -> None:
         assert any(part[0].startswith("block") for e in edges for part in e.get("parts", []))
         assert any(graph["groups"] for graph in graphs)
         assert 0 < means["graph_attention_share_mean"] < 1
+        assert 0 <= means["virtual_never_share_mean"] <= 1
+        features = load(first / "features" / f"{name}_0.json")
+        assert any(f.get("virtual_from") for f in features)
+        assert any(f.get("virtual_to") for f in features)
         assert any(node["contexts"] for graph in graphs for node in graph["nodes"])
 
 

@@ -133,7 +133,7 @@ def supernodes(drawn: Drawn) -> list[tuple[str, list[str]]]:
         layers = sorted(set((nodes.layer[group] + 1).tolist()))
         place = int(nodes.position[group[0]])
         mlps = ", ".join(str(layer) for layer in layers)
-        label = f"group {number + 1}: MLP {mlps} at {drawn.prompt[place]!r} ({place})"
+        label = f"MLP {mlps} at {drawn.prompt[place]!r} ({place}), group {number + 1}"
         kept = [i for i in group.tolist() if bool(drawn.nodes[i])]
         found.append((label, [ids[i] for i in kept]))
     return found

@@ -114,6 +114,24 @@ def infos() -> list[MetricInfo]:
             shown=False,
         )
     )
+    described += [
+        info(
+            "virtual_never_share",
+            "interference",
+            "share of the largest 1 % of absolute virtual weights into described latents that are "
+            "between latents that never fire together",
+            "none",
+            shown=False,
+        ),
+        info(
+            "virtual_rank_r",
+            "virtual rank r",
+            "Spearman correlation of absolute virtual weights and those corrected by "
+            "co-activation, of latents that fire together",
+            "none",
+            shown=False,
+        ),
+    ]
     for check in _CHECKS:
         for target in ("latent", "logit"):
             described += _agreement(check, target)

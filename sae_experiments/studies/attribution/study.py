@@ -42,11 +42,19 @@ from sae_experiments.studies.attribution.interventions import Interventions
 from sae_experiments.studies.attribution.local import Adjacency, LocalModel
 from sae_experiments.studies.attribution.prompts import Prompt, PromptSpec, choose, given
 from sae_experiments.studies.attribution.supernodes import group_latents
+from sae_experiments.studies.attribution.virtual import (
+    NUMBERS,
+    VirtualWeights,
+    interference,
+    strongest,
+)
 from sae_experiments.studies.base import Context, Outcome
 from sae_experiments.studies.language.stores import Stores
 from sae_experiments.studies.language.study import Language
 from sae_experiments.training.loop import seed_of
 
+#: Virtual weights listed per latent and side.
+LISTED = 6
 #: Sums that differ by more than this from the values they explain are a fault, not rounding.
 LARGEST_GAP = 1e-2
 
@@ -61,6 +69,7 @@ class GraphSpec:
     edge_share: float  # share of the influence that the kept edges have
     shown: int  # nodes of a graph in the report, beside the logits
     likeness: float  # mean likeness of the edges of latents in one supernode, at least
+    weight_windows: int  # held-out windows on which virtual weights are averaged
 
     def __post_init__(self) -> None:
         for name in ("logit_share", "node_share", "edge_share"):
@@ -68,7 +77,7 @@ class GraphSpec:
                 raise UserError(f"study.graph.{name}={getattr(self, name)} must be in (0, 1]")
         if not -1 <= self.likeness <= 1:
             raise UserError(f"study.graph.likeness={self.likeness} must be in [-1, 1]")
-        for name in ("logits", "shown"):
+        for name in ("logits", "shown", "weight_windows"):
             if getattr(self, name) < 1:
                 raise UserError(f"study.graph.{name}={getattr(self, name)} must be at least 1")
 
@@ -134,6 +143,7 @@ class Attribution(Language):
         outcome = super().evaluate(name, sae, replicas, corpus, lm, stores, fitted, ctx)
         measured = graph_numbers(traced)
         self._check(name, traced, outcome, stores.seed, ctx)
+        self._weigh(sae, lm, stores, outcome, ctx)
         outcome.metrics |= measured
         settings = facts.flat({"graph": asdict(self.graph), "checks": asdict(self.checks)})
         settings |= facts.flat({"prompts": asdict(self.prompts)})
@@ -167,6 +177,26 @@ class Attribution(Language):
                 tick(i + 1, len(traced))
         add_effects(outcome, checked)
         add_deletions(outcome, checked, self.checks.counts)
+
+    def _weigh(
+        self, sae: SAE, lm: TrainedLM, stores: Stores, outcome: Outcome, ctx: Context
+    ) -> None:
+        """Add the strongest virtual weights of the described latents, and how many act."""
+        described = [one for one in outcome.features or [] if "max" in one]
+        latents = torch.tensor([one["latent"] for one in described], dtype=torch.long)
+        measured: dict[str, float | None] = dict.fromkeys(NUMBERS)
+        if described:
+            tokens, _ = stores.tokens(stores.held_out.starts[: self.graph.weight_windows])
+            found = VirtualWeights(lm.model, sae, tokens.to(ctx.device))
+            into, out_of = found.into(latents.to(ctx.device)), found.out_of(latents.to(ctx.device))
+            for side, weights in (("virtual_from", into), ("virtual_to", out_of)):
+                for one, pairs in zip(described, strongest(weights, LISTED), strict=True):
+                    one[side] = pairs
+            measured = interference(into)
+        for name, value in measured.items():
+            outcome.metrics[name] = value
+            if value is None:
+                outcome.why_null[name] = "no latent is described, or none of a later layer"
 
     # --- graphs ----------------------------------------------------------------------------------
 
