@@ -125,7 +125,8 @@ class TextSpec(SplitSpec):
             files = [p for p in files if p.is_file()]
         if not files:
             raise UserError(f"{where} names no text file ({', '.join(KINDS)})")
-        unknown = next((p for p in files if not _kind(p)), None)
+        # A file that was named itself, such as enwik8, is plain text without saying so.
+        unknown = next((p for p in files if not _kind(p) and "." in p.name), None)
         if unknown is not None:
             raise UserError(
                 f"data.{self.name}.file: {unknown} is of no known kind: {', '.join(KINDS)}"

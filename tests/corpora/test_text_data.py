@@ -203,6 +203,14 @@ def test_a_text_that_cannot_be_read_is_one_line(name, content, told, tokenizer, 
     assert "\n" not in str(caught.value) and "data.text" in str(caught.value)
 
 
+def test_a_file_without_a_suffix_is_plain_text(tokenizer, tmp_path):
+    plain, bare = tmp_path / "made.txt", tmp_path / "made"
+    for path in (plain, bare):
+        path.write_text("one two three. " * 400)
+    first, second = (tokens(spec(p), tokenizer, tmp_path / p.name[-3:]) for p in (plain, bare))
+    assert first.splits["train"].tolist() == second.splits["train"].tolist()
+
+
 def test_documents_shorter_than_a_window_are_one_line(tokenizer, tmp_path):
     corpus = tokens(spec(written("folder", tmp_path)), tokenizer, tmp_path)
     with pytest.raises(UserError, match=r"no document of the train split .* across=true"):
