@@ -19,7 +19,7 @@ from torch import Tensor
 from sae_experiments.metrics.base import EvalContext, LMSplice, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, nulls, sparse_codes
 from sae_experiments.metrics.noise import Grouped, noise_of, noise_over, resampled_means
-from sae_experiments.models.hooks import Site, patched
+from sae_experiments.models.hooks import Site, joined, patched, prefix_of, resumed
 from sae_experiments.models.store import Store
 from sae_experiments.sampling import evenly_spaced
 
@@ -304,7 +304,9 @@ class _Windows:
         means = np.asarray(codes.mean(0), np.float32).ravel()
         self.replacement = torch.from_numpy(means * opts.mean)
         # Log-probabilities at all positions but the first, (W, T - 1, V).
-        self.clean = torch.cat([self._log_probs(x) for x in self.x.split(self.batch)])
+        with prefix_of(lm.model, [site]) as prefixes:
+            self.clean = torch.cat([self._log_probs(x) for x in self.x.split(self.batch)])
+        self.prefix = joined(prefixes)
 
     def ablate(self, latents: np.ndarray, windows: np.ndarray | None = None) -> Effect:
         """Effect of removing `latents` everywhere in some windows (None: all)."""
@@ -322,7 +324,10 @@ class _Windows:
             if self.scale is not None:
                 change = change * self.scale[part]
             change = change.masked_fill(~self.changed[part].to(change.device), 0)
-            with patched(self.lm.model, self.site, lambda a, change=change: a - change.to(a.dtype)):
+            remove = patched(
+                self.lm.model, self.site, lambda a, change=change: a - change.to(a.dtype)
+            )
+            with resumed(self.lm.model, self.prefix.part(part)), remove:
                 log_p = self._log_probs(self.x[part])
             clean = self.clean[part]
             targets = self.y[part, 1:, None]

@@ -15,7 +15,7 @@ from sae_experiments.conditions import OF_MODEL_ON_ROWS
 from sae_experiments.metrics.base import EvalContext, LMSplice, Measured, MetricInfo
 from sae_experiments.metrics.codes import nulls
 from sae_experiments.metrics.noise import noise_of
-from sae_experiments.models.hooks import Site, capture, spliced
+from sae_experiments.models.hooks import Site, capture, prefix_of, spliced
 from sae_experiments.quality_warnings import of_splice
 
 INFO = [
@@ -159,7 +159,7 @@ def _window_sums(
     model = lm.model
     reads = ctx.read_sites
     x, y = (ids.to(ctx.device) for ids in lm.tokens(starts))
-    with capture(model, reads) as seen:
+    with capture(model, reads) as seen, prefix_of(model, list(means)) as prefixes:
         clean = _log_probs(model, x)
     inputs = torch.cat([seen[site].flatten(0, 1) for site in reads], 1)
     recon = ctx.sae(inputs).view(*x.shape, -1)
@@ -168,13 +168,11 @@ def _window_sums(
     averages = {site: mean.expand(*x.shape, -1) for site, mean in means.items()}
     zeros = {site: torch.zeros_like(part) for site, part in by_site.items()}
     replaced = ctx.replaced(inputs)
-    splice = _replaced_log_probs(model, x, by_site, replaced)
-    log_probs = {
-        "clean": clean,
-        "mean": _replaced_log_probs(model, x, averages, replaced),
-        "zero": _replaced_log_probs(model, x, zeros, replaced),
-        "spliced": splice,
-    }
+    log_probs = {"clean": clean}
+    for name, new in (("mean", averages), ("zero", zeros), ("spliced", by_site)):
+        with spliced(model, new, replaced, prefixes[-1]):
+            log_probs[name] = _log_probs(model, x)
+    splice = log_probs["spliced"]
     targets = y[:, 1:].reshape(-1)
     losses = {
         name: F.nll_loss(log_p, targets, reduction="none") for name, log_p in log_probs.items()
@@ -223,21 +221,6 @@ def _summary(losses: dict[str, float]) -> Measured:
             values[name] = None
             why_null[name] = f"{ablation} ablation costs only {span:.4g} nats"
     return Measured(values, why_null=why_null)
-
-
-def _replaced_log_probs(
-    model: nn.Module, x: Tensor, by_site: dict[Site, Tensor], rows: Tensor | None
-) -> Tensor:
-    """Log-probabilities (n, V) with the activations at some sites replaced.
-
-    Args:
-        model: The language model.
-        x: Token ids (W, T).
-        by_site: New activations (W, T, D) by site.
-        rows: Which of them to use, (W T,); None: all.
-    """
-    with spliced(model, by_site, rows):
-        return _log_probs(model, x)
 
 
 def _log_probs(model: nn.Module, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from scipy import sparse
 from torch import Tensor
 
 from sae_experiments.metrics.base import EvalContext, LMSplice
-from sae_experiments.models.hooks import Site, capture, spliced
+from sae_experiments.models.hooks import Prefix, Site, capture, joined, prefix_of, spliced
 from sae_experiments.sampling import evenly_spaced
 
 #: Maps dense codes (B, F) to reconstructions (B, O).
@@ -49,6 +49,8 @@ class Window(NamedTuple):
     """Loss in nats at all positions but the first, (W, T - 1)."""
     replaced: Tensor
     """Rows that the reconstruction replaces, (W, T): the ordinary ones."""
+    prefix: Prefix
+    """Undisturbed passes as far as the site."""
 
 
 @torch.no_grad()
@@ -80,14 +82,18 @@ def windows_of(ctx: EvalContext, test: np.ndarray, n: int, batch: int) -> Window
     batch = ctx.windows_per_pass(batch)
     clean = []
     replaced = []
+    prefixes = []
     for ids, targets in zip(x.split(batch), y.split(batch), strict=True):
-        with capture(lm.model, ctx.read_sites) as seen:
+        passes = prefix_of(lm.model, [ctx.write])
+        with capture(lm.model, ctx.read_sites) as seen, passes as of_pass:
             clean.append(_nats(lm, ids, targets))
         ordinary = ctx.replaced(torch.cat([seen[s].flatten(0, 1) for s in ctx.read_sites], 1))
         if ordinary is None:
             ordinary = torch.ones(ids.numel(), dtype=torch.bool, device=ids.device)
         replaced.append(ordinary.view(ids.shape))
-    return Window(lm, ctx.write, rows, x, y, torch.cat(clean), torch.cat(replaced))
+        prefixes.append(of_pass[-1])
+    prefix = joined(prefixes)
+    return Window(lm, ctx.write, rows, x, y, torch.cat(clean), torch.cat(replaced), prefix)
 
 
 def _nats(lm: LMSplice, x: Tensor, y: Tensor) -> Tensor:
@@ -148,7 +154,8 @@ def rise(
         recon = recon.view(-1, length, recon.shape[1])
         part = slice(begin, begin + batch)
         splice = {window.site: recon}
-        with spliced(window.lm.model, splice, window.replaced[part].flatten()):
+        replaced = window.replaced[part].flatten()
+        with spliced(window.lm.model, splice, replaced, window.prefix.part(part)):
             nats = _nats(window.lm, window.x[part], window.targets[part])
         total += float((nats - window.clean[part]).double().sum())
     return total / window.clean.numel() / math.log(2)

@@ -161,9 +161,86 @@ def patched(model: nn.Module, site: Site, fn: Callable[[Tensor], Tensor]) -> Ite
         yield
 
 
+class Prefix(NamedTuple):
+    """A forward pass as far as the first site that is to be replaced.
+
+    Later passes on the same tokens go on from there, with the same bits.
+    """
+
+    n_blocks: int
+    """Number of blocks that need not run again."""
+    stream: Tensor | None
+    """Output of the last of them, (B, T', D) with the begin token; None before any pass."""
+    n_others: int | None
+    """Number of other values that the block returns, which no block reads; None: no tuple."""
+
+    def part(self, rows: slice | Tensor) -> Prefix:
+        """The prefix of some of the B windows."""
+        return self._replace(stream=None if self.stream is None else self.stream[rows])
+
+
+@contextmanager
+def prefix_of(model: nn.Module, sites: Sequence[Site]) -> Iterator[list[Prefix]]:
+    """Within the context, collect the prefix of forward passes up to the first of some sites.
+
+    Args:
+        model: The language model.
+        sites: Sites that are to be replaced in later passes.
+
+    Yields:
+        A list whose last entry is the prefix of the last pass.
+    """
+    n_blocks = min(s.layer if s.stream == "resid" else s.layer - 1 for s in sites)
+    prefixes: list[Prefix] = []
+
+    def keep(_block: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            prefixes.append(Prefix(n_blocks, output[0], len(output) - 1))
+        else:
+            prefixes.append(Prefix(n_blocks, output, None))
+
+    if not n_blocks:
+        prefixes.append(Prefix(0, None, None))
+        yield prefixes
+        return
+    handle = blocks_of(model)[n_blocks - 1].register_forward_hook(keep)
+    try:
+        yield prefixes
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def resumed(model: nn.Module, prefix: Prefix | None) -> Iterator[None]:
+    """Within the context, forward passes go on from a prefix of theirs; None: from the start."""
+    if prefix is None or not prefix.n_blocks:
+        yield
+        return
+    skipped = blocks_of(model)[: prefix.n_blocks]
+    output: Any = prefix.stream
+    if prefix.n_others is not None:
+        output = (prefix.stream, *[None] * prefix.n_others)
+    with ExitStack() as stack:
+        for block in skipped:
+            own = vars(block).get("forward")  # of a block that a library has wrapped
+            vars(block)["forward"] = lambda *args, **options: output
+            stack.callback(_restore_forward, block, own)
+        yield
+
+
+def _restore_forward(block: nn.Module, own: Any) -> None:
+    """Give a block its forward back: its own attribute, or else its class's."""
+    del vars(block)["forward"]
+    if own is not None:
+        vars(block)["forward"] = own
+
+
 @contextmanager
 def spliced(
-    model: nn.Module, by_site: Mapping[Site, Tensor], rows: Tensor | None = None
+    model: nn.Module,
+    by_site: Mapping[Site, Tensor],
+    rows: Tensor | None = None,
+    prefix: Prefix | None = None,
 ) -> Iterator[None]:
     """Within the context, replace the activations at some sites by given ones.
 
@@ -171,6 +248,7 @@ def spliced(
         model: The language model.
         by_site: New activations (B, T, D) by site.
         rows: Rows to replace, (B T,); the others stay as they are. None: all.
+        prefix: Prefix of the passes, from which they go on; None: they run from the start.
     """
 
     def put(old: Tensor, new: Tensor) -> Tensor:
@@ -178,9 +256,16 @@ def spliced(
         return new if rows is None else torch.where(rows.view(*new.shape[:2], 1), new, old)
 
     with ExitStack() as stack:
+        stack.enter_context(resumed(model, prefix))
         for site, value in by_site.items():
             _hook(model, site, lambda old, new=value: put(old, new), stack)
         yield
+
+
+def joined(prefixes: Sequence[Prefix]) -> Prefix:
+    """One prefix for the windows of several passes."""
+    streams = [p.stream for p in prefixes if p.stream is not None]
+    return prefixes[0]._replace(stream=torch.cat(streams) if streams else None)
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ from sae_experiments.models.hooks import (
     capture,
     check_layout,
     patched,
+    prefix_of,
+    spliced,
 )
 from sae_experiments.models.layouts import LAYOUTS, layout_of_model
 from sae_experiments.models.local import load_local, sizes_of
@@ -95,6 +97,21 @@ def test_the_identity_changes_no_logit_and_zero_mean_and_splice_do(model: nn.Mod
             assert float((other - logits).abs().max()) > 1e-3, (site, name)
             torch.testing.assert_close(seen[site], change(x))
     assert torch.equal(logits_of(model), logits)
+
+
+def test_a_pass_that_goes_on_from_a_prefix_has_the_same_bits(model: nn.Module) -> None:
+    for site in all_sites(model):
+        with capture(model, [site]) as seen, prefix_of(model, [site]) as prefixes:
+            clean = logits_of(model)
+        prefix, zeros = prefixes[-1], {site: torch.zeros_like(seen[site])}
+        with spliced(model, zeros):
+            wanted = logits_of(model)
+        with spliced(model, zeros, None, prefix):
+            assert torch.equal(logits_of(model), wanted), site
+        with spliced(model, {site: seen[site]}, None, prefix.part(slice(0, 3))):
+            assert torch.equal(logits_of(model), clean), site
+        assert prefix.n_blocks == (site.layer if site.stream == "resid" else site.layer - 1), site
+        assert torch.equal(logits_of(model), clean), "every block computes again"
 
 
 def test_a_model_whose_blocks_do_something_else_is_refused(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, nulls
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of, only
 from sae_experiments.metrics.noise import DRAWS, noise_of
-from sae_experiments.models.hooks import Site, capture, spliced
+from sae_experiments.models.hooks import Site, capture, prefix_of, spliced
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.hierarchical.sae import Hierarchical
 
@@ -131,7 +131,7 @@ def _effects(
     Returns:
         Effects (B,) by metric name.
     """
-    with capture(model, [site]) as seen:
+    with capture(model, [site]) as seen, prefix_of(model, [site]) as prefixes:
         clean = _log_probs(model, x)
     sae = ctx.sae
     rows = seen[site].flatten(0, 1).float()
@@ -144,7 +144,7 @@ def _effects(
         if name not in SPLICES:
             changed = rows - (recon - changed)
         changed = changed.view(*x.shape, -1)
-        with spliced(model, {site: changed}, replaced):
+        with spliced(model, {site: changed}, replaced, prefixes[-1]):
             log_p = _log_probs(model, x)
         rise = (clean - log_p).gather(2, y[:, 1:, None]).squeeze(2) / math.log(2)
         kl = F.kl_div(log_p, clean, log_target=True, reduction="none").sum(2)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_experiments.metrics.base import EvalContext
 from sae_experiments.metrics.robustness.noise import WINDOWS_PER_PASS, NoiseSource
 from sae_experiments.metrics.robustness.sums import Sums
-from sae_experiments.models.hooks import Site, capture, spliced
+from sae_experiments.models.hooks import Site, capture, prefix_of, spliced
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.purified.perturb import NoiseModel
 from sae_experiments.sampling import spread
@@ -71,15 +71,15 @@ def denoising(
         delta = cloud.directions("gaussian", x.numel(), g).mul_(eps * cloud.radius)
         delta = delta.view(*x.shape, -1)
 
-        with capture(lm.model, [site]) as seen:
+        with capture(lm.model, [site]) as seen, prefix_of(lm.model, [site]) as prefixes:
             clean += _cross_entropy_sum(lm.model, x, y)
         activation = seen[site]
         replaced = ctx.replaced(activation.flatten(0, 1))
         noisy_rows = activation + delta
         denoised = sae(noisy_rows.flatten(0, 1)).view_as(activation)
-        with spliced(lm.model, {site: noisy_rows}, replaced):
+        with spliced(lm.model, {site: noisy_rows}, replaced, prefixes[-1]):
             noisy += _cross_entropy_sum(lm.model, x, y)
-        with spliced(lm.model, {site: denoised}, replaced):
+        with spliced(lm.model, {site: denoised}, replaced, prefixes[-1]):
             rebuilt += _cross_entropy_sum(lm.model, x, y)
     # Sums in nats over all characters, as bits per character.
     unit = len(starts) * (store.length - 1) * math.log(2)
