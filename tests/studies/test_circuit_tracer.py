@@ -25,7 +25,7 @@ from support.attribution_worlds import WAVES, wave_world, world
 
 PYTHON = os.environ.get("CIRCUIT_TRACER_PYTHON")
 TESTS = Path(__file__).parents[1]
-RECORD = TESTS / "golden" / "circuit_tracer.json"
+RECORD = TESTS / "data" / "circuit_tracer.json"
 #: Kinds of transcoders, by folder: cross-layer decoders, skip paths.
 KINDS = {"cross": (True, False), "plain": (False, False), "skip": (False, True)}
 #: Largest difference of an edge.
