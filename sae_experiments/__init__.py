@@ -10,10 +10,15 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_experiments.api import build_sae, evaluate, fit_saes
+    from sae_experiments.saes.saelens import load_sae, save_sae
+    from sae_experiments.steering import steer
 
 __version__ = "0.2.0"
-#: Whether torch was imported before the line below could tell its threads anything.
+#: True if torch was imported before the line below could tell its threads anything.
 LATE = "torch" in sys.modules and "GOMP_SPINCOUNT" not in os.environ
 # Threads that wait give their core away soon: beside other work, spinning makes a training step
 # four to ten times slower, and on an idle machine this changes nothing (two cores, a small GPT-2:
@@ -28,7 +33,15 @@ _HOME = {
     "save_sae": "saes.saelens",
     "steer": "steering",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "__version__",
+    "build_sae",
+    "evaluate",
+    "fit_saes",
+    "load_sae",
+    "save_sae",
+    "steer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -275,10 +275,13 @@ def limited(deadline: float | None, may_stop: Callable[[], bool]) -> Iterator[No
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise OutOfTime
 
+    def again() -> None:
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S, 0.5)
+
     before = signal.signal(signal.SIGALRM, over)
     try:
         signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 1e-3), 0.5)
-        with _never_lost(OutOfTime, lambda: signal.setitimer(signal.ITIMER_REAL, AGAIN_S, 0.5)):
+        with _never_lost(OutOfTime, again):
             yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

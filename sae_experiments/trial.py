@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,27 +23,27 @@ from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.studies.ground_truth.world import Planted, World
 from sae_experiments.training.loop import History, Session, TrainConfig, seed_of
 
-_USUAL: dict[str, Any] = {
-    "width": 64,
-    "features": 384,
-    "zipf": 0.5,
-    "p_max": 0.4,
-    "p_min": 0.0005,
-    "trees": 8,
-    "levels": 3,
-    "branching": 4,
-    "child": 0.8,
-    "rank": 8,
-    "correlation": 0.1,
-    "magnitude": 4.5,
-    "spread": 0.5,
-    "noise": 0.0,
-}
+_USUAL = Planted(
+    width=64,
+    features=384,
+    zipf=0.5,
+    p_max=0.4,
+    p_min=0.0005,
+    trees=8,
+    levels=3,
+    branching=4,
+    child=0.8,
+    rank=8,
+    correlation=0.1,
+    magnitude=4.5,
+    spread=0.5,
+    noise=0.0,
+)
 #: Worlds of a size for a processor: features in trees, independent ones, and noisy rows.
 WORLDS = {
-    "trees": Planted(**_USUAL),
-    "flat": Planted(**(_USUAL | {"trees": 0, "p_max": 0.2})),
-    "noisy": Planted(**(_USUAL | {"noise": 0.3})),
+    "trees": _USUAL,
+    "flat": replace(_USUAL, trees=0, p_max=0.2),
+    "noisy": replace(_USUAL, noise=0.3),
 }
 #: Latents, and active latents per row, of an SAE on them.
 D_SAE, K = 96, 4

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from sae_experiments.cli.closing import block
 from sae_experiments.cli.help import help_page, list_page
 from sae_experiments.config import own
-from sae_experiments.config.checks import configuring
+from sae_experiments.config.checks import as_dict, configuring
 from sae_experiments.config.compose import build, compose_checked
 from sae_experiments.config.hydra_habits import translate
 from sae_experiments.config.plans import complete
@@ -354,8 +354,8 @@ def _check_own(study: Any) -> None:
 
 def recorded(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration without references in `study`, and with one of sae and saes."""
-    config = OmegaConf.to_container(cfg, resolve=True)
-    raw = OmegaConf.to_container(cfg.study, resolve=False)
+    config = as_dict(cfg)
+    raw = as_dict(cfg.study, resolve=False)
     config["study"] = {
         k: v
         for k, v in config["study"].items()

@@ -15,6 +15,7 @@ from sae_experiments.config.checks import (
     is_grid,
     is_group,
     last_value,
+    line_of,
     options,
     parse,
 )
@@ -65,7 +66,7 @@ def axes_of(conf: Path, overrides: Sequence[str]) -> tuple[list[Axis], list[str]
             axes.append(_axis(conf, o))
         else:
             check_groups(conf, [o])
-            fixed.append(o.input_line)
+            fixed.append(line_of(o))
     return axes, fixed
 
 
@@ -78,13 +79,14 @@ def _axis(conf: Path, o: Override) -> Axis:
             check_groups(conf, parse([f"{key}={choice}" for choice in choices]))
         return Axis(key, choices)
     log = "log" in value.tags
-    if not value.start < value.end or (log and not value.start > 0):
+    low, high = value.start, value.end
+    assert low is not None and high is not None  # Hydra's grammar has no open interval
+    if not low < high or (log and not low > 0):
         raise UserError(
-            f"{o.input_line}: an interval goes from a smaller to a larger number, "
+            f"{line_of(o)}: an interval goes from a smaller to a larger number, "
             "both positive where it is logarithmic"
         )
-    whole = isinstance(value.start, int)
-    return Axis(key, [], float(value.start), float(value.end), log, whole)
+    return Axis(key, [], float(low), float(high), log, whole=isinstance(low, int))
 
 
 # ------------------------------------------------------------------------------ one run
@@ -109,7 +111,7 @@ def split_grid(
         if is_grid(key, o.value(), OmegaConf.select(base, key)):
             grid[key] = _values(o)
         else:
-            plain.append(o.input_line)
+            plain.append(line_of(o))
     return grid, plain
 
 
@@ -151,7 +153,7 @@ def split_by_sae(
         elif not o.key_or_group.startswith("sae.") or not key or name not in known:
             common.append(o)
         elif name in names:
-            plain = o.input_line.replace(f"sae.{name}.", "sae.", 1)
+            plain = line_of(o).replace(f"sae.{name}.", "sae.", 1)
             own.setdefault(name, []).extend(parse([plain]))
         else:
             these = ", ".join(names) or "the study's own"

@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -52,6 +52,17 @@ _KINDS: tuple[tuple[type, Any, str], ...] = (
 )
 
 # ------------------------------------------------------------------------------ reading
+
+
+def as_dict(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
+    """A configuration as plain Python values."""
+    return cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=resolve))
+
+
+def line_of(o: Override) -> str:
+    """An override that came from `parse`, as it was typed."""
+    assert o.input_line is not None
+    return o.input_line
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -138,9 +149,9 @@ def refuse_sweeps(parsed: Sequence[Override]) -> None:
     """Raise `UserError` for several values, separated by commas, in a single run."""
     for o in parsed:
         if o.is_sweep_override():
-            listed = f"{o.key_or_group}=[{o.input_line.split('=', 1)[1]}]"
+            listed = f"{o.key_or_group}=[{line_of(o).split('=', 1)[1]}]"
             raise UserError(
-                f"{o.input_line} gives several values: one run with all of them is {listed}, "
+                f"{line_of(o)} gives several values: one run with all of them is {listed}, "
                 "one run of each a sweep (-m)"
             )
 
@@ -168,7 +179,7 @@ def check_groups(conf: Path, parsed: Sequence[Override]) -> None:
 def check_keys(parsed: Sequence[Override], bases: Sequence[DictConfig]) -> None:
     """Check that every key exists in all of `bases`, and that its value has the right type."""
     for base in bases:
-        known = flatten(OmegaConf.to_container(base, resolve=False), branches=True)
+        known = flatten(as_dict(base, resolve=False), branches=True)
         for o in parsed:
             if not _is_left_to_hydra(o):
                 check_key(o, known, OmegaConf.select(base, o.key_or_group))
@@ -260,7 +271,7 @@ def _check_kind(key: str, value: Any, before: Any) -> None:
 
 def check_texts(cfg: DictConfig) -> None:
     """Check text in the YAML files, which also read 2026_11_2 as a number unless it is quoted."""
-    for key, value in flatten(OmegaConf.to_container(cfg, resolve=True), branches=True).items():
+    for key, value in flatten(as_dict(cfg), branches=True).items():
         if not is_text(key, TEXTS) or (value is None and not is_text(key, REQUIRED)):
             continue
         if not isinstance(value, str):

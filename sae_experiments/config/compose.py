@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sae_experiments.config.axes import HOST, hosts_of, split_by_sae, split_grid
 from sae_experiments.config.checks import (
+    as_dict,
     as_list,
     check_groups,
     check_key,
@@ -30,6 +31,7 @@ from sae_experiments.config.checks import (
     check_texts,
     is_group,
     last_value,
+    line_of,
     listed,
     options,
     parse,
@@ -60,10 +62,11 @@ class _Chosen:
         shared = [o for o in common if o.key_or_group not in replaced]
         grid, plain = split_grid([*shared, *self.own], self.base)
         axes = [[(key, value) for value in values] for key, values in grid.items()]
-        for host, *values in itertools.product(self.hosts or [None], *axes):
-            overrides = [*plain, f"sae={self.name}", *([host] if host else [])]
-            overrides += [f"{key}={value}" for key, value in values]
-            yield self._label(host, values), overrides
+        for host in self.hosts or [None]:
+            common_to_host = [*plain, f"sae={self.name}", *([host] if host else [])]
+            for values in itertools.product(*axes):
+                own = [f"{key}={value}" for key, value in values]
+                yield self._label(host, values), [*common_to_host, *own]
 
     def _label(self, host: str | None, values: Sequence[tuple[str, str]]) -> str:
         parts = [self.name]
@@ -98,16 +101,17 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
         bases = [each.base for each in chosen]
         common = _listed(common, bases)
         check_keys(common, bases)
-        saes: dict[str, Any] = {}
+        runs: dict[str, DictConfig] = {}
         for each in chosen:
             each.own = _listed(own.get(each.name, []), [each.base])
             check_keys(each.own, [each.base])
             for label, complete in each.variants(common):
-                cfg = _compose(complete)
-                saes[label] = OmegaConf.to_container(cfg.sae, resolve=True)
+                runs[label] = _compose(complete)
+    saes = {label: as_dict(run.sae) for label, run in runs.items()}
+    cfg = list(runs.values())[-1]  # they differ in nothing but the SAE
     check_texts(cfg)
     OmegaConf.set_struct(cfg, False)
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    plain = as_dict(cfg)
     cfg.saes = per_site(saes, plain["site"], plain["lm"])
     return cfg, ", ".join(saes)
 
@@ -134,7 +138,7 @@ def _names(conf: Path, parsed: Sequence[Override]) -> list[str]:
 
 def _choose(conf: Path, common: Sequence[Override], names: Sequence[str]) -> list[_Chosen]:
     groups = [
-        o.input_line for o in common if is_group(conf, o.key_or_group) and o.key_or_group != "sae"
+        line_of(o) for o in common if is_group(conf, o.key_or_group) and o.key_or_group != "sae"
     ]
     names = names or [_default_sae(groups)]
     plain = {name: _compose([*groups, f"sae={name}"]) for name in names}

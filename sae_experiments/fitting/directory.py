@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from sae_experiments.errors import UserError
@@ -40,10 +41,12 @@ class DirectorySpec(SAESpec):
         """The sites that the directory names, or those asked for."""
         if self.path is None:
             return SAESpec.sites(self, default, n_layer)
-        if isinstance(self.read, (list, tuple)) or isinstance(self.write, (list, tuple)):
+        read_site, write_site = self.read, self.write
+        one = (str, NoneType)
+        if not isinstance(read_site, one) or not isinstance(write_site, one):
             raise UserError(f"sae.read={self.read}: sae=saelens reads and writes one site")
-        here = str(parse_site(self.read or default, n_layer))
-        names = sites_of(self.path, self.read and here, self.write, here)
+        here = str(parse_site(read_site or default, n_layer))
+        names = sites_of(self.path, read_site and here, write_site, here)
         read, write = (parse_site(name, n_layer) for name in names)
         return read, write
 

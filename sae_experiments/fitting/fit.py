@@ -91,22 +91,32 @@ class RowHandling(NamedTuple):
     """One of :data:`OUTLIERS`."""
 
 
+class Counts(nn.Module):
+    """An SAE with the counters that its training needs and its weights do not."""
+
+    since_fired: Tensor
+    """Rows since each latent was last active, (F,)."""
+    rows_used: Tensor
+    """Rows of all steps. A step may use fewer than a batch should have: whole windows, a phase on
+    a sample."""
+
+    def __init__(self, sae: SAE) -> None:
+        super().__init__()
+        self.sae = sae
+        device = sae.b_enc.device
+        zeros = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
+        self.register_buffer("since_fired", zeros)
+        self.register_buffer("rows_used", torch.zeros((), dtype=torch.int64, device=device))
+
+
 class SAELearner(Learner):
     """An SAE as a learner: counts the rows since each latent fired and calls the SAE's hooks."""
 
     def __init__(
         self, name: str, sae: SAE, cfg: TrainConfig, sample: Sample, *, dead_after: int, seed: int
     ) -> None:
-        module = nn.Module()
-        module.sae = sae
-        module.register_buffer(
-            "since_fired", torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.b_enc.device)
-        )
-        # A step may use fewer rows than a batch should have: whole windows, a phase on a sample.
-        module.register_buffer(
-            "rows_used", torch.zeros((), dtype=torch.int64, device=sae.b_enc.device)
-        )
-        super().__init__(name, module, cfg, seed=seed)
+        self.counts = Counts(sae)
+        super().__init__(name, self.counts, cfg, seed=seed)
         self.sae = sae
         self.sample = sample
         self.dead_after = dead_after
@@ -126,7 +136,7 @@ class SAELearner(Learner):
         return Step(
             phase=info.phase,
             progress=info.progress,
-            dead=self.module.since_fired > self.dead_after,
+            dead=self.counts.since_fired > self.dead_after,
             generator=info.generator,
         )
 
@@ -140,8 +150,9 @@ class SAELearner(Learner):
     def after_update(self, loss: Loss, info: StepInfo) -> None:
         fwd: Forward = loss.extra
         step = self.step_of(info)
-        self.module.rows_used.add_(fwd.batch.x.shape[0])
-        self.module.since_fired.add_(fwd.batch.x.shape[0]).masked_fill_(fwd.codes.fires > 0, 0)
+        n_rows = len(fwd.batch.x)
+        self.counts.rows_used.add_(n_rows)
+        self.counts.since_fired.add_(n_rows).masked_fill_(fwd.codes.fires > 0, 0)
         self.sae.after_update(fwd, step)
 
     @torch.no_grad()
@@ -151,7 +162,7 @@ class SAELearner(Learner):
         values = {
             "l0": fwd.codes.l0,
             "fvu": float((fwd.batch.y - fwd.recon).square().sum() / variance.clamp_min(1e-12)),
-            "dead_frac": float((self.module.since_fired > self.dead_after).float().mean()),
+            "dead_frac": float((self.counts.since_fired > self.dead_after).float().mean()),
         }
         if self.sae.controller is not None:
             values["coeff"] = self.sae.controller.coeff
@@ -255,7 +266,7 @@ def fit_saes(
         ]
         reports[name] = FitReport(
             seconds=seconds,
-            rows_per_second=int(learner.module.rows_used) / max(seconds, 1e-9),
+            rows_per_second=int(learner.counts.rows_used) / max(seconds, 1e-9),
             steps=progress.step,
             history=mine,
             cut=progress.cut,

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models.hooks import Site, Sites, as_sites
+from sae_experiments.models.layouts import CausalLM
 from sae_experiments.models.store import Store
 from sae_experiments.quality_warnings import Warned
 from sae_experiments.saes.base import SAE
@@ -58,9 +59,9 @@ Metric = Callable[["EvalContext"], Measured]
 
 
 class LMSplice(NamedTuple):
-    """The language model into which reconstructions are splice, and its held-out text."""
+    """The language model into which reconstructions are spliced, and its held-out text."""
 
-    model: nn.Module
+    model: CausalLM
     """The language model."""
     site: Site | Sites
     """Site at which the reconstruction replaces the activation."""

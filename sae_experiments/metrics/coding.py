@@ -76,7 +76,9 @@ class Quantiser:
         places = sparse.csc_matrix(
             (np.arange(len(self._values)), columns[1].indices, columns[1].indptr), self._shape
         ).tocsr()
-        self._place, self._indices, self._indptr = places.data, places.indices, places.indptr
+        self._place: np.ndarray = places.data
+        self._indices: np.ndarray = places.indices
+        self._indptr: np.ndarray = places.indptr
 
     def at(self, step: float) -> tuple[float, sparse.csr_matrix]:
         """Quantise with bins of `step` root mean squares of each latent.

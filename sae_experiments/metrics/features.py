@@ -16,7 +16,13 @@ from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.text.contexts import contexts_of, quantile_rows, top_rows
 from sae_experiments.models.hooks import Site, activations, blocks_of
-from sae_experiments.models.layouts import Layout, final_norm, layout_of_model, matrix
+from sae_experiments.models.layouts import (
+    Layout,
+    final_norm,
+    layout_of_model,
+    matrix,
+    unembedding,
+)
 from sae_experiments.saes.base import SAE
 from sae_experiments.sampling import evenly_spaced, spread
 
@@ -299,7 +305,7 @@ def _direct_path(ctx: EvalContext, windows: int) -> Callable[[Tensor], np.ndarra
     if lm is None or lm.model is None or store is None or not ctx.write_sites:
         return None
     site = ctx.write_sites[-1]
-    model: Any = lm.model
+    model = lm.model
     layout = layout_of_model(model)
     if not _adds_to_stream(layout, site):
         return None
@@ -311,7 +317,7 @@ def _direct_path(ctx: EvalContext, windows: int) -> Callable[[Tensor], np.ndarra
         stream = activations(model, tokens, [last])[last].float()
     variance = stream.var(-1, correction=0) if norm.centred else stream.square().mean(-1)
     sigma = variance.add(norm.eps).sqrt().mean()
-    unembed = model.get_output_embeddings().weight.float()
+    unembed = unembedding(model).get_parameter("weight").float()
     mlp_out = None
     if site.stream == "mlp_act":
         mlp_out = matrix(blocks[site.layer - 1].get_submodule(layout.mlp_act)).float()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_experiments.errors import UserError
 from sae_experiments.metric_info import info
@@ -18,6 +18,7 @@ from sae_experiments.metrics.base import EvalContext, Measured
 from sae_experiments.metrics.codes import nulls
 from sae_experiments.models.frozen import FrozenModel
 from sae_experiments.models.hooks import Site, blocks_of, capture, patched
+from sae_experiments.models.layouts import CausalLM
 from sae_experiments.saes.cross_layer import CrossLayerTranscoder
 
 _FROZEN = "attention weights and norm denominators held at those of the clean run"
@@ -125,10 +126,10 @@ def measure(ctx: EvalContext, *, windows: int, batch: int) -> Measured:
         "replaced_frozen_kl": total.frozen_kl / n,
         "replaced_with_errors_gap": gap,
     }
-    why_null = {}
+    why_null: dict[str, str] = {}
     if reason:
         scalars |= dict.fromkeys(OF_FROZEN)
-        why_null = dict.fromkeys(OF_FROZEN, reason)
+        why_null |= dict.fromkeys(OF_FROZEN, reason)
     arrays = {"layer_fvu": fvu, "layer_l0": l0}
     return Measured(scalars, why_null=why_null, arrays=arrays)
 
@@ -138,20 +139,21 @@ def _per_layer(
 ) -> tuple[np.ndarray, np.ndarray]:
     """FVU of each layer, and active latents per row that read it, (L,) each."""
     error = torch.zeros(sae.d_out, dtype=torch.float64)
-    total, square, active = torch.zeros_like(error), torch.zeros_like(error), 0.0
+    total, square = torch.zeros_like(error), torch.zeros_like(error)
+    active = torch.zeros(sae.n_sites, dtype=torch.int64)
     n = 0
     for part in ctx.chunks(rows):
         error += (part.y - part.recon).double().square().sum(0).cpu()
         total += part.y.double().sum(0).cpu()
         square += part.y.double().square().sum(0).cpu()
-        active = active + (part.acts != 0).view(len(part.y), sae.n_sites, -1).sum((0, 2)).cpu()
+        active += (part.acts != 0).view(len(part.y), sae.n_sites, -1).sum((0, 2)).cpu()
         n += len(part.y)
     variance = (square - total.square() / n).view(sae.n_sites, -1).sum(1).clamp_min(1e-12)
     return (error.view(sae.n_sites, -1).sum(1) / variance).numpy(), (active / n).numpy()
 
 
 def _window_sums(
-    model: nn.Module, frozen: FrozenModel | None, sae: CrossLayerTranscoder, x: Tensor, y: Tensor
+    model: CausalLM, frozen: FrozenModel | None, sae: CrossLayerTranscoder, x: Tensor, y: Tensor
 ) -> _Sums:
     """Losses and divergences of some windows."""
     targets = y[:, 1:].reshape(-1)
@@ -173,7 +175,7 @@ def _window_sums(
 
 
 def replaced_logits(
-    model: nn.Module, tokens: Tensor, mlp: Callable[[int, Tensor], Tensor]
+    model: CausalLM, tokens: Tensor, mlp: Callable[[int, Tensor], Tensor]
 ) -> Tensor:
     """Logits (n, T, V) with the MLP of every block replaced.
 
@@ -198,7 +200,7 @@ def replaced_logits(
 
 
 @torch.no_grad()
-def with_errors_gap(model: nn.Module, sae: CrossLayerTranscoder, tokens: Tensor) -> float:
+def with_errors_gap(model: CausalLM, sae: CrossLayerTranscoder, tokens: Tensor) -> float:
     """Largest change of a logit with every MLP replaced and the errors of the clean run added.
 
     Active latents are those of the clean run: rounding could turn one at the threshold on or off.

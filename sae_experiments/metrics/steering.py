@@ -8,11 +8,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_experiments.metrics.base import EvalContext
 from sae_experiments.models.gpt2 import CACHE, DynamicCache
 from sae_experiments.models.hooks import Site, patched
+from sae_experiments.models.layouts import CausalLM
 from sae_experiments.saes.base import SAE
 
 #: Tokens of held-out text that the examples of a run start from.
@@ -40,7 +41,7 @@ def by_site(change: Tensor, widths: Mapping[Site, int]) -> dict[Site, Tensor]:
 
 @torch.no_grad()
 def continued(
-    model: nn.Module,
+    model: CausalLM,
     prompt: Tensor,
     changes: Mapping[Site, Tensor],
     n: int,

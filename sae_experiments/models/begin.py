@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 #: Names of the key/value cache among the arguments of a model's forward pass.
 _CACHES = ("cache", "past_key_values")
+
+
+class _Latest(NamedTuple):
+    """A model's latest forward pass."""
+
+    n_begin: int
+    """Positions before the caller's first token."""
+    n_read: int
+    """Positions in all."""
+
+
+_LATEST: WeakKeyDictionary[nn.Module, _Latest] = WeakKeyDictionary()
 
 
 def begin_with(model: nn.Module, token: int) -> None:
@@ -27,17 +40,17 @@ def begin_with(model: nn.Module, token: int) -> None:
         kwargs = {**kwargs, "input_ids": args[0]} if args else dict(kwargs)
         caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
         goes_on = any(cache.get_seq_length() for cache in caches)
-        model.n_begin = 0 if goes_on else 1
         if not goes_on:
             ids = kwargs["input_ids"]
             first = torch.full_like(ids[:, :1], token)
             kwargs["input_ids"] = torch.cat([first, ids], 1)
-            model.n_read = kwargs["input_ids"].shape[1]
+        _LATEST[model] = _Latest(0 if goes_on else 1, kwargs["input_ids"].shape[1])
         return args[1:], kwargs
 
     def drop(_model: nn.Module, _args: Any, output: Any) -> Any:
         # With `logits_to_keep` the first position is not among the logits.
-        if model.n_begin and output.logits.shape[1] == model.n_read:
+        latest = _LATEST[model]
+        if latest.n_begin and output.logits.shape[1] == latest.n_read:
             output.logits = output.logits[:, 1:]
         return output
 
@@ -47,4 +60,5 @@ def begin_with(model: nn.Module, token: int) -> None:
 
 def n_begin(model: nn.Module) -> int:
     """Number of positions before the caller's first token in the model's latest forward pass."""
-    return getattr(model, "n_begin", 0)
+    latest = _LATEST.get(model)
+    return latest.n_begin if latest else 0

@@ -8,8 +8,8 @@ head (C = H E), M neurons of the MLP.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +18,46 @@ from sae_experiments.errors import UserError
 from sae_experiments.models.hooks import Site, blocks_of
 from sae_experiments.models.layouts import matrix
 
+if TYPE_CHECKING:
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+    from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
+
 #: Order of the sites within a block; the residual stream after a block is its end.
 ORDER = {"mlp_in": 0, "mlp_act": 1, "mlp_out": 2, "resid": 3}
 
 
-def inverse_deviation(norm: nn.Module, h: Tensor) -> Tensor:
+class MLP(Protocol):
+    """An MLP of GPT-2 or GPT-Neo, `c_proj(act(c_fc(.)))`."""
+
+    c_fc: nn.Module
+    act: Callable[[Tensor], Tensor]
+    c_proj: nn.Module
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """Output (..., C) for rows (..., C)."""
+        ...
+
+
+class _Parts(Protocol):
+    """The parts that blocks of GPT-2 and GPT-Neo have in common."""
+
+    ln_1: nn.LayerNorm
+    attn: nn.Module
+    ln_2: nn.LayerNorm
+    mlp: MLP
+
+
+def inverse_deviation(norm: nn.LayerNorm, h: Tensor) -> Tensor:
     """`1 / sqrt(var + eps)` (..., 1) of rows (..., C), by which a layer norm scales them."""
     return (h.var(-1, unbiased=False, keepdim=True) + norm.eps).rsqrt()
 
 
-def norm_with(norm: nn.Module, h: Tensor, rstd: Tensor) -> Tensor:
+def norm_with(norm: nn.LayerNorm, h: Tensor, rstd: Tensor) -> Tensor:
     """Layer norm of rows (..., C) with a given inverse deviation (..., 1): linear in the rows."""
     return (h - h.mean(-1, keepdim=True)) * rstd * norm.weight + norm.bias
 
 
-def norm_pull_back(norm: nn.Module, rstd: Tensor, g: Tensor) -> Tensor:
+def norm_pull_back(norm: nn.LayerNorm, rstd: Tensor, g: Tensor) -> Tensor:
     """Gradient (..., C) at the input of `norm_with` from that at its output."""
     g = g * norm.weight.detach()
     return (g - g.mean(-1, keepdim=True)) * rstd
@@ -57,14 +82,14 @@ class Attended(NamedTuple):
     """Its inverse standard deviation, (P, T, 1)."""
 
 
-def _scale_of(attention: nn.Module) -> float:
+def _scale_of(attention: GPT2Attention) -> float:
     """The factor of GPT-2's attention scores; the first releases of transformers 5 store none."""
     known = getattr(attention, "scaling", None)
     if known is not None:
         return float(known)
     scale = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
     if attention.scale_attn_by_inverse_layer_idx:
-        scale /= attention.layer_idx + 1
+        scale /= (attention.layer_idx or 0) + 1
     return scale
 
 
@@ -81,20 +106,21 @@ class Block:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        attention = getattr(module, "attn", None)
-        inner = getattr(attention, "attention", attention)
-        mlp = getattr(module, "mlp", None)
-        known = all(hasattr(module, name) for name in ("ln_1", "ln_2"))
-        known &= all(hasattr(mlp, name) for name in ("c_fc", "act", "c_proj"))
+        known = all(hasattr(module, name) for name in ("ln_1", "attn", "ln_2", "mlp"))
+        known = known and all(hasattr(module.mlp, name) for name in ("c_fc", "act", "c_proj"))
         if not known or hasattr(module, "crossattention"):
             raise UserError(
                 f"{type(module).__name__} is not a block of GPT-2 or GPT-Neo "
                 "(ln_1, attn, ln_2, mlp.c_fc, mlp.c_proj): not supported"
             )
-        self.ln_1 = module.ln_1
-        self.ln_2 = module.ln_2
-        self.mlp = mlp
+        parts = cast("_Parts", module)
+        self.ln_1 = parts.ln_1
+        self.ln_2 = parts.ln_2
+        self.mlp = parts.mlp
+        self.W: tuple[Tensor, ...]
+        self.b: tuple[Tensor, ...]
         self.mask: Tensor | None = None
+        inner: Any = getattr(parts.attn, "attention", parts.attn)
         if hasattr(inner, "c_attn"):
             self._read_gpt2(inner)
         elif all(hasattr(inner, name) for name in ("q_proj", "k_proj", "v_proj", "out_proj")):
@@ -103,26 +129,29 @@ class Block:
             raise UserError(
                 f"{type(inner).__name__} is not an attention of GPT-2 or GPT-Neo: not supported"
             )
-        self.n_head = inner.num_heads
+        self.n_head: int = inner.num_heads
 
-    def _read_gpt2(self, attention: nn.Module) -> None:
+    def _read_gpt2(self, attention: GPT2Attention) -> None:
         self.W = attention.c_attn.weight.detach().chunk(3, 1)
         self.b = attention.c_attn.bias.detach().chunk(3)
         self.W_o = attention.c_proj.weight.detach()
         self.b_o = attention.c_proj.bias.detach()
         self.scale = _scale_of(attention)
 
-    def _read_gpt_neo(self, attention: nn.Module) -> None:
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.W = tuple(part.weight.detach().t() for part in parts)
+    def _read_gpt_neo(self, attention: GPTNeoSelfAttention) -> None:
+        layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.W = tuple(layer.weight.detach().t() for layer in layers)
         self.b = tuple(
-            part.weight.new_zeros(part.weight.shape[0]) if part.bias is None else part.bias.detach()
-            for part in parts
+            layer.weight.new_zeros(layer.out_features)
+            if layer.bias is None
+            else layer.bias.detach()
+            for layer in layers
         )
         self.W_o = attention.out_proj.weight.detach().t()
         self.b_o = attention.out_proj.bias.detach()
         self.scale = 1.0  # GPT-Neo does not scale
-        self.mask = attention.bias[0, 0]  # local attention reaches no further than a window
+        # Local attention reaches no further than a window.
+        self.mask = attention.get_buffer("bias")[0, 0]
 
     def allowed(self, length: int, device: torch.device) -> Tensor:
         """Mask (T, T) of the positions that each query (row) may attend to."""
@@ -299,5 +328,4 @@ def check_order(upstream: Site, downstream: Site) -> None:
 
 def n_blocks(model: nn.Module) -> int:
     """Number of blocks of a model."""
-    blocks: Sequence[nn.Module] = blocks_of(model)
-    return len(blocks)
+    return len(blocks_of(model))

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 BLOCK = 128  # positions whose attention is worked out together
 
 
-def use_cheap_paths(model: nn.Module) -> None:
+def use_cheap_paths(model: PreTrainedModel) -> None:
     """On a CPU, use `dropped` for dropout and `causal_attention` for attention.
 
     The model is the same but for rounding and random numbers.
@@ -31,10 +31,10 @@ def use_cheap_paths(model: nn.Module) -> None:
 
 
 class _Dropout(nn.Dropout):
-    def forward(self, x: Tensor) -> Tensor:
-        return (
-            dropped(x, self.p) if self.training and x.device.type == "cpu" else super().forward(x)
-        )
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.device.type == "cpu":
+            return dropped(input, self.p)
+        return super().forward(input)
 
 
 def dropped(x: Tensor, p: float) -> Tensor:

@@ -10,7 +10,7 @@ Shape letters: P prompts, R rows, T positions, C width of the residual stream, H
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sae_experiments.errors import UserError
 from sae_experiments.models.blocks import Block, inverse_deviation, norm_with
 from sae_experiments.models.hooks import Site, blocks_of, capture
-from sae_experiments.models.layouts import layout_of_model
+from sae_experiments.models.layouts import CausalLM, layout_of_model, unembedding
 
 #: Largest relative difference of the logits computed here from the model's own.
 TOLERANCE = 1e-3
@@ -60,13 +60,13 @@ class FrozenModel:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, tokens: Tensor) -> None:
+    def __init__(self, model: CausalLM, tokens: Tensor) -> None:
         self.model = model
         self.tokens = tokens
         self.blocks = [Block(module) for module in blocks_of(model)]
-        norm: Any = model.get_submodule(layout_of_model(model).norm)
+        norm = cast("nn.LayerNorm", model.get_submodule(layout_of_model(model).norm))
         self.norm = norm
-        self.unembed: Any = model.get_output_embeddings()
+        self.unembed = unembedding(model)
         with capture(model, [Site("resid", 0)]) as seen:
             wanted = model(input_ids=tokens, use_cache=False).logits
         h = self.embedded = seen[Site("resid", 0)]

@@ -31,6 +31,7 @@ from sae_experiments.files import read_json, write_json
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models import hub  # noqa: F401 (keeps transformers from the network)
 from sae_experiments.models.cpu_kernels import use_cheap_paths
+from sae_experiments.models.layouts import CausalLM, moved
 from sae_experiments.models.tokens import N_BYTES, Tokenizer, copy_tokenizer
 from sae_experiments.resources import Need, cpu_has_bf16
 from sae_experiments.source import source_digest
@@ -181,7 +182,7 @@ class TrainedLM(NamedTuple):
     and the key of everything made from it.
     """
 
-    model: GPT2LMHeadModel
+    model: CausalLM
     metrics: dict[str, float | None]
     history: History
     folder: Path
@@ -300,6 +301,7 @@ class LMLearner(Learner):
         seed: int,
     ) -> None:
         super().__init__("lm", model, cfg, seed=seed)
+        self.model = model
         self.corpus, self.spec = corpus, spec
         device = next(model.parameters()).device
         self.autocast = autocast(device, spec.precision, spec.n_embd)
@@ -399,7 +401,7 @@ def train_lm(
     info = read_json(folder / "info.json")
     if info["cut"]:
         key = key | {"cut": info["step"]}
-    model = GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
+    model = moved(GPT2LMHeadModel.from_pretrained(folder), device).eval()
     history = [tuple(row) for row in info["history"]]
     return TrainedLM(
         model,
@@ -423,7 +425,7 @@ def _make(
     session: Session,
     tokenizer: Tokenizer | None,
 ) -> bool:
-    model = build_lm(spec, corpus.vocabulary, seed=seed_of(seed, "lm")).to(device)
+    model = moved(build_lm(spec, corpus.vocabulary, seed=seed_of(seed, "lm")), device)
     learner = LMLearner(model, corpus, spec, cfg, seed=seed)
     checkpoint = part / "checkpoint.safetensors"
     progress = train(

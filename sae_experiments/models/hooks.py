@@ -13,14 +13,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
 from sae_experiments.models.begin import n_begin
-from sae_experiments.models.layouts import Layout, layout_of_model
+from sae_experiments.models.layouts import (
+    CausalLM,
+    Layout,
+    embeddings,
+    layout_of_model,
+    unembedding,
+)
 
 STREAMS = ("resid", "attn_out", "mlp_in", "mlp_act", "mlp_out")
 #: Streams that are the input of a module of the layout; the others are outputs.
@@ -78,16 +84,16 @@ def parse_site(text: str, n_layer: int) -> Site:
     return Site(stream, number)
 
 
-def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
+def blocks_of(model: nn.Module) -> nn.ModuleList:
     """Transformer blocks of a causal language model whose layout is known."""
-    return model.get_submodule(layout_of_model(model).blocks)
+    return cast("nn.ModuleList", model.get_submodule(layout_of_model(model).blocks))
 
 
 class _Stop(Exception):
     """Ends a forward pass once every wanted site has been seen."""
 
 
-def _module_at(layout: Layout, blocks: Sequence[nn.Module], site: Site) -> tuple[nn.Module, bool]:
+def _module_at(layout: Layout, blocks: nn.ModuleList, site: Site) -> tuple[nn.Module, bool]:
     """The module at a site, and whether the site is its input."""
     if site.stream == "resid":
         return (blocks[site.layer - 1], False) if site.layer else (blocks[0], True)
@@ -291,7 +297,7 @@ def activations(model: nn.Module, tokens: Tensor, sites: Sequence[Site]) -> dict
 
 
 @torch.no_grad()
-def check_layout(model: nn.Module, where: str) -> None:
+def check_layout(model: CausalLM, where: str) -> None:
     """Check on random tokens that a loaded model is what its layout says.
 
     Every block must add its attention's and its MLP's writes to the stream, and the head of the
@@ -307,14 +313,14 @@ def check_layout(model: nn.Module, where: str) -> None:
     n_layer = len(blocks_of(model))
     inside = [Site(s, i + 1) for s in ("attn_out", "mlp_out") for i in range(n_layer)]
     streams = [Site("resid", i) for i in range(n_layer + 1)]
-    vocabulary = model.get_input_embeddings().weight
+    vocabulary = embeddings(model)
     chance = torch.Generator().manual_seed(0)
     tokens = torch.randint(len(vocabulary), (2, 11), generator=chance).to(vocabulary.device)
     with capture(model, [*streams, *inside]) as seen:
         logits = model(input_ids=tokens, use_cache=False).logits.float()
     limit = 1e-3 if vocabulary.dtype == torch.float32 else 5e-2
     norm = model.get_submodule(layout_of_model(model).norm)
-    again = model.get_output_embeddings()(norm(seen[streams[-1]].to(vocabulary.dtype))).float()
+    again = unembedding(model)(norm(seen[streams[-1]].to(vocabulary.dtype))).float()
     cap = getattr(model.config, "final_logit_softcapping", None)
     pairs = {"the logits": (cap * torch.tanh(again / cap) if cap else again, logits)}
     for i in range(n_layer):

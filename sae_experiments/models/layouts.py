@@ -8,11 +8,20 @@ that is loaded is checked once more, by `check_layout`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as CausalLM
+else:
+    # Importing transformers takes seconds, and only type checkers read the name.
+    CausalLM = nn.Module
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,5 +218,22 @@ def matrix(layer: nn.Module) -> Tensor:
 
     `nn.Linear` stores (out, in), GPT-2's Conv1D stores (in, out).
     """
-    weight = layer.weight.detach()
+    weight = layer.get_parameter("weight").detach()
     return weight.t() if isinstance(layer, nn.Linear) else weight
+
+
+def embeddings(model: CausalLM) -> Tensor:
+    """Token embeddings (V, D) of a language model."""
+    return model.get_input_embeddings().get_parameter("weight")
+
+
+def unembedding(model: CausalLM) -> nn.Module:
+    """Linear layer of a language model that gives the logits (..., V) of rows (..., D)."""
+    layer = model.get_output_embeddings()
+    assert layer is not None  # a causal language model has one
+    return layer
+
+
+def moved(model: ModelT, device: torch.device) -> ModelT:
+    """The model on a device; typed, unlike the `to` of models of transformers."""
+    return model.to(device)

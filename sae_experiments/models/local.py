@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from sae_experiments.corpora.corpus import window_starts
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, sha256_file
 from sae_experiments.models import hub  # noqa: F401 (keeps transformers from the network)
-from sae_experiments.models.layouts import LAYOUTS, Sizes, sizes_of_config
+from sae_experiments.models.layouts import LAYOUTS, CausalLM, Sizes, moved, sizes_of_config
 from sae_experiments.models.tokens import Tokenizer
 from sae_experiments.source import source_digest
 
@@ -56,7 +55,7 @@ LOADING = (
 class LocalLM(NamedTuple):
     """A model in eval mode, read from a folder."""
 
-    model: nn.Module
+    model: CausalLM
     """The model, without gradients."""
     key: dict[str, Any]
     """Digests of all files that decide what it computes, and how it is run."""
@@ -189,7 +188,7 @@ def load_local(
     }
     if dtype != torch.float32 or attention != "eager":
         full |= {"dtype": str(dtype), "attention": attention}
-    return LocalLM(model.to(device).eval().requires_grad_(False), full, notes)
+    return LocalLM(moved(model, device).eval().requires_grad_(False), full, notes)
 
 
 def weight_files(folder: Path, where: str, *, pickles: bool) -> list[Path]:
@@ -231,7 +230,7 @@ def parameters_of(folder: Path, where: str) -> int:
     return total
 
 
-def _loaded(folder: Path, where: str, options: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
+def _loaded(folder: Path, where: str, options: dict[str, Any]) -> tuple[CausalLM, tuple[str, ...]]:
     """The model with every weight from the files, and what was mended.
 
     Raises:
@@ -254,13 +253,15 @@ def _loaded(folder: Path, where: str, options: dict[str, Any]) -> tuple[nn.Modul
 
 def _read(
     folder: Path, where: str, options: dict[str, Any]
-) -> tuple[nn.Module, list[str], list[str]]:
+) -> tuple[CausalLM, list[str], list[str]]:
     """The model, names of weights that the files lack, and of those without a place in it."""
     try:
         with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            # Two values, since the options ask for the loading information.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, **options
             )
+            model, info = loaded
     except LOADING as error:
         raise UserError(
             f"{where} cannot be loaded as a causal language model ({_line(error)})"

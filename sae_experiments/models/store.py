@@ -50,7 +50,7 @@ class Source:
             "split": self.split,
             "dtype": self.dtype,
             "n": len(starts),
-            "starts": hashlib.sha256(places).hexdigest(),
+            "starts": hashlib.sha256(places.data).hexdigest(),
             "source": source_digest(__name__, alone=modules_behind(self.tokens_of)),
         }
 

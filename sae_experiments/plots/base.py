@@ -168,7 +168,8 @@ def _legend_below(fig: Figure, inches: float) -> int:
     if not fig.legends:
         return 0
     old = fig.legends[0]
-    handles, labels = list(old.legend_handles), [text.get_text() for text in old.get_texts()]
+    handles = [handle for handle in old.legend_handles if handle is not None]
+    labels = [text.get_text() for text in old.get_texts()]
     old.remove()
     longest = max(map(len, labels))
     columns = max(1, min(len(labels), int(inches / (0.35 + 0.062 * longest))))

@@ -69,7 +69,9 @@ def graphs_of(run: Run) -> list[dict[str, Any]]:
 
 
 def _stored(run: Run, folder: str) -> Iterator[tuple[str, int, list[Any]]]:
-    for record in run.records if run.path else []:
+    if run.path is None:
+        return
+    for record in run.records:
         name = cell_name(put_together(record.dataset, run.sae), record.seed)
         path = run.path / folder / f"{name}.json"
         content = try_json(path) if path.exists() else None

@@ -68,7 +68,7 @@ def what_came_out(table: RunTable, rows: pd.DataFrame) -> str:
 
 
 def _findings(table: RunTable, rows: pd.DataFrame) -> Iterator[str]:
-    main = rows[rows["metric"] == MAIN].to_dict("records") if len(rows) else []
+    main = rows.loc[rows["metric"] == MAIN].to_dict("records") if len(rows) else []
     by_dataset: dict[str, list[Row]] = {}
     for row in main:
         if not missing(row["mean"]):
@@ -133,11 +133,12 @@ def _against_baseline(table: RunTable, rows: pd.DataFrame) -> Iterator[str]:
     if not len(rows) or len(table.runs) > MOST_CARDS:
         return
     for run in table.runs:
-        mine = rows[(rows["name"] == run.name) & ~rows["is_baseline"] & rows["delta"].notna()]
+        of_run = (rows["name"] == run.name) & ~rows["is_baseline"]
+        mine = rows.loc[of_run & rows["delta"].notna()]
         chosen = [
             row
             for dataset in run.stats
-            for row in mine[mine["dataset"] == dataset].to_dict("records")
+            for row in mine.loc[mine["dataset"] == dataset].to_dict("records")
             if row["metric"] in headline(table, dataset)
         ]
         if not chosen:

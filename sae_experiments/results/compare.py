@@ -217,10 +217,11 @@ def _places(
     if better not in ("up", "down"):
         return {}
     group = _comparable_group(table, runs, dataset, metric)
-    means = {id(run): run.stats[dataset][metric].mean for run in group}
-    if len(set(means.values())) < 2:
+    sign = 1 if better == "up" else -1
+    scored = [(sign * (run.stats[dataset][metric].mean or 0.0), run) for run in group]
+    if len({score for score, _ in scored}) < 2:
         return {}
-    best = (max if better == "up" else min)(group, key=lambda run: means[id(run)])
+    _, best = max(scored, key=lambda pair: pair[0])
     return {id(run): _place(run, best, dataset, metric, better) for run in group}
 
 

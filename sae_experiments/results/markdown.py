@@ -32,7 +32,7 @@ def markdown(table: RunTable, rows: pd.DataFrame) -> str:
 
 
 def _rows(table: RunTable, rows: pd.DataFrame, dataset: str) -> Iterator[str]:
-    shown = rows[(rows["dataset"] == dataset) & rows["shown"]]
+    shown = rows.loc[(rows["dataset"] == dataset) & rows["shown"]]
     last = ""
     for row in shown.to_dict("records"):
         name = f"`{row['metric']}`{_about(row)}" if row["metric"] != last else ""

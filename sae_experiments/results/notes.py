@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -73,9 +73,10 @@ def not_comparable_lines(rows: pd.DataFrame) -> list[str]:
     """
     if not len(rows) or not rows["baseline"].notna().any():
         return []
-    others = rows[~rows["is_baseline"] & (rows["not_comparable"] != "")]
+    others = rows.loc[~rows["is_baseline"] & (rows["not_comparable"] != "")]
     lines = []
-    for (why, baseline), group in others.groupby(["not_comparable", "baseline"], sort=False):
+    for pair, group in others.groupby(["not_comparable", "baseline"], sort=False):
+        why, baseline = cast("tuple[str, str]", pair)
         if why == NO_VALUE:
             continue
         runs = short_list(list(group["name"].unique()))
@@ -86,7 +87,8 @@ def not_comparable_lines(rows: pd.DataFrame) -> list[str]:
 
 def _where(rows: pd.DataFrame, group: pd.DataFrame) -> str:
     """The datasets and metrics of a group, if they are not all that its runs have."""
-    same = rows[rows["name"].isin(group["name"].unique()) & (rows["not_comparable"] != NO_VALUE)]
+    of_runs = rows["name"].isin(group["name"].unique())
+    same = rows.loc[of_runs & (rows["not_comparable"] != NO_VALUE)]
     parts = []
     if group["dataset"].nunique() < same["dataset"].nunique():
         parts.append(short_list(list(group["dataset"].unique())))

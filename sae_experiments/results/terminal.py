@@ -57,7 +57,7 @@ def terminal(
         legacy_windows=False,
     )
     for dataset in table.datasets:
-        _dataset(console, table, rows[rows["dataset"] == dataset], dataset)
+        _dataset(console, table, rows.loc[rows["dataset"] == dataset], dataset)
     console.print()
     for line in [*_legend(rows), *notes(table, rows), *_difference_lines(table)]:
         console.print(_wrapped(line, console.width), soft_wrap=True)

@@ -270,7 +270,8 @@ class _Run:
     def _finish(self, status: str) -> None:
         self.manifest.pop("progress", None)
         self.manifest |= {"status": status, "ended": _now()}
-        kept_in = {record.facts.get("rows") for record in self.runner.records()} - {None}
+        facts = [record.facts for record in self.runner.records()]
+        kept_in = {str(each["rows"]) for each in facts if each.get("rows") is not None}
         if kept_in:  # what fit.store=auto came to
             self.manifest["rows"] = ", ".join(sorted(kept_in))
         if self.failures:

@@ -61,7 +61,12 @@ class Wandb:
     ) -> None:
         if mode not in MODES:
             raise UserError(f"track.mode={mode} is not one of {', '.join(MODES)}")
-        self.project, self.group, self.mode, self.say, self.run = project, group, mode, say, None
+        self.project = project
+        self.group = group
+        self.mode = mode
+        self.say = say
+        #: The wandb run, once it is open; None again if it failed.
+        self.run: Any = None
 
     def start(self, folder: Path, config: Mapping[str, Any], label: str, plan: str | None) -> None:
         """Open a wandb run named after the folder and label, grouped by plan.
@@ -72,7 +77,7 @@ class Wandb:
         def begin() -> None:
             import wandb
 
-            mode = self.mode if self.mode != "auto" else mode_of(wandb)
+            mode: Any = self.mode if self.mode != "auto" else mode_of(wandb)
             self.run = wandb.init(
                 project=self.project,
                 group=self.group or plan,
@@ -114,7 +119,7 @@ class Wandb:
             import wandb
 
             final = read_json(folder / "final_info.json")
-            rows = [
+            rows: list[Any] = [
                 [
                     name,
                     metric.removesuffix("_mean"),
@@ -124,15 +129,10 @@ class Wandb:
                 for name, report in final.items()
                 for metric, mean in means_of(report).items()
             ]
-            shown = {
-                "final_info": wandb.Table(
-                    columns=["dataset", "metric", "mean", "stderr"], data=rows
-                )
-            }
-            shown |= {
-                f"figures/{png.stem}": wandb.Image(str(png))
-                for png in sorted((folder / "figures").glob("*.png"))
-            }
+            columns: list[str | int] = ["dataset", "metric", "mean", "stderr"]
+            shown: dict[str, Any] = {"final_info": wandb.Table(columns=columns, data=rows)}
+            for png in sorted((folder / "figures").glob("*.png")):
+                shown[f"figures/{png.stem}"] = wandb.Image(str(png))
             if (folder / "report.html").exists():
                 shown["report"] = wandb.Html(
                     (folder / "report.html").read_text(encoding="utf-8"), inject=False

@@ -26,10 +26,18 @@ BLOCK = 1 << 22
 class Controller(Protocol):
     """A sparsity coefficient that is fixed or steered to a requested L0."""
 
-    fixed: bool
-    """The coefficient is a constant."""
-    horizon: int
-    """Number of training steps; set by the fit."""
+    @property
+    def horizon(self) -> int:
+        """Number of training steps; set by the fit."""
+        ...
+
+    @horizon.setter
+    def horizon(self, steps: int) -> None: ...
+
+    @property
+    def fixed(self) -> bool:
+        """True if the coefficient is a constant."""
+        ...
 
     @property
     def coeff(self) -> float:
@@ -468,7 +476,8 @@ class SAE(nn.Module):
         extra = Forward(
             batch, fwd.pre, fwd.codes.detach(), fwd.recon.detach(), fwd.active_pre.detach()
         )
-        return Loss(sum(parts.values()), {k: v.detach() for k, v in parts.items()}, extra)
+        detached = {k: v.detach() for k, v in parts.items()}
+        return Loss(ops.total(parts.values()), detached, extra)
 
     def reconstruction(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """The reconstruction term `mean_B ||y - yhat||^2`."""

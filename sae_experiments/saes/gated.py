@@ -66,9 +66,10 @@ def as_gated(sae: SAE) -> Inference:
     """A gated SAE, with parameters `r_mag` and `b_mag`, in SAELens' terms."""
     tensors = sae.plain_tensors()
     gate = tensors.pop("b_enc")
-    scale = sae.r_mag.detach().exp()
+    r_mag = sae.get_parameter("r_mag").detach()
+    scale = r_mag.exp()
     folded = gate - sae.b_enc.detach()  # due to the centre, which shifts the magnitudes as well
     tensors["b_gate"] = gate - sae.threshold  # the threshold does not act on the magnitudes
-    tensors["r_mag"] = sae.r_mag.detach()
-    tensors["b_mag"] = sae.b_mag.detach() + scale * folded
+    tensors["r_mag"] = r_mag
+    tensors["b_mag"] = sae.get_parameter("b_mag").detach() + scale * folded
     return Inference("gated", tensors, {"apply_b_dec_to_input": sae.pre_bias})

@@ -30,7 +30,8 @@ class _Jump(torch.autograd.Function):
         return a * (a > theta)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         a, theta = ctx.saved_tensors
         window = (a - theta).abs() < ctx.eps / 2
         passes = a > theta
@@ -49,7 +50,8 @@ class _Heaviside(torch.autograd.Function):
         return (a > theta).to(a.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         a, theta = ctx.saved_tensors
         window = (a - theta).abs() < ctx.eps / 2
         return None, -grad * window / ctx.eps, None

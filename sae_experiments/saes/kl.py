@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_experiments.errors import UserError
 from sae_experiments.saes.base import Forward, Inference, NotExportable, Step
+from sae_experiments.saes.selection import Pattern
 from sae_experiments.saes.standard import Standard
 
 
@@ -57,7 +58,7 @@ class KL(Standard):
                 "give sae.model.coeff a number"
             )
 
-    def support(self, pre: Tensor) -> Tensor:
+    def support(self, pre: Tensor) -> Pattern | Tensor:
         """Positive entries for `relu` units; for others every entry, until the final threshold."""
         if self.form == "relu" or not self.training:
             return super().support(pre)

@@ -113,7 +113,7 @@ class Matryoshka(BatchTopK):
     def reconstruction(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """The squared error of every prefix; that of the whole code is named `mse`."""
         n_groups = len(self.ends)
-        *inner, outer = ops.level_errors(fwd.levels, fwd.batch.y) / n_groups
+        *inner, outer = ops.level_errors(fwd.nested, fwd.batch.y) / n_groups
         return {f"mse_{g}": error for g, error in enumerate(inner)} | {"mse": outer}
 
     def aux_loss(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
@@ -124,8 +124,8 @@ class Matryoshka(BatchTopK):
         for g in range(len(self.ends)):
             dead = (step.dead & (self.group == g)).nonzero().squeeze(1)
             if dead.numel():
-                terms.append(self.aux_k_loss(fwd.batch.x, fwd.batch.y - fwd.levels[:, g], dead))
-        return {"aux_k": self.aux_coeff * sum(terms)} if terms else {}
+                terms.append(self.aux_k_loss(fwd.batch.x, fwd.batch.y - fwd.nested[:, g], dead))
+        return {"aux_k": self.aux_coeff * ops.total(terms)} if terms else {}
 
     def after_step(self, fwd: Forward, step: Step) -> None:
         """Lower the number of active latents to k, and regroup the latents."""

@@ -9,10 +9,11 @@ and width D that is `2BDF + 8BkD` in place of `12BDF`.
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, reduce
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,8 @@ def fast_matmul() -> Iterator[None]:
     if not _onednn_keeps_float32():
         yield
         return
-    matmul = torch.backends.mkldnn.matmul
+    # PyTorch makes this attribute when it is imported, where type checkers do not see it.
+    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
@@ -166,7 +168,8 @@ class _Entries(torch.autograd.Function):
         return pattern.gather(pre) if pre.ndim == 2 else pre.view_as(pre)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         x, weight = ctx.saved_tensors
         pattern: Pattern = ctx.pattern
         grad_x = grad_w = grad_b = None
@@ -193,7 +196,8 @@ class _Masked(torch.autograd.Function):
         return _where(mask, pre)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         x, weight, mask = ctx.saved_tensors
         grad = _where(mask, grad)
         with fast_matmul():
@@ -212,7 +216,8 @@ class _Where(torch.autograd.Function):
         return _where(mask, values)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         return _where(ctx.saved_tensors[0], grad), None
 
 
@@ -234,7 +239,8 @@ class _Decode(torch.autograd.Function):
         return _csr_matmul(pattern.crow, pattern.col, values, pattern.n_cols, weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         values, weight = ctx.saved_tensors
         grad = grad.contiguous()
         grad_values = grad_w = None
@@ -255,7 +261,8 @@ class _DenseDecode(torch.autograd.Function):
             return values @ weight
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         values, weight = ctx.saved_tensors
         with fast_matmul():
             grad_values = grad @ weight.t() if ctx.needs_input_grad[0] else None
@@ -304,6 +311,11 @@ def decode(values: Tensor, pattern: Pattern | None, weight: Tensor) -> Tensor:
     return _Decode.apply(values, weight, pattern)
 
 
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """Sum of tensors of one shape, at least one of them, added in their order."""
+    return reduce(operator.add, terms)
+
+
 def squared_error(recon: Tensor, target: Tensor) -> Tensor:
     """Mean over rows of the squared distance, `mean_B ||y - yhat||^2`.
 
@@ -323,7 +335,8 @@ class _PrefixSums(torch.autograd.Function):
         return parts.cumsum(1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         grad = grad.clone()
         for g in range(grad.shape[1] - 2, -1, -1):
             grad[:, g] += grad[:, g + 1]
@@ -347,7 +360,8 @@ class _LevelErrors(torch.autograd.Function):
         return torch.stack([(level - target).square().sum() for level in levels.unbind(1)])
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         levels, target = ctx.saved_tensors
         return (levels - target[:, None]).mul_(2 * grad[:, None]), None
 

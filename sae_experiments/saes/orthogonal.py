@@ -41,7 +41,8 @@ class Orthogonal(BatchTopK):
         """The orthogonality penalty."""
         order = torch.randperm(self.d_sae, generator=step.generator, device=self.W_dec.device)
         rows = ops.unit_rows(self.W_dec)
-        total = sum(closest(rows[part]).square().sum() for part in order.split(self.chunk))
+        chunks = order.split(self.chunk)
+        total = ops.total(closest(rows[chunk]).square().sum() for chunk in chunks)
         return {"orthogonality": self.gamma * total / self.d_sae}
 
 

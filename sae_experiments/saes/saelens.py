@@ -193,7 +193,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(f"{key}{list(tensors[key].shape)}".encode())
-        digest.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

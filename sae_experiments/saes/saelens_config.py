@@ -139,11 +139,11 @@ class _Config:
     def whole(self, key: str) -> int:
         """Read a whole number of at least 1."""
         value = self.values.get(key)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # The first comparison refuses NaN, the last one fractions and infinity.
-        if not is_number or value != value or value < 1 or value != value // 1:
-            raise self.wrong(key, "must be a whole number of at least 1")
-        return int(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            # The first comparison refuses NaN, the second one fractions and infinity.
+            if value >= 1 and value == value // 1:
+                return int(value)
+        raise self.wrong(key, "must be a whole number of at least 1")
 
     def flag(self, key: str, default: bool) -> bool:
         """Read true or false."""

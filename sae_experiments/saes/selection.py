@@ -259,10 +259,11 @@ def batch_top_k(pre: Tensor, n: int, guess: float | None = None) -> tuple[Patter
     if guess is None and flat_pre.numel() > SAMPLE:
         guess = _guessed_threshold(flat_pre, n)
     lows = [0.9 * guess, 0.5 * guess, 0.0] if guess and guess > 0 else [0.0]
-    for low in lows:
-        flat = _above(flat_pre, low)
-        if flat.numel() >= n or low == 0.0:
+    flat = _above(flat_pre, lows[0])
+    for low in lows[1:]:
+        if flat.numel() >= n:
             break
+        flat = _above(flat_pre, low)
     values = flat_pre.index_select(0, flat)
     if flat.numel() <= n:
         smallest = float(values.min()) if flat.numel() else 0.0

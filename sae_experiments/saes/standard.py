@@ -11,6 +11,7 @@ from sae_experiments.errors import UserError
 from sae_experiments.saes import controller as sparsity
 from sae_experiments.saes.base import SAE, Forward, Inference, Step
 from sae_experiments.saes.controller import L0Controller
+from sae_experiments.saes.selection import Pattern
 from sae_experiments.sampling import spread_rows
 
 
@@ -35,6 +36,8 @@ class Standard(SAE):
         **kwargs: Further arguments of `SAE`.
     """
 
+    controller: L0Controller
+
     def __init__(
         self,
         *,
@@ -52,7 +55,9 @@ class Standard(SAE):
         self.norm_weighted = norm_weighted
         self.warmup_frac = warmup_frac
         self.start_l0 = start_l0
-        self.controller = L0Controller(target=target_l0, coeff=coeff, start=start_coeff)
+        # Of a narrower type than in the base class, and assigned here alone.
+        steered = L0Controller(target=target_l0, coeff=coeff, start=start_coeff)
+        self.controller = steered  # pyright: ignore[reportIncompatibleVariableOverride]
         if norm_weighted:
             self.W_dec.data.mul_(0.1)
             self.W_enc.data.mul_(0.1)
@@ -79,7 +84,7 @@ class Standard(SAE):
             levels.append(pre.topk(n_active, dim=1).values[:, -1])
         self.b_enc.data.sub_(torch.cat(levels))
 
-    def support(self, pre: Tensor) -> Tensor:
+    def support(self, pre: Tensor) -> Pattern | Tensor:
         """Positive entries in training, by the calibrated threshold in eval mode."""
         return pre > 0 if self.training else super().support(pre)
 

@@ -93,6 +93,12 @@ class Forward(NamedTuple):
     """Support (B, F) of a dense code, as 0.0 and 1.0. Outside it `active_pre` is 0, which is not a
     pre-activation. None where the code is sparse."""
 
+    @property
+    def nested(self) -> Tensor:
+        """The field `levels`, for a variant that has nested parts."""
+        assert self.levels is not None
+        return self.levels
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:

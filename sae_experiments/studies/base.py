@@ -225,15 +225,20 @@ class Study(Protocol):
 
         Takes well under a second and does not touch the disk.
         """
+        ...
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
         """Fetch what all cells need, and return the provenance of every result."""
+        ...
 
     def cells(self) -> list[Cell]:
         """The cells, in the order in which they run."""
+        ...
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
         """Run a cell, and return its outcomes by name of the result."""
+        ...
 
     def infos(self) -> list[MetricInfo]:
         """Descriptions of all metrics that the study may report."""
+        ...

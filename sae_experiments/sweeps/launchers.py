@@ -240,10 +240,11 @@ class Local:
             backend="threading",
             return_as="generator_unordered",
             pre_dispatch="n_jobs",
-            batch_size=1,
+            batch_size=1,  # pyright: ignore[reportArgumentType] (annotated by its default, "auto")
         )
         try:
-            for job, how in parallel(joblib.delayed(one)(job) for job in jobs):
+            results: Any = parallel(joblib.delayed(one)(job) for job in jobs)
+            for job, how in results:
                 ended(job, how)
         except BaseException:
             end(running)

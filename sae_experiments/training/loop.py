@@ -154,17 +154,23 @@ class Loss(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """The current step: `step` of the whole run, `index` and `progress` (0 to 1) in `phase`."""
+    """The current step of training."""
 
     step: int
+    """Number of the step in the whole run, from 0."""
     phase: str
-    index: int
+    """Name of the phase."""
+    phase_step: int
+    """Number of the step in its phase, from 0."""
     phase_steps: int
+    """Number of steps of the phase."""
     generator: torch.Generator
+    """The only source of randomness of the step."""
 
     @property
     def progress(self) -> float:
-        return self.index / max(self.phase_steps, 1)
+        """Share of the phase that is done, 0 to 1."""
+        return self.phase_step / max(self.phase_steps, 1)
 
 
 class Learner:
@@ -336,7 +342,7 @@ class _Running:
         if adam_groups:
             make = torch.optim.Adam if cfg.optimizer == "adam" else torch.optim.AdamW
             self.optimizers.append(
-                make(adam_groups, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
+                make(adam_groups, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
             )
         if muon_groups:
             # RMS matching makes the step size independent of a matrix's orientation (GPT-2 stores
@@ -360,7 +366,7 @@ class _Running:
     def step(self, step: int, batch: Any) -> tuple[Loss, StepInfo, Tensor]:
         learner = self.learner
         info = self.info(step)
-        factor = lr_at(info.index, info.phase_steps, learner.cfg)
+        factor = lr_at(info.phase_step, info.phase_steps, learner.cfg)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -501,7 +507,7 @@ def _record(
         "loss": loss.total.item(),
         "grad_norm": norm.item(),
     }
-    values["lr"] = r.learner.cfg.lr * lr_at(info.index, info.phase_steps, r.learner.cfg)
+    values["lr"] = r.learner.cfg.lr * lr_at(info.phase_step, info.phase_steps, r.learner.cfg)
     values |= r.learner.observe(loss, info)
     _note({_name(r, k, several): v for k, v in values.items()}, info.step, progress, session)
 

@@ -21,14 +21,14 @@ def levels_of(sae: SAE) -> dict[str, np.ndarray]:
         has no top), or of a nested SAE with two groups, whose inner group is the top. Any other SAE
         has one level, `all`.
     """
+    if sae.level_of_latent is None:
+        return {"all": np.arange(sae.d_sae)}
+    level = sae.level_of_latent.cpu().numpy()
     if isinstance(sae, Hierarchical):
-        level = sae.level_of_latent.cpu().numpy()
         names = ("bottom", "top")[: len(sae.widths)]
         return {name: np.flatnonzero(level == i) for i, name in enumerate(names)}
-    group = sae.level_of_latent
-    if group is not None and int(group.max()) == 1:
-        outer = group.cpu().numpy() == 1
-        return {"bottom": np.flatnonzero(outer), "top": np.flatnonzero(~outer)}
+    if level.max() == 1:
+        return {"bottom": np.flatnonzero(level == 1), "top": np.flatnonzero(level != 1)}
     return {"all": np.arange(sae.d_sae)}
 
 

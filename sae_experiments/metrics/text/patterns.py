@@ -70,7 +70,7 @@ def elements_of(symbols: Sequence[str]) -> list[Element]:
 
 
 def token_elements(
-    classes: Mapping[str, np.ndarray], tokens: np.ndarray, pieces: Sequence[str]
+    classes: Mapping[str, np.ndarray], tokens: np.ndarray, pieces: list[str]
 ) -> list[Element]:
     """Elements for tokens: anything, every class with two of the tokens, every token of a text.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_experiments.saes import ops
 from sae_experiments.saes.base import SAE, Batch, Codes
+from sae_experiments.saes.selection import Pattern
 from sae_experiments.saes.standard import Standard
 
 #: Bins of the histogram that brackets a quantile.
@@ -38,7 +39,7 @@ class Level(Standard):
         super().__init__(coeff=None, **kwargs)
         self.controller.aim = aim
 
-    def support(self, pre: Tensor) -> Tensor:
+    def support(self, pre: Tensor) -> Pattern | Tensor:
         return SAE.support(self, pre)
 
     @property

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sae_experiments.saes import ops
 from sae_experiments.saes.hierarchical.level import matmul
 
 #: Rates are clamped to [RARE, 1 - RARE] before their entropy is taken.
@@ -48,11 +49,11 @@ def pairwise(p11: Tensor, p: Tensor, q: Tensor) -> Tensor:
         (q - p11, (1 - p) * q),
         (1 - p - q + p11, (1 - p) * (1 - q)),
     )
-    total = 0.0
+    terms = []
     for joint, independent in outcomes:
         joint = joint.clamp(EPSILON, 1.0)
-        total = total + joint * (joint / independent).log()
-    return total
+        terms.append(joint * (joint / independent).log())
+    return ops.total(terms)
 
 
 def redundancy(p11: Tensor, p: Tensor, q: Tensor, rows: int) -> Tensor:

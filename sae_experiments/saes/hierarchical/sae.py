@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from sae_experiments.saes import ops
-from sae_experiments.saes.base import SAE, Batch, Step, Units, by_rows
+from sae_experiments.saes.base import SAE, Batch, Forward, Step, Units, by_rows
 from sae_experiments.saes.controller import ramp
 from sae_experiments.saes.hierarchical.level import (
     Controllers,
@@ -197,8 +197,9 @@ class Hierarchical(SAE):
         """Bias of the reconstruction (D,)."""
         return self.bottom.b_dec
 
+    # A buffer of other SAEs; here it follows from the buffers of the levels.
     @property
-    def threshold(self) -> Tensor:
+    def threshold(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Threshold of each latent (F,)."""
         return torch.cat([level.threshold.expand(level.d_sae) for level in self.parts])
 
@@ -376,12 +377,11 @@ class Hierarchical(SAE):
             return {}
         z1 = passed.z[0]
         from_top = self._relative_error(self.bottom_decode(predicted), y)
-        on = z1.detach() > 0
-        opened = self.weights.gate * (passed.gate * on).sum() / (len(on) * self.active[0])
-        parts = {
-            "top_mse": self.weights.top * from_top,
-            "gate": opened,
-        }
+        parts = {"top_mse": self.weights.top * from_top}
+        if passed.gate is not None:
+            on = z1.detach() > 0
+            opened = (passed.gate * on).sum() / (len(on) * self.active[0])
+            parts["gate"] = self.weights.gate * opened
         if step.phase != "top":
             from_bottom = self._relative_error(self.bottom_decode(z1), y)
             parts["bottom_mse"] = self.weights.bottom * from_bottom
@@ -450,19 +450,20 @@ class Hierarchical(SAE):
         if above.numel():
             residual = passed.code - passed.predicted
             terms.append(self.top.aux_k_loss(passed.code, residual, above))
-        return {"aux_k": self.aux_coeff * sum(terms)} if terms else {}
+        return {"aux_k": self.aux_coeff * ops.total(terms)} if terms else {}
 
     def before_update(self) -> None:
         for level in self.parts:
             level.before_update()
 
-    def after_update(self, fwd: StepOutcome, step: Step) -> None:
+    def after_update(self, fwd: Forward | StepOutcome, step: Step) -> None:
         for level in self.parts:
             level.normalise_decoder()
         self.after_step(fwd, step)
 
-    def after_step(self, fwd: StepOutcome, step: Step) -> None:
+    def after_step(self, fwd: Forward | StepOutcome, step: Step) -> None:
         """Steer the L1 coefficients of the levels that learn, and record the state of the fit."""
+        assert isinstance(fwd, StepOutcome)  # `loss` returns no other
         learning = {"bottom": [0], "top": [1]}.get(step.phase, [0, 1])
         l0 = [part.l0 for part in fwd.codes.parts]
         for number in learning[: len(self.parts)]:
@@ -506,7 +507,7 @@ class Hierarchical(SAE):
 
     def _set_scale(self, x: Tensor) -> None:
         """Set s from the bottom's code of rows (N, D)."""
-        squares = sum(self.bottom.dense(chunk).square().sum(0) for chunk in x.split(CHUNK))
+        squares = ops.total(self.bottom.dense(chunk).square().sum(0) for chunk in x.split(CHUNK))
         spread = (squares / len(x)).sqrt()
         # A latent that hardly fires must not divide by almost nothing.
         smallest = 1e-3 * spread.median().clamp_min(1e-12)
@@ -568,4 +569,4 @@ class Hierarchical(SAE):
 def _total(parts: dict[str, Tensor], outcome: StepOutcome) -> Loss:
     """The sum of the terms as a loss."""
     detached = {name: part.detach() for name, part in parts.items()}
-    return Loss(sum(parts.values()), detached, outcome)
+    return Loss(ops.total(parts.values()), detached, outcome)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -162,7 +162,7 @@ def purify(
     Raises:
         UserError: The host is no plain SAE, or makes its own training pass.
     """
-    cls = getattr(host, "func", None)
+    cls = host.func if isinstance(host, partial) else None
     if not (isinstance(cls, type) and issubclass(cls, SAE)) or issubclass(cls, Purified):
         raise UserError(
             "sae/host must name a plain SAE of conf/sae, such as batch_topk: "
@@ -175,7 +175,8 @@ def purify(
         )
     build = cast(Any, _purified(cast(Any, cls)))
     sizes = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out}
-    return build(purification=Purification(**settings), **sizes, **host.keywords)
+    given = host.keywords if isinstance(host, partial) else {}
+    return build(purification=Purification(**settings), **sizes, **given)
 
 
 @cache
@@ -431,6 +432,7 @@ class Purified(SAE):
         if self.purification.pool and self.linear:
             pooled = sum(count for kind, count in counts.items() if kind in perturb.SHARED)
         if pooled:
+            assert fwd.pre is not None  # see `support_is_rowwise`
             torch.index_select(fwd.pre, 0, rows[:pooled], out=pre[:pooled])
         begin, latents, sign = 0, rows[:0], moved[:0, 0]
         with torch.no_grad():

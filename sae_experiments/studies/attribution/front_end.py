@@ -45,7 +45,7 @@ class Drawn:
     edges: Tensor
     parts: Tensor
     groups: Sequence[Tensor]
-    pieces: Sequence[str]
+    pieces: list[str]
     title: str
 
     @property

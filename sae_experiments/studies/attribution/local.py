@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_experiments.models.blocks import norm_pull_back
 from sae_experiments.models.frozen import FrozenModel
+from sae_experiments.models.layouts import CausalLM, embeddings
 from sae_experiments.saes.cross_layer import CrossLayerTranscoder
 
 
@@ -100,7 +101,7 @@ class LocalModel:
     @torch.no_grad()
     def __init__(
         self,
-        model: nn.Module,
+        model: CausalLM,
         sae: CrossLayerTranscoder,
         tokens: Tensor,
         *,
@@ -125,8 +126,7 @@ class LocalModel:
         top = probability.topk(min(most, len(probability)))
         wanted = int((top.values.cumsum(0) < share).sum()) + 1
         self.logits = LogitNodes(top.indices[:wanted], top.values[:wanted])
-        embedding = model.get_input_embeddings().weight
-        self.token_embedding = embedding[tokens[0]]
+        self.token_embedding = embeddings(model)[tokens[0]]
         self.position_embedding = self.frozen.embedded[0] - self.token_embedding
         bytes_per_row = 6 * self.error[0].numel() * x.element_size()
         self.batch = max(1, int(memory_mb * 2**20 / bytes_per_row))
@@ -164,7 +164,7 @@ class LocalModel:
     @torch.no_grad()
     def logit_vectors(self) -> tuple[Tensor, Tensor]:
         """The same for the logits minus the mean logit, at the last position: (m, C) and (m,)."""
-        weight = self.frozen.unembed.weight.detach()
+        weight = self.frozen.unembed.get_parameter("weight").detach()
         rows = weight[self.logits.token] - weight.mean(0)
         norm = self.frozen.norm
         return norm_pull_back(norm, self.frozen.rstd_f[0, -1], rows), rows @ norm.bias.detach()

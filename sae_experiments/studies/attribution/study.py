@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sae_experiments.corpora.corpus import CharCorpus
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.fit import FitReport
 from sae_experiments.metric_info import MetricInfo
@@ -49,6 +49,7 @@ from sae_experiments.studies.attribution.virtual import (
     strongest,
 )
 from sae_experiments.studies.base import Context, Outcome
+from sae_experiments.studies.language.lms import Corpus
 from sae_experiments.studies.language.stores import Stores
 from sae_experiments.studies.language.study import Language
 from sae_experiments.training.loop import seed_of
@@ -102,10 +103,13 @@ class Attribution(Language):
     memory_mb: float  # memory that a batch of gradients or reruns may take
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.memory_mb > 0:
             raise UserError(f"study.memory_mb={self.memory_mb} must be positive")
-        object.__setattr__(self, "_latents", [])
+
+    @cached_property
+    def _latents(self) -> list[int]:
+        """Latents of the graphs of the SAE that is evaluated now."""
+        return []
 
     def check(self) -> None:
         super().check()
@@ -131,7 +135,7 @@ class Attribution(Language):
         name: str,
         sae: SAE,
         replicas: tuple[SAE, ...],
-        corpus: CharCorpus,
+        corpus: Corpus,
         lm: TrainedLM,
         stores: Stores,
         fitted: FitReport,
@@ -200,16 +204,16 @@ class Attribution(Language):
 
     # --- graphs ----------------------------------------------------------------------------------
 
-    def _prompts(self, corpus: CharCorpus, lm: TrainedLM, stores: Stores) -> list[Prompt]:
+    def _prompts(self, corpus: Corpus, lm: TrainedLM, stores: Stores) -> list[Prompt]:
         length = min(self.prompts.length, stores.held_out.length)
         if self.prompts.texts is not None:
             return given(self.prompts.texts, corpus.symbols, stores.held_out.length)
         tokens, following = stores.tokens(stores.held_out.starts[: self.prompts.windows])
-        spec = PromptSpec(**(asdict(self.prompts) | {"length": length}))
+        spec = replace(self.prompts, length=length)
         return choose(lm.model, tokens, following, corpus.symbols, spec)
 
     def _traced(
-        self, sae: SAE, corpus: CharCorpus, lm: TrainedLM, stores: Stores, ctx: Context
+        self, sae: SAE, corpus: Corpus, lm: TrainedLM, stores: Stores, ctx: Context
     ) -> list[Traced]:
         """The graph of every prompt."""
         prompts = self._prompts(corpus, lm, stores)
@@ -221,8 +225,9 @@ class Attribution(Language):
         return traced
 
     def _trace(
-        self, prompt: Prompt, sae: SAE, corpus: CharCorpus, lm: TrainedLM, ctx: Context
+        self, prompt: Prompt, sae: SAE, corpus: Corpus, lm: TrainedLM, ctx: Context
     ) -> Traced:
+        assert isinstance(sae, CrossLayerTranscoder)  # see `check`
         began = time.monotonic()
         local = LocalModel(
             lm.model,
@@ -247,7 +252,7 @@ class Attribution(Language):
         kept = nodes[: graph.n]
         groups = group_latents(graph, local.nodes.position, kept, self.graph.likeness)
         parts = edge_heads(local, edges)
-        drawn = Drawn(local, graph, nodes, edges, parts, groups, corpus.symbols, title)
+        drawn = Drawn(local, graph, nodes, edges, parts, groups, list(corpus.symbols), title)
         return Traced(prompt, local, adjacency, drawn, time.monotonic() - began)
 
     def _shown_latents(self, one: Traced) -> list[int]:
@@ -298,8 +303,11 @@ def graph_numbers(traced: Sequence[Traced]) -> dict[str, float | None]:
                 "graph_seconds": one.seconds,
             }
         )
-    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    return means | {"graph_gap": max(one.adjacency.gap for one in traced)}
+    means: dict[str, float | None] = {
+        name: float(np.mean([row[name] for row in rows])) for name in rows[0]
+    }
+    means["graph_gap"] = max(one.adjacency.gap for one in traced)
+    return means
 
 
 def _mean_size(groups: Sequence[Tensor]) -> float:

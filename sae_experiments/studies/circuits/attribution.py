@@ -306,13 +306,14 @@ class Circuit:
         for begin in range(0, targets.n, size):
             part = targets[slice(begin, begin + size)]
             used, at = torch.unique_consecutive(part.prompt, return_inverse=True)
-            gradient = state_gradient = value = None
-            for alpha, weight in points:
+            (alpha, weight), *others = points
+            value, g = self._pull_back(prompts, part, used, at, alpha)
+            gradient = self.project(prompts, part.prompt, g) * weight
+            state_gradient = g * weight
+            for alpha, weight in others:
                 value, g = self._pull_back(prompts, part, used, at, alpha)
-                projected = self.project(prompts, part.prompt, g) * weight
-                gradient = projected if gradient is None else gradient + projected
-                weighted = g * weight
-                state_gradient = weighted if state_gradient is None else state_gradient + weighted
+                gradient = gradient + self.project(prompts, part.prompt, g) * weight
+                state_gradient = state_gradient + g * weight
             attribution = gradient * prompts.amount[part.prompt]
             yield Attribution(part, value, gradient, attribution, state_gradient)
 

@@ -64,8 +64,9 @@ def weight_directions(circuit: Circuit, prompts: Prompts, *, gated: bool) -> Wei
         reads = reads @ block.w_out.t()
     if stream in ("mlp_act", "mlp_out"):
         if gated or stream == "mlp_out":
-            seen = path.linearise(prompts.state, prompts.base).attended.stream
-            reads = reads * mean_slope(block, block.ln_2(seen))
+            attended = path.linearise(prompts.state, prompts.base).attended
+            assert attended is not None  # there is a last block
+            reads = reads * mean_slope(block, block.ln_2(attended.stream))
         reads = reads @ block.w_in.t()
     if stream != "resid":
         reads = reads * block.ln_2.weight
@@ -96,8 +97,9 @@ def coactivation(
         Coefficients (m, L, F); 0 where one of the latents never or always fires.
     """
     a, b = firing(up), firing(down)[:, latents].tocsr()
-    phi = np.zeros((len(latents), lags, a.shape[1]), np.float32)
-    offset = np.arange(a.shape[0]) % length
+    n_rows, n_latents = a.get_shape()
+    phi = np.zeros((len(latents), lags, n_latents), np.float32)
+    offset = np.arange(n_rows) % length
     for lag in range(min(lags, length)):
         later = np.flatnonzero(offset >= lag)
         x, y = a[later - lag], b[later]

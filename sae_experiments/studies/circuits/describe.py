@@ -37,7 +37,7 @@ class Describer:
         self,
         codes: sparse.csr_matrix,
         ids: np.ndarray,
-        pieces: Sequence[str],
+        pieces: list[str],
         length: int,
         *,
         threshold: float,

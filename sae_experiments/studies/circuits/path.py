@@ -41,9 +41,17 @@ class Path:
         self.model = model
         self.upstream = upstream
         self.downstream = downstream
-        *self.middle, self.last = [*blocks_between(model, upstream, downstream)] or [None]
-        self.source = Block(blocks_of(model)[upstream.layer - 1]) if upstream.layer else None
+        blocks = blocks_between(model, upstream, downstream)
+        self.middle = blocks[:-1]
+        self.last = blocks[-1] if blocks else None
         self.stream = Site("resid", upstream.layer)
+        self._source = Block(blocks_of(model)[upstream.layer - 1]) if upstream.layer else None
+
+    @property
+    def source(self) -> Block:
+        """The block of the upstream site, which is inside a block."""
+        assert self._source is not None
+        return self._source
 
     @property
     def sites(self) -> list[Site]:
@@ -53,7 +61,7 @@ class Path:
     @torch.no_grad()
     def carried(self, rows: Tensor) -> Tensor:
         """Directions at the upstream site (n, D) as directions of the state (n, C)."""
-        if self.upstream.stream == "mlp_act" and self.source:
+        if self.upstream.stream == "mlp_act":
             return rows @ self.source.w_out
         return rows
 
@@ -89,7 +97,10 @@ class Path:
 
     def enter(self, state: Tensor, base: Tensor | None) -> Tensor:
         """The residual stream after the upstream block."""
-        return base + self.source.mlp(state) if self.upstream.stream == "mlp_in" else state
+        if self.upstream.stream != "mlp_in":
+            return state
+        assert base is not None  # see `base`
+        return base + self.source.mlp(state)
 
     def value(self, state: Tensor, base: Tensor | None, position: Tensor, read: Read) -> Tensor:
         """Read the downstream activations for changed states, differentiably.
@@ -118,9 +129,11 @@ class Path:
             return self.enter(state, base)
         if self.upstream.stream == "mlp_act":
             # The state is the stream, of which the MLP's output is a part.
+            assert base is not None  # see `base`
             return state - base
-        acts = self.source.mlp.act(self.source.mlp.c_fc(state))
-        return acts if self.downstream.stream == "mlp_act" else self.source.mlp.c_proj(acts)
+        mlp = self.source.mlp
+        acts = mlp.act(mlp.c_fc(state))
+        return acts if self.downstream.stream == "mlp_act" else mlp.c_proj(acts)
 
     def linearise(self, state: Tensor, base: Tensor | None) -> Point:
         """The path at states (P, T, C), ready to be pulled back through."""

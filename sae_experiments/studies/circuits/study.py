@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +61,10 @@ class Side(NamedTuple):
     """One of the two SAEs of a circuit with its codes."""
 
     sae: SAE
+    read: Site
+    """Site that it reads."""
+    write: Site
+    """Site that it reconstructs."""
     fitted: FitReport | None
     """Report of its fit; None: it was loaded."""
     evaluation: EvalContext
@@ -72,6 +77,8 @@ class Side(NamedTuple):
 class Fits(Language):
     """The language study's language models and fits, for the two SAEs of a circuit."""
 
+    lm: LMSpec
+    """Language model to train, or the sizes of the one from a directory."""
     inner: int | None = None
     """Width of the MLPs; None: four times that of the model."""
 
@@ -159,20 +166,22 @@ class Circuits:
                 f"sae=[{','.join(self.saes)}]: a circuit has one kind of SAE; "
                 "compare kinds in runs of their own"
             )
-        object.__setattr__(self, "_fits", None)
-        object.__setattr__(self, "_texts", {})
-        object.__setattr__(self, "_given", None)
 
     # --- sites, texts and cells ------------------------------------------------------------------
 
-    @property
+    @cached_property
+    def texts(self) -> dict[str, CharCorpus | TokenText]:
+        """The texts by name, once they are prepared."""
+        return {}
+
+    @cached_property
+    def given_lm(self) -> list[TrainedLM]:
+        """The language model from a directory, once it is loaded; empty if one is trained."""
+        return []
+
+    @cached_property
     def fits(self) -> Fits:
         """The study that trains the language models and fits the SAEs that are not loaded."""
-        if self._fits is None:
-            object.__setattr__(self, "_fits", self._make_fits())
-        return self._fits
-
-    def _make_fits(self) -> Fits:
         lm, inner = self.lm, None
         if self.local.folder:
             sizes = self.local.sizes
@@ -234,12 +243,15 @@ class Circuits:
     def prepare(self, ctx: Context) -> dict[str, Any]:
         if not self.local.text:
             self.fits.prepare(ctx)
-        corpora: dict[str, CharCorpus] = self.fits._corpora
-        self._texts.update(self.local.texts(corpora) if self.local.folder else corpora)
+        corpora: dict[str, CharCorpus] = {}
+        for name, text in self.fits.texts.items():
+            assert isinstance(text.corpus, CharCorpus)  # its model is one of characters
+            corpora[name] = text.corpus
+        self.texts.update(self.local.texts(corpora) if self.local.folder else corpora)
         if self.local.folder:  # read before there is a run folder: a broken one leaves none
-            object.__setattr__(self, "_given", self.local.model(ctx.device, ctx.console.say))
+            self.given_lm[:] = [self.local.model(ctx.device, ctx.console.say)]
         return {
-            report: self._texts[name].provenance | part_of(self.held_out)
+            report: self.texts[name].provenance | part_of(self.held_out)
             for name in self.names()
             for report in self.reports(name)
         }
@@ -259,8 +271,8 @@ class Circuits:
     # --- a cell ----------------------------------------------------------------------------------
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
-        text = self._texts[cell.dataset]
-        lm = self._model(cell, ctx)
+        text = self.texts[cell.dataset]
+        lm = self._model(text, cell, ctx)
         where = self.where(self.fits.lm.n_layer)
         sites = list(dict.fromkeys(where))
         stores = Stores(self.fit, sites, text, lm, cell.seed, ctx, held_out=self.held_out)
@@ -290,11 +302,12 @@ class Circuits:
             own = self._evaluated(role, side, latents, outcome.cut, conditions, ctx)
             outcomes[result_name] = own
             folder = ctx.folder / "saes" / f"{result_name}_{cell.seed}"
-            export(side.sae, folder, stores, side.evaluation.read, ctx)
+            export(side.sae, folder, stores, side.read, ctx)
             features = {feature["latent"]: feature for feature in own.features or []}
             described.append(side.words.about(latents, features, *self._contexts))
         ends = str(where.write), str(where.to)
-        outcome.graphs = [as_dict(t, _title(s, t, down), *described, ends) for s, t in kept]
+        of_up, of_down = described
+        outcome.graphs = [as_dict(t, _title(s, t, down), of_up, of_down, ends) for s, t in kept]
         outcome.arrays |= _pictured(kept, down)
         return outcomes
 
@@ -352,14 +365,15 @@ class Circuits:
     def _contexts(self) -> tuple[int, int, int]:
         return self.graph.contexts, self.graph.before, self.graph.after
 
-    def _model(self, cell: Cell, ctx: Context) -> TrainedLM:
-        if self._given is not None:
-            return self._given
+    def _model(self, text: CharCorpus | TokenText, cell: Cell, ctx: Context) -> TrainedLM:
+        if self.given_lm:
+            return self.given_lm[0]
+        assert isinstance(text, CharCorpus)  # only a model from a directory reads tokens
         with ctx.session("language model", "lm", share=0.6) as session:
             recipe = self.data[cell.dataset].recipe
             lm = train_lm(
                 self.lm,
-                self._texts[cell.dataset],
+                text,
                 recipe,
                 seed=cell.seed,
                 cache=ctx.cache,
@@ -410,7 +424,7 @@ class Circuits:
                     "there is nothing to attribute"
                 )
             words = Describer(codes, ids, pieces, length, threshold=self.threshold)
-            sides.append(Side(sae, report, evaluation, codes, words))
+            sides.append(Side(sae, read, write, report, evaluation, codes, words))
         return sides
 
     def _loaded(self, role: str, site: Site, cell: Cell, ctx: Context) -> SAE:
@@ -526,7 +540,7 @@ class Circuits:
             outcome.seconds["fit"] = side.fitted.seconds
         evaluation = side.evaluation
         outcome.facts = {**conditions, "evaluations": list(conditions["evaluations"])}
-        outcome.facts |= facts.of_sae(side.sae, facts.of_sites(evaluation.read, evaluation.write))
+        outcome.facts |= facts.of_sae(side.sae, facts.of_sites(side.read, side.write))
         if side.fitted is not None:
             outcome.add_fit(side.fitted)
         evaluation.extras["latents"] = list(latents)

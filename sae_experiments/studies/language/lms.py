@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from sae_experiments.cache import cached
 from sae_experiments.corpora.corpus import CharCorpus, CorpusSpec, load_corpus, source_of
@@ -19,7 +18,7 @@ from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_json
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models.gpt2 import LMSpec, TrainedLM, train_lm
-from sae_experiments.models.layouts import Sizes
+from sae_experiments.models.layouts import CausalLM, Sizes
 from sae_experiments.models.pretrained import (
     Checked,
     PretrainedSpec,
@@ -91,16 +90,19 @@ def ready_text(lm: LMSpec | Checked, spec: DataSpec, ctx: Context, *, offline: b
         UserError: It cannot be had, or is too short.
     """
     if isinstance(lm, LMSpec) and lm.vocab_size is None:
+        assert isinstance(spec, CorpusSpec)  # see `checked_lm`
         corpus = load_corpus(spec, cache=ctx.cache, offline=offline, say=ctx.console.say)
         return ReadyText(corpus, None)
     split, source = _source(spec, ctx, offline=offline)
-    own = None
     if isinstance(lm, LMSpec):
-        own = trained_tokenizer(
+        own = tokenizer = trained_tokenizer(
             lambda: _training_text(source), lm.vocab_size or 0, key=source.key, cache=ctx.cache
         )
-    length = lm.n_positions if isinstance(lm, LMSpec) else lm.spec.n_positions
-    corpus = _encoded(split, source, own or lm.tokenizer, ctx)
+        length = lm.n_positions
+    else:
+        own, tokenizer = None, lm.tokenizer
+        length = lm.spec.n_positions
+    corpus = _encoded(split, source, tokenizer, ctx)
     windows = {name: len(corpus.window_starts(name, length)) for name in corpus.splits}
     about = {"begin_token": _about_begin(lm, windows)}
     return ReadyText(replace(corpus, provenance=corpus.provenance | about), own)
@@ -158,14 +160,14 @@ class Models:
 
     def __init__(self, lm: LMSpec | Checked) -> None:
         self.lm = lm
-        self._loaded: tuple[nn.Module, dict[str, Any]] | None = None
+        self._loaded: tuple[CausalLM, dict[str, Any]] | None = None
 
     def prepare(self, ctx: Context) -> None:
         """Load a pretrained model, so that one that cannot be used ends the run at once."""
         if isinstance(self.lm, Checked):
             self._load(self.lm, ctx)
 
-    def _load(self, lm: Checked, ctx: Context) -> tuple[nn.Module, dict[str, Any]]:
+    def _load(self, lm: Checked, ctx: Context) -> tuple[CausalLM, dict[str, Any]]:
         if self._loaded is None:
             with ctx.console.stage("load language model"):
                 model, key, notes = load_pretrained(lm, ctx.device)
@@ -191,12 +193,11 @@ class Models:
             )
         model, key = self._load(self.lm, ctx)
         metrics = _losses(model, key, self.lm, text.corpus, ctx.cache, session.tick)
-        # type: ignore[arg-type]
         return TrainedLM(model, metrics, [], self.lm.folder, key, 0.0, False)
 
 
 def _losses(
-    model: nn.Module,
+    model: CausalLM,
     key: Mapping[str, Any],
     lm: Checked,
     corpus: Corpus,
@@ -227,7 +228,7 @@ def _losses(
 
 @torch.no_grad()
 def mean_loss(
-    model: nn.Module,
+    model: CausalLM,
     corpus: Corpus,
     split: str,
     spec: PretrainedSpec,

@@ -15,7 +15,7 @@ from sae_experiments.models.store import Source, Store, collect
 from sae_experiments.models.stream import ChunkIndex, Stream
 from sae_experiments.saes.base import Batch
 from sae_experiments.studies.base import Context
-from sae_experiments.studies.language.stores import Stores, Where
+from sae_experiments.studies.language.stores import Stores, Where, rows_of
 from sae_experiments.training.loop import seed_of
 
 
@@ -75,7 +75,7 @@ class SecondView:
         """The batch of ``step`` with its second view."""
         batch = self.stores.batch_at(step, read, write)
         index = self.stores.index_at(step)
-        alt = self.store.rows(read, index).to(batch.x.device)
+        alt = rows_of(self.store, read, index).to(batch.x.device)
         numbers = index.rows if isinstance(index, ChunkIndex) else index
         own = self.own[torch.from_numpy(numbers).long()].to(batch.x.device)
         return batch._replace(alt=torch.where(own[:, None], batch.x, alt))

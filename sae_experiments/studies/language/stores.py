@@ -23,10 +23,12 @@ from sae_experiments.fitting.fit import Sample
 from sae_experiments.fitting.spec import FitSpec
 from sae_experiments.models.gpt2 import TrainedLM
 from sae_experiments.models.hooks import Site, Sites, as_sites, blocks_of, capture, patched
+from sae_experiments.models.local import TokenText
 from sae_experiments.models.store import Source, Store, bytes_to_collect, collect
 from sae_experiments.models.stream import ChunkIndex, Stream
 from sae_experiments.quality_warnings import Warned, of_rows
 from sae_experiments.resources import Need, announce
+from sae_experiments.saes import ops
 from sae_experiments.saes.base import Batch
 from sae_experiments.sampling import spread_order
 from sae_experiments.studies.base import Context
@@ -51,7 +53,7 @@ class Stores:
         self,
         fit: FitSpec,
         sites: Sequence[Site],
-        corpus: CharCorpus | TokenCorpus,
+        corpus: CharCorpus | TokenCorpus | TokenText,
         lm: TrainedLM,
         seed: int,
         ctx: Context,
@@ -154,10 +156,9 @@ class Stores:
 
     def tokens(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Ids of held-out windows and of the characters that follow each position, (n, T) both."""
-        return tuple(
-            self.corpus.windows(self.split, starts + shift, self.held_out.length)
-            for shift in (0, 1)
-        )
+        length = self.held_out.length
+        ids = self.corpus.windows(self.split, starts, length)
+        return ids, self.corpus.windows(self.split, starts + 1, length)
 
     def ordered(self, order: int) -> Stores:
         """The same stores, with batches and initial rows in the order of another seed: what a
@@ -193,15 +194,11 @@ class Stores:
         return batch._replace(downstream=lambda recon: effect_of(self.model, write, tokens, recon))
 
     def _batch(self, index: np.ndarray | ChunkIndex, read: Where, write: Where) -> Batch:
-        x = self.train.rows(read, index).to(self.device, non_blocking=True)
-        return Batch(
-            x,
-            (
-                x
-                if read == write
-                else self.train.rows(write, index).to(self.device, non_blocking=True)
-            ),
-        )
+        x = rows_of(self.train, read, index).to(self.device, non_blocking=True)
+        if read == write:
+            return Batch(x, x)
+        y = rows_of(self.train, write, index).to(self.device, non_blocking=True)
+        return Batch(x, y)
 
     def sample(self, read: Where, write: Where) -> Sample:
         """Rows to initialise from (training rows) and to calibrate on (never trained on)."""
@@ -209,11 +206,19 @@ class Stores:
         purpose = "init" if isinstance(self.train, Store) else "rows"
         rows = min(self.fit.init_rows, self.train.n_at_once)
         index = self.train.index_at(0, rows=rows, seed=seed_of(self.order, purpose))
-        x, y = (self.train.rows(where, index).to(self.device) for where in (read, write))
+        x, y = (rows_of(self.train, where, index).to(self.device) for where in (read, write))
         return Sample(x, y, self.calibration.rows(read, slice(None)).to(self.device))
 
 
 Part = tuple[Source, np.ndarray]  # where windows are read, and their starts
+
+
+def rows_of(rows: Store | Stream, where: Where, index: np.ndarray | ChunkIndex) -> Tensor:
+    """Rows (n, D) that the `index_at` of the same store or stream chose."""
+    if isinstance(rows, Stream):
+        return rows.rows(where, index)
+    assert not isinstance(index, ChunkIndex)
+    return rows.rows(where, index)
 
 
 def kind_of(fit: FitSpec, parts: Sequence[Part], sites: Sequence[Site], cache: Path) -> str:
@@ -278,7 +283,7 @@ def effect_of(model: nn.Module, site: Site, tokens: Tensor, recon: Tensor) -> di
         (changed[s] - clean[s]).square().sum() / (clean[s] - clean[s].mean((0, 1))).square().sum()
         for s in later
     ]
-    return {"kl": kl, "later": sum(errors) / len(errors) if errors else kl * 0}
+    return {"kl": kl, "later": ops.total(errors) / len(errors) if errors else kl * 0}
 
 
 def held_out_starts(

@@ -10,7 +10,7 @@ import functools
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from sae_experiments.models.pretrained import Checked, PretrainedSpec, loading_n
 from sae_experiments.resources import Need
 from sae_experiments.saes import saelens as interop
 from sae_experiments.saes.base import SAE, NotExportable
+from sae_experiments.saes.loaded import Loaded
 from sae_experiments.source import source_digest
 from sae_experiments.studies import conditions as facts
 from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, infos_of, part_of
@@ -102,26 +103,19 @@ class Language:
     held_out: str = "val"
     steering: int = 0  # most rule-like latents whose steered continuations are shown
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_corpora", {})
-        object.__setattr__(self, "_texts", {})
-        object.__setattr__(self, "_lms", None)
-
     def __getstate__(self) -> dict[str, Any]:
         """State for another process, without what was read or loaded here."""
-        return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__post_init__()
+    @functools.cached_property
+    def texts(self) -> dict[str, ReadyText]:
+        """The texts by name, once they are prepared."""
+        return {}
 
-    @property
+    @functools.cached_property
     def models(self) -> Models:
         """The language models, checked but not loaded."""
-        if self._lms is None:
-            lms = Models(checked_lm(self.lm, self.data, offline=self.offline))
-            object.__setattr__(self, "_lms", lms)
-        return self._lms
+        return Models(checked_lm(self.lm, self.data, offline=self.offline))
 
     @property
     def sizes(self) -> Sizes:
@@ -204,14 +198,13 @@ class Language:
     def prepare(self, ctx: Context) -> dict[str, Any]:
         self.announce(ctx)
         for name, spec in self.data.items():
-            text = ready_text(self.models.lm, spec, ctx, offline=self.offline)
-            self._texts[name], self._corpora[name] = text, text.corpus
+            self.texts[name] = ready_text(self.models.lm, spec, ctx, offline=self.offline)
         self.models.prepare(ctx)
         return {
             self.result_name(name, sae): (
-                self._corpora[name].provenance | part_of(self.held_out) | loaded.origin(sae_spec)
+                text.corpus.provenance | part_of(self.held_out) | loaded.origin(sae_spec)
             )
-            for name in self.data
+            for name, text in self.texts.items()
             for sae, sae_spec in self.saes.items()
         }
 
@@ -233,7 +226,7 @@ class Language:
         return [*map(in_tokens, every), *TOKEN_INFO] if self.reads_tokens else every
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
-        text: ReadyText = self._texts[cell.dataset]
+        text = self.texts[cell.dataset]
         corpus = text.corpus
         with ctx.session("language model", "lm", share=0.6) as session:
             recipe = self.data[cell.dataset].recipe
@@ -277,14 +270,16 @@ class Language:
         begin = lm.begin is not None
         return {"model_name": lm.spec.name, "context_size": lm.context, "prepend_bos": begin}
 
+    def _built(self, sae_spec: SAESpec, seed: int) -> SAE:
+        """An SAE that is not fitted yet."""
+        read, write = self.sites(sae_spec)
+        return sae_spec.seeded(self.width(read), self.width(write), seed)
+
     def fitted(self, stores: Stores, cell: Cell, ctx: Context) -> dict[str, tuple[SAE, FitReport]]:
         """The SAEs of a cell, each from the cache if it was fitted before; the others are
         fitted now, side by side.
         """
-        saes = {
-            n: sae_spec.seeded(*map(self.width, self.sites(sae_spec)), cell.seed).to(ctx.device)
-            for n, sae_spec in self.saes.items()
-        }
+        saes = {n: self._built(spec, cell.seed).to(ctx.device) for n, spec in self.saes.items()}
         ready = {n: saes.pop(n) for n in list(saes) if self.saes[n].path}
         keys = {n: self._fit_key(n, sae, stores, cell, ctx) for n, sae in saes.items()}
         missing = {n: saes[n] for n in saes if not is_cached(ctx.cache, "fits", keys[n])}
@@ -298,7 +293,7 @@ class Language:
                 return self._fit(part, missing, sites, stores, cell, ctx)
 
             joint_fit_dir = cached(ctx.cache, "passes", key, fit_missing)
-        found = {}
+        fits: dict[str, tuple[SAE, FitReport]] = {}
         for name, sae in saes.items():
             folder = cached(
                 ctx.cache,
@@ -313,12 +308,13 @@ class Language:
             sae.load_state_dict(load_file(folder / "sae.safetensors", device=str(ctx.device)))
             sae.eval().requires_grad_(False)
             report = FitReport(**read_json(folder / "report.json"))
-            found[name] = sae, report._replace(from_cache=name not in missing)
+            fits[name] = sae, report._replace(from_cache=name not in missing)
         for name, sae in ready.items():
-            found[name] = loaded.settled(name, self.saes[name], sae, stores, sites[name], ctx)
-        if joint_fit_dir is not None and not any(report.cut for _, report in found.values()):
+            assert isinstance(sae, Loaded)  # an SAE with a path
+            fits[name] = loaded.settled(name, self.saes[name], sae, stores, sites[name], ctx)
+        if joint_fit_dir is not None and not any(report.cut for _, report in fits.values()):
             discard(ctx.cache, "passes", key)
-        return {name: found[name] for name in self.saes}
+        return {name: fits[name] for name in self.saes}
 
     def _fit_key(
         self, name: str, sae: SAE, stores: Stores, cell: Cell, ctx: Context

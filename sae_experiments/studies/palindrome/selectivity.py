@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sae_experiments.metric_info import info
+from sae_experiments.models.layouts import CausalLM
 from sae_experiments.saes.base import SAE
 from sae_experiments.studies.palindrome.strings import HALF, LENGTH, LETTERS, text_of
 
@@ -188,7 +189,7 @@ def browser(
 
 
 @torch.no_grad()
-def look(model: torch.nn.Module, samples: Tensor, strings: Tensor) -> dict[str, np.ndarray]:
+def look(model: CausalLM, samples: Tensor, strings: Tensor) -> dict[str, np.ndarray]:
     """Attention of the transformer, and log-probabilities of characters.
 
     Args:
@@ -197,6 +198,7 @@ def look(model: torch.nn.Module, samples: Tensor, strings: Tensor) -> dict[str, 
         strings: Strings (N, 9) over which the mean attention (8, 8) is taken.
     """
     kind = model.config._attn_implementation
+    assert kind is not None
     model.set_attn_implementation("eager")  # the fused kernel does not give its weights away
     try:
         out = model(input_ids=samples[:, :-1], use_cache=False, output_attentions=True)

@@ -28,8 +28,9 @@ from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
 from sae_experiments.fitting.spec import FitSpec, SAESpec, code_of
 from sae_experiments.metric_info import MetricInfo, info
 from sae_experiments.models import gpt2 as lm
-from sae_experiments.models.gpt2 import LMLearner, LMSpec, build_lm
+from sae_experiments.models.gpt2 import GPT2LMHeadModel, LMLearner, LMSpec, build_lm
 from sae_experiments.models.hooks import Site, activations
+from sae_experiments.models.layouts import CausalLM, moved
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.sampling import spread_rows
 from sae_experiments.source import source_digest
@@ -57,7 +58,7 @@ class PalindromeLearner(LMLearner):
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: GPT2LMHeadModel,
         train_strings: Tensor,
         test_strings: Tensor,
         spec: LMSpec,
@@ -77,7 +78,7 @@ class PalindromeLearner(LMLearner):
         return split_ids(self.train_strings[rows.to(self.train_strings.device)])
 
     def evaluate(self, step: int) -> dict[str, float]:
-        scored = score(self.module, self.test_strings)
+        scored = score(self.model, self.test_strings)
         return {"test_loss": scored["test_loss"], "mirror_accuracy": scored["mirror_accuracy"]}
 
 
@@ -87,7 +88,7 @@ def split_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def score(model: torch.nn.Module, ids: Tensor) -> dict[str, float]:
+def score(model: CausalLM, ids: Tensor) -> dict[str, float]:
     """Loss in nats per token, its excess over the floor, and accuracy on the mirrored half."""
     model.eval()
     x, y = split_ids(ids)
@@ -192,7 +193,8 @@ class Palindrome:
         return [*INFO, *selectivity.INFO]
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
-        parts = tuple(ids.to(ctx.device) for ids in self.data.parts(seed_of(cell.seed, "split")))
+        train_ids, test_ids = self.data.parts(seed_of(cell.seed, "split"))
+        parts = train_ids.to(ctx.device), test_ids.to(ctx.device)
         model, info, key = self.trained(parts, cell.seed, ctx)
         parts = parts[0], self.shown(parts[1])
         scored = score(model, parts[1])
@@ -238,8 +240,8 @@ class Palindrome:
         }
 
     def trained(
-        self, parts: tuple[Tensor, ...], seed: int, ctx: Context
-    ) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:
+        self, parts: tuple[Tensor, Tensor], seed: int, ctx: Context
+    ) -> tuple[GPT2LMHeadModel, dict[str, Any], dict[str, Any]]:
         """The transformer, from the cache or trained now.
 
         Training continues where a killed process stopped.
@@ -262,7 +264,8 @@ class Palindrome:
             "torch": torch.__version__,
             "source": source_digest(strings, lm, training, alone=[__name__]),
         }
-        model = build_lm(self.lm, len(SYMBOLS), seed=seed_of(seed, "lm")).to(ctx.device)
+        model = build_lm(self.lm, len(SYMBOLS), seed=seed_of(seed, "lm"))
+        model = moved(model, ctx.device)
 
         def make(part: Path) -> bool:
             learner = PalindromeLearner(model, *parts, self.lm, self.train, seed=seed)
@@ -356,7 +359,7 @@ def _say_measured(name: str, sae: SAE, metrics: Mapping[str, float | None], ctx:
     )
 
 
-def flattened(model: torch.nn.Module, x: Tensor, rows: int = 2048) -> Tensor:
+def flattened(model: CausalLM, x: Tensor, rows: int = 2048) -> Tensor:
     """MLP output at all positions of strings (N, 8), as (N, 8 C); `rows` strings at once."""
     with torch.no_grad():
         parts = [activations(model, part, [SITE])[SITE].flatten(1) for part in x.split(rows)]
