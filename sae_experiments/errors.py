@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -30,6 +33,17 @@ def first_line(error: BaseException | None) -> str:
         kind = type(error).__name__
         error = error.__cause__ or error.__context__
     return kind
+
+
+def of_type(value: object, kind: type[T]) -> T:
+    """Return a value whose type earlier checks made sure of, for readers and type checkers.
+
+    Raises:
+        TypeError: It is of another type, which is a fault of the package and none of its user.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{kind.__name__} expected, not {type(value).__name__}")
+    return value
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -79,14 +79,14 @@ def _axis(conf: Path, o: Override) -> Axis:
             check_groups(conf, parse([f"{key}={choice}" for choice in choices]))
         return Axis(key, choices)
     log = "log" in value.tags
-    low, high = value.start, value.end
-    assert low is not None and high is not None  # Hydra's grammar has no open interval
+    whole = isinstance(value.start, int)
+    low, high = (float(end or 0.0) for end in (value.start, value.end))
     if not low < high or (log and not low > 0):
         raise UserError(
             f"{line_of(o)}: an interval goes from a smaller to a larger number, "
             "both positive where it is logarithmic"
         )
-    return Axis(key, [], float(low), float(high), log, whole=isinstance(low, int))
+    return Axis(key, [], low, high, log, whole)
 
 
 # ------------------------------------------------------------------------------ one run

@@ -61,8 +61,7 @@ def as_dict(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
 
 def line_of(o: Override) -> str:
     """An override that came from `parse`, as it was typed."""
-    assert o.input_line is not None
-    return o.input_line
+    return o.input_line or ""
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:

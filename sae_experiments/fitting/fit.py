@@ -21,6 +21,7 @@ from sae_experiments.training.loop import (
     Learner,
     Loss,
     Phase,
+    Progress,
     Session,
     StepInfo,
     TrainConfig,
@@ -209,72 +210,107 @@ def fit_saes(
     """
     configs = cfg if isinstance(cfg, Mapping) else dict.fromkeys(saes, cfg)
     _check_shared(saes, configs)
-    blocks = {sae.n_sites for sae in saes.values()}
-    if len(blocks) != 1:
-        raise UserError("SAEs over different numbers of sites cannot share one pass")
-    same = sample.y is sample.x or torch.equal(sample.x, sample.y)
-    scale, outliers = handling or RowHandling()
-    if outliers not in OUTLIERS:
-        raise UserError(f"fit.outliers={outliers!r} is not one of {', '.join(OUTLIERS)}")
-    ordinary = OrdinaryRows(sample.x, sample.x if same else sample.y, *blocks)
-    if outliers == "leave_out":
-        x, y = ordinary.of_pairs(sample.x, sample.x if same else sample.y)
-        sample = Sample(x, y, ordinary.of_inputs(sample.held))
-    inputs = units_of(sample.x, "activations", *blocks, scale=scale)
-    outputs = inputs if same else units_of(sample.y, "targets", *blocks, scale=scale)
+    first = next(iter(configs.values()))
+    rows = FittedRows(sample, _n_sites(saes), handling or RowHandling())
     for name, sae in saes.items():
-        _check_start(name, sae, same, min(configs[name].batch_size, len(sample.held)))
+        _check_start(name, sae, rows.same, min(configs[name].batch_size, len(rows.sample.held)))
         if sae.fitted:
-            sae.rescale(inputs.inverse(), outputs.inverse())
-    x = inputs.apply(sample.x)
-    scaled = Sample(x, x if same else outputs.apply(sample.y), inputs.apply(sample.held))
+            sae.rescale(rows.inputs.inverse(), rows.outputs.inverse())
+        if sae.controller is not None:
+            sae.controller.horizon = first.steps
+    scaled = rows.scaled_sample()
     learners = [
         SAELearner(name, sae, configs[name], scaled, dead_after=dead_after, seed=seed)
         for name, sae in saes.items()
     ]
+    progress = train(
+        learners, lambda step: rows.scaled(batch_at(step)), first, session or Session()
+    )
     for sae in saes.values():
-        if sae.controller is not None:
-            sae.controller.horizon = next(iter(configs.values())).steps
-
-    def scaled_batch(step: int) -> Batch:
-        batch = batch_at(step)
-        if outliers == "leave_out":
-            batch = ordinary.of_batch(batch)
-        x = inputs.apply(batch.x)
-        rest = batch.downstream
-        return Batch(
-            x,
-            x if batch.y is batch.x else outputs.apply(batch.y),
-            None if batch.alt is None else inputs.apply(batch.alt),
-            None if rest is None else lambda recon: rest(outputs.undo(recon)),
-        )
-
-    first = next(iter(configs.values()))
-    progress = train(learners, scaled_batch, first, session or Session())
-    reports = {}
-    of_rows = of_outliers(**ordinary.counts._asdict(), handling=outliers)
-    for (name, sae), learner in zip(saes.items(), learners, strict=True):
-        sae.rescale(inputs, outputs)
+        sae.rescale(rows.inputs, rows.outputs)
         sae.fitted = True
         sae.eval()
         sae.requires_grad_(False)
-        seconds = progress.seconds_of(name)
-        mine = [
-            (s, k.removeprefix(f"{name}/"), v)
-            for s, k, v in progress.history
-            if len(saes) == 1 or k.startswith(f"{name}/")
-        ]
-        reports[name] = FitReport(
-            seconds=seconds,
-            rows_per_second=int(learner.counts.rows_used) / max(seconds, 1e-9),
-            steps=progress.step,
-            history=mine,
-            cut=progress.cut,
-            lr=learner.cfg.lr,
-            outliers=ordinary.counts._asdict(),
-            warnings=[one._asdict() for one in [*of_rows, *_warnings(learner, mine)]],
+    return {
+        learner.name: _report(learner, progress, rows, alone=len(saes) == 1) for learner in learners
+    }
+
+
+class FittedRows:
+    """Rows as a fit sees them: centred, scaled, and without outliers.
+
+    Args:
+        sample: Rows for initialisation and calibration, in raw units.
+        n_sites: Sites side by side in a row; each gets a scale of its own.
+        handling: Scaling of the rows and handling of outliers.
+
+    Raises:
+        UserError: An option is not known, or the rows cannot be scaled.
+    """
+
+    def __init__(self, sample: Sample, n_sites: int, handling: RowHandling) -> None:
+        if handling.outliers not in OUTLIERS:
+            raise UserError(
+                f"fit.outliers={handling.outliers!r} is not one of {', '.join(OUTLIERS)}"
+            )
+        self.handling = handling
+        #: The targets are the inputs.
+        self.same = sample.y is sample.x or torch.equal(sample.x, sample.y)
+        y = sample.x if self.same else sample.y
+        self.ordinary = OrdinaryRows(sample.x, y, n_sites)
+        if handling.outliers == "leave_out":
+            pairs = self.ordinary.of_pairs(sample.x, y)
+            sample = Sample(*pairs, self.ordinary.of_inputs(sample.held))
+        #: The sample in raw units, without the outliers that are left out.
+        self.sample = sample
+        self.inputs = units_of(sample.x, "activations", n_sites, scale=handling.scale)
+        self.outputs = self.inputs
+        if not self.same:
+            self.outputs = units_of(sample.y, "targets", n_sites, scale=handling.scale)
+
+    def scaled_sample(self) -> Sample:
+        """The sample in the units of the fit."""
+        x = self.inputs.apply(self.sample.x)
+        y = x if self.same else self.outputs.apply(self.sample.y)
+        return Sample(x, y, self.inputs.apply(self.sample.held))
+
+    def scaled(self, batch: Batch) -> Batch:
+        """A batch in the units of the fit."""
+        if self.handling.outliers == "leave_out":
+            batch = self.ordinary.of_batch(batch)
+        x = self.inputs.apply(batch.x)
+        rest = batch.downstream
+        return Batch(
+            x,
+            x if batch.y is batch.x else self.outputs.apply(batch.y),
+            None if batch.alt is None else self.inputs.apply(batch.alt),
+            None if rest is None else lambda recon: rest(self.outputs.undo(recon)),
         )
-    return reports
+
+
+def _report(learner: SAELearner, progress: Progress, rows: FittedRows, *, alone: bool) -> FitReport:
+    """Report of one SAE of a pass; in curves of several SAEs each name begins with the SAE's."""
+    counts = rows.ordinary.counts._asdict()
+    history = [
+        (step, name.removeprefix(f"{learner.name}/"), value)
+        for step, name, value in progress.history
+        if alone or name.startswith(f"{learner.name}/")
+    ]
+    warnings = [
+        *of_outliers(**counts, handling=rows.handling.outliers),
+        *_warnings(learner, history),
+    ]
+    seconds = progress.seconds_of(learner.name)
+    return FitReport(
+        seconds=seconds,
+        rows_per_second=int(learner.counts.rows_used) / max(seconds, 1e-9),
+        steps=progress.step,
+        history=history,
+        cut=progress.cut,
+        lr=learner.cfg.lr,
+        outliers=counts,
+        warnings=[one._asdict() for one in warnings],
+    )
 
 
 def _warnings(learner: SAELearner, history: History) -> list[Warned]:
@@ -288,6 +324,14 @@ def _warnings(learner: SAELearner, history: History) -> list[Warned]:
         firings=learner.dead_after * l0 / learner.sae.d_sae,
         judge_error=not learner.sae.needs_model,
     )
+
+
+def _n_sites(saes: Mapping[str, SAE]) -> int:
+    """Sites side by side in the rows of one pass."""
+    n_sites = {sae.n_sites for sae in saes.values()}
+    if len(n_sites) != 1:
+        raise UserError("SAEs over different numbers of sites cannot share one pass")
+    return n_sites.pop()
 
 
 def _check_shared(saes: Mapping[str, SAE], configs: Mapping[str, TrainConfig]) -> None:

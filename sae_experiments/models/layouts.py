@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sae_experiments.errors import UserError
+from sae_experiments.errors import UserError, of_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as CausalLM
@@ -229,9 +229,7 @@ def embeddings(model: CausalLM) -> Tensor:
 
 def unembedding(model: CausalLM) -> nn.Module:
     """Linear layer of a language model that gives the logits (..., V) of rows (..., D)."""
-    layer = model.get_output_embeddings()
-    assert layer is not None  # a causal language model has one
-    return layer
+    return of_type(model.get_output_embeddings(), nn.Module)  # a causal language model has one
 
 
 def moved(model: ModelT, device: torch.device) -> ModelT:

@@ -139,10 +139,11 @@ class _Config:
     def whole(self, key: str) -> int:
         """Read a whole number of at least 1."""
         value = self.values.get(key)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            # The first comparison refuses NaN, the second one fractions and infinity.
-            if value >= 1 and value == value // 1:
-                return int(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.wrong(key, "must be a whole number of at least 1")
+        # The first comparison refuses NaN, the second one fractions and infinity.
+        if value >= 1 and value == value // 1:
+            return int(value)
         raise self.wrong(key, "must be a whole number of at least 1")
 
     def flag(self, key: str, default: bool) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae_experiments.errors import of_type
 from sae_experiments.saes.selection import Pattern
 
 
@@ -96,8 +97,7 @@ class Forward(NamedTuple):
     @property
     def nested(self) -> Tensor:
         """The field `levels`, for a variant that has nested parts."""
-        assert self.levels is not None
-        return self.levels
+        return of_type(self.levels, Tensor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -293,10 +293,10 @@ def seed_of(*parts: Any) -> int:
 
 
 class _Running:
-    """A learner with its optimisers: knows which phase a step falls in."""
+    """A learner with the optimisers of its current phase."""
 
     def __init__(self, learner: Learner, steps: int) -> None:
-        self.learner, self.steps = learner, steps
+        self.learner = learner
         self.phases = learner.phases()
         total = sum(p.fraction for p in self.phases)
         if abs(total - 1) > 1e-6:
@@ -316,6 +316,7 @@ class _Running:
         self.guard = FiniteGuard(learner.name, learner.module, learner.cfg.lr)
 
     def phase_at(self, step: int) -> int:
+        """Number of the phase that a step falls in."""
         return next((i for i, (_, end) in enumerate(self.spans) if step < end), len(self.spans) - 1)
 
     def enter(self, index: int) -> None:
@@ -358,12 +359,14 @@ class _Running:
             self.enter(index)
 
     def info(self, step: int) -> StepInfo:
+        """Place of a step in its phase, with its random numbers."""
         index = self.phase_at(step)
         start, end = self.spans[index]
         self.generator.manual_seed(seed_of(self.learner.seed, "step", step))
         return StepInfo(step, self.phases[index].name, step - start, end - start, self.generator)
 
     def step(self, step: int, batch: Any) -> tuple[Loss, StepInfo, Tensor]:
+        """Make one step; returns its loss, its place and the norm of its gradient."""
         learner = self.learner
         info = self.info(step)
         factor = lr_at(info.phase_step, info.phase_steps, learner.cfg)
@@ -385,7 +388,17 @@ class _Running:
         learner.after_update(loss, info)
         return loss, info, norm
 
+    def numbers(self, loss: Loss, info: StepInfo, norm: Tensor) -> dict[str, float]:
+        """The numbers of a step for the curves; raises `NonFinite` for any that is not finite."""
+        self.guard.check()
+        values = {name: float(value) for name, value in loss.parts.items()}
+        values |= {"loss": loss.total.item(), "grad_norm": norm.item()}
+        factor = lr_at(info.phase_step, info.phase_steps, self.learner.cfg)
+        values["lr"] = self.learner.cfg.lr * factor
+        return values | self.learner.observe(loss, info)
+
     def state(self) -> dict[str, Tensor]:
+        """Tensors that training continues from."""
         out = {
             f"{self.learner.name}/module/{k}": v
             for k, v in self.learner.module.state_dict().items()
@@ -401,6 +414,7 @@ class _Running:
         return out
 
     def restore(self, state: dict[str, Tensor]) -> None:
+        """Continue from the tensors of `state`."""
         prefix = f"{self.learner.name}/module/"
         self.learner.module.load_state_dict(
             {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
@@ -433,89 +447,90 @@ def train(
         NonFinite: A loss or gradient is not finite; names the step, the term and the tensor.
     """
     memory.keep()
-    running = [_Running(learner, cfg.steps) for learner in learners]
-    progress = _resume(running, session.checkpoint)
-    for r in running:
-        progress.own_seconds.setdefault(r.learner.name, 0.0)
-    fresh = progress.step == 0
-    for r in running:
-        r.learner.module.train()
-        if fresh:
-            r.learner.begin(r.phases[0].name)
-            r.enter(0)
-    _mark = time.monotonic() - progress.seconds
-    saved = time.monotonic()
-    for step in range(progress.step, cfg.steps):
-        for r in running:
+    run = _Pass(learners, cfg, session)
+    run.begin()
+    for step in range(run.progress.step, cfg.steps):
+        run.step(step, batch_at)
+        run.save_if_due()
+        leave()
+        if run.progress.cut:
+            break
+    run.finish()
+    return run.progress
+
+
+class _Pass:
+    """Learners that are trained side by side, with their curves, clocks and checkpoints."""
+
+    def __init__(self, learners: Sequence[Learner], cfg: TrainConfig, session: Session) -> None:
+        self.cfg = cfg
+        self.session = session
+        self.running = [_Running(learner, cfg.steps) for learner in learners]
+        self.progress = _resume(self.running, session.checkpoint)
+        for r in self.running:
+            self.progress.own_seconds.setdefault(r.learner.name, 0.0)
+        self._started = 0.0
+        self._saved = 0.0
+
+    def begin(self) -> None:
+        """Begin the first phase, unless a checkpoint goes on, and start the clocks."""
+        for r in self.running:
+            r.learner.module.train()
+            if self.progress.step == 0:
+                r.learner.begin(r.phases[0].name)
+                r.enter(0)
+        self._saved = time.monotonic()
+        self._started = self._saved - self.progress.seconds
+
+    def step(self, step: int, batch_at: Callable[[int], Any]) -> None:
+        """Make one step of every learner, and record its numbers when they are due."""
+        for r in self.running:
             r.change_phase(step)
         batch = batch_at(step)
-        last = step + 1 == cfg.steps
-        for r in running:
+        last = step + 1 == self.cfg.steps
+        for r in self.running:
             began = time.monotonic()
-            loss, info, norm = r.step(step, batch)
-            progress.own_seconds[r.learner.name] += time.monotonic() - began
-            if step % cfg.log_every == 0 or last:
-                _record(r, loss, info, norm, len(running) > 1, progress, session)
-            if (step + 1) % cfg.eval_every == 0 or last:
+            outcome = r.step(step, batch)
+            self.progress.own_seconds[r.learner.name] += time.monotonic() - began
+            if step % self.cfg.log_every == 0 or last:
+                self._note(r, step, r.numbers(*outcome))
+            if (step + 1) % self.cfg.eval_every == 0 or last:
                 values = r.learner.evaluate(step + 1)
                 r.guard.numbers(values, step)
-                _note(
-                    {_name(r, k, len(running) > 1): v for k, v in values.items()},
-                    step + 1,
-                    progress,
-                    session,
-                )
+                self._note(r, step + 1, values)
                 r.learner.module.train()
-        progress.step, progress.seconds = step + 1, time.monotonic() - _mark
-        session.tick(step + 1, cfg.steps)
-        progress.cut = (
-            not last and session.deadline is not None and time.monotonic() > session.deadline
-        )
-        if (
-            session.checkpoint
-            and not last
-            and (progress.cut or asked() or time.monotonic() - saved > cfg.checkpoint_every_s)
-        ):
-            save_checkpoint(session.checkpoint, running, progress)
-            saved = time.monotonic()
-        leave()
-        if progress.cut:
-            break
-    for r in running:
-        r.guard.weights(progress.step - 1)
-        r.learner.finish(r.phases[r.phase_at(max(progress.step - 1, 0))].name)
-        r.learner.module.eval()
-    progress.seconds = time.monotonic() - _mark
-    return progress
+        now = time.monotonic()
+        self.progress.step = step + 1
+        self.progress.seconds = now - self._started
+        self.session.tick(step + 1, self.cfg.steps)
+        deadline = self.session.deadline
+        self.progress.cut = not last and deadline is not None and time.monotonic() > deadline
 
+    def _note(self, r: _Running, step: int, values: Mapping[str, float]) -> None:
+        """Add numbers to the curves and the log, under the learner's name if there are several."""
+        prefix = f"{r.learner.name}/" if len(self.running) > 1 else ""
+        named = {f"{prefix}{name}": value for name, value in values.items()}
+        self.progress.history.extend((step, name, value) for name, value in named.items())
+        if named:
+            self.session.log(step, named)
 
-def _name(r: _Running, key: str, several: bool) -> str:
-    return f"{r.learner.name}/{key}" if several else key
+    def save_if_due(self) -> None:
+        """Write a checkpoint after a while, before a stop, and never after the last step."""
+        if self.session.checkpoint is None or self.progress.step == self.cfg.steps:
+            return
+        waited = time.monotonic() - self._saved
+        if self.progress.cut or asked() or waited > self.cfg.checkpoint_every_s:
+            save_checkpoint(self.session.checkpoint, self.running, self.progress)
+            self._saved = time.monotonic()
 
-
-def _record(
-    r: _Running,
-    loss: Loss,
-    info: StepInfo,
-    norm: Tensor,
-    several: bool,
-    progress: Progress,
-    session: Session,
-) -> None:
-    r.guard.check()
-    values = {k: float(v) for k, v in loss.parts.items()} | {
-        "loss": loss.total.item(),
-        "grad_norm": norm.item(),
-    }
-    values["lr"] = r.learner.cfg.lr * lr_at(info.phase_step, info.phase_steps, r.learner.cfg)
-    values |= r.learner.observe(loss, info)
-    _note({_name(r, k, several): v for k, v in values.items()}, info.step, progress, session)
-
-
-def _note(values: dict[str, float], step: int, progress: Progress, session: Session) -> None:
-    progress.history.extend((step, k, v) for k, v in values.items())
-    if values:
-        session.log(step, values)
+    def finish(self) -> None:
+        """End the last phase of every learner."""
+        step = self.progress.step - 1
+        for r in self.running:
+            r.guard.weights(step)
+            r.learner.finish(r.phases[r.phase_at(max(step, 0))].name)
+            r.learner.module.eval()
+        self.progress.seconds = time.monotonic() - self._started
 
 
 def save_checkpoint(path: Path, running: Sequence[_Running], progress: Progress) -> None:
@@ -534,11 +549,13 @@ def save_checkpoint(path: Path, running: Sequence[_Running], progress: Progress)
 
 
 def _resume(running: Sequence[_Running], path: Path | None) -> Progress:
-    found = read_checkpoint(path)
-    if found is None:
+    """Continue from a checkpoint, if there is one."""
+    checkpoint = read_checkpoint(path)
+    if checkpoint is None:
         return Progress()
+    tensors, info = checkpoint
     device = next(running[0].learner.module.parameters()).device
-    state, info = {k: v.to(device) for k, v in found[0].items()}, found[1]
+    state = {name: tensor.to(device) for name, tensor in tensors.items()}
     for r in running:
         r.enter(r.phase_at(info["step"] - 1))
         r.restore(state)

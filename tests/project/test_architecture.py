@@ -168,13 +168,23 @@ MODULES = {module_of(p) for p in FILES}
 def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
     """Full names of what a file imports, also inside functions (unless ``top_level``)."""
     nodes = _at_import(tree(path).body) if top_level else ast.walk(tree(path))
+    for_checkers = set(_for_type_checkers(tree(path).body))
     for node in nodes:
+        if ast.dump(node) in for_checkers:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             inside = [f"{node.module}.{alias.name}" for alias in node.names]
             yield from (name if name in MODULES else str(node.module) for name in inside)
+
+
+def _for_type_checkers(body: list[ast.stmt]) -> Iterator[str]:
+    """Imports under `if TYPE_CHECKING`, which no program runs."""
+    for node in body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from map(ast.dump, node.body)
 
 
 def _at_import(body: list[ast.stmt]) -> Iterator[ast.AST]:

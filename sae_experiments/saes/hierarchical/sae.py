@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from sae_experiments.errors import of_type
 from sae_experiments.saes import ops
 from sae_experiments.saes.base import SAE, Batch, Forward, Step, Units, by_rows
 from sae_experiments.saes.controller import ramp
@@ -380,8 +381,8 @@ class Hierarchical(SAE):
         parts = {"top_mse": self.weights.top * from_top}
         if passed.gate is not None:
             on = z1.detach() > 0
-            opened = (passed.gate * on).sum() / (len(on) * self.active[0])
-            parts["gate"] = self.weights.gate * opened
+            opened = (passed.gate * on).sum()
+            parts["gate"] = self.weights.gate * opened / (len(on) * self.active[0])
         if step.phase != "top":
             from_bottom = self._relative_error(self.bottom_decode(z1), y)
             parts["bottom_mse"] = self.weights.bottom * from_bottom
@@ -463,7 +464,7 @@ class Hierarchical(SAE):
 
     def after_step(self, fwd: Forward | StepOutcome, step: Step) -> None:
         """Steer the L1 coefficients of the levels that learn, and record the state of the fit."""
-        assert isinstance(fwd, StepOutcome)  # `loss` returns no other
+        fwd = of_type(fwd, StepOutcome)  # `loss` returns no other
         learning = {"bottom": [0], "top": [1]}.get(step.phase, [0, 1])
         l0 = [part.l0 for part in fwd.codes.parts]
         for number in learning[: len(self.parts)]:

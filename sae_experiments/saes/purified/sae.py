@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sae_experiments.errors import UserError
+from sae_experiments.errors import UserError, of_type
 from sae_experiments.saes import ops
 from sae_experiments.saes.base import SAE, Codes, Forward, Step, sparse
 from sae_experiments.saes.controller import ramp
@@ -432,8 +432,8 @@ class Purified(SAE):
         if self.purification.pool and self.linear:
             pooled = sum(count for kind, count in counts.items() if kind in perturb.SHARED)
         if pooled:
-            assert fwd.pre is not None  # see `support_is_rowwise`
-            torch.index_select(fwd.pre, 0, rows[:pooled], out=pre[:pooled])
+            clean = of_type(fwd.pre, Tensor)  # see `support_is_rowwise`
+            torch.index_select(clean, 0, rows[:pooled], out=pre[:pooled])
         begin, latents, sign = 0, rows[:0], moved[:0, 0]
         with torch.no_grad():
             for kind, count in counts.items():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_experiments.errors import UserError
+from sae_experiments.errors import UserError, of_type
 from sae_experiments.fitting.fit import FitReport
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models.gpt2 import TrainedLM
@@ -227,11 +227,10 @@ class Attribution(Language):
     def _trace(
         self, prompt: Prompt, sae: SAE, corpus: Corpus, lm: TrainedLM, ctx: Context
     ) -> Traced:
-        assert isinstance(sae, CrossLayerTranscoder)  # see `check`
         began = time.monotonic()
         local = LocalModel(
             lm.model,
-            sae,
+            of_type(sae, CrossLayerTranscoder),  # see `check`
             prompt.tokens.to(ctx.device),
             logits=(self.graph.logit_share, self.graph.logits),
             memory_mb=self.memory_mb,

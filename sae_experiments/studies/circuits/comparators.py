@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
-from sae_experiments.models.blocks import Block
+from sae_experiments.errors import of_type
+from sae_experiments.models.blocks import Attended, Block
 from sae_experiments.studies.circuits.attribution import Circuit, Prompts
 
 
@@ -64,8 +65,8 @@ def weight_directions(circuit: Circuit, prompts: Prompts, *, gated: bool) -> Wei
         reads = reads @ block.w_out.t()
     if stream in ("mlp_act", "mlp_out"):
         if gated or stream == "mlp_out":
-            attended = path.linearise(prompts.state, prompts.base).attended
-            assert attended is not None  # there is a last block
+            at = path.linearise(prompts.state, prompts.base)
+            attended = of_type(at.attended, Attended)  # there is a last block
             reads = reads * mean_slope(block, block.ln_2(attended.stream))
         reads = reads @ block.w_in.t()
     if stream != "resid":

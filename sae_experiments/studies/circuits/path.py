@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sae_experiments.errors import UserError
+from sae_experiments.errors import UserError, of_type
 from sae_experiments.models.blocks import Attended, Block, blocks_between, check_order
 from sae_experiments.models.hooks import Site, activations, blocks_of
 
@@ -50,8 +50,7 @@ class Path:
     @property
     def source(self) -> Block:
         """The block of the upstream site, which is inside a block."""
-        assert self._source is not None
-        return self._source
+        return of_type(self._source, Block)
 
     @property
     def sites(self) -> list[Site]:
@@ -99,8 +98,7 @@ class Path:
         """The residual stream after the upstream block."""
         if self.upstream.stream != "mlp_in":
             return state
-        assert base is not None  # see `base`
-        return base + self.source.mlp(state)
+        return of_type(base, Tensor) + self.source.mlp(state)
 
     def value(self, state: Tensor, base: Tensor | None, position: Tensor, read: Read) -> Tensor:
         """Read the downstream activations for changed states, differentiably.
@@ -129,8 +127,7 @@ class Path:
             return self.enter(state, base)
         if self.upstream.stream == "mlp_act":
             # The state is the stream, of which the MLP's output is a part.
-            assert base is not None  # see `base`
-            return state - base
+            return state - of_type(base, Tensor)
         mlp = self.source.mlp
         acts = mlp.act(mlp.c_fc(state))
         return acts if self.downstream.stream == "mlp_act" else mlp.c_proj(acts)

@@ -18,7 +18,7 @@ from scipy import sparse
 from torch import Tensor
 
 from sae_experiments.corpora.corpus import CharCorpus, CorpusSpec
-from sae_experiments.errors import UserError
+from sae_experiments.errors import UserError, of_type
 from sae_experiments.fitting.fit import FitReport
 from sae_experiments.fitting.spec import FitSpec, SAESpec
 from sae_experiments.metrics.base import EvalContext, LMSplice, Metric, MetricInfo
@@ -243,10 +243,10 @@ class Circuits:
     def prepare(self, ctx: Context) -> dict[str, Any]:
         if not self.local.text:
             self.fits.prepare(ctx)
-        corpora: dict[str, CharCorpus] = {}
-        for name, text in self.fits.texts.items():
-            assert isinstance(text.corpus, CharCorpus)  # its model is one of characters
-            corpora[name] = text.corpus
+        corpora = {
+            name: of_type(text.corpus, CharCorpus)  # its model is one of characters
+            for name, text in self.fits.texts.items()
+        }
         self.texts.update(self.local.texts(corpora) if self.local.folder else corpora)
         if self.local.folder:  # read before there is a run folder: a broken one leaves none
             self.given_lm[:] = [self.local.model(ctx.device, ctx.console.say)]
@@ -368,12 +368,11 @@ class Circuits:
     def _model(self, text: CharCorpus | TokenText, cell: Cell, ctx: Context) -> TrainedLM:
         if self.given_lm:
             return self.given_lm[0]
-        assert isinstance(text, CharCorpus)  # only a model from a directory reads tokens
         with ctx.session("language model", "lm", share=0.6) as session:
             recipe = self.data[cell.dataset].recipe
             lm = train_lm(
                 self.lm,
-                text,
+                of_type(text, CharCorpus),  # only a model from a directory reads tokens
                 recipe,
                 seed=cell.seed,
                 cache=ctx.cache,

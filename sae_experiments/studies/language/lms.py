@@ -14,7 +14,7 @@ from sae_experiments.cache import cached
 from sae_experiments.corpora.corpus import CharCorpus, CorpusSpec, load_corpus, source_of
 from sae_experiments.corpora.documents import HubSpec, Source, SplitSpec, TextSpec
 from sae_experiments.corpora.tokens import TokenCorpus, encoded
-from sae_experiments.errors import UserError
+from sae_experiments.errors import UserError, of_type
 from sae_experiments.files import read_json, write_json
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models.gpt2 import LMSpec, TrainedLM, train_lm
@@ -90,8 +90,8 @@ def ready_text(lm: LMSpec | Checked, spec: DataSpec, ctx: Context, *, offline: b
         UserError: It cannot be had, or is too short.
     """
     if isinstance(lm, LMSpec) and lm.vocab_size is None:
-        assert isinstance(spec, CorpusSpec)  # see `checked_lm`
-        corpus = load_corpus(spec, cache=ctx.cache, offline=offline, say=ctx.console.say)
+        of_text = of_type(spec, CorpusSpec)  # see `checked_lm`
+        corpus = load_corpus(of_text, cache=ctx.cache, offline=offline, say=ctx.console.say)
         return ReadyText(corpus, None)
     split, source = _source(spec, ctx, offline=offline)
     if isinstance(lm, LMSpec):

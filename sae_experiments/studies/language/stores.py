@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sae_experiments.corpora.corpus import CharCorpus
 from sae_experiments.corpora.tokens import TokenCorpus
-from sae_experiments.errors import UserError
+from sae_experiments.errors import UserError, of_type
 from sae_experiments.fitting.fit import Sample
 from sae_experiments.fitting.spec import FitSpec
 from sae_experiments.models.gpt2 import TrainedLM
@@ -217,8 +217,7 @@ def rows_of(rows: Store | Stream, where: Where, index: np.ndarray | ChunkIndex) 
     """Rows (n, D) that the `index_at` of the same store or stream chose."""
     if isinstance(rows, Stream):
         return rows.rows(where, index)
-    assert not isinstance(index, ChunkIndex)
-    return rows.rows(where, index)
+    return rows.rows(where, of_type(index, np.ndarray))
 
 
 def kind_of(fit: FitSpec, parts: Sequence[Part], sites: Sequence[Site], cache: Path) -> str:

@@ -21,7 +21,7 @@ from sae_experiments.cache import cached, discard, is_cached
 from sae_experiments.conditions import OF_SAE_TIME
 from sae_experiments.console import listed, took
 from sae_experiments.corpora.tokens import TokenCorpus
-from sae_experiments.errors import UserError
+from sae_experiments.errors import UserError, of_type
 from sae_experiments.files import read_json, write_bytes, write_json
 from sae_experiments.fitting import fit
 from sae_experiments.fitting.fit import FitReport, fit_saes
@@ -310,8 +310,8 @@ class Language:
             report = FitReport(**read_json(folder / "report.json"))
             fits[name] = sae, report._replace(from_cache=name not in missing)
         for name, sae in ready.items():
-            assert isinstance(sae, Loaded)  # an SAE with a path
-            fits[name] = loaded.settled(name, self.saes[name], sae, stores, sites[name], ctx)
+            read = of_type(sae, Loaded)  # an SAE with a path
+            fits[name] = loaded.settled(name, self.saes[name], read, stores, sites[name], ctx)
         if joint_fit_dir is not None and not any(report.cut for _, report in fits.values()):
             discard(ctx.cache, "passes", key)
         return {name: fits[name] for name in self.saes}

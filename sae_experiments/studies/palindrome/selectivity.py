@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_experiments.errors import of_type
 from sae_experiments.metric_info import info
 from sae_experiments.models.layouts import CausalLM
 from sae_experiments.saes.base import SAE
@@ -197,8 +198,7 @@ def look(model: CausalLM, samples: Tensor, strings: Tensor) -> dict[str, np.ndar
         samples: Strings (n, 9) whose own attention (n, 8, 8) and log-probabilities are returned.
         strings: Strings (N, 9) over which the mean attention (8, 8) is taken.
     """
-    kind = model.config._attn_implementation
-    assert kind is not None
+    kind = of_type(model.config._attn_implementation, str)
     model.set_attn_implementation("eager")  # the fused kernel does not give its weights away
     try:
         out = model(input_ids=samples[:, :-1], use_cache=False, output_attentions=True)
