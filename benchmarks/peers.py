@@ -1,11 +1,11 @@
-"""The peers' own training steps, each behind one loop; imported only by the Python of
-``PEERS_PYTHON`` (docs/speed.md says how to make it).
+"""The peers' own training steps, each behind one loop.
 
-sae-lens: ``SAETrainer.step``, scaling of the activations included. dictionary-learning:
-``trainer.update`` on batches divided by their mean norm, as its ``trainSAE`` does.
-eai-sparsify: its ``SparseCoder`` with the order of calls of its trainer and Adam (its trainer
-itself is bound to a language model and a tokenizer). Settings not named here are the libraries'
-defaults.
+Imported only by the Python of `PEERS_PYTHON` (docs/speed.md says how to make it).
+
+sae-lens: `SAETrainer.step`, scaling of the activations included. dictionary-learning:
+`trainer.update` on batches divided by their mean norm, as its `trainSAE` does. eai-sparsify: its
+`SparseCoder` with the order of calls of its trainer and Adam, since the trainer itself is bound to
+a language model and a tokenizer. All other settings are the libraries' defaults.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 with contextlib.redirect_stdout(io.StringIO()):
     import dictionary_learning  # noqa: F401
@@ -24,30 +24,57 @@ from rows import pool_of
 from torch import Tensor
 from workers import Turns
 
-LEVELS = [
-    0.03125,
-    0.0625,
-    0.125,
-    0.25,
-    0.53125,
-]  # matryoshka: share of the latents in each group, as this project's configuration has them
-#: variant of this project -> what each peer calls it
+#: Share of the latents in each group of a Matryoshka SAE, as in `conf/sae/matryoshka.yaml`.
+LEVELS = [0.03125, 0.0625, 0.125, 0.25, 0.53125]
+#: Variants of each peer, under this project's names (for eai-sparsify, its own).
 OFFERED = {
     "sae-lens": {"standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka"},
     "dictionary-learning": {"standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka"},
     "eai-sparsify": {"topk", "groupmax"},
 }
 Step = Callable[[Tensor], Any]
+#: Maps raw rows to codes and reconstructions.
+Answer = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Setup(NamedTuple):
+    """One SAE of a peer."""
+
+    variant: str
+    """This project's name of the variant."""
+    d: int
+    """Width of the input."""
+    m: int
+    """Number of latents."""
+    k: int
+    """Requested active latents per row."""
+    lr: float
+    """Learning rate."""
+    steps: int
+    """Steps of the fit."""
+    batch: int
+    """Rows per step."""
+    coeff: float | None
+    """Coefficient of the sparsity penalty; None: the library's default."""
+    sample: Tensor
+    """Rows in raw units, for what a library scales by."""
+
+    @property
+    def warmup(self) -> int:
+        """Steps over which learning rate and penalties warm up."""
+        return self.steps // 15
+
+    def coefficient(self, default: float) -> float:
+        """The coefficient, or a default."""
+        return default if self.coeff is None else self.coeff
 
 
 def steps(turns: Turns, library: str, variant: str, d: int, m: int, k: int, batch: int) -> None:
-    """Train ``variant`` of ``library``, one step a turn, on the same rows as everybody."""
+    """Train `variant` of `library`, one step a turn, on the same rows as everybody."""
     torch.manual_seed(0)
     pool = pool_of(d, batch)
     turns.prepared()
-    step, _ = make(
-        library, variant, d, m, k, lr=8e-4, steps=100_000, batch=batch, coeff=None, sample=pool[0]
-    )
+    step, _ = make(library, Setup(variant, d, m, k, 8e-4, 100_000, batch, None, pool[0]))
     n = 0
     while True:
         turns.next()
@@ -55,44 +82,23 @@ def steps(turns: Turns, library: str, variant: str, d: int, m: int, k: int, batc
         n += 1
 
 
-def make(
-    library: str,
-    variant: str,
-    d: int,
-    m: int,
-    k: int,
-    *,
-    lr: float,
-    steps: int,
-    batch: int,
-    coeff: float | None,
-    sample: Tensor,
-    seed: int = 0,
-) -> tuple[Step, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """A training step over raw rows, and what the trained SAE answers to raw rows: (codes,
-    reconstruction in raw units).
+def make(library: str, setup: Setup, *, seed: int = 0) -> tuple[Step, Answer]:
+    """Build an SAE of a library.
+
+    Returns:
+        A training step over raw rows (B, D), and the function from raw rows to the codes (B, F)
+        and reconstructions (B, D) of the SAE, in raw units.
     """
     torch.manual_seed(seed)
-    args = (variant, d, m, k, lr, steps, batch, coeff, sample)
     return {
         "sae-lens": _sae_lens,
         "dictionary-learning": _dictionary_learning,
         "eai-sparsify": _sparsify,
-    }[library](*args)
+    }[library](setup)
 
 
-def _sae_lens(
-    variant: str,
-    d: int,
-    m: int,
-    k: int,
-    lr: float,
-    steps: int,
-    batch: int,
-    coeff: float | None,
-    sample: Tensor,
-) -> Any:
-    from sae_lens.config import SAETrainerConfig
+def _sae_lens_model(setup: Setup) -> Any:
+    """The variant as a class of sae-lens."""
     from sae_lens.saes import (
         batchtopk_sae,
         gated_sae,
@@ -101,48 +107,43 @@ def _sae_lens(
         standard_sae,
         topk_sae,
     )
-    from sae_lens.training.sae_trainer import SAETrainer
 
-    warmup = steps // 15
+    k, warmup = setup.k, setup.warmup
+    l1 = {"l1_coefficient": setup.coefficient(5.0), "l1_warm_up_steps": warmup}
+    l0 = {"l0_coefficient": setup.coefficient(1.0), "l0_warm_up_steps": warmup}
+    nested = {"k": k, "matryoshka_widths": _widths(setup.m)}
     name, module, own = {
-        "standard": (
-            "Standard",
-            standard_sae,
-            {"l1_coefficient": 5.0 if coeff is None else coeff, "l1_warm_up_steps": warmup},
-        ),
-        "gated": (
-            "Gated",
-            gated_sae,
-            {"l1_coefficient": 5.0 if coeff is None else coeff, "l1_warm_up_steps": warmup},
-        ),
-        "jumprelu": (
-            "JumpReLU",
-            jumprelu_sae,
-            {"l0_coefficient": 1.0 if coeff is None else coeff, "l0_warm_up_steps": warmup},
-        ),
+        "standard": ("Standard", standard_sae, l1),
+        "gated": ("Gated", gated_sae, l1),
+        "jumprelu": ("JumpReLU", jumprelu_sae, l0),
         "topk": ("TopK", topk_sae, {"k": k}),
         "batch_topk": ("BatchTopK", batchtopk_sae, {"k": k}),
-        "matryoshka": (
-            "MatryoshkaBatchTopK",
-            matryoshka_batchtopk_sae,
-            {"k": k, "matryoshka_widths": _widths(m)},
-        ),
-    }[variant]
+        "matryoshka": ("MatryoshkaBatchTopK", matryoshka_batchtopk_sae, nested),
+    }[setup.variant]
+    scaling = "expected_average_only_in"
     cfg = getattr(module, f"{name}TrainingSAEConfig")(
-        d_in=d, d_sae=m, normalize_activations="expected_average_only_in", **own
+        d_in=setup.d, d_sae=setup.m, normalize_activations=scaling, **own
     )
-    sae = getattr(module, f"{name}TrainingSAE")(cfg)
+    return getattr(module, f"{name}TrainingSAE")(cfg)
+
+
+def _sae_lens(setup: Setup) -> tuple[Step, Answer]:
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    sae = _sae_lens_model(setup)
     trainer_cfg = SAETrainerConfig(
-        total_training_samples=steps * batch,
-        train_batch_size_samples=batch,
-        lr=lr,
+        total_training_samples=setup.steps * setup.batch,
+        train_batch_size_samples=setup.batch,
+        lr=setup.lr,
         lr_end=0.0,
-        lr_warm_up_steps=warmup,
-        lr_decay_steps=steps // 5,
+        lr_warm_up_steps=setup.warmup,
+        lr_decay_steps=setup.steps // 5,
         n_batches_for_norm_estimate=1,
     )
-    trainer = SAETrainer(trainer_cfg, sae, iter([sample]))
-    trainer.activation_scaler.scaling_factor = d**0.5 / float(sample.norm(dim=1).mean())
+    trainer = SAETrainer(trainer_cfg, sae, iter([setup.sample]))
+    mean_norm = float(setup.sample.norm(dim=1).mean())
+    trainer.activation_scaler.scaling_factor = setup.d**0.5 / mean_norm
 
     def step(x: Tensor) -> None:
         trainer.step(x)
@@ -150,12 +151,10 @@ def _sae_lens(
 
     @torch.no_grad()
     def answer(x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = trainer.activation_scaler.scaling_factor
         sae.eval()
-        if variant in (
-            "batch_topk",
-            "matryoshka",
-        ):  # its inference form: JumpReLU at the running threshold
+        scale = trainer.activation_scaler.scaling_factor
+        if setup.variant in ("batch_topk", "matryoshka"):
+            # In inference it is a JumpReLU at the running threshold.
             pre = sae.encode_with_hidden_pre(x * scale)[1]
             acts = torch.relu(pre) * (pre > sae.topk_threshold)
         else:
@@ -165,17 +164,8 @@ def _sae_lens(
     return step, answer
 
 
-def _dictionary_learning(
-    variant: str,
-    d: int,
-    m: int,
-    k: int,
-    lr: float,
-    steps: int,
-    batch: int,
-    coeff: float | None,
-    sample: Tensor,
-) -> Any:
+def _dictionary_learning_trainer(setup: Setup) -> Any:
+    """The variant as a trainer of dictionary-learning."""
     from dictionary_learning.trainers import (
         batch_top_k,
         gdm,
@@ -185,60 +175,45 @@ def _dictionary_learning(
         top_k,
     )
 
+    penalised = {
+        "l1_penalty": setup.coefficient(0.1),
+        "sparsity_warmup_steps": setup.warmup,
+        "device": "cpu",
+    }
+    steered = {
+        "target_l0": float(setup.k),
+        "sparsity_penalty": setup.coefficient(1.0),
+        "sparsity_warmup_steps": setup.warmup,
+    }
+    largest = {"k": setup.k, "device": "cpu", "threshold_start_step": setup.steps // 2}
     trainer_class, own = {
-        "standard": (
-            standard.StandardTrainer,
-            {
-                "l1_penalty": 0.1 if coeff is None else coeff,
-                "sparsity_warmup_steps": steps // 15,
-                "device": "cpu",
-            },
-        ),
-        "gated": (
-            gdm.GatedSAETrainer,
-            {
-                "l1_penalty": 0.1 if coeff is None else coeff,
-                "sparsity_warmup_steps": steps // 15,
-                "device": "cpu",
-            },
-        ),
-        "jumprelu": (
-            jumprelu.JumpReluTrainer,
-            {
-                "target_l0": float(k),
-                "sparsity_penalty": 1.0 if coeff is None else coeff,
-                "sparsity_warmup_steps": steps // 15,
-            },
-        ),
-        "topk": (
-            top_k.TopKTrainer,
-            {"k": k, "device": "cpu", "threshold_start_step": steps // 2, "auxk_alpha": 1 / 32},
-        ),
-        "batch_topk": (
-            batch_top_k.BatchTopKTrainer,
-            {"k": k, "device": "cpu", "threshold_start_step": steps // 2},
-        ),
+        "standard": (standard.StandardTrainer, penalised),
+        "gated": (gdm.GatedSAETrainer, penalised),
+        "jumprelu": (jumprelu.JumpReluTrainer, steered),
+        "topk": (top_k.TopKTrainer, largest | {"auxk_alpha": 1 / 32}),
+        "batch_topk": (batch_top_k.BatchTopKTrainer, largest),
         "matryoshka": (
             matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer,
-            {
-                "k": k,
-                "group_fractions": LEVELS,
-                "device": "cpu",
-                "threshold_start_step": steps // 2,
-            },
+            largest | {"group_fractions": LEVELS},
         ),
-    }[variant]
-    common = {
-        "steps": steps,
-        "activation_dim": d,
-        "dict_size": m,
-        "layer": 0,
-        "lm_name": "none",
-        "lr": lr,
-        "seed": 0,
-    }
-    trainer = trainer_class(**common, warmup_steps=steps // 15, decay_start=steps * 4 // 5, **own)
-    norm = float(sample.square().sum(1).mean().sqrt())
+    }[setup.variant]
+    return trainer_class(
+        steps=setup.steps,
+        activation_dim=setup.d,
+        dict_size=setup.m,
+        layer=0,
+        lm_name="none",
+        lr=setup.lr,
+        seed=0,
+        warmup_steps=setup.warmup,
+        decay_start=setup.steps * 4 // 5,
+        **own,
+    )
+
+
+def _dictionary_learning(setup: Setup) -> tuple[Step, Answer]:
+    trainer = _dictionary_learning_trainer(setup)
+    norm = float(setup.sample.square().sum(1).mean().sqrt())
     n = 0
 
     def step(x: Tensor) -> None:
@@ -254,23 +229,14 @@ def _dictionary_learning(
     return step, answer
 
 
-def _sparsify(
-    variant: str,
-    d: int,
-    m: int,
-    k: int,
-    lr: float,
-    steps: int,
-    batch: int,
-    coeff: float | None,
-    sample: Tensor,
-) -> Any:
+def _sparsify(setup: Setup) -> tuple[Step, Answer]:
     from sparsify import SparseCoder, SparseCoderConfig
 
-    coder = SparseCoder(d, SparseCoderConfig(activation=variant, num_latents=m, k=k))
-    coder.b_dec.data.copy_(sample.mean(0))
-    optimizer = torch.optim.Adam(coder.parameters(), lr=lr)
-    warmup = steps // 15
+    m, warmup, steps = setup.m, setup.warmup, setup.steps
+    cfg = SparseCoderConfig(activation=setup.variant, num_latents=m, k=setup.k)
+    coder = SparseCoder(setup.d, cfg)
+    coder.b_dec.data.copy_(setup.sample.mean(0))
+    optimizer = torch.optim.Adam(coder.parameters(), lr=setup.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / (warmup + 1), max(steps - i, 0) / (steps - warmup))
     )
@@ -297,6 +263,7 @@ def _sparsify(
 
 
 def _widths(m: int) -> list[int]:
+    """Latents in each prefix of a Matryoshka SAE."""
     ends, total = [], 0.0
     for share in LEVELS:
         total += share

@@ -123,22 +123,12 @@ def peer(
     """A fit by a peer's trainer."""
     import time
 
-    from peers import make
+    from peers import Setup, make
 
     turns.next()
     batch_at, first = _stream(work, batch)
-    step, answer = make(
-        library,
-        variant,
-        first.shape[1],
-        M,
-        L0,
-        lr=lr,
-        steps=steps,
-        batch=batch,
-        coeff=coeff,
-        sample=first,
-    )
+    setup = Setup(variant, first.shape[1], M, L0, lr, steps, batch, coeff, first)
+    step, answer = make(library, setup)
     began = time.perf_counter()
     for i in range(steps):
         step(batch_at(i))

@@ -134,70 +134,73 @@ def _steps(data: dict[str, Any]) -> list[str]:
         "",
     ]
     for d, m in dict.fromkeys((g["d"], g["m"]) for g in data["groups"]):
-        rows, memory = [], []
-        for g in (g for g in data["groups"] if (g["d"], g["m"]) == (d, m)):
-            r = g["results"]
-            peers = [n for n in r if n not in BASE and not n.endswith(", tuned") and "ms" in r[n]]
-            tuned = [n for n in r if n.endswith(", tuned") and "ms" in r[n]]
-            best, best_tuned = (
-                min(names, key=lambda n: r[n]["ms"], default="") for names in (peers, tuned)
-            )
-            product = " / ".join(
-                _ms(r.get(f"product, {lib}")) for lib in ("onednn", "default", "bf16")
-            )
-            active = r["ours"].get("info", {}).get("active")
-            rows.append(
-                [
-                    g["variant"],
-                    product,
-                    _ms(r["ours"]),
-                    "-" if active is None else f"{active:.0f}",
-                    _ms(r.get("plain torch")),
-                    ", ".join(f"{n} {_ms(r[n])}" for n in peers) or "-",
-                    f"**{_times(ratio(r, best, 'ours'))}**",
-                    _times(ratio(r, best_tuned, "ours")),
-                    _times(ratio(r, "ours", "product, onednn")),
-                    _times(ratio(r, "ours", "product, default")),
-                ]
-            )
-            least = min((n for n in peers if r[n]["peak"]), key=lambda n: r[n]["peak"], default="")
-            share = (
-                f"{r['ours']['peak'] / r[least]['peak']:.2f}"
-                if least and "peak" in r["ours"]
-                else "-"
-            )
-            names = ", ".join(f"{n} {_mb(r[n])}" for n in peers) or "-"
-            memory.append([g["variant"], _mb(r["ours"]), names, share])
-        lines += [f"## d {d}, m {m}", "", "Median milliseconds of a step."]
-        lines += [
-            "",
-            *table(
-                [
-                    "variant",
-                    "product",
-                    "ours",
-                    "active",
-                    "plain torch",
-                    "peers",
-                    "fastest peer / ours",
-                    "the same, tuned",
-                    "ours / product",
-                    "ours / default product",
-                ],
-                rows,
-            ),
-        ]
+        groups = [g for g in data["groups"] if (g["d"], g["m"]) == (d, m)]
+        lines += [f"## d {d}, m {m}", "", "Median milliseconds of a step.", ""]
+        lines += table(STEP_COLUMNS, [_step_row(g) for g in groups])
         lines += ["Peak memory above what the process held before it built the SAE (MB).", ""]
-        lines += table(["variant", "ours", "peers", "ours / leanest peer"], memory)
+        lines += table(MEMORY_COLUMNS, [_memory_row(g) for g in groups])
     return lines
+
+
+STEP_COLUMNS = [
+    "variant",
+    "product",
+    "ours",
+    "active",
+    "plain torch",
+    "peers",
+    "fastest peer / ours",
+    "the same, tuned",
+    "ours / product",
+    "ours / default product",
+]
+MEMORY_COLUMNS = ["variant", "ours", "peers", "ours / leanest peer"]
+
+
+def _peers_of(results: dict[str, Any], *, tuned: bool = False) -> list[str]:
+    """Peers with a time, with default or with tuned memory settings."""
+    timed = [name for name in results if name not in BASE and "ms" in results[name]]
+    return [name for name in timed if name.endswith(", tuned") == tuned]
+
+
+def _step_row(group: dict[str, Any]) -> list[str]:
+    r = group["results"]
+    peers = _peers_of(r)
+    fastest = min(peers, key=lambda name: r[name]["ms"], default="")
+    fastest_tuned = min(_peers_of(r, tuned=True), key=lambda name: r[name]["ms"], default="")
+    products = [_ms(r.get(f"product, {lib}")) for lib in ("onednn", "default", "bf16")]
+    active = r["ours"].get("info", {}).get("active")
+    return [
+        group["variant"],
+        " / ".join(products),
+        _ms(r["ours"]),
+        "-" if active is None else f"{active:.0f}",
+        _ms(r.get("plain torch")),
+        ", ".join(f"{name} {_ms(r[name])}" for name in peers) or "-",
+        f"**{_times(ratio(r, fastest, 'ours'))}**",
+        _times(ratio(r, fastest_tuned, "ours")),
+        _times(ratio(r, "ours", "product, onednn")),
+        _times(ratio(r, "ours", "product, default")),
+    ]
+
+
+def _memory_row(group: dict[str, Any]) -> list[str]:
+    r = group["results"]
+    peers = _peers_of(r)
+    leanest = min((n for n in peers if r[n]["peak"]), key=lambda n: r[n]["peak"], default="")
+    share = "-"
+    if leanest and "peak" in r["ours"]:
+        share = f"{r['ours']['peak'] / r[leanest]['peak']:.2f}"
+    names = ", ".join(f"{name} {_mb(r[name])}" for name in peers) or "-"
+    return [group["variant"], _mb(r["ours"]), names, share]
 
 
 def _rates(gflops: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:,.0f} GFLOP/s" for name, value in gflops.items())
 
 
-def _mb(found: dict[str, Any]) -> str:
-    return f"{found['peak'] / 2**20:,.0f}" if "peak" in found else "failed"
+def _mb(result: dict[str, Any]) -> str:
+    return f"{result['peak'] / 2**20:,.0f}" if "peak" in result else "failed"
 
 
 # --- the others -----------------------------------------------------------------------------------

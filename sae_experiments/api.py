@@ -36,11 +36,11 @@ CHUNK = 1 << 14
 
 
 def build_sae(name: str, d_in: int, *, seed: int = 0, **settings: Any) -> SAE:
-    """An untrained SAE of the family, with the defaults of ``conf/sae/<name>.yaml``.
+    """An untrained SAE of the family, with the defaults of `conf/sae/<name>.yaml`.
 
-    ``settings`` are its options without the leading ``sae.``: ``build_sae("jumprelu", 512,
-    target_l0=20, d_sae=4096)``; options of the model itself with two underscores,
-    ``model__bandwidth=0.05``.
+    `settings` are its options without the leading `sae.`: `build_sae("jumprelu", 512,
+    target_l0=20, d_sae=4096)`; options of the model itself with two underscores,
+    `model__bandwidth=0.05`.
     """
     sae_spec, _ = _sae_spec(name, settings)
     sae = sae_spec.seeded(d_in, d_in, seed)
@@ -65,13 +65,13 @@ def fit_saes(
     are calibrated and in eval mode.
 
     A twentieth of the rows (at least 4,096 where there are five times as many, at most 2^17) is
-    kept from training to calibrate thresholds on, unless ``held_out`` gives such rows.
-    ``train`` changes numbers of ``fit.train``: ``steps=5000, lr=1e-3, batch_size=2048``, say.
-    An SAE from :func:`.interop.load_sae` is trained on from where it is.
+    kept from training to calibrate thresholds on, unless `held_out` gives such rows.
+    `train` changes numbers of `fit.train`: `steps=5000, lr=1e-3, batch_size=2048`, say.
+    An SAE from `interop.load_sae` is trained on from where it is.
 
-    ``scale``: how rows are centred and scaled meanwhile, see :func:`.fit.units_of`; ``robust``
-    where a few rows are huge. ``outliers``: rows far from all others (:mod:`.saes.outliers`)
-    are left out of the fit; ``keep`` fits them too.
+    `scale`: how rows are centred and scaled meanwhile, see `fit.units_of`; `robust`
+    where a few rows are huge. `outliers`: rows far from all others (`saes.outliers`)
+    are left out of the fit; `keep` fits them too.
 
     Raises:
         UserError: rows of another width, too few of them, or with values that are not finite; a
@@ -124,7 +124,7 @@ def fit_saes(
 
 
 def evaluate(sae: SAE, activations: Tensor | np.ndarray) -> dict[str, float | None]:
-    """Reconstruction and sparsity of ``sae`` on rows (..., D) that it was not fitted to; None
+    """Reconstruction and sparsity of `sae` on rows (..., D) that it was not fitted to; None
     where a number has no value.
 
     Raises:
@@ -175,7 +175,7 @@ def _rows(x: Tensor | np.ndarray, d_in: Sequence[int], what: str, least: int = 1
 
 
 def _config(train: Mapping[str, Any]) -> TrainConfig:
-    """The settings of ``fit.train`` with some of them changed."""
+    """The settings of `fit.train` with some of them changed."""
     known = [f.name for f in fields(TrainConfig)]
     for name in train:
         if name not in known:

@@ -1,5 +1,5 @@
 """Character corpora: found or fetched, verified, encoded once into a memory-mapped file, read
-as windows. The network is in ``fetch``.
+as windows. The network is in `fetch`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ CHOICES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusSpec:
-    """Where a corpus comes from, how to know it, and how to split it. Raises :class:`UserError`
+    """Where a corpus comes from, how to know it, and how to split it. Raises `UserError`
     for values that cannot work.
     """
 
@@ -72,7 +72,7 @@ class CorpusSpec:
     head: int | None  # use the first n bytes only: a corpus of its own
     heads: dict[str, int | None] = field(
         default_factory=dict
-    )  # the sizes that a preset chooses ``head`` from
+    )  # the sizes that a preset chooses `head` from
     head_sha256: dict[int, str] = field(
         default_factory=dict
     )  # of heads that may come as files of their own
@@ -128,7 +128,7 @@ class CorpusSpec:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Size and checksums of the whole text, as :func:`fetch.verify` takes them."""
+        """Size and checksums of the whole text, as `fetch.verify` takes them."""
         return {"size": self.bytes, "sha256": self.sha256, "md5": self.md5}
 
 
@@ -143,7 +143,7 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CharCorpus:
-    """An encoded corpus: ``splits`` are memory maps of symbol ids, ``symbols`` the characters
+    """An encoded corpus: `splits` are memory maps of symbol ids, `symbols` the characters
     in the order of their code points.
     """
 
@@ -163,7 +163,7 @@ class CharCorpus:
         return window_starts(len(self._split(split)), length)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the characters of ``text``. Raises :class:`UserError` for one that the corpus
+        """Ids of the characters of `text`. Raises `UserError` for one that the corpus
         does not have.
         """
         known, points = (
@@ -179,8 +179,8 @@ class CharCorpus:
         return ids.astype(self.splits["train"].dtype)
 
     def decode(self, ids: Any) -> str:
-        """The text of ``ids`` (a list, an array or a tensor, flattened). Raises
-        :class:`UserError` for an id out of range.
+        """The text of `ids` (a list, an array or a tensor, flattened). Raises
+        `UserError` for an id out of range.
         """
         array = (
             np.asarray(ids.detach().cpu() if isinstance(ids, torch.Tensor) else ids)
@@ -211,8 +211,8 @@ class CharCorpus:
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
     def windows(self, split: str, starts: np.ndarray, length: int) -> torch.Tensor:
-        """The windows of ``length`` ids that begin at ``starts``, int64 (n, length). Raises
-        :class:`UserError` if one does not fit.
+        """The windows of `length` ids that begin at `starts`, int64 (n, length). Raises
+        `UserError` if one does not fit.
         """
         ids, starts = self._split(split), np.asarray(starts, dtype=np.int64)
         if starts.size and not 0 <= starts.min() <= starts.max() <= len(ids) - length:
@@ -285,11 +285,11 @@ def load_corpus(
     say: Callable[[str], None] = print,
     _network: fetch.Network = fetch.NETWORK,
 ) -> CharCorpus:
-    """The corpus of ``spec`` from, in this order: ``spec.file``, the folder SAE_DATA_DIR,
-    ``cache``, the network, a stand-in.
+    """The corpus of `spec` from, in this order: `spec.file`, the folder SAE_DATA_DIR,
+    `cache`, the network, a stand-in.
 
-    Raises :class:`UserError`, in one line, for a file that is missing, too short or not what
-    its checksum says, and where nothing is found and ``spec.stand_in`` is "never".
+    Raises `UserError`, in one line, for a file that is missing, too short or not what
+    its checksum says, and where nothing is found and `spec.stand_in` is "never".
     """
     remedy = standin.remedy(spec.name, (spec.local_names or [spec.name])[0], spec.facts, spec.head)
 
@@ -372,7 +372,7 @@ def _check(spec: CorpusSpec, path: Path, **facts: Any) -> None:
 
 
 def _encoded(spec: CorpusSpec, text: Text, cache: Path) -> CharCorpus:
-    """Encode ``text`` unless these very bytes were encoded before, and remember where they came
+    """Encode `text` unless these very bytes were encoded before, and remember where they came
     from.
     """
     whole, stand_in = text.path.stat().st_size, text.kind == "stand-in"
@@ -415,7 +415,7 @@ def _encoded(spec: CorpusSpec, text: Text, cache: Path) -> CharCorpus:
 
 
 def _remembered(spec: CorpusSpec, cache: Path) -> CharCorpus | None:
-    """What ``spec`` gave the last time that its text was at hand, so that a folder that is gone
+    """What `spec` gave the last time that its text was at hand, so that a folder that is gone
     does not stop a run from going on.
     """
 
@@ -474,7 +474,7 @@ def _open(spec: CorpusSpec, folder: Path, origin: dict[str, Any]) -> CharCorpus:
 
 def _write(folder: Path, spec: CorpusSpec, path: Path, size: int, sha256: str, cut: bool) -> None:
     """Two passes in blocks: which symbols there are, then their ids, one split after the other,
-    into ``ids.bin``.
+    into `ids.bin`.
     """
     if spec.encoding == "utf-8" and (other := other_format(path)):
         raise UserError(
@@ -505,7 +505,7 @@ def other_format(path: Path) -> str | None:
         path: the file.
 
     Returns:
-        ``UTF-16``, ``a gzip archive`` and the like; None where nothing speaks against a text.
+        `UTF-16`, `a gzip archive` and the like; None where nothing speaks against a text.
     """
     with open(path, "rb") as f:
         head = f.read(1 << 16)
@@ -537,7 +537,7 @@ def _remedy_for_bytes(name: str, data: bytes) -> str:
 def _blocks(
     path: Path, size: int, spec: CorpusSpec, cut: bool, sha256: str
 ) -> Iterator[np.ndarray]:
-    """Code points of the first ``size`` bytes; a character that a ``cut`` text breaks off in
+    """Code points of the first `size` bytes; a character that a `cut` text breaks off in
     its middle is left out.
     """
     decoder, read, left = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), size

@@ -87,9 +87,9 @@ class RowHandling(NamedTuple):
     """Treatment of rows before an SAE sees them."""
 
     scale: str = "spread"
-    """One of :data:`SCALES`; with "none" the SAE sees the rows in their own units."""
+    """One of `SCALES`; with "none" the SAE sees the rows in their own units."""
     outliers: str = "leave_out"
-    """One of :data:`OUTLIERS`."""
+    """One of `OUTLIERS`."""
 
 
 class Counts(nn.Module):
@@ -184,7 +184,7 @@ def fit_saes(
     """Fit `saes` side by side and leave them calibrated, in eval mode and in raw units.
 
     During the fit, inputs and outputs are centred and scaled by one number each
-    (:func:`units_of`), which is folded into the weights at the end. Coefficients and learning
+    (`units_of`), which is folded into the weights at the end. Coefficients and learning
     rates thus carry over between models, and neither the unit nor the mean of the data matters.
     Outlier rows (`saes.outliers`) are left out of initialisation, training and calibration; they
     would make up most of the loss, and take latents from all other rows.
@@ -348,7 +348,7 @@ def _check_shared(saes: Mapping[str, SAE], configs: Mapping[str, TrainConfig]) -
 
 
 def _check_start(name: str, sae: SAE, same: bool, rows: int) -> None:
-    """Raise :class:`UserError` for an SAE that cannot be fitted here.
+    """Raise `UserError` for an SAE that cannot be fitted here.
 
     Args:
         name: of the SAE in messages.
@@ -391,10 +391,10 @@ def units_of(x: Tensor, what: str, blocks: int = 1, *, scale: str = "spread") ->
     """The units in which rows (N, D) have mean 0 and mean squared length 1.
 
     Args:
-        x: rows; each of ``blocks`` equal parts of the columns gets a scale of its own.
+        x: rows; each of `blocks` equal parts of the columns gets a scale of its own.
         what: the name of the rows in messages.
-        scale: ``spread`` looks at all rows; ``robust`` at the 95 % nearest to the medians of the
-            columns, so that a few huge rows change nothing; ``none`` leaves rows as they are.
+        scale: `spread` looks at all rows; `robust` at the 95 % nearest to the medians of the
+            columns, so that a few huge rows change nothing; `none` leaves rows as they are.
 
     Raises:
         UserError: values that are not finite, or nothing but zeros in a block.

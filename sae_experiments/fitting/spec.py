@@ -60,7 +60,7 @@ class SAESpec:
     """SAELens directory of an SAE that is evaluated and not trained, see `DirectorySpec`."""
 
     def build(self, d_in: int, d_out: int) -> SAE:
-        """The untrained SAE. Raises :class:`UserError` for sizes that cannot work."""
+        """The untrained SAE. Raises `UserError` for sizes that cannot work."""
         if self.d_sae is not None and (not isinstance(self.d_sae, int) or self.d_sae < 1):
             raise UserError(f"sae.d_sae={self.d_sae} must be a whole number of at least 1")
         d_sae = self.d_sae if self.d_sae is not None else round(self.expansion * d_in)

@@ -251,9 +251,8 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
         feature |= _rule_feature(description) | _order_feature(simulated, j)
         feature |= {"concept": concept, "phi": _four_digits(float(match.phi[j]))}
         features.append(feature)
-    measured = _report(described, shuffled, match.phi, opts.interpretable)._replace(
-        features=features
-    )
+    measured = _report(described, shuffled, match.phi, opts.interpretable)
+    measured = measured._replace(features=features)
     if len(halves.first) < 2:
         return measured
     noise = _rule_noise(list(described.values()), opts.interpretable)

@@ -95,16 +95,16 @@ INFO = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LMSpec:
-    """A GPT-2 and its recipe. Entries of ``train`` that are null are taken from the corpus's
+    """A GPT-2 and its recipe. Entries of `train` that are null are taken from the corpus's
     published recipe.
 
-    ``precision``: fp32, bf16 (autocast) or auto, which is bf16 where the device multiplies bf16
-    faster and the model is wide enough for that to pay. ``freeze_bias`` keeps every bias of the
-    blocks at zero, which is a GPT-2 without biases. With ``train.optimizer=muon``, blocks below
-    number ``muon_writes_from`` leave the matrices that write into the residual stream to AdamW
-    at ``adam_writes_lr`` times its rate: Muon gives every direction of the stream equal weight,
-    and an SAE there needs far more latents. ``tied``: the output matrix is the token embedding.
-    ``embedding_std``: standard deviation that the token and position embeddings and the output
+    `precision`: fp32, bf16 (autocast) or auto, which is bf16 where the device multiplies bf16
+    faster and the model is wide enough for that to pay. `freeze_bias` keeps every bias of the
+    blocks at zero, which is a GPT-2 without biases. With `train.optimizer=muon`, blocks below
+    number `muon_writes_from` leave the matrices that write into the residual stream to AdamW
+    at `adam_writes_lr` times its rate: Muon gives every direction of the stream equal weight,
+    and an SAE there needs far more latents. `tied`: the output matrix is the token embedding.
+    `embedding_std`: standard deviation that the token and position embeddings and the output
     matrix are drawn with (None: GPT-2's 0.02).
     """
 
@@ -173,12 +173,12 @@ class LMSpec:
             raise UserError(f"lm.temperature={self.temperature} must be positive")
 
     def train_config(self, recipe: dict[str, Any]) -> TrainConfig:
-        """The training numbers for one corpus: ``recipe`` fills in what ``train`` leaves null."""
+        """The training numbers for one corpus: `recipe` fills in what `train` leaves null."""
         return TrainConfig(**{**recipe, **{k: v for k, v in self.train.items() if v is not None}})
 
 
 class TrainedLM(NamedTuple):
-    """A trained model, its numbers, its curves, its folder (a ``save_pretrained`` directory)
+    """A trained model, its numbers, its curves, its folder (a `save_pretrained` directory)
     and the key of everything made from it.
     """
 
@@ -238,7 +238,7 @@ def training_need(spec: LMSpec, cfg: TrainConfig, vocab_size: int, device: torch
 
 def build_lm(spec: LMSpec, vocab_size: int, *, seed: int) -> GPT2LMHeadModel:
     """A GPT-2 with GPT-2's initialisation (residual projections scaled by 1/sqrt(2 n_layer)),
-    weights drawn from ``seed``.
+    weights drawn from `seed`.
     """
     config = GPT2Config(
         vocab_size=vocab_size,
@@ -275,7 +275,7 @@ def build_lm(spec: LMSpec, vocab_size: int, *, seed: int) -> GPT2LMHeadModel:
 def autocast(
     device: torch.device, precision: str, width: int
 ) -> Callable[[], AbstractContextManager[Any]]:
-    """The mixed-precision context for a model of ``width``; a no-op in fp32."""
+    """The mixed-precision context for a model of `width`; a no-op in fp32."""
     if precision == "auto":
         fast = (
             torch.cuda.is_bf16_supported()
@@ -346,7 +346,7 @@ class LMLearner(Learner):
 
     @torch.no_grad()
     def mean_loss(self, split: str, batches: int) -> float:
-        """Mean loss over ``batches`` random batches of a split, the same ones at every call."""
+        """Mean loss over `batches` random batches of a split, the same ones at every call."""
         self.module.eval()
         total = torch.zeros((), dtype=torch.float64)
         for i in range(batches):
@@ -486,7 +486,7 @@ def generate(
     top_k: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Sample ``n`` characters after ``prompt`` (rows, length); returns (rows, length + n).
+    """Sample `n` characters after `prompt` (rows, length); returns (rows, length + n).
 
     A key/value cache makes each step cost one position. When the context is full, the cache is
     rebuilt from the last half of it: GPT-2's positions are absolute, so a window that slid by
@@ -522,7 +522,7 @@ def _prompt_id(corpus: CharCorpus | TokenCorpus, prompt: str) -> int:
 def sampling_rate(
     model: GPT2LMHeadModel, corpus: CharCorpus | TokenCorpus, spec: LMSpec, *, seed: int
 ) -> float | None:
-    """Mean over ``spec.samples`` samples, made one by one, of characters generated per second
+    """Mean over `spec.samples` samples, made one by one, of characters generated per second
     (None when no sample is asked for).
     """
     if not spec.samples:

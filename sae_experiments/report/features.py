@@ -185,7 +185,7 @@ def _strings(feature: Mapping[str, Any], top: float, most: int) -> list[list[Any
 
 
 def _segments(pool: Sequence[str | None]) -> list[list[Any]]:
-    """Neighbouring characters joined: ``[[first row, text], ...]``."""
+    """Neighbouring characters joined: `[[first row, text], ...]`."""
     groups = itertools.groupby(enumerate(pool), key=lambda at: at[1] is not None)
     runs = [list(group) for there, group in groups if there]
     return [[run[0][0], "".join(str(c) for _, c in run)] for run in runs]

@@ -217,23 +217,7 @@ class _Run:
         # The same configuration over another text (a stand-in, a changed file) is another result.
         texts = {name: _text(provenance) for name, provenance in corpora.items()}
         self.hashes["config_hash"] = digest([self.hashes["config_hash"], texts])
-        self.manifest = {
-            **s.about,
-            "label": s.label,
-            "config": s.config,
-            "git": _git(),
-            "versions": _versions(),
-            "device": _device_name(self.device, share),
-            "workers": share.workers,
-            "threads": share.threads or torch.get_num_threads(),
-            "threads_of_first_cell": share.threads_of(0) or torch.get_num_threads(),
-            "corpora": corpora,
-            "metrics": describe(self.study.infos()),
-            **self.hashes,
-            "status": "running",
-            "started": _now(),
-            "pid": os.getpid(),
-        }
+        self.manifest = self._first_manifest(share, corpora)
         self.runner = CellRunner(
             study=self.study, folder=s.folder, hashes=self.hashes, corpora=corpora
         )
@@ -260,6 +244,27 @@ class _Run:
                 f"{'; '.join(self.failures)}"
             )
         return status
+
+    def _first_manifest(self, share: Shares, corpora: Mapping[str, Any]) -> dict[str, Any]:
+        """The manifest at the start of the run."""
+        s = self.settings
+        return {
+            **s.about,
+            "label": s.label,
+            "config": s.config,
+            "git": _git(),
+            "versions": _versions(),
+            "device": _device_name(self.device, share),
+            "workers": share.workers,
+            "threads": share.threads or torch.get_num_threads(),
+            "threads_of_first_cell": share.threads_of(0) or torch.get_num_threads(),
+            "corpora": corpora,
+            "metrics": describe(self.study.infos()),
+            **self.hashes,
+            "status": "running",
+            "started": _now(),
+            "pid": os.getpid(),
+        }
 
     def _keep_source(self) -> None:
         """Keep the user's own modules (an SAE in experiment.py) as they ran, in `source/`."""

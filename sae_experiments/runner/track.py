@@ -164,7 +164,7 @@ def mode_of(wandb: Any) -> str:
         wandb: the module.
 
     Returns:
-        What WANDB_MODE says, or ``wandb offline`` and ``wandb disabled`` said;
+        What WANDB_MODE says, or `wandb offline` and `wandb disabled` said;
         else online with an API key and offline without one.
     """
     settings = wandb.setup().settings

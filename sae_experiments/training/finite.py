@@ -33,10 +33,10 @@ class FiniteGuard:
         self.last: tuple[Any, Tensor]
 
     def see(self, step: int, loss: Any, norm: Tensor) -> None:
-        """Raise :class:`NonFinite` if the loss or gradient norm of `step` is not finite.
+        """Raise `NonFinite` if the loss or gradient norm of `step` is not finite.
 
         Reading a number from an accelerator would stall its queue. There the first such step is
-        kept on the device, and :meth:`check` reads it every few steps and before anything is
+        kept on the device, and `check` reads it every few steps and before anything is
         written. What is trained in between is thrown away.
         """
         if self.at_once:
@@ -49,12 +49,12 @@ class FiniteGuard:
         self.first_bad, self.last = torch.where(bad, step, self.first_bad), (loss, norm)
 
     def check(self) -> None:
-        """Raise :class:`NonFinite` if any step so far was not finite."""
+        """Raise `NonFinite` if any step so far was not finite."""
         if self.first_bad is not None and (step := int(self.first_bad)) >= 0:
             raise NonFinite(self._told(step, *self.last))
 
     def weights(self, step: int) -> None:
-        """Raise :class:`NonFinite` if a weight is not finite after the update of `step`.
+        """Raise `NonFinite` if a weight is not finite after the update of `step`.
 
         No later loss would show a weight that the last update broke.
         """
@@ -67,7 +67,7 @@ class FiniteGuard:
                 )
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
-        """Raise :class:`NonFinite` if a held-out number, taken after `step`, is not finite."""
+        """Raise `NonFinite` if a held-out number, taken after `step`, is not finite."""
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NonFinite(

@@ -193,10 +193,10 @@ class Learner:
         ]
 
     def begin(self, phase: str) -> None:
-        """Called before the first step of ``phase`` (not again on resume within it)."""
+        """Called before the first step of `phase` (not again on resume within it)."""
 
     def loss(self, batch: Any, info: StepInfo) -> Loss:
-        """The training loss of ``batch``; leaves every parameter and buffer as it was."""
+        """The training loss of `batch`; leaves every parameter and buffer as it was."""
         raise NotImplementedError
 
     def before_update(self) -> None:
@@ -206,14 +206,14 @@ class Learner:
         """Called after the optimiser has stepped: the only place that may write buffers."""
 
     def finish(self, phase: str) -> None:
-        """Called after the last step of ``phase``."""
+        """Called after the last step of `phase`."""
 
     def observe(self, loss: Loss, info: StepInfo) -> dict[str, float]:
-        """Further numbers for the log (called every ``log_every`` steps, must not change state)."""
+        """Further numbers for the log (called every `log_every` steps, must not change state)."""
         return {}
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Held-out numbers, every ``eval_every`` steps and at the end (must not change state)."""
+        """Held-out numbers, every `eval_every` steps and at the end (must not change state)."""
         return {}
 
 

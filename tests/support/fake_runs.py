@@ -106,7 +106,7 @@ INFOS = [
 ]
 
 
-def make_run(
+def make_run(  # noqa: PLR0913 (keyword-only settings)
     root: Path,
     name: str,
     *,

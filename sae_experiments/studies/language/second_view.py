@@ -21,9 +21,9 @@ from sae_experiments.training.loop import seed_of
 
 class SecondView:
     """A twin of the training store, over the same windows with every character replaced with
-    probability ``share`` by another one.
+    probability `share` by another one.
 
-    ``batch_at`` gives the batches of ``stores`` with ``alt`` filled in. A row whose own
+    `batch_at` gives the batches of `stores` with `alt` filled in. A row whose own
     character was replaced is its own second view: only what came before a position may differ.
     """
 
@@ -60,7 +60,7 @@ class SecondView:
         ).flatten()
 
     def replaced(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Ids (n, T) of the windows at ``starts`` with replacements, and where these are; a
+        """Ids (n, T) of the windows at `starts` with replacements, and where these are; a
         function of each window alone.
         """
         length = self.stores.train.length
@@ -72,7 +72,7 @@ class SecondView:
         return torch.where(gone, (ids + shift) % symbols, ids), gone
 
     def batch_at(self, step: int, read: Where, write: Any) -> Batch:
-        """The batch of ``step`` with its second view."""
+        """The batch of `step` with its second view."""
         batch = self.stores.batch_at(step, read, write)
         index = self.stores.index_at(step)
         alt = rows_of(self.store, read, index).to(batch.x.device)

@@ -44,7 +44,7 @@ class Stores:
     held-out ones come from the validation split.
 
     The held-out windows, and so their rows, stand in an order in which the first ones, however
-    many, are spread over the whole split (:func:`.sampling.spread_order`); eight neighbours at
+    many, are spread over the whole split (`sampling.spread_order`); eight neighbours at
     a time stay together, which is what metrics take for a document. The rows of the other two
     follow the text.
     """
@@ -60,26 +60,48 @@ class Stores:
         *,
         held_out: str = "val",
     ) -> None:
-        self.fit, self.corpus, self.model, self.seed, self.device = (
-            fit,
-            corpus,
-            lm.model,
-            seed,
-            ctx.device,
-        )
-        self.order = seed  # of the batches; the windows are those of ``seed``
-        length = lm.model.config.n_positions
+        self.fit = fit
+        self.corpus = corpus
+        self.model = lm.model
+        self.seed = seed
+        self.device = ctx.device
+        #: Seed of the order of the batches; the windows are those of `seed`.
+        self.order = seed
         began = time.monotonic()
+        parts = self._parts(lm, held_out)
+        #: Place of the rows while they are used: disk, memory or stream.
+        self.kind = kind_of(fit, list(parts.values()), sites, ctx.cache)
+        announce_memory(self.kind, fit, list(parts.values()), sites, ctx)
+        self.calibration = self._collected("calibration", parts, sites, ctx)
+        self.held_out = self._collected("held-out", parts, sites, ctx)
+        self.train: Store | Stream
+        if self.kind == "stream":
+            self.train = Stream(
+                *parts["train"],
+                sites,
+                chunk_rows=fit.chunk_rows,
+                batch_rows=fit.train.batch_size,
+                kept=self.calibration.kept,
+            )
+        else:
+            self.train = self._collected("train", parts, sites, ctx)
+        self.seconds = time.monotonic() - began
+
+    def _parts(self, lm: TrainedLM, held_out: str) -> dict[str, Part]:
+        """Windows for training, calibration and evaluation; also sets `split`."""
+        fit, corpus = self.fit, self.corpus
+        length = lm.model.config.n_positions
         train, calibration = split_windows(
             corpus.window_starts("train", length),
             length,
             fit.train_rows,
             fit.calibration_rows,
-            seed_of(seed, "windows"),
+            seed_of(self.seed, "windows"),
         )
         windows = {
             name: corpus.window_starts(name, length) for name in corpus.splits if name != "train"
         }
+        #: Split of the text that the held-out windows lie in.
         self.split, held = held_out_starts(windows, held_out, length, fit.held_out_rows)
 
         def source(split: str) -> Source:
@@ -93,34 +115,20 @@ class Stores:
                 batch=fit.collect_batch,
             )
 
-        parts = {
+        return {
             "train": (source("train"), train),
             "calibration": (source("train"), calibration),
             "held-out": (source(self.split), held),
         }
-        #: Where the rows are while they are used: disk, memory or stream.
-        self.kind = kind_of(fit, list(parts.values()), sites, ctx.cache)
-        announce_memory(self.kind, fit, list(parts.values()), sites, ctx)
 
-        def store(what: str) -> Store:
-            with ctx.console.stage(f"collect {what}", "window") as tick:
-                if self.kind == "disk":
-                    return collect(*parts[what], sites, cache=ctx.cache, tick=tick)
-                return Store.in_memory(*parts[what], sites, tick)
-
-        self.calibration, self.held_out = store("calibration"), store("held-out")
-        self.train: Store | Stream
-        if self.kind == "stream":
-            self.train = Stream(
-                *parts["train"],
-                sites,
-                chunk_rows=fit.chunk_rows,
-                batch_rows=fit.train.batch_size,
-                kept=self.calibration.kept,
-            )
-        else:
-            self.train = store("train")
-        self.seconds = time.monotonic() - began
+    def _collected(
+        self, name: str, parts: Mapping[str, Part], sites: Sequence[Site], ctx: Context
+    ) -> Store:
+        """The activations of one part, collected on disk or in memory."""
+        with ctx.console.stage(f"collect {name}", "window") as tick:
+            if self.kind == "disk":
+                return collect(*parts[name], sites, cache=ctx.cache, tick=tick)
+            return Store.in_memory(*parts[name], sites, tick)
 
     def for_pass(self, read: Where, write: Where) -> Stores:
         """The same stores for a fit that reads and rebuilds these sites alone."""
@@ -265,9 +273,9 @@ def announce_memory(
 
 
 def effect_of(model: nn.Module, site: Site, tokens: Tensor, recon: Tensor) -> dict[str, Tensor]:
-    """Effect of a reconstruction (B*T, D) at `site`: ``kl``, mean KL(p || p') of the next
-    character, and ``later``, the mean over later blocks of the error it causes in the residual
-    stream relative to that stream's variance. Differentiable in ``recon``.
+    """Effect of a reconstruction (B*T, D) at `site`: `kl`, mean KL(p || p') of the next
+    character, and `later`, the mean over later blocks of the error it causes in the residual
+    stream relative to that stream's variance. Differentiable in `recon`.
     """
     n_layer = len(blocks_of(model))
     first = site.layer + (site.stream == "resid")

@@ -413,25 +413,14 @@ class Language:
             replicas=replicas,
             extras={"latents": list(self.described_latents())},
         )
-        outcome = Outcome(
-            metrics=dict(lm.metrics), cut=lm.cut or fitted.cut, warnings=stores.short()
-        )
-        outcome.facts = facts.of_language(lm, corpus) | facts.of_sae(
-            sae, facts.of_sites(read, write)
-        )
+        outcome = of_training(lm, stores, fitted)
+        outcome.facts = facts.of_language(lm, corpus)
+        outcome.facts |= facts.of_sae(sae, facts.of_sites(read, write))
         outcome.facts |= {"store": self.fit.store_dtype, "replicas": len(replicas)}
         outcome.facts["rows"] = stores.kind
         outcome.add_fit(fitted)
-        outcome.metrics |= {
-            "sae_train_time": fitted.seconds,
-            "sae_tokens_per_second": fitted.rows_per_second,
-        }
         if self.saes[name].path:
             loaded.record(outcome, self.saes[name])
-        outcome.curves = [(s, f"lm/{n}", v) for s, n, v in lm.history] + [
-            (s, f"sae/{n}", v) for s, n, v in fitted.history
-        ]
-        outcome.seconds = {"lm": lm.seconds, "collect": stores.seconds, "fit": fitted.seconds}
         with ctx.console.stage(f"measure {name}", "metric") as tick:
             outcome.measure(self.metrics, evaluation, ctx.ends, tick)
         if self.reads_tokens:
@@ -440,17 +429,29 @@ class Language:
         spent = took("fitted", fitted.seconds, from_cache=fitted.from_cache)
         how = "loaded" if self.saes[name].path else spent
         ctx.console.say(f"  {name}: {headline(outcome.metrics)} ({how})")
-        costs = {
-            k.removeprefix("metric."): s
-            for k, s in outcome.seconds.items()
-            if k.startswith("metric.")
-        }
-        most = sorted(costs.items(), key=lambda cost: -cost[1])[:4]
-        ctx.console.say(
-            f"  metrics took {sum(costs.values()):.0f} s, most of it"
-            f" {', '.join(f'{k} {s:.1f}' for k, s in most)}"
-        )
+        _say_costs(outcome.seconds, ctx)
         return outcome
+
+
+def of_training(lm: TrainedLM, stores: Stores, fitted: FitReport) -> Outcome:
+    """Numbers, curves and seconds of the language model, of its activations and of a fit."""
+    outcome = Outcome(metrics=dict(lm.metrics), warnings=stores.short())
+    outcome.cut = lm.cut or fitted.cut
+    outcome.metrics["sae_train_time"] = fitted.seconds
+    outcome.metrics["sae_tokens_per_second"] = fitted.rows_per_second
+    outcome.curves = [(step, f"lm/{name}", value) for step, name, value in lm.history]
+    outcome.curves += [(step, f"sae/{name}", value) for step, name, value in fitted.history]
+    outcome.seconds = {"lm": lm.seconds, "collect": stores.seconds, "fit": fitted.seconds}
+    return outcome
+
+
+def _say_costs(seconds: Mapping[str, float], ctx: Context) -> None:
+    """Print the time that metrics took, and the slowest of them."""
+    prefix = "metric."
+    costs = {k.removeprefix(prefix): s for k, s in seconds.items() if k.startswith(prefix)}
+    slowest = sorted(costs.items(), key=lambda cost: -cost[1])[:4]
+    listed = ", ".join(f"{name} {s:.1f}" for name, s in slowest)
+    ctx.console.say(f"  metrics took {sum(costs.values()):.0f} s, most of it {listed}")
 
 
 def _add_token_metrics(outcome: Outcome, corpus: Corpus, split: str) -> None:
