@@ -43,8 +43,12 @@ bench: install   ## speed and memory beside the peers (PEERS_PYTHON=... adds the
 golden: testing  ## tests/golden/ anew, after a change that is meant to move numbers
 	PYTHONPATH=tests $(BIN)/python -m support.golden
 
-check: testing   ## style
+check: testing   ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(MAKE) types
+
+types: testing   ## types of the package, experiment.py and plot.py
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 lock:            ## constraints.txt anew: the newest versions that pyproject.toml allows, for Python 3.10 to 3.13
 	$(PYTHON) -m venv $(VENV)-lock && $(VENV)-lock/bin/python -m pip install -q uv
@@ -64,4 +68,4 @@ oldest:          ## the quick tests with the oldest versions that pyproject.toml
 	$(VENV)-oldest/bin/python -m pip install -q -c $(VENV)-oldest/oldest.txt -e '.[test]'
 	$(VENV)-oldest/bin/python -m pytest -q -n $(WORKERS)
 
-.PHONY: help install testing run plot test slow real real-extra bench golden check lock newest oldest
+.PHONY: help install testing run plot test slow real real-extra bench golden check types lock newest oldest
