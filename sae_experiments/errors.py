@@ -1,4 +1,4 @@
-"""Errors that are shown to the user as one line without a traceback."""
+"""Errors: those of users, shown as one line without a traceback, and the words of all others."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def first_line(error: BaseException | None) -> str:
         kind = type(error).__name__
         error = error.__cause__ or error.__context__
     return kind
+
+
+def with_kind(error: BaseException) -> str:
+    """An error in one string, with the name of its class."""
+    return f"{type(error).__name__}: {error}"
 
 
 def of_type(value: object, kind: type[T]) -> T:

@@ -144,3 +144,8 @@ def sha256_file(path: Path, block: int = 1 << 20) -> str:
         while data := f.read(block):
             sha256.update(data)
     return sha256.hexdigest()
+
+
+def rounded(value: float, digits: int) -> float:
+    """A number with this many significant digits, as short as files need it."""
+    return float(f"{value:.{digits}g}")

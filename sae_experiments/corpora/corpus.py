@@ -220,9 +220,7 @@ class CharCorpus:
                 f"windows of {length} at {starts.min()} to {starts.max()} are not inside the"
                 f" {len(ids):,} characters of {split}"
             )
-        return torch.from_numpy(
-            np.lib.stride_tricks.sliding_window_view(ids, length)[starts].astype(np.int64)
-        )
+        return windows_of(ids, starts, length)
 
     def _split(self, split: str) -> np.ndarray:
         if split not in self.splits:
@@ -233,6 +231,12 @@ class CharCorpus:
 
     def _points(self) -> np.ndarray:
         return np.array([ord(symbol) for symbol in self.symbols], dtype="<u4")
+
+
+def windows_of(ids: np.ndarray, starts: np.ndarray, length: int) -> torch.Tensor:
+    """Windows of `length` ids that begin at `starts` (n,), int64 (n, length)."""
+    views = np.lib.stride_tricks.sliding_window_view(ids, length)
+    return torch.from_numpy(views[np.asarray(starts, dtype=np.int64)].astype(np.int64))
 
 
 def window_starts(n: int, length: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_experiments.errors import UserError
+from sae_experiments.errors import UserError, first_line
 from sae_experiments.files import digest, sha256_file
 
 #: Largest number of characters of a piece.
@@ -191,7 +191,7 @@ class HubSpec(SplitSpec):
             except UserError:
                 raise
             except Exception as error:
-                raise UserError(f"{where} cannot be read ({_line(error)})") from error
+                raise UserError(f"{where} cannot be read ({first_line(error)[:200]})") from error
 
         def parts() -> Iterator[tuple[str | None, Iterator[Piece]]]:
             yield None, rows()
@@ -262,7 +262,9 @@ def _records(path: Path, column: str, where: str) -> Iterator[Piece]:
     except UserError:
         raise
     except (ValueError, OSError, EOFError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON lines in UTF-8 ({_line(error)})") from error
+        raise UserError(
+            f"{where} is not JSON lines in UTF-8 ({first_line(error)[:200]})"
+        ) from error
 
 
 def _lines(path: Path, where: str) -> Iterable[bytes]:
@@ -288,7 +290,9 @@ def _parquet(path: Path, column: str, where: str) -> Iterator[Piece]:
                 for i, text in enumerate(batch.column(0).to_pylist()):
                     yield from _document({column: text}, column, f"{where} row {i}")
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{where} is not a whole parquet file ({_line(error)})") from error
+        raise UserError(
+            f"{where} is not a whole parquet file ({first_line(error)[:200]})"
+        ) from error
 
 
 def _document(record: Any, column: str, where: str) -> Iterator[Piece]:
@@ -306,8 +310,3 @@ def _optional(module: str, where: str, extra: str) -> Any:
         raise UserError(
             f"{where} needs {module}: pip install 'sae-experiments[{extra}]'"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__

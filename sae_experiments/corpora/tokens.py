@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sae_experiments.cache import cached
+from sae_experiments.corpora.corpus import windows_of
 from sae_experiments.corpora.documents import Piece, Source, SplitSpec
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest, read_json, write_json
@@ -21,7 +22,6 @@ from sae_experiments.source import source_digest
 
 #: Pieces of text that are encoded together.
 BATCH = 64
-SPLITS = ("train", "val", "test")
 
 #: Maps texts to token ids.
 Encode = Callable[[Sequence[str]], list[list[int]]]
@@ -86,8 +86,7 @@ class TokenCorpus:
 
     def windows(self, split: str, starts: np.ndarray, length: int) -> torch.Tensor:
         """Windows of `length` ids that begin at `starts` (n,), int64 (n, length)."""
-        views = np.lib.stride_tricks.sliding_window_view(self.splits[split], length)
-        return torch.from_numpy(views[np.asarray(starts, dtype=np.int64)].astype(np.int64))
+        return windows_of(self.splits[split], starts, length)
 
     def batch_at(
         self, split: str, step: int, *, rows: int, length: int, seed: int

@@ -197,3 +197,12 @@ class EvalContext:
             y = x if self.reconstructs_input else self.targets(part).to(self.device)
             acts = self.sae.encode(x)
             yield Rows(x, y, acts.float(), self.sae.reconstruct(x, acts).float())
+
+
+def next_log_probs(logits: Tensor) -> Tensor:
+    """Log-probabilities (B, T - 1, V), float32, of the next token at all positions but the first.
+
+    Args:
+        logits: Logits (B, T, V) of windows.
+    """
+    return logits[:, 1:].float().log_softmax(-1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sae_experiments.conditions import OF_MODEL_ON_ROWS
-from sae_experiments.metrics.base import EvalContext, LMSplice, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, LMSplice, Measured, MetricInfo, next_log_probs
 from sae_experiments.metrics.codes import nulls
 from sae_experiments.metrics.noise import noise_of
 from sae_experiments.models.hooks import Site, capture, prefix_of, spliced
@@ -225,5 +225,4 @@ def _summary(losses: dict[str, float]) -> Measured:
 
 def _log_probs(model: nn.Module, x: Tensor) -> Tensor:
     """Log-probabilities (n, V), float32, of the next character at all positions but the first."""
-    logits = model(input_ids=x, use_cache=False).logits[:, 1:]
-    return logits.reshape(-1, logits.shape[-1]).float().log_softmax(-1)
+    return next_log_probs(model(input_ids=x, use_cache=False).logits).flatten(0, 1)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
+from sae_experiments.files import rounded
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.text.contexts import contexts_of, quantile_rows, top_rows
@@ -132,9 +133,9 @@ def _statistics(latent: int, z: sparse.csc_matrix, bins: int) -> dict[str, Any]:
     largest = float(values.max())
     return {
         "latent": latent,
-        "density": _three_digits(len(values) / z.get_shape()[0]),
-        "max": _three_digits(largest),
-        "mean": _three_digits(float(values.mean())),
+        "density": rounded(len(values) / z.get_shape()[0], 3),
+        "max": rounded(largest, 3),
+        "mean": rounded(float(values.mean()), 3),
         "histogram": np.histogram(values, bins, (0, largest))[0].tolist(),
     }
 
@@ -176,8 +177,8 @@ def _add_logit_effect(features: dict[int, dict[str, Any]], ctx: EvalContext, opt
             return
         for logits, (_, feature) in zip(effect, part, strict=True):
             best, worst = (_largest(sign * logits, opts.characters) for sign in (1, -1))
-            feature["promotes"] = [[ctx.spell(i), _three_digits(logits[i])] for i in best]
-            feature["suppresses"] = [[ctx.spell(i), _three_digits(logits[i])] for i in worst]
+            feature["promotes"] = [[ctx.spell(i), rounded(logits[i], 3)] for i in best]
+            feature["suppresses"] = [[ctx.spell(i), rounded(logits[i], 3)] for i in worst]
 
 
 def _largest(values: np.ndarray, n: int) -> list[int]:
@@ -229,9 +230,7 @@ def followers(z: sparse.csc_matrix, text: Text, n: int) -> tuple[list[list[list[
         for latent, row in enumerate(best.tolist()):
             shares = [(int(points[i]), p[latent, i], lift[latent, i]) for i in row]
             positive = [s for i, s in zip(row, shares, strict=True) if terms[latent, i] > 0]
-            listed.append(
-                [[text.spell(s), _three_digits(a), _three_digits(b)] for s, a, b in positive]
-            )
+            listed.append([[text.spell(s), rounded(a, 3), rounded(b, 3)] for s, a, b in positive])
     return listed, np.concatenate(bits)
 
 
@@ -266,7 +265,7 @@ def pairs_of(z: sparse.csc_matrix, names: np.ndarray, rows: int, n: int) -> list
     partners = []
     for latent, row in enumerate(order.tolist()):
         correlated = [i for i in row if phi[latent, i]]
-        partners.append([[int(names[i]), _three_digits(phi[latent, i])] for i in correlated])
+        partners.append([[int(names[i]), rounded(phi[latent, i], 3)] for i in correlated])
     return partners
 
 
@@ -361,12 +360,8 @@ def stability(sae: SAE, replicas: tuple[SAE, ...], latents: np.ndarray) -> list[
         return []
     rows = _unit_decoder(sae)[latents]
     largest = [(rows @ _unit_decoder(replica).T).max(1).values for replica in replicas]
-    return [_three_digits(cosine) for cosine in torch.stack(largest).mean(0).tolist()]
+    return [rounded(cosine, 3) for cosine in torch.stack(largest).mean(0).tolist()]
 
 
 def _unit_decoder(sae: SAE) -> Tensor:
     return F.normalize(sae.W_dec.detach().float(), dim=1)
-
-
-def _three_digits(value: float) -> float:
-    return float(f"{value:.3g}")

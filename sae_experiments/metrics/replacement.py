@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_experiments.errors import UserError
 from sae_experiments.metric_info import info
-from sae_experiments.metrics.base import EvalContext, Measured
+from sae_experiments.metrics.base import EvalContext, Measured, next_log_probs
 from sae_experiments.metrics.codes import nulls
 from sae_experiments.models.frozen import FrozenModel
 from sae_experiments.models.hooks import Site, blocks_of, capture, patched
@@ -157,12 +157,12 @@ def _window_sums(
 ) -> _Sums:
     """Losses and divergences of some windows."""
     targets = y[:, 1:].reshape(-1)
-    clean = _log_probs(model(input_ids=x, use_cache=False).logits)
-    live = _log_probs(replaced_logits(model, x, sae.replacement(x.shape)))
+    clean = next_log_probs(model(input_ids=x, use_cache=False).logits).flatten(0, 1)
+    live = next_log_probs(replaced_logits(model, x, sae.replacement(x.shape))).flatten(0, 1)
     held = clean
     if frozen is not None:
         run = frozen.run(sae.replacement(x.shape), hold_attention=True, hold_norms=True)
-        held = _log_probs(run.logits)
+        held = next_log_probs(run.logits).flatten(0, 1)
 
     def loss(log_p: Tensor) -> float:
         return float(F.nll_loss(log_p, targets, reduction="sum"))
@@ -217,8 +217,3 @@ def with_errors_gap(model: CausalLM, sae: CrossLayerTranscoder, tokens: Tensor) 
         errors.append(seen[writes[k]] - recon)
     again = replaced_logits(model, tokens, lambda k, x: mlp(k, x) + errors[k])
     return float((again - clean).abs().max())
-
-
-def _log_probs(logits: Tensor) -> Tensor:
-    """Log-probabilities (n, V) at all positions but the first."""
-    return logits[:, 1:].reshape(-1, logits.shape[-1]).float().log_softmax(-1)

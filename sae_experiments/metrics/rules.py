@@ -10,6 +10,7 @@ import numpy as np
 from scipy import sparse
 from scipy.stats import chi2
 
+from sae_experiments.files import rounded
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, Text, nulls, read_text, sparse_codes
 from sae_experiments.metrics.noise import DRAWS, document_weights, noise_over
@@ -31,6 +32,7 @@ from sae_experiments.metrics.text.patterns import (
     unpack,
 )
 from sae_experiments.metrics.text.token_concepts import token_classes
+from sae_experiments.sampling import evenly_spaced
 
 INFO = [
     MetricInfo(
@@ -218,7 +220,7 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
     alive = np.flatnonzero(fires >= opts.min_fires)
     if not len(alive):
         return nulls(INFO, f"no latent fires {opts.min_fires} times in both halves of the text")
-    picked = _evenly_spaced(alive, opts.latents)
+    picked = evenly_spaced(alive, opts.latents)
     rng = np.random.default_rng(opts.seed)
 
     def describe_all(latents: Iterable[int]) -> dict[int, Description]:
@@ -247,9 +249,9 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
     features = []
     for j, description in (described | more).items():
         concept = halves.concepts[match.concept[j]].name if match.phi[j] else None
-        feature = {"latent": j, "threshold": _four_digits(float(limits[j]))}
+        feature = {"latent": j, "threshold": rounded(float(limits[j]), 4)}
         feature |= _rule_feature(description) | _order_feature(simulated, j)
-        feature |= {"concept": concept, "phi": _four_digits(float(match.phi[j]))}
+        feature |= {"concept": concept, "phi": rounded(float(match.phi[j]), 4)}
         features.append(feature)
     measured = _report(described, shuffled, match.phi, opts.interpretable)
     measured = measured._replace(features=features)
@@ -455,14 +457,6 @@ def _column_sums(matrix: sparse.csr_matrix) -> np.ndarray:
     return np.asarray(matrix.sum(0)).ravel()
 
 
-def _evenly_spaced(latents: np.ndarray, n: int | None) -> np.ndarray:
-    """`n` latents from the first to the last one (None: all)."""
-    if n is None:
-        return latents
-    places = np.linspace(0, len(latents) - 1, min(n, len(latents))).round().astype(int)
-    return latents[np.unique(places)]
-
-
 def _spread(items: Sequence[int] | np.ndarray, n: int) -> list[int]:
     """`n` of the items, evenly spaced: the first latents of a Matryoshka SAE are no sample."""
     if not n:
@@ -484,10 +478,10 @@ def _shuffled_order(n: int, rng: np.random.Generator) -> np.ndarray:
 def _rule_feature(description: Description) -> dict[str, Any]:
     return {
         "rule": description.words,
-        "precision": _four_digits(description.precision),
-        "recall": _four_digits(description.recall),
-        "f1": _four_digits(description.f1),
-        "lift": _four_digits(description.lift),
+        "precision": rounded(description.precision, 4),
+        "recall": rounded(description.recall, 4),
+        "f1": rounded(description.f1, 4),
+        "lift": rounded(description.lift, 4),
         "length": description.length,
     }
 
@@ -496,12 +490,8 @@ def _order_feature(simulated: Simulated, j: int) -> dict[str, Any]:
     r2 = float(simulated.best[j])
     return {
         "order": int(simulated.order[j]),
-        "r2": None if np.isnan(r2) else _four_digits(r2),
+        "r2": None if np.isnan(r2) else rounded(r2, 4),
     }
-
-
-def _four_digits(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def _report(

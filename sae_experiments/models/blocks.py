@@ -324,8 +324,3 @@ def check_order(upstream: Site, downstream: Site) -> None:
             f"upstream.site={upstream} does not come before downstream.site={downstream}: "
             "nothing at the one can reach the other"
         )
-
-
-def n_blocks(model: nn.Module) -> int:
-    """Number of blocks of a model."""
-    return len(blocks_of(model))

@@ -385,7 +385,7 @@ def train_lm(
     cfg = spec.train_config(recipe)
     key = {
         "what": "lm",
-        "spec": _to_jsonable(spec) | {"train": _to_jsonable(cfg)},
+        "spec": _as_json(spec) | {"train": _as_json(cfg)},
         "corpus": corpus.key,
         "seed": seed,
         "device": device.type,
@@ -470,7 +470,7 @@ def _final_evaluation(learner: LMLearner) -> dict[str, float]:
     }
 
 
-def _to_jsonable(value: Any) -> dict[str, Any]:
+def _as_json(value: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     return json.loads(json.dumps(asdict(value), default=str))

@@ -19,8 +19,8 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 
-from sae_experiments.corpora.corpus import window_starts
-from sae_experiments.errors import UserError
+from sae_experiments.corpora.corpus import window_starts, windows_of
+from sae_experiments.errors import UserError, first_line
 from sae_experiments.files import read_json, sha256_file
 from sae_experiments.models import hub  # noqa: F401 (keeps transformers from the network)
 from sae_experiments.models.layouts import LAYOUTS, CausalLM, Sizes, moved, sizes_of_config
@@ -91,8 +91,7 @@ class TokenText:
 
     def windows(self, split: str, starts: np.ndarray, length: int) -> torch.Tensor:
         """Windows of `length` ids that begin at `starts` (n,), int64 (n, length)."""
-        views = np.lib.stride_tricks.sliding_window_view(self.splits[split], length)
-        return torch.from_numpy(views[np.asarray(starts, dtype=np.int64)].astype(np.int64))
+        return windows_of(self.splits[split], starts, length)
 
 
 def sizes_of(
@@ -119,7 +118,7 @@ def sizes_of(
         sizes = sizes_of_config(config, where)
     except LOADING as error:
         raise UserError(
-            f"{where}: {CONFIG} is not that of a language model ({_line(error)})"
+            f"{where}: {CONFIG} is not that of a language model ({first_line(error)[:200]})"
         ) from error
     if config.model_type not in kinds:
         raise UserError(
@@ -224,8 +223,8 @@ def parameters_of(folder: Path, where: str) -> int:
                 total += sum(int(np.prod(f.get_slice(name).get_shape())) for name in names)
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{where}: {path.name} is not a whole safetensors file ({_line(error)}): fetch it "
-                "again"
+                f"{where}: {path.name} is not a whole safetensors file "
+                f"({first_line(error)[:200]}): fetch it again"
             ) from error
     return total
 
@@ -264,7 +263,7 @@ def _read(
             model, info = loaded
     except LOADING as error:
         raise UserError(
-            f"{where} cannot be loaded as a causal language model ({_line(error)})"
+            f"{where} cannot be loaded as a causal language model ({first_line(error)[:200]})"
         ) from error
     unexpected = sorted(k for k in info["unexpected_keys"] if not MASKS.search(k))
     return model, sorted(info["missing_keys"]), unexpected
@@ -306,7 +305,7 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"local.text={path} cannot be read as UTF-8 text ({_line(error)})"
+            f"local.text={path} cannot be read as UTF-8 text ({first_line(error)[:200]})"
         ) from error
 
 
@@ -387,7 +386,8 @@ def _tokenizer(folder: Path, where: str) -> Any:
             )
     except LOADING as error:
         raise UserError(
-            f"{where} has a tokenizer that cannot be read ({_line(error)}): put its files there"
+            f"{where} has a tokenizer that cannot be read ({first_line(error)[:200]}): "
+            "put its files there"
         ) from error
 
 
@@ -432,8 +432,3 @@ def tokenizer_of(folder: Path, *, vocabulary: int, key: str = "lm.path") -> Toke
         begin=begin if begin is None or begin < vocabulary else None,
         key={"what": "tokenizer", "files": digests},
     )
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__

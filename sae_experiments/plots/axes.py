@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from sae_experiments.plots.style import ALARM
-from sae_experiments.plots.text import short_list
+from sae_experiments.results.notes import short_list
 from sae_experiments.results.table import Run
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from sae_experiments.plots.selection import Row
-from sae_experiments.plots.text import short_list
+from sae_experiments.results.notes import short_list
 from sae_experiments.results.table import Run, RunTable
 
 OVER_SEEDS = "error bars: ±1 standard error over seeds (none where n = 1)"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from sae_experiments.results.compare import DIRECTION
 from sae_experiments.results.table import RunTable
 
@@ -32,14 +30,6 @@ def clip(text: str, width: int = 38) -> str:
     head = width // 2
     tail = width - head - 1
     return f"{text[:head]}…{text[-tail:]}"
-
-
-def short_list(names: Sequence[str], most: int = 4) -> str:
-    """Format names as `a, b, c, d and 4 more`."""
-    listed = ", ".join(names[:most])
-    if len(names) > most:
-        listed += f" and {len(names) - most} more"
-    return listed
 
 
 def metric_label(table: RunTable, metric: str, *, direction: bool = True) -> str:

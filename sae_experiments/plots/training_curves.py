@@ -18,7 +18,8 @@ from sae_experiments.plots.base import NothingToDrawError, finish, panels, style
 from sae_experiments.plots.captions import caption
 from sae_experiments.plots.selection import limit
 from sae_experiments.plots.style import RunStyle, run_handle, run_styles
-from sae_experiments.plots.text import clip, percent, short_list
+from sae_experiments.plots.text import clip, percent
+from sae_experiments.results.notes import short_list
 from sae_experiments.results.table import Run, RunTable
 
 

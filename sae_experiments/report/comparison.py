@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -15,7 +15,7 @@ from sae_experiments.results.headline import (
     SHORT,
     groups_of,
     headline,
-    of_the_model,
+    model_lines,
 )
 from sae_experiments.results.notes import WARNING, corpus_lines, notes
 from sae_experiments.results.numbers import delta_text, missing, value_text, with_error
@@ -72,30 +72,18 @@ def _dataset(runs: RunTable, cells: Cells, dataset: str) -> Markup:
     names = [tag("th", _metric(runs, metric, short=True), scope="col") for metric in ordered]
     head = tag("thead", tag("tr", first, heads), tag("tr", names))
     grid = tag("table", head, tag("tbody", body), class_="numbers main")
-    lines = [*corpus_lines(runs, dataset), *_model_lines(runs, cells, shown, dataset)]
+
+    def text_of(name: str, metric: str) -> str | None:
+        key = dataset, metric, name
+        return value_text(cells[key]) if key in cells else None
+
+    run_names = [run.name for run in shown]
+    lines = [*corpus_lines(runs, dataset), *model_lines(runs, dataset, run_names, text_of)]
     return join(
         tag("h3", dataset),
         tag("p", "; ".join(lines), class_="quiet about-text"),
         tag("div", grid, class_="scroll", tabindex="0", role="region", aria_label=dataset),
     )
-
-
-def _model_lines(runs: RunTable, cells: Cells, shown: Sequence[Run], dataset: str) -> list[str]:
-    """Numbers of the language model, once if every run has the same."""
-    lines = []
-    for metric in of_the_model(runs, dataset):
-        values = {
-            run.name: value_text(cells[dataset, metric, run.name])
-            for run in shown
-            if (dataset, metric, run.name) in cells
-        }
-        info = runs.info(metric)
-        label = f"{info['title']} ({info['unit']})" if info["unit"] else info["title"]
-        if len(set(values.values())) == 1:
-            lines.append(f"{label}: {next(iter(values.values()))}")
-        else:
-            lines.append(f"{label}: " + "; ".join(f"{n} {v}" for n, v in values.items()))
-    return lines
 
 
 def _name(runs: RunTable, run: Run) -> Markup:

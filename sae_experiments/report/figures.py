@@ -21,10 +21,10 @@ from sae_experiments.plots.base import (
     save,
     save_for_paper,
 )
-from sae_experiments.plots.text import short_list
 from sae_experiments.report.page import Picture, write_report
 from sae_experiments.results.compare import compare
 from sae_experiments.results.markdown import markdown
+from sae_experiments.results.notes import short_list
 from sae_experiments.results.table import RunTable, find_runs, runs_in, table_of_run
 from sae_experiments.results.terminal import terminal
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sae_experiments.results.table import RunTable
 
@@ -62,6 +62,30 @@ def of_the_model(table: RunTable, dataset: str) -> list[str]:
     """Metrics of the language model that some run has on a dataset."""
     valued = _valued(table, dataset)
     return [metric for metric in OF_THE_MODEL if metric in valued]
+
+
+def model_lines(
+    table: RunTable, dataset: str, names: Sequence[str], texts: Callable[[str, str], str | None]
+) -> list[str]:
+    """Lines with the numbers of the language model; a number that all runs share stands alone.
+
+    Args:
+        table: The runs.
+        dataset: The dataset.
+        names: Names of the runs to list.
+        texts: Value of a metric of a run as text, from their names; None if it has none.
+    """
+    lines = []
+    for metric in of_the_model(table, dataset):
+        given = [(name, texts(name, metric)) for name in names]
+        values = [(name, text) for name, text in given if text is not None]
+        info = table.info(metric)
+        label = f"{info['title']} ({info['unit']})" if info["unit"] else info["title"]
+        if len({text for _, text in values}) == 1:
+            lines.append(f"{label}: {values[0][1]}")
+        else:
+            lines.append(f"{label}: " + "; ".join(f"{name} {text}" for name, text in values))
+    return lines
 
 
 def _valued(table: RunTable, dataset: str) -> set[str]:

@@ -98,7 +98,7 @@ def _where(rows: pd.DataFrame, group: pd.DataFrame) -> str:
 
 
 def short_list(names: Sequence[str], most: int = 4) -> str:
-    """`a, b, c, d and 4 more`."""
+    """Names as `a, b, c, d and 4 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_experiments.results.choices import chosen_differences, config_diff
-from sae_experiments.results.headline import heading, headline, of_the_model
+from sae_experiments.results.headline import heading, headline, model_lines
 from sae_experiments.results.notes import corpus_lines, notes
 from sae_experiments.results.numbers import missing, short, value_text
 from sae_experiments.results.table import Run, RunTable
@@ -76,7 +76,11 @@ def _dataset(console: Console, table: RunTable, rows: pd.DataFrame, dataset: str
     shown = list(dict.fromkeys(rows["name"]))
     console.print()
     console.print(Text(f"== {dataset} ==", style="bold"))
-    for line in [*corpus_lines(table, dataset), *_model_lines(table, cells, shown, dataset)]:
+
+    def text_of(name: str, metric: str) -> str | None:
+        return value_text(cells[name, metric]) if (name, metric) in cells else None
+
+    for line in [*corpus_lines(table, dataset), *model_lines(table, dataset, shown, text_of)]:
         console.print(_wrapped(line, console.width), soft_wrap=True)
     metrics = headline(table, dataset)
     while metrics:
@@ -84,22 +88,6 @@ def _dataset(console: Console, table: RunTable, rows: pd.DataFrame, dataset: str
         console.print()
         console.print(_grid(table, cells, shown, part))
         metrics = metrics[len(part) :]
-
-
-def _model_lines(
-    table: RunTable, cells: Mapping[tuple[str, str], Row], names: Sequence[str], dataset: str
-) -> Iterator[str]:
-    """The language model's numbers: once if every run has the same."""
-    for metric in of_the_model(table, dataset):
-        values = {
-            name: value_text(cells[name, metric]) for name in names if (name, metric) in cells
-        }
-        title, unit = table.info(metric)["title"], table.info(metric)["unit"]
-        label = f"{title} ({unit})" if unit else title
-        if len(set(values.values())) == 1:
-            yield f"{label}: {next(iter(values.values()))}"
-        else:
-            yield f"{label}: " + "; ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _fitting(

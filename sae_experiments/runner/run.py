@@ -25,7 +25,7 @@ import torch
 from sae_experiments import memory
 from sae_experiments.cache import locked
 from sae_experiments.console import Console
-from sae_experiments.errors import NonFinite, UserError
+from sae_experiments.errors import NonFinite, UserError, with_kind
 from sae_experiments.files import (
     PACKAGE,
     NewFolder,
@@ -233,7 +233,7 @@ class _Run:
         except BaseException as error:
             stopped = isinstance(error, (Stopped, KeyboardInterrupt))
             status = "stopped" if stopped else "failed"
-            named = str(error) if isinstance(error, WorkerError) else _named(error)
+            named = str(error) if isinstance(error, WorkerError) else with_kind(error)
             self.manifest["cause"] = named
             raise
         finally:
@@ -595,10 +595,6 @@ def breadth_first(cells: Sequence[Cell]) -> list[Cell]:
 def named(cell: Cell) -> str:
     """A cell in the words of the log."""
     return f"{cell.dataset} seed {cell.seed}"
-
-
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _refuse_other_configuration(folder: Path, config: Mapping[str, Any], overwrite: bool) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from sae_experiments.errors import with_kind
 from sae_experiments.runner.messages import receive, send
 
 EVENTS_PER_S = 5.0
@@ -205,14 +206,10 @@ def _sent(error: BaseException, channel: Channel) -> bool:
     elif is_out_of_memory(error):
         channel.send("failed", f"out of memory ({first_line(error)}): use fewer workers")
     elif isinstance(error, Exception):
-        channel.send("error", (_described(error), traceback.format_exc()))
+        channel.send("error", (with_kind(error), traceback.format_exc()))
     else:
         return False
     return True
-
-
-def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 class _Tasks:

@@ -242,3 +242,8 @@ class Study(Protocol):
     def infos(self) -> list[MetricInfo]:
         """Descriptions of all metrics that the study may report."""
         ...
+
+
+def three_decimals(value: float | None) -> str:
+    """A number for the console; a dash for one that is undefined."""
+    return "-" if value is None else f"{value:.3f}"

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
+from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo, next_log_probs
 from sae_experiments.metrics.codes import NO_TEXT, nulls
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of, only
 from sae_experiments.metrics.noise import DRAWS, noise_of
 from sae_experiments.models.hooks import Site, capture, prefix_of, spliced
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.hierarchical.sae import Hierarchical
+from sae_experiments.sampling import evenly_spaced
 
 CE = "ce_delta_bits"
 KL = "kl"
@@ -98,7 +99,7 @@ def measure(ctx: EvalContext, *, windows: int, batch: int, mean_rows: int) -> Me
         return nulls(INFO, ONE_LEVEL)
     sae.eval()
     changes = _changes(sae, _mean_code(ctx, mean_rows))
-    starts = _evenly_spaced(store.starts, windows)
+    starts = evenly_spaced(store.starts, windows)
     by_batch: list[dict[str, Tensor]] = []
     batch = ctx.windows_per_pass(batch)
     for begin in range(0, len(starts), batch):
@@ -132,7 +133,7 @@ def _effects(
         Effects (B,) by metric name.
     """
     with capture(model, [site]) as seen, prefix_of(model, [site]) as prefixes:
-        clean = _log_probs(model, x)
+        clean = next_log_probs(model(input_ids=x, use_cache=False).logits)
     sae = ctx.sae
     rows = seen[site].flatten(0, 1).float()
     replaced = ctx.replaced(rows)
@@ -145,7 +146,7 @@ def _effects(
             changed = rows - (recon - changed)
         changed = changed.view(*x.shape, -1)
         with spliced(model, {site: changed}, replaced, prefixes[-1]):
-            log_p = _log_probs(model, x)
+            log_p = next_log_probs(model(input_ids=x, use_cache=False).logits)
         rise = (clean - log_p).gather(2, y[:, 1:, None]).squeeze(2) / math.log(2)
         kl = F.kl_div(log_p, clean, log_target=True, reduction="none").sum(2)
         effects[f"{name}_{CE}"] = rise.double().mean(1).cpu()
@@ -157,11 +158,6 @@ def _mean_code(ctx: EvalContext, rows: int) -> Tensor:
     """Mean code (F,) over the first `rows` held-out rows."""
     total = sum(r.acts.sum(0) for r in ctx.chunks(rows))
     return torch.as_tensor(total / min(rows, ctx.n_rows))
-
-
-def _evenly_spaced(starts: np.ndarray, n: int) -> np.ndarray:
-    places = torch.linspace(0, len(starts) - 1, min(n, len(starts))).round().long().unique()
-    return starts[places.numpy()]
 
 
 def _summary(by_window: dict[str, np.ndarray]) -> Measured:
@@ -216,9 +212,3 @@ def _without_top(sae: Hierarchical, acts: Tensor) -> Tensor:
     z1, z2 = sae.split(acts)
     predicted = sae.predict(torch.zeros_like(z2)) * sae.scale
     return sae.bottom.decode(torch.lerp(predicted, z1, sae.gates(z2)))
-
-
-def _log_probs(model: nn.Module, x: Tensor) -> Tensor:
-    """Log-probabilities (B, T - 1, V) of the next character from all positions but the first."""
-    logits = model(input_ids=x, use_cache=False).logits
-    return logits[:, 1:].float().log_softmax(-1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from sae_experiments.files import rounded
 from sae_experiments.metrics.codes import Text
 
 #: Characters of an average token.
@@ -76,7 +77,7 @@ def contexts_of(
                 "before": _to_string(text.chars[begin:row]),
                 "at": _to_string(text.chars[row : row + 1]),
                 "after": _to_string(text.chars[row + 1 : end]),
-                "acts": [_three_digits(value) for value in values[begin:end].tolist()],
+                "acts": [rounded(value, 3) or 0 for value in values[begin:end].tolist()],
                 "row": row,
             }
         )
@@ -89,7 +90,7 @@ def _of_tokens(text: Text, values: np.ndarray, row: int, before: int, after: int
     begin = max(row - before, window_start)
     end = min(row + after + 1, window_start + text.length)
     pieces = text.parts(begin, end)
-    acts = [_three_digits(value) for value in values[begin:end].tolist()]
+    acts = [rounded(value, 3) or 0 for value in values[begin:end].tolist()]
     at = row - begin
     return {
         "before": "".join(pieces[:at]),
@@ -105,10 +106,6 @@ def visible(piece: str) -> str:
     for blank, shown in VISIBLE.items():
         piece = piece.replace(blank, shown)
     return piece
-
-
-def _three_digits(value: float) -> float:
-    return float(f"{value:.3g}") if value else 0
 
 
 def _to_string(points: np.ndarray) -> str:

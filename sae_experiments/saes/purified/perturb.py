@@ -114,26 +114,6 @@ def signs(n: int, generator: torch.Generator) -> Tensor:
     return bits.mul_(2).sub_(1).float()
 
 
-def fgsm(
-    encode: Callable[[Tensor], Tensor], x: Tensor, reach: Tensor | float, generator: torch.Generator
-) -> Tensor:
-    """One step up the gradient of `||z(x + delta) - z(x)||^2`.
-
-    The gradient is taken a tenth of the way along a random direction, since it is zero at
-    delta = 0.
-
-    Args:
-        encode: Maps rows (B, D) to codes (B, F).
-        x: Rows (B, D).
-        reach: Length of the step.
-        generator: Source of the random start.
-
-    Returns:
-        Delta (B, D).
-    """
-    return pgd(encode, x, reach, 1, generator)
-
-
 def pgd(
     encode: Callable[[Tensor], Tensor],
     x: Tensor,

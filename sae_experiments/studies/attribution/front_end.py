@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_experiments.files import write_json
+from sae_experiments.files import rounded, write_json
 from sae_experiments.studies.attribution.heads import name_of
 from sae_experiments.studies.attribution.influence import Graph, cumulative_share
 from sae_experiments.studies.attribution.local import LocalModel
@@ -245,7 +245,7 @@ def as_report(drawn: Drawn, most: int, about: Mapping[int, Mapping[str, Any]]) -
     columns = shown_columns(drawn, most)
     ids, targets = drawn.column_ids(), drawn.logit_ids()
     share = cumulative_share(drawn.graph.influence()[0]).tolist()
-    nodes = [_shown_node(drawn, i, about) | {"influence": _digits(share[i])} for i in columns]
+    nodes = [_shown_node(drawn, i, about) | {"influence": rounded(share[i], 4)} for i in columns]
     last = drawn.local.n_layer + 1
     for name, token, p in zip(
         targets,
@@ -260,7 +260,7 @@ def as_report(drawn: Drawn, most: int, about: Mapping[int, Mapping[str, Any]]) -
     edges = []
     for (t, s), parts in zip(drawn.edges.nonzero().tolist(), drawn.parts, strict=True):
         if s in chosen and (t >= drawn.graph.n or t in chosen):
-            weight = _digits(float(drawn.graph.weights[t, s]))
+            weight = rounded(float(drawn.graph.weights[t, s]), 4)
             edge = {"from": ids[s], "to": rows[t], "weight": weight}
             edges.append(edge | _carriers(drawn.local, parts))
     groups = [{"label": label, "members": members} for label, members in supernodes(drawn)]
@@ -272,7 +272,7 @@ def _carriers(local: LocalModel, parts: Tensor) -> dict[str, Any]:
     if not bool(parts[1:].any()):
         return {}
     order = parts.abs().argsort(descending=True, stable=True)[:CARRIERS].tolist()
-    named = [[name_of(local, i) or "no head", _digits(float(parts[i]))] for i in order]
+    named = [[name_of(local, i) or "no head", rounded(float(parts[i]), 4)] for i in order]
     return {"parts": [part for part in named if part[1]]}
 
 
@@ -306,11 +306,7 @@ def _shown(
         "label": label,
         "column": column,
         "row": row,
-        "value": None if value is None else _digits(value),
+        "value": None if value is None else rounded(value, 4),
         "rule": about.get("rule"),
         "contexts": list(about.get("top", []))[:4],
     }
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.4g}")

@@ -48,7 +48,7 @@ from sae_experiments.studies.attribution.virtual import (
     interference,
     strongest,
 )
-from sae_experiments.studies.base import Context, Outcome
+from sae_experiments.studies.base import Context, Outcome, three_decimals
 from sae_experiments.studies.language.lms import Corpus
 from sae_experiments.studies.language.stores import Stores
 from sae_experiments.studies.language.study import Language
@@ -162,7 +162,8 @@ class Attribution(Language):
         ctx.console.say(
             f"  {len(traced)} graphs: replacement {m['graph_replacement']:.3f}, completeness "
             f"{m['graph_completeness']:.3f}; r constrained "
-            f"{_show(m['constrained_latent_pearson'])}, free {_show(m['free_latent_pearson'])}"
+            f"{three_decimals(m['constrained_latent_pearson'])}, free "
+            f"{three_decimals(m['free_latent_pearson'])}"
         )
         return outcome
 
@@ -311,7 +312,3 @@ def graph_numbers(traced: Sequence[Traced]) -> dict[str, float | None]:
 
 def _mean_size(groups: Sequence[Tensor]) -> float:
     return float(np.mean([len(group) for group in groups])) if groups else 0.0
-
-
-def _show(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_experiments.errors import UserError
+from sae_experiments.files import rounded
 from sae_experiments.sampling import evenly_spaced
 from sae_experiments.studies.circuits import check
 from sae_experiments.studies.circuits.attribution import Circuit, Prompts, Targets, joined
@@ -259,8 +260,8 @@ def as_dict(
     for e in traced.edges:
         name = f"up.{e.latent}@{-e.lag}"
         node = _node(name, f"{sites[0]} #{e.latent}", (0, -e.lag), e.value, up[e.latent])
-        nodes.append(node | {"active_frac": _digits(e.active / traced.n)})
-        weights = {"weight": _digits(e.weight), "effect": _digits(e.effect)}
+        nodes.append(node | {"active_frac": rounded(e.active / traced.n, 4)})
+        weights = {"weight": rounded(e.weight, 4), "effect": rounded(e.effect, 4)}
         links.append({"from": name, "to": target, **weights})
     last_row = min((-e.lag for e in traced.edges), default=0)
     rest = (
@@ -269,7 +270,7 @@ def as_dict(
     )
     for i, (name, label, weight) in enumerate(rest, 1):
         nodes.append(_node(name, label, (0, last_row - i), 0.0, {}))
-        links.append({"from": name, "to": target, "weight": _digits(weight)})
+        links.append({"from": name, "to": target, "weight": rounded(weight, 4)})
     return {
         "title": title,
         "nodes": nodes,
@@ -288,12 +289,7 @@ def _node(
         "label": label,
         "column": place[0],
         "row": place[1],
-        "value": _digits(value),
+        "value": rounded(value, 4),
         "rule": about.get("rule"),
         "contexts": about.get("contexts", []),
     }
-
-
-def _digits(value: float) -> float:
-    """A number in four significant digits."""
-    return float(f"{value:.4g}")

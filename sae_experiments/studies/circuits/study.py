@@ -31,7 +31,15 @@ from sae_experiments.quality_warnings import of_gap
 from sae_experiments.saes.base import SAE
 from sae_experiments.sampling import evenly_spaced
 from sae_experiments.studies import conditions as facts
-from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, merged, part_of
+from sae_experiments.studies.base import (
+    Cell,
+    Context,
+    Outcome,
+    check_held_out,
+    merged,
+    part_of,
+    three_decimals,
+)
 from sae_experiments.studies.circuits.attribution import Circuit, Prompts
 from sae_experiments.studies.circuits.comparators import Specific, coactivation, weight_directions
 from sae_experiments.studies.circuits.describe import Describer
@@ -564,19 +572,15 @@ def _add(outcome: Outcome, survey: Survey) -> None:
 def _say_checked(metrics: Mapping[str, float | None], ctx: Context) -> None:
     """Print the main numbers of the survey and the checks."""
     r = {
-        name: _show(metrics[f"{name}_ablation_pearson"])
+        name: three_decimals(metrics[f"{name}_ablation_pearson"])
         for name in ("attribution", "cosine", "coactivation")
     }
     ctx.console.say(
         f"  {metrics['n_attributed_pairs']:,.0f} pairs at "
         f"{metrics['attribution_targets_per_second']:,.0f} targets/s; "
         f"{metrics['n_pairs']:,.0f} removed: r {r['attribution']} (cosine {r['cosine']}, "
-        f"co-activation {r['coactivation']}), slope {_show(metrics['attribution_slope'])}"
+        f"co-activation {r['coactivation']}), slope {three_decimals(metrics['attribution_slope'])}"
     )
-
-
-def _show(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _title(s: Specific, t: Traced, down: Side) -> str:
