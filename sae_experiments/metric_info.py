@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -46,6 +47,20 @@ class MetricInfo:
                 f"depends={self.depends} of metric {self.name} must name some of "
                 f"{', '.join(CONDITIONS)}"
             )
+
+
+class SelfDescribed(ABC):
+    """A metric that has its description and its conditions itself; others have a module."""
+
+    @property
+    @abstractmethod
+    def infos(self) -> list[MetricInfo]:
+        """Descriptions of its values."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Conditions that two values must share to be compared."""
 
 
 def info(

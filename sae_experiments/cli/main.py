@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -40,6 +40,9 @@ from sae_experiments.stopping import (
 )
 from sae_experiments.sweeps.jobs import is_sweep, run_hydra, sweep
 from sae_experiments.sweeps.launchers import JOB
+
+if TYPE_CHECKING:
+    from sae_experiments.studies.base import Study
 
 #: Flags that are handed to Hydra, and those of them with a value.
 HYDRA_FLAGS = {"--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--info", "-i"}
@@ -338,9 +341,9 @@ def _prepared(cfg: DictConfig, about: Mapping[str, Any], label: str) -> tuple[An
     return study, tracker, settings
 
 
-def _check_own(study: Any) -> None:
+def _check_own(study: Study) -> None:
     """Check what a script adds: quick laws of its SAEs, names of its metrics."""
-    saes = {n: spec for n, spec in getattr(study, "saes", {}).items() if is_outside(spec.model)}
+    saes = {n: spec for n, spec in study.saes.items() if is_outside(spec.model)}
     if saes:
         from sae_experiments.fitting.laws import refuse_broken
 

@@ -143,33 +143,41 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CharCorpus:
-    """An encoded corpus: `splits` are memory maps of symbol ids, `symbols` the characters
-    in the order of their code points.
-    """
+    """A corpus as ids of its characters."""
 
     name: str
+    """Name of the corpus in results."""
     splits: dict[str, np.ndarray]
+    """Memory map of the ids of each split."""
     symbols: list[str]
+    """Character of each id, in the order of code points."""
     provenance: dict[str, Any]
-    key: str  # names the ids and the splits, wherever the text came from
+    """Entry of the manifest about the text."""
+    key: str
+    """Digest of ids and splits, wherever the text came from."""
 
     @property
     def vocabulary(self) -> int:
         """Number of symbols."""
         return len(self.symbols)
 
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """Text of every id where tokens are longer than characters: empty."""
+        return ()
+
     def window_starts(self, split: str, length: int) -> np.ndarray:
         """Starts of windows of a split, see `window_starts`."""
         return window_starts(len(self._split(split)), length)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the characters of `text`. Raises `UserError` for one that the corpus
-        does not have.
+        """Ids of the characters of `text`.
+
+        Raises:
+            UserError: The corpus does not have one of them.
         """
-        known, points = (
-            self._points(),
-            np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4"),
-        )
+        known = self._points()
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         ids = np.searchsorted(known, points).clip(max=len(known) - 1)
         if (wrong := np.flatnonzero(known[ids] != points)).size:
             raise UserError(
@@ -179,14 +187,13 @@ class CharCorpus:
         return ids.astype(self.splits["train"].dtype)
 
     def decode(self, ids: Any) -> str:
-        """The text of `ids` (a list, an array or a tensor, flattened). Raises
-        `UserError` for an id out of range.
+        """The text of `ids`: a list, an array or a tensor, which is flattened.
+
+        Raises:
+            UserError: An id is out of range.
         """
-        array = (
-            np.asarray(ids.detach().cpu() if isinstance(ids, torch.Tensor) else ids)
-            .reshape(-1)
-            .astype(np.int64)
-        )
+        array = np.asarray(ids.detach().cpu() if isinstance(ids, torch.Tensor) else ids)
+        array = array.reshape(-1).astype(np.int64)
         if array.size and not 0 <= array.min() <= array.max() < len(self.symbols):
             raise UserError(
                 f"the corpus {self.name} has symbols 0 to {len(self.symbols) - 1}, not"
@@ -197,8 +204,9 @@ class CharCorpus:
     def batch_at(
         self, split: str, step: int, *, rows: int, length: int, seed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets (the inputs shifted by one), int64 (rows, length), at offsets
-        drawn from (seed, step) alone.
+        """Inputs and targets (the inputs shifted by one), int64 (rows, length).
+
+        Their offsets are drawn from (seed, step) alone.
         """
         room = len(self._split(split)) - length
         if room < 1:
@@ -211,8 +219,10 @@ class CharCorpus:
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
     def windows(self, split: str, starts: np.ndarray, length: int) -> torch.Tensor:
-        """The windows of `length` ids that begin at `starts`, int64 (n, length). Raises
-        `UserError` if one does not fit.
+        """The windows of `length` ids that begin at `starts`, int64 (n, length).
+
+        Raises:
+            UserError: A window does not fit into the split.
         """
         ids, starts = self._split(split), np.asarray(starts, dtype=np.int64)
         if starts.size and not 0 <= starts.min() <= starts.max() <= len(ids) - length:

@@ -14,12 +14,12 @@ import torch
 
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest
-from sae_experiments.metric_info import Better, MetricInfo
+from sae_experiments.metric_info import Better, MetricInfo, SelfDescribed
 from sae_experiments.metrics.base import EvalContext, Measured
 
 
 @dataclass(frozen=True, kw_only=True)
-class Own:
+class Own(SelfDescribed):
     """A function of the evaluation context that returns one number, or None if it is undefined."""
 
     name: str

@@ -18,7 +18,8 @@ from sae_experiments import resources
 from sae_experiments.console import Console
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.fit import FitReport
-from sae_experiments.metric_info import MetricInfo
+from sae_experiments.fitting.spec import SAESpec
+from sae_experiments.metric_info import MetricInfo, SelfDescribed
 from sae_experiments.quality_warnings import Warned
 from sae_experiments.resources import Need
 from sae_experiments.saes.ops import fast_matmul
@@ -73,8 +74,8 @@ def infos_of(metrics: Iterable[Callable[..., Any]]) -> list[MetricInfo]:
     """The descriptions of metrics, each once, in their order."""
     infos: dict[MetricInfo, None] = {}
     for metric in metrics:
-        own = getattr(metric, "infos", None)
-        infos |= dict.fromkeys(module_of(metric).INFO if own is None else own)
+        own = metric.infos if isinstance(metric, SelfDescribed) else module_of(metric).INFO
+        infos |= dict.fromkeys(own)
     return list(infos)
 
 
@@ -219,6 +220,11 @@ class Context:
 
 class Study(Protocol):
     """A study: checked and prepared before anything costs time, then run cell by cell."""
+
+    @property
+    def saes(self) -> Mapping[str, SAESpec]:
+        """The SAEs to fit or to load, by label."""
+        ...
 
     def check(self) -> None:
         """Raise `UserError` for a configuration that cannot work.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sae_experiments.conditions import NOT_THE_MODEL
 from sae_experiments.files import sha256_file
 from sae_experiments.flatten import flatten
+from sae_experiments.metric_info import SelfDescribed
 from sae_experiments.models.gpt2 import TrainedLM
 from sae_experiments.models.hooks import Site, Sites, as_sites
 from sae_experiments.saes.base import SAE
@@ -84,8 +85,8 @@ def of_evaluation(
     `rows_read` of its module, if there is one, overrides this.
     """
     partial = metric if isinstance(metric, functools.partial) else functools.partial(metric)
-    if own := getattr(metric, "settings", None):
-        partial = functools.partial(partial.func, **own)
+    if isinstance(metric, SelfDescribed):
+        partial = functools.partial(partial.func, **metric.settings)
     given = {k: plain(v) for k, v in partial.keywords.items()}
     length = evaluation.held_out.length if evaluation.held_out is not None else 1
     module = sys.modules[partial.func.__module__]

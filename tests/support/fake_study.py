@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sae_experiments.errors import NonFinite, UserError
+from sae_experiments.fitting.spec import SAESpec
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.resources import Need
 from sae_experiments.studies.base import Cell, Context, Outcome
@@ -30,6 +31,8 @@ class FakeStudy:
     """Bytes that every cell announces."""
     seconds: float = 0.0
     """Time that every cell takes."""
+    saes: dict[str, SAESpec] = field(default_factory=dict)
+    """No SAE is fitted."""
 
     def check(self) -> None:
         """Nothing can be wrong."""

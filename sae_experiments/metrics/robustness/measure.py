@@ -37,6 +37,7 @@ from sae_experiments.metrics.robustness.noise import (
 from sae_experiments.metrics.robustness.sums import Distributions, Sums, structure
 from sae_experiments.metrics.robustness.text import denoising, seeds_agree
 from sae_experiments.saes.purified.perturb import TYPES, NoiseModel
+from sae_experiments.saes.purified.sae import Purified
 from sae_experiments.sampling import spread, spread_rows
 
 #: Rows per window where the rows are no text.
@@ -321,9 +322,8 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
     rise = denoising(ctx, cloud, opts.eps, opts.windows, opts.seed)
     results.put(noise_ce_bits=rise.noisy, denoised_ce_bits=rise.denoised)
     results.put(**seeds_agree(ctx, noises, x, total, opts.eps, opts.min_fires, opts.match))
-    trace = getattr(sae, "eps_trace", None)
-    if trace is not None:
-        results.arrays["rob_eps_trace"] = trace.cpu().numpy()
+    if isinstance(sae, Purified):
+        results.arrays["rob_eps_trace"] = sae.eps_trace.cpu().numpy()
     return results.measured()
 
 

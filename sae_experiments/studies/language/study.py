@@ -409,7 +409,7 @@ class Language:
             lm=LMSplice(lm.model, write, stores.tokens),
             symbols=corpus.symbols,
             outliers=self.fit.outliers,
-            pieces=getattr(corpus, "pieces", ()),
+            pieces=corpus.pieces,
             replicas=replicas,
             extras={"latents": list(self.described_latents())},
         )
