@@ -1,6 +1,4 @@
-"""SAEs on a plain tensor of activations, from any model: no Hydra configuration to write, no
-run folder.
-"""
+"""SAEs on a plain tensor of activations, without configuration files or run folders."""
 
 from __future__ import annotations
 
@@ -31,16 +29,25 @@ from sae_experiments.training.loop import TrainConfig, seed_of
 
 __all__ = ["build_sae", "evaluate", "fit_saes", "steer"]
 
-#: Rows that are looked at at once for values that are not finite.
+#: Rows that are searched at once for values that are not finite.
 CHUNK = 1 << 14
 
 
 def build_sae(name: str, d_in: int, *, seed: int = 0, **settings: Any) -> SAE:
-    """An untrained SAE of the family, with the defaults of `conf/sae/<name>.yaml`.
+    """Build an untrained SAE, with the defaults of `conf/sae/<name>.yaml`.
 
-    `settings` are its options without the leading `sae.`: `build_sae("jumprelu", 512,
-    target_l0=20, d_sae=4096)`; options of the model itself with two underscores,
-    `model__bandwidth=0.05`.
+    Example: `build_sae("jumprelu", 512, target_l0=20, d_sae=4096, model__bandwidth=0.05)`.
+
+    Args:
+        name: Name of the variant.
+        d_in: Width of the activations.
+        seed: Seed of the weights.
+        **settings: Options of the variant without the leading `sae.`; two underscores stand for
+            the dot of an option of the model itself.
+
+    Raises:
+        UserError: The variant or an option does not exist, or the variant needs more than one
+            tensor of activations.
     """
     sae_spec, _ = _sae_spec(name, settings)
     sae = sae_spec.seeded(d_in, d_in, seed)
@@ -61,58 +68,58 @@ def fit_saes(
     outliers: str = "leave_out",
     **train: Any,
 ) -> dict[str, FitReport]:
-    """Fit one SAE, or several in one pass, to rows (..., D) in their own units; afterwards they
-    are calibrated and in eval mode.
+    """Fit one SAE, or several in one pass, and leave them calibrated and in eval mode.
 
-    A twentieth of the rows (at least 4,096 where there are five times as many, at most 2^17) is
-    kept from training to calibrate thresholds on, unless `held_out` gives such rows.
-    `train` changes numbers of `fit.train`: `steps=5000, lr=1e-3, batch_size=2048`, say.
-    An SAE from `interop.load_sae` is trained on from where it is.
+    An SAE that `load_sae` returned is trained further from its weights.
 
-    `scale`: how rows are centred and scaled meanwhile, see `fit.units_of`; `robust`
-    where a few rows are huge. `outliers`: rows far from all others (`saes.outliers`)
-    are left out of the fit; `keep` fits them too.
+    Args:
+        saes: The SAE, or SAEs by name.
+        activations: Rows (..., D) in their own units.
+        seed: Seed of everything random in the fit.
+        held_out: Rows (..., D) to calibrate thresholds on. None: a twentieth of the activations,
+            which are then not trained on (at most 2^17 rows, and at least 4,096 or a fifth).
+        scale: Centring and scaling of the rows during the fit, see `fitting.fit.units_of`;
+            `robust` for activations with a few huge rows.
+        outliers: `leave_out` rows far from all others (see `saes.outliers`), or `keep` them.
+        **train: Fields of `TrainConfig` to change, such as `steps=5000` or `lr=1e-3`.
+
+    Returns:
+        Reports by name; a single SAE has the name `sae`.
 
     Raises:
-        UserError: rows of another width, too few of them, or with values that are not finite; a
-            setting that does not exist.
-        NonFinite: a loss became NaN or infinite.
+        UserError: Rows have another width, are too few, or hold values that are not finite; or a
+            setting does not exist.
+        NonFinite: A loss became NaN or infinite.
     """
     _tell_late()
     named = {"sae": saes} if isinstance(saes, SAE) else dict(saes)
     if not named:
         raise UserError("there is no SAE to fit")
-    d_in, device = sorted({s.d_in for s in named.values()}), next(iter(named.values())).b_enc.device
+    d_in = sorted({sae.d_in for sae in named.values()})
+    device = next(iter(named.values())).b_enc.device
     cfg = _config(train)
-    activations = _rows(activations, d_in, "activations", least=2 if held_out is not None else 3)
-    held_out = None if held_out is None else _rows(held_out, d_in, "held_out")
-    order = torch.randperm(
-        len(activations), generator=torch.Generator().manual_seed(seed_of(seed, "rows"))
-    )
-    n_held = (
-        0
-        if held_out is not None
-        else min(max(len(order) // 20, min(4096, len(order) // 5), 1), 1 << 17)
-    )
-    held = (activations[order[:n_held]] if held_out is None else held_out).float().to(device)
-    order = order[n_held:]
+    x = _rows(activations, d_in, "activations", least=2 if held_out is not None else 3)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed_of(seed, "rows")))
+    if held_out is None:
+        n_held = min(max(len(order) // 20, min(4096, len(order) // 5), 1), 1 << 17)
+        held = x[order[:n_held]]
+        order = order[n_held:]
+    else:
+        held = _rows(held_out, d_in, "held_out")
 
     def batch_at(step: int) -> Batch:
         generator = torch.Generator().manual_seed(seed_of(seed, "batch", step))
-        x = (
-            activations[order[torch.randint(len(order), (cfg.batch_size,), generator=generator)]]
-            .float()
-            .to(device)
-        )
-        return Batch(x, x)
+        chosen = torch.randint(len(order), (cfg.batch_size,), generator=generator)
+        rows = x[order[chosen]].float().to(device)
+        return Batch(rows, rows)
 
-    x = activations[order[: 1 << 15]].float().to(device)
+    first = x[order[: 1 << 15]].float().to(device)
     dead_after = round(0.03 * cfg.steps * cfg.batch_size)
     reports = fit.fit_saes(
         named,
         batch_at,
         cfg,
-        Sample(x, x, held),
+        Sample(first, first, held.float().to(device)),
         seed=seed,
         dead_after=dead_after,
         handling=RowHandling(scale, outliers),
@@ -124,33 +131,41 @@ def fit_saes(
 
 
 def evaluate(sae: SAE, activations: Tensor | np.ndarray) -> dict[str, float | None]:
-    """Reconstruction and sparsity of `sae` on rows (..., D) that it was not fitted to; None
-    where a number has no value.
+    """Measure reconstruction and sparsity of an SAE.
+
+    Args:
+        sae: The SAE.
+        activations: Rows (..., D) that it was not fitted to.
+
+    Returns:
+        Values by metric; None for one that is undefined.
 
     Raises:
-        UserError: rows of another width, none at all, or with values that are not finite.
+        UserError: Rows have another width, hold values that are not finite, or are none at all.
     """
-    ctx = EvalContext(
-        sae=sae, device=sae.b_enc.device, x=_rows(activations, [sae.d_in], "activations").float()
-    )
-    out: dict[str, float | None] = {}
-    for measured in (
-        reconstruction.measure(ctx, rows=None),
-        sparsity.measure(ctx, rows=None, entropy_latents=256),
-    ):
-        out |= measured.scalars
-    return out
+    x = _rows(activations, [sae.d_in], "activations").float()
+    ctx = EvalContext(sae=sae, device=sae.b_enc.device, x=x)
+    quality = reconstruction.measure(ctx, rows=None)
+    density = sparsity.measure(ctx, rows=None, entropy_latents=256)
+    return {**quality.scalars, **density.scalars}
 
 
 def _rows(x: Tensor | np.ndarray, d_in: Sequence[int], what: str, least: int = 1) -> Tensor:
-    """Rows (N, D) from what people have: arrays, any leading dimensions, a graph that is not
-    wanted.
+    """Rows (N, D) without a graph, from a tensor or array with any leading dimensions.
+
+    Args:
+        x: Tensor or array.
+        d_in: Widths of the SAEs, of which there must be only one.
+        what: Name of the rows, for messages.
+        least: Number of rows that are needed.
+
+    Raises:
+        UserError: The rows cannot be used.
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="The given NumPy array is not writable"
-            )  # nothing is written
+            # Nothing is written.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             x = torch.as_tensor(x).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
@@ -195,7 +210,7 @@ def _config(train: Mapping[str, Any]) -> TrainConfig:
 
 @functools.cache
 def _tell_late() -> None:
-    """Warn once where torch was imported too early to tell its threads how long to wait."""
+    """Warn once if torch was imported too early to be told how long its threads should wait."""
     if sae_experiments.LATE and torch.get_num_threads() > 1 and sys.platform == "linux":
         warnings.warn(
             "torch was imported before sae_experiments: beside other work on this machine its"
@@ -206,6 +221,7 @@ def _tell_late() -> None:
 
 
 def _sae_spec(name: str, settings: dict[str, Any]) -> tuple[SAESpec, TrainConfig]:
+    """The specification of a variant with some options changed, and the numbers of its fit."""
     overrides = [f"sae.{k.replace('__', '.')}={_text(v)}" for k, v in settings.items()]
     cfg, _ = compose_checked(conf_folder(), ["preset=laptop", f"sae={name}", *overrides])
     study = build(cfg.study)
@@ -214,8 +230,9 @@ def _sae_spec(name: str, settings: dict[str, Any]) -> tuple[SAESpec, TrainConfig
 
 
 def _text(value: Any) -> str:
+    """A value as the command line takes it."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{','.join(_text(v) for v in value)}]"
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

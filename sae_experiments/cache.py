@@ -168,7 +168,7 @@ def discard(root: Path, kind: str, key: Mapping[str, Any]) -> None:
 
 
 def is_cached(root: Path, kind: str, key: Mapping[str, Any]) -> bool:
-    """True if the cache has this key, whole."""
+    """True if the cache holds a complete entry for a key."""
     folder = root / kind / digest(key)
     return (folder / DONE).exists() and _damage(folder) is None
 

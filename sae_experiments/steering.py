@@ -69,19 +69,19 @@ def steer(
     """
     if length < 1 or not abs(strength) < float("inf"):
         raise UserError(f"length={length} must be at least 1, and strength={strength} a number")
-    found = find(Path(run).expanduser(), sae)
-    rows = found.folder / REFERENCE
-    fitted = load_sae(found.folder, rows=load_file(rows)["x"] if rows.is_file() else None)
+    of_run = find(Path(run).expanduser(), sae)
+    rows = of_run.folder / REFERENCE
+    fitted = load_sae(of_run.folder, rows=load_file(rows)["x"] if rows.is_file() else None)
     if not 0 <= latent < fitted.d_sae:
-        raise UserError(f"latent={latent}: {found.name} has latents 0 to {fitted.d_sae - 1}")
-    context = int(found.record.facts["context"])
-    model = local.load_local(found.model, context=context, device=torch.device("cpu")).model
-    ids, pieces = _encoded(prompt, found.model)
-    value = maximum if maximum is not None else _maximum(Path(run).expanduser(), found, latent)
+        raise UserError(f"latent={latent}: {of_run.name} has latents 0 to {fitted.d_sae - 1}")
+    context = int(of_run.record.facts["context"])
+    model = local.load_local(of_run.model, context=context, device=torch.device("cpu")).model
+    ids, pieces = _encoded(prompt, of_run.model)
+    value = maximum if maximum is not None else _maximum(Path(run).expanduser(), of_run, latent)
     added = direction(fitted, latent, value)
     strengths = [0.0, abs(strength), -abs(strength)]
     change = torch.tensor(strengths)[:, None] * added
-    name = str(found.record.facts["site"]).rpartition(" -> ")[2]
+    name = str(of_run.record.facts["site"]).rpartition(" -> ")[2]
     sites = [parse_site(part, len(blocks_of(model))) for part in name.split(", ")]
     widths = dict.fromkeys(sites, change.shape[1] // len(sites))
     written = continued(model, ids, by_site(change, widths), length, seed=seed)

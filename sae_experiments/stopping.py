@@ -110,12 +110,12 @@ class _Request:
         raise Stopped(number)
 
     def overdue(self) -> None:
-        """Raise `Stopped` in the main thread, from another one, if it was not raised yet."""
+        """Raise `Stopped` in the main thread, if it has not been raised yet."""
         if not self.left:
             self.again()
 
     def again(self) -> None:
-        """Raise `Stopped` in the main thread, from another one."""
+        """Raise `Stopped` in the main thread; called from another thread."""
         main = ctypes.c_ulong(threading.main_thread().ident or 0)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(Stopped))
 

@@ -51,13 +51,13 @@ WITH_VALUE = {"--cfg", "-c", "--package", "-p"}
 INFO_TOPICS = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
 #: Flags of Hydra that choose another configuration, which is always conf/ here.
 OTHER_CONFIG = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
-#: What a message about a wrong token says.
+#: End of a message about a wrong argument.
 LISTED = "(python experiment.py --help lists the keys)"
 #: Longest message, as callers may look at the last 1,500 characters only.
 MOST, HEAD, TAIL = 1200, 800, 350
 NO_DISK = "free some space, or move cache and runs_root to another disk"
 NOT_WRITABLE = "choose a cache and a runs_root that can be written"
-#: What to do about an error of the system.
+#: Remedies for errors of the system, by number.
 REMEDIES = {
     errno.ENOSPC: NO_DISK,
     errno.EDQUOT: NO_DISK,

@@ -21,7 +21,7 @@ KINDS = {
     "evolution": ["evolution"],
     "greedy": ["ai_scientist/experiment.py", "ai_scientist/plot.py", "greedy"],
 }
-#: What to do next, by kind.
+#: The next step of the user, by kind.
 NEXT = {
     "ai-scientist": "python experiment.py --out_dir=run_0, then start the harness",
     "plain": "python experiment.py --out_dir=run_0",

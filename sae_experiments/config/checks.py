@@ -40,7 +40,7 @@ from sae_experiments.flatten import flatten
 
 #: Groups that a command line may choose from.
 GROUPS = ("preset", "data", "lm", "fit", "sae", "metric", "track", "study")
-#: What Hydra, OmegaConf and PyYAML raise for a file or a value they cannot read.
+#: Errors that Hydra, OmegaConf and PyYAML raise for a file or a value they cannot read.
 CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 #: Types of the values in the YAML files, of what may replace them, and their names.
 _KINDS: tuple[tuple[type, Any, str], ...] = (

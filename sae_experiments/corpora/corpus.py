@@ -1,5 +1,6 @@
-"""Character corpora: found or fetched, verified, encoded once into a memory-mapped file, read
-as windows. The network is in `fetch`.
+"""Character corpora: texts that are looked for, verified, encoded once and read as windows.
+
+Downloads are in `corpora.download`.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from glob import escape
@@ -26,8 +27,9 @@ from sae_experiments.errors import UserError
 from sae_experiments.files import digest, read_json, write_json
 from sae_experiments.source import source_digest
 
-BLOCK = 1 << 22  # bytes encoded at a time: bounds the memory, whatever the corpus
-#: First bytes of what is no UTF-8 text. UTF-32's mark begins as UTF-16's does and stands before it.
+#: Bytes that are encoded at a time, so that the memory does not grow with the corpus.
+BLOCK = 1 << 22
+#: First bytes of files that are not UTF-8 text. UTF-32's mark begins with UTF-16's, so it is first.
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -39,7 +41,7 @@ MARKS = {
     b"\xfd7zXZ\x00": "an xz archive",
     b"\x28\xb5\x2f\xfd": "a zstd archive",
 }
-#: Which of four consecutive bytes are control characters most of the time.
+#: By encoding: of four consecutive bytes, those that are mostly control characters.
 CONTROLS = {
     "UTF-16LE": [False, True, False, True],
     "UTF-16BE": [True, False, True, False],
@@ -55,90 +57,106 @@ CHOICES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusSpec:
-    """Where a corpus comes from, how to know it, and how to split it. Raises `UserError`
-    for values that cannot work.
+    """Sources of a character corpus, its checksums, and its splits.
+
+    Raises:
+        UserError: A value cannot work.
     """
 
     name: str
-    sources: list[
-        dict[str, Any]
-    ]  # tried in order: url, bytes, sha256 or md5, archive (null | zip | gz), member
-    bytes: int | None  # of the whole text, as its checksums
+    """Name of the corpus in results."""
+    sources: list[dict[str, Any]]
+    """Downloads, tried in order: url, bytes, sha256 or md5, archive (null, zip or gz), member."""
+    bytes: int | None
+    """Size of the whole text."""
     sha256: str | None
+    """Checksum of the whole text."""
     md5: str | None = None
-    # File names of the whole text in the folder SAE_DATA_DIR; "<name>-head-<n>" there holds its
-    # first n bytes.
+    """Checksum of the whole text, if no sha256 of it is known."""
     local_names: list[str]
-    head: int | None  # use the first n bytes only: a corpus of its own
-    heads: dict[str, int | None] = field(
-        default_factory=dict
-    )  # the sizes that a preset chooses `head` from
-    head_sha256: dict[int, str] = field(
-        default_factory=dict
-    )  # of heads that may come as files of their own
-    file: str | None  # taken as it is
+    """File names of the whole text in the folder SAE_DATA_DIR; `<name>-head-<n>` there holds its
+    first n bytes."""
+    head: int | None
+    """Use the first n bytes only, as a corpus of its own; None: all."""
+    heads: dict[str, int | None] = field(default_factory=dict)
+    """Sizes by name, from which a preset chooses `head`."""
+    head_sha256: dict[int, str] = field(default_factory=dict)
+    """Checksums, by size, of heads that may come as files of their own."""
+    file: str | None
+    """A file that is used as it is, in place of the corpus."""
     encoding: str
+    """utf-8: a symbol per character; latin-1: a symbol per byte."""
     val_frac: float
+    """Share of the text for validation."""
     test_frac: float
+    """Share of the text for the test."""
     seeds: list[int]
+    """Seeds of its cells, if a run names none."""
     stand_in: str
+    """Use of a stand-in for a text that cannot be had: auto, never or always."""
     stand_in_alphabet: str
+    """Alphabet of the stand-in, one of `standin.FORMS`."""
     recipe: dict[str, Any]
+    """Fields of `TrainConfig` for a language model on this corpus."""
 
     def __post_init__(self) -> None:
         for key, allowed in CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise UserError(
-                    f"data.{self.name}.{key}={getattr(self, key)} is not one of"
-                    f" {', '.join(allowed)}"
+                    f"data.{self.name}.{key}={getattr(self, key)} is not one of "
+                    f"{', '.join(allowed)}"
                 )
         if not (self.val_frac > 0 and self.test_frac >= 0 and self.val_frac + self.test_frac < 1):
             raise UserError(
-                f"data.{self.name}: val_frac={self.val_frac} must be above 0,"
-                f" test_frac={self.test_frac} at least 0, their sum below 1"
+                f"data.{self.name}: val_frac={self.val_frac} must be above 0, "
+                f"test_frac={self.test_frac} at least 0, their sum below 1"
             )
-        most = self.bytes if self.file is None else None
-        if self.head is not None and (
-            not isinstance(self.head, int)
-            or self.head < 1
-            or (most is not None and self.head > most)
-        ):
-            raise UserError(
-                f"data.{self.name}.head={self.head} must be a number of"
-                f" bytes{f' up to {most:,}' if most else ''}, or null for all"
-            )
+        if self.head is not None:
+            self._check_head(self.head)
         for source in self.sources:
-            kind = source.get("archive")
-            if (
-                not (source.get("url") and source.get("bytes"))
-                or kind not in (None, "gz", "zip")
-                or (kind == "zip" and not source.get("member"))
-            ):
-                raise UserError(
-                    f"data.{self.name}.sources: {dict(source)} needs url, bytes, archive (null, gz"
-                    " or zip) and, for a zip, member"
-                )
-            if self.bytes is None or not (
-                source.get("sha256") or source.get("md5") or self.sha256 or self.md5
-            ):
-                raise UserError(
-                    f"data.{self.name}.sources: {source['url']} cannot be verified; give bytes and"
-                    " a sha256 (or md5) of the text"
-                )
+            self._check_source(source)
+
+    def _check_head(self, head: int) -> None:
+        most = self.bytes if self.file is None else None
+        too_large = most is not None and isinstance(head, int) and head > most
+        if not isinstance(head, int) or head < 1 or too_large:
+            limit = f" up to {most:,}" if most else ""
+            raise UserError(
+                f"data.{self.name}.head={head} must be a number of bytes{limit}, or null for all"
+            )
+
+    def _check_source(self, source: Mapping[str, Any]) -> None:
+        kind = source.get("archive")
+        complete = source.get("url") and source.get("bytes") and kind in (None, "gz", "zip")
+        if not complete or (kind == "zip" and not source.get("member")):
+            raise UserError(
+                f"data.{self.name}.sources: {dict(source)} needs url, bytes, archive (null, gz or "
+                "zip) and, for a zip, member"
+            )
+        checksums = (source.get("sha256"), source.get("md5"), self.sha256, self.md5)
+        if self.bytes is None or not any(checksums):
+            raise UserError(
+                f"data.{self.name}.sources: {source['url']} cannot be verified; give bytes and a "
+                "sha256 (or md5) of the text"
+            )
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Size and checksums of the whole text, as `fetch.verify` takes them."""
+        """Size and checksums of the whole text, as `download.verify` takes them."""
         return {"size": self.bytes, "sha256": self.sha256, "md5": self.md5}
 
 
 class Text(NamedTuple):
-    """A text that was found: where, and what it is."""
+    """A text that is at hand."""
 
     path: Path
-    source: str  # what the provenance says
-    kind: str  # "corpus" | "file" (whatever the user named) | "stand-in"
+    """File of the text."""
+    source: str
+    """Its source in the words of the provenance."""
+    kind: str
+    """`corpus`, `file` (of the user) or `stand-in`."""
     verified: bool
+    """True if a checksum was compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -181,8 +199,8 @@ class CharCorpus:
         ids = np.searchsorted(known, points).clip(max=len(known) - 1)
         if (wrong := np.flatnonzero(known[ids] != points)).size:
             raise UserError(
-                f"the corpus {self.name} has no character {text[wrong[0]]!r} (at position"
-                f" {wrong[0]} of the text to encode)"
+                f"the corpus {self.name} has no character {text[wrong[0]]!r} (at position "
+                f"{wrong[0]} of the text to encode)"
             )
         return ids.astype(self.splits["train"].dtype)
 
@@ -196,8 +214,8 @@ class CharCorpus:
         array = array.reshape(-1).astype(np.int64)
         if array.size and not 0 <= array.min() <= array.max() < len(self.symbols):
             raise UserError(
-                f"the corpus {self.name} has symbols 0 to {len(self.symbols) - 1}, not"
-                f" {array.min()} to {array.max()}"
+                f"the corpus {self.name} has symbols 0 to {len(self.symbols) - 1}, not "
+                f"{array.min()} to {array.max()}"
             )
         return self._points()[array].tobytes().decode("utf-32-le", "surrogatepass")
 
@@ -211,8 +229,8 @@ class CharCorpus:
         room = len(self._split(split)) - length
         if room < 1:
             raise UserError(
-                f"the {split} split of {self.name} has {room + length:,} characters: too few for"
-                f" windows of {length} and their targets"
+                f"the {split} split of {self.name} has {room + length:,} characters: too few for "
+                f"windows of {length} and their targets"
             )
         chance = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step])))
         both = self.windows(split, chance.integers(0, room, size=rows), length + 1)
@@ -227,8 +245,8 @@ class CharCorpus:
         ids, starts = self._split(split), np.asarray(starts, dtype=np.int64)
         if starts.size and not 0 <= starts.min() <= starts.max() <= len(ids) - length:
             raise UserError(
-                f"windows of {length} at {starts.min()} to {starts.max()} are not inside the"
-                f" {len(ids):,} characters of {split}"
+                f"windows of {length} at {starts.min()} to {starts.max()} are not inside the "
+                f"{len(ids):,} characters of {split}"
             )
         return windows_of(ids, starts, length)
 
@@ -299,11 +317,20 @@ def load_corpus(
     say: Callable[[str], None] = print,
     _network: fetch.Network = fetch.NETWORK,
 ) -> CharCorpus:
-    """The corpus of `spec` from, in this order: `spec.file`, the folder SAE_DATA_DIR,
-    `cache`, the network, a stand-in.
+    """Find a corpus and encode it.
 
-    Raises `UserError`, in one line, for a file that is missing, too short or not what
-    its checksum says, and where nothing is found and `spec.stand_in` is "never".
+    It is looked for in this order: `spec.file`, the folder SAE_DATA_DIR, the cache, the network;
+    the last resort is a stand-in.
+
+    Args:
+        spec: The corpus.
+        cache: Folder of the cache.
+        offline: Download nothing.
+        say: Prints a line.
+
+    Raises:
+        UserError: A file is missing, too short or not what its checksum says; or the text cannot
+            be had and `spec.stand_in` is `never`.
     """
     remedy = standin.remedy(spec.name, (spec.local_names or [spec.name])[0], spec.facts, spec.head)
 
@@ -344,8 +371,10 @@ def load_corpus(
 
 
 def _local(spec: CorpusSpec) -> Text | None:
-    """The file that the user names or keeps in SAE_DATA_DIR; one that is not what it should be
-    is an error, never passed over.
+    """The file that the user names or keeps in SAE_DATA_DIR, if there is one.
+
+    Raises:
+        UserError: A file is not what it should be; it is never passed over.
     """
     if spec.file is not None:
         path = Path(spec.file).expanduser()
@@ -359,49 +388,49 @@ def _local(spec: CorpusSpec) -> Text | None:
         if path.is_file():
             _check(spec, path, **spec.facts)
             return Text(path, path.name, "corpus", bool(spec.sha256 or spec.md5))
-    found = [
-        path
-        for stem in {spec.name, *spec.local_names}
-        for path in folder.glob(f"{escape(stem)}-head-*")
-    ]
-    for size, path in sorted(
-        (int(path.name.rpartition("-")[2]), path)
-        for path in found
-        if path.name.rpartition("-")[2].isdecimal()
-    ):
-        if spec.head is not None and size >= spec.head:
-            _check(spec, path, size=size, sha256=spec.head_sha256.get(spec.head), head=spec.head)
-            return Text(path, path.name, "corpus", spec.head in spec.head_sha256)
-    return None
+    return None if spec.head is None else _local_head(spec, spec.head, folder)
+
+
+def _local_head(spec: CorpusSpec, head: int, folder: Path) -> Text | None:
+    """The smallest file `<name>-head-<n>` in a folder that holds the first `head` bytes."""
+    sizes = []
+    for stem in {spec.name, *spec.local_names}:
+        for path in folder.glob(f"{escape(stem)}-head-*"):
+            size = path.name.rpartition("-")[2]
+            if size.isdecimal() and int(size) >= head:
+                sizes.append((int(size), path))
+    if not sizes:
+        return None
+    size, path = min(sizes)
+    _check(spec, path, size=size, sha256=spec.head_sha256.get(head), head=head)
+    return Text(path, path.name, "corpus", head in spec.head_sha256)
 
 
 def _check(spec: CorpusSpec, path: Path, **facts: Any) -> None:
+    """Raise `UserError` for a file with another size or checksum."""
     try:
         fetch.verify(path, str(path), **facts)
     except fetch.BrokenError as error:
         raise UserError(
-            f"data.{spec.name}: {error}; replace it, or use it as it is with"
-            f" data.{spec.name}.file={path}"
+            f"data.{spec.name}: {error}; replace it, or use it as it is with "
+            f"data.{spec.name}.file={path}"
         ) from None
 
 
 def _encoded(spec: CorpusSpec, text: Text, cache: Path) -> CharCorpus:
-    """Encode `text` unless these very bytes were encoded before, and remember where they came
-    from.
-    """
-    whole, stand_in = text.path.stat().st_size, text.kind == "stand-in"
+    """Encode a text, unless these very bytes were encoded before, and note its source."""
+    whole = text.path.stat().st_size
+    stand_in = text.kind == "stand-in"
     size = whole if stand_in or spec.head is None else spec.head
     if whole == 0:
         raise UserError(f"data.{spec.name}: {text.path} is empty")
     if size > whole:
         raise UserError(
-            f"data.{spec.name}.head={size} is more than the {whole:,} bytes of {text.path}; ask for"
-            " fewer, or null for the whole text"
+            f"data.{spec.name}.head={size} is more than the {whole:,} bytes of {text.path}; ask "
+            "for fewer, or null for the whole text"
         )
-    sha256, cut = (
-        fetch.checksum(text.path, head=None if size == whole else size),
-        stand_in or spec.head is not None,
-    )
+    sha256 = fetch.checksum(text.path, head=None if size == whole else size)
+    cut = stand_in or spec.head is not None
     folder = cached(
         cache,
         "corpora",
@@ -409,12 +438,8 @@ def _encoded(spec: CorpusSpec, text: Text, cache: Path) -> CharCorpus:
         lambda f: _write(f, spec, text.path, size, sha256, cut),
     )
     known = sha256 == (spec.sha256 if spec.head is None else spec.head_sha256.get(spec.head))
-    label = (
-        spec.name if text.kind != "file" or known else f"{spec.name}-file-{sha256[:8]}"
-    )  # a user's text never passes for the corpus
-    label += "" if spec.head is None else f"-head-{spec.head}"
     origin = {
-        "corpus": label,
+        "corpus": _label(spec, text, sha256, known),
         "source": text.source,
         "sha256": sha256,
         "bytes": size,
@@ -428,9 +453,17 @@ def _encoded(spec: CorpusSpec, text: Text, cache: Path) -> CharCorpus:
     return _open(spec, folder, origin)
 
 
+def _label(spec: CorpusSpec, text: Text, sha256: str, known: bool) -> str:
+    """Name of a text in the provenance; a user's own text never passes for the corpus."""
+    own = text.kind == "file" and not known
+    name = f"{spec.name}-file-{sha256[:8]}" if own else spec.name
+    return name if spec.head is None else f"{name}-head-{spec.head}"
+
+
 def _remembered(spec: CorpusSpec, cache: Path) -> CharCorpus | None:
-    """What `spec` gave the last time that its text was at hand, so that a folder that is gone
-    does not stop a run from going on.
+    """The corpus as it was encoded when its text was last at hand; None if it never was.
+
+    A text that has been removed since does not stop a run from going on.
     """
 
     def gone(folder: Path) -> None:
@@ -439,17 +472,15 @@ def _remembered(spec: CorpusSpec, cache: Path) -> CharCorpus | None:
     if not _pointer(spec, cache).exists():
         return None
     origin = read_json(_pointer(spec, cache))
+    key = _key(spec, origin["sha256"], spec.head is not None)
     try:
-        return _open(
-            spec,
-            cached(cache, "corpora", _key(spec, origin["sha256"], spec.head is not None), gone),
-            origin,
-        )
+        return _open(spec, cached(cache, "corpora", key, gone), origin)
     except LookupError:
         return None
 
 
 def _pointer(spec: CorpusSpec, cache: Path) -> Path:
+    """File with the provenance of the text that a spec last led to."""
     file = None if spec.file is None else str(Path(spec.file).expanduser().absolute())
     fracs = [spec.val_frac, spec.test_frac]
     name = digest([spec.name, spec.head, file, spec.facts, spec.encoding, *fracs])
@@ -457,9 +488,8 @@ def _pointer(spec: CorpusSpec, cache: Path) -> Path:
 
 
 def _key(spec: CorpusSpec, sha256: str, cut: bool) -> dict[str, Any]:
-    code = source_digest(
-        files, errors, cache, alone=[__name__]
-    )  # where the text came from does not matter
+    """Cache key of an encoded text, wherever it came from."""
+    code = source_digest(files, errors, cache, alone=[__name__])
     return {
         "code": code,
         "text": sha256,
@@ -471,8 +501,11 @@ def _key(spec: CorpusSpec, sha256: str, cut: bool) -> dict[str, Any]:
 
 
 def _open(spec: CorpusSpec, folder: Path, origin: dict[str, Any]) -> CharCorpus:
+    """The encoded corpus in a folder of the cache."""
     meta = read_json(folder / "meta.json")
-    ids, splits, at = np.memmap(folder / "ids.bin", dtype=meta["dtype"], mode="r"), {}, 0
+    ids = np.memmap(folder / "ids.bin", dtype=meta["dtype"], mode="r")
+    splits: dict[str, np.ndarray] = {}
+    at = 0
     for split, count in meta["counts"]:
         splits[split] = ids[at : at + count]
         at += count
@@ -487,14 +520,16 @@ def _open(spec: CorpusSpec, folder: Path, origin: dict[str, Any]) -> CharCorpus:
 
 
 def _write(folder: Path, spec: CorpusSpec, path: Path, size: int, sha256: str, cut: bool) -> None:
-    """Two passes in blocks: which symbols there are, then their ids, one split after the other,
-    into `ids.bin`.
+    """Write the ids of a text into `ids.bin`, one split after the other.
+
+    Two passes in blocks: the first collects the symbols, the second writes their ids.
     """
     if spec.encoding == "utf-8" and (other := other_format(path)):
         raise UserError(
             f"data.{spec.name}: {path} is {other}, not a text in UTF-8; {_remedy(path, other)}"
         )
-    seen, written, n = np.zeros(0x110000, dtype=bool), hashlib.sha256(), 0
+    seen = np.zeros(0x110000, dtype=bool)
+    n = 0
     for points in _blocks(path, size, spec, cut, sha256):
         seen[points] = True
         n += len(points)
@@ -503,6 +538,7 @@ def _write(folder: Path, spec: CorpusSpec, path: Path, size: int, sha256: str, c
         raise UserError(f"data.{spec.name}: {path} has {len(symbols):,} symbols, more than 65,536")
     table = np.zeros(len(seen), dtype=np.uint8 if len(symbols) <= 256 else np.uint16)
     table[symbols] = np.arange(len(symbols))
+    written = hashlib.sha256()
     with open(folder / "ids.bin", "wb") as f:
         for points in _blocks(path, size, spec, cut, sha256):
             ids = table[points].tobytes()
@@ -513,13 +549,13 @@ def _write(folder: Path, spec: CorpusSpec, path: Path, size: int, sha256: str, c
 
 
 def other_format(path: Path) -> str | None:
-    """What a file that is no UTF-8 text shows itself to be by its first bytes.
+    """Recognise a file that is not UTF-8 text by its first bytes.
 
     Args:
-        path: the file.
+        path: The file.
 
     Returns:
-        `UTF-16`, `a gzip archive` and the like; None where nothing speaks against a text.
+        `UTF-16`, `a gzip archive` and the like; None for a file that may be UTF-8 text.
     """
     with open(path, "rb") as f:
         head = f.read(1 << 16)
@@ -533,17 +569,16 @@ def other_format(path: Path) -> str | None:
     return next((name for name, pattern in CONTROLS.items() if often == pattern), None)
 
 
-def _remedy(path: Path, found: str) -> str:
-    if found.startswith("UTF"):
-        return f"convert it: iconv -f {found} -t UTF-8 {path} > {path}.utf8"
+def _remedy(path: Path, form: str) -> str:
+    """Advice about a file of another format."""
+    if form.startswith("UTF"):
+        return f"convert it: iconv -f {form} -t UTF-8 {path} > {path}.utf8"
     return "unpack it"
 
 
 def _remedy_for_bytes(name: str, data: bytes) -> str:
-    """What to do about bytes that are no UTF-8: a zero byte stands in no text, whatever its
-    encoding.
-    """
-    if 0 in data:
+    """Advice about bytes that are not UTF-8."""
+    if 0 in data:  # no text holds a zero byte, whatever its encoding
         return "it holds zero bytes: name a file of text"
     return f"convert it, or make each byte a symbol with data.{name}.encoding=latin-1"
 
@@ -551,13 +586,17 @@ def _remedy_for_bytes(name: str, data: bytes) -> str:
 def _blocks(
     path: Path, size: int, spec: CorpusSpec, cut: bool, sha256: str
 ) -> Iterator[np.ndarray]:
-    """Code points of the first `size` bytes; a character that a `cut` text breaks off in
-    its middle is left out.
+    """Code points of the first `size` bytes, in blocks.
+
+    A last character that is cut off in its middle is left out if the text is `cut`.
     """
-    decoder, read, left = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), size
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    read = hashlib.sha256()
+    left = size
     with open(path, "rb") as f:
         while left and (data := f.read(min(BLOCK, left))):
-            pending, at, left = len(decoder.getstate()[0]), size - left, left - len(data)
+            pending, at = len(decoder.getstate()[0]), size - left
+            left -= len(data)
             read.update(data)
             if spec.encoding == "latin-1":
                 yield np.frombuffer(data, dtype=np.uint8)
@@ -565,11 +604,10 @@ def _blocks(
             try:
                 text = decoder.decode(data, final=not left and not cut)
             except UnicodeDecodeError as error:
-                where = (
-                    f"{path} is not UTF-8 at byte {at - pending + error.start:,} ({error.reason})"
-                )
+                byte = at - pending + error.start
                 raise UserError(
-                    f"data.{spec.name}: {where}; {_remedy_for_bytes(spec.name, data)}"
+                    f"data.{spec.name}: {path} is not UTF-8 at byte {byte:,} ({error.reason}); "
+                    f"{_remedy_for_bytes(spec.name, data)}"
                 ) from None
             yield np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     if read.hexdigest() != sha256:
@@ -577,9 +615,8 @@ def _blocks(
 
 
 def _counts(spec: CorpusSpec, n: int) -> dict[str, int]:
-    """Characters of each split. Exact fractions: n * (1 - .05 - .05) in floating point is one
-    character short of 90 %.
-    """
+    """Number of characters of each split."""
+    # Fractions are exact: n * (1 - .05 - .05) in floating point is a character short of 90 %.
     val, test = Fraction(str(spec.val_frac)), Fraction(str(spec.test_frac))
     counts = {"train": int(n * (1 - val - test)), "val": 0, "test": int(n * test)}
     counts["val"] = n - counts["train"] - counts["test"]
@@ -587,7 +624,7 @@ def _counts(spec: CorpusSpec, n: int) -> dict[str, int]:
         del counts["test"]
     if min(counts.values()) < 2:
         raise UserError(
-            f"data.{spec.name}: {n:,} characters are too few to split: {counts} must have at least"
-            " 2 each"
+            f"data.{spec.name}: {n:,} characters are too few to split: {counts} must have at least "
+            "2 each"
         )
     return counts

@@ -50,7 +50,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitSpec:
-    """How documents become windows, splits and cells."""
+    """Rules by which documents become windows, splits and cells."""
 
     name: str
     """Name of the text in configuration and results."""

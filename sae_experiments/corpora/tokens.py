@@ -69,20 +69,20 @@ class TokenCorpus:
         Raises:
             UserError: No document is long enough.
         """
-        starts = []
+        of_documents = []
         begin = 0
         for end in self.ends[split].tolist():
-            starts.append(np.arange(begin, end - length, length, dtype=np.int64))
+            of_documents.append(np.arange(begin, end - length, length, dtype=np.int64))
             begin = end
-        found = np.concatenate(starts)
-        if not len(found):
+        starts = np.concatenate(of_documents)
+        if not len(starts):
             n = len(self.splits[split])
             raise UserError(
-                f"data.{self.name}: no document of the {split} split ({len(starts):,} with {n:,} "
-                f"tokens) is longer than a window of {length} tokens: use a longer text, a smaller "
+                f"data.{self.name}: no document of the {split} split ({len(of_documents):,} with "
+                f"{n:,} tokens) is longer than a window of {length} tokens: use a longer text, a smaller "
                 "lm.n_positions, or across=true, which joins documents"
             )
-        return found
+        return starts
 
     def windows(self, split: str, starts: np.ndarray, length: int) -> torch.Tensor:
         """Windows of `length` ids that begin at `starts` (n,), int64 (n, length)."""

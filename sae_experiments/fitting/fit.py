@@ -203,10 +203,10 @@ def fit_saes(
         session: Log, progress, checkpoint and deadline.
 
     Raises:
-        NonFinite: a loss became NaN or infinite (names SAE, step and term).
-        UserError: the sample holds a non-finite value, or nothing but zeros; an SAE cannot be
-            trained on, or rebuilds something else than it has to read; SAEs differ in a number of
-            the pass.
+        NonFinite: A loss became NaN or infinite; names SAE, step and term.
+        UserError: The sample holds a non-finite value, or nothing but zeros; an SAE cannot be
+            trained further, or rebuilds something else than it has to read; SAEs differ in a
+            number of the pass.
     """
     configs = cfg if isinstance(cfg, Mapping) else dict.fromkeys(saes, cfg)
     _check_shared(saes, configs)
@@ -351,10 +351,10 @@ def _check_start(name: str, sae: SAE, same: bool, rows: int) -> None:
     """Raise `UserError` for an SAE that cannot be fitted here.
 
     Args:
-        name: of the SAE in messages.
-        sae: the SAE.
-        same: whether targets and inputs are the same rows.
-        rows: in a batch, or kept for calibration, whichever is less.
+        name: Name of the SAE in messages.
+        sae: The SAE.
+        same: Targets and inputs are the same rows.
+        rows: Rows of a batch or rows for calibration, whichever are fewer.
     """
     if sae.fixed_l0 is not None and round(sae.fixed_l0 * rows) < 1:
         raise UserError(
@@ -391,13 +391,14 @@ def units_of(x: Tensor, what: str, blocks: int = 1, *, scale: str = "spread") ->
     """The units in which rows (N, D) have mean 0 and mean squared length 1.
 
     Args:
-        x: rows; each of `blocks` equal parts of the columns gets a scale of its own.
-        what: the name of the rows in messages.
+        x: Rows (N, D).
+        what: Name of the rows in messages.
+        blocks: Number of equal parts of the columns, each of which gets a scale of its own.
         scale: `spread` looks at all rows; `robust` at the 95 % nearest to the medians of the
             columns, so that a few huge rows change nothing; `none` leaves rows as they are.
 
     Raises:
-        UserError: values that are not finite, or nothing but zeros in a block.
+        UserError: A part holds values that are not finite, or nothing but zeros.
     """
     if scale not in SCALES:
         raise UserError(f"fit.scale={scale!r} is not one of {', '.join(SCALES)}")
@@ -410,9 +411,8 @@ def units_of(x: Tensor, what: str, blocks: int = 1, *, scale: str = "spread") ->
                 "(constant zero or non-finite values in the store)"
             )
         middle, spread = _middle(part, robust=scale == "robust")
-        if not bool(
-            spread > RESOLUTION**2 * size
-        ):  # constant rows, which only their size can scale
+        if not bool(spread > RESOLUTION**2 * size):
+            # Constant rows, which can be scaled by nothing but their size.
             middle, spread = torch.zeros_like(middle), size
         centre.append(middle)
         factor.append(spread.rsqrt().expand_as(middle))

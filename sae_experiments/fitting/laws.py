@@ -332,7 +332,7 @@ LAWS: dict[str, Law] = QUICK | {
 
 
 def complaint(law: Law, subject: Subject) -> str:
-    """What a law complains of; an exception within the SAE's code is a complaint too."""
+    """The complaint of a law, "" for none; an exception within the SAE's code is one too."""
     try:
         return law(subject)
     except UserError as error:
@@ -364,10 +364,10 @@ def check(name: str, spec: SAESpec, say: Callable[[str], None] = print) -> int:
     subject, broken = Subject(spec.model), {}
     began = time.monotonic()
     for law_name, law in LAWS.items():
-        found = complaint(law, subject)
-        say(f"  FAILS {law_name}: {found}" if found else f"  holds {law_name}")
-        if found:
-            broken[law_name] = found
+        why = complaint(law, subject)
+        say(f"  FAILS {law_name}: {why}" if why else f"  holds {law_name}")
+        if why:
+            broken[law_name] = why
     seconds = time.monotonic() - began
     if broken:
         raise LawBroken(_first(name, broken, len(LAWS)))
@@ -387,7 +387,7 @@ def refuse_broken(name: str, spec: SAESpec) -> None:
     except Exception:
         return
     complaints = {law: complaint(QUICK[law], subject) for law in QUICK}
-    broken = {law: found for law, found in complaints.items() if found}
+    broken = {law: why for law, why in complaints.items() if why}
     if broken:
         raise UserError(
             f"{_first(name, broken, len(QUICK))}; python experiment.py --check={name} shows all"
@@ -395,6 +395,7 @@ def refuse_broken(name: str, spec: SAESpec) -> None:
 
 
 def _first(name: str, broken: dict[str, str], of: int) -> str:
-    law, found = next(iter(broken.items()))
+    """The first broken law in one line."""
+    law, why = next(iter(broken.items()))
     more = f" ({len(broken)} of {of} laws are broken)" if len(broken) > 1 else ""
-    return f"sae={name} breaks the law '{law}': {found}{more}"
+    return f"sae={name} breaks the law '{law}': {why}{more}"

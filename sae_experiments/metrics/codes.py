@@ -51,7 +51,7 @@ class Text(NamedTuple):
 
 
 def no_text(ctx: EvalContext) -> str:
-    """The reason for null results if a metric on characters has no text."""
+    """Reason for null results of a metric on characters that has no text."""
     return NO_CHARACTERS if ctx.reads_tokens else NO_TEXT
 
 

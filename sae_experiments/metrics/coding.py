@@ -72,7 +72,7 @@ class Quantiser:
         self._unit = np.where(self._counts > 0, rms, 1.0)
         self._starts = [part.indptr[:-1] for part in columns]
         self._nonempty = [np.diff(part.indptr) > 0 for part in columns]
-        # Where each entry of the decoded code lies among the entries by latent.
+        # Place of each entry of the decoded code among the entries by latent.
         places = sparse.csc_matrix(
             (np.arange(len(self._values)), columns[1].indices, columns[1].indptr), self._shape
         ).tocsr()

@@ -1,5 +1,7 @@
-"""A character GPT-2: building, training, evaluation and sampling. The only module that imports
-transformers.
+"""GPT-2 on characters or on tokens of its own: building, training, evaluation and sampling.
+
+Models from a directory are in `models.local`, so that neither module decides about the caches of
+the other.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +51,7 @@ from sae_experiments.training.loop import (
 )
 
 hf_logging.disable_progress_bar()
-#: What the key/value cache is called: transformers renamed the argument and will drop its old name.
+#: Name of the key/value cache; transformers renamed the argument and will drop its old name.
 CACHE = (
     "cache"
     if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters
@@ -95,40 +97,53 @@ INFO = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LMSpec:
-    """A GPT-2 and its recipe. Entries of `train` that are null are taken from the corpus's
-    published recipe.
-
-    `precision`: fp32, bf16 (autocast) or auto, which is bf16 where the device multiplies bf16
-    faster and the model is wide enough for that to pay. `freeze_bias` keeps every bias of the
-    blocks at zero, which is a GPT-2 without biases. With `train.optimizer=muon`, blocks below
-    number `muon_writes_from` leave the matrices that write into the residual stream to AdamW
-    at `adam_writes_lr` times its rate: Muon gives every direction of the stream equal weight,
-    and an SAE there needs far more latents. `tied`: the output matrix is the token embedding.
-    `embedding_std`: standard deviation that the token and position embeddings and the output
-    matrix are drawn with (None: GPT-2's 0.02).
-    """
+    """A GPT-2 and the recipe of its training."""
 
     n_layer: int
+    """Blocks."""
     n_head: int
+    """Attention heads per block."""
     n_embd: int
+    """Width of the residual stream."""
     n_positions: int
+    """Characters or tokens per window."""
     dropout: float
+    """Probability of dropout, everywhere in the model."""
     activation_function: str
+    """Activation function of the MLPs, under the name that transformers uses."""
     freeze_bias: bool
+    """Keep every bias of the blocks at zero: a GPT-2 without biases."""
     train: dict[str, Any]
+    """Fields of `TrainConfig`; those that are null come from the recipe of the corpus."""
     precision: str
+    """fp32, bf16 (autocast), or auto: bf16 where the device multiplies it faster and the model is
+    wide enough for that to pay."""
     compile: bool
+    """Compile the model for training."""
     muon_writes_from: int
+    """With Muon, blocks below this number leave the matrices that write into the residual stream to
+    AdamW. Muon gives every direction of the stream equal weight, and an SAE there needs far more
+    latents."""
     adam_writes_lr: float
+    """Learning rate of those matrices, as a fraction of AdamW's."""
     eval_batches: int
+    """Random batches of each split in an evaluation that is reported."""
     curve_batches: int
+    """Random batches of each split in an evaluation during training."""
     samples: int
+    """Samples that are generated to time inference."""
     sample_length: int
+    """Characters of a sample."""
     prompt: str
+    """Text that samples continue."""
     temperature: float
+    """Temperature of the sampling."""
     top_k: int
+    """Number of most probable characters that are sampled from."""
     tied: bool = True
+    """The output matrix is the token embedding."""
     embedding_std: float | None = None
+    """Standard deviation with which embeddings and output matrix are drawn; None: GPT-2's 0.02."""
     vocab_size: int | None = None
     """Tokens of byte-pair encoding, trained on the text; None: characters."""
 
@@ -173,49 +188,52 @@ class LMSpec:
             raise UserError(f"lm.temperature={self.temperature} must be positive")
 
     def train_config(self, recipe: dict[str, Any]) -> TrainConfig:
-        """The training numbers for one corpus: `recipe` fills in what `train` leaves null."""
+        """Numbers of the training on one corpus, whose recipe fills in what `train` leaves null."""
         return TrainConfig(**{**recipe, **{k: v for k, v in self.train.items() if v is not None}})
 
 
 class TrainedLM(NamedTuple):
-    """A trained model, its numbers, its curves, its folder (a `save_pretrained` directory)
-    and the key of everything made from it.
-    """
+    """A language model in eval mode, trained here or loaded."""
 
     model: CausalLM
+    """The model."""
     metrics: dict[str, float | None]
+    """Its losses and speed, by metric."""
     history: History
+    """Curves of its training; empty for a model that was loaded."""
     folder: Path
+    """Directory that `from_pretrained` reads it from."""
     key: dict[str, Any]
+    """Cache key of everything that is made from it."""
     seconds: float
+    """Time of its training."""
     cut: bool
+    """True if the deadline ended the training early."""
     from_cache: bool = False
+    """True if it was trained by an earlier run."""
 
     @property
     def headline(self) -> str:
-        """Its loss and how long it was trained, for the terminal."""
+        """Its loss and the time of its training, for the terminal."""
         loss = f"val loss {self.metrics['best_val_loss']:.4f}"
         spent = took("trained", self.seconds, from_cache=self.from_cache)
         return f"{loss} ({spent})" if self.history else loss
 
 
-#: Bytes of activations that training keeps for each position, block and unit of width; for each
-#: pair of positions that attention keeps, by
-#: (bf16, dropout). Measured at the peak of a step.
-STREAM_BYTES, PAIR_BYTES = (
-    84,
-    {(True, False): 5, (True, True): 12, (False, True): 18, (False, False): 0},
-)
+#: Bytes of activations per position, block and unit of width at the peak of a training step.
+STREAM_BYTES = 84
+#: Bytes that attention keeps per pair of positions at that time, by (bf16, dropout).
+PAIR_BYTES = {(True, False): 5, (True, True): 12, (False, True): 18, (False, False): 0}
 
 
 def training_need(spec: LMSpec, cfg: TrainConfig, vocab_size: int, device: torch.device) -> Need:
-    """Memory of training at its peak, to about a third, and the operations of all steps.
+    """Memory of training at its peak, right to about a third, and the operations of all steps.
 
-    Attention keeps its weights for every pair of positions where it is worked out as plain
-    products (on a CPU in bf16 or with dropout).
+    On a CPU in bf16 or with dropout, attention keeps its weights for every pair of positions.
     """
     rows = cfg.batch_size * spec.n_positions
-    n_params = 12 * spec.n_layer * spec.n_embd**2 + (spec.n_positions + vocab_size) * spec.n_embd
+    of_blocks = 12 * spec.n_layer * spec.n_embd**2
+    n_params = of_blocks + (spec.n_positions + vocab_size) * spec.n_embd
     bf16 = autocast(device, spec.precision, spec.n_embd) is not nullcontext
     each = PAIR_BYTES[bf16, spec.dropout > 0] if device.type == "cpu" else 0
     memory = {
@@ -224,21 +242,14 @@ def training_need(spec: LMSpec, cfg: TrainConfig, vocab_size: int, device: torch
         "logits": 12 * vocab_size * rows,
         "weights and optimiser": 16 * n_params,
     }
-    step = (
-        6
-        * rows
-        * (
-            12 * spec.n_layer * spec.n_embd**2
-            + vocab_size * spec.n_embd
-            + spec.n_layer * spec.n_embd * spec.n_positions
-        )
-    )
-    return Need(memory, work=float(cfg.steps * step))
+    per_row = of_blocks + vocab_size * spec.n_embd + spec.n_layer * spec.n_embd * spec.n_positions
+    return Need(memory, work=float(cfg.steps * 6 * rows * per_row))
 
 
 def build_lm(spec: LMSpec, vocab_size: int, *, seed: int) -> GPT2LMHeadModel:
-    """A GPT-2 with GPT-2's initialisation (residual projections scaled by 1/sqrt(2 n_layer)),
-    weights drawn from `seed`.
+    """An untrained GPT-2 with GPT-2's own initialisation, drawn from a seed.
+
+    Projections into the residual stream are scaled by `1 / sqrt(2 n_layer)`.
     """
     config = GPT2Config(
         vocab_size=vocab_size,
@@ -258,12 +269,11 @@ def build_lm(spec: LMSpec, vocab_size: int, *, seed: int) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(config)
     if spec.embedding_std is not None:
-        for table in (
-            model.transformer.wte,
-            model.transformer.wpe,
-            *([] if spec.tied else [model.lm_head]),
-        ):
-            nn.init.normal_(table.weight, std=spec.embedding_std)
+        tables: list[nn.Module] = [model.transformer.wte, model.transformer.wpe]
+        if not spec.tied:
+            tables.append(model.lm_head)
+        for table in tables:
+            nn.init.normal_(table.get_parameter("weight"), std=spec.embedding_std)
     use_cheap_paths(model)
     if spec.freeze_bias:
         for name, p in model.named_parameters():
@@ -275,13 +285,12 @@ def build_lm(spec: LMSpec, vocab_size: int, *, seed: int) -> GPT2LMHeadModel:
 def autocast(
     device: torch.device, precision: str, width: int
 ) -> Callable[[], AbstractContextManager[Any]]:
-    """The mixed-precision context for a model of `width`; a no-op in fp32."""
+    """Context of mixed precision for a model of this width; in fp32 it does nothing."""
     if precision == "auto":
-        fast = (
-            torch.cuda.is_bf16_supported()
-            if device.type == "cuda"
-            else device.type == "cpu" and width >= 256 and cpu_has_bf16()
-        )
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported()
+        else:
+            fast = device.type == "cpu" and width >= 256 and cpu_has_bf16()
         precision = "bf16" if fast else "fp32"
     if precision == "fp32":
         return nullcontext
@@ -302,25 +311,18 @@ class LMLearner(Learner):
     ) -> None:
         super().__init__("lm", model, cfg, seed=seed)
         self.model = model
-        self.corpus, self.spec = corpus, spec
+        self.corpus = corpus
+        self.spec = spec
         device = next(model.parameters()).device
         self.autocast = autocast(device, spec.precision, spec.n_embd)
         self.forward = torch.compile(model) if spec.compile else model
 
     def phases(self) -> list[Phase]:
-        groups: dict[str, list[nn.Parameter]] = {
-            "muon": [],
-            "writes": [],
-            "matrices": [],
-            "vectors": [],
-        }
+        kinds = ("muon", "writes", "matrices", "vectors")
+        groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in kinds}
         for name, p in self.module.named_parameters():
             if p.requires_grad:
-                block = int(name.split(".h.")[1].split(".")[0]) + 1 if ".h." in name else 0
-                kind = "vectors" if p.ndim < 2 else "matrices" if not block else "muon"
-                if kind == "muon" and ".c_proj." in name and block < self.spec.muon_writes_from:
-                    kind = "writes"
-                groups[kind].append(p)
+                groups[self._kind(name, p)].append(p)
         factor = self.spec.adam_writes_lr if self.cfg.optimizer == "muon" else 1.0
         chosen = [
             Group(groups["muon"], decay=True, muon=True),
@@ -329,6 +331,16 @@ class LMLearner(Learner):
             Group(groups["vectors"]),
         ]
         return [Phase("train", 1.0, [g for g in chosen if g.params])]
+
+    def _kind(self, name: str, p: nn.Parameter) -> str:
+        """The group of parameters that one belongs to."""
+        if p.ndim < 2:
+            return "vectors"
+        if ".h." not in name:
+            return "matrices"
+        block = int(name.split(".h.")[1].split(".")[0]) + 1
+        writes = ".c_proj." in name and block < self.spec.muon_writes_from
+        return "writes" if writes else "muon"
 
     def loss(self, batch: tuple[Tensor, Tensor], info: StepInfo) -> Loss:
         x, y = batch
@@ -357,6 +369,7 @@ class LMLearner(Learner):
         return (total / batches).item()
 
     def batch(self, split: str, step: int, purpose: str) -> tuple[Tensor, Tensor]:
+        """Ids and next ids (B, T) of a step; each purpose has random batches of its own."""
         device = next(self.module.parameters()).device
         x, y = self.corpus.batch_at(
             split,
@@ -379,8 +392,19 @@ def train_lm(
     session: Session,
     tokenizer: Tokenizer | None = None,
 ) -> TrainedLM:
-    """The language model of (spec, corpus, seed): from the cache, or trained now, continuing
-    where a killed process stopped.
+    """Train a language model, or take it from the cache.
+
+    Training continues where a killed process stopped.
+
+    Args:
+        spec: The model.
+        corpus: The text.
+        recipe: Numbers of the training that `spec.train` leaves null.
+        seed: Seed of weights, batches, dropout and samples.
+        cache: Folder of the cache.
+        device: Device of the model.
+        session: Log, progress and deadline.
+        tokenizer: The tokenizer of the corpus, which is kept with the model. None: characters.
     """
     cfg = spec.train_config(recipe)
     key = {
@@ -425,6 +449,7 @@ def _make(
     session: Session,
     tokenizer: Tokenizer | None,
 ) -> bool:
+    """Train a model into a folder of the cache; true if it is whole, and not cut short."""
     model = moved(build_lm(spec, corpus.vocabulary, seed=seed_of(seed, "lm")), device)
     learner = LMLearner(model, corpus, spec, cfg, seed=seed)
     checkpoint = part / "checkpoint.safetensors"
@@ -465,14 +490,14 @@ def _make(
 
 
 def _final_evaluation(learner: LMLearner) -> dict[str, float]:
+    """The numbers of the last evaluation, for training that was cut short of it."""
     return {
         f"eval_{s}_loss": learner.mean_loss(s, learner.spec.eval_batches) for s in ("train", "val")
     }
 
 
 def _as_json(value: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
+    """A dataclass as JSON holds it."""
     return json.loads(json.dumps(asdict(value), default=str))
 
 
@@ -486,11 +511,22 @@ def generate(
     top_k: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Sample `n` characters after `prompt` (rows, length); returns (rows, length + n).
+    """Sample characters after a prompt.
 
     A key/value cache makes each step cost one position. When the context is full, the cache is
     rebuilt from the last half of it: GPT-2's positions are absolute, so a window that slid by
     one would have to be recomputed whole at every character.
+
+    Args:
+        model: The language model.
+        prompt: Ids (B, T).
+        n: Number of characters to sample.
+        temperature: Temperature of the sampling.
+        top_k: Number of most probable characters that are sampled from.
+        generator: Source of the random numbers.
+
+    Returns:
+        Ids (B, T + n), the prompt included.
     """
     model.eval()
     limit = model.config.n_positions
@@ -499,12 +535,8 @@ def generate(
     for _ in range(n):
         if past.get_seq_length() + window.shape[1] > limit:
             window, past = out[:, -(limit // 2) :], DynamicCache(config=model.config)
-        logits = (
-            model(input_ids=window, **{CACHE: past}, use_cache=True, logits_to_keep=1)
-            .logits[:, -1]
-            .float()
-            / temperature
-        )
+        kept = {CACHE: past, "use_cache": True, "logits_to_keep": 1}
+        logits = model(input_ids=window, **kept).logits[:, -1].float() / temperature
         if top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
         window = torch.multinomial(logits.softmax(-1), 1, generator=generator)
@@ -522,8 +554,9 @@ def _prompt_id(corpus: CharCorpus | TokenCorpus, prompt: str) -> int:
 def sampling_rate(
     model: GPT2LMHeadModel, corpus: CharCorpus | TokenCorpus, spec: LMSpec, *, seed: int
 ) -> float | None:
-    """Mean over `spec.samples` samples, made one by one, of characters generated per second
-    (None when no sample is asked for).
+    """Characters generated per second, mean over samples that are made one by one.
+
+    None without samples.
     """
     if not spec.samples:
         return None

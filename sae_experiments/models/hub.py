@@ -20,7 +20,7 @@ from sae_experiments.errors import UserError
 os.environ.setdefault("SAE_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 constants.HF_HUB_OFFLINE = True  # it may have been read from the environment before
-#: What is fetched: no pickles, and no code.
+#: Files that are fetched: no pickles, and no code.
 FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _UNREACHABLE = (OSError, ValueError, hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError)
@@ -59,10 +59,11 @@ def _fetched(path: str, key: str, offline: bool) -> Path:
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = offline
     try:
-        found = huggingface_hub.snapshot_download(
-            path, allow_patterns=list(FILES), local_files_only=offline
+        return Path(
+            huggingface_hub.snapshot_download(
+                path, allow_patterns=list(FILES), local_files_only=offline
+            )
         )
-        return Path(found)
     except _UNREACHABLE as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         why = "HF_HUB_OFFLINE or offline=true, and it was not fetched before"

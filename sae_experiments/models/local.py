@@ -33,12 +33,12 @@ from transformers.utils import logging as hf_logging  # isort: skip
 CONFIG, SYMBOLS = "config.json", "symbols.json"
 #: Kinds of files with weights. A pickle (`.bin`) is read by transformers as tensors alone.
 SAFE, PICKLED = ".safetensors", ".bin"
-#: What wrappers put into the names of weights, and what replaces it.
+#: Parts that wrappers put into the names of weights, and their replacements.
 WRAPPED = {r"^((_orig_mod|module|model)\.)+": "", r"\._orig_mod\.": "."}
 #: Causal masks that older versions of transformers stored beside the weights; they are not read.
 MASKS = re.compile(r"\.attn(\.attention)?\.(masked_)?bias$")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
-#: What transformers and safetensors raise for a folder that they cannot read.
+#: Errors that transformers and safetensors raise for a folder that they cannot read.
 LOADING = (
     OSError,
     ValueError,
@@ -271,7 +271,7 @@ def _read(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within it transformers reports errors only: what matters is said here, in one line."""
+    """Within the context, transformers reports errors only; our own messages are single lines."""
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:

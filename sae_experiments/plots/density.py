@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Density(NamedTuple):
-    """Shares of all latents, mean over seeds."""
+    """Distribution of the latents' firing rates, mean over seeds."""
 
     shares: np.ndarray  # (bins,) latents that fired, in every bin
     edges: np.ndarray  # (bins + 1,) log10 of the fraction of tokens

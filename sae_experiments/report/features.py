@@ -20,7 +20,7 @@ from sae_experiments.results.table import Run
 
 log = logging.getLogger(__name__)
 FULL = (10, 6)
-#: How many strongest contexts and samples a latent keeps, the most that fits.
+#: Numbers of strongest contexts and samples that latents keep; the first pair that fits is used.
 SIZES = (FULL, (6, 4), (4, 2), (2, 1), (1, 0))
 SCALE = 99
 ROWS = 1 << 23  # contexts further down keep their own text
@@ -89,9 +89,9 @@ def _is_bytes(run: Run, dataset: str) -> bool:
 
 def _plain(contexts: Any) -> dict[str, Any]:
     """Contexts of a graph's node with their text in them, and the largest value among them."""
-    found = _dicts(contexts)
-    top = max((abs(v) for c in found for v in _acts(c)), default=0.0)
-    return {"contexts": [_inline(c, top) for c in found], "max": top}
+    listed = _dicts(contexts)
+    top = max((abs(value) for context in listed for value in _acts(context)), default=0.0)
+    return {"contexts": [_inline(context, top) for context in listed], "max": top}
 
 
 def pack(cell: FeatureCell, size: tuple[int, int]) -> bytes:

@@ -229,7 +229,10 @@ class _Run:
         try:
             with last_words(self._last_words):
                 self._cells(ctx, share, content)
-            status = "failed" if self.failures else "cut" if self.cut else "done"
+            if self.failures:
+                status = "failed"
+            else:
+                status = "cut" if self.cut else "done"
         except BaseException as error:
             stopped = isinstance(error, (Stopped, KeyboardInterrupt))
             status = "stopped" if stopped else "failed"
@@ -672,13 +675,14 @@ def _git() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that decide about numbers."""
+    versions = {"python": platform.python_version()}
     for name in ("sae-experiments", "torch", "transformers", "hydra-core", "omegaconf", "numpy"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _device_name(device: torch.device, share: Shares) -> str:

@@ -13,7 +13,7 @@ from sae_experiments.files import read_json
 from sae_experiments.results.records import means_of
 
 MODES = ("auto", "online", "offline", "disabled")
-#: Where wandb looks for a key of its own server, whatever its newest address is.
+#: Host under which wandb looks for a key of its own server, whatever its newest address is.
 HOST = "api.wandb.ai"
 
 

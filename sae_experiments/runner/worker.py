@@ -27,7 +27,7 @@ EVENTS_PER_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Facts that a worker is told once."""
+    """Facts that a worker gets once, at its start."""
 
     study: Any
     """The study, not yet prepared."""

@@ -21,7 +21,7 @@ from sae_experiments.files import write_bytes
 from sae_experiments.saes.cross_layer import CrossLayerTranscoder
 
 CONFIG = "config.yaml"
-#: Where our transcoders read and write, in names that circuit-tracer's wrapper of an MLP gives.
+#: Sites of our transcoders, in names that circuit-tracer's wrapper of an MLP gives.
 #: TransformerLens' `ln2.hook_normalized` is the norm's output in some releases, and what comes
 #: before its weight and bias in others.
 HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}

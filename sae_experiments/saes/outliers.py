@@ -53,7 +53,7 @@ class Region(NamedTuple):
     def contains(self, rows: Tensor) -> Tensor:
         """Boolean (N,): true for ordinary rows among rows (N, D)."""
         distances = torch.stack(_distances(rows, self.centre, len(self.limits)))
-        # What is not finite is no outlier: it must meet the checks that name it.
+        # Rows that are not finite are no outliers: the checks that name them must see them.
         far = (distances > self.limits[:, None]) & torch.isfinite(distances)
         return ~far.any(0)
 

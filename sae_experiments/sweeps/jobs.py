@@ -302,7 +302,7 @@ class Jobs:
         return record
 
     def record(self, job: Job) -> dict[str, Any]:
-        """How the job ended; a job that has not ended is "not run"."""
+        """Outcome of a job; "not run" for a job that has not ended."""
         nothing = {"job": job.number, "name": job.name, "status": "not run", "cause": ""}
         return nothing | _read_mapping(self.path(job)) | {"job": job.number}
 

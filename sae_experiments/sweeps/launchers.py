@@ -272,7 +272,9 @@ class Submitit:
         parameters: Mapping[str, Any],
         first_alone: bool,
     ) -> None:
-        self.cluster, self.requeues, self.first_alone = cluster, requeues, first_alone
+        self.cluster = cluster
+        self.requeues = requeues
+        self.first_alone = first_alone
         self.parameters = {k: v for k, v in parameters.items() if v is not None}
 
     def run(self, jobs: Sequence[Job], ended: Ended, here: Here) -> None:
@@ -306,7 +308,10 @@ class Requeued:
     """A command that submitit may interrupt and queue again, where it continues."""
 
     def __init__(self, command: Sequence[str], log: str, env: Mapping[str, str], cwd: str) -> None:
-        self.command, self.log, self.env, self.cwd = list(command), log, dict(env), cwd
+        self.command = list(command)
+        self.log = log
+        self.env = dict(env)
+        self.cwd = cwd
         self.running: set[Any] = set()
 
     def __call__(self) -> Exit:
@@ -341,7 +346,7 @@ class Ray:
         address: `auto` or `ray://host:10001` joins a running cluster; None starts one here.
         num_cpus: CPUs of a job, also its threads.
         num_gpus: GPUs of a job.
-        retries: New starts of a job whose node died.
+        retries: Number of times that a job is started again after its node died.
         first_alone: Run the first job before the others.
     """
 

@@ -22,7 +22,7 @@ from sae_experiments.results.records import means_of, number, try_json
 SAMPLERS = ("tpe", "random")
 
 
-#: What the trials of a search are evaluated on, and what its winner is reported on.
+#: Settings by which trials of a search are evaluated, and by which its winner is reported.
 SEARCHED, REPORTED = "held_out=search", "held_out=test"
 
 
@@ -63,7 +63,9 @@ class Search:
                 "held_out: a search chooses by validation text and reports its winner on test "
                 "text, so it sets this itself: leave it out"
             )
-        self.root, self.axes, self.fixed = root, list(axes), list(fixed)
+        self.root = root
+        self.axes = list(axes)
+        self.fixed = list(fixed)
         self.metric, self.better = str(spec["metric"]), ""
         self.n_trials = spec["n_trials"]
         self.at_once = spec["at_once"]

@@ -11,7 +11,7 @@ from sae_experiments.metrics.codes import Text
 
 #: Characters of an average token.
 PER_TOKEN = 4
-#: What white space of a token is shown as.
+#: Signs that stand for the white space of a token.
 VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 

@@ -44,7 +44,7 @@ class Level(Standard):
 
     @property
     def learns(self) -> bool:
-        """Flag: the current phase trains the level."""
+        """True if the current phase trains the level."""
         return self.W_dec.requires_grad
 
     def dense(self, x: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class StabilityEarlyStopping(nn.Module):
 
     @property
     def stopped(self) -> bool:
-        """Flag: training is over for this SAE."""
+        """True if training is over for this SAE."""
         return not math.isnan(self.stopped_at)
 
     def begin(self, x: Tensor, y: Tensor) -> None:

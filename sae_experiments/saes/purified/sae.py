@@ -134,13 +134,13 @@ class Purification:
 
     @property
     def samples(self) -> bool:
-        """Flag: rows are perturbed."""
+        """True if rows are perturbed."""
         terms = ["denoise", "stability", *(["targeted"] if self.kinds.get("targeted") else [])]
         return self.eps > 0 and any(self.weights[name] for name in terms)
 
     @property
     def active(self) -> bool:
-        """Flag: anything is added to the host."""
+        """True if anything is added to the host."""
         analytic = self.eps > 0 and self.weights["analytic"] > 0
         return self.samples or self.weights["decay"] > 0 or analytic
 

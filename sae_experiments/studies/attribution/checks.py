@@ -61,12 +61,12 @@ def check_graph(
     shuffled = torch.randperm(n, generator=chance).to(influence.device)
     by_influence = torch.argsort(influence, descending=True, stable=True)
     latents = torch.cat([by_influence[: spec.strongest], shuffled[: spec.random]]).unique()
-    found: dict[str, Tensor] = {}
+    effects: dict[str, Tensor] = {}
     for check in ("constrained", "free"):
-        found |= _effects(made, made.one_each(latents), check, spec.multiples)
+        effects |= _effects(made, made.one_each(latents), check, spec.multiples)
         if groups:
             whole = _effects(made, made.members(groups), check, spec.multiples)
-            found |= {f"supernode_{name}": values for name, values in whole.items()}
+            effects |= {f"supernode_{name}": values for name, values in whole.items()}
     orders = {
         "influence": by_influence,
         "direct": graph.weights[n, :n].abs().argsort(descending=True, stable=True),
@@ -74,8 +74,8 @@ def check_graph(
         "random": shuffled,
     }
     for order, ranked in orders.items():
-        found[f"deletion_{order}"] = made.deletion(ranked, spec.counts)
-    return found
+        effects[f"deletion_{order}"] = made.deletion(ranked, spec.counts)
+    return effects
 
 
 def _effects(
@@ -84,7 +84,7 @@ def _effects(
     """Predicted and measured effects by name, one after the other."""
     free = check == "free"
     later = made.later(sets)
-    found: dict[str, list[Tensor]] = {}
+    effects: dict[str, list[Tensor]] = {}
     for multiple in multiples:
         predict = made.total if free else made.direct
         predicted = predict(sets, multiple)
@@ -96,8 +96,8 @@ def _effects(
             f"{check}_logit_measured": measured.logits.flatten(),
         }
         for name, part in parts.items():
-            found.setdefault(name, []).append(part)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+            effects.setdefault(name, []).append(part)
+    return {name: torch.cat(parts) for name, parts in effects.items()}
 
 
 @torch.no_grad()
@@ -163,8 +163,8 @@ def add_deletions(
     curves: dict[str, np.ndarray] = {}
     for order in ORDERS:
         name = f"deletion_{order}"
-        found = [one[name].cpu().double().numpy() for one in checked if one]
-        curves[order] = np.stack(found) if found else np.zeros((0, len(counts)))
+        of_prompts = [one[name].cpu().double().numpy() for one in checked if one]
+        curves[order] = np.stack(of_prompts) if of_prompts else np.zeros((0, len(counts)))
         outcome.arrays[name] = curves[order]
         _add_mean(outcome, name, curves[order].mean(1))
     gain = (curves["influence"] - curves["activation"]).mean(1)

@@ -128,15 +128,15 @@ def as_circuit_tracer(
 def supernodes(drawn: Drawn) -> list[tuple[str, list[str]]]:
     """Label of every supernode, and the names of its latents that are kept."""
     nodes, ids = drawn.local.nodes, drawn.column_ids()
-    found = []
+    labelled = []
     for number, group in enumerate(drawn.groups):
         layers = sorted(set((nodes.layer[group] + 1).tolist()))
         place = int(nodes.position[group[0]])
         mlps = ", ".join(str(layer) for layer in layers)
         label = f"MLP {mlps} at {drawn.prompt[place]!r} ({place}), group {number + 1}"
         kept = [i for i in group.tolist() if bool(drawn.nodes[i])]
-        found.append((label, [ids[i] for i in kept]))
-    return found
+        labelled.append((label, [ids[i] for i in kept]))
+    return labelled
 
 
 def _node(node_id: str, feature: int, layer: str, position: int, kind: str) -> dict[str, Any]:

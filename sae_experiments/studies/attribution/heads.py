@@ -82,7 +82,7 @@ def edge_heads(local: LocalModel, edges: Tensor) -> Tensor:
     Returns:
         (E, parts), in the order of `edges.nonzero()`; each row sums to the edge's weight.
     """
-    found = local.error.new_zeros(int(edges.sum()), n_parts(local))
+    by_edge = local.error.new_zeros(int(edges.sum()), n_parts(local))
     number = edges.flatten().cumsum(0).view_as(edges) - 1
     batch = max(1, local.batch // n_parts(local))
     for layer, rows in _targets(local, edges):
@@ -91,8 +91,8 @@ def edge_heads(local: LocalModel, edges: Tensor) -> Tensor:
             parts = head_rows(local, layer, position, vectors)
             chosen = edges[some]
             target, source = chosen.nonzero(as_tuple=True)
-            found[number[some][chosen]] = parts[target, :, source]
-    return found
+            by_edge[number[some][chosen]] = parts[target, :, source]
+    return by_edge
 
 
 def _targets(local: LocalModel, edges: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -114,7 +114,7 @@ def _read(local: LocalModel, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_numbers(parts: Tensor) -> dict[str, float]:
-    """How much of the chosen edges goes through attention, and how far one head carries it.
+    """Share of the chosen edges that goes through attention, and how far one head carries it.
 
     Args:
         parts: Parts of edges (E, parts) by the last head passed.

@@ -75,7 +75,7 @@ _GRAPH: list[tuple[str, str, str, Better, bool]] = [
 ]
 _CLAMPED = "MLPs and attention weights of the clean run plus the writes of what is clamped"
 _FREE = "the writes to the latents' own layers alone, everything after them responds"
-#: What is clamped, the title's beginning and the formula of each check.
+#: By check: the thing that is clamped, the beginning of the title, and the formula.
 _CHECKS = {
     "constrained": ("a latent is", "r constrained", _CLAMPED),
     "free": ("a latent is", "r free", _FREE),

@@ -156,11 +156,11 @@ def _places(
     frequent: set[Trigram],
 ) -> list[list[int]]:
     """Ends of prompts of one kind in every window, among those that are `good` (W, T)."""
-    found = []
+    places = []
     for text, following, allowed in zip(texts, after, good, strict=True):
         ends = allowed.nonzero().squeeze(1).tolist()
-        found.append([t for t in ends if _fits(kind, text, t, following, frequent)])
-    return found
+        places.append([t for t in ends if _fits(kind, text, t, following, frequent)])
+    return places
 
 
 def _fits(

@@ -98,9 +98,13 @@ class Attribution(Language):
     """The language study with transcoders of every layer, and graphs on top."""
 
     prompts: PromptSpec
+    """Choice of the prompts."""
     graph: GraphSpec
+    """Size and pruning of the graphs."""
     checks: CheckSpec
-    memory_mb: float  # memory that a batch of gradients or reruns may take
+    """Checks by intervention."""
+    memory_mb: float
+    """Memory in MiB that a batch of gradients or reruns may take."""
 
     def __post_init__(self) -> None:
         if not self.memory_mb > 0:

@@ -139,7 +139,7 @@ class Circuit:
 
     @property
     def continuous(self) -> bool:
-        """Flag: pre-activations of the downstream SAE are linear in its rows.
+        """True if pre-activations of the downstream SAE are linear in its rows.
 
         Other SAEs read a code with a threshold, at which their pre-activations jump.
         """

@@ -170,7 +170,9 @@ class Point:
     """
 
     def __init__(self, path: Path, state: Tensor, base: Tensor | None) -> None:
-        self.path, self.state, self.base = path, state, base
+        self.path = path
+        self.state = state
+        self.base = base
         with torch.no_grad():
             h = path.enter(state, base)
             for block in path.middle:

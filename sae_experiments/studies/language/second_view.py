@@ -1,6 +1,4 @@
-"""Batches with a second view of their rows: what the model makes of the same positions after
-some of the earlier characters were replaced.
-"""
+"""Batches with a second view of their rows: activations after some characters were replaced."""
 
 from __future__ import annotations
 
@@ -20,19 +18,22 @@ from sae_experiments.training.loop import seed_of
 
 
 class SecondView:
-    """A twin of the training store, over the same windows with every character replaced with
-    probability `share` by another one.
+    """A second store over the training windows, in which some characters are others.
 
-    `batch_at` gives the batches of `stores` with `alt` filled in. A row whose own
-    character was replaced is its own second view: only what came before a position may differ.
+    A row whose own character was replaced is its own second view: only the characters before a
+    position may differ.
+
+    Args:
+        stores: The rows that batches are made of.
+        read: Site that the SAE reads.
+        share: Probability with which each character is replaced.
+        ctx: Context of the run.
     """
 
     def __init__(self, stores: Stores, read: Where, share: float, ctx: Context) -> None:
-        self.stores, self.share, self.seed = (
-            stores,
-            share,
-            seed_of(stores.seed, "second view", share),
-        )
+        self.stores = stores
+        self.share = share
+        self.seed = seed_of(stores.seed, "second view", share)
         train = stores.train
         source = Source(
             model=stores.model,
@@ -60,8 +61,13 @@ class SecondView:
         ).flatten()
 
     def replaced(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Ids (n, T) of the windows at `starts` with replacements, and where these are; a
-        function of each window alone.
+        """Ids of windows with some characters replaced, as a function of each window alone.
+
+        Args:
+            starts: Starts of the windows, (n,).
+
+        Returns:
+            The ids (n, T), and a boolean (n, T) that is true for those that were replaced.
         """
         length = self.stores.train.length
         ids = self.stores.corpus.windows(self.stores.train.split, starts, length)
@@ -72,7 +78,7 @@ class SecondView:
         return torch.where(gone, (ids + shift) % symbols, ids), gone
 
     def batch_at(self, step: int, read: Where, write: Any) -> Batch:
-        """The batch of `step` with its second view."""
+        """The batch of a step with its second view, in `alt`."""
         batch = self.stores.batch_at(step, read, write)
         index = self.stores.index_at(step)
         alt = rows_of(self.store, read, index).to(batch.x.device)

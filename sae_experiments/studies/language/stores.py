@@ -1,6 +1,4 @@
-"""The activations a cell needs: rows to train on, rows kept for calibration, held-out rows; and
-the batches made from them.
-"""
+"""The activations of a cell: rows to train on, to calibrate on and to evaluate on, and batches."""
 
 from __future__ import annotations
 
@@ -34,19 +32,19 @@ from sae_experiments.sampling import spread_order
 from sae_experiments.studies.base import Context
 from sae_experiments.training.loop import seed_of
 
-Where = Site | Sites  # one site, or several side by side
+#: One site, or several side by side.
+Where = Site | Sites
 #: Neighbouring held-out windows that stay together.
 DOCUMENT = 8
 
 
 class Stores:
-    """Three stores over one language model; train and calibration windows are disjoint,
-    held-out ones come from the validation split.
+    """Training, calibration and held-out rows of one language model.
 
-    The held-out windows, and so their rows, stand in an order in which the first ones, however
-    many, are spread over the whole split (`sampling.spread_order`); eight neighbours at
-    a time stay together, which is what metrics take for a document. The rows of the other two
-    follow the text.
+    Training and calibration windows are disjoint; held-out windows are of another split, or of
+    another part of the validation split. They are ordered so that the first n of them, for any n,
+    are spread over the whole split (see `sampling.spread_order`); eight neighbours at a time stay
+    together, which is what metrics take for a document. The rows of the other two follow the text.
     """
 
     def __init__(
@@ -169,9 +167,7 @@ class Stores:
         return ids, self.corpus.windows(self.split, starts + 1, length)
 
     def ordered(self, order: int) -> Stores:
-        """The same stores, with batches and initial rows in the order of another seed: what a
-        fit from another seed sees.
-        """
+        """The same stores for a fit from another seed, which orders batches and initial rows."""
         other = copy.copy(self)
         other.order = order
         return other
@@ -187,8 +183,9 @@ class Stores:
         return self._batch(self.index_at(step), read, write)
 
     def windows_at(self, step: int, read: Where, write: Site) -> Batch:
-        """Whole windows of one step with the rest of the language model behind them, about as
-        many rows as a plain batch.
+        """Whole windows of one step, with the effect of a reconstruction on the language model.
+
+        They have about as many rows as a plain batch.
         """
         length = self.train.length
         n = max(1, self.fit.train.batch_size // length)
@@ -218,7 +215,8 @@ class Stores:
         return Sample(x, y, self.calibration.rows(read, slice(None)).to(self.device))
 
 
-Part = tuple[Source, np.ndarray]  # where windows are read, and their starts
+#: Source of windows, and the starts of the windows.
+Part = tuple[Source, np.ndarray]
 
 
 def rows_of(rows: Store | Stream, where: Where, index: np.ndarray | ChunkIndex) -> Tensor:
@@ -250,14 +248,17 @@ def kind_of(fit: FitSpec, parts: Sequence[Part], sites: Sequence[Site], cache: P
 def announce_memory(
     kind: str, fit: FitSpec, parts: Sequence[Part], sites: Sequence[Site], ctx: Context
 ) -> None:
-    """Say what rows in memory will need, if that is much. Raises `UserError` if it is not there.
+    """Announce the memory that rows will take, if it is much.
 
     Args:
-        kind: Where rows are kept.
+        kind: Place of the rows: disk, memory or stream.
         fit: Sizes and precision.
         parts: Training, calibration and held-out windows.
         sites: Sites to collect.
-        ctx: The device, and whom to tell.
+        ctx: Context of the run, for its console.
+
+    Raises:
+        UserError: There is not enough memory.
     """
     if kind == "disk":
         return
@@ -273,9 +274,17 @@ def announce_memory(
 
 
 def effect_of(model: nn.Module, site: Site, tokens: Tensor, recon: Tensor) -> dict[str, Tensor]:
-    """Effect of a reconstruction (B*T, D) at `site`: `kl`, mean KL(p || p') of the next
-    character, and `later`, the mean over later blocks of the error it causes in the residual
-    stream relative to that stream's variance. Differentiable in `recon`.
+    """Effect of a reconstruction on the language model; differentiable in the reconstruction.
+
+    Args:
+        model: The language model.
+        site: Site at which the reconstruction replaces the activation.
+        tokens: Token ids (B, T).
+        recon: Reconstruction (B T, D).
+
+    Returns:
+        `kl`, the mean of KL(p || p') of the next character; and `later`, the mean over later blocks
+        of the error in the residual stream, relative to the stream's variance.
     """
     n_layer = len(blocks_of(model))
     first = site.layer + (site.stream == "resid")

@@ -1,5 +1,4 @@
-"""The main study: a language model, SAEs fitted to its activations, their evaluation on
-held-out text.
+"""The main study: a language model, SAEs of its activations, and their evaluation on held-out text.
 
 The model is trained here, on characters or byte pairs, or pretrained.
 """
@@ -84,24 +83,35 @@ FIT_INFO = [
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """Cells are (corpus, seed); each has a language model, activation stores and SAEs.
+    """The study of language models.
 
-    Whatever was computed before comes from the cache.
+    Its cells are pairs of a corpus and a seed. Each has a language model, stores of activations and
+    SAEs. Whatever was computed before comes from the cache.
     """
 
     data: Mapping[str, DataSpec]
+    """Texts by name."""
     lm: LMSpec | PretrainedSpec
+    """The language model."""
     saes: Mapping[str, SAESpec]
+    """SAEs by label."""
     metrics: Mapping[str, Metric]
+    """Metrics by name."""
     fit: FitSpec
+    """Sizes of stores and numbers of the fits."""
     site: str
+    """Site of the SAEs, unless they name their own."""
     seeds: Sequence[int] | None
-    # further fits of every SAE to the same activations, from other seeds (weights and order of the
-    # batches): what seed stability is measured with
+    """Seeds of the cells; None: those of each corpus."""
     replicas: int = 0
+    """Further fits of every SAE to the same activations, from other seeds (weights and order of the
+    batches), by which the metrics of seed stability are measured."""
     offline: bool = False
+    """Download nothing."""
     held_out: str = "val"
-    steering: int = 0  # most rule-like latents whose steered continuations are shown
+    """Held-out part of the text, one of `HELD_OUT`."""
+    steering: int = 0
+    """Number of latents, the most rule-like ones, whose steered continuations are shown."""
 
     def __getstate__(self) -> dict[str, Any]:
         """State for another process, without what was read or loaded here."""
@@ -209,9 +219,7 @@ class Language:
         }
 
     def result_name(self, dataset: str, sae: str) -> str:
-        """The name results appear under: the corpus, and the SAE's label where several are
-        fitted.
-        """
+        """Name of a result: the corpus, and the SAE's label if several are fitted."""
         return dataset if len(self.saes) == 1 else f"{dataset}.{sae}"
 
     def cells(self) -> list[Cell]:
@@ -232,15 +240,9 @@ class Language:
             recipe = self.data[cell.dataset].recipe
             lm = self.models.of(text, recipe, cell.seed, ctx, session)
         ctx.console.say(f"  language model: {lm.headline}")
-        sites = list(
-            dict.fromkeys(
-                s
-                for sae_spec in self.saes.values()
-                for where in self.sites(sae_spec)
-                for s in as_sites(where)
-            )
+        stores = Stores(
+            self.fit, self._all_sites(), corpus, lm, cell.seed, ctx, held_out=self.held_out
         )
-        stores = Stores(self.fit, sites, corpus, lm, cell.seed, ctx, held_out=self.held_out)
         seeds = [cell.seed + 1000 * (i + 1) for i in range(self.replicas)]
         replica_fits = [
             self.fitted(stores.ordered(seed), cell._replace(seed=seed), ctx) for seed in seeds
@@ -261,6 +263,14 @@ class Language:
             )
         return outcomes
 
+    def _all_sites(self) -> list[Site]:
+        """Sites that some SAE reads or reconstructs."""
+        sites: dict[Site, None] = {}
+        for sae_spec in self.saes.values():
+            for where in self.sites(sae_spec):
+                sites |= dict.fromkeys(as_sites(where))
+        return list(sites)
+
     @property
     def exported(self) -> dict[str, Any]:
         """Description of the language model in exported SAEs, under SAELens' keys."""
@@ -276,8 +286,9 @@ class Language:
         return sae_spec.seeded(self.width(read), self.width(write), seed)
 
     def fitted(self, stores: Stores, cell: Cell, ctx: Context) -> dict[str, tuple[SAE, FitReport]]:
-        """The SAEs of a cell, each from the cache if it was fitted before; the others are
-        fitted now, side by side.
+        """The SAEs of a cell with their reports.
+
+        Those that were fitted before come from the cache; the others are fitted now, side by side.
         """
         saes = {n: self._built(spec, cell.seed).to(ctx.device) for n, spec in self.saes.items()}
         ready = {n: saes.pop(n) for n in list(saes) if self.saes[n].path}
