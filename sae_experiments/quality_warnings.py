@@ -242,7 +242,7 @@ def of_gap(gap: float | None, jumps: str | None) -> list[Warned]:
 
 
 def checked(given: Any) -> list[dict[str, Any]]:
-    """Warnings as a record keeps them; anything else, as a file may hold it, is left out."""
+    """The well-formed warnings of a record; anything else that its file may hold is left out."""
     warnings = []
     for one in given if isinstance(given, Sequence) else ():
         one = one._asdict() if isinstance(one, Warned) else one

@@ -76,8 +76,8 @@ def _parsed(path: Path, loaded: Any = None) -> Parsed:
     change the name under which this process stores what it computes.
 
     Args:
-        path: the source file (or a compiled extension, which counts by its bytes).
-        loaded: the spec of the loaded module; None where it is not loaded.
+        path: The source file, or a compiled extension, which counts by its bytes.
+        loaded: The spec of the loaded module; None if it is not loaded.
     """
     if loaded is None:
         return _parse(path)
@@ -232,7 +232,7 @@ def _is_installed(name: str) -> bool:
 
 @functools.cache
 def _version_of(top: str) -> str:
-    """The version of an installed package; "" where it is not installed."""
+    """The version of an installed package; "" if it is not installed."""
     try:
         return version(top)
     except PackageNotFoundError:
@@ -344,15 +344,15 @@ def source_digest(*modules: ModuleType | str, alone: Iterable[str] = ()) -> str:
     """Name the code of modules and of all that they import.
 
     Args:
-        modules: modules, or their full names.
-        alone: names of modules that count without what they import: those that hold the code
-            which uses `modules` beside code that does not matter.
+        modules: Modules, or their full names.
+        alone: Names of modules that count without their imports: they hold the code which uses
+            `modules`, beside code that does not matter.
 
     Returns:
         Sixteen hex digits.
 
     Raises:
-        UserError: a module has no source file.
+        UserError: A module has no source file.
     """
     walk = _walked(modules)
     for name in alone:

@@ -51,13 +51,18 @@ D_SAE, K = 96, 4
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Outcome of a fit: `metrics` by name, the curves of training, and whether time cut it."""
+    """Outcome of a trial."""
 
     sae: SAE
+    """The SAE, fitted."""
     metrics: dict[str, float | None]
+    """Values by metric; None for one that is undefined."""
     history: History
+    """Curves of the fit."""
     seconds: float
+    """Time of the fit."""
     cut: bool
+    """True if the time limit ended the fit early."""
 
 
 def trial(

@@ -45,12 +45,16 @@ from sae_experiments.flatten import flatten
 
 @dataclass
 class _Chosen:
-    """One name in `sae=[...]`, with what is asked of it."""
+    """One name in `sae=[...]` with its overrides."""
 
     name: str
-    base: DictConfig  # the configuration with this SAE and nothing else changed
-    hosts: list[str]  # choices of the SAE that it wraps
-    own: list[Override] = field(default_factory=list)  # from sae.<name>.<key>=value
+    """Name of the SAE."""
+    base: DictConfig
+    """The configuration with this SAE and nothing else changed."""
+    hosts: list[str]
+    """Choices of the SAE that it wraps."""
+    own: list[Override] = field(default_factory=list)
+    """Overrides that were given as `sae.<name>.<key>=value`."""
 
     def variants(self, common: Sequence[Override]) -> Iterator[tuple[str, list[str]]]:
         """Label and overrides of each SAE of the grid.

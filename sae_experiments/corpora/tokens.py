@@ -79,8 +79,8 @@ class TokenCorpus:
             n = len(self.splits[split])
             raise UserError(
                 f"data.{self.name}: no document of the {split} split ({len(of_documents):,} with "
-                f"{n:,} tokens) is longer than a window of {length} tokens: use a longer text, a smaller "
-                "lm.n_positions, or across=true, which joins documents"
+                f"{n:,} tokens) is longer than a window of {length} tokens: use a longer text, "
+                "a smaller lm.n_positions, or across=true, which joins documents"
             )
         return starts
 

@@ -60,7 +60,11 @@ class SAESpec:
     """SAELens directory of an SAE that is evaluated and not trained, see `DirectorySpec`."""
 
     def build(self, d_in: int, d_out: int) -> SAE:
-        """The untrained SAE. Raises `UserError` for sizes that cannot work."""
+        """Build the untrained SAE.
+
+        Raises:
+            UserError: The sizes cannot work.
+        """
         if self.d_sae is not None and (not isinstance(self.d_sae, int) or self.d_sae < 1):
             raise UserError(f"sae.d_sae={self.d_sae} must be a whole number of at least 1")
         d_sae = self.d_sae if self.d_sae is not None else round(self.expansion * d_in)
@@ -159,6 +163,7 @@ def _parsed(named: str | Sequence[str], n_layer: int) -> Site | Sites:
 
 
 def _to_jsonable(value: Any) -> Any:
+    """A value for a cache key; a partial function is its name with its arguments."""
     if isinstance(value, functools.partial):
         return {"target": f"{value.func.__module__}.{value.func.__qualname__}"} | {
             k: _to_jsonable(v) for k, v in value.keywords.items()
@@ -170,8 +175,8 @@ def code_of(specs: Mapping[str, SAESpec], saes: Mapping[str, SAE]) -> list[str]:
     """The modules, wherever they lie, whose code builds SAEs and decides what they compute.
 
     Args:
-        specs: Their descriptions.
-        saes: the SAEs, whose parts may come from modules that the builder does not import.
+        specs: Specifications of the SAEs.
+        saes: The SAEs, whose parts may come from modules that the builder does not import.
     """
     models = [spec.model for spec in specs.values()]
     return modules_behind(*models, *{type(part) for sae in saes.values() for part in sae.modules()})

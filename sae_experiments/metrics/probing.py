@@ -72,7 +72,9 @@ class Sample(NamedTuple):
     """Rows of one probe and their labels, half of them positive."""
 
     rows: np.ndarray
+    """Row numbers, (n,)."""
     labels: np.ndarray
+    """True for positive rows, (n,)."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,11 @@ class Task:
     """A concept with training and test rows from different documents."""
 
     concept: Concept
+    """The concept to probe for."""
     train: Sample
+    """Rows that the probe is fitted to."""
     test: Sample
+    """Rows that the probe is evaluated on."""
 
     @property
     def family(self) -> str:

@@ -26,7 +26,7 @@ TEMPERATURE, TOP_K = 0.8, 200
 def direction(sae: SAE, latent: int, value: float) -> Tensor:
     """Change (O,) of the reconstruction by one latent at a value.
 
-    For an SAE that normalises every row, at a row of typical size.
+    If the SAE normalises rows, it is the change for a row of typical size.
     """
     acts = torch.zeros(2, sae.d_sae, device=sae.b_dec.device)
     acts[1, latent] = value

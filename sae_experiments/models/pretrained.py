@@ -66,15 +66,20 @@ class PretrainedSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """A pretrained model whose folder was looked into; its weights are not loaded."""
+    """A pretrained model whose folder has been checked; its weights are not loaded."""
 
     spec: PretrainedSpec
+    """The specification of the model."""
     folder: Path
+    """Directory of the model."""
     sizes: Sizes
+    """Sizes by its configuration."""
     tokenizer: Tokenizer
+    """Its tokenizer."""
     begin: int | None
-    """Id of the token before each window."""
+    """Id of the token before each window; None: no such token."""
     n_parameters: int
+    """Number of its parameters."""
 
     @property
     def context(self) -> int:

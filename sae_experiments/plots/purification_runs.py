@@ -23,7 +23,9 @@ class Fit:
     """One SAE of one run on the corpora on which it has the data of a figure."""
 
     run: Run
+    """The run, with this SAE alone."""
     corpora: tuple[str, ...]
+    """Corpora with the data."""
 
     @property
     def label(self) -> str:

@@ -22,8 +22,11 @@ class Row(Generic[T]):
     """One run on one dataset, with the data that a figure shows of it."""
 
     run: Run
+    """The run."""
     dataset: str
+    """Name of the dataset."""
     data: T
+    """The data of the figure."""
 
 
 class Mean(NamedTuple):

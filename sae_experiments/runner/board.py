@@ -16,13 +16,21 @@ class _Line:
     """One cell at work."""
 
     name: str
+    """Name of the cell."""
     stage: str = "starting"
+    """Name of its current stage."""
     unit: str = "step"
+    """Unit in which the stage counts."""
     done: int = 0
+    """Units done."""
     total: int = 0
+    """Units in all; 0: the stage does not count."""
     first: int = 0
+    """Units that were done when the stage began, after a resume."""
     began: float = 0.0
+    """Time at which the stage began."""
     bar: tqdm | None = None
+    """Its line on the terminal."""
 
     def text(self) -> str:
         """Stage, progress and rate."""

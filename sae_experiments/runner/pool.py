@@ -88,7 +88,7 @@ def shares(
 def cores_here() -> int:
     """Cores that this process may use.
 
-    A job of a sweep is told its share by OMP_NUM_THREADS, which people set for the same reason.
+    A job of a sweep has its share in OMP_NUM_THREADS, which people set for the same reason.
     """
     share = os.environ.get("OMP_NUM_THREADS", "")
     cores = joblib.cpu_count()

@@ -148,6 +148,7 @@ class Wandb:
             self._guarded(lambda: self.run.finish(exit_code=0 if status == "done" else 1), "finish")
 
     def _guarded(self, action: Callable[[], None], what: str) -> None:
+        """Take an action, whose failure ends the tracking and not the run."""
         try:
             action()
         except Exception as error:
@@ -161,11 +162,11 @@ def mode_of(wandb: Any) -> str:
     """Mode of wandb if `track.mode=auto` leaves it open.
 
     Args:
-        wandb: the module.
+        wandb: The module.
 
     Returns:
-        What WANDB_MODE says, or `wandb offline` and `wandb disabled` said;
-        else online with an API key and offline without one.
+        The mode in WANDB_MODE, or the one that `wandb offline` or `wandb disabled` has set; without
+        either, online with an API key and offline without one.
     """
     settings = wandb.setup().settings
     asked = os.environ.get("WANDB_MODE") or settings.mode

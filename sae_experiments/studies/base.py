@@ -177,7 +177,9 @@ class Context:
     cache: Path
     """Folder of the cache."""
     device: torch.device
+    """Device of models and SAEs."""
     console: Console
+    """Prints lines and progress."""
     log: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
     """Called with a step and its numbers."""
     deadline: float | None = None

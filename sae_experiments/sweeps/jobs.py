@@ -1,7 +1,7 @@
 """Sweeps: many runs from one command line, in folders of their own.
 
 No failure stops or hides another. A sweep's folder holds a run folder per job, `jobs/<name>.json`
-with how each ended, and `jobs/<name>.log` with its output.
+with the outcome of each, and `jobs/<name>.log` with its output.
 """
 
 from __future__ import annotations
@@ -180,12 +180,16 @@ def _search_asked_for(conf: Path, named: DictConfig, own: Sequence[str]) -> Dict
 
 @dataclass
 class Jobs:
-    """The jobs of one sweep: names, commands, and how each ended."""
+    """The jobs of one sweep: their names, commands and outcomes."""
 
     conf: Path
+    """Folder of the YAML files."""
     asked: Asked
+    """The command line of the sweep."""
     fixed: list[str]
+    """Overrides that all jobs share."""
     varied: list[str]
+    """Keys that differ between jobs."""
 
     def __post_init__(self) -> None:
         script = own.script() or self.conf.parent / "experiment.py"

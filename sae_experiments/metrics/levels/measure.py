@@ -278,6 +278,7 @@ class LevelPairs:
     """Pairs of a top latent (T of them) and a bottom latent (B of them), all alive."""
 
     sums: PairSums
+    """Sums over the rows."""
     above: np.ndarray
     """Places of the top latents in `sums.alive`, (T,)."""
     below: np.ndarray

@@ -31,11 +31,13 @@ class NoiseSource:
     """
 
     sae: SAE
+    """The SAE, for attacks on it."""
     cloud: NoiseModel
     """Mean, radius R and covariance of the rows."""
     attack_steps: int
     """Steps of `pgd`."""
     seed: int
+    """Seed of the noise."""
     alt: Tensor | None
     """The rows after earlier characters were replaced; None without a language model."""
 

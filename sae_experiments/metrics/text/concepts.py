@@ -178,6 +178,7 @@ class Concept:
     """A yes-or-no question about a position."""
 
     name: str
+    """Name of the concept in results."""
     group: str
     """Concepts of one group (a letter each, for instance) count as one in averages over a level."""
     level: str

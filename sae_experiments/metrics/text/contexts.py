@@ -8,6 +8,7 @@ import numpy as np
 
 from sae_experiments.files import rounded
 from sae_experiments.metrics.codes import Text
+from sae_experiments.sampling import evenly_spaced
 
 #: Characters of an average token.
 PER_TOKEN = 4
@@ -38,8 +39,7 @@ def quantile_rows(values: np.ndarray, n: int) -> np.ndarray:
     order = active[np.argsort(-values[active], kind="stable")]
     if not len(order):
         return order
-    places = np.linspace(0, len(order) - 1, min(n, len(order))).round().astype(int)
-    return order[np.unique(places)]
+    return evenly_spaced(order, n)
 
 
 def contexts_of(
@@ -54,7 +54,7 @@ def contexts_of(
         values: One latent's activations, (N,).
         rows: Rows to show.
         before: Characters shown before a row, or about as many characters of tokens.
-        after: Characters shown after a row, likewise.
+        after: The same after a row.
 
     Returns:
         For each row a dict of `before`, `at` and `after` (text), `acts` (activation per character,
