@@ -128,7 +128,7 @@ def main() -> None:
         f" threads; {args.rounds} rounds of {args.steps} steps"
     )
     print(
-        "| | ms a step | time against the host | peak memory, MiB | against the host"
+        "| | ms per step | time against the host | peak memory, MiB | against the host"
         " |\n|---|---|---|---|---|"
     )
     for kind in KINDS:

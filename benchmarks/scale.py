@@ -113,7 +113,7 @@ def arithmetic(
     )
     print(
         f"  one fit reads {steps * batch * width * 2 * n_sites / GB:,.0f} GB, or"
-        f" {batch * width * 2 * n_sites / 1e6:,.1f} MB a step"
+        f" {batch * width * 2 * n_sites / 1e6:,.1f} MB per step"
     )
 
 

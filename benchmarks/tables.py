@@ -218,7 +218,7 @@ def _together(data: dict[str, Any]) -> list[str]:
         lines += [
             f"batch_topk, d {g['d']}, m {g['m']}.",
             "",
-            *table(["SAEs", "ms a step", "of as many single steps", "peak MB"], rows),
+            *table(["SAEs", "ms per step", "of as many single steps", "peak MB"], rows),
         ]
     return lines
 
@@ -227,7 +227,7 @@ def _scaling(data: dict[str, Any]) -> list[str]:
     lines = ["d 128; width at 4,096 rows, rows at m 2,048.", ""]
     for g in data["groups"]:
         rows = [[n, _ms(f), _mb(f)] for n, f in g["results"].items()]
-        lines += [f"## {g['variant']}", "", *table(["", "ms a step", "peak MB"], rows)]
+        lines += [f"## {g['variant']}", "", *table(["", "ms per step", "peak MB"], rows)]
     return lines
 
 

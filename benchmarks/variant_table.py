@@ -52,9 +52,9 @@ def table(folder: Path) -> str:
     for name in sorted(names, key=lambda n: _order(stats, corpora, n)):
         cells, rates = [], []
         for corpus in corpora:
-            found = stats.get(f"{corpus}.{name}", {})
-            cells += [_text(found.get(metric), digits) for metric, _, digits in COLUMNS]
-            rate = found.get("sae_tokens_per_second")
+            by_name = stats.get(f"{corpus}.{name}", {})
+            cells += [_text(by_name.get(metric), digits) for metric, _, digits in COLUMNS]
+            rate = by_name.get("sae_tokens_per_second")
             rates += [rate.mean / batch] if rate is not None and rate.mean else []
         speed = f"{sum(rates) / len(rates):.0f}" if rates else "-"
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {speed} |")
@@ -62,27 +62,30 @@ def table(folder: Path) -> str:
 
 
 def grid(stats: dict[str, dict[str, Stat]], batch: int) -> str:
-    """One row an SAE, a column an L0, for each metric of ``GRID``; steps a second are those at
-    the first L0 and the last.
+    """Tables with a row per SAE and a column per L0, one for each metric of `GRID`.
+
+    Steps per second are those at the first L0 and the last.
     """
-    found: dict[str, dict[float, dict[str, Stat]]] = {}
+    by_name: dict[str, dict[float, dict[str, Stat]]] = {}
     for report, values in stats.items():
         if match := re.fullmatch(r"[^.]+\.(.+)-target_l0_([\d.]+)", report):
-            found.setdefault(match[1], {})[float(match[2])] = values
-    sizes = sorted({l0 for rows in found.values() for l0 in rows})
+            by_name.setdefault(match[1], {})[float(match[2])] = values
+    sizes = sorted({l0 for rows in by_name.values() for l0 in rows})
     lines = [
         "| SAE | "
         + " | ".join(f"{title} at L0 {l0:g}" for _, title, *_ in GRID for l0 in sizes)
         + " | steps/s |"
     ]
     lines.append("|---" * (len(GRID) * len(sizes) + 2) + "|")
-    for name in sorted(found, key=lambda n: sum(found[n][l0]["sae_fvu"].mean or 0 for l0 in sizes)):
+    for name in sorted(
+        by_name, key=lambda n: sum(by_name[n][l0]["sae_fvu"].mean or 0 for l0 in sizes)
+    ):
         cells = [
-            _text(found[name][l0].get(metric), digits, factor)
+            _text(by_name[name][l0].get(metric), digits, factor)
             for metric, _, factor, digits in GRID
             for l0 in sizes
         ]
-        rates = [found[name][l0]["sae_tokens_per_second"].mean for l0 in (sizes[0], sizes[-1])]
+        rates = [by_name[name][l0]["sae_tokens_per_second"].mean for l0 in (sizes[0], sizes[-1])]
         lines.append(
             f"| {name} | "
             + " | ".join(cells)

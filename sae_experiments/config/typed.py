@@ -129,7 +129,9 @@ def _check_path(key: str, text: str) -> None:
         if key != "out_dir":
             Path(text).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{key}={text}: nobody's home is {PurePath(text).parts[0]}") from error
+        raise UserError(
+            f"{key}={text}: there is no user {PurePath(text).parts[0][1:]} here"
+        ) from error
 
 
 def last_text(overrides: Iterable[str], key: str, default: str | None = None) -> str | None:

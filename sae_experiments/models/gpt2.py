@@ -86,7 +86,7 @@ INFO = [
     MetricInfo(
         name="avg_inference_tokens_per_second",
         title="chars/s",
-        formula="mean over samples made one by one of characters generated a second",
+        formula="characters generated per second, mean over samples made one by one",
         unit="1/s",
         better="up",
         shown=False,

@@ -219,7 +219,7 @@ def test_sae_curves_name_the_parts_only_one_variant_has(two: list[Path]) -> None
     assert labels == [
         "total loss",
         "squared error",
-        "L0 (latents a token)",
+        "L0 (latents per token)",
         "dead latents (share)",
         "learning rate",
         "sae/l1",

@@ -72,7 +72,7 @@ FIT_INFO = [
     MetricInfo(
         name="sae_tokens_per_second",
         title="SAE rows/s",
-        formula="rows that its steps used, a second",
+        formula="rows that its steps used, per second",
         unit="1/s",
         better="up",
         shown=False,
