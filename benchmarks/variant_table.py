@@ -77,9 +77,8 @@ def grid(stats: dict[str, dict[str, Stat]], batch: int) -> str:
         + " | steps/s |"
     ]
     lines.append("|---" * (len(GRID) * len(sizes) + 2) + "|")
-    for name in sorted(
-        by_name, key=lambda n: sum(by_name[n][l0]["sae_fvu"].mean or 0 for l0 in sizes)
-    ):
+    total = {n: sum(rows[l0]["sae_fvu"].mean or 0 for l0 in sizes) for n, rows in by_name.items()}
+    for name in sorted(by_name, key=total.__getitem__):
         cells = [
             _text(by_name[name][l0].get(metric), digits, factor)
             for metric, _, factor, digits in GRID

@@ -128,7 +128,7 @@ def listed(o: Override, before: Any) -> Override:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if o.is_sweep_override() or not is_number or not _holds_numbers(key, before):
         return o
-    start, _, typed = o.input_line.partition("=")
+    start, _, typed = line_of(o).partition("=")
     return parse([f"{start}=[{typed.strip()}]"])[0]
 
 
@@ -221,7 +221,8 @@ def check_type(key: str, value: Any, before: Any) -> None:
         check_seeds(key, value)
     if isinstance(before, str):
         return
-    for single in value if is_grid(key, value, before) else [value]:
+    grid = isinstance(value, list) and is_grid(key, value, before)
+    for single in value if grid else [value]:
         _check_number(key, single, before)
         _check_kind(key, single, before)
 

@@ -102,8 +102,9 @@ def choose(
     length = min(spec.length, tokens.shape[1])
     x, y = tokens[:, :length], following[:, :length]
     good = _fitting(model, x, y)
-    texts = [[symbols[i] for i in window] for window in x.tolist()]
-    after = [[symbols[i] for i in window] for window in y.tolist()]
+    pieces = list(symbols)
+    texts = [[pieces[i] for i in window] for window in x.tolist()]
+    after = [[pieces[i] for i in window] for window in y.tolist()]
     frequent = _frequent(texts, after)
     places = {kind: _places(kind, texts, after, good, frequent) for kind in spec.kinds}
     occurring = [kind for kind in spec.kinds if any(places[kind])]

@@ -157,7 +157,7 @@ class Attribution(Language):
         settings |= facts.flat({"prompts": asdict(self.prompts)})
         outcome.facts["settings"] = settings
         about = {feature["latent"]: feature for feature in outcome.features or []}
-        for one, graph in zip(traced, outcome.graphs, strict=True):
+        for one, graph in zip(traced, outcome.graphs or [], strict=True):
             graph |= as_report(one.drawn, self.graph.shown, about)
         result_name = self.result_name(corpus.name, name)
         self._write(traced, f"{result_name}_{stores.seed}", ctx)
