@@ -221,8 +221,8 @@ def check_type(key: str, value: Any, before: Any) -> None:
         check_seeds(key, value)
     if isinstance(before, str):
         return
-    grid = isinstance(value, list) and is_grid(key, value, before)
-    for single in value if grid else [value]:
+    singles = value if isinstance(value, list) and is_grid(key, value, before) else [value]
+    for single in singles:
         _check_number(key, single, before)
         _check_kind(key, single, before)
 

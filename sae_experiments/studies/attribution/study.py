@@ -196,8 +196,10 @@ class Attribution(Language):
         measured: dict[str, float | None] = dict.fromkeys(NUMBERS)
         if described:
             tokens, _ = stores.tokens(stores.held_out.starts[: self.graph.weight_windows])
-            found = VirtualWeights(lm.model, sae, tokens.to(ctx.device))
-            into, out_of = found.into(latents.to(ctx.device)), found.out_of(latents.to(ctx.device))
+            layers = of_type(sae, CrossLayerTranscoder)  # see `check`
+            virtual = VirtualWeights(lm.model, layers, tokens.to(ctx.device))
+            into = virtual.into(latents.to(ctx.device))
+            out_of = virtual.out_of(latents.to(ctx.device))
             for side, weights in (("virtual_from", into), ("virtual_to", out_of)):
                 for one, pairs in zip(described, strongest(weights, LISTED), strict=True):
                     one[side] = pairs

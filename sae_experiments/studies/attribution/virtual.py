@@ -24,9 +24,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy import sparse, stats
-from torch import Tensor, nn
+from torch import Tensor
 
+from sae_experiments.files import rounded
+from sae_experiments.models.blocks import Block
 from sae_experiments.models.frozen import FrozenModel
+from sae_experiments.models.hooks import blocks_of
+from sae_experiments.models.layouts import CausalLM
 from sae_experiments.saes.cross_layer import CrossLayerTranscoder
 
 #: Names of the numbers of `interference`.
@@ -58,7 +62,7 @@ class VirtualWeights:
 
     @torch.no_grad()
     def __init__(
-        self, model: nn.Module, sae: CrossLayerTranscoder, tokens: Tensor, *, batch: int = 16
+        self, model: CausalLM, sae: CrossLayerTranscoder, tokens: Tensor, *, batch: int = 16
     ) -> None:
         self.sae = sae
         acts, rstd = [], []
@@ -68,16 +72,16 @@ class VirtualWeights:
             acts.append(sparse.csr_matrix(sae.encode(x).double().cpu().numpy()))
             rstd.append(torch.cat([block.rstd_2.flatten()[:, None] for block in frozen.clean], 1))
         #: Activations (N, F).
-        self.acts = sparse.vstack(acts, "csr")
+        self.acts = sparse.csr_matrix(sparse.vstack(acts, "csr"))
         self.rstd = torch.cat(rstd).double().cpu().numpy()
         layer = np.arange(sae.d_sae) // sae.per_layer
         #: Activations times the inverse deviation of the layer that each latent reads, (N, F).
-        self.scaled = self.acts.multiply(self.rstd[:, layer]).tocsr()
+        self.scaled = sparse.csr_matrix(self.acts.multiply(self.rstd[:, layer]))
         self.mean_rstd = self.rstd.mean(0)[layer]
         self.mean_act = np.asarray(self.acts.mean(0)).ravel()
         self._read = [
-            _centred(sae.encoders[sae.latents_of(k)] * frozen.blocks[k].ln_2.weight)
-            for k in range(sae.n_sites)
+            _centred(sae.encoders[sae.latents_of(k)] * Block(module).ln_2.weight)
+            for k, module in enumerate(blocks_of(model))
         ]
 
     @torch.no_grad()
@@ -90,7 +94,7 @@ class VirtualWeights:
             for k in range(layer):
                 row[sae.sources(k)] += sae.decoders[k] @ self._read[layer][within]
         chosen = latents.cpu().numpy()
-        moment = (self.scaled[:, chosen].T @ self.acts).toarray() / self.acts.shape[0]
+        moment = (self.scaled[:, chosen].T @ self.acts).toarray() / len(self.rstd)
         scale, act = self.mean_rstd[chosen, None], self.mean_act[chosen, None]
         return self._weights(chosen, dots, scale, moment, act)
 
@@ -104,7 +108,7 @@ class VirtualWeights:
             written = written + self._written(latents, layer - 1)
             dots[:, sae.latents_of(layer)] = written @ self._read[layer].t()
         chosen = latents.cpu().numpy()
-        moment = (self.acts[:, chosen].T @ self.scaled).toarray() / self.acts.shape[0]
+        moment = (self.acts[:, chosen].T @ self.scaled).toarray() / len(self.rstd)
         return self._weights(chosen, dots, self.mean_rstd, moment, self.mean_act)
 
     def _written(self, latents: Tensor, k: int) -> Tensor:
@@ -125,7 +129,7 @@ class VirtualWeights:
     ) -> Weights:
         """Both weights from inner products, mean scales, moments and the targets' mean."""
         products = dots.double().cpu().numpy()
-        fires = self.acts.astype(bool).astype(np.float64)
+        fires = sparse.csr_matrix(self.acts.astype(bool).astype(np.float64))
         together = (fires[:, chosen].T @ fires).toarray()
         mean = np.divide(moment, target_act, out=np.zeros_like(moment), where=target_act > 0)
         return Weights(products * scale, products * mean, together)
@@ -139,15 +143,15 @@ def _centred(rows: Tensor) -> Tensor:
 def strongest(weights: Weights, n: int) -> list[list[list[Any]]]:
     """The largest expected weights of each chosen latent: `[latent, expected, plain]`."""
     order = np.argsort(-np.abs(weights.expected), axis=1, kind="stable")[:, :n]
-    found = []
+    listed = []
     for row, columns in enumerate(order.tolist()):
         pairs = [(i, weights.expected[row, i], weights.plain[row, i]) for i in columns]
-        found.append([[i, _digits(e), _digits(v)] for i, e, v in pairs if e])
-    return found
+        listed.append([[i, rounded(e, 3), rounded(v, 3)] for i, e, v in pairs if e])
+    return listed
 
 
 def interference(weights: Weights) -> dict[str, float | None]:
-    """How far plain weights are from those that act.
+    """Distance of plain weights from those that act.
 
     Args:
         weights: Weights into or out of chosen latents.
@@ -165,10 +169,7 @@ def interference(weights: Weights) -> dict[str, float | None]:
     pairs = possible & (weights.together > 0)
     rank = None
     if pairs.sum() > 2:
-        rank = float(stats.spearmanr(size[pairs], np.abs(weights.expected[pairs])).statistic)
+        rho: Any = stats.spearmanr(size[pairs], np.abs(weights.expected[pairs]))
+        rank = float(rho.statistic)
     never = float((weights.together[large & possible] == 0).mean())
     return dict(zip(NUMBERS, (never, rank), strict=True))
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.3g}")
