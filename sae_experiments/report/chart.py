@@ -12,7 +12,7 @@ from sae_experiments.results.table import Run, RunTable
 
 X, Y = "sae_l0", "sae_fvu"
 WIDTH = 360
-HEIGHT_ALONE, HEIGHT = 250, 150  # of a panel, and of one among several
+HEIGHT_ALONE, HEIGHT = 280, 150  # of a panel, and of one among several
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 38
 LABEL_HEIGHT = 13
 LABEL_ROOM = 108
@@ -73,8 +73,10 @@ def sparsity_against_fidelity(table: RunTable) -> Markup | None:
     panels = [_panel(table, dataset, height) for dataset in shown]
     caption = (
         "FVU (share of the variance that is lost, lower is better) against L0 (active latents per "
-        "row). Bars: one standard error."
+        "row)."
     )
+    if any(point.y_error for dataset in shown for point in _points(table, dataset)):
+        caption += " Bars: one standard error."
     return tag("figure", tag("div", panels, class_="panels"), tag("figcaption", caption))
 
 
@@ -102,7 +104,10 @@ def _panel(table: RunTable, dataset: str, height: int) -> Markup:
     points = _points(table, dataset)
     x = _scale([p.x for p in points], LEFT, WIDTH - RIGHT - LABEL_ROOM)
     ends = [p.y + sign * p.y_error for p in points for sign in (-1, 1)]
-    y = _scale([v for v in ends if v > 0], height - BOTTOM, TOP)
+    ends = [v for v in ends if v > 0]
+    if len(points) == 1:
+        ends.append(0.0)  # with nothing to compare, what counts is the distance from zero
+    y = _scale(ends, height - BOTTOM, TOP)
     parts = [_axes(x, y, height), [_mark(p, x, y) for p in points]]
     parts.append(_labels(points[:MOST_LABELS], x, y, height))
     title = tag("text", dataset, class_="head", x=LEFT, y=14)
@@ -124,7 +129,7 @@ def _scale(values: Sequence[float], start: float, end: float) -> Scale:
     if is_log:
         return Scale(low / (high / low) ** 0.08, high * (high / low) ** 0.08, start, end, True)
     room = max(0.12 * (high - low), 0.04 * high, 1e-9)
-    return Scale(low - room, high + room, start, end, False)
+    return Scale(low - room if low else 0.0, high + room, start, end, False)
 
 
 def _axes(x: Scale, y: Scale, height: int) -> Markup:
