@@ -83,6 +83,8 @@ class JumpReLU(Standard):
         **kwargs: Further arguments of `Standard`.
     """
 
+    lr_factor = 1.0
+
     def __init__(
         self,
         *,

@@ -35,6 +35,8 @@ class Standard(SAE):
         **kwargs: Further arguments of `SAE`.
     """
 
+    lr_factor = 2.0
+
     def __init__(
         self,
         *,
