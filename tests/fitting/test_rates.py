@@ -1,4 +1,4 @@
-"""The default learning rate of SAEs: its numbers, its back-off, and wide rows that keep their latents."""
+"""The default learning rate of SAEs: its numbers, its back-off, and wide rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from saes import NAMES, D, batch, config, make, rows
 from torch import Tensor
 
 from sae_experiments import build_sae, evaluate, fit_saes
@@ -18,6 +17,7 @@ from sae_experiments.fitting.fit import Sample
 from sae_experiments.fitting.rates import BackOff, default_lr, with_default_lr
 from sae_experiments.saes.base import SAE
 from sae_experiments.training.loop import Session
+from support.saes import NAMES, D, batch, config, make, rows
 
 WIDE = 256
 #: Not judged by their dead latents on a tensor: some need more than one tensor, random and frozen
