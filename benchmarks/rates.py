@@ -14,6 +14,7 @@ and started again. `draw` makes the figure of docs/learning-rate.md.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import sys
 import time
@@ -138,7 +139,8 @@ def draw(args: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
 
     fits = results(args.results)
-    sources = list(dict.fromkeys(f["what"]["rows"] for f in fits))
+    several = collections.Counter((f["what"]["rows"], f["what"]["sae"]) for f in fits)
+    sources = list(dict.fromkeys(rows for (rows, _), n in several.items() if n > 1))
     fig, axes = plt.subplots(
         1, len(sources), figsize=(3.2 * len(sources), 3.2), sharey=True, squeeze=False
     )
@@ -148,26 +150,29 @@ def draw(args: argparse.Namespace) -> None:
             of_name = sorted(
                 (f for f in mine if f["what"]["sae"] == name), key=lambda f: f["what"]["factor"]
             )
+            if len(of_name) < 2:
+                continue
             best = min(f["fvu"] for f in of_name)
             factors = [f["what"]["factor"] for f in of_name]
-            (line,) = ax.plot(factors, [f["fvu"] / best for f in of_name], marker="o", ms=4)
-            line.set_label(name)
+            colour = f"C{VARIANTS.index(name)}"
+            heights = [f["fvu"] / best for f in of_name]
+            ax.plot(factors, heights, marker="o", ms=4, color=colour, label=name)
             dead = [f for f in of_name if f["dead"] > 0.05]
             ax.plot(
                 [f["what"]["factor"] for f in dead],
                 [f["fvu"] / best for f in dead],
                 "x",
                 ms=10,
-                color=line.get_color(),
+                color=colour,
             )
         ax.axhspan(1, 1.05, color="0.92", zorder=0)
         ax.set_xscale("log", base=2)
         ax.set_xticks(FACTORS, [f"{f:g}" for f in FACTORS])
-        ax.set_title(f"{source}, width {mine[0]['what']['width']}", fontsize=10)
+        ax.set_title(f"{source.split('.')[0]}, width {mine[0]['what']['width']}", fontsize=10)
+        ax.legend(fontsize=8, frameon=False)
         ax.set_xlabel("times the default rate")
     axes[0][0].set_ylabel("FVU, relative to the best")
     axes[0][0].set_ylim(0.98, 1.6)
-    axes[0][-1].legend(fontsize=8, frameon=False)
     fig.tight_layout()
     fig.savefig(args.out, dpi=130)
 

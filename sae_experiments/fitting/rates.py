@@ -2,8 +2,7 @@
 
 An Adam step changes every weight by about the learning rate, so that it moves an encoder row of
 length 1 and width D by `lr sqrt(D)`. What a fit can bear thus falls with the square root of the
-width, and is larger for variants whose latents do not compete for a common threshold. See
-docs/learning-rate.md for the measurements.
+width. See docs/learning-rate.md for the measurements.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from sae_experiments.quality_warnings import CLIMB, DYING, FIRINGS, MORE_ACTIVE
 from sae_experiments.saes.base import SAE
 from sae_experiments.training.loop import TrainConfig
 
-#: The rate tuned at width 128; narrower rows get no higher one.
+#: The rate up to the width beyond which it falls.
 LR = 5e-3
-WIDTH = 128
+WIDTH = 512
 
 
 def default_lr(sae: SAE) -> float:
-    """`5e-3 min(1, f sqrt(128 / d_in))` with the variant's own f, `SAE.lr_factor`."""
-    return LR * min(1.0, sae.lr_factor * math.sqrt(WIDTH / sae.d_in))
+    """`5e-3 min(1, sqrt(512 / d_in))`."""
+    return LR * min(1.0, math.sqrt(WIDTH / sae.d_in))
 
 
 def with_default_lr(cfg: TrainConfig, sae: SAE) -> TrainConfig:

@@ -86,9 +86,6 @@ class SAE(nn.Module):
     #: The fit minimises the FVU by the same terms from start to end, so that a climb of the FVU
     #: means that it goes wrong.
     judged_by_fvu = True
-    #: Learning rate that a fit can bear, relative to variants with a common threshold; 1 for
-    #: those (see `fitting.rates`).
-    lr_factor = 1.0
     #: Share of characters to replace in the second view of every row that the SAE asks for; 0: no
     #: second view.
     second_view = 0.0

@@ -32,8 +32,6 @@ class Gated(Standard):
         **kwargs: Arguments of `Standard`.
     """
 
-    lr_factor = 1.0
-
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))

@@ -83,8 +83,6 @@ class JumpReLU(Standard):
         **kwargs: Further arguments of `Standard`.
     """
 
-    lr_factor = 1.0
-
     def __init__(
         self,
         *,

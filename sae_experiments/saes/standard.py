@@ -35,8 +35,6 @@ class Standard(SAE):
         **kwargs: Further arguments of `SAE`.
     """
 
-    lr_factor = 2.0
-
     def __init__(
         self,
         *,

@@ -24,7 +24,6 @@ class TopK(SAE):
     """
 
     always_sparse = True
-    lr_factor = 2.0
 
     def __init__(self, *, k: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
