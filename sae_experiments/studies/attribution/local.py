@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sae_experiments.models.blocks import norm_pull_back
 from sae_experiments.models.frozen import FrozenModel
-from sae_experiments.saes.cross_layer import CrossLayerTranscoder
+from sae_experiments.saes.cross_layer import EveryLayer
 
 
 class Nodes(NamedTuple):
@@ -101,7 +101,7 @@ class LocalModel:
     def __init__(
         self,
         model: nn.Module,
-        sae: CrossLayerTranscoder,
+        sae: EveryLayer,
         tokens: Tensor,
         *,
         logits: tuple[float, int] = (0.95, 10),

@@ -27,7 +27,7 @@ from scipy import sparse, stats
 from torch import Tensor, nn
 
 from sae_experiments.models.frozen import FrozenModel
-from sae_experiments.saes.cross_layer import CrossLayerTranscoder
+from sae_experiments.saes.cross_layer import EveryLayer
 
 #: Names of the numbers of `interference`.
 NUMBERS = ("virtual_never_share", "virtual_rank_r")
@@ -58,7 +58,7 @@ class VirtualWeights:
 
     @torch.no_grad()
     def __init__(
-        self, model: nn.Module, sae: CrossLayerTranscoder, tokens: Tensor, *, batch: int = 16
+        self, model: nn.Module, sae: EveryLayer, tokens: Tensor, *, batch: int = 16
     ) -> None:
         self.sae = sae
         acts, rstd = [], []
