@@ -47,7 +47,8 @@ def _model(run: Run) -> str:
     config = run.whole_config
     target = str(mapping(config.get("study")).get("_target_", "language"))
     if "language" not in target:
-        return f"in the study {target.split('.')[-2]} "
+        name = re.search(r"\bstudies\.(\w+)", target)
+        return f"in the study {name[1]} " if name else ""
     lm = mapping(config.get("lm"))
     layers, width, site = lm.get("n_layer"), lm.get("n_embd"), config.get("site")
     size = f" with {layers} layers of width {width}" if layers and width else ""
@@ -201,8 +202,8 @@ def telling_latents(cells: Sequence[FeatureCell], most: int = MOST_CARDS) -> lis
     """Latents whose rule says most about where they fire, as (cell, latent).
 
     A rule counts for its F1 times the information of firing, `log(lift)`; rules of one character
-    count half. The first seed of every dataset and SAE takes part, in turn. Latents with a concept
-    or a part of a rule that another one has come last.
+    count half; latents without a rule come last. The first seed of every dataset and SAE takes
+    part, in turn. Latents with a concept or a part of a rule that another one has come last.
     """
     queues = [_ranked(i, cell) for i, cell in enumerate(cells) if _is_first(cells, i)]
     distinct: list[tuple[int, int]] = []
@@ -231,8 +232,11 @@ def _ranked(i: int, cell: FeatureCell) -> list[tuple[int, dict[str, Any]]]:
 
 def _telling(feature: Mapping[str, Any]) -> float:
     density, f1 = number(feature.get("density")) or 0.0, number(feature.get("f1")) or 0.0
-    if not feature.get("top") or not feature.get("rule") or not RARE < density < DENSE:
+    if not feature.get("top") or not RARE < density < DENSE:
         return 0.0
+    if not feature.get("rule"):  # behind all rules: a concept, and fires on about one place in 100
+        phi = abs(number(feature.get("phi")) or 0.0)
+        return 0.01 * (1 + phi) * math.exp(-((math.log10(density) + 2) ** 2))
     lift = number(feature.get("lift")) or 1.0
     rule = str(feature["rule"])
     literal = max(map(len, re.findall(r"\w+", _literal(rule))), default=0)
@@ -249,7 +253,8 @@ def _literal(rule: str) -> str:
 
 
 def _words(feature: Mapping[str, Any]) -> set[str]:
-    parts = {part.strip().lower() for part in str(feature.get("rule")).split(" or ")}
+    rule = str(feature.get("rule") or "")
+    parts = {part.strip().lower() for part in rule.split(" or ")} - {""}
     concept = feature.get("concept")
     strong = (number(feature.get("phi")) or 0.0) > 0.5
     return parts | ({f"concept {concept}"} if concept and strong else set())

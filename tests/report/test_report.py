@@ -28,7 +28,7 @@ from sae_experiments.report.page import Picture
 from sae_experiments.results.compare import compare
 from sae_experiments.results.records import Record, read_records, write_record
 from sae_experiments.results.table import RunTable, load_table
-from support.common import CONF
+from support.common import CONF, ROOT
 from support.fake_features import (
     HOSTILE,
     LENGTH,
@@ -471,6 +471,29 @@ def test_concepts_with_a_name_tell_more_than_single_characters() -> None:
         for rule in ("(after the word the)", "the", "N", "(letter t)")
     }
     assert told["(after the word the)"] == told["the"] > told["N"] > told["(letter t)"]
+    unruled = [overview._telling({"density": d, "top": [1]}) for d in (2e-4, 0.01, 0.25)]
+    assert 0 < max(unruled) == unruled[1] < told["(letter t)"]
+
+
+def test_every_study_is_called_by_its_name(tmp_path: Path) -> None:
+    for folder in sorted((ROOT / "sae_experiments" / "studies").glob("[a-z]*/study.py")):
+        name = folder.parent.name
+        target = f"sae_experiments.studies.{name}.study.{name.capitalize()}"
+        run = made(tmp_path, f"run_{name}", config={"study": {"_target_": target}})
+        said = overview.what_was_done(load_table([run]))
+        assert (f"in the study {name} " in said) == (name != "language"), said
+
+
+def test_names_stay_inside_the_picture(tmp_path: Path) -> None:
+    names = ("cross_layer_transcoder", "per_layer_transcoder", "a" * 60, "topk")
+    runs = [made(tmp_path, name, sae="topk") for name in names]
+    svg = str(chart.sparsity_against_fidelity(load_table(runs)))
+    texts = [tag for tag in re.findall(r"<text[^>]*>[^<]*", svg) if 'class="name' in tag]
+    assert len(texts) == len(names)
+    for text in texts:
+        (x,), name = re.findall(r' x="([\d.]+)"', text), text.partition(">")[2]
+        assert float(x) + chart.CHARACTER * len(name) <= chart.WIDTH, name
+    assert "cross_layer_transcoder" in svg
 
 
 def test_the_first_screen_of_a_lone_sae_says_what_it_keeps_adds_and_explains(
