@@ -88,6 +88,21 @@ def of_fit(
     return warnings + (_climbed(curves["fvu"], curves["l0"], lr) if judge_error else [])
 
 
+def of_back_off(lr: float, factor: float) -> list[Warned]:
+    """A default learning rate that turned out too high, and was lowered during the fit.
+
+    Args:
+        lr: The peak learning rate.
+        factor: Factor of the rate at the end of the fit.
+    """
+    if not factor < 1:
+        return []
+    lower = lr * factor
+    says = f"the default learning rate {lr:.3g} was too high: the fit stepped back to {lower:.2g}"
+    do = f"fit again from the start with the lower rate (lr={lower:.2g})"
+    return [Warned("fit_lr", factor, says, do)]
+
+
 def of_outliers(*, rows: int, outliers: int, variance_frac: float, handling: str) -> list[Warned]:
     """Rows so far out that a few of them hold much of the variance.
 

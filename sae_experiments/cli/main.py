@@ -294,6 +294,7 @@ def execute(
     Returns:
         The run folder.
     """
+    from sae_experiments.runner.conclusion import conclusion
     from sae_experiments.runner.run import run
 
     with configuring():
@@ -303,7 +304,7 @@ def execute(
         print(f"preset {about['preset']} ({about['preset_reason']}); {about['plan_note']}")
         print(f"results in {settings.folder}", flush=True)
     status = run(study, settings, tracker, closing)
-    print_summary(settings.folder, status)
+    print_summary(settings.folder, status, conclusion(study, settings.folder))
     return settings.folder
 
 
@@ -368,8 +369,14 @@ def recorded(cfg: DictConfig) -> dict[str, Any]:
     return config
 
 
-def print_summary(folder: Path, status: str) -> None:
-    """Print the closing table: a table for each dataset with a row for each SAE."""
+def print_summary(folder: Path, status: str, lines: Sequence[str] = ()) -> None:
+    """Print the closing table: a table for each dataset with a row for each SAE.
+
+    Args:
+        folder: The run folder.
+        status: How the run ended.
+        lines: What its study says after the table.
+    """
     from sae_experiments.results.compare import compare
     from sae_experiments.results.table import table_of_run
     from sae_experiments.results.terminal import terminal
@@ -378,6 +385,8 @@ def print_summary(folder: Path, status: str) -> None:
         table = table_of_run(folder)
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(f"\n{terminal(table, compare(table), colour=colour)}")
+    if lines:
+        print("", *lines, sep="\n")
     if not sys.stdout.isatty():
         print(f"\n{block(folder)}")
     print(f"\n{status}: {folder / 'final_info.json'}", flush=True)

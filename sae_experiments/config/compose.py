@@ -37,6 +37,7 @@ from sae_experiments.config.checks import (
     parse,
     refuse_sweeps,
 )
+from sae_experiments.config.plans import preset_file
 from sae_experiments.config.sites import per_site
 from sae_experiments.config.typed import did_you_mean, key_of, value_of
 from sae_experiments.errors import UserError, first_line
@@ -99,6 +100,7 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
     parsed = parse([_every_metric(conf) if o == "metric=all" else o for o in overrides])
     refuse_sweeps(parsed)
     check_groups(conf, parsed)
+    _check_preset(conf, parsed)
     common, own = split_by_sae(conf, parsed, names := _names(conf, parsed))
     with _hydra_at(conf):
         chosen = _choose(conf, common, names)
@@ -126,6 +128,26 @@ def _listed(overrides: Sequence[Override], bases: Sequence[DictConfig]) -> list[
     for base in bases:
         changed = [listed(o, OmegaConf.select(base, o.key_or_group)) for o in changed]
     return changed
+
+
+def _check_preset(conf: Path, parsed: Sequence[Override]) -> None:
+    """Check that a preset is used as its file says: `for_study` and `fixed`.
+
+    Raises:
+        UserError: The study is another one, or a key was given that the preset fixes.
+    """
+    preset = str(last_value(parsed, "preset", ""))
+    says = preset_file(conf, preset)
+    study = says.get("for_study")
+    if study is not None and last_value(parsed, "study", "language") != study:
+        raise UserError(f"preset={preset} is for study={study} alone: add study={study}")
+    for o in parsed:
+        for key in says.get("fixed", ()):
+            if f"{o.key_or_group}.".startswith(f"{key}."):
+                raise UserError(
+                    f"{o.input_line} cannot be given with preset={preset}, which fixes {key}: "
+                    "leave it out"
+                )
 
 
 def _every_metric(conf: Path) -> str:

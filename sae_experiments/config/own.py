@@ -223,15 +223,24 @@ def measured_too(conf: Path, overrides: Sequence[str]) -> list[str]:
     Args:
         conf: Folder of the YAML files.
         overrides: The overrides of the run.
+
+    Raises:
+        UserError: The study measures no metrics but its own.
     """
     given = by_key(overrides)
     if not names("metric") or "metric" in given:
         return []
     chosen = value_of(given["study"]) if "study" in given else "language"
     path = conf / "study" / f"{chosen}.yaml"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if not path.exists():  # refused elsewhere
+        return []
+    text = path.read_text(encoding="utf-8")
     if re.search(r"^\s+metrics: \$\{metric\}", text, re.M):
         return [f"+metric@metric.{name}={name}" for name in names("metric")]
     if re.search(r"^  metrics:", text, re.M):
         return [f"+metric@study.metrics.{name}={name}" for name in names("metric")]
-    return []
+    mine = ", ".join(names("metric"))
+    raise UserError(
+        f"METRICS: {mine} cannot be measured with study={chosen}: choose another study, or set "
+        "METRICS = {}"
+    )

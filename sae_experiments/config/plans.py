@@ -40,7 +40,7 @@ def complete(
                 f"{o}: options cannot be deleted; give {key_of(o)} another value "
                 "(null where it may be none)"
             )
-    given = [*extra, *user]
+    given = _with_study_of_preset([*extra, *user], conf)
     out_dir = last_text(given, "out_dir", "run_0") or ""
     planned, note = planned_overrides(conf, plan, folder_of(out_dir))
     study = by_key(o for o in given if "=" in o).get("study")
@@ -53,6 +53,19 @@ def complete(
     preset, reason = choose_preset(value_of(merged.pop("preset", "preset=auto")))
     about = {"preset": preset, "preset_reason": reason, "plan": plan, "plan_note": note}
     return [f"preset={preset}", *merged.values()], about
+
+
+def preset_file(conf: Path, preset: str) -> dict[str, Any]:
+    """The content of a preset's file; empty for `auto` and for one that does not exist."""
+    path = conf / "preset" / f"{preset}.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _with_study_of_preset(given: Sequence[str], conf: Path) -> list[str]:
+    """Add the study that a preset is for, unless one was given."""
+    by = by_key(o for o in given if "=" in o)
+    study = preset_file(conf, value_of(by["preset"])).get("for_study") if "preset" in by else None
+    return [*given] if study is None or "study" in by else [f"study={study}", *given]
 
 
 def _study_of(planned: Sequence[str]) -> str:

@@ -62,6 +62,7 @@ NUMBERS += ("sae.model.coeff", "sae.d_sae", "sae.target_l0", "sae.active_frac")
 POSITIVE = ("threads", "time_limit_s")
 #: Keys with a few possible values.
 CHOICES = {"verbosity": ("quiet", "normal", "verbose"), "corpus_size": ("full", "laptop", "smoke")}
+CHOICES |= {"challenge.world": ("S", "M", "full"), "challenge.seeds": ("development", "scoring")}
 
 # ------------------------------------------------------------------------------ overrides
 

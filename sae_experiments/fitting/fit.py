@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
-from sae_experiments.quality_warnings import Warned, of_fit, of_outliers
+from sae_experiments.fitting.rates import BackOff, with_default_lr
+from sae_experiments.quality_warnings import Warned, of_back_off, of_fit, of_outliers
 from sae_experiments.saes.base import SAE, Batch, Forward, Step, Units
 from sae_experiments.saes.outliers import OrdinaryRows
 from sae_experiments.training.loop import (
@@ -42,6 +43,7 @@ class FitReport(NamedTuple):
         history: Curves, as (step, name, value).
         cut: Whether the deadline ended the fit early.
         lr: Peak learning rate that was used; None in reports of older versions.
+        lr_factor: Factor that the rate had at the end: below 1 if the fit stepped back.
         outliers: Outliers among the rows looked at (`saes.outliers.Outliers`), as a dictionary;
             None in reports of older versions.
         warnings: Signs that the fit went wrong (`quality_warnings.Warned`), as plain dictionaries.
@@ -54,6 +56,7 @@ class FitReport(NamedTuple):
     history: History
     cut: bool
     lr: float | None = None
+    lr_factor: float = 1.0
     outliers: Mapping[str, Any] | None = None
     warnings: Sequence[Mapping[str, Any]] = ()
     from_cache: bool = False
@@ -66,7 +69,7 @@ class FitReport(NamedTuple):
     @property
     def facts(self) -> dict[str, Any]:
         """Numbers that the fit chose itself, as records take them."""
-        return {"lr": self.lr, "outliers": self.outliers}
+        return {"lr": self.lr, "lr_factor": self.lr_factor, "outliers": self.outliers}
 
 
 class Sample(NamedTuple):
@@ -118,6 +121,7 @@ class SAELearner(Learner):
     ) -> None:
         self.counts = Counts(sae)
         super().__init__(name, self.counts, cfg, seed=seed)
+        self.back_off: BackOff | None = None
         self.sae = sae
         self.sample = sample
         self.dead_after = dead_after
@@ -125,7 +129,24 @@ class SAELearner(Learner):
     def phases(self) -> list[Phase]:
         return self.sae.phases()
 
+    def watch(self, given: TrainConfig) -> None:
+        """Halve a default learning rate whenever the fit goes wrong (see `BackOff`).
+
+        Args:
+            given: Numbers of the fit, in which `lr` is null if it was not typed.
+        """
+        if given.lr is not None or not self.sae.judged_by_fvu:
+            return
+        firings = self.dead_after * (self.sae.fixed_l0 or 0.0) / self.sae.d_sae
+        self.back_off = BackOff(steps=self.cfg.steps, firings=firings)
+        self.counts.add_module("back_off", self.back_off)
+
+    def lr_factor(self) -> float:
+        return 1.0 if self.back_off is None else self.back_off.factor.item()
+
     def begin(self, phase: str) -> None:
+        if self.back_off is not None:
+            self.back_off.restart()
         begin = self.sae.resume_training if self.sae.fitted else self.sae.begin
         begin(phase, self.sample.x, self.sample.y)
 
@@ -155,16 +176,24 @@ class SAELearner(Learner):
         self.counts.rows_used.add_(n_rows)
         self.counts.since_fired.add_(n_rows).masked_fill_(fwd.codes.fires > 0, 0)
         self.sae.after_update(fwd, step)
+        # The loop shortens a warm-up longer than half a phase.
+        warm = info.phase_step >= min(self.cfg.warmup_steps, info.phase_steps // 2)
+        if self.back_off is not None and warm and info.step % BackOff.EVERY == 0:
+            values = self._state(fwd)
+            self.back_off.look(values["fvu"], values["l0"], values["dead_frac"])
 
-    @torch.no_grad()
-    def observe(self, loss: Loss, info: StepInfo) -> dict[str, float]:
-        fwd: Forward = loss.extra
+    def _state(self, fwd: Forward) -> dict[str, float]:
+        """Active latents per row, error and dead share at a step."""
         variance = (fwd.batch.y - fwd.batch.y.mean(0)).square().sum()
-        values = {
+        return {
             "l0": fwd.codes.l0,
             "fvu": float((fwd.batch.y - fwd.recon).square().sum() / variance.clamp_min(1e-12)),
             "dead_frac": float((self.counts.since_fired > self.dead_after).float().mean()),
         }
+
+    @torch.no_grad()
+    def observe(self, loss: Loss, info: StepInfo) -> dict[str, float]:
+        values = self._state(loss.extra)
         if self.sae.controller is not None:
             values["coeff"] = self.sae.controller.coeff
         return values
@@ -208,7 +237,8 @@ def fit_saes(
             trained further, or rebuilds something else than it has to read; SAEs differ in a
             number of the pass.
     """
-    configs = cfg if isinstance(cfg, Mapping) else dict.fromkeys(saes, cfg)
+    given = cfg if isinstance(cfg, Mapping) else dict.fromkeys(saes, cfg)
+    configs = {name: with_default_lr(given[name], sae) for name, sae in saes.items()}
     _check_shared(saes, configs)
     first = next(iter(configs.values()))
     rows = FittedRows(sample, _n_sites(saes), handling or RowHandling())
@@ -223,6 +253,8 @@ def fit_saes(
         SAELearner(name, sae, configs[name], scaled, dead_after=dead_after, seed=seed)
         for name, sae in saes.items()
     ]
+    for learner in learners:
+        learner.watch(given[learner.name])
     progress = train(
         learners, lambda step: rows.scaled(batch_at(step)), first, session or Session()
     )
@@ -307,7 +339,8 @@ def _report(learner: SAELearner, progress: Progress, rows: FittedRows, *, alone:
         steps=progress.step,
         history=history,
         cut=progress.cut,
-        lr=learner.cfg.lr,
+        lr=learner.cfg.peak_lr,
+        lr_factor=learner.lr_factor(),
         outliers=counts,
         warnings=[one._asdict() for one in warnings],
     )
@@ -317,12 +350,13 @@ def _warnings(learner: SAELearner, history: History) -> list[Warned]:
     """Signs in the curves of a fit that it went wrong."""
     # The most, not the last: a code that collapses ends with hardly any active latents.
     l0 = max((value for _, name, value in history if name == "l0"), default=0.0)
-    return of_fit(
+    stepped_back = of_back_off(learner.cfg.peak_lr, learner.lr_factor())
+    return stepped_back + of_fit(
         history,
-        lr=learner.cfg.lr,
+        lr=learner.cfg.peak_lr * learner.lr_factor(),
         warmup_steps=learner.cfg.warmup_steps,
         firings=learner.dead_after * l0 / learner.sae.d_sae,
-        judge_error=not learner.sae.needs_model,
+        judge_error=learner.sae.judged_by_fvu,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.codes import NOT_FINITE, nulls, sparse_codes
 from sae_experiments.saes.ops import unit_rows
+from sae_experiments.saes.types import Codes
 
 INFO = [
     MetricInfo(
@@ -76,8 +77,18 @@ class Truth(NamedTuple):
 
     directions: Tensor
     """Direction of each feature, (G, D)."""
-    acts: Tensor
-    """Activations of the features on the held-out rows, (N, G)."""
+    acts: Tensor | Codes
+    """Activations of the features on the held-out rows, (N, G), dense or sparse."""
+
+    def active(self, n: int) -> sparse.csr_matrix:
+        """1 where a feature is active in the first `n` rows, (n, G)."""
+        if isinstance(self.acts, Tensor):
+            return sparse.csr_matrix(self.acts[:n].cpu().numpy() != 0, dtype=np.float64)
+        values, pattern = self.acts
+        crow = pattern.crow[: n + 1].cpu().numpy()
+        ones = (values[: crow[-1]] != 0).cpu().numpy().astype(np.float64)
+        shape = (n, pattern.n_cols)
+        return sparse.csr_matrix((ones, pattern.col[: crow[-1]].cpu().numpy(), crow), shape=shape)
 
 
 def measure(
@@ -100,7 +111,7 @@ def measure(
     if codes is None or not torch.isfinite(atoms).all():
         return nulls(INFO, NOT_FINITE)
     n = ctx.n_used(rows)
-    on = sparse.csr_matrix(truth.acts[:n].cpu().numpy() != 0, dtype=np.float64)
+    on = truth.active(n)
     features = np.flatnonzero(np.diff(on.tocsc().indptr) >= min_fires)
     alive = np.flatnonzero(np.diff(codes.tocsc().indptr))
     if not len(features):

@@ -19,7 +19,7 @@ from sae_experiments.metrics.codes import nulls
 from sae_experiments.models.frozen import FrozenModel
 from sae_experiments.models.hooks import Site, blocks_of, capture, patched
 from sae_experiments.models.layouts import CausalLM
-from sae_experiments.saes.cross_layer import CrossLayerTranscoder
+from sae_experiments.saes.cross_layer import EveryLayer
 
 _FROZEN = "attention weights and norm denominators held at those of the clean run"
 INFO = [
@@ -100,7 +100,7 @@ def measure(ctx: EvalContext, *, windows: int, batch: int) -> Measured:
     sae, lm = ctx.sae, ctx.lm
     if lm is None or ctx.held_out is None:
         return nulls(INFO, "there is no language model")
-    if not isinstance(sae, CrossLayerTranscoder):
+    if not isinstance(sae, EveryLayer):
         return nulls(INFO, "the SAE does not replace the MLPs of all layers")
     fvu, l0 = _per_layer(ctx, sae, windows * ctx.held_out.length)
     starts = ctx.held_out.starts[:windows]
@@ -134,9 +134,7 @@ def measure(ctx: EvalContext, *, windows: int, batch: int) -> Measured:
     return Measured(scalars, why_null=why_null, arrays=arrays)
 
 
-def _per_layer(
-    ctx: EvalContext, sae: CrossLayerTranscoder, rows: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _per_layer(ctx: EvalContext, sae: EveryLayer, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """FVU of each layer, and active latents per row that read it, (L,) each."""
     error = torch.zeros(sae.d_out, dtype=torch.float64)
     total, square = torch.zeros_like(error), torch.zeros_like(error)
@@ -153,7 +151,7 @@ def _per_layer(
 
 
 def _window_sums(
-    model: CausalLM, frozen: FrozenModel | None, sae: CrossLayerTranscoder, x: Tensor, y: Tensor
+    model: CausalLM, frozen: FrozenModel | None, sae: EveryLayer, x: Tensor, y: Tensor
 ) -> _Sums:
     """Losses and divergences of some windows."""
     targets = y[:, 1:].reshape(-1)
@@ -200,7 +198,7 @@ def replaced_logits(
 
 
 @torch.no_grad()
-def with_errors_gap(model: CausalLM, sae: CrossLayerTranscoder, tokens: Tensor) -> float:
+def with_errors_gap(model: CausalLM, sae: EveryLayer, tokens: Tensor) -> float:
     """Largest change of a logit with every MLP replaced and the errors of the clean run added.
 
     Active latents are those of the clean run: rounding could turn one at the threshold on or off.

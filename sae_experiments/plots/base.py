@@ -17,6 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from sae_experiments.errors import UserError
@@ -123,10 +124,13 @@ def bare(fig: Figure) -> tuple[str, str, bytes]:
 def save(fig: Figure, name: str, folder: Path) -> list[Path]:
     """Write `<folder>/<name>.png` and `.svg`, each whole or not at all; returns their paths."""
     paths = []
+    engine = fig.get_layout_engine()
     for kind in ("png", "svg"):
         path = folder / f"{name}.{kind}"
         write_bytes(path, _rendered(fig, kind))
         paths.append(path)
+        fig.set_layout_engine("none")  # the places of the first file are those of the next
+    fig.set_layout_engine(engine)
     return paths
 
 
@@ -134,6 +138,7 @@ def save(fig: Figure, name: str, folder: Path) -> list[Path]:
 PAPER_WIDTHS = {"1col": 3.25, "2col": 6.75}
 PAPER_FONTS = (6.0, 8.0)  # smallest and largest, in points
 LEGEND_LINE = 0.16  # inches
+SMALLEST_MARKER = 0.6  # size of markers on paper, as a share of theirs on the screen
 
 
 def save_for_paper(fig: Figure, name: str, width: str, folder: Path) -> Path:
@@ -156,6 +161,8 @@ def save_for_paper(fig: Figure, name: str, width: str, folder: Path) -> Path:
     smallest, largest = PAPER_FONTS
     for text in cast("list[Text]", fig.findobj(Text)):
         text.set_fontsize(min(max(float(text.get_fontsize()) * scale, smallest), largest))
+    for line in cast("list[Line2D]", fig.findobj(Line2D)):
+        line.set_markersize(float(line.get_markersize()) * max(scale, SMALLEST_MARKER))
     entries = _legend_below(fig, inches)
     fig.set_size_inches(inches, max(height * scale, 0.55 * inches) + LEGEND_LINE * entries)
     path = folder / f"{name}_{width}.pdf"
@@ -173,7 +180,9 @@ def _legend_below(fig: Figure, inches: float) -> int:
     old.remove()
     longest = max(map(len, labels))
     columns = max(1, min(len(labels), int(inches / (0.35 + 0.062 * longest))))
-    fig.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=6.5)
+    fig.legend(
+        handles, labels, loc="outside lower center", ncols=columns, fontsize=6.5, frameon=False
+    )
     return -(-len(labels) // columns)
 
 

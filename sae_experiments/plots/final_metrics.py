@@ -14,7 +14,7 @@ from sae_experiments.plots.axes import head_panel
 from sae_experiments.plots.base import finish, panels, styled
 from sae_experiments.plots.captions import OF_THE_MEAN, caption, hollow, not_comparable
 from sae_experiments.plots.selection import choose_panels, find_panels, limit, mean_of
-from sae_experiments.plots.style import BASELINE_COLOR, GREY, RunStyle, run_styles
+from sae_experiments.plots.style import BASELINE_COLOR, GREY, RunStyle, compared_with, run_styles
 from sae_experiments.plots.text import clip, metric_label
 from sae_experiments.results.table import Run, RunTable
 
@@ -76,7 +76,7 @@ def draw(
     axes[0, 0].set_yticks(range(len(runs)), [clip(run.title, 34) for run in runs])
 
     notes += not_comparable(table, runs, datasets, chosen)
-    notes += _baseline_note(table.baseline)
+    notes += _baseline_note(compared_with(table))
     error = f"{OF_THE_MEAN}; small dots: single seeds"
     return finish(fig, title, notes + caption(runs, datasets, error=error))
 
@@ -107,9 +107,10 @@ def _draw_panel(ax: Axes, table: RunTable, runs: Sequence[Run], dataset: str, me
     for y, run in enumerate(runs):
         is_hollow = hollow(table, run, dataset, metric)
         _draw_line(ax, y, run, dataset, metric, styles[run.name], is_hollow)
-    baseline = mean_of(table.baseline, dataset, metric) if table.baseline else None
-    if baseline:
-        value, stderr = baseline
+    baseline = compared_with(table)
+    measured = mean_of(baseline, dataset, metric) if baseline else None
+    if measured:
+        value, stderr = measured
         ax.axvline(value, color=BASELINE_COLOR, linestyle="--", linewidth=1, zorder=1)
         if stderr:
             band = (value - stderr, value + stderr)
@@ -150,10 +151,12 @@ def _draw_line(
 
 def _widen(ax: Axes) -> None:
     """Widen an axis to a hundredth of its values, so that rounding errors do not fill a panel."""
+    low, high = ax.dataLim.intervalx
+    if low == high == 0:  # matplotlib would show rounding errors around it
+        ax.set_xlim(-0.02, 1)
+        return
     low, high = ax.get_xlim()
     least = max(abs(low), abs(high)) * 0.01
-    if least <= 1e-12:  # all values are zero, and the margins a rounding error around it
-        least = 1.0
     if high - low < least:
         middle = (low + high) / 2
         ax.set_xlim(middle - least / 2, middle + least / 2)

@@ -69,8 +69,9 @@ def draw(
     _scale_axes(axes[0], drawn)
     axes[0, 0].set_ylabel("delta CE (bit/char), logarithmic\nlower is better")
     handles = [run_handle(run, styles[run.name], line=True) for run in runs]
+    shown = {part for of_run in drawn for part in of_run}
     for part, (label, line) in PARTS.items():
-        if any(part in of_run for of_run in drawn):
+        if part in shown and len(shown) > 1:
             handles.append(Line2D([], [], color="black", linestyle=line, label=label))
     notes.append(
         "Dash-dotted: the delta CE at which bits_per_char is taken. "

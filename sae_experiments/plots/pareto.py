@@ -13,7 +13,14 @@ from sae_experiments.plots.axes import head_panel, plain_log
 from sae_experiments.plots.base import NothingToDrawError, finish, panels, styled
 from sae_experiments.plots.captions import OF_THE_MEAN, caption, hollow, not_comparable
 from sae_experiments.plots.selection import limit, mean_of
-from sae_experiments.plots.style import GREY, RunStyle, nth_style, run_handle, run_styles
+from sae_experiments.plots.style import (
+    GREY,
+    RunStyle,
+    compared_with,
+    run_handle,
+    run_styles,
+    variant_styles,
+)
 from sae_experiments.plots.text import clip, metric_label
 from sae_experiments.results.table import Run, RunTable
 
@@ -85,7 +92,7 @@ def draw(
         for ax, dataset in zip(axes[row], datasets, strict=True):
             head_panel(ax, runs, dataset, title=row == 0)
             shown = points.get((dataset, metric), {})
-            joined |= _draw_panel(ax, shown, variants.values(), styles, table.baseline)
+            joined |= _draw_panel(ax, shown, variants.values(), styles, compared_with(table))
         axes[row, 0].set_ylabel(metric_label(table, metric))
     _x_axes(axes[-1], datasets, points, f"{metric_label(table, x, direction=False)}, logarithmic")
     if joined:
@@ -132,11 +139,14 @@ def _variant(run: Run, keys: Sequence[str]) -> str:
 
 def _variant_styles(table: RunTable, variants: VariantRuns) -> dict[str, RunStyle]:
     """One style for all runs of a variant; the baseline keeps its own."""
-    styles = {}
-    for i, members in enumerate(variants.values()):
-        style = nth_style(i)._replace(line="-")
-        styles |= {run.name: style for run in members if run is not table.baseline}
-    return styles
+    baseline = compared_with(table)
+    rivals = [[run for run in members if run is not baseline] for members in variants.values()]
+    of_first = variant_styles([members[0] for members in rivals if members])
+    return {
+        run.name: of_first[members[0].name]._replace(line="-")
+        for members in rivals
+        for run in members
+    }
 
 
 def _variant_handles(
@@ -145,16 +155,16 @@ def _variant_handles(
     """A legend entry for the baseline, if it is drawn, then one for each variant."""
     handles = []
     for name, members in variants.items():
-        others = [run for run in members if run is not table.baseline]
+        others = [run for run in members if run is not compared_with(table)]
         if others:
             color, marker, _ = styles[others[0].name]
             label = clip(name.rsplit(".", 1)[-1])
             handles.append(
                 Line2D([], [], color=color, marker=marker, markersize=6, linewidth=1, label=label)
             )
-        if len(others) < len(members) and table.baseline:
-            style = styles[table.baseline.name]
-            handles.insert(0, run_handle(table.baseline, style, line=False))
+        if len(others) < len(members) and compared_with(table):
+            style = styles[compared_with(table).name]
+            handles.insert(0, run_handle(compared_with(table), style, line=False))
     return handles
 
 
@@ -180,6 +190,8 @@ def _draw_panel(
     means = [point.y for point in points.values()]
     if means and 0 < 3 * min(means) < max(means):
         plain_log(ax, "y", min(means), max(means))
+    elif len(means) == 1 and means[0] > 0:  # nothing to compare with but zero
+        ax.set_ylim(0, 1.4 * means[0])
     return joined
 
 

@@ -39,22 +39,32 @@ def nth_style(i: int) -> RunStyle:
 
 
 def run_styles(table: RunTable) -> dict[str, RunStyle]:
-    """Style of each run by name; the baseline is black.
+    """Style of each run by name; a baseline that others are compared with is black.
 
     A variant has the same colour in every figure; its runs differ in marker and line. If all runs
-    are of one variant, colours tell the runs apart.
+    are of one variant, colours tell the runs apart, from that of the variant on.
     """
-    others = [run for run in table.runs if run is not table.baseline]
-    if len({run.variant for run in others}) < 2:
-        styles = {run.name: nth_style(i) for i, run in enumerate(others)}
+    baseline = compared_with(table)
+    others = [run for run in table.runs if run is not baseline]
+    variants = {run.variant for run in others}
+    if len(variants) < 2:
+        first = sum(map(variant_index, variants))
+        styles = {run.name: nth_style(first + i) for i, run in enumerate(others)}
     else:
-        styles = _variant_styles(others)
-    if table.baseline:
-        styles[table.baseline.name] = BASELINE_STYLE
+        styles = variant_styles(others)
+    if baseline:
+        styles[baseline.name] = BASELINE_STYLE
     return styles
 
 
-def _variant_styles(runs: Sequence[Run]) -> dict[str, RunStyle]:
+def compared_with(table: RunTable) -> Run | None:
+    """The baseline, unless it is the only run."""
+    is_alone = all(run is table.baseline for run in table.runs)
+    return None if is_alone else table.baseline
+
+
+def variant_styles(runs: Sequence[Run]) -> dict[str, RunStyle]:
+    """Styles by name of the run: the colour of its variant, with a marker and line of its own."""
     styles: dict[str, RunStyle] = {}
     drawn: Counter[int] = Counter()
     for run in runs:

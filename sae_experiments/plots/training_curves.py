@@ -22,6 +22,8 @@ from sae_experiments.plots.text import clip, percent
 from sae_experiments.results.notes import short_list
 from sae_experiments.results.table import Run, RunTable
 
+COLUMNS_ALONE = 3  # columns of the grid of panels where there is one dataset
+
 
 @styled
 def draw(
@@ -72,7 +74,7 @@ def draw(
     log_labels = set(map(labels.get, log_y))
     groups = _group_identical(runs, drawn)
     styles = run_styles(table)
-    fig, axes = panels(len(rows), len(datasets), width=3.7, height=1.85, sharex="col")
+    fig, axes = _panels(len(rows), len(datasets))
     for row, label in enumerate(rows):
         for ax, dataset in zip(axes[row], datasets, strict=True):
             for first, *_ in groups:
@@ -81,13 +83,32 @@ def draw(
             _fit_x_axis(ax)
             head_panel(ax, runs, dataset, title=row == 0)
         axes[row, 0].set_ylabel(label)
-    for ax in axes[-1]:
-        ax.set_xlabel("step")
+    _label_steps(fig)
     handles = [_group_handle(group, styles[group[0].name]) for group in groups]
     if skip_frac:
         notes.append(f"The axes fit what comes after the first {percent(skip_frac)} of the steps.")
     error = "line: mean over seeds, band: ±1 standard error (none where n = 1)"
     return finish(fig, title, notes + caption(runs, datasets, error=error), handles)
+
+
+def _panels(n_rows: int, n_datasets: int) -> tuple[Figure, np.ndarray]:
+    """A figure and its panels by curve and dataset; those of one dataset fill a grid."""
+    if n_datasets > 1:
+        return panels(n_rows, n_datasets, width=3.7, height=1.85, sharex="col")
+    columns = min(n_rows, COLUMNS_ALONE)
+    fig, axes = panels(-(-n_rows // columns), columns, width=3.3, height=1.85)
+    for ax in axes.flat[n_rows:]:
+        ax.remove()
+    return fig, axes.flat[:n_rows].reshape(n_rows, 1)
+
+
+def _label_steps(fig: Figure) -> None:
+    """Name the horizontal axis below the last panel of every column."""
+    lowest: dict[int, Axes] = {}
+    for ax in fig.axes:
+        lowest[ax.get_subplotspec().colspan.start] = ax  # type: ignore[union-attr]
+    for ax in lowest.values():
+        ax.set_xlabel("step")
 
 
 def _matches_any(run: Run, curves: Mapping[str, str]) -> bool:

@@ -24,6 +24,7 @@ function show(value, digits = 3) {
   if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(1).replace("e", "e");
   return String(Number(value.toPrecision(digits)));
 }
+const score = (value) => (typeof value === "number" ? value.toFixed(2) : "–"); // a number from 0 to 1
 function percent(value) {
   if (typeof value !== "number") return "–";
   const p = 100 * value;

@@ -4,7 +4,7 @@ const CONCEPT_PHI = 0.3; // least |phi| with which a latent is listed under a co
 const COLUMNS = [
   { key: "latent", name: "#", get: (f) => f.latent, text: (f) => `${f.latent}`, up: true },
   { key: "density", name: "density", get: (f) => f.density, text: (f) => percent(f.density) },
-  { key: "f1", name: "F1", get: (f) => f.f1, text: (f) => show(f.f1, 2), optional: true },
+  { key: "f1", name: "F1", get: (f) => f.f1, text: (f) => score(f.f1), optional: true },
   { key: "level", name: "level", get: (f) => f.level, text: (f) => `${f.level ?? ""}`, up: true, optional: true },
   { key: "stability", name: "stability", get: (f) => f.stability, text: (f) => show(f.stability, 2), optional: true },
   { key: "max", name: "max", get: (f) => f.max, text: (f) => show(f.max, 2), narrow: true },
@@ -79,6 +79,16 @@ class Browser {
     const sort = this.view.columns.some((c) => c.key === this.state.sort) ? this.state.sort : "density";
     this.set({ cell: index, bin: null, page: 0, filter: "all", concept: "", tree: this.state.tree && this.view.isTree, sort });
     this.set({ latent: latent ?? (this.found.length ? this.found[0].latent : null) });
+    this.reveal();
+  }
+
+  // Turn to the page of the list with the chosen latent, and scroll the list to it.
+  reveal() {
+    const at = this.found.findIndex((f) => f.latent === this.state.latent);
+    if (at < 0) return;
+    if (Math.floor(at / PAGE) !== this.state.page) this.set({ page: Math.floor(at / PAGE) });
+    const row = this.list.querySelector("tr[aria-selected=true]");
+    if (row) this.list.scrollTop = Math.max(0, row.offsetTop - this.list.clientHeight / 3);
   }
 
   // The filters that this cell has latents for, with their numbers.

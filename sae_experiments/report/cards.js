@@ -10,7 +10,7 @@ async function drawCards(browser) {
     const feature = view && view.byNumber.get(latent);
     if (feature) cards.push(latentSummary(feature, view));
   }
-  place.replaceChildren(...cards);
+  place.replaceChildren(h("p", { class: "quiet cards-about" }, "Where a latent fires: a rule for it, its F1 on other text, its three strongest contexts."), ...cards);
 }
 
 function latentSummary(feature, view) {
@@ -21,11 +21,13 @@ function latentSummary(feature, view) {
   const head = h(
     "p",
     { class: "card-head" },
-    h("code", { class: "rule-text" }, clear(feature.rule || view.about(feature), view.contexts.bytes)),
-    h("span", { class: "num" }, feature.f1 === undefined ? "" : `F1 ${show(feature.f1, 2)}`),
+    h("code", { class: "rule-text", title: clear(feature.rule || "", view.contexts.bytes) || null }, clear(feature.rule || view.about(feature), view.contexts.bytes)),
+    h("span", { class: "num" }, feature.f1 === undefined ? "" : `F1 ${score(feature.f1)}`),
   );
   const top = (feature.top || []).slice(0, CARD_CONTEXTS);
   const contexts = h("ol", { class: "contexts" }, top.map((c) => view.contexts.node(c, feature.max || 1, 26)));
-  const foot = h("p", { class: "quiet" }, link, ` ${where}, `, h("span", { class: "num" }, `fires on ${percent(feature.density)}`));
+  const known = feature.concept && Math.abs(feature.phi) >= CONCEPT_PHI && !String(feature.rule || "").includes(`(${feature.concept})`);
+  const concept = known ? `, ${feature.phi < 0 ? "not " : ""}${clear(feature.concept, view.contexts.bytes)}` : "";
+  const foot = h("p", { class: "quiet foot" }, link, ` ${where}, `, h("span", { class: "num" }, `fires on ${percent(feature.density)}`), h("span", { title: "the concept that goes best with it, and their correlation" }, concept));
   return h("article", { class: "telling" }, head, contexts, foot);
 }

@@ -12,10 +12,12 @@ from sae_experiments.results.table import Run, RunTable
 
 X, Y = "sae_l0", "sae_fvu"
 WIDTH = 360
-HEIGHT_ALONE, HEIGHT = 250, 150  # of a panel, and of one among several
+HEIGHT_ALONE, HEIGHT = 280, 150  # of a panel, and of one among several
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 38
 LABEL_HEIGHT = 13
-LABEL_ROOM = 108
+LABEL_ROOM = 108  # pixels, more for long names
+LONGEST_LABEL = 22  # characters
+CHARACTER = 6.2  # pixels
 MOST_DATASETS = 3
 MOST_LABELS = 8
 
@@ -73,8 +75,10 @@ def sparsity_against_fidelity(table: RunTable) -> Markup | None:
     panels = [_panel(table, dataset, height) for dataset in shown]
     caption = (
         "FVU (share of the variance that is lost, lower is better) against L0 (active latents per "
-        "row). Bars: one standard error."
+        "row)."
     )
+    if any(point.y_error for dataset in shown for point in _points(table, dataset)):
+        caption += " Bars: one standard error."
     return tag("figure", tag("div", panels, class_="panels"), tag("figcaption", caption))
 
 
@@ -100,11 +104,17 @@ def _look(table: RunTable, run: Run) -> str:
 
 def _panel(table: RunTable, dataset: str, height: int) -> Markup:
     points = _points(table, dataset)
-    x = _scale([p.x for p in points], LEFT, WIDTH - RIGHT - LABEL_ROOM)
+    named = sorted(points, key=lambda p: p.y)[:MOST_LABELS]  # the best
+    longest = max(len(_label(p)) for p in named)
+    room = max(LABEL_ROOM, 12 + math.ceil(CHARACTER * longest))
+    x = _scale([p.x for p in points], LEFT, WIDTH - RIGHT - room)
     ends = [p.y + sign * p.y_error for p in points for sign in (-1, 1)]
-    y = _scale([v for v in ends if v > 0], height - BOTTOM, TOP)
+    ends = [v for v in ends if v > 0]
+    if len(points) == 1:
+        ends.append(0.0)  # with nothing to compare, what counts is the distance from zero
+    y = _scale(ends, height - BOTTOM, TOP)
     parts = [_axes(x, y, height), [_mark(p, x, y) for p in points]]
-    parts.append(_labels(points[:MOST_LABELS], x, y, height))
+    parts.append(_labels(named, x, y, height))
     title = tag("text", dataset, class_="head", x=LEFT, y=14)
     label = f"{dataset}: " + "; ".join(f"{p.name} L0 {p.x:.3g}, FVU {p.y:.3g}" for p in points)
     return tag(
@@ -124,11 +134,11 @@ def _scale(values: Sequence[float], start: float, end: float) -> Scale:
     if is_log:
         return Scale(low / (high / low) ** 0.08, high * (high / low) ** 0.08, start, end, True)
     room = max(0.12 * (high - low), 0.04 * high, 1e-9)
-    return Scale(low - room, high + room, start, end, False)
+    return Scale(low - room if low else 0.0, high + room, start, end, False)
 
 
 def _axes(x: Scale, y: Scale, height: int) -> Markup:
-    bottom, right = height - BOTTOM, WIDTH - RIGHT - LABEL_ROOM
+    bottom, right = height - BOTTOM, x.end
     lines = [tag("line", class_="axis", x1=LEFT, x2=right, y1=bottom, y2=bottom)]
     for value in y.ticks():
         at = f"{y(value):.1f}"
@@ -155,6 +165,11 @@ def _mark(point: Point, x: Scale, y: Scale) -> Markup:
     return join(bar, tag("circle", title, class_=f"dot {point.look}", cx=cx, cy=cy, r=5))
 
 
+def _label(point: Point) -> str:
+    name = point.name
+    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+
+
 def _labels(points: Sequence[Point], x: Scale, y: Scale, height: int) -> Markup:
     """Names to the right of the panel, apart from one another, each with a line to its point."""
     ordered = sorted(points, key=lambda p: y(p.y))
@@ -163,14 +178,19 @@ def _labels(points: Sequence[Point], x: Scale, y: Scale, height: int) -> Markup:
         lowest = places[-1] + LABEL_HEIGHT if places else TOP + 4
         places.append(max(y(point.y), lowest))
     over = max(places[-1] - (height - BOTTOM), 0) if places else 0
-    left = WIDTH - RIGHT - LABEL_ROOM + 12
+    left = x.end + 12
     parts = []
     for point, at in zip(ordered, places, strict=True):
-        name = point.name if len(point.name) <= 16 else point.name[:15] + "…"
         row = at - over
         ends = {"x1": f"{x(point.x) + 5:.1f}", "y1": f"{y(point.y):.1f}"}
         parts.append(tag("line", class_="lead", x2=left - 3, y2=f"{row:.1f}", **ends))
         parts.append(
-            _text(name, x=left, y=f"{row + 4:.1f}", anchor="start", class_=f"name {point.look}")
+            _text(
+                _label(point),
+                x=left,
+                y=f"{row + 4:.1f}",
+                anchor="start",
+                class_=f"name {point.look}",
+            )
         )
     return join(parts)

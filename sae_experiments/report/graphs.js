@@ -38,7 +38,7 @@ class GraphView {
     this.scroll = h("div", { class: "scroll", tabindex: 0 });
     this.card = h("div", { class: "graph-card", "aria-live": "polite" }, h("p", { class: "quiet" }, "Choose a node to see where it fires."));
     this.caption = h("figcaption");
-    this.figure = h("figure", { class: "graph-figure", id: `graph-${number}` }, this.tools(), this.scroll, this.card, this.caption);
+    this.figure = h("figure", { class: "graph-figure", id: `graph-${number}` }, this.caption, this.tools(), this.scroll, this.card);
     this.draw();
   }
 

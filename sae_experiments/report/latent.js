@@ -26,7 +26,7 @@ function facts(feature, bytes) {
 
 function ruleLine(feature, bytes) {
   if (!feature.rule) return h("p", { class: "quiet" }, "No rule: it fires too rarely, or the metric rules was not among those measured.");
-  const shown = feature.f1 === undefined ? null : h("span", { class: "scores" }, bar(feature.f1, 1), ` F1 ${show(feature.f1, 2)} (precision ${show(feature.precision, 2)}, recall ${show(feature.recall, 2)} on text it was not made from)`);
+  const shown = feature.f1 === undefined ? null : h("span", { class: "scores" }, bar(feature.f1, 1), ` F1 ${score(feature.f1)} (precision ${score(feature.precision)}, recall ${score(feature.recall)} on text it was not made from)`);
   return h("p", { class: "rule" }, h("code", null, clear(feature.rule, bytes)), shown);
 }
 

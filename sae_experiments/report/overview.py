@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from sae_experiments.plots.text import percent
 from sae_experiments.report.features import FeatureCell
 from sae_experiments.results.headline import headline
 from sae_experiments.results.notes import not_comparable_lines, short_list
@@ -20,6 +21,7 @@ from sae_experiments.results.table import Run, RunTable
 
 MAIN = "sae_fvu"
 MOST_CARDS = 6
+MOST_ALONE = 3  # SAEs that are described where there is nothing to compare
 RARE = 1e-4
 DENSE = 0.3
 CHARACTERS_OF_A_TELLING_RULE = 3
@@ -45,7 +47,8 @@ def _model(run: Run) -> str:
     config = run.whole_config
     target = str(mapping(config.get("study")).get("_target_", "language"))
     if "language" not in target:
-        return f"in the study {target.split('.')[-2]} "
+        name = re.search(r"\bstudies\.(\w+)", target)
+        return f"in the study {name[1]} " if name else ""
     lm = mapping(config.get("lm"))
     layers, width, site = lm.get("n_layer"), lm.get("n_embd"), config.get("site")
     size = f" with {layers} layers of width {width}" if layers and width else ""
@@ -76,10 +79,30 @@ def _findings(table: RunTable, rows: pd.DataFrame) -> Iterator[str]:
     contested = {d: of for d, of in by_dataset.items() if any(r["place"] == "best" for r in of)}
     if contested:
         yield _best(contested, rows)
+        yield from _rank(contested, table, rows)
         yield from _believable(contested)
     elif by_dataset:
-        yield _alone(by_dataset, rows)
+        yield _alone(table, by_dataset, rows)
     yield from _against_baseline(table, rows)
+
+
+def _rank(
+    contested: Mapping[str, Sequence[Row]], table: RunTable, rows: pd.DataFrame
+) -> Iterator[str]:
+    """In how many other main numbers the SAE that is best everywhere is the best too."""
+    winners = {row["name"] for of in contested.values() for row in of if row["place"] == "best"}
+    if len(winners) != 1:
+        return
+    best = rows[rows["place"] == "best"]
+    won: dict[tuple[str, str], set[str]] = {}
+    for row in best.to_dict("records"):
+        dataset, metric = str(row["dataset"]), str(row["metric"])
+        if dataset in contested and metric in headline(table, dataset) and metric != MAIN:
+            won.setdefault((dataset, metric), set()).add(row["name"])
+    if won:
+        count = sum(winners <= names for names in won.values())
+        of_all = f"all {count}" if count == len(won) > 1 else f"{count} of {len(won)}"
+        yield f"it is also best in {of_all} other main numbers"
 
 
 def _best(contested: Mapping[str, Sequence[Row]], rows: pd.DataFrame) -> str:
@@ -113,19 +136,39 @@ def _believable(contested: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     if leads["tied"]:
         yield f"the difference from {short_list(leads['tied'])} is within the error"
     if leads[""] and not leads["behind"]:
-        yield "with one seed there is no standard error, and no lead is more than a hint"
+        yield "with one seed, and so no standard error, its lead is only a hint"
     elif leads[""]:
         yield f"that over {short_list(leads[''])} cannot be judged from one seed"
 
 
-def _alone(by_dataset: Mapping[str, Sequence[Row]], rows: pd.DataFrame) -> str:
+def _alone(table: RunTable, by_dataset: Mapping[str, Sequence[Row]], rows: pd.DataFrame) -> str:
+    """`topk keeps 98.4 % of the variance on enwik8 (FVU 0.016 at L0 32) and adds ...`."""
     parts = []
     for dataset, of_dataset in by_dataset.items():
         for row in of_dataset[:2]:
             value, error = short(row["mean"], row["stderr"])
             value += f" ± {error}" if error else ""
-            parts.append(f"{dataset} {value}{_at_l0(rows, dataset, row['name'])}")
-    return f"FVU: {short_list(parts, 4)}"
+            facts = [
+                f"keeps {percent(1 - row['mean'])} of the variance of the activations on "
+                f"{dataset} (FVU {value}{_at_l0(rows, dataset, row['name'])})",
+                *_other_facts(table, rows, dataset, row["name"]),
+            ]
+            parts.append(
+                f"{row['name']} {', '.join(facts[:-1])}{' and ' * (len(facts) > 1)}{facts[-1]}"
+            )
+    return "; ".join(parts[:MOST_ALONE])
+
+
+def _other_facts(table: RunTable, rows: pd.DataFrame, dataset: str, name: str) -> Iterator[str]:
+    """What an SAE adds to the model's loss, and how many of its latents follow a rule."""
+    mine = rows[(rows["dataset"] == dataset) & (rows["name"] == name)]
+    means = dict(zip(mine["metric"], mine["mean"], strict=True))
+    added, ruled = means.get("ce_delta_bits"), means.get("rule_interpretable_frac")
+    if not missing(added):
+        unit = table.info("ce_delta_bits")["unit"]
+        yield f"adds {added:.3g} {unit} to the model's loss".replace("  ", " ")
+    if not missing(ruled):
+        yield f"has a rule for {percent(ruled)} of its latents"
 
 
 def _against_baseline(table: RunTable, rows: pd.DataFrame) -> Iterator[str]:
@@ -160,8 +203,8 @@ def telling_latents(cells: Sequence[FeatureCell], most: int = MOST_CARDS) -> lis
     """Latents whose rule says most about where they fire, as (cell, latent).
 
     A rule counts for its F1 times the information of firing, `log(lift)`; rules of one character
-    count half. The first seed of every dataset and SAE takes part, in turn. Latents with a concept
-    or a part of a rule that another one has come last.
+    count half; latents without a rule come last. The first seed of every dataset and SAE takes
+    part, in turn. Latents with a concept or a part of a rule that another one has come last.
     """
     queues = [_ranked(i, cell) for i, cell in enumerate(cells) if _is_first(cells, i)]
     distinct: list[tuple[int, int]] = []
@@ -190,12 +233,18 @@ def _ranked(i: int, cell: FeatureCell) -> list[tuple[int, dict[str, Any]]]:
 
 def _telling(feature: Mapping[str, Any]) -> float:
     density, f1 = number(feature.get("density")) or 0.0, number(feature.get("f1")) or 0.0
-    if not feature.get("top") or not feature.get("rule") or not RARE < density < DENSE:
+    if not feature.get("top") or not RARE < density < DENSE:
         return 0.0
+    if not feature.get("rule"):  # behind all rules: a concept, and fires on about one place in 100
+        phi = abs(number(feature.get("phi")) or 0.0)
+        return 0.01 * (1 + phi) * math.exp(-((math.log10(density) + 2) ** 2))
     lift = number(feature.get("lift")) or 1.0
-    literal = max(map(len, re.findall(r"\w+", _literal(str(feature["rule"])))), default=0)
+    rule = str(feature["rule"])
+    literal = max(map(len, re.findall(r"\w+", _literal(rule))), default=0)
+    if re.search(r"\((?!letter )", rule):  # a concept with a name says as much as a word
+        literal = CHARACTERS_OF_A_TELLING_RULE
     weight = 0.5 + 0.5 * min(literal, CHARACTERS_OF_A_TELLING_RULE) / CHARACTERS_OF_A_TELLING_RULE
-    parts = str(feature["rule"]).count(" or ") + 1
+    parts = rule.count(" or ") + 1
     return f1 * math.log(max(lift, 1.0)) * weight / math.sqrt(parts)
 
 
@@ -205,7 +254,8 @@ def _literal(rule: str) -> str:
 
 
 def _words(feature: Mapping[str, Any]) -> set[str]:
-    parts = {part.strip().lower() for part in str(feature.get("rule")).split(" or ")}
+    rule = str(feature.get("rule") or "")
+    parts = {part.strip().lower() for part in rule.split(" or ")} - {""}
     concept = feature.get("concept")
     strong = (number(feature.get("phi")) or 0.0) > 0.5
     return parts | ({f"concept {concept}"} if concept and strong else set())

@@ -58,5 +58,5 @@ async function start() {
   await pictures();
   page.dataset.ready = "yes";
 }
-addEventListener("beforeprint", () => { for (const box of document.querySelectorAll("#summary details")) box.open = true; });
+addEventListener("beforeprint", () => { for (const box of document.querySelectorAll("#summary details, #overview details")) box.open = true; });
 start().catch((error) => { page.dataset.failed = error.message; throw error; });

@@ -42,6 +42,7 @@ UNFINISHED = {
     "cut": "was cut short by its time limit",
     "stopped": "was stopped",
 }
+KEPT_ARRAYS = 2_000_000  # bytes of the arrays of a run and dataset that are kept in memory
 Stats = dict[str, dict[str, Stat]]  # by dataset and metric
 Listed = dict[str, dict[str, list[float | None]]]  # values whose seeds are unknown
 
@@ -153,12 +154,21 @@ class Run:
         return pd.DataFrame(rows, columns=["dataset", "seed", "step", "name", "value"])
 
     def arrays(self, dataset: str) -> dict[int, dict[str, np.ndarray]]:
-        """Stored arrays of a dataset by seed."""
+        """Stored arrays of a dataset by seed; small ones are read once for all figures."""
+        if dataset in self._arrays:
+            return self._arrays[dataset]
         stored = {}
         for result_name, of_dataset, seed in self.cell_files("arrays", ".npz"):
             if of_dataset == dataset:
                 stored[seed] = load_arrays(cast("Path", self.path), result_name, seed)
+        size = sum(array.nbytes for arrays in stored.values() for array in arrays.values())
+        if size <= KEPT_ARRAYS:
+            self._arrays[dataset] = stored
         return stored
+
+    @cached_property
+    def _arrays(self) -> dict[str, dict[int, dict[str, np.ndarray]]]:
+        return {}
 
     def cell_files(self, folder: str, suffix: str) -> list[tuple[str, str, int]]:
         """Result name, dataset and seed of every file of this SAE in a part of the run folder."""

@@ -198,14 +198,16 @@ def load_table(
 def make_table(runs: Sequence[Run], against: Sequence[Run]) -> RunTable:
     """A table with names as short as they can be.
 
-    SAEs are named without their folder if it is the only one besides the baseline.
+    SAEs are named without their folder if it is the only one besides the baseline. The only SAE
+    of the only folder is named so too.
     """
     compared = {run.folder for run in against}
     others = {run.folder for run in runs} - compared
     alone = others or {run.folder for run in runs}
     short = next(iter(alone)) if len(alone) == 1 else None
+    is_all = len({id(run) for run in [*runs, *against]}) == 1
     named = {
-        id(run): replace(run, name=run.sae) if run.sae and run.folder == short else run
+        id(run): replace(run, name=_name_alone(run, is_all=is_all)) if run.folder == short else run
         for run in [*runs, *against]
     }
     baselines = [named[id(run)] for run in against]
@@ -214,6 +216,11 @@ def make_table(runs: Sequence[Run], against: Sequence[Run]) -> RunTable:
         baselines[0] if len(baselines) == 1 else None,
         baselines,
     )
+
+
+def _name_alone(run: Run, *, is_all: bool) -> str:
+    """Name of an SAE whose folder goes without saying; `is_all`: there is no other run."""
+    return run.sae or (run.sae_name if is_all else run.name)
 
 
 def table_of_run(folder: Path) -> RunTable:

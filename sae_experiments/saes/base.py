@@ -91,6 +91,9 @@ class SAE(nn.Module):
     fitted = False
     #: Training can continue from a fitted SAE.
     trains_on = False
+    #: The fit minimises the FVU by the same terms from start to end, so that a climb of the FVU
+    #: means that it goes wrong.
+    judged_by_fvu = True
     #: Share of characters to replace in the second view of every row that the SAE asks for; 0: no
     #: second view.
     second_view = 0.0

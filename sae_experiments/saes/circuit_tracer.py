@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_experiments.errors import UserError
 from sae_experiments.files import write_bytes
-from sae_experiments.saes.cross_layer import CrossLayerTranscoder
+from sae_experiments.saes.cross_layer import CrossLayerTranscoder, EveryLayer
 
 CONFIG = "config.yaml"
 #: Sites of our transcoders, in names that circuit-tracer's wrapper of an MLP gives.
@@ -30,7 +30,7 @@ THRESHOLD = "activation_function.threshold"
 
 
 @torch.no_grad()
-def save_transcoders(sae: CrossLayerTranscoder, folder: Path, *, model: str, scan: str) -> None:
+def save_transcoders(sae: EveryLayer, folder: Path, *, model: str, scan: str) -> None:
     """Write transcoders of all layers for circuit-tracer.
 
     Args:
@@ -48,7 +48,7 @@ def save_transcoders(sae: CrossLayerTranscoder, folder: Path, *, model: str, sca
             f"{folder} is not written: circuit-tracer's layout of cross-layer transcoders has no "
             "skip paths"
         )
-    threshold = sae.threshold.expand(sae.d_sae)
+    threshold = sae.cutoffs()
     files: dict[str, dict[str, Tensor]] = {}
     for k in range(sae.n_sites):
         latents, site = sae.latents_of(k), sae.site_of(k)

@@ -16,17 +16,20 @@ from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
 from sae_experiments.saes import ops
-from sae_experiments.saes.base import Inference, NotExportable, Units, by_rows, sparse
+from sae_experiments.saes.base import SAE, Inference, NotExportable, Units, by_rows, sparse
 from sae_experiments.saes.batch_topk import BatchTopK
 from sae_experiments.saes.selection import Pattern
 from sae_experiments.saes.types import Batch, Codes, Forward
 
 
-class CrossLayerTranscoder(BatchTopK):
-    """`a_l = BatchTopK(W_enc_l x_l + b_enc_l)`, `yhat_k = sum_{l <= k} W_dec_lk^T a_l + b_dec_k`.
+class EveryLayer(SAE):
+    """`a_l = act(W_enc_l x_l + b_enc_l)`, `yhat_k = sum_{l <= k} W_dec_lk^T a_l + b_dec_k`.
 
-    The sites lie side by side in x and y (B, L C), in order of their layers. The selection is over
-    all layers together. Every site is centred and scaled by itself, so that the loss
+    The part that all transcoders of every layer share; a subclass names the SAE of the family that
+    decides which latents are active, after this class.
+
+    The sites lie side by side in x and y (B, L C), in order of their layers. The L0 is that of all
+    layers together. Every site is centred and scaled by itself, so that the loss
 
         sum_k ||y_k - yhat_k||^2
 
@@ -42,7 +45,7 @@ class CrossLayerTranscoder(BatchTopK):
         cross: A latent writes to its own and all later layers; false: to its own layer alone, which
             makes per-layer transcoders.
         skip: Add a linear path from each layer's input to its output.
-        **kwargs: Further arguments of `BatchTopK`.
+        **kwargs: Further arguments of the SAE that chooses active latents.
     """
 
     supports_bf16 = False
@@ -200,9 +203,12 @@ class CrossLayerTranscoder(BatchTopK):
         x = x - self.centre[self.site_of(layer)]
         pre = nn.functional.linear(x, self.encoders[latents], self.b_enc[latents])
         if support is None:
-            one_each = bool(self.threshold.ndim)  # as in a file of circuit-tracer
-            support = pre > (self.threshold[latents] if one_each else self.threshold)
+            support = pre > self.cutoffs()[latents]
         return pre * support
+
+    def cutoffs(self) -> Tensor:
+        """Pre-activations (F,) above which latents are active at inference."""
+        return self.threshold.expand(self.d_sae)
 
     def decode(self, acts: Tensor) -> Tensor:
         """Reconstruction (..., O) of dense codes (..., F)."""
@@ -265,19 +271,22 @@ class CrossLayerTranscoder(BatchTopK):
         pre = self.encoder_matmul(batch.x, bias)
         support = sparse(self.support(pre))
         if isinstance(support, Pattern):
-            values = ops.entries(
+            active_pre = ops.entries(
                 batch.x.view(-1, self.width),
                 self.encoders,
                 bias,
                 support.gather(pre),
                 self._by_layer(support),
             )
-            codes = Codes(values, support)
+            codes = Codes(self.activation(active_pre, support.col), support)
             parts = self._decode_sparse(codes)
             mask = None
         else:
             mask = support.to(pre.dtype)
-            values = self._dense_entries(batch.x, bias, pre, mask)
+            active_pre = self._dense_entries(batch.x, bias, pre, mask)
+            values = self.activation(active_pre, None)
+            if values is not active_pre:
+                values = ops.masked(values, mask)
             codes = Codes(values)
             parts = [
                 ops.decode(values[:, self.sources(k)], None, weight)
@@ -287,7 +296,7 @@ class CrossLayerTranscoder(BatchTopK):
         direct = self.linear_path(batch.x)
         if direct is not None:
             recon = recon + direct
-        return Forward(batch, pre, codes, recon, values, None, mask)
+        return Forward(batch, pre, codes, recon, active_pre, None, mask)
 
     def _by_layer(self, pattern: Pattern) -> Pattern:
         """The same entries in a matrix (B L, F) whose rows are the layers of the rows of x."""
@@ -334,6 +343,11 @@ class CrossLayerTranscoder(BatchTopK):
         bias = self.b_enc.index_select(0, dead) - w_enc @ self.origin().detach()
         return ops.aux_k(x, residual, w_enc, bias, self._dense_decoder(dead), self.k_aux)
 
+    def some_pre_acts(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Pre-activations (B, n) of some latents (n,), differentiable."""
+        w_enc = self._dense_encoder(latents)
+        return nn.functional.linear(self.shifted(x), w_enc, self.b_enc[latents])
+
     def before_update(self) -> None:
         """Remove the radial part of each latent's decoder gradient, over all layers together."""
         grads = [weight.grad for weight in self.decoders]
@@ -365,3 +379,10 @@ class CrossLayerTranscoder(BatchTopK):
     def inference(self) -> Inference:
         """Not exportable: SAELens has no transcoders of several layers."""
         raise NotExportable("transcoders of every layer have no counterpart in SAELens' format")
+
+
+class CrossLayerTranscoder(EveryLayer, BatchTopK):
+    """Transcoders of every layer whose code is the largest pre-activations of a batch (BatchTopK).
+
+    The selection is over all layers together, see `EveryLayer` and `BatchTopK`.
+    """

@@ -33,6 +33,7 @@ class EndToEnd(BatchTopK):
     """
 
     needs_model = True
+    judged_by_fvu = False
 
     def __init__(
         self, *, kl_coeff: float, local_coeff: float, later_coeff: float, **kwargs: Any

@@ -146,10 +146,13 @@ class JumpReLU(Standard):
         terms = {"sparsity": self.coefficient(step) * saturated.sum() / n_rows}
         dead = step.dead.nonzero().squeeze(1)
         if self.pre_act_coeff and dead.numel():
-            a = nn.functional.linear(fwd.batch.x, self.W_enc[dead], self.bias()[dead])
-            below = torch.relu(self.theta[dead] - a)
+            below = torch.relu(self.theta[dead] - self.some_pre_acts(fwd.batch.x, dead))
             terms["pre_act"] = self.pre_act_coeff * below.sum() / n_rows
         return terms
+
+    def some_pre_acts(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Pre-activations (B, n) of some latents (n,), differentiable."""
+        return nn.functional.linear(x, self.W_enc[latents], self.bias()[latents])
 
     def after_step(self, fwd: Forward, step: Step) -> None:
         """Keep thresholds at 0 or above, lower those of dead latents, and steer lambda."""

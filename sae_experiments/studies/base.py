@@ -79,6 +79,22 @@ def infos_of(metrics: Iterable[Callable[..., Any]]) -> list[MetricInfo]:
     return list(infos)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """One result of a run that has ended."""
+
+    name: str
+    """Name of the result; see `Cell.reports`."""
+    seed: int
+    """Seed of the cell."""
+    metrics: Mapping[str, float | None]
+    """Values by metric."""
+    seconds: Mapping[str, float]
+    """Durations by stage."""
+    cut: bool
+    """The time limit ended training or measuring early."""
+
+
 @dataclass
 class Outcome:
     """Results of a cell under one name."""

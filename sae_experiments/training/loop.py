@@ -44,7 +44,7 @@ class TrainConfig:
 
     steps: int  # optimiser steps
     batch_size: int  # rows per step (sequences, for a language model)
-    lr: float  # peak learning rate
+    lr: float | None  # peak learning rate; null: an SAE's own default (`fitting.rates`)
     min_lr: float  # learning rate at the end of the decay
     warmup_steps: int  # steps of linear warmup, at most half of a phase
     decay: str  # cosine, quarter_cosine, linear or constant
@@ -67,6 +67,8 @@ class TrainConfig:
     def _check_types(self) -> None:
         for name in _NUMBERS:
             value = getattr(self, name)
+            if name == "lr" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise UserError(f"{name}={value!r} must be a number")
         for name in ("steps", "batch_size", "warmup_steps", "log_every", "eval_every"):
@@ -89,7 +91,7 @@ class TrainConfig:
             raise UserError(f"betas={list(self.betas)} must be two numbers in [0, 1)")
         for name in ("lr", "eps"):
             value = getattr(self, name)
-            if not value > 0 or not math.isfinite(value):
+            if value is not None and (not value > 0 or not math.isfinite(value)):
                 raise UserError(f"{name}={value} must be a positive number")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
@@ -97,6 +99,17 @@ class TrainConfig:
                 raise UserError(f"{name}={value} must not be negative")
         if not 0 <= self.decay_from <= 1:
             raise UserError(f"decay_from={self.decay_from} must lie between 0 and 1")
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate.
+
+        Raises:
+            UserError: There is no number yet.
+        """
+        if self.lr is None:
+            raise UserError("train.lr=null: only SAEs have a default rate; give a number")
+        return self.lr
 
 
 _NUMBERS = (
@@ -199,6 +212,10 @@ class Learner:
         """The training loss of `batch`; leaves every parameter and buffer as it was."""
         raise NotImplementedError
 
+    def lr_factor(self) -> float:
+        """Factor of the learning rate at the coming step; depends on `module` alone."""
+        return 1.0
+
     def before_update(self) -> None:
         """Called when gradients are there and not yet clipped."""
 
@@ -263,7 +280,7 @@ def lr_at(index: int, steps: int, cfg: TrainConfig) -> float:
 
     It is never zero at the first step.
     """
-    floor = cfg.min_lr / cfg.lr
+    floor = cfg.min_lr / cfg.peak_lr
     # A phase much shorter than planned still reaches its peak.
     warmup = min(cfg.warmup_steps, steps // 2)
     if index < warmup:
@@ -309,11 +326,12 @@ class _Running:
         # A phase too short for one step is left out.
         kept = [i for i, (start, end) in enumerate(spans) if end > start]
         self.phases, self.spans = [self.phases[i] for i in kept], [spans[i] for i in kept]
+        self.lr_fraction = 0.0  # of the peak rate, at the last step
         self.optimizers: list[torch.optim.Optimizer] = []
         self.factors: list[tuple[dict[str, Any], float]] = []
         self.params: list[nn.Parameter] = []
         self.generator = torch.Generator(next(learner.module.parameters()).device)
-        self.guard = FiniteGuard(learner.name, learner.module, learner.cfg.lr)
+        self.guard = FiniteGuard(learner.name, learner.module, learner.cfg.peak_lr)
 
     def phase_at(self, step: int) -> int:
         """Number of the phase that a step falls in."""
@@ -331,7 +349,7 @@ class _Running:
         muon_groups = []
         for group in phase.groups:
             with_muon = cfg.optimizer == "muon" and group.muon
-            peak = (cfg.muon_lr if with_muon else cfg.lr) * group.lr_factor
+            peak = (cfg.muon_lr if with_muon else cfg.peak_lr) * group.lr_factor
             options = {
                 "params": group.params,
                 "lr": peak,
@@ -369,7 +387,8 @@ class _Running:
         """Make one step; returns its loss, its place and the norm of its gradient."""
         learner = self.learner
         info = self.info(step)
-        factor = lr_at(info.phase_step, info.phase_steps, learner.cfg)
+        factor = lr_at(info.phase_step, info.phase_steps, learner.cfg) * learner.lr_factor()
+        self.lr_fraction = factor
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -393,8 +412,7 @@ class _Running:
         self.guard.check()
         values = {name: float(value) for name, value in loss.parts.items()}
         values |= {"loss": loss.total.item(), "grad_norm": norm.item()}
-        factor = lr_at(info.phase_step, info.phase_steps, self.learner.cfg)
-        values["lr"] = self.learner.cfg.lr * factor
+        values["lr"] = self.learner.cfg.peak_lr * self.lr_fraction
         return values | self.learner.observe(loss, info)
 
     def state(self) -> dict[str, Tensor]:

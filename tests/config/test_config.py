@@ -28,7 +28,7 @@ from sae_experiments.config.axes import split_grid
 from sae_experiments.config.checks import parse as parse_overrides
 from sae_experiments.config.compose import build, compose_checked, options_of
 from sae_experiments.config.hydra_habits import LAUNCHERS, translate
-from sae_experiments.config.plans import complete, planned_overrides
+from sae_experiments.config.plans import complete, planned_overrides, preset_file
 from sae_experiments.errors import UserError
 from sae_experiments.flatten import flatten
 from sae_experiments.saes.purified.sae import Purified
@@ -43,7 +43,12 @@ def options(group: str) -> list[str]:
     return sorted(p.stem for p in (CONF / group).glob("*.yaml") if not p.stem.startswith("_"))
 
 
-PRESETS, PLANS = options("preset"), options("plan")
+PLANS = options("plan")
+#: The study that a preset is for, if it is not for all; and the presets that are.
+STUDY_OF_PRESET = {
+    preset: preset_file(CONF, preset).get("for_study") for preset in options("preset")
+}
+PRESETS = [preset for preset, study in STUDY_OF_PRESET.items() if study is None]
 SAES = [name for name in options("sae") if name != "saelens"]  # that one is read from a directory
 PLANNED = [
     (plan, run) for plan in PLANS for run in OmegaConf.load(CONF / "plan" / f"{plan}.yaml").runs
@@ -107,6 +112,24 @@ def test_presets_change_sizes_only():
             assert other[part] == before[part], f"{preset} changes {part}"
 
 
+@pytest.mark.parametrize("preset", sorted(STUDY_OF_PRESET.keys() - set(PRESETS)))
+def test_a_preset_for_one_study_chooses_it_and_holds_its_rules(preset):
+    study = STUDY_OF_PRESET[preset]
+    given, about = complete([f"preset={preset}"], plan="superposition", extra=[], conf=CONF)
+    assert given == [f"preset={preset}", f"study={study}"] and "not about" in about["plan_note"]
+    cfg = compose_checked(CONF, given)[0]
+    build(cfg.study).check()
+    keys = flatten(OmegaConf.to_container(cfg, resolve=False), branches=True)
+    for key in cfg.fixed:
+        assert key in keys
+        with pytest.raises(UserError, match=f"which fixes {key}: leave it out"):
+            composed(f"study={study}", f"{key}.any=1", preset=preset)
+    with pytest.raises(UserError, match=f"is for study={study} alone"):
+        composed("study=language", preset=preset)
+    typed = complete([f"preset={preset}", "study=palindrome"], plan="plain", extra=[], conf=CONF)
+    assert "study=palindrome" in typed[0], "what is typed is not replaced, but refused above"
+
+
 def with_what_it_needs(group: str, name: str, folder: Path) -> list[str]:
     """What must be typed beside a choice: the text, the model, or the path that it is about."""
     (folder / "text.txt").write_text("a text of some words")
@@ -131,6 +154,8 @@ def with_what_it_needs(group: str, name: str, folder: Path) -> list[str]:
 def test_every_choice_of_every_group_composes_and_builds(group, name, tmp_path):
     value = f"[{name}]" if group in ("data", "metric") else name
     overrides = [f"{group}={value}", *with_what_it_needs(group, name, tmp_path)]
+    if group == "preset" and STUDY_OF_PRESET[name]:
+        overrides.append(f"study={STUDY_OF_PRESET[name]}")
     cfg = compose_checked(CONF, overrides if group == "preset" else ["preset=smoke", *overrides])[0]
     study = build(cfg.study)
     study.check()

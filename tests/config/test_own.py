@@ -120,6 +120,46 @@ def study_of(*overrides: str):
     return build(cfg.study)
 
 
+STUDIES = sorted(p.stem for p in (CONF / "study").glob("[!_]*.yaml"))
+#: Settings that make a study end in seconds.
+SHORT = {
+    "palindrome": ["study.train.steps=4", "study.fit.train.steps=4"],
+    "superposition": [
+        "study.depths=[2]",
+        "study.hidden=[2]",
+        "study.probe.depth=2",
+        "study.probe.hidden=2",
+        "study.train.steps=4",
+        "study.probe.train.steps=4",
+        "sae.target_l0=2",
+    ],
+}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_study_announces_a_metric_of_the_script(write, study):
+    own.register(write(), CONF)
+    assert "spread" in [info.name for info in study_of(f"study={study}").infos()]
+
+
+@pytest.mark.parametrize("study", SHORT)
+@pytest.mark.usefixtures("quick_start")
+def test_studies_with_metrics_of_their_own_measure_it_too(write, study, tmp_path):
+    argv = [f"study={study}", "preset=smoke", "report=false", "threads=1", *SHORT[study]]
+    assert main(["--out_dir=one", *argv], plan="plain", extra=[], conf=CONF, script=write()) == 0
+    final = json.loads((tmp_path / "runs" / "one" / "final_info.json").read_text())
+    assert final and all(entry["means"]["spread_mean"] > 0 for entry in final.values())
+
+
+def test_a_study_that_could_not_measure_it_would_refuse(write, tmp_path):
+    own.register(write(), CONF)
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "bare.yaml").write_text("# @package _global_\nstudy: {_target_: x}\n")
+    with pytest.raises(UserError, match=r"spread cannot be measured with study=bare: choose"):
+        own.measured_too(tmp_path, ["study=bare"])
+    assert own.measured_too(tmp_path, ["study=bare", "metric=[sparsity]"]) == []
+
+
 def test_another_process_can_make_it_again(write):
     own.register(write(), CONF)
     content = packed(study_of("sae=[mine,topk]", "sae.target_l0=[8,16]"))

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from hydra.utils import instantiate
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from sae_experiments.errors import UserError
 from sae_experiments.plots.base import PAPER_WIDTHS, NothingToDrawError, save
-from sae_experiments.plots.style import ALARM, run_styles
+from sae_experiments.plots.style import ALARM, PALETTE, run_styles, variant_index
 from sae_experiments.plots.text import clip, percent
 from sae_experiments.report.figures import choose_figures, default_out, draw_all
 from sae_experiments.results.records import (
@@ -82,10 +83,11 @@ def test_every_figure_draws_one_run_and_eight(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("n_runs", [1, 2])
 def test_nothing_reaches_out_of_the_figure_or_into_another_panel(
-    name: str, two: list[Path]
+    name: str, n_runs: int, two: list[Path], tmp_path: Path
 ) -> None:
-    fig = drawn(name, *two)
+    fig = drawn(name, *two) if n_runs == 2 else drawn(name, make_run(tmp_path, "run_0"))
     fig.draw_without_rendering()
     renderer = fig.canvas.get_renderer()  # type: ignore[attr-defined]
     width, height = fig.bbox.size
@@ -285,6 +287,48 @@ def test_pareto_points_axes_and_variants(tmp_path: Path) -> None:
     low, high = matched.axes[0].get_xlim()
     assert high / low >= 4  # runs at one L0 must not look far apart
     assert "Lines join" not in caption(matched)
+
+
+def test_a_variant_has_one_colour_in_every_figure_and_on_the_first_screen(tmp_path: Path) -> None:
+    names = list(FVU)
+    paths = [
+        make_run(tmp_path, f"{sae}_{k}", sae=sae, k=k, seeds=(0,))
+        for k in (16, 32)
+        for sae in names
+    ]
+    palette = {name: PALETTE[variant_index(name)] for name in names}
+    assert len(set(palette.values())) == len(names)
+    for figure, options in (("pareto", {}), ("pareto", {"max_legend": 99}), ("sae_curves", {})):
+        (box,) = drawn(figure, *paths, **options).legends
+        for text, handle in zip(box.get_texts(), box.legend_handles, strict=True):
+            (variant,) = {n for n in names if re.match(rf"{n}(_\d|$)", text.get_text())}
+            assert to_hex(handle.get_color()).upper() == palette[variant], figure  # type: ignore
+    css = (ROOT / "sae_experiments" / "report" / "report.css").read_text()
+    of_screen = re.findall(r"\.v(\d) \{ --own: (#\w+)", css)
+    assert len(of_screen) == len(PALETTE)
+    for i, color in of_screen:
+        if i != "6":  # lighter there, to be seen on a dark page
+            assert color.upper() == PALETTE[int(i)].upper()
+    alone = drawn("final_metrics", make_run(tmp_path, "run_0", sae="topk"))
+    (point, *_) = bars(alone.axes[0]).values()
+    assert to_hex(point[0].get_color()).upper() == palette["topk"]
+
+
+def test_a_run_without_a_rival_has_no_baseline(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "run_0", seeds=(0,))
+    fig = drawn("final_metrics", path)
+    assert "baseline" not in caption(fig) and not fig.axes[0].lines[1:]
+    other = drawn("final_metrics", path, make_run(tmp_path, "run_1", sae="topk", seeds=(0,)))
+    assert "Dashed line: the baseline" in caption(other)
+
+
+def test_the_curves_of_one_dataset_fill_a_grid(tmp_path: Path) -> None:
+    fig = drawn("sae_curves", make_run(tmp_path, "run_0", sae="standard"))
+    columns = {ax.get_subplotspec().colspan.start for ax in fig.axes}
+    assert len(columns) == 3 and fig.get_figheight() < 2 * fig.get_figwidth()
+    for column in columns:
+        in_column = [ax for ax in fig.axes if ax.get_subplotspec().colspan.start == column]
+        assert [ax.get_xlabel() for ax in in_column] == [""] * (len(in_column) - 1) + ["step"]
 
 
 def test_density_counts_the_dead(two: list[Path]) -> None:

@@ -83,3 +83,12 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     assert len(README.split()) <= 800
     for target in re.findall(r"\]\(([^)#]+)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_report_that_is_shipped_is_small_and_names_no_path_of_a_machine():
+    path = ROOT / "docs" / "report" / "run_0.html"
+    text = path.read_text(encoding="utf-8")
+    assert path.stat().st_size <= 2_000_000
+    assert not re.search(r"/(work|tmp|root|home|Users)\b", text, re.IGNORECASE)
+    assert "Content-Security-Policy" in text and 'id="cell-2"' in text
+    assert "rebuilds best on shakespeare_char" in text, "several SAEs, and the best of them named"

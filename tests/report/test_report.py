@@ -25,9 +25,10 @@ from sae_experiments.plots.base import bare, finish, panels
 from sae_experiments.report import chart, comparison, features, markup, overview, page
 from sae_experiments.report.figures import draw_all, run_report
 from sae_experiments.report.page import Picture
+from sae_experiments.results.compare import compare
 from sae_experiments.results.records import Record, read_records, write_record
 from sae_experiments.results.table import RunTable, load_table
-from support.common import CONF
+from support.common import CONF, ROOT
 from support.fake_features import (
     HOSTILE,
     LENGTH,
@@ -461,6 +462,58 @@ def test_the_first_screen_is_written_from_the_numbers(tmp_path: Path) -> None:
     for cell, latent in data["cards"]:
         feature = unpacked(html, f"cell-{cell}")["latents"][latent]
         assert feature["latent"] == latent and feature["rule"] and feature["top"]
+
+
+def test_concepts_with_a_name_tell_more_than_single_characters() -> None:
+    plain = {"density": 0.01, "f1": 0.9, "lift": 50.0, "top": [1]}
+    told = {
+        rule: overview._telling(plain | {"rule": rule})
+        for rule in ("(after the word the)", "the", "N", "(letter t)")
+    }
+    assert told["(after the word the)"] == told["the"] > told["N"] > told["(letter t)"]
+    unruled = [overview._telling({"density": d, "top": [1]}) for d in (2e-4, 0.01, 0.25)]
+    assert 0 < max(unruled) == unruled[1] < told["(letter t)"]
+
+
+def test_every_study_is_called_by_its_name(tmp_path: Path) -> None:
+    for folder in sorted((ROOT / "sae_experiments" / "studies").glob("[a-z]*/study.py")):
+        name = folder.parent.name
+        target = f"sae_experiments.studies.{name}.study.{name.capitalize()}"
+        run = made(tmp_path, f"run_{name}", config={"study": {"_target_": target}})
+        said = overview.what_was_done(load_table([run]))
+        assert (f"in the study {name} " in said) == (name != "language"), said
+
+
+def test_names_stay_inside_the_picture(tmp_path: Path) -> None:
+    names = ("cross_layer_transcoder", "per_layer_transcoder", "a" * 60, "topk")
+    runs = [made(tmp_path, name, sae="topk") for name in names]
+    svg = str(chart.sparsity_against_fidelity(load_table(runs)))
+    texts = [tag for tag in re.findall(r"<text[^>]*>[^<]*", svg) if 'class="name' in tag]
+    assert len(texts) == len(names)
+    for text in texts:
+        (x,), name = re.findall(r' x="([\d.]+)"', text), text.partition(">")[2]
+        assert float(x) + chart.CHARACTER * len(name) <= chart.WIDTH, name
+    assert "cross_layer_transcoder" in svg
+
+
+def test_the_first_screen_of_a_lone_sae_says_what_it_keeps_adds_and_explains(
+    tmp_path: Path,
+) -> None:
+    run = made(tmp_path, sae="topk", datasets=["text8"])
+    metrics = {
+        "sae_fvu": 0.02,
+        "sae_l0": 31.5,
+        "ce_delta_bits": 0.0123,
+        "rule_interpretable_frac": 0.45,
+    }
+    write_record(run, Record(dataset="text8", seed=0, metrics=metrics))
+    table = load_table([run])
+    assert overview.what_came_out(table, compare(table)) == (
+        "topk keeps 98 % of the variance of the activations on text8 (FVU 0.02 at L0 31.5), "
+        "adds 0.0123 bits/char to the model's loss and has a rule for 45 % of its latents."
+    )
+    scale = chart._scale([0.02, 0.0], 0, 100)
+    assert scale.low == 0, "with nothing to compare, the picture begins at zero"
 
 
 @pytest.mark.parametrize("values", [[3.0], [3.0, 3.0], [1e-9, 2e-9], [8, 32, 1000], [31.0, 33.0]])

@@ -14,6 +14,8 @@ import pytest
 from sae_experiments.plots.base import bare, finish, panels
 from sae_experiments.report import page as report_page
 from sae_experiments.report.page import Picture, write_report
+from sae_experiments.results.headline import GROUPS
+from sae_experiments.results.records import Record, write_record
 from sae_experiments.results.table import load_table
 from support.chromium import BROWSER, WHY_NOT, Page, browser
 from support.fake_features import (
@@ -418,6 +420,38 @@ def test_printing_leaves_the_controls_out_and_the_tables_whole(ready: Page) -> N
         and ready("getComputedStyle(document.querySelector('#latent')).maxHeight") == "none"
     )
     ready.resize(1280, 900)
+
+
+def test_many_large_graphs_open_as_fast_as_one_looks_at_them(page: Page, tmp_path: Path) -> None:
+    nodes = [{"id": str(i), "label": f"node {i}", "column": i % 5} for i in range(45)]
+    edges = [
+        {"from": str(i), "to": str(j), "weight": (i - j) / 45}
+        for i in range(45)
+        for j in range(45)
+        if i % 5 < j % 5
+    ]
+    graphs = [{"title": f"graph {i}", "nodes": nodes, "edges": edges} for i in range(24)]
+    run = make_run(tmp_path, "run_1", datasets=("enwik8",), seeds=(0,), curves=False)
+    add_features(run, "enwik8", 0, features_of(text_of(4000), 10), graphs)
+    page.open(write_report(load_table([run]), [], tmp_path / "report.html"))
+    assert page("document.querySelectorAll('.graph-figure .node').length") == 24 * len(nodes)
+    looks = "[...document.querySelectorAll('.graph-figure')].map((f) => {}).filter(Boolean).length"
+    drawn = "f.querySelector('svg').checkVisibility({ contentVisibilityAuto: true })"
+    assert page(looks.format(drawn)) < 4, "graphs out of sight are laid out when they are reached"
+    assert page("document.querySelector('.graph-figure').firstElementChild.tagName") == (
+        "FIGCAPTION"
+    ), "what a graph is about stands above it"
+
+
+def test_a_page_of_paper_holds_a_table_with_every_main_metric(page: Page, tmp_path: Path) -> None:
+    metrics = dict.fromkeys([metric for group in GROUPS.values() for metric in group], 0.12345)
+    run = make_run(tmp_path, "run_1", datasets=("enwik8",), seeds=(0,), curves=False)
+    write_record(run, Record(dataset="enwik8", seed=0, metrics=metrics))
+    page.resize(720, 1000, media="print")
+    page.open(write_report(load_table([run]), [], tmp_path / "report.html"))
+    assert page("document.querySelectorAll('#summary .main tbody td').length") == len(metrics)
+    assert page("document.querySelector('#summary .main').getBoundingClientRect().right") <= 720
+    page.resize(1280, 900)
 
 
 # ------------------------------------------------------------------------------------------------

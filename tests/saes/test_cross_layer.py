@@ -22,9 +22,9 @@ from sae_experiments.saes.transcoder import Transcoder
 from sae_experiments.saes.types import Batch
 from support.attribution_worlds import side_by_side, world
 from support.circuit_worlds import model, tokens
-from support.saes import make, rows, sae_spec, step, trained
+from support.saes import L0, make, rows, sae_spec, step, trained
 
-KINDS = ("cross_layer_transcoder", "per_layer_transcoder")
+KINDS = ("cross_layer_transcoder", "per_layer_transcoder", "cross_layer_jumprelu")
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -40,8 +40,9 @@ def test_an_output_is_the_sum_of_what_the_layers_up_to_it_write(name: str, skip:
             mine = acts[:, sae.latents_of(source)]
             x_in = x[:, sae.site_of(source)] - sae.centre[sae.site_of(source)]
             pre = x_in @ sae.encoders[sae.latents_of(source)].T + sae.b_enc[sae.latents_of(source)]
-            torch.testing.assert_close(mine, pre * (pre > sae.threshold), rtol=1e-4, atol=1e-5)
-            writes = source <= k if name == KINDS[0] else source == k
+            active = pre > sae.cutoffs()[sae.latents_of(source)]
+            torch.testing.assert_close(mine, pre * active, rtol=1e-4, atol=1e-5)
+            writes = source <= k if sae.cross else source == k
             block = sae.W_dec[sae.latents_of(source), sae.site_of(k)]
             assert bool((block != 0).any()) == writes
             expected = expected + mine @ block
@@ -72,7 +73,7 @@ def test_a_layer_by_itself_is_the_transcoder_of_the_family() -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", KINDS[:2])
 def test_gradients_are_those_of_a_dense_computation(name: str) -> None:
     sae = make(name).train()
     batch = Batch(rows(64, 0), rows(64, 1))
@@ -89,6 +90,40 @@ def test_gradients_are_those_of_a_dense_computation(name: str) -> None:
         torch.testing.assert_close(sae.encoders.grad[latents], expected, rtol=1e-4, atol=1e-5)
         expected = decoder.grad[sae.sources(layer), sae.site_of(layer)]
         torch.testing.assert_close(sae.decoders[layer].grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["step", "tanh"])
+def test_thresholds_of_one_layer_are_those_of_jumprelu(form: str) -> None:
+    """With one layer, loss and gradients are those of a JumpReLU that reads x and rebuilds y."""
+    asked = (f"sae.model.form={form}", "sae.model.pre_act_coeff=1e-3")
+    mine = make("cross_layer_jumprelu", "sae.model.n_sites=1", *asked).train()
+    plain = make("jumprelu", *asked, pre_bias=False).train()
+    with torch.no_grad():
+        for name in ("b_enc", "b_dec", "theta"):
+            getattr(plain, name).copy_(getattr(mine, name))
+        plain.W_enc.copy_(mine.encoders)
+        plain.W_dec.copy_(mine.decoders[0])
+    dead = torch.arange(48) % 5 == 0
+    batch = Batch(rows(64, 0), rows(64, 1))
+    losses = [sae.loss(batch, step(sae, dead=dead)) for sae in (mine, plain)]
+    assert set(losses[0].parts) == set(losses[1].parts) >= {"mse", "sparsity", "aux_k"}
+    for loss in losses:
+        loss.total.backward()
+    assert losses[0].total.item() == pytest.approx(losses[1].total.item(), rel=1e-5)
+    pairs = [(mine.encoders, plain.W_enc), (mine.decoders[0], plain.W_dec)]
+    pairs += [(mine.theta, plain.theta), (mine.b_enc, plain.b_enc)]
+    for one, other in pairs:
+        assert float(one.grad.abs().max()) > 1e-6
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_learned_thresholds_differ_and_the_l0_is_exact() -> None:
+    sae = trained("cross_layer_jumprelu")
+    active = sae.encode(rows(16384, 10**6 + 1)) != 0
+    assert float(active.sum(1).float().mean()) == pytest.approx(L0, rel=1e-2)
+    assert float(sae.cutoffs().std()) > 1e-3
+    per_layer = active.view(len(active), sae.n_sites, -1).sum((0, 2))
+    assert bool((per_layer > 0).all())
 
 
 def test_every_layer_counts_the_same_whatever_its_scale() -> None:
@@ -157,7 +192,9 @@ def test_with_everything_held_the_replaced_model_is_that_of_the_clean_codes_at_l
 # --- circuit-tracer's files ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "skip"), [(KINDS[0], False), (KINDS[1], False), (KINDS[1], True)])
+@pytest.mark.parametrize(
+    ("name", "skip"), [(KINDS[0], False), (KINDS[1], False), (KINDS[1], True), (KINDS[2], False)]
+)
 def test_transcoders_come_back_from_circuit_tracers_layout(
     name: str, skip: bool, tmp_path: Path
 ) -> None:
@@ -171,7 +208,7 @@ def test_transcoders_come_back_from_circuit_tracers_layout(
     part = again.encode_from(1, x[:, again.site_of(1)])
     torch.testing.assert_close(part, again.encode(x)[:, again.latents_of(1)])
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert config["model_kind"] == (KINDS[0] if name == KINDS[0] else "transcoder_set")
+    assert config["model_kind"] == (KINDS[0] if sae.cross else "transcoder_set")
 
 
 def test_the_files_are_in_circuit_tracers_orientation(tmp_path: Path) -> None:

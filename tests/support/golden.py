@@ -33,6 +33,7 @@ TIMED = {
 }
 #: SAEs that need a language model, several sites or a study of their own.
 NOT_PLANTED = {
+    "cross_layer_jumprelu",
     "cross_layer_transcoder",
     "crosscoder",
     "end_to_end",

@@ -32,7 +32,12 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 #: SAEs that are trained here, which sae=saelens is not.
 NAMES = sorted(p.stem for p in (CONF / "sae").glob("[!_]*.yaml") if p.stem != "saelens")
 #: Those that read several sites at once.
-OF_SEVERAL_SITES = {"crosscoder", "cross_layer_transcoder", "per_layer_transcoder"}
+OF_SEVERAL_SITES = {
+    "cross_layer_jumprelu",
+    "cross_layer_transcoder",
+    "crosscoder",
+    "per_layer_transcoder",
+}
 #: Steps until the L0 is met, and how well, where that is not the usual.
 N_TRAIN = {"crosscoder": 600}  # its L0 is 2 to 9 % low after 300
 TOLERANCE = {"kl": 0.05, "p_anneal": 0.05, "topk": 0.05}  # topk: few positive pre-activations

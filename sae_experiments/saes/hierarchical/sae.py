@@ -72,6 +72,7 @@ class Hierarchical(SAE):
 
     supports_bf16 = False  # both levels make their own products
     same_units = True
+    judged_by_fvu = False  # every phase has terms of its own
 
     scale: Tensor
     variance: Tensor

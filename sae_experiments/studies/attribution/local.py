@@ -21,7 +21,7 @@ from torch import Tensor
 from sae_experiments.models.blocks import norm_pull_back
 from sae_experiments.models.frozen import FrozenModel
 from sae_experiments.models.layouts import CausalLM, embeddings
-from sae_experiments.saes.cross_layer import CrossLayerTranscoder
+from sae_experiments.saes.cross_layer import EveryLayer
 
 
 class Nodes(NamedTuple):
@@ -102,7 +102,7 @@ class LocalModel:
     def __init__(
         self,
         model: CausalLM,
-        sae: CrossLayerTranscoder,
+        sae: EveryLayer,
         tokens: Tensor,
         *,
         logits: tuple[float, int] = (0.95, 10),

@@ -18,7 +18,7 @@ from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models.gpt2 import TrainedLM
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.circuit_tracer import save_transcoders
-from sae_experiments.saes.cross_layer import CrossLayerTranscoder
+from sae_experiments.saes.cross_layer import EveryLayer
 from sae_experiments.studies import conditions as facts
 from sae_experiments.studies.attribution.checks import (
     CheckSpec,
@@ -121,10 +121,10 @@ class Attribution(Language):
             read, write = self.sites(spec)
             with torch.device("meta"):
                 sae = spec.build(self.width(read), self.width(write))
-            if not isinstance(sae, CrossLayerTranscoder) or sae.n_sites != self.sizes.n_layer:
+            if not isinstance(sae, EveryLayer) or sae.n_sites != self.sizes.n_layer:
                 raise UserError(
                     f"sae={name}: an attribution graph needs transcoders of every layer: use "
-                    "sae=cross_layer_transcoder or sae=per_layer_transcoder"
+                    "sae=cross_layer_transcoder, per_layer_transcoder or cross_layer_jumprelu"
                 )
 
     def infos(self) -> list[MetricInfo]:
@@ -196,7 +196,7 @@ class Attribution(Language):
         measured: dict[str, float | None] = dict.fromkeys(NUMBERS)
         if described:
             tokens, _ = stores.tokens(stores.held_out.starts[: self.graph.weight_windows])
-            layers = of_type(sae, CrossLayerTranscoder)  # see `check`
+            layers = of_type(sae, EveryLayer)  # see `check`
             virtual = VirtualWeights(lm.model, layers, tokens.to(ctx.device))
             into = virtual.into(latents.to(ctx.device))
             out_of = virtual.out_of(latents.to(ctx.device))
@@ -237,7 +237,7 @@ class Attribution(Language):
         began = time.monotonic()
         local = LocalModel(
             lm.model,
-            of_type(sae, CrossLayerTranscoder),  # see `check`
+            of_type(sae, EveryLayer),  # see `check`
             prompt.tokens.to(ctx.device),
             logits=(self.graph.logit_share, self.graph.logits),
             memory_mb=self.memory_mb,
@@ -281,7 +281,7 @@ class Attribution(Language):
     def _export(self, sae: SAE, cell: str, lm: TrainedLM, ctx: Context) -> None:
         """Write the transcoders for circuit-tracer, where its layout has a place for them."""
         folder = ctx.folder / "circuit_tracer" / cell / "transcoders"
-        if isinstance(sae, CrossLayerTranscoder) and not (sae.cross and sae.W_skip is not None):
+        if isinstance(sae, EveryLayer) and not (sae.cross and sae.W_skip is not None):
             save_transcoders(sae, folder, model=str(lm.folder), scan=slug_of(cell))
 
 

@@ -31,7 +31,7 @@ from sae_experiments.models.blocks import Block
 from sae_experiments.models.frozen import FrozenModel
 from sae_experiments.models.hooks import blocks_of
 from sae_experiments.models.layouts import CausalLM
-from sae_experiments.saes.cross_layer import CrossLayerTranscoder
+from sae_experiments.saes.cross_layer import EveryLayer
 
 #: Names of the numbers of `interference`.
 NUMBERS = ("virtual_never_share", "virtual_rank_r")
@@ -62,7 +62,7 @@ class VirtualWeights:
 
     @torch.no_grad()
     def __init__(
-        self, model: CausalLM, sae: CrossLayerTranscoder, tokens: Tensor, *, batch: int = 16
+        self, model: CausalLM, sae: EveryLayer, tokens: Tensor, *, batch: int = 16
     ) -> None:
         self.sae = sae
         acts, rstd = [], []

@@ -5,6 +5,7 @@ After SynthSAEBench.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,23 +26,28 @@ from sae_experiments.metrics.base import EvalContext, Metric, MetricInfo
 from sae_experiments.metrics.recovery import Truth
 from sae_experiments.resources import Need
 from sae_experiments.saes.base import SAE, Batch
+from sae_experiments.saes.types import Codes
 from sae_experiments.source import source_digest
 from sae_experiments.studies import conditions as facts
 from sae_experiments.studies.base import (
     Cell,
     Context,
+    Finished,
     Outcome,
     check_held_out,
     infos_of,
     part_of,
     rows_seed,
 )
-from sae_experiments.studies.ground_truth import world as planted
+from sae_experiments.studies.ground_truth.challenge import Challenge
+from sae_experiments.studies.ground_truth.synth import Synth, SynthWorld
 from sae_experiments.studies.ground_truth.world import Planted, World
 from sae_experiments.training import loop as training
 from sae_experiments.training.loop import TrainConfig, seed_of
 
 DATASET = "planted"
+Recipe = Planted | Synth
+Drawn = World | SynthWorld
 #: Feature activations drawn in a fit above which drawing is timed beforehand: some minutes' worth.
 NOTABLE_DRAWS = 3e10
 
@@ -72,19 +78,35 @@ class GroundTruth:
     """Share of the rows of the fit without firing after which a latent is dead."""
     held_out: str = "val"
     """Held-out part of the rows, one of `HELD_OUT`."""
+    challenge: Challenge | None = None
+    """Rules of the benchmark, whose world replaces `world`; None: no benchmark."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Recipe of the world that rows come from."""
+        return self.world if self.challenge is None else self.challenge.rules.recipe
+
+    @property
+    def dataset(self) -> str:
+        """Name of the results of a single SAE."""
+        return DATASET if self.challenge is None else self.challenge.dataset
 
     def check(self) -> None:
         check_held_out(self.held_out)
         for name in ("calibration_rows", "held_out_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"study.{name}={getattr(self, name)} must be at least 1")
+        width = self.recipe.width
         for name, sae_spec in self.saes.items():
-            sae_spec.check(self.world.width, self.world.width, self.train)
+            sae_spec.check(width, width, self.train)
             with torch.device("meta"):
-                if sae_spec.build(self.world.width, self.world.width).needs_model:
-                    raise UserError(
-                        f"sae={name} needs a language model, and study=ground_truth has none"
-                    )
+                sae = sae_spec.build(width, width)
+            if sae.needs_model:
+                raise UserError(
+                    f"sae={name} needs a language model, and study=ground_truth has none"
+                )
+            if self.challenge is not None:
+                self.challenge.check(name, sae_spec, sae, self.train)
 
     def announce(self, ctx: Context) -> None:
         """Print what drawing rows will need.
@@ -98,13 +120,14 @@ class GroundTruth:
             "batch_size": self.train.batch_size,
         }
         key = max(sizes, key=sizes.__getitem__)
-        what = f"a world of study.world.features={self.world.features} with {key}={sizes[key]}"
+        features = self.recipe.features
+        what = f"a world of study.world.features={features} with {key}={sizes[key]}"
         fix = "use fewer features or rows"
-        need = Need(self.world.memory(sizes[key]))
+        need = Need(self.recipe.memory(sizes[key]))
         ctx.announce(what, need, fix)
-        if self.world.features * self.train.batch_size * self.train.steps < NOTABLE_DRAWS:
+        if features * self.train.batch_size * self.train.steps < NOTABLE_DRAWS:
             return
-        world = World(self.world, seed_of(0, "world"), ctx.device)
+        world = self.recipe.draw(seed_of(0, "world"), ctx.device)
         began = time.monotonic()
         self.rows(world, self.train.batch_size, 0)
         seconds = (time.monotonic() - began) * self.train.steps * len(self.cells())
@@ -112,31 +135,45 @@ class GroundTruth:
 
     def prepare(self, ctx: Context) -> dict[str, Any]:
         self.announce(ctx)
+        seeds = {} if self.challenge is None else self.challenge.provenance()
         return {
             self.result_name(sae): {
-                "corpus": DATASET,
+                "corpus": self.dataset,
                 "stand_in": False,
-                **asdict(self.world),
+                **asdict(self.recipe),
                 **part_of(self.held_out),
+                **seeds,
             }
             for sae in self.saes
         }
 
     def result_name(self, sae: str) -> str:
         """Name of an SAE's results, which has the SAE's own name if several are fitted."""
-        return DATASET if len(self.saes) == 1 else f"{DATASET}.{sae}"
+        return self.dataset if len(self.saes) == 1 else f"{self.dataset}.{sae}"
 
     def cells(self) -> list[Cell]:
+        usual = [0] if self.challenge is None else self.challenge.default_seeds
         return [
-            Cell(DATASET, seed, tuple(map(self.result_name, self.saes)))
-            for seed in (self.seeds if self.seeds is not None else [0])
+            Cell(self.dataset, seed, tuple(map(self.result_name, self.saes)))
+            for seed in (self.seeds if self.seeds is not None else usual)
         ]
+
+    def conclude(self, folder: Path, finished: Sequence[Finished]) -> list[str]:
+        """Lines that close a run; those of a benchmark score the SAEs."""
+        if self.challenge is None:
+            return []
+        by_sae = {
+            sae: [one for one in finished if one.name == self.result_name(sae)] for sae in self.saes
+        }
+        return self.challenge.conclude(folder, by_sae)
 
     def infos(self) -> list[MetricInfo]:
         return infos_of(self.metrics.values())
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
-        world = World(self.world, seed_of(cell.seed, "world"), ctx.device)
+        if self.challenge is not None:
+            cell = cell._replace(seed=self.challenge.seed(cell.seed))
+        world = self.recipe.draw(seed_of(cell.seed, "world"), ctx.device)
         outcomes = {}
         for name, (sae, fitted) in self.fitted(world, cell, ctx).items():
             outcome = self.evaluate(sae, world, cell, ctx)
@@ -155,14 +192,14 @@ class GroundTruth:
             ctx.console.say(f"  {name}: {', '.join(shown)} ({spent})")
         return outcomes
 
-    def rows(self, world: World, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, world: Drawn, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | Codes]:
         """Rows (n, D), and their true feature activations (n, G)."""
         acts = world.acts(n, seed)
         return world.rows(acts, seed + 1), acts
 
-    def fitted(self, world: World, cell: Cell, ctx: Context) -> dict[str, tuple[SAE, FitReport]]:
+    def fitted(self, world: Drawn, cell: Cell, ctx: Context) -> dict[str, tuple[SAE, FitReport]]:
         """The SAEs of a cell, from the cache or fitted now in one pass."""
-        width = self.world.width
+        width = self.recipe.width
         saes = {
             name: sae_spec.seeded(width, width, cell.seed).to(ctx.device)
             for name, sae_spec in self.saes.items()
@@ -172,13 +209,13 @@ class GroundTruth:
             training,
             fit,
             cached_module,
-            planted,
+            sys.modules[type(self.recipe).__module__],
             sae_spec_module,
             alone=[__name__],
         )
         key = {
             "what": "planted",
-            "world": asdict(self.world),
+            "world": asdict(self.recipe),
             "train": asdict(self.train),
             "seed": cell.seed,
             "torch": torch.__version__,
@@ -194,7 +231,7 @@ class GroundTruth:
         return fit_cached(ctx.cache, key, saes, fit_now)
 
     def _fit(
-        self, checkpoint: Path, saes: Mapping[str, SAE], world: World, cell: Cell, ctx: Context
+        self, checkpoint: Path, saes: Mapping[str, SAE], world: Drawn, cell: Cell, ctx: Context
     ) -> dict[str, FitReport]:
         """Fit the SAEs to fresh rows in every step."""
 
@@ -219,7 +256,7 @@ class GroundTruth:
                 session=session,
             )
 
-    def evaluate(self, sae: SAE, world: World, cell: Cell, ctx: Context) -> Outcome:
+    def evaluate(self, sae: SAE, world: Drawn, cell: Cell, ctx: Context) -> Outcome:
         """Measure an SAE on rows that no SAE was fitted to."""
         x, acts = self.rows(world, self.held_out_rows, rows_seed(cell.seed, self.held_out))
         evaluation = EvalContext(

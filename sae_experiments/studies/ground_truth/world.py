@@ -89,6 +89,10 @@ class Planted:
             "rows and directions": 4.0 * self.width * (2 * rows + 3 * self.features),
         }
 
+    def draw(self, seed: int, device: torch.device) -> World:
+        """Draw a world."""
+        return World(self, seed, device)
+
     @property
     def tree_size(self) -> int:
         """Features of a tree."""

@@ -6,7 +6,7 @@ An SAE reads the outputs at all positions as one vector.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sae_experiments.fitting.cached import fit_cached
 from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
 from sae_experiments.fitting.spec import FitSpec, SAESpec, code_of
 from sae_experiments.metric_info import MetricInfo, info
+from sae_experiments.metrics.base import EvalContext, Metric
 from sae_experiments.models import gpt2 as lm
 from sae_experiments.models.gpt2 import GPT2LMHeadModel, LMLearner, LMSpec, build_lm
 from sae_experiments.models.hooks import Site, activations
@@ -35,7 +36,14 @@ from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.sampling import spread_rows
 from sae_experiments.source import source_digest
 from sae_experiments.studies import conditions as facts
-from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of
+from sae_experiments.studies.base import (
+    Cell,
+    Context,
+    Outcome,
+    check_held_out,
+    infos_of,
+    part_of,
+)
 from sae_experiments.studies.palindrome import selectivity, strings
 from sae_experiments.studies.palindrome.selectivity import Analysis
 from sae_experiments.studies.palindrome.strings import (
@@ -127,6 +135,8 @@ class Palindrome:
     """Seeds; None: 0 alone."""
     held_out: str = "val"
     """Held-out part of the test strings, one of `HELD_OUT`."""
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    """Further metrics of the SAEs by name, measured on the vectors of the test strings."""
 
     @property
     def width(self) -> int:
@@ -190,7 +200,7 @@ class Palindrome:
         ]
 
     def infos(self) -> list[MetricInfo]:
-        return [*INFO, *selectivity.INFO]
+        return [*INFO, *selectivity.INFO, *infos_of(self.metrics.values())]
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
         train_ids, test_ids = self.data.parts(seed_of(cell.seed, "split"))
@@ -225,6 +235,8 @@ class Palindrome:
             )
             outcome.curves += [(step, f"sae/{n}", value) for step, n, value in report.history]
             outcome.add_fit(report)
+            evaluation = EvalContext(sae=sae, device=ctx.device, x=x_test)
+            outcome.measure(self.metrics, evaluation, ctx.ends)
             outcomes[self.result_name(name)] = outcome
             _say_measured(name, sae, outcome.metrics, ctx)
         return outcomes

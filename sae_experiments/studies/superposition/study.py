@@ -8,7 +8,7 @@ recovers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,21 @@ from sae_experiments.files import digest, read_json, write_bytes, write_json
 from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
 from sae_experiments.fitting.spec import SAESpec
 from sae_experiments.metric_info import MetricInfo, info
+from sae_experiments.metrics.base import EvalContext, Metric
 from sae_experiments.resources import Need
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.saes.ops import unit_rows
 from sae_experiments.source import source_digest
 from sae_experiments.studies import conditions as facts
-from sae_experiments.studies.base import Cell, Context, Outcome, check_held_out, part_of, rows_seed
+from sae_experiments.studies.base import (
+    Cell,
+    Context,
+    Outcome,
+    check_held_out,
+    infos_of,
+    part_of,
+    rows_seed,
+)
 from sae_experiments.studies.superposition import toy, toy_step, trees
 from sae_experiments.studies.superposition.toy import ToyLearner
 from sae_experiments.studies.superposition.trees import Features
@@ -101,6 +110,8 @@ class Superposition:
     """Seeds; None: 0 alone."""
     held_out: str = "val"
     """Held-out part of the rows, one of `HELD_OUT`."""
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    """Further metrics of the SAEs by name, measured on the held-out rows of the hidden layer."""
 
     def check(self) -> None:
         check_held_out(self.held_out)
@@ -211,7 +222,8 @@ class Superposition:
         ]
 
     def infos(self) -> list[MetricInfo]:
-        return [*INFO, *(smallest_info(depth, self.threshold) for depth in self.depths)]
+        smallest = [smallest_info(depth, self.threshold) for depth in self.depths]
+        return [*INFO, *smallest, *infos_of(self.metrics.values())]
 
     def run(self, cell: Cell, ctx: Context) -> dict[str, Outcome]:
         features = self.families[cell.dataset]
@@ -238,7 +250,7 @@ class Superposition:
             site = f"hidden {self.probe.hidden} of depth {self.probe.depth}"
             own.facts = self._facts(features) | facts.of_sae(sae, site)
             own.add_fit(reports[name])
-            self.evaluate(own, sae, features, weights, cell.seed)
+            self.evaluate(own, sae, features, weights, cell.seed, ctx)
             mmcs, recovered = own.metrics["sae_mmcs"] or 0, own.metrics["sae_recovered_frac"]
             ctx.console.say(f"  {name}: MMCS {mmcs:.3f}, {recovered:.0%} of the tree found")
             outcomes[self.result_name(cell.dataset, name)] = own
@@ -252,6 +264,7 @@ class Superposition:
             metrics=dict(outcome.metrics),
             why_null=dict(outcome.why_null),
             arrays=dict(outcome.arrays),
+            noise=dict(outcome.noise),
             seconds=outcome.seconds | {"fit": report.seconds},
             curves=[*outcome.curves, *curves],
             cut=outcome.cut or report.cut,
@@ -379,9 +392,15 @@ class Superposition:
 
     @torch.no_grad()
     def evaluate(
-        self, outcome: Outcome, sae: SAE, features: Features, weights: Tensor, seed: int
+        self,
+        outcome: Outcome,
+        sae: SAE,
+        features: Features,
+        weights: Tensor,
+        seed: int,
+        ctx: Context,
     ) -> None:
-        """Add the reconstruction error on held-out rows, and the recovery of the tree."""
+        """Add the error on held-out rows, the recovery of the tree, and `metrics`."""
         x = self.hidden_rows(features, weights, self.probe.rows, rows_seed(seed, self.held_out))
         acts = sae.encode(x)
         alive = (acts != 0).any(0)
@@ -404,6 +423,8 @@ class Superposition:
         recovered = shown & (cosines >= self.probe.match)
         outcome.metrics["sae_recovered_frac"] = float(recovered.mean())
         outcome.arrays["sae_best_cosine"] = np.where(shown, cosines, np.nan)
+        evaluation = EvalContext(sae=sae, device=ctx.device, x=x)
+        outcome.measure(self.metrics, evaluation, ctx.ends)
 
 
 def best_cosines(directions: Tensor, decoder: Tensor) -> np.ndarray:

@@ -1,0 +1,99 @@
+"""The learning rate of an SAE whose configuration gives none, and its way back from one too high.
+
+An Adam step changes every weight by about the learning rate, so that it moves an encoder row of
+length 1 and width D by `lr sqrt(D)`. What a fit can bear thus falls with the square root of the
+width. See docs/learning-rate.md for the measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sae_experiments.quality_warnings import CLIMB, DYING, FIRINGS, MORE_ACTIVE
+from sae_experiments.saes.base import SAE
+from sae_experiments.training.loop import TrainConfig
+
+#: The rate up to the width beyond which it falls.
+LR = 5e-3
+WIDTH = 512
+
+
+def default_lr(sae: SAE) -> float:
+    """`5e-3 min(1, sqrt(512 / d_in))`."""
+    return LR * min(1.0, math.sqrt(WIDTH / sae.d_in))
+
+
+def with_default_lr(cfg: TrainConfig, sae: SAE) -> TrainConfig:
+    """The numbers of a fit, with the default rate in place of `lr=null`."""
+    return cfg if cfg.lr is not None else replace(cfg, lr=default_lr(sae))
+
+
+#: Further share of the latents that must be dead before the rate is halved again.
+MORE_DEAD = 0.05
+
+
+class BackOff(nn.Module):
+    """Factor of the learning rate, halved when latents die in masses or the error climbs.
+
+    Every `EVERY` steps after the warm-up the state of the fit is looked at. The rate is halved if
+
+    - the error (FVU, median of the last `LOOKS` looks) is 20 % above an earlier one since the
+      last halving that needed no more active latents, or
+    - more than 10 % of the latents are dead, and 5 % more than at the last halving.
+
+    Looks before a halving count no more, and none happens within `LOOKS` looks of the last one.
+    All state is in buffers, so that a resumed fit goes on with the same bits.
+
+    Args:
+        steps: Steps of the fit.
+        firings: Times that an average latent fires within the rows of silence after which it
+            counts as dead; below `FIRINGS` the dead are not judged.
+    """
+
+    EVERY = 10
+    LOOKS = 5
+    #: Smallest factor.
+    LEAST = 1 / 16
+
+    factor: Tensor
+    looks: Tensor
+    state: Tensor
+
+    def __init__(self, *, steps: int, firings: float) -> None:
+        super().__init__()
+        self.judge_dead = firings >= FIRINGS
+        double: dict[str, Any] = {"dtype": torch.float64}
+        self.register_buffer("factor", torch.ones((), **double))
+        # Error and L0 of every look since the last halving.
+        self.register_buffer("looks", torch.zeros(steps // self.EVERY + 1, 2, **double))
+        # Looks since the last halving, and the dead share at it.
+        self.register_buffer("state", torch.zeros(2, **double))
+
+    def look(self, error: float, l0: float, dead: float) -> None:
+        """Take in the state of the fit, and halve the factor if it goes wrong."""
+        n = int(self.state[0])
+        self.looks[n] = torch.tensor([error, l0], dtype=torch.float64)
+        self.state[0] += 1
+        if n + 1 < 2 * self.LOOKS or float(self.factor) <= self.LEAST:
+            return
+        dying = self.judge_dead and dead > max(DYING, float(self.state[1]) + MORE_DEAD)
+        if dying or self._climbed(n + 1):
+            self.factor *= 0.5
+            self.state.copy_(torch.tensor([0.0, dead]))
+
+    def restart(self) -> None:
+        """Forget earlier looks: a new phase may have another error."""
+        self.state.zero_()
+
+    def _climbed(self, n: int) -> bool:
+        """True if the last error is too far above an earlier one."""
+        medians = self.looks[:n].unfold(0, self.LOOKS, 1).median(-1).values
+        error, l0 = medians[-1]
+        earlier, active = medians[: -self.LOOKS].T
+        fair = active <= MORE_ACTIVE * l0
+        return bool((fair & (error > (1 + CLIMB) * earlier)).any())
