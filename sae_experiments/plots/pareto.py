@@ -154,17 +154,17 @@ def _variant_handles(
 ) -> list[Line2D]:
     """A legend entry for the baseline, if it is drawn, then one for each variant."""
     handles = []
+    baseline = compared_with(table)
     for name, members in variants.items():
-        others = [run for run in members if run is not compared_with(table)]
+        others = [run for run in members if run is not baseline]
         if others:
             color, marker, _ = styles[others[0].name]
             label = clip(name.rsplit(".", 1)[-1])
             handles.append(
                 Line2D([], [], color=color, marker=marker, markersize=6, linewidth=1, label=label)
             )
-        if len(others) < len(members) and compared_with(table):
-            style = styles[compared_with(table).name]
-            handles.insert(0, run_handle(compared_with(table), style, line=False))
+        if len(others) < len(members) and baseline is not None:
+            handles.insert(0, run_handle(baseline, styles[baseline.name], line=False))
     return handles
 
 

@@ -89,11 +89,11 @@ def _findings(table: RunTable, rows: pd.DataFrame) -> Iterator[str]:
 def _rank(
     contested: Mapping[str, Sequence[Row]], table: RunTable, rows: pd.DataFrame
 ) -> Iterator[str]:
-    """In how many other main numbers the SAE that is best everywhere is the best too."""
+    """Number of other main numbers in which the SAE that is best everywhere is the best too."""
     winners = {row["name"] for of in contested.values() for row in of if row["place"] == "best"}
     if len(winners) != 1:
         return
-    best = rows[rows["place"] == "best"]
+    best = rows.loc[rows["place"] == "best"]
     won: dict[tuple[str, str], set[str]] = {}
     for row in best.to_dict("records"):
         dataset, metric = str(row["dataset"]), str(row["metric"])
@@ -160,14 +160,14 @@ def _alone(table: RunTable, by_dataset: Mapping[str, Sequence[Row]], rows: pd.Da
 
 
 def _other_facts(table: RunTable, rows: pd.DataFrame, dataset: str, name: str) -> Iterator[str]:
-    """What an SAE adds to the model's loss, and how many of its latents follow a rule."""
-    mine = rows[(rows["dataset"] == dataset) & (rows["name"] == name)]
-    means = dict(zip(mine["metric"], mine["mean"], strict=True))
+    """Addition of an SAE to the model's loss, and share of its latents that follow a rule."""
+    mine = rows.loc[(rows["dataset"] == dataset) & (rows["name"] == name)]
+    means: dict[str, Any] = dict(zip(mine["metric"], mine["mean"], strict=True))
     added, ruled = means.get("ce_delta_bits"), means.get("rule_interpretable_frac")
     if not missing(added):
         unit = table.info("ce_delta_bits")["unit"]
         yield f"adds {added:.3g} {unit} to the model's loss".replace("  ", " ")
-    if not missing(ruled):
+    if ruled is not None and not missing(ruled):
         yield f"has a rule for {percent(ruled)} of its latents"
 
 

@@ -1,4 +1,4 @@
-"""What a study says of a run that has ended, beside the tables that every run gets."""
+"""Lines of a study about a run that has ended, beside the tables that every run gets."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What is the same for all SAEs that are scored on a world."""
+    """Conditions that are the same for all SAEs that are scored on a world."""
 
     l0: float
     """Active latents per row."""
@@ -134,7 +134,7 @@ class Challenge:
         return seed_of(seed, "scoring", os.environ.get(SECRET, ""))
 
     def provenance(self) -> dict[str, str]:
-        """What tells development from scoring, and one secret from another."""
+        """Facts that tell development from scoring, and one secret from another."""
         if self.seeds == "development":
             return {"seeds": self.seeds}
         secret = os.environ.get(SECRET, "")

@@ -194,6 +194,9 @@ class GroundTruth:
 
     def rows(self, world: Drawn, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | Codes]:
         """Rows (n, D), and their true feature activations (n, G)."""
+        if isinstance(world, SynthWorld):
+            codes = world.acts(n, seed)
+            return world.rows(codes, seed + 1), codes
         acts = world.acts(n, seed)
         return world.rows(acts, seed + 1), acts
 
