@@ -36,6 +36,7 @@ from sae_experiments.stopping import (
     end_with_parent,
     farewell,
     listening,
+    process_age,
     wait_for_children,
 )
 from sae_experiments.sweeps.jobs import is_sweep, run_hydra, sweep
@@ -96,6 +97,9 @@ def main(
         Exit status: 2 for a mistake in the configuration, 1 for failures while running, 128 plus
         the signal's number if stopped, else 0.
     """
+    began = time.monotonic()
+    if list(argv) == sys.argv[1:]:  # the command of this process, which has spent time on imports
+        began -= process_age()
     if os.environ.get(JOB):
         end_with_parent()
     conf = conf or conf_folder()
@@ -103,7 +107,7 @@ def main(
         with listening():
             with configuring():
                 own.register(script, conf)
-            return _run(argv, plan, extra, conf)
+            return _run(argv, plan, extra, conf, began)
     except UserError as error:
         return _failed(str(error), error.exit_status)
     except BrokenPipeError:  # nobody reads the output any more
@@ -123,8 +127,7 @@ def main(
         return _failed(farewell(str(stopped) or "SIGINT"), getattr(stopped, "exit_status", 130))
 
 
-def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> int:
-    began = time.monotonic()
+def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path, began: float) -> int:
     if "--help" in argv or "-h" in argv:
         print(help_page(conf, plan))
         return 0
@@ -153,7 +156,7 @@ def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path) -> in
         return 0
     with configuring():
         cfg, label = compose_checked(conf, overrides)
-    closing = functools.partial(draw_report, conf=conf) if cfg.report else lambda folder: None
+    closing = functools.partial(draw_report, conf=conf) if cfg.report else None
     about = {"argv": list(argv), "overrides": overrides, **about}
     execute(cfg, about=about, label=label, closing=closing, began=began)
     return 0
@@ -279,7 +282,7 @@ def execute(
     *,
     about: Mapping[str, Any],
     label: str,
-    closing: Callable[[Path], None] = lambda folder: None,
+    closing: Callable[[Path], None] | None = None,
     began: float | None = None,
 ) -> Path:
     """Build the study of a configuration and run it.
@@ -288,7 +291,7 @@ def execute(
         cfg: The configuration.
         about: Facts for the manifest: argv, overrides, preset, plan and the reasons for them.
         label: Name of the run, unless `cfg.label` gives one.
-        closing: Called with the run folder when there are results in it.
+        closing: Called with the run folder when there are results in it; None: no report.
         began: Time (`time.monotonic`) from which the time limit counts; None: now.
 
     Returns:

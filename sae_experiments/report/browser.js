@@ -14,18 +14,22 @@ class View {
   constructor(index, cell) {
     this.index = index;
     this.latents = cell.latents;
+    this.unit = cell.tokens ? "token" : "character";
     this.contexts = new Contexts(cell, DATA.cells[index].bytes);
     this.byNumber = new Map(cell.latents.map((f) => [f.latent, f]));
     this.columns = COLUMNS.filter((c) => !c.optional || cell.latents.some((f) => c.get(f) !== undefined));
     this.isTree = cell.latents.some((f) => f.children && f.children.length);
   }
-  about(f) { return f.rule ? clear(f.rule, this.contexts.bytes) : (f.top && f.top.length ? this.contexts.short(f.top[0]) : f.density ? "" : "dead"); }
+  about(f) { return f.rule ? clear(f.rule, this.contexts.bytes) : (f.top && f.top.length ? this.contexts.short(f.top[0]) : isDead(f) ? "dead" : ""); }
   // What a search looks through, made at the first search.
   words(f) {
     f.words ??= [`#${f.latent}`, f.rule || "", f.concept || "", ...[...(f.top || []), ...(f.samples || [])].map((c) => this.contexts.plain(c))].join("\u0000").toLowerCase();
     return f.words;
   }
 }
+
+// A latent that was looked at and fires nowhere; of others that is not known.
+const isDead = (f) => f.density === 0;
 
 // Filters of the list, by name; `fits` gets a latent.
 const RULE_LIKE = 0.5;
@@ -35,7 +39,7 @@ const FILTERS = [
   { key: "rule", name: "rule-like (F1 ≥ 0.5)", fits: (f) => f.f1 >= RULE_LIKE },
   { key: "unexplained", name: "alive without a good rule", fits: (f) => f.density > 0 && !(f.f1 >= RULE_LIKE) },
   { key: "dense", name: "dense (fire on > 10 %)", fits: (f) => f.density > DENSE },
-  { key: "dead", name: "dead", fits: (f) => !f.density },
+  { key: "dead", name: "dead", fits: isDead },
 ];
 
 // What the list depends on: a change of any of these draws it again.

@@ -15,12 +15,13 @@ function histogram(counts, { width = 360, height = 110, low, high, format = show
 
 // log10 density in bins of a quarter, the dead on the left; pick(bin) where a bar is chosen.
 const BINS = 24, LOWEST = -6;
-const binOf = (density) => (density > 0 ? Math.min(BINS - 1, Math.max(0, Math.floor((Math.log10(density) - LOWEST) * 4))) : -1);
+const UNKNOWN = NaN; // of a latent whose density was not measured
+const binOf = (density) => (typeof density !== "number" ? UNKNOWN : density > 0 ? Math.min(BINS - 1, Math.max(0, Math.floor((Math.log10(density) - LOWEST) * 4))) : -1);
 const binName = (bin) => (bin < 0 ? "dead" : `density ${percent(10 ** (LOWEST + bin / 4))} to ${percent(10 ** (LOWEST + (bin + 1) / 4))}`);
 
 function densityChart(latents, chosen, pick) {
   const counts = new Map();
-  for (const f of latents) counts.set(binOf(f.density), (counts.get(binOf(f.density)) || 0) + 1);
+  for (const f of latents) if (!Number.isNaN(binOf(f.density))) counts.set(binOf(f.density), (counts.get(binOf(f.density)) || 0) + 1);
   const low = Math.min(...[...counts.keys()].filter((b) => b >= 0), BINS - 8), first = Math.max(0, Math.floor(low / 4) * 4), gap = counts.get(-1) ? 2.5 : 0;
   const width = 700, height = 150, base = height - 32, n = BINS - first + gap, step = (width - 48) / n, top = Math.max(...counts.values());
   const at = (bin) => 22 + (bin < 0 ? 0 : (bin - first + gap) * step), tick = (bin) => `${Number((100 * 10 ** (LOWEST + bin / 4)).toPrecision(1))} %`;

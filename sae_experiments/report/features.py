@@ -98,7 +98,7 @@ def pack(cell: FeatureCell, size: tuple[int, int]) -> bytes:
     """Compress a cell to JSON of `latents` and `text`, a list of [first row, characters].
 
     A context is `[row, length, at, [place, value, ...]]`, or `[text, at, [place, value, ...]]` if
-    its row is unknown.
+    its row is unknown; the characters of the token at `at` stand before the list if it has several.
 
     Args:
         cell: Features to pack.
@@ -115,12 +115,17 @@ def pack(cell: FeatureCell, size: tuple[int, int]) -> bytes:
         kept["top"] += _strings(feature, top, size[0])
         kept["samples"] = [_context(c, top, pool) for c in samples[: size[1]]]
         latents.append({k: v for k, v in kept.items() if v is not None and v != []})
-    content = {"latents": latents, "text": _segments(pool)}
+    content = {"latents": latents, "text": _segments(pool), "tokens": _reads_tokens(cell)}
     try:
         text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     except ValueError:
         text = json.dumps(_finite(content), separators=(",", ":"))
     return gzip.compress(text.encode(), 6, mtime=0)
+
+
+def _reads_tokens(cell: FeatureCell) -> bool:
+    """True if contexts are made of tokens, false for characters."""
+    return any("tokens" in c for feature in cell.features for c in _dicts(feature.get("top")))
 
 
 def _dicts(value: Any) -> list[dict[str, Any]]:
@@ -163,12 +168,18 @@ def _context(context: Mapping[str, Any], top: float, pool: list[str | None]) -> 
     if any(known is not None and known != char for known, char in pairs):
         return _inline(context, top)  # not the same text after all
     pool[first:end] = text
-    return [first, len(text), len(before), _sparse(_acts(context), top)]
+    return [first, len(text), len(before), *_span(at), _sparse(_acts(context), top)]
 
 
 def _inline(context: Mapping[str, Any], top: float) -> list[Any]:
     before, at, after = (str(context.get(k) or "") for k in ("before", "at", "after"))
-    return [before + at + after, len(before) if at else -1, _sparse(_acts(context), top)]
+    place = len(before) if at else -1
+    return [before + at + after, place, *_span(at), _sparse(_acts(context), top)]
+
+
+def _span(at: str) -> list[int]:
+    """Length of a token, if it has several characters."""
+    return [len(at)] if len(at) > 1 else []
 
 
 def _strings(feature: Mapping[str, Any], top: float, most: int) -> list[list[Any]]:

@@ -55,15 +55,15 @@ function latentCard(feature, view, move) {
   const heading = h("div", { class: "latent-head" }, h("h3", { id: "latent-title", tabindex: -1 }, `Latent ${feature.latent}`),
     h("span", { class: "buttons" }, h("button", { type: "button", click: () => move(-1), "aria-label": "previous latent in the list" }, "← previous"),
       h("button", { type: "button", click: () => move(1), "aria-label": "next latent in the list" }, "next →")), h("a", { class: "back", href: "#features" }, "back to the list"));
-  if (!feature.density && !feature.top) return h("div", null, heading, h("p", null, "Dead: it fires nowhere in the held-out text."));
+  if (isDead(feature) && !feature.top) return h("div", null, heading, h("p", null, "Dead: it fires nowhere in the held-out text."));
   const tree = feature.children && feature.children.length ? h("div", { class: "tree" }, h("h4", null, "Below it: features that it opens, and their contexts"), branches(feature, view, new Set([feature.latent]))) : null;
   const list = (title, packed) => (packed && packed.length ? h("div", null, h("h4", null, title), contexts.list(packed, max)) : null);
   return h("div", null, heading, ruleLine(feature, contexts.bytes), facts(feature, contexts.bytes), tree, list("Strongest contexts", feature.top),
     h("div", { class: "columns" },
       characters("Promotes", feature.promotes, contexts.bytes, (r) => `+${show(r[1], 2)}`.replace("+-", "−"), "what it adds to the logits on the direct path, at its strongest"),
       characters("Suppresses", feature.suppresses, contexts.bytes, (r) => show(r[1], 2).replace("-", "−"), "what it takes from the logits on the direct path, at its strongest"),
-      characters("Followed by", feature.next, contexts.bytes, (r) => `${percent(r[1])}, ×${show(r[2], 2)}`, "the next character in the text where it fires: share, and how many times its share anywhere")),
-    feature.histogram ? h("div", null, h("h4", null, "Activations where it fires"), histogram(feature.histogram, { low: 0, high: feature.max, label: "histogram of activations", unit: "characters" })) : null,
+      characters("Followed by", feature.next, contexts.bytes, (r) => `${percent(r[1])}, ×${show(r[2], 2)}`, `the next ${view.unit} in the text where it fires: share, and how many times its share anywhere`)),
+    feature.histogram ? h("div", null, h("h4", null, "Activations where it fires"), histogram(feature.histogram, { low: 0, high: feature.max, label: "histogram of activations", unit: `${view.unit}s` })) : null,
     list("From strongest to weakest, evenly", feature.samples), steered(feature, contexts.bytes),
     h("div", { class: "columns" }, related("Parents", feature.parents, view, "weight"), related("Fires together with", feature.partners, view, "φ"),
       related("Reads from, whatever the prompt", feature.virtual_from, view, "expected"), related("Writes to, whatever the prompt", feature.virtual_to, view, "expected")));

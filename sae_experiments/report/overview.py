@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
+from pathlib import PurePath
 from typing import Any
 
 import pandas as pd
@@ -52,7 +53,8 @@ def _model(run: Run) -> str:
     lm = mapping(config.get("lm"))
     layers, width, site = lm.get("n_layer"), lm.get("n_embd"), config.get("site")
     size = f" with {layers} layers of width {width}" if layers and width else ""
-    return f"to {site or 'activations'} of a language model{size} "
+    name = PurePath(str(lm["path"])).name if lm.get("path") else f"a language model{size}"
+    return f"to {site or 'activations'} of {name} "
 
 
 def _seeds(table: RunTable) -> str:

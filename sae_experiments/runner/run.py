@@ -50,6 +50,7 @@ from sae_experiments.runner.cell import CellResult, CellRunner, TimeLeft
 from sae_experiments.runner.messages import packed, unpacked
 from sae_experiments.runner.pace import Pace
 from sae_experiments.runner.pool import Pool, Shares, check_workers, how_it_died, shares
+from sae_experiments.runner.time_limit import TimeLimit
 from sae_experiments.runner.track import Tracker
 from sae_experiments.runner.worker import Event, Setup
 from sae_experiments.source import outside_digest, outside_texts, package_digest
@@ -59,8 +60,6 @@ from sae_experiments.studies.base import Cell, Context, Study
 REMEDY = "choose another out_dir, or add overwrite=true to replace them"
 #: While cells are at work, drawing the report takes at most this share of the time.
 REPORT_SHARE = 0.05
-#: Share of the time limit by which its last stages, report and closing table, may overrun it.
-LATE_SHARE = 0.03
 
 
 class RunFailed(UserError):
@@ -109,7 +108,7 @@ def run(
     study: Study,
     settings: RunSettings,
     tracker: Tracker,
-    closing: Callable[[Path], None] = lambda folder: None,
+    closing: Callable[[Path], None] | None = None,
 ) -> str:
     """Run every cell of a study that has no finished result in the folder.
 
@@ -122,7 +121,7 @@ def run(
         settings: Where and how.
         tracker: Gets live numbers.
         closing: Called with the folder when there are results: after the first cell, now and then
-            while others are at work, and at the end.
+            while others are at work, and at the end. None: a run without a report.
 
     Returns:
         done, failed or cut.
@@ -180,7 +179,7 @@ class _Run:
         tracker: Tracker,
         console: Console,
         config: Mapping[str, Any],
-        closing: Callable[[Path], None],
+        closing: Callable[[Path], None] | None,
     ) -> None:
         self.study = study
         self.settings = settings
@@ -189,9 +188,9 @@ class _Run:
         self.closing = closing
         self.device = torch.device(settings.device)
         self.hashes = {"config_hash": digest(config), "source_hash": _source(study)}
-        limit = settings.time_limit_s
         began = time.monotonic() if settings.began is None else settings.began
-        self.deadline = None if limit is None else began + limit
+        self.limit = TimeLimit.of(began, settings.time_limit_s, report=closing is not None)
+        self.deadline = None if self.limit is None else self.limit.cells
         self.manifest: dict[str, Any] = {}
         self.cut = False
         self.said: set[Warned] = set()
@@ -520,11 +519,11 @@ class _Run:
             self._close()
 
     def _close(self) -> None:
-        """Draw the report, which may overrun the time limit by `LATE_SHARE` of it."""
-        limit = self.settings.time_limit_s or 0.0
-        ends = None if self.deadline is None else self.deadline + LATE_SHARE * limit
+        """Draw the report, in the time that is kept for it."""
+        if self.closing is None:
+            return
         try:
-            with limited(ends, lambda: True):
+            with limited(None if self.limit is None else self.limit.report, lambda: True):
                 self.closing(self.settings.folder)
         except OutOfTime:
             self.console.say("no time left for report.html: python plot.py makes one")

@@ -23,13 +23,17 @@ from sae_experiments.metric_info import MetricInfo, SelfDescribed
 from sae_experiments.quality_warnings import Warned
 from sae_experiments.resources import Need
 from sae_experiments.saes.ops import fast_matmul
-from sae_experiments.stopping import OutOfTime
+from sae_experiments.stopping import OutOfTime, limited
 from sae_experiments.studies import conditions as facts_module
 from sae_experiments.training.loop import Session, seed_of
 
 #: Held-out parts: the validation text or rows; the part that a search evaluates on; the part that
 #: its winner is reported on.
 HELD_OUT = ("val", "search", "test")
+
+
+#: Share of a cell's remaining time that its last training may use: metrics follow it.
+LAST_SHARE = 0.8
 
 
 def check_held_out(held_out: str) -> None:
@@ -148,7 +152,8 @@ class Outcome:
             try:
                 if ends is not None and began > ends:
                     raise OutOfTime
-                with fast_matmul():
+                # Other values of this outcome are something to show: the limit may interrupt.
+                with limited(ends, lambda: True), fast_matmul():
                     measured = metric(evaluation)
             except OutOfTime:
                 names = [info.name for info in infos_of([metric])]
@@ -215,13 +220,13 @@ class Context:
         self.needs.append(float(sum(need.memory.values())))
 
     @contextmanager
-    def session(self, name: str, prefix: str, *, share: float = 1.0) -> Iterator[Session]:
+    def session(self, name: str, prefix: str, *, share: float = LAST_SHARE) -> Iterator[Session]:
         """A training session.
 
         Args:
             name: Name of the stage on the console.
             prefix: Prefix of the names of its numbers.
-            share: Share of the remaining time that it may use.
+            share: Share of the remaining time that it may use; the rest is for what follows it.
         """
         deadline = None
         if self.deadline is not None:

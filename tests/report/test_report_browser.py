@@ -322,7 +322,7 @@ def test_a_graph_opens_the_contexts_of_a_node(ready: Page) -> None:
     )
     ready("document.querySelector('.graph .node').focus()")
     ready.key("Enter")
-    assert "Strongest contexts" in ready("document.querySelector('.graph-card').innerText")
+    assert "Strongest contexts" in ready("document.querySelector('.graph-card').textContent")
     assert ready("document.querySelectorAll('.graph .edge.on').length") == 2
 
 
@@ -347,7 +347,7 @@ def test_an_edge_names_the_heads_that_carry_it(ready: Page) -> None:
     titles = ready("[...document.querySelectorAll('.graph .edge title')].map((n) => n.textContent)")
     assert any("block 1 head 2 0.75, no head 0.25" in title for title in titles)
     choose_node(ready, "1.0")
-    assert "(block 1 head 1 0.75" in ready("document.querySelector('.graph-card').innerText")
+    assert "(block 1 head 1 0.75" in ready("document.querySelector('.graph-card').textContent")
 
 
 def test_supernodes_fold_and_say_what_their_removal_did(ready: Page) -> None:
@@ -355,7 +355,7 @@ def test_supernodes_fold_and_say_what_their_removal_did(ready: Page) -> None:
     assert count(ready, ".graph .node") == 6 and count(ready, ".graph .edge") == 8
     assert ready("document.querySelector('.graph-figure .fold').ariaPressed") == "true"
     choose_node(ready, "group 0")
-    said = ready("document.querySelector('.graph-card').innerText")
+    said = ready("document.querySelector('.graph-card').textContent")
     assert "Its 3 latents removed together" in said and "0.75 → 0.5" in said and "-1.25" in said
     assert "sum of 2 edges" in said and "Ungroup" in said
     # 1 - 2 into the first, half of it into the second: what opposes each other is added up.
@@ -420,6 +420,34 @@ def test_printing_leaves_the_controls_out_and_the_tables_whole(ready: Page) -> N
         and ready("getComputedStyle(document.querySelector('#latent')).maxHeight") == "none"
     )
     ready.resize(1280, 900)
+
+
+def test_tokens_are_marked_whole_and_their_spaces_are_seen(page: Page, tmp_path: Path) -> None:
+    def context(before: str, at: str, after: str) -> dict[str, Any]:
+        acts = [0.0] * len(before) + [1.0] * len(at) + [0.0] * len(after)
+        return {"before": before, "at": at, "after": after, "acts": acts, "tokens": [at], "row": 3}
+
+    near, far = context("the old", " cat", " sat"), context("x" * 200, "\n\n", "A")
+    token = {"density": 0.01, "max": 1.0, "histogram": [3, 1], "promotes": [[" authent", 1.5]]}
+    latents = [
+        token | {"latent": 0, "top": [near]},
+        token | {"latent": 1, "top": [near, far]},
+        {"latent": 2, "rule": "amp", "f1": 0.7},
+    ]
+    run = make_run(tmp_path, "run_1", datasets=("text8",), seeds=(0,), curves=False)
+    add_features(run, "text8", 0, latents)
+    path = write_report(load_table([run]), [], tmp_path / "report.html")
+    page.open(path, "#latent-0-0")
+    marked = "[...document.querySelectorAll('#latent .ctx .at')].map((n) => n.textContent).join('')"
+    assert page(marked) == " cat"
+    svg = "document.querySelector('#latent svg.chart').textContent"
+    assert "␣authent" in card(page) and "3 tokens (log scale)" in page(svg)
+    assert page("document.querySelector('#latent .chars li .char').textContent") == "␣authent"
+    page.open(path, "#latent-0-1")
+    assert page(marked) == " cat⏎⏎"
+    assert not page("Boolean(document.querySelector('#latent .aligned'))"), "long ones are wrapped"
+    page.open(path, "#latent-0-2")
+    assert "amp" in card(page) and "Dead" not in card(page), "its density is not known"
 
 
 def test_many_large_graphs_open_as_fast_as_one_looks_at_them(page: Page, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ to a cell or a tracker.
 from __future__ import annotations
 
 import functools
+import signal
 import subprocess
 import sys
 import time
@@ -18,11 +19,14 @@ import pytest
 
 from sae_experiments.errors import NonFinite, UserError
 from sae_experiments.files import read_json
+from sae_experiments.metric_info import info
+from sae_experiments.metrics.base import Measured
 from sae_experiments.results.records import load_arrays, read_curves, read_records
 from sae_experiments.runner import run as run_module
 from sae_experiments.runner.run import RunFailed, run
-from sae_experiments.runner.track import MODES, Wandb
-from sae_experiments.studies.base import Cell, Context
+from sae_experiments.runner.track import MODES, NoTracker, Wandb
+from sae_experiments.stopping import limited
+from sae_experiments.studies.base import Cell, Context, Outcome
 from support.fake_runner import Fake, final, go, manifest, outcome, settings
 
 _git, _package_digest = functools.cache(run_module._git), functools.cache(run_module.package_digest)
@@ -479,6 +483,58 @@ def test_a_cell_that_is_busy_when_the_limit_is_over_is_left_for_another_time(fol
     assert final(folder)["a"]["final_info_dict"]["loss"] == [1.0], "what was finished is reported"
     again = Fake()
     assert go(again, folder) == "done" and again.ran == [("a", 1), ("b", 1)]
+
+
+@pytest.mark.parametrize("seconds", [10.0, 60.0, 600.0, 7200.0])
+@pytest.mark.parametrize("report", [True, False])
+def test_every_part_of_a_run_ends_within_its_limit(folder, seconds, report):
+    """Cells, the report and what follows it have times of their own, counted from the command."""
+    ends = {}
+
+    def act(cell: Cell, ctx: Context) -> None:
+        ends.setdefault("cells", ctx.ends)
+
+    def closing(folder: Path) -> None:
+        ends["report"] = time.monotonic() + signal.getitimer(signal.ITIMER_REAL)[0]
+
+    began = time.monotonic() - 0.5  # imports came before
+    limits = {"time_limit_s": seconds, "began": began}
+    study = Fake(act=act)
+    run(study, settings(folder, **limits), NoTracker(), closing if report else None)
+    kept = began + seconds - ends["cells"]
+    if not report:
+        assert kept == pytest.approx(min(0.03 * seconds, 2), abs=0.05)
+        return
+    after_report = began + seconds - ends["report"]
+    assert after_report == pytest.approx(min(0.03 * seconds, 2), abs=0.1)
+    assert kept - after_report == pytest.approx(min(0.1 * seconds, 20), abs=0.15)
+
+
+def test_a_report_that_takes_too_long_is_left_out(folder, capsys):
+    began = time.monotonic()
+    chosen = settings(folder, time_limit_s=2, verbosity="normal")
+    assert run(Fake(), chosen, NoTracker(), lambda folder: time.sleep(60)) in ("done", "cut")
+    assert (
+        time.monotonic() - began < 20 and "no time left for report.html" in capsys.readouterr().out
+    )
+
+
+def test_a_metric_that_takes_too_long_is_null_even_in_the_first_cell():
+    """The limit of the first cell interrupts nothing else: it must have something to show."""
+
+    def sleeps(evaluation: Any) -> Any:
+        time.sleep(60)
+
+    def quick(evaluation: Any) -> Measured:
+        return Measured({"quick": 1.0})
+
+    sleeps.infos = [info("slow", "slow", "a metric", better="up")]
+    evaluation = SimpleNamespace(held_out=None, n_rows=4)
+    one, began = Outcome(), time.monotonic()
+    with limited(began + 0.5, lambda: False):
+        one.measure({"quick": quick, "slow": sleeps}, evaluation, began + 0.5)
+    assert time.monotonic() - began < 20 and one.cut
+    assert one.metrics == {"quick": 1.0, "slow": None} and "time limit" in one.why_null["slow"]
 
 
 # ------------------------------------------------------------------------------------------------

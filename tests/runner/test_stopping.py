@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments import stopping
-from sae_experiments.stopping import OutOfTime, Stopped, limited, listening
+from sae_experiments.stopping import OutOfTime, Stopped, limited, listening, process_age
 from sae_experiments.training.checkpoint import read_checkpoint
 from sae_experiments.training.loop import Learner, Loss, Progress, Session, StepInfo, train
 from support.common import ROOT, train_config
@@ -217,3 +217,40 @@ def test_nothing_is_left_behind_where_nobody_asked():
     with listening(), limited(time.monotonic() + 100, lambda: True):
         assert trained(None, lambda step: None)[1].step == 12
     assert {n: signal.getsignal(n) for n in before} == before and sys.unraisablehook is hook
+
+
+def interrupted(deadline: float, not_before: float = 0.0) -> bool:
+    """True if a limit ends a long sleep."""
+    try:
+        with limited(deadline, lambda: time.monotonic() >= not_before):
+            time.sleep(30)
+    except OutOfTime:
+        return True
+    return False
+
+
+def test_limits_may_be_nested_and_the_outer_one_goes_on():
+    began = time.monotonic()
+    try:
+        with limited(began + 0.6, lambda: True):
+            assert interrupted(began + 0.2)
+            with limited(began + 60, lambda: True):
+                pass
+            time.sleep(30)
+    except OutOfTime:
+        assert 0.5 < time.monotonic() - began < 15
+    else:
+        pytest.fail("the outer limit was forgotten")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    now = time.monotonic()
+    with limited(now + 0.3, lambda: True):  # both have passed: what the inner one ended goes on
+        assert interrupted(now + 0.1, not_before=now + 0.4)
+        time.sleep(0.05)
+
+
+def test_the_age_of_a_process_counts_from_its_start():
+    code = "import time; time.sleep(0.5); from sae_experiments.stopping import process_age; "
+    code += "began = time.monotonic() - process_age(); print(began)"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert -0.1 < float(done.stdout) - began < 5 or process_age() == 0
