@@ -116,7 +116,7 @@ class RunTable:
                 yield info
 
     def only(self, dataset: str) -> RunTable:
-        """The same table with one of its datasets."""
+        """The same table with a single dataset."""
         parts = {
             id(run): replace(run, stats={dataset: run.stats[dataset]})
             for run in [*self.runs, *self.baselines]

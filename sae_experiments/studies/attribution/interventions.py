@@ -207,7 +207,7 @@ class Interventions:
         """KL divergence of the next token when the first latents of an order are removed, freely.
 
         Args:
-            order: Active latents, the first to remove first, (n,).
+            order: Active latents in the order of their removal, (n,).
             counts: Numbers of latents to remove.
 
         Returns:
