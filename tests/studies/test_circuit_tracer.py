@@ -19,8 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_experiments.saes.circuit_tracer import save_transcoders
+from sae_experiments.studies.attribution.front_end import Drawn, as_circuit_tracer
+from sae_experiments.studies.attribution.heads import edge_heads
 from sae_experiments.studies.attribution.influence import Graph, prune
 from sae_experiments.studies.attribution.local import LocalModel
+from sae_experiments.studies.attribution.supernodes import group_latents
 from support.attribution_worlds import WAVES, wave_world, world
 
 PYTHON = os.environ.get("CIRCUIT_TRACER_PYTHON")
@@ -67,6 +70,24 @@ def write(folder: Path, name: str) -> None:
     lm.save_pretrained(folder)
     save_transcoders(sae, folder / "transcoders", model="gpt2", scan="scan")
     (folder / "tokens.json").write_text(json.dumps(ids[0].tolist()))
+    (folder / "page.json").write_text(json.dumps(page(ours(lm, sae, ids))))
+
+
+def page(mine: Ours) -> dict[str, Any]:
+    """A graph in the form that circuit-tracer's page reads."""
+    nodes, edges = prune(mine.graph, 0.8, 0.98)
+    kept, position = nodes[: mine.graph.n], mine.local.nodes.position
+    drawn = Drawn(
+        mine.local,
+        mine.graph,
+        nodes,
+        edges,
+        edge_heads(mine.local, edges),
+        group_latents(mine.graph, position, kept, 0.3),
+        [chr(ord("a") + i) for i in range(20)],
+        "a graph",
+    )
+    return as_circuit_tracer(drawn, "slug", "scan", 0.8, {})
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +140,27 @@ def test_pruning_keeps_what_circuit_tracer_keeps(kind: str, traced: Path) -> Non
     nodes, edges = prune(mine.graph, 0.8, 0.98)
     assert torch.equal(nodes, theirs["kept"][:-m])
     assert torch.equal(edges, by_rows(theirs["kept_edges"], n, m))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_circuit_tracer_reads_the_graph_as_it_was_written(kind: str, traced: Path) -> None:
+    written = json.loads((traced / kind / "page.json").read_text())
+    read = json.loads((traced / kind / "page_read.json").read_text())
+    assert read["nodes"] == written["nodes"] and read["links"] == written["links"]
+    assert read["qParams"] == written["qParams"]
+    assert written["qParams"]["supernodes"]
+
+
+def test_members_of_supernodes_are_pinned_or_the_page_would_not_draw_them() -> None:
+    written = page(ours(*made("cross")))
+    pinned = written["qParams"]["pinnedIds"]
+    groups = written["qParams"]["supernodes"]
+    ids = {node["node_id"] for node in written["nodes"]}
+    assert len(groups) > 1 and set(pinned) <= ids
+    for label, *members in groups:
+        assert label not in ids and len(members) > 1 and set(members) <= set(pinned)
+    logits = {node["node_id"] for node in written["nodes"] if node["feature_type"] == "logit"}
+    assert logits <= set(pinned)
 
 
 def test_edges_are_those_that_circuit_tracer_computed_for_a_model_of_waves(

@@ -2,10 +2,11 @@
 
     python circuit_tracer_peer.py <folder> ...
 
-Each folder holds a GPT-2 (`config.json`, `model.safetensors`), `transcoders/` and `tokens.json`.
-Written to it: `graph.safetensors`, the adjacency, what its rows and columns are and which nodes a
-pruned graph keeps, and `scores.json`. Nothing of this project is imported, since circuit-tracer
-needs another version of transformers.
+Each folder holds a GPT-2 (`config.json`, `model.safetensors`), `transcoders/`, `tokens.json` and a
+graph as we write it for circuit-tracer's page, `page.json`. Written to it: `graph.safetensors`, the
+adjacency, what its rows and columns are and which nodes a pruned graph keeps; `scores.json`; and
+`page_read.json`, the graph as circuit-tracer has read it. Nothing of this project is imported,
+since circuit-tracer needs another version of transformers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from circuit_tracer.attribution.attribute import attribute
+from circuit_tracer.frontend.graph_models import Model
 from circuit_tracer.graph import Graph, compute_graph_scores, compute_node_influence, prune_graph
 from circuit_tracer.replacement_model.replacement_model_transformerlens import (
     TransformerLensReplacementModel,
@@ -106,6 +108,8 @@ def trace(folder: Path) -> None:
     replacement, completeness = compute_graph_scores(graph)
     scores = {"replacement": float(replacement), "completeness": float(completeness)}
     (folder / "scores.json").write_text(json.dumps(scores))
+    page = Model.model_validate_json((folder / "page.json").read_text(), strict=True)
+    (folder / "page_read.json").write_text(page.model_dump_json())
 
 
 if __name__ == "__main__":

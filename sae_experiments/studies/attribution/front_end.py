@@ -20,6 +20,8 @@ from sae_experiments.studies.attribution.heads import name_of
 from sae_experiments.studies.attribution.influence import Graph, cumulative_share
 from sae_experiments.studies.attribution.local import LocalModel
 
+#: Nodes that circuit-tracer's page pins at most.
+PINNED = 200
 #: Parts of an edge in the report.
 CARRIERS = 3
 
@@ -115,9 +117,12 @@ def as_circuit_tracer(
         "node_threshold": node_share,
         "schema_version": 1,
     }
+    groups = supernodes(drawn)
+    # The page draws a supernode only of nodes that are pinned.
+    members = [name for _, names in groups for name in names]
     settings = {
-        "pinnedIds": [],
-        "supernodes": [[label, *members] for label, members in supernodes(drawn)],
+        "pinnedIds": [*members, *drawn.logit_ids()][:PINNED] if groups else [],
+        "supernodes": [[label, *names] for label, names in groups],
         "linkType": "both",
         "clickedId": "",
         "sg_pos": "",
