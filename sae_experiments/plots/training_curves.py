@@ -106,7 +106,9 @@ def _label_steps(fig: Figure) -> None:
     """Name the horizontal axis below the last panel of every column."""
     lowest: dict[int, Axes] = {}
     for ax in fig.axes:
-        lowest[ax.get_subplotspec().colspan.start] = ax  # type: ignore[union-attr]
+        place = ax.get_subplotspec()
+        if place is not None:
+            lowest[place.colspan.start] = ax
     for ax in lowest.values():
         ax.set_xlabel("step")
 

@@ -346,7 +346,9 @@ class CurveWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume and self.path.exists():
             _cut_torn_line(self.path)
-        self._file = open(self.path, "a" if resume else "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
+        mode = "a" if resume else "w"
+        # Closed by `close`.
+        self._file = open(self.path, mode, encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def write(self, step: int, name: str, value: float | None) -> None:
         """Add one point; NaN and infinity become null."""
@@ -419,6 +421,7 @@ def save_arrays(run_dir: Path, dataset: str, seed: int, arrays: Mapping[str, Any
                 "store numbers, booleans or fixed-width text"
             )
     buffer = io.BytesIO()
+    # Names of arrays are keywords, and only `allow_pickle` is another one.
     np.savez_compressed(buffer, **converted)  # pyright: ignore[reportArgumentType]
     write_bytes(run_dir / "arrays" / f"{cell_name(dataset, seed)}.npz", buffer.getvalue())
 

@@ -130,6 +130,7 @@ def main() -> int:
     channel = Channel(os.fdopen(os.dup(1), "wb"))
     # Whatever libraries print below Python goes to stderr: standard output carries events.
     os.dup2(2, 1)
+    # It has the methods of a text stream that `print` uses.
     sys.stdout = _Lines(channel)  # pyright: ignore[reportAttributeAccessIssue]
     sys.path[:] = receive(stdin)
 

@@ -145,12 +145,13 @@ class Joined(Codes):
         self.parts = [Codes(part) for part in [*parts, *missing]]
         self.pattern = None
 
+    # Other codes store the values, and these are computed when they are read.
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return torch.cat([part.values for part in self.parts], 1)
 
     @property
-    def fires(self) -> Tensor:  # type: ignore[override]
+    def fires(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return torch.cat([part.fires for part in self.parts])
 
     @property

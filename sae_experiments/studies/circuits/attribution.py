@@ -36,7 +36,10 @@ class Targets(NamedTuple):
     position: Tensor
     latent: Tensor
 
-    def __getitem__(self, which: Tensor | slice) -> Targets:  # type: ignore[override]
+    # An index chooses rows of all fields, as that of a tensor does, and not a field.
+    def __getitem__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, which: Tensor | slice
+    ) -> Targets:
         return Targets(*(tuple.__getitem__(self, i)[which] for i in range(3)))
 
     @property

@@ -75,7 +75,7 @@ class PalindromeLearner(LMLearner):
         seed: int,
     ) -> None:
         # Without a corpus, which only methods that are overridden here would read.
-        super().__init__(model, None, spec, cfg, seed=seed)  # type: ignore[arg-type]
+        super().__init__(model, None, spec, cfg, seed=seed)  # pyright: ignore[reportArgumentType]
         self.train_strings = train_strings
         self.test_strings = test_strings
 
