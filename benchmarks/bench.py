@@ -6,11 +6,11 @@
 Sections: steps (SAE training steps), memory is part of it; together (several SAEs in one pass);
 scaling (time and memory against width and rows); lm (training, generation and collection of
 activations); jobs (a finished run by stage and metric; --run FOLDER). Each writes
-``results/<section>.json`` and ``results/<section>.md`` when it ends, so sections can be run one
+`results/<section>.json` and `results/<section>.md` when it ends, so sections can be run one
 at a time and again.
 
 Everything compared is trained alternately, a few steps each, by processes that sleep while the
-others work (``workers.py``). With one thread, times are processor time, which other work on the
+others work (`workers.py`). With one thread, times are processor time, which other work on the
 machine hardly disturbs; with more, time on the clock.
 """
 
@@ -59,8 +59,9 @@ OFFERED["topk"] = [*OFFERED["topk"], ("eai-sparsify", "topk"), ("eai-sparsify", 
 
 
 class Contestant(NamedTuple):
-    """Who: the host to fork from, the function and its arguments; ``n`` steps a turn after
-    ``warm`` that do not count.
+    """A contestant: the host to fork from, its function and arguments, and its turns.
+
+    A turn has `n` steps; the first `warm` of all do not count.
     """
 
     host: str
@@ -79,7 +80,7 @@ class Arena:
         self.hosts: dict[str, Host] = {}
 
     def host(self, name: str) -> Host:
-        """``ours``, ``peers``, and both with ``+tuned`` memory settings."""
+        """`ours`, `peers`, and both with `+tuned` memory settings."""
         if name not in self.hosts:
             side, _, tuned = name.partition("+")
             modules = ["contestants", "language_contestants"] if side == "ours" else ["peers"]
@@ -92,8 +93,9 @@ class Arena:
     def compare(
         self, contestants: Mapping[str, Contestant], say: Callable[[str], None]
     ) -> dict[str, dict[str, Any]]:
-        """Rounds in which every contestant makes a few steps. Of each: ``ms`` (median),
-        ``rounds`` (median of each), ``peak`` bytes, ``info``.
+        """Make rounds in which every contestant makes a few steps.
+
+        Returns for each: `ms` (median), `rounds` (median of each), `peak` bytes and `info`.
         """
         workers: dict[str, Worker] = {}
         found: dict[str, dict[str, Any]] = {}
@@ -136,7 +138,7 @@ class Arena:
             host.close()
 
     def about(self) -> dict[str, Any]:
-        """What a result must say about where it comes from."""
+        """Origin of a result: machine, versions and settings."""
         known = {name: host.versions for name, host in self.hosts.items()}
         return tables.machine() | {
             "threads": self.threads,
@@ -150,8 +152,9 @@ class Arena:
 
 
 def steps(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
-    """A training step of every variant at three sizes, beside the peers that have it, a plain
-    loop and the encoder product alone.
+    """Time a training step of every variant at three sizes.
+
+    Beside it run the peers that have the variant, a plain loop, and the encoder product alone.
     """
     groups = []
     for d, m in args.sizes:
@@ -245,8 +248,9 @@ def scaling(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def lm(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
-    """Language models of the laptop and the full size: a training step, generation, collecting
-    activations.
+    """Time language models of the laptop and the full size.
+
+    A training step, generation, and collecting activations.
     """
     groups = []
     fp32 = ("lm.precision=fp32",)
@@ -320,7 +324,7 @@ def lm(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def jobs(arena: Arena, args: argparse.Namespace) -> dict[str, Any]:
-    """Where the time of a finished run went: what every cell recorded of its stages and metrics."""
+    """Time of a finished run by stage and metric, as its cells recorded it."""
     return (
         {"run": args.run.name, "cells": tables.stages(args.run)}
         if args.run

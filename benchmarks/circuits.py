@@ -1,5 +1,6 @@
-"""What attributing one target costs: all targets in one call, against one backward pass a
-target, in one process and in turns.
+"""Cost of attributing one target: all in one call, against one backward pass per target.
+
+Both run in one process, in turns.
 
     python benchmarks/circuits.py                                    the laptop preset's sizes:
     4 blocks of width 128, 128 positions
@@ -8,7 +9,7 @@ target, in one process and in turns.
 Two kinds of one by one: the model is run anew for every target, as scripts do, and every
 gradient is projected on all decoder rows; or it is run once a prompt, its graph kept, and the
 gradient projected on the active rows only, gathered once a prompt. Printed are medians over the
-rounds of milliseconds a target, of each round's ratio, and the largest difference of the
+rounds of milliseconds per target, of each round's ratio, and the largest difference of the
 gradients relative to the largest gradient of the target.
 """
 
@@ -32,8 +33,9 @@ UP, DOWN = Site("mlp_act", 2), Site("mlp_act", 3)
 
 
 def world(args: argparse.Namespace) -> tuple[Circuit, Prompts]:
-    """A random model with random SAEs of the asked L0: what is computed does not depend on what
-    was learned.
+    """A random model with random SAEs of the requested L0.
+
+    The cost does not depend on what was learned.
     """
     spec = LMSpec(
         n_layer=args.layers,
@@ -131,9 +133,7 @@ def kept(
 
 
 class Peak(threading.Thread):
-    """The most memory this process held while it ran, in MiB above what it held at the start
-    (Linux).
-    """
+    """Peak of the memory of this process, in MiB above that at the start (Linux)."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -196,7 +196,7 @@ def main() -> None:
     )
     for name, values in times.items():
         ratio = statistics.median(v / w for v, w in zip(values, times["together"], strict=True))
-        print(f"{name:>11}: {statistics.median(values):8.3f} ms a target, {ratio:6.1f} x")
+        print(f"{name:>11}: {statistics.median(values):8.3f} ms per target, {ratio:6.1f} x")
     print(
         f"{targets.n} targets in {statistics.median(times['together']) * targets.n / 1000:.2f} s;"
         f" peak {peak.most:.0f} MiB above the start"

@@ -1,5 +1,6 @@
-"""What is timed on this project's side, and plain loops of the same work: each a function that
-calls ``turns.next()`` before every step.
+"""Work that is timed on this project's side, and plain loops of the same work.
+
+Each is a function that calls `turns.next()` before every step.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 def study(*overrides: str) -> Any:
-    """The laptop preset's language study with ``overrides``: fit numbers and SAEs exactly as a
-    run has them.
+    """The laptop preset's language study with `overrides`.
+
+    Numbers of the fit and SAEs are exactly those of a run.
     """
     return build(compose_checked(CONF, ["preset=laptop", *overrides])[0].study)
 
@@ -38,7 +40,7 @@ def ours(
     overrides: tuple[str, ...] = (),
     copies: int = 1,
 ) -> None:
-    """``fit_saes`` of one variant as a run calls it (``copies`` of it in one pass)."""
+    """`fit_saes` of one variant as a run calls it (`copies` of it in one pass)."""
     torch.manual_seed(0)
     chosen = study(
         f"sae={variant}",
@@ -81,8 +83,9 @@ def ours(
 
 
 def encoder_product(turns: Turns, d: int, m: int, batch: int, library: str) -> None:
-    """The product every SAE begins with, into a buffer that is reused; ``library``: default,
-    onednn (as this project asks for it), bf16.
+    """The product that every SAE begins with, into a buffer that is reused.
+
+    `library`: default, onednn (as this project asks for it), or bf16.
     """
     x, weight, out = rows(d, batch, 1), torch.randn(m, d) / d**0.5, torch.empty(batch, m)
     bias = torch.zeros(m)
@@ -98,7 +101,7 @@ def encoder_product(turns: Turns, d: int, m: int, batch: int, library: str) -> N
 
 
 def plain_sae(turns: Turns, variant: str, d: int, m: int, k: int, batch: int) -> None:
-    """The textbook loop in dense PyTorch: ``topk`` or ``standard`` (ReLU and L1)."""
+    """The textbook loop in dense PyTorch: `topk` or `standard` (ReLU and L1)."""
     torch.manual_seed(0)
     pool = pool_of(d, batch)
     turns.prepared()

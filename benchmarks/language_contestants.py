@@ -1,6 +1,4 @@
-"""The language model's work, as this project does it and as a plain loop in the manner of
-nanoGPT does it.
-"""
+"""Language-model work by this project, and by a plain loop in the manner of nanoGPT."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ def settings(preset: str, *overrides: str) -> tuple[Any, Any]:
 
 
 def train_ours(turns: Turns, preset: str, overrides: tuple[str, ...] = ()) -> None:
-    """The shared training loop on a language model of ``preset``."""
+    """The shared training loop on a language model of `preset`."""
     spec, cfg = settings(preset, *overrides)
     text = corpus()
     turns.prepared()
@@ -60,7 +58,7 @@ def train_ours(turns: Turns, preset: str, overrides: tuple[str, ...] = ()) -> No
 
 
 def generate_ours(turns: Turns, preset: str, rows: int, length: int) -> None:
-    """A turn is one call of ``generate``."""
+    """A turn is one call of `generate`."""
     spec, _ = settings(preset)
     model = lm.build_lm(spec, SYMBOLS, seed=0).eval()
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +76,7 @@ def generate_ours(turns: Turns, preset: str, rows: int, length: int) -> None:
 
 
 def collect_ours(turns: Turns, preset: str, batch: int) -> None:
-    """A turn is ``batch`` windows up to the middle block."""
+    """A turn is `batch` windows up to the middle block."""
     spec, _ = settings(preset)
     model, text = lm.build_lm(spec, SYMBOLS, seed=0).eval(), corpus()
     site = parse_site("resid.mid", spec.n_layer)
@@ -167,8 +165,9 @@ def plain(preset: str) -> tuple[PlainGPT, Any, Any]:
 
 
 def train_plain(turns: Turns, preset: str) -> None:
-    """fp32, AdamW with decay on matrices, clipping; batches cut from the text one window at a
-    time.
+    """Train in fp32 by AdamW with decay on matrices, and clipping.
+
+    Batches are cut from the text one window at a time.
     """
     torch.manual_seed(0)
     ids = corpus().splits["train"]
@@ -201,7 +200,7 @@ def train_plain(turns: Turns, preset: str) -> None:
 
 @torch.no_grad()
 def generate_plain(turns: Turns, preset: str, rows: int, length: int) -> None:
-    """No cache: the last ``context`` characters are read again for each new one."""
+    """No cache: the last `context` characters are read again for each new one."""
     model, spec, _ = plain(preset)
     model.eval()
     turns.prepared()

@@ -1,5 +1,4 @@
-"""What purification costs: seconds a step and peak memory of an SAE with it, against the same
-SAE without it.
+"""Cost of purification: seconds per step and peak memory, against the same SAE without it.
 
     python benchmarks/purification.py                          d_in 128, d_sae 1024, 4096 rows a
     step: the laptop preset
@@ -41,8 +40,9 @@ KINDS = {
 
 
 def make(kind: str, host: str, d_in: int, d_sae: int, l0: float):
-    """An untrained SAE; ``sae/host`` cannot be set by keyword, so the default host stands for
-    all.
+    """An untrained SAE.
+
+    `sae/host` cannot be set by keyword, so the default host stands for all.
     """
     settings = {
         "d_sae": d_sae,

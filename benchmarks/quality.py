@@ -1,5 +1,6 @@
-"""Reconstruction and dead latents at an equal budget, this project and the peers on the same
-activations, batches and number of steps.
+"""Reconstruction and dead latents at an equal budget, beside the peers.
+
+All read the same activations, in the same batches and number of steps.
 
     python benchmarks/quality.py [--only sae-lens:topk] [--steps 1500] [--work FOLDER]
 
@@ -9,7 +10,7 @@ library scales its input in its own way and warms up over the same steps; the pe
 learning rates, of which the best counts, this project at its configured one. Where a library
 cannot be told an L0 (a penalty with a coefficient), its coefficient is searched in short
 pilots, and this project's SAE is then trained to the L0 that the library ended with. Every
-finished fit is kept in ``--work``, so the command may be stopped and started again.
+finished fit is kept in `--work`, so the command may be stopped and started again.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ M, L0, BATCH = 1024, 32, 4096
 
 
 def _stream(work: str, batch: int) -> Any:
-    """``batch_at(step)`` over shuffled training rows, and the rows to initialise from."""
+    """`batch_at(step)` over shuffled training rows, and the rows to initialise from."""
     import torch
 
     rows = np.load(Path(work) / "train.npy", mmap_mode="r")
@@ -142,8 +143,9 @@ def peer(
 
 
 def prepare(work: Path) -> None:
-    """Activations of the laptop preset's language model as ``train.npy``, ``calibration.npy``
-    and ``held_out.npy``.
+    """Write activations of the laptop preset's language model.
+
+    Files: `train.npy`, `calibration.npy` and `held_out.npy`.
     """
     if (work / "held_out.npy").exists():
         return
@@ -183,7 +185,7 @@ class Bench:
         self.hosts: dict[str, Host] = {}
 
     def fit(self, name: str, host: str, call: str, **args: Any) -> dict[str, Any]:
-        """The result ``name``: from disk, or from a worker now."""
+        """The result `name`: from disk, or from a worker now."""
         path = self.work / f"{name}.json"
         if not path.exists():
             if host not in self.hosts:
@@ -222,8 +224,9 @@ class Bench:
         return self.fit(name, "peers", "quality:peer", steps=self.steps, coeff=coeff, **args)
 
     def coefficient(self, library: str, variant: str, lr: float, tries: int = 4) -> float:
-        """A coefficient that gives about the asked-for L0, by secant steps in logarithms over
-        pilots of a quarter of the rows.
+        """Find a coefficient that gives about the requested L0.
+
+        By secant steps in logarithms, over pilots of a quarter of the rows.
         """
         start = {
             ("sae-lens", "standard"): 0.5,
@@ -261,8 +264,9 @@ class Bench:
         return coeff
 
     def best(self, library: str, variant: str) -> dict[str, Any] | None:
-        """The peer's fit with the least FVU among the learning rates that are finished; of
-        steered ones, those within 30 % of the L0 count first.
+        """The peer's finished fit with the smallest FVU, over the learning rates.
+
+        Of steered fits, those within 30 % of the L0 count first.
         """
         fits = [(lr, self.work / f"{library}_{variant}_{self.steps}_lr{lr:g}.json") for lr in RATES]
         done = [json.loads(path.read_text()) | {"lr": lr} for lr, path in fits if path.exists()]
@@ -274,16 +278,14 @@ class Bench:
         )
 
     def match(self) -> None:
-        """Train this project's SAE to the L0 at which a peer ended, where a peer cannot be told
-        one.
-        """
+        """Train this project's SAE to the L0 of a peer that cannot be given one."""
         for variant in STEERED:
             for library in PEERS:
                 if (peer := self.best(library, variant)) is not None:
                     self.ours(variant, l0=round(peer["l0"], 1))
 
     def found(self) -> dict[str, dict[str, Any]]:
-        """What is finished, by variant and contestant."""
+        """Finished fits, by variant and contestant."""
         out: dict[str, dict[str, Any]] = {}
         for variant in VARIANTS:
             rows: dict[str, Any] = {}

@@ -1,6 +1,4 @@
-"""Rows that look like a language model's activations, the same for every contestant in whatever
-Python it runs.
-"""
+"""Rows like a language model's activations, the same in every Python."""
 
 from __future__ import annotations
 
@@ -10,8 +8,9 @@ from torch import Tensor
 
 
 def rows(d: int, n: int, seed: int) -> Tensor:
-    """Rows (n, d) that look like activations: a mean, about 16 of 4 d directions with uneven
-    frequencies each, a little noise.
+    """Rows (n, d) that look like activations.
+
+    A mean, about 16 of 4 d directions with uneven frequencies each, and a little noise.
     """
     g = torch.Generator().manual_seed(seed)
     directions = F.normalize(

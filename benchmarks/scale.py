@@ -1,5 +1,4 @@
-"""What sweeps cost: what one run or sweep has measured, and the arithmetic for more jobs and
-larger models.
+"""Cost of sweeps: measurements of a run or sweep, and the arithmetic for larger ones.
 
 python benchmarks/scale.py runs/sweep_a --cache DIR     seconds by stage, bytes by kind, what is
 shared; 1,000 jobs like these python benchmarks/scale.py --model 4096 --rows 500e6    bytes and
@@ -24,7 +23,7 @@ GB = 1e9
 
 
 def stages(folders: Iterable[Path]) -> dict[str, list[float]]:
-    """Seconds by stage of every cell below ``folders`` (metrics as one stage)."""
+    """Seconds by stage of every cell below `folders` (metrics as one stage)."""
     found: dict[str, list[float]] = defaultdict(list)
     for path in (p for folder in folders for p in folder.rglob("cells/*.json")):
         seconds = json.loads(path.read_text())["seconds"]
@@ -47,8 +46,9 @@ def kinds(cache: Path) -> dict[str, tuple[int, int]]:
 
 
 def checking_rate(cache: Path) -> float:
-    """Bytes a second at which the largest file of the cache is verified (SHA-256, from the page
-    cache where it fits).
+    """Bytes per second at which the largest file of the cache is verified.
+
+    By SHA-256, from the page cache if it fits there.
     """
     largest = max((p for p in cache.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     sha256_file(largest)
@@ -58,7 +58,7 @@ def checking_rate(cache: Path) -> float:
 
 
 def report(folders: list[Path], cache: Path, n_jobs: int) -> None:
-    """Print what was measured, and the same for ``n_jobs`` jobs over the same language model."""
+    """Print what was measured, and the same for `n_jobs` jobs over the same language model."""
     seconds = {name: statistics.mean(values) for name, values in stages(folders).items()}
     first = {
         "lm": seconds["lm"],
@@ -90,7 +90,7 @@ def report(folders: list[Path], cache: Path, n_jobs: int) -> None:
 def arithmetic(
     width: int, rows: float, expansion: int, steps: int, batch: int, l0: int, n_sites: int
 ) -> None:
-    """Print bytes and operations for activations of ``width``: the store, one SAE, one fit."""
+    """Print bytes and operations for activations of `width`: the store, one SAE, one fit."""
     d_sae = expansion * width
     weights = (2 * width * d_sae + width + d_sae) * 4
     print(

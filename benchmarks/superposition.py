@@ -1,5 +1,6 @@
-"""The superposition sweep in batched tensors against the obvious loop, one configuration at a
-time, side by side in one process.
+"""The superposition sweep in batched tensors, against one configuration at a time.
+
+Both run side by side in one process.
 
     python benchmarks/superposition.py [--threads 1] [--rounds 8] [--no-compiler] [--out
     benchmarks/results/superposition.md]
@@ -75,8 +76,9 @@ def config(steps: int) -> TrainConfig:
 
 
 def obvious_batch(family: str, depth: int, instances: int) -> Tensor:
-    """(batch, instances, features): the tree grown level by level, or independent features with
-    its marginals.
+    """A batch (batch, instances, features).
+
+    The tree is grown level by level; independent features have its marginals.
     """
     if family == "control":
         p = torch.cat([torch.full((2**level,), 0.5**level) for level in range(1, depth + 1)])
@@ -92,7 +94,7 @@ def obvious_batch(family: str, depth: int, instances: int) -> Tensor:
 
 
 class ObviousLoop:
-    """One configuration, ``instances`` times: model, Adam, a fresh batch each step."""
+    """One configuration, `instances` times: model, Adam, a fresh batch each step."""
 
     def __init__(self, family: str, depth: int, hidden: int, instances: int) -> None:
         n = 2 ** (depth + 1) - 2
@@ -161,8 +163,9 @@ def timed(call: Any) -> float:
 
 
 def speed(rounds: int, few: int = 4, many: int = 16) -> dict[str, tuple[float, float]]:
-    """Seconds for a whole sweep: of the loop (all configurations one after the other), and of
-    the batched sweep, by family (medians of rounds).
+    """Seconds for a whole sweep, of the loop and of the batched sweep, by family.
+
+    Medians of the rounds.
     """
     found = {}
     for family in FAMILIES:
@@ -192,8 +195,10 @@ def speed(rounds: int, few: int = 4, many: int = 16) -> dict[str, tuple[float, f
 def agreement(
     steps: int, instances: int, rows: int = 32 * BATCH
 ) -> list[tuple[str, int, int, float, float, float]]:
-    """(family, depth, hidden, median loss of the loop, of the sweep, p of the Mann-Whitney
-    test) for small configurations.
+    """Final losses of both for small configurations.
+
+    Rows: family, depth, hidden size, median loss of the loop and of the sweep, p of the Mann-
+    Whitney test.
     """
     found = []
     shapes = [(2, 2), (2, 4), (3, 2), (3, 4), (3, 6)]

@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
 
 
 def write(out: Path, name: str, data: dict[str, Any]) -> None:
-    """``<name>.json`` and ``<name>.md`` in the folder ``out``."""
+    """`<name>.json` and `<name>.md` in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     text = (
@@ -67,9 +67,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def ratio(results: dict[str, Any], a: str, b: str) -> float | None:
-    """How many times longer ``a`` takes than ``b``: the median over rounds of the ratio within
-    a round.
-    """
+    """Ratio of the time of `a` to that of `b`: the median over rounds of the ratio within one."""
     if not all("rounds" in results.get(name, {}) for name in (a, b)):
         return None
     return median(x / y for x, y in zip(results[a]["rounds"], results[b]["rounds"], strict=True))
@@ -248,7 +246,7 @@ def _lm(data: dict[str, Any]) -> list[str]:
 
 
 def stages(run: Path) -> dict[str, dict[str, float]]:
-    """Seconds by stage of every record in ``run/cells``."""
+    """Seconds by stage of every record in `run/cells`."""
     found = {}
     for path in sorted((run / "cells").glob("*.json")):
         seconds = json.loads(path.read_text(encoding="utf-8")).get("seconds") or {}

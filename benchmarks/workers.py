@@ -2,7 +2,7 @@
 
 A *host* is one process of one Python that has imported what is slow to import; for every
 contestant it forks a child, so that contestants start in no time, share nothing and have a peak
-memory of their own. A contestant is a function ``f(turns, **args)`` that calls ``turns.next()``
+memory of their own. A contestant is a function `f(turns, **args)` that calls `turns.next()`
 before every step of its loop; there it waits until it is told to go on. What is timed is
 therefore the loop itself, not a copy of it.
 
@@ -99,8 +99,9 @@ class Worker:
         self._listen()
 
     def run(self, n: int) -> list[tuple[float, float]]:
-        """Let it make ``n`` steps; of each the seconds on the clock and the seconds of
-        processor time.
+        """Let the contestant make `n` steps.
+
+        Of each it keeps the seconds on the clock and the seconds of processor time.
         """
         self.conn.send(n)
         return self._listen()
@@ -127,7 +128,7 @@ class Worker:
 
 
 class Host:
-    """A Python with ``modules`` (of this folder) imported, from which contestants are forked."""
+    """A Python with `modules` (of this folder) imported, from which contestants are forked."""
 
     def __init__(
         self,
@@ -174,8 +175,9 @@ class Host:
             ) from None
 
     def start(self, call: str, **args: Any) -> Worker:
-        """Fork a contestant: ``module:function`` with ``args``. Returns when it is ready for
-        its first step.
+        """Fork a contestant, `module:function` with `args`.
+
+        Returns when it is ready for its first step.
         """
         self.conn.send({"call": call, "args": args})
         return Worker(self._accept())
