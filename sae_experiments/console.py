@@ -25,6 +25,11 @@ def took(what: str, seconds: float, *, from_cache: bool) -> str:
     return f"from the cache, {spent} then" if from_cache else spent
 
 
+def speed_of(rate: float, unit: str) -> str:
+    """A rate in units per second, `5.2 steps/s`, or in seconds per unit if it is low."""
+    return f"{rate:,.1f} {unit}s/s" if rate >= 0.95 else f"{1 / max(rate, 1e-9):,.1f} s/{unit}"
+
+
 class Console:
     """Prints lines and progress on stdout; stderr is left to the cause of a failure.
 
@@ -87,10 +92,8 @@ class Console:
                 told = time.monotonic()
                 rate = (done - state[2]) / max(told - start, 1e-9)
                 left = (total - done) / max(rate, 1e-9)
-                self.say(
-                    f"  {name}: {done:,}/{total:,} {unit}s, {rate:,.1f} {unit}s/s, "
-                    f"{left:,.0f} s left"
-                )
+                speed = speed_of(rate, unit)
+                self.say(f"  {name}: {done:,}/{total:,} {unit}s, {speed}, {left:,.0f} s left")
 
         try:
             yield tick

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json
 from sae_experiments.metrics.steering import by_site, continued, direction
 from sae_experiments.models import local
 from sae_experiments.models.hooks import blocks_of, parse_site
+from sae_experiments.models.pretrained import PretrainedSpec, check_pretrained, load_pretrained
+from sae_experiments.models.tokens import spelled
 from sae_experiments.results.records import Record, read_records
 from sae_experiments.saes.saelens import REFERENCE, load_sae
 
@@ -33,6 +38,18 @@ class Found(NamedTuple):
     """Record of the SAE's evaluation."""
     model: Path
     """Folder of the language model."""
+    pretrained: PretrainedSpec | None
+    """How the language model is read, if the run did not train it (`lm=pretrained`)."""
+
+
+class Reader(NamedTuple):
+    """A language model that can continue a text."""
+
+    model: nn.Module
+    ids: torch.Tensor
+    """Token ids (T,) of the prompt."""
+    pieces: Sequence[str]
+    """Text of every id."""
 
 
 def steer(
@@ -74,9 +91,7 @@ def steer(
     fitted = load_sae(of_run.folder, rows=load_file(rows)["x"] if rows.is_file() else None)
     if not 0 <= latent < fitted.d_sae:
         raise UserError(f"latent={latent}: {of_run.name} has latents 0 to {fitted.d_sae - 1}")
-    context = int(of_run.record.facts["context"])
-    model = local.load_local(of_run.model, context=context, device=torch.device("cpu")).model
-    ids, pieces = _encoded(prompt, of_run.model)
+    model, ids, pieces = _reader(of_run, prompt)
     value = maximum if maximum is not None else _maximum(Path(run).expanduser(), of_run, latent)
     added = direction(fitted, latent, value)
     strengths = [0.0, abs(strength), -abs(strength)]
@@ -85,7 +100,7 @@ def steer(
     sites = [parse_site(part, len(blocks_of(model))) for part in name.split(", ")]
     widths = dict.fromkeys(sites, change.shape[1] // len(sites))
     written = continued(model, ids, by_site(change, widths), length, seed=seed)
-    texts = ["".join(pieces[i] for i in row) for row in written.tolist()]
+    texts = ["".join(spelled(pieces, i) for i in row) for row in written.tolist()]
     return dict(zip(strengths, texts, strict=True))
 
 
@@ -112,7 +127,9 @@ def find(run: Path, sae: str | None) -> Found:
     name = sae if sae is not None else next(iter(folders))
     if name not in folders:
         raise UserError(f"{run} has no SAE {name}: choose from {', '.join(folders)}")
-    return Found(name, folders[name], records[name], _model_of(run, config, records[name]))
+    record, spec = records[name], _pretrained(config)
+    model = spec.folder(offline=bool(config.get("offline"))) if spec else None
+    return Found(name, folders[name], record, model or _model_of(run, config, record), spec)
 
 
 def _folders(run: Path, records: dict[str, Record]) -> dict[str, Path]:
@@ -126,6 +143,15 @@ def _folders(run: Path, records: dict[str, Record]) -> dict[str, Path]:
         elif loaded:
             folders[name] = Path(loaded).expanduser()
     return folders
+
+
+def _pretrained(config: dict[str, Any]) -> PretrainedSpec | None:
+    """The pretrained model that a run with this configuration read; None if it trained its own."""
+    given = dict(config.get("lm") or {})
+    is_local = bool(config.get("study", {}).get("local", {}).get("folder"))
+    if is_local or not str(given.pop("_target_", "")).endswith(f".{PretrainedSpec.__name__}"):
+        return None
+    return PretrainedSpec(**{k: v for k, v in given.items() if not k.startswith("_")})
 
 
 def _model_of(run: Path, config: dict[str, Any], record: Record) -> Path:
@@ -147,10 +173,29 @@ def _model_of(run: Path, config: dict[str, Any], record: Record) -> Path:
     )
 
 
-def _encoded(prompt: str, folder: Path) -> tuple[torch.Tensor, list[str]]:
-    """Token ids (T,) of a prompt, and the text of every id."""
+def _reader(of_run: Found, prompt: str) -> Reader:
+    """The language model of an SAE with a prompt, as the run read its text."""
     if not prompt:
         raise UserError("prompt is empty: give a text to continue")
+    device = torch.device("cpu")
+    if of_run.pretrained is None:
+        context = int(of_run.record.facts["context"])
+        ids, pieces = _encoded(prompt, of_run.model)
+        loaded = local.load_local(of_run.model, context=context, device=device)
+        return Reader(loaded.model, ids, pieces)
+    checked = check_pretrained(replace(of_run.pretrained, path=str(of_run.model)))
+    loaded = load_pretrained(checked, device)
+    if loaded.key["files"] != of_run.record.facts["language model"]:
+        raise UserError(
+            f"lm.path={of_run.model} holds other files than when {of_run.name} was evaluated: "
+            "put the model back, or run again"
+        )
+    (ids,) = checked.tokenizer.encode([prompt])
+    return Reader(loaded.model, torch.tensor(ids), checked.tokenizer.pieces)
+
+
+def _encoded(prompt: str, folder: Path) -> tuple[torch.Tensor, list[str]]:
+    """Token ids (T,) of a prompt, and the text of every id."""
     symbols = folder / local.SYMBOLS
     unknown = set(prompt) - set(read_json(symbols)) if symbols.is_file() else set()
     if unknown:

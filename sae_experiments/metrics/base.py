@@ -14,6 +14,7 @@ from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models.hooks import Site, Sites, as_sites
 from sae_experiments.models.layouts import CausalLM
 from sae_experiments.models.store import Store
+from sae_experiments.models.tokens import spelled
 from sae_experiments.quality_warnings import Warned
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.outliers import SAMPLE, Region
@@ -174,9 +175,7 @@ class EvalContext:
 
     def spell(self, i: int) -> str:
         """Text of token id `i`, or `<i>` if it has none (a token that is part of a character)."""
-        names = self.symbols or self.pieces
-        piece = names[i] if i < len(names) else ""
-        return piece if piece.strip("\N{REPLACEMENT CHARACTER}") else f"<{i}>"
+        return spelled(self.symbols or self.pieces, i)
 
     @torch.no_grad()
     def chunks(self, limit: int | None = None, size: int = 4096) -> Iterator[Rows]:

@@ -38,6 +38,12 @@ class Tokenizer:
     """`tokenizer.json`, if the tokenizer is our own."""
 
 
+def spelled(pieces: Sequence[str], i: int) -> str:
+    """Text of token id `i`, or `<i>` if it has none (a token that is part of a character)."""
+    piece = pieces[i] if i < len(pieces) else ""
+    return piece if piece.strip("\N{REPLACEMENT CHARACTER}") else f"<{i}>"
+
+
 def trained_tokenizer(
     texts: Callable[[], Iterable[str]], vocab_size: int, *, key: Mapping[str, Any], cache: Path
 ) -> Tokenizer:

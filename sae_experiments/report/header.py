@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from sae_experiments.report.markup import Markup, tag
@@ -9,20 +11,32 @@ from sae_experiments.results.notes import WARNING, warning_lines
 from sae_experiments.results.runs import mapping
 from sae_experiments.results.table import Run, RunTable
 
-MOST_RUNS = 12
+MOST_RUNS = 50
+MOST_UNFOLDED = 3  # runs whose states are shown without opening a list
 
 
 def header(table: RunTable, title: str) -> Markup:
     """Title, and for each run its state in a few words."""
     folders = [of_folder[0] for of_folder in table.folders]
+    runs = [_about(run, named=len(folders) > 1) for run in folders[:MOST_RUNS]]
     return tag(
         "header",
         tag("h1", title),
-        [_about(run, named=len(folders) > 1) for run in folders[:MOST_RUNS]],
+        runs if len(folders) <= MOST_UNFOLDED else _folded(folders, runs),
         _alive(table),
         _stand_in(table),
         id="top",
     )
+
+
+def _folded(folders: Sequence[Run], runs: Sequence[Markup]) -> Markup:
+    """Many runs as one line that opens; how many are in each state, and what they share."""
+    states = Counter(run.status or "of unknown state" for run in folders)
+    facts = [f"{n} {state}" for state, n in states.items()]
+    presets = list(dict.fromkeys(run.preset for run in folders if run.preset))
+    if presets:
+        facts.append(f"preset {', '.join(presets)}")
+    return tag("details", tag("summary", f"{len(folders)} runs: {'; '.join(facts)}"), runs)
 
 
 def _about(run: Run, *, named: bool) -> Markup:

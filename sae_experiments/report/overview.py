@@ -115,7 +115,9 @@ def _best(contested: Mapping[str, Sequence[Row]], rows: pd.DataFrame) -> str:
         value, error = short(best["mean"], best["stderr"])
         numbers = f"{value} ± {error}" if error else value
         numbers += _at_l0(rows, dataset, best["name"])
-        won.setdefault(best["name"], []).append(f"{dataset} (FVU {numbers})")
+        label = best.get("label") or best["name"]
+        name = best["name"] if label == best["name"] else f"{best['name']} ({label})"
+        won.setdefault(name, []).append(f"{dataset} (FVU {numbers})")
     parts = [f"{name} rebuilds best on {' and '.join(where)}" for name, where in won.items()]
     return ", ".join(parts)
 
@@ -128,19 +130,31 @@ def _at_l0(rows: pd.DataFrame, dataset: str, name: str) -> str:
 
 def _believable(contested: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     """Leads of the best SAEs: believable, within the error, or not to be judged."""
-    leads: dict[str, list[str]] = {"behind": [], "tied": [], "": []}
+    leads: dict[str, dict[str, list[str]]] = {"behind": {}, "tied": {}, "": {}}
     for dataset, of_dataset in contested.items():
         for row in of_dataset:
-            where = f"{row['name']} on {dataset}" if len(contested) > 1 else row["name"]
-            leads.setdefault(row["place"], []).append(where)
-    if leads["behind"]:
-        yield f"its lead over {short_list(leads['behind'])} is believable"
-    if leads["tied"]:
-        yield f"the difference from {short_list(leads['tied'])} is within the error"
-    if leads[""] and not leads["behind"]:
+            if row["place"] in leads:
+                leads[row["place"]].setdefault(row["name"], []).append(dataset)
+    behind, tied, unjudged = (_named(found, contested) for found in leads.values())
+    if behind:
+        names = "all others" if not tied and not unjudged else short_list(behind)
+        yield f"its lead over {names if len(behind) > 1 else behind[0]} is believable"
+    if tied:
+        yield f"the difference from {short_list(tied)} is within the error"
+    if unjudged and not behind:
         yield "with one seed, and so no standard error, its lead is only a hint"
-    elif leads[""]:
-        yield f"that over {short_list(leads[''])} cannot be judged from one seed"
+    elif unjudged:
+        yield f"that over {short_list(unjudged)} cannot be judged from one seed"
+
+
+def _named(found: Mapping[str, Sequence[str]], contested: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Names, with their datasets where these are not all on which a name is compared."""
+    named = []
+    for name, datasets in found.items():
+        of_name = [d for d, rows in contested.items() if any(row["name"] == name for row in rows)]
+        some = len(datasets) < len(of_name)
+        named.append(f"{name} on {' and '.join(datasets)}" if some else name)
+    return named
 
 
 def _alone(table: RunTable, by_dataset: Mapping[str, Sequence[Row]], rows: pd.DataFrame) -> str:

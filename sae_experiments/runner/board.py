@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from sae_experiments.console import EVERY_S, Console
+from sae_experiments.console import EVERY_S, Console, speed_of
 
 
 @dataclass
@@ -37,10 +37,8 @@ class _Line:
         if not self.total:
             return f"{self.name}: {self.stage}"
         rate = (self.done - self.first) / max(time.monotonic() - self.began, 1e-9)
-        return (
-            f"{self.name}: {self.stage} {self.done:,}/{self.total:,} {self.unit}s, {rate:,.1f} "
-            f"{self.unit}s/s"
-        )
+        so_far = f"{self.done:,}/{self.total:,} {self.unit}s"
+        return f"{self.name}: {self.stage} {so_far}, {speed_of(rate, self.unit)}"
 
 
 class Board:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from sae_experiments.models.pretrained import (
     load_pretrained,
     loading_need,
 )
+from sae_experiments.steering import steer
 from support.common import CONF, ROOT
 from support.pretrained import TEXT, VOCABULARY, folder_of
 from support.stores import context
@@ -311,6 +313,24 @@ def test_what_the_browser_shows_of_tokens_spells_the_text(run):
     rules = [f["rule"] for f in features if f.get("rule")]
     assert rules and any("␣" in rule for rule in rules)
     assert any(f.get("promotes") for f in features)
+
+
+def test_a_run_on_a_pretrained_model_can_be_steered_as_it_steers_itself(run, folder, tmp_path):
+    features = read_json(run / "features" / "text_0.json")
+    one, *_ = [f for f in features if "steering" in f]
+    shown = dict(one["steering"]["texts"])
+    given = {"latent": one["latent"], "prompt": one["steering"]["prompt"]}
+    texts = steer(run, **given, length=60)
+    assert {0.0, 4.0, -4.0} == texts.keys() and texts == shown
+    assert len(set(texts.values())) > 1, "the latent changes the text"
+    with pytest.raises(UserError, match="prompt is empty"):
+        steer(run, **given | {"prompt": ""})
+    shutil.copytree(run, tmp_path / "r")
+    other = folder_of(tmp_path / "other" / "tiny", hidden_size=16, rms_norm_eps=1e-3)
+    manifest = tmp_path / "r" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(folder), str(other)))
+    with pytest.raises(UserError, match=r"lm.path=.*tiny holds other files"):
+        steer(tmp_path / "r", **given)
 
 
 def test_an_exported_sae_names_model_hook_and_context(run, folder):

@@ -454,7 +454,7 @@ def test_the_first_screen_is_written_from_the_numbers(tmp_path: Path) -> None:
     text = " ".join(Elements(html).text)
     assert "run_1 fitted 2 SAEs (standard, topk)" in text and "3 seeds" in text
     assert "topk rebuilds best on enwik8 (FVU 0.1010 ± 0.0006 at L0 31) and text8" in text
-    assert "its lead over standard on enwik8, standard on text8 is believable" in text
+    assert "its lead over standard is believable" in text
     assert "rebuilds best on" not in overview.what_came_out(table, pd.DataFrame())
     assert html.count('<svg viewBox="0 0 360') == 2 and html.count('class="dot v') == 4
     data = json.loads(re.findall(r'id="data">([^<]*)<', html)[0])
@@ -462,6 +462,35 @@ def test_the_first_screen_is_written_from_the_numbers(tmp_path: Path) -> None:
     for cell, latent in data["cards"]:
         feature = unpacked(html, f"cell-{cell}")["latents"][latent]
         assert feature["latent"] == latent and feature["rule"] and feature["top"]
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        ({"b": ("behind", "behind"), "c": ("behind", "behind")}, ["over all others is believable"]),
+        (
+            {"b": ("behind", "tied"), "c": ("behind", "behind")},
+            ["over b on x, c is believable", "from b on y is within the error"],
+        ),
+        ({"b": ("", "")}, ["with one seed, and so no standard error, its lead is only a hint"]),
+    ],
+)
+def test_leads_are_said_once_for_all_datasets(places: Any, said: list[str]) -> None:
+    contested = {
+        dataset: [{"name": "a", "place": "best"}]
+        + [{"name": name, "place": of_name[i]} for name, of_name in places.items()]
+        for i, dataset in enumerate(("x", "y"))
+    }
+    parts = list(overview._believable(contested))
+    assert len(parts) == len(said)
+    assert all(part.endswith(end) for part, end in zip(parts, said, strict=True)), parts
+
+
+def test_the_states_of_many_runs_are_one_line_that_opens(tmp_path: Path) -> None:
+    runs = [made(tmp_path, f"run_{i}", status="done" if i else "cut") for i in range(6)]
+    text = page.page(load_table(runs), [])
+    assert "6 runs: 1 cut; 5 done; preset laptop" in text
+    assert "6 runs: " not in page.page(load_table(runs[:3]), [])
 
 
 def test_concepts_with_a_name_tell_more_than_single_characters() -> None:

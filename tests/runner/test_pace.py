@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sae_experiments.console import speed_of
 from sae_experiments.runner import pace
 from sae_experiments.runner.pace import Pace
 from sae_experiments.studies.base import Cell
@@ -64,6 +65,15 @@ def test_rate_and_end_are_in_words(clock):
     clock.now = 60 * 3600
     job.end(CELLS[1])
     assert "until %a %H:%M" in str(job)
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [(5.23, "5.2 steps/s"), (1500, "1,500.0 steps/s"), (0.05, "20.0 s/step"), (0.4, "2.5 s/step")],
+)
+def test_a_low_rate_is_told_by_the_seconds_that_one_takes(rate, said):
+    assert speed_of(rate, "step") == said
+    assert speed_of(0.0, "step").endswith(" s/step")
 
 
 def test_an_end_of_a_cell_counts_once(clock):

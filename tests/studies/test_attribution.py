@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_experiments.cli.main import execute
 from sae_experiments.config.compose import compose_checked
 from sae_experiments.errors import UserError
-from sae_experiments.plots import circuits_graph
+from sae_experiments.plots import attribution_checks, circuits_graph
 from sae_experiments.plots.base import NothingToDrawError
 from sae_experiments.report import page
 from sae_experiments.results.table import load_table
@@ -31,6 +31,7 @@ from sae_experiments.studies.attribution.prompts import (
 )
 from support.attribution_worlds import every_world, graph_of, local_model, world
 from support.common import CONF, TINY
+from support.fake_runs import make_run
 
 
 @every_world
@@ -381,6 +382,18 @@ def test_the_graphs_of_a_run_are_in_its_report_and_not_in_the_figure_of_circuits
     assert "Attribution graphs" in page.page(table, [])
     with pytest.raises(NothingToDrawError):
         circuits_graph.draw(table, title="", graphs=2, nodes=4, max_rows=4)
+
+
+def test_the_checks_of_a_run_are_drawn_and_a_run_without_them_is_not(
+    first: Path, tmp_path: Path
+) -> None:
+    figure = attribution_checks.draw(load_table([first]), title="Checks", max_rows=1, points=50)
+    drawn = [ax for ax in figure.axes if ax.get_visible() and ax.axison]
+    assert len(drawn) == 4 and len(drawn[0].lines) == 5  # four orders and the axis
+    assert sum(len(ax.collections[0].get_offsets()) for ax in drawn[1:]) <= 3 * 50
+    bare = load_table([make_run(tmp_path, "run_1", seeds=(0,))])
+    with pytest.raises(NothingToDrawError):
+        attribution_checks.draw(bare, title="", max_rows=1, points=50)
 
 
 def test_the_json_is_what_circuit_tracers_page_reads(first: Path) -> None:
