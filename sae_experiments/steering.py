@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json
 from sae_experiments.metrics.steering import by_site, continued, direction
 from sae_experiments.models import local
 from sae_experiments.models.hooks import blocks_of, parse_site
+from sae_experiments.models.layouts import CausalLM
 from sae_experiments.models.pretrained import PretrainedSpec, check_pretrained, load_pretrained
 from sae_experiments.models.tokens import spelled
 from sae_experiments.results.records import Record, read_records
@@ -45,7 +45,7 @@ class Found(NamedTuple):
 class Reader(NamedTuple):
     """A language model that can continue a text."""
 
-    model: nn.Module
+    model: CausalLM
     ids: torch.Tensor
     """Token ids (T,) of the prompt."""
     pieces: Sequence[str]

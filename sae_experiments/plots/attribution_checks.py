@@ -11,11 +11,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from sae_experiments.plots.base import finish, panels, styled
 from sae_experiments.plots.captions import row_caption
 from sae_experiments.plots.selection import Arrays, find_rows, first_arrays, limit
-from sae_experiments.plots.style import GREY, PALETTE
+from sae_experiments.plots.style import GREY, PALETTE, Line
 from sae_experiments.results.table import RunTable
 
 #: Colour, line and label of each order in which latents are removed.
-ORDERS = {
+ORDERS: dict[str, tuple[str, Line, str]] = {
     "influence": (PALETTE[0], "-", "influence"),
     "direct": (PALETTE[1], "--", "direct edge"),
     "activation": (PALETTE[3], "-.", "activation"),

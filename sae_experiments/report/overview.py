@@ -135,7 +135,7 @@ def _believable(contested: Mapping[str, Sequence[Row]]) -> Iterator[str]:
         for row in of_dataset:
             if row["place"] in leads:
                 leads[row["place"]].setdefault(row["name"], []).append(dataset)
-    behind, tied, unjudged = (_named(found, contested) for found in leads.values())
+    behind, tied, unjudged = (_named(names, contested) for names in leads.values())
     if behind:
         names = "all others" if not tied and not unjudged else short_list(behind)
         yield f"its lead over {names if len(behind) > 1 else behind[0]} is believable"
