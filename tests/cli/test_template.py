@@ -90,6 +90,7 @@ def shrink(folder: Path) -> None:
     """Make the runs of a folder tiny: the one edit, so that a test takes seconds."""
     path = folder / "experiment.py"
     small = [*(o for o in TINY.split() if not o.startswith("sae.")), "data=[text8]"]
+    small += ["report=false"]
     small += ["data.text8.stand_in=always", "metric=[reconstruction,sparsity,downstream]"]
     text = path.read_text()
     assert text.count('    "preset=laptop",\n') == 1

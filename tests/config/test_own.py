@@ -81,6 +81,7 @@ def fits(folder: Path) -> set[str]:
 def test_an_sae_of_the_script_is_measured_cached_and_kept_as_it_ran(write, corpus_file, tmp_path):
     asked = ["sae=mine", "sae.model.share=0.8", "study=ground_truth", "study.train.steps=20"]
     asked += ["study.world.features=64", "study.world.width=16", "study.world.trees=2"]
+    asked += ["report=false"]
     assert run(write(), corpus_file, "--out_dir=one", *asked) == 0
     one = tmp_path / "runs" / "one"
     means = json.loads((one / "final_info.json").read_text())["planted"]["means"]
@@ -90,6 +91,23 @@ def test_an_sae_of_the_script_is_measured_cached_and_kept_as_it_ran(write, corpu
     assert manifest["metrics"]["spread"]["formula"] == "standard deviation of the code's norm"
     assert manifest["config"]["sae"]["model"]["share"] == 0.8
     assert (one / "source" / "experiment.py").read_text() == SCRIPT
+
+
+@pytest.mark.slow
+def test_workers_measure_what_one_process_does(write, corpus_file, tmp_path):
+    asked = ["sae=[mine,batch_topk]", "study=ground_truth", "study.train.steps=20", "seeds=[0,1,2]"]
+    asked += ["study.world.features=64", "study.world.width=16", "study.world.trees=2"]
+    script, found = write(), {}
+    for workers in (2, 1):
+        where = [f"--out_dir=w{workers}", f"workers={workers}", f"cache={tmp_path / str(workers)}"]
+        assert run(script, corpus_file, *where, *asked, "report=false") == 0
+        folder = tmp_path / "runs" / f"w{workers}"
+        assert json.loads((folder / "manifest.json").read_text())["workers"] == workers
+        found[workers] = json.loads((folder / "final_info.json").read_text())
+    assert set(found[1]) == {"planted.mine", "planted.batch_topk"}
+    for name in found[1]:
+        one, two = (found[n][name]["final_info_dict"] for n in (1, 2))
+        assert len(one["spread"]) == 3 and one == two
 
 
 @pytest.mark.parametrize(
