@@ -151,7 +151,7 @@ def test_the_metrics_of_a_run_are_those_of_the_part(
         study = build(compose_checked(CONF, [*small, *few, *file, f"held_out={which}"])[0].study)
         about = study.prepare(ctx)
         found = study.run(study.cells()[0], ctx)["text8"].metrics["ce_clean"]
-        corpus = study._corpora["text8"]
+        corpus = study.texts["text8"].corpus
         split, starts = held_out_starts(
             windows_of({k: len(v) for k, v in corpus.splits.items()}),
             which,
