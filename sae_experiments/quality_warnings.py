@@ -44,8 +44,12 @@ def of_metrics(metrics: Mapping[str, float | None], fixed_l0: float | None) -> l
     fvu, explained, l0 = (metrics.get(n) for n in ("sae_fvu", "explained_variance", "sae_l0"))
     worse = "the SAE rebuilds its rows worse than their mean would"
     do = "train longer or at another rate (fit.train.steps, fit.train.lr), and look at its curves"
+    name = "sae_fvu"
+    if metrics.get("sae_outlier_frac") and metrics.get("sae_fvu_ordinary") is not None:
+        # Outliers hold most of the variance, and the fit has left them out.
+        name, fvu = "sae_fvu_ordinary", metrics["sae_fvu_ordinary"]
     if fvu is not None and fvu > 1:
-        warnings.append(Warned("sae_fvu", fvu, f"sae_fvu is {fvu:.4g}: {worse}", do))
+        warnings.append(Warned(name, fvu, f"{name} is {fvu:.4g}: {worse}", do))
     if explained is not None and explained < 0:
         says = f"explained_variance is {explained:.4g}: {worse}"
         warnings.append(Warned("explained_variance", explained, says, do))

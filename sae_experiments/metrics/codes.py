@@ -95,6 +95,9 @@ def sparse_codes(
 ) -> sparse.csr_matrix | None:
     """Codes of held-out rows as a sparse matrix, computed once per ctx and number of rows.
 
+    No latent counts as active in the outlier rows that the fit left out: they would be the
+    strongest contexts of many latents, and say nothing of them.
+
     Args:
         ctx: Evaluation context.
         rows: Number of rows, from the first on; None for all.
@@ -117,6 +120,9 @@ def _encode_sparse(ctx: EvalContext, n: int) -> sparse.csr_matrix | None:
     columns = []
     values = []
     for chunk in ctx.chunks(n):
+        ordinary = ctx.replaced(chunk.x)
+        if ordinary is not None:
+            chunk = chunk._replace(acts=chunk.acts.masked_fill(~ordinary[:, None], 0))
         row, column = chunk.acts.nonzero().unbind(1)
         active = chunk.acts[row, column]
         if not torch.isfinite(active).all():

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from sae_experiments.plots.style import variant_index
 from sae_experiments.report.markup import Markup, join, tag
+from sae_experiments.results.headline import ORDINARY_FVU, error_metric
 from sae_experiments.results.table import Run, RunTable
 
-X, Y = "sae_l0", "sae_fvu"
+X = "sae_l0"
 WIDTH = 360
 HEIGHT_ALONE, HEIGHT = 280, 150  # of a panel, and of one among several
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 38
@@ -77,6 +78,8 @@ def sparsity_against_fidelity(table: RunTable) -> Markup | None:
         "FVU (share of the variance that is lost, lower is better) against L0 (active latents per "
         "row)."
     )
+    if any(error_metric(table, dataset) == ORDINARY_FVU for dataset in shown):
+        caption += " FVU is that of the rows that are no outliers."
     if any(point.y_error for dataset in shown for point in _points(table, dataset)):
         caption += " Bars: one standard error."
     return tag("figure", tag("div", panels, class_="panels"), tag("figcaption", caption))
@@ -84,8 +87,9 @@ def sparsity_against_fidelity(table: RunTable) -> Markup | None:
 
 def _points(table: RunTable, dataset: str) -> list[Point]:
     points = []
+    y_metric = error_metric(table, dataset)
     for run in [*_outside(table), *table.runs]:
-        x, y = (run.stats.get(dataset, {}).get(metric) for metric in (X, Y))
+        x, y = (run.stats.get(dataset, {}).get(metric) for metric in (X, y_metric))
         if not x or not y or not x.mean or x.mean <= 0 or y.mean is None:
             continue
         points.append(Point(x.mean, y.mean, y.stderr or 0.0, run.name, _look(table, run)))

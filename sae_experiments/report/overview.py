@@ -13,14 +13,13 @@ import pandas as pd
 
 from sae_experiments.plots.text import percent
 from sae_experiments.report.features import FeatureCell
-from sae_experiments.results.headline import headline
+from sae_experiments.results.headline import error_metric, headline
 from sae_experiments.results.notes import not_comparable_lines, short_list
 from sae_experiments.results.numbers import missing, short
 from sae_experiments.results.records import number
 from sae_experiments.results.runs import mapping
 from sae_experiments.results.table import Run, RunTable
 
-MAIN = "sae_fvu"
 MOST_CARDS = 6
 MOST_ALONE = 3  # SAEs that are described where there is nothing to compare
 RARE = 1e-4
@@ -73,11 +72,11 @@ def what_came_out(table: RunTable, rows: pd.DataFrame) -> str:
 
 
 def _findings(table: RunTable, rows: pd.DataFrame) -> Iterator[str]:
-    main = rows.loc[rows["metric"] == MAIN].to_dict("records") if len(rows) else []
     by_dataset: dict[str, list[Row]] = {}
-    for row in main:
-        if not missing(row["mean"]):
-            by_dataset.setdefault(str(row["dataset"]), []).append(row)
+    for row in rows.to_dict("records"):
+        dataset = str(row["dataset"])
+        if row["metric"] == error_metric(table, dataset) and not missing(row["mean"]):
+            by_dataset.setdefault(dataset, []).append(row)
     contested = {d: of for d, of in by_dataset.items() if any(r["place"] == "best" for r in of)}
     if contested:
         yield _best(contested, rows)
@@ -99,7 +98,8 @@ def _rank(
     won: dict[tuple[str, str], set[str]] = {}
     for row in best.to_dict("records"):
         dataset, metric = str(row["dataset"]), str(row["metric"])
-        if dataset in contested and metric in headline(table, dataset) and metric != MAIN:
+        others = set(headline(table, dataset)) - {error_metric(table, dataset)}
+        if dataset in contested and metric in others:
             won.setdefault((dataset, metric), set()).add(row["name"])
     if won:
         count = sum(winners <= names for names in won.values())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from sae_experiments.results.records import Stat
 from sae_experiments.results.table import RunTable
 
 #: Metrics of the language model, which every SAE of a run shares.
 OF_THE_MODEL = ("best_val_loss",)
 GROUPS = {
-    "fidelity": ("sae_fvu", "ce_delta_bits", "loss_recovered"),
+    "fidelity": ("sae_fvu", "sae_fvu_ordinary", "ce_delta_bits", "loss_recovered"),
     "sparsity": ("sae_l0", "sae_dead_frac"),
     "interpretation": (
         "rule_f1",
@@ -20,9 +21,12 @@ GROUPS = {
     "cost": ("bits_per_char", "sae_train_time"),
 }
 MOST = 8
+#: Error of all rows, and of those that are no outliers.
+FVU, ORDINARY_FVU, OUTLIERS = "sae_fvu", "sae_fvu_ordinary", "sae_outlier_frac"
 SHORT = {
     "sae_l0": "L0",
     "sae_fvu": "FVU",
+    "sae_fvu_ordinary": "FVU (ordinary)",
     "ce_delta_bits": "ΔCE",
     "loss_recovered": "CE recov.",
     "sae_dead_frac": "dead",
@@ -49,13 +53,31 @@ def headline(table: RunTable, dataset: str, most: int = MOST) -> list[str]:
         dataset: Name of the dataset.
         most: Number of metrics to choose at most.
     """
-    valued = _valued(table, dataset)
+    other = {FVU, ORDINARY_FVU} - {error_metric(table, dataset)}
+    valued = _valued(table, dataset) - other
     known = [metric for group in GROUPS.values() for metric in group if metric in valued]
     if len(known) >= 3:
         return known[:most]
     shown = [m for m in table.metrics if m in valued and table.info(m)["shown"]]
     rest = [m for m in shown or table.metrics if m in valued and m not in OF_THE_MODEL]
     return rest[:most]
+
+
+def error_metric(table: RunTable, dataset: str) -> str:
+    """The metric that tells how well SAEs rebuild a dataset's rows.
+
+    The FVU of all rows, unless some are outliers: these hold most of the variance, and no SAE was
+    made for them, so that the error of the ordinary rows counts if every SAE has it.
+    """
+    of_dataset = [run.stats.get(dataset, {}) for run in table.runs]
+    fitted = [stats for stats in of_dataset if _mean(stats, FVU) is not None]
+    has_outliers = any((_mean(stats, OUTLIERS) or 0) > 0 for stats in fitted)
+    known = all(_mean(stats, ORDINARY_FVU) is not None for stats in fitted)
+    return ORDINARY_FVU if has_outliers and known else FVU
+
+
+def _mean(stats: Mapping[str, Stat], metric: str) -> float | None:
+    return stats[metric].mean if metric in stats else None
 
 
 def of_the_model(table: RunTable, dataset: str) -> list[str]:

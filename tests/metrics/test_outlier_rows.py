@@ -94,3 +94,33 @@ def test_what_lies_outside_the_ordinary_rows_is_not_replaced(
     half = effects(median)
     assert np.abs(half).max() > 1e-4
     assert (half != every).any()
+
+
+def test_outlier_rows_are_no_contexts_of_latents(
+    trained: Any, corpus: Any, held_out: Store
+) -> None:
+    x = held_out.rows(SITE, slice(None))
+    region = Region.of(x)
+    median = (x - region.centre).norm(dim=1).median()[None]
+    sae = sae_spec("topk", "sae.target_l0=4").model(d_in=x.shape[1], d_sae=48, d_out=x.shape[1])
+    lm = LMSplice(trained.model, SITE, validation_tokens(corpus))
+
+    def active(limits: torch.Tensor) -> np.ndarray:
+        ctx = EvalContext(
+            sae=sae.eval(),
+            device=CPU,
+            read=SITE,
+            write=SITE,
+            held_out=held_out,
+            lm=lm,
+            extras={"region": region._replace(limits=limits)},
+        )
+        codes = sparse_codes(ctx, None)
+        assert codes is not None
+        return np.diff(codes.indptr)
+
+    far = ((x - region.centre).norm(dim=1) > median).numpy()
+    some, every = active(median), active(median * 1e6)
+    assert (some[far] == 0).all()
+    assert (every > 0).all()
+    assert (some[~far] == every[~far]).all()

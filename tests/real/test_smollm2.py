@@ -136,8 +136,10 @@ def test_an_exported_sae_loads_as_one_of_saelens_with_the_same_numbers(
     run: Path, of_model: list[str]
 ) -> None:
     folder = next((run / "saes").glob("*batch_topk*"))
+    here = run.parents[1] / "again"
+    here.mkdir()
     again = experiment(
-        run.parents[1] / "again",
+        here,
         *of_model,
         "sae=saelens",
         f"sae.path={folder}",

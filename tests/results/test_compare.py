@@ -11,13 +11,21 @@ import pandas as pd
 import pytest
 
 from sae_experiments.files import read_json, write_json
+from sae_experiments.report.chart import sparsity_against_fidelity
 from sae_experiments.results.choices import ABSENT, chosen_differences, config_diff
 from sae_experiments.results.compare import Delta, compare, delta, verdict
-from sae_experiments.results.headline import MOST, headline
+from sae_experiments.results.headline import MOST, error_metric, headline
 from sae_experiments.results.markdown import markdown
 from sae_experiments.results.notes import not_comparable_lines
 from sae_experiments.results.numbers import with_error
-from sae_experiments.results.records import Record, Stat, mean_stderr, write_record
+from sae_experiments.results.records import (
+    Record,
+    Stat,
+    mean_stderr,
+    read_records,
+    write_final_info,
+    write_record,
+)
 from sae_experiments.results.table import RunTable, load_table
 from sae_experiments.results.terminal import terminal
 from support.fake_runs import make_run
@@ -315,3 +323,22 @@ def test_saes_of_one_run_are_compared_with_one_another(tmp_path: Path) -> None:
         "standard",
         "topk",
     ]
+
+
+def test_rows_with_outliers_are_judged_by_the_ordinary_ones(tmp_path):
+    """With outliers, the table, the picture and the sentences show the error of the others."""
+    for name, sae, every, ordinary in (("run_0", "topk", 0.1, 0.5), ("run_1", "gated", 0.9, 0.2)):
+        run = make_run(tmp_path, name, sae=sae, datasets=["text"], seeds=[0])
+        (record,) = read_records(run)
+        more = {"sae_fvu": every, "sae_fvu_ordinary": ordinary, "sae_outlier_frac": 1e-3}
+        record.metrics.update(more)
+        write_record(run, record)
+        write_final_info(run, read_records(run))
+    table = table_of(tmp_path, "run_0", "run_1")
+    assert error_metric(table, "text") == "sae_fvu_ordinary"
+    chosen = headline(table, "text")
+    assert "sae_fvu_ordinary" in chosen
+    assert "sae_fvu" not in chosen
+    picture = str(sparsity_against_fidelity(table))
+    assert "FVU 0.2" in picture
+    assert "no outliers" in picture

@@ -19,7 +19,7 @@ import pytest
 
 from sae_experiments.errors import NonFinite, UserError
 from sae_experiments.files import read_json
-from sae_experiments.metric_info import info
+from sae_experiments.metric_info import SelfDescribed, info
 from sae_experiments.metrics.base import Measured
 from sae_experiments.results.records import load_arrays, read_curves, read_records
 from sae_experiments.runner import run as run_module
@@ -522,17 +522,20 @@ def test_a_report_that_takes_too_long_is_left_out(folder, capsys):
 def test_a_metric_that_takes_too_long_is_null_even_in_the_first_cell():
     """The limit of the first cell interrupts nothing else: it must have something to show."""
 
-    def sleeps(evaluation: Any) -> Any:
-        time.sleep(60)
+    class Sleeps(SelfDescribed):
+        infos = [info("slow", "slow", "a metric", better="up")]
+        settings: dict[str, Any] = {}
+
+        def __call__(self, evaluation: Any) -> Any:
+            time.sleep(60)
 
     def quick(evaluation: Any) -> Measured:
         return Measured({"quick": 1.0})
 
-    sleeps.infos = [info("slow", "slow", "a metric", better="up")]
     evaluation = SimpleNamespace(held_out=None, n_rows=4)
     one, began = Outcome(), time.monotonic()
     with limited(began + 0.5, lambda: False):
-        one.measure({"quick": quick, "slow": sleeps}, evaluation, began + 0.5)
+        one.measure({"quick": quick, "slow": Sleeps()}, evaluation, began + 0.5)
     assert time.monotonic() - began < 20 and one.cut
     assert one.metrics == {"quick": 1.0, "slow": None} and "time limit" in one.why_null["slow"]
 

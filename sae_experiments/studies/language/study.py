@@ -498,9 +498,12 @@ def _batch(batch_at: Any, read: Where, write: Where, step: int) -> Any:
 
 def headline(metrics: Mapping[str, float | None]) -> str:
     """The numbers a person looks at first, in one line."""
+    error = ("FVU", "sae_fvu", 4)
+    if metrics.get("sae_outlier_frac"):
+        error = ("FVU of ordinary rows", "sae_fvu_ordinary", 4)
     wanted = (
         ("L0", "sae_l0", 2),
-        ("FVU", "sae_fvu", 4),
+        error,
         ("dead", "sae_dead_frac", 3),
         ("delta CE", "ce_delta_bits", 4),
     )
