@@ -221,7 +221,7 @@ def peak(code: str) -> float:
 
 LM = """
 import torch
-from conftest import lm_spec, train_config
+from support.common import lm_spec, train_config
 from sae_experiments.models.gpt2 import LMLearner, build_lm
 from sae_experiments.training.loop import Session, train
 spec = lm_spec(
@@ -280,9 +280,9 @@ def test_a_world_needs_about_what_is_foretold() -> None:
 TOY = """
 import torch
 from sae_experiments.config.compose import build, compose_checked
-from sae_experiments.studies import toy
+from sae_experiments.studies.superposition import toy
 from sae_experiments.training.loop import Session, train
-from conftest import CONF
+from support.common import CONF
 study = build(compose_checked(CONF, {overrides})[0].study)
 features = study.families[{family!r}]
 def work():
