@@ -174,13 +174,13 @@ def test_every_term_of_a_loss_depends_on_rows_from_every_part_of_the_batch(name)
 
         plain, other = parts(x), parts(rows(512, 12))
         for part in torch.arange(512).split(64):
-            changed = x.clone()
-            changed[part] = rows(64, 13)
-            new = parts(changed)
-            assert [k for k in plain if plain[k] != other[k] and plain[k] == new[k]] == [], (
-                phase,
-                int(part[0]),
-            )
+            still = [k for k in plain if plain[k] != other[k]]
+            for seed in (13, 14):  # a count may be the same by chance, but not twice
+                changed = x.clone()
+                changed[part] = rows(64, seed)
+                new = parts(changed)
+                still = [k for k in still if plain[k] == new[k]]
+            assert still == [], (phase, int(part[0]))
 
 
 def test_the_order_of_the_rows_does_not_matter_to_margins_and_curves():

@@ -14,7 +14,7 @@ import pytest
 from sae_experiments.plots.base import bare, finish, panels
 from sae_experiments.report import page as report_page
 from sae_experiments.report.page import Picture, write_report
-from sae_experiments.results.headline import GROUPS
+from sae_experiments.results.headline import GROUPS, ORDINARY_FVU
 from sae_experiments.results.records import Record, write_record
 from sae_experiments.results.table import load_table
 from support.chromium import BROWSER, WHY_NOT, Page, browser
@@ -472,7 +472,9 @@ def test_many_large_graphs_open_as_fast_as_one_looks_at_them(page: Page, tmp_pat
 
 
 def test_a_page_of_paper_holds_a_table_with_every_main_metric(page: Page, tmp_path: Path) -> None:
-    metrics = dict.fromkeys([metric for group in GROUPS.values() for metric in group], 0.12345)
+    # Without outliers, the error of all rows stands alone.
+    names = [m for group in GROUPS.values() for m in group if m != ORDINARY_FVU]
+    metrics = dict.fromkeys(names, 0.12345)
     run = make_run(tmp_path, "run_1", datasets=("enwik8",), seeds=(0,), curves=False)
     write_record(run, Record(dataset="enwik8", seed=0, metrics=metrics))
     page.resize(720, 1000, media="print")
