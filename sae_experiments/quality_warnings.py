@@ -6,6 +6,7 @@ the closing table.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -40,6 +41,8 @@ def of_metrics(metrics: Mapping[str, float | None], fixed_l0: float | None) -> l
         metrics: Values by name.
         fixed_l0: Requested active latents per row; None if there is no such target.
     """
+    # A number that is not finite is null in the record, with its reason.
+    metrics = {k: v for k, v in metrics.items() if v is not None and math.isfinite(v)}
     warnings = []
     fvu, explained, l0 = (metrics.get(n) for n in ("sae_fvu", "explained_variance", "sae_l0"))
     worse = "the SAE rebuilds its rows worse than their mean would"

@@ -51,6 +51,7 @@ def keys(found: Any) -> list[str]:
         ({"sae_fvu": 1.0}, None, []),
         ({"sae_fvu": 1.001}, None, ["sae_fvu"]),
         ({"sae_fvu": None}, None, []),
+        ({"sae_fvu": float("inf"), "sae_l0": float("nan")}, 32.0, []),
         ({"sae_fvu": 9.0, "sae_outlier_frac": 1e-4, "sae_fvu_ordinary": 0.2}, None, []),
         (
             {"sae_fvu": 0.1, "sae_outlier_frac": 1e-4, "sae_fvu_ordinary": 1.2},
