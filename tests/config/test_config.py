@@ -357,7 +357,7 @@ def test_help_is_for_people_and_lists_what_there_is(capsys):
         "plot.py",
     ):
         assert word in page
-    assert max(map(len, page.splitlines())) <= 110 and "_arm" not in page
+    assert max(map(len, page.splitlines())) <= 110 and "_base" not in page
 
 
 def test_cfg_job_prints_the_configuration_of_the_planned_run(experiment: Experiment):

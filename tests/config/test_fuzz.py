@@ -248,7 +248,7 @@ def try_edits(
             "metric/sparsity.yaml",
         )
     ]
-    files += [conf / name for name in ("sae/_arm.yaml", "plan/variants.yaml", "track/none.yaml")]
+    files += [conf / name for name in ("sae/_base.yaml", "plan/variants.yaml", "track/none.yaml")]
     answers: collections.Counter[str] = collections.Counter()
     wrong: list[Any] = []
     for _ in range(n):
