@@ -61,7 +61,7 @@ def big(n: int = (1 << 30) + 1) -> bytes:
     ):
         np.lib.format.write_array_header_1_0(
             out, {"descr": "|u1", "fortran_order": False, "shape": (n,)}
-        )  # pyright: ignore[reportArgumentType]
+        )
         zeros = bytes(1 << 24)
         for _ in range(n // len(zeros)):
             out.write(zeros)
@@ -198,7 +198,8 @@ HOSTILE_WEIGHTS = {
     ),
     "tensors that overlap": (
         weights(
-            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+            b'"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
         )
         + bytes(4)
     ),

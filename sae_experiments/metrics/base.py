@@ -49,7 +49,7 @@ class Measured(NamedTuple):
     why_null: dict[str, str] = {}
     """The reason for each scalar that is None."""
     noise: dict[str, float] = {}
-    """Standard errors over resampled text; see `noise.smallest_difference`."""
+    """Standard errors over resampled text; see `metrics.noise`."""
     features: list[dict[str, Any]] | None = None
     """One JSON-serialisable dict per latent, for the feature browser."""
     warnings: tuple[Warned, ...] = ()

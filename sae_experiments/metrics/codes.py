@@ -135,6 +135,17 @@ def _encode_sparse(ctx: EvalContext, n: int) -> sparse.csr_matrix | None:
     return sparse.csr_matrix(entries, shape=(n, ctx.sae.d_sae))
 
 
+def ordinary_rows(ctx: EvalContext, n: int) -> np.ndarray:
+    """Mask (n,) of the first held-out rows that the fit did not leave out as outliers."""
+    parts = []
+    for begin in range(0, n, 4096):
+        inputs = ctx.inputs(slice(begin, min(begin + 4096, n))).to(ctx.device)
+        mask = ctx.replaced(inputs)
+        whole = np.ones(len(inputs), dtype=bool)
+        parts.append(whole if mask is None else mask.cpu().numpy())
+    return np.concatenate(parts) if parts else np.ones(0, dtype=bool)
+
+
 def raw_rows(ctx: EvalContext, rows: int | None) -> np.ndarray:
     """Inputs of the encoder for the first `rows` held-out rows (None: all), (N, D) float32."""
     return ctx.inputs(slice(0, ctx.n_used(rows))).cpu().numpy()

@@ -16,7 +16,7 @@ import torch
 from scipy import sparse
 
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
-from sae_experiments.metrics.codes import NOT_FINITE, nulls, raw_rows, sparse_codes
+from sae_experiments.metrics.codes import NOT_FINITE, nulls, ordinary_rows, raw_rows, sparse_codes
 from sae_experiments.metrics.coding import Quantiser, landmarks, support_bits
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of, only
 from sae_experiments.metrics.rate_distortion import (
@@ -212,6 +212,8 @@ class _Split(NamedTuple):
     """Mask of the rows of `code` among all rows."""
     direct: Direct | None
     """Part of the reconstruction that bypasses the code, if any."""
+    ordinary: np.ndarray
+    """Mask of the rows of `code` that are no outliers, (n,): the FVU is theirs."""
 
 
 def measure(ctx: EvalContext, **options: Any) -> Measured:
@@ -219,7 +221,8 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
 
     Evaluates a curve over quantisers. The code length is that of the coarsest quantiser within the
     tolerance; where none is, all that depends on it is null. A decoder that gets anything past the
-    code (a skip connection) is charged for the code alone.
+    code (a skip connection) is charged for the code alone. The FVU is that of the rows that the fit
+    did not leave out as outliers.
 
     With a language model also evaluates the rise of its cross-entropy, for every quantiser and for
     every share in `keep` of the entries that move the reconstruction most. `bits_per_char` is the
@@ -243,9 +246,11 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
         return nulls(INFO, f"{n} rows make fewer than two blocks")
     if not codes.nnz:
         return nulls(INFO, "no latent fires")
-    split = _Split(ctx, codes[~test], codes[test], test, _direct(ctx, test))
+    ordinary = ordinary_rows(ctx, n)[test]
+    split = _Split(ctx, codes[~test], codes[test], test, _direct(ctx, test), ordinary)
     y = y[test]
-    variance = float(np.square(y - y.mean(0)).sum())
+    centred = y[ordinary] - y[ordinary].mean(0) if ordinary.any() else y[:0]
+    variance = float(np.square(centred).sum())
     if not variance > 1e-12 * len(y):
         return nulls(INFO, "the held-out rows do not vary")
     by_fvu = _by_fvu(split, y, variance, opts)
@@ -293,7 +298,7 @@ def _by_fvu(split: _Split, y: np.ndarray, variance: float, opts: Options) -> Mea
     Args:
         split: Codes.
         y: Targets of the rows to be sent, (n, O).
-        variance: Their sum of squared distances from the mean.
+        variance: Sum of squared distances of the ordinary ones from their mean.
         opts: Options of the metric.
     """
     exact = _fvu(split, split.code, y, variance)
@@ -327,7 +332,7 @@ def _by_fvu(split: _Split, y: np.ndarray, variance: float, opts: Options) -> Mea
 
 @torch.no_grad()
 def _fvu(split: _Split, code: sparse.csr_matrix, y: np.ndarray, variance: float) -> float:
-    """FVU of the reconstruction of targets y (n, O) from a code (n, F)."""
+    """FVU of the ordinary ones of targets y (n, O), rebuilt from a code (n, F)."""
     ctx = split.ctx
     error = 0.0
     for begin in range(0, len(y), 4096):
@@ -338,6 +343,7 @@ def _fvu(split: _Split, code: sparse.csr_matrix, y: np.ndarray, variance: float)
         residual = y[part] - recon.cpu().numpy()
         if split.direct is not None:
             residual = residual - split.direct.added[part].numpy()
+        residual = residual[split.ordinary[part]]
         error += float(np.square(residual, dtype=np.float64).sum())
     return error / variance
 

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-#: Two independent evaluations differ by more than this many standard errors in 5 % of cases.
-BELIEVABLE = 2 * math.sqrt(2)
 #: Bootstrap samples where a metric has no option for their number.
 DRAWS = 200
 
@@ -24,11 +22,6 @@ class Grouped(NamedTuple):
     """Values, (n,)."""
     document: np.ndarray
     """Document number of each value, (n,)."""
-
-
-def smallest_difference(noise: float) -> float:
-    """Smallest believable difference between two values whose standard error is `noise` each."""
-    return BELIEVABLE * noise
 
 
 def document_weights(documents: int, draws: int, seed: int) -> np.ndarray:

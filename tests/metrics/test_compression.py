@@ -15,6 +15,7 @@ from sae_experiments.metrics.codes import sparse_codes
 from sae_experiments.metrics.rate_distortion import rise, windows_of
 from sae_experiments.models.hooks import Site
 from support.metric_worlds import CPU, Chunked, Given, validation_store, validation_tokens
+from support.saes import rows, trained
 
 OPTIONS = {"rows": None, "steps": [4, 2, 1, 0.5, 0.25, 0.125, 0.01], "tolerance": 0.05, "block": 50}
 OPTIONS |= {"entries": 10**9, "keep": [0.5, 1], "limit": 0.1, "windows": 16, "batch": 8}
@@ -207,3 +208,17 @@ def test_what_cannot_be_measured_is_null_with_a_reason():
         == {k for k, v in measure(x).scalars.items() if v is None}
         == {"code_bits_alphabet", "code_bits_pca", "code_bits_dense"} | WITH_A_MODEL
     )
+
+
+@pytest.mark.parametrize("name", ["topk", "standard"])
+def test_outlier_rows_do_not_make_a_coarse_quantiser_good_enough(name):
+    sae, x = trained(name), rows(4000, 3)
+    far = x.clone()
+    far[60::1000] *= 1e3  # among the rows that are sent
+    plain, beside = (
+        compression.measure(EvalContext(sae=sae, device=CPU, x=each), **OPTIONS).scalars
+        for each in (x, far)
+    )
+    assert beside["code_step"] == plain["code_step"]
+    assert beside["code_fvu"] == pytest.approx(plain["code_fvu"], rel=0.02)
+    assert beside["code_bits"] == pytest.approx(plain["code_bits"], rel=0.02)

@@ -163,7 +163,10 @@ def test_the_logit_effect_is_the_derivative_of_the_logits_along_the_decoder_row(
 
 def test_promoted_and_suppressed_characters_are_the_ends_of_the_logit_effect() -> None:
     model, sae = Tiny(6, len(set(TEXT))), Given(torch.eye(6), torch.randn(6, 6))
-    columns = lambda text: list((np.random.default_rng(0).random((6, len(text))) < 0.1) * 1.0)  # noqa: E731
+
+    def columns(text):
+        return list((np.random.default_rng(0).random((6, len(text))) < 0.1) * 1.0)
+
     _, by = measured(columns, sae, model=model)
     effect = features.logit_effect(ctx(TEXT, columns, sae, model=model), np.ones(6), 2)
     symbols = sorted(set(TEXT))
@@ -188,7 +191,10 @@ def test_stability_is_the_cosine_with_the_nearest_row_of_another_seed() -> None:
 
 
 def test_of_many_latents_some_are_stored_evenly_spaced() -> None:
-    columns = lambda text: list((np.random.default_rng(0).random((9, len(text))) < 0.1) * 1.0)  # noqa: E731
+
+    def columns(text):
+        return list((np.random.default_rng(0).random((9, len(text))) < 0.1) * 1.0)
+
     assert list(measured(columns, latents=3)[1]) == [0, 4, 8]
 
 

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from sae_experiments.metrics import probing
 from sae_experiments.metrics.base import EvalContext
-from sae_experiments.metrics.noise import auc, noise_of, resampled_auc, smallest_difference
+from sae_experiments.metrics.noise import auc, noise_of, resampled_auc
 from support.metric_worlds import CPU, Chunked, Given, ctx, play
 
 OPTIONS = {
@@ -190,4 +190,3 @@ def test_the_noise_of_a_mean_is_its_standard_error():
         {"sum": values, "n": np.ones(400)}, lambda s: s["sum"] / s["n"], draws=2000, seed=0
     )
     assert found == pytest.approx(values.std(ddof=1) / 20, rel=0.08)
-    assert smallest_difference(1.0) == pytest.approx(2 * math.sqrt(2))

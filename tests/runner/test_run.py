@@ -378,15 +378,15 @@ def test_any_other_error_ends_the_run_and_keeps_what_is_finished(folder):
 
 def test_an_error_before_the_first_cell_leaves_no_folder(folder):
     study = Fake()
-    study.prepare = lambda ctx: (_ for _ in ()).throw(UserError("no corpus"))  # pyright: ignore[reportAttributeAccessIssue]
+    study.prepare = lambda ctx: (_ for _ in ()).throw(UserError("no corpus"))
     with pytest.raises(UserError, match="no corpus"):
         go(study, folder)
     assert not folder.exists()
     study.prepare, study.check = (
         Fake().prepare,
         study.prepare,
-    )  # pyright: ignore[reportAttributeAccessIssue]
-    study.check = lambda: (_ for _ in ()).throw(UserError("no such thing"))  # pyright: ignore[reportAttributeAccessIssue]
+    )
+    study.check = lambda: (_ for _ in ()).throw(UserError("no such thing"))
     with pytest.raises(UserError, match="no such thing"):
         go(study, folder)
     assert not folder.exists()
@@ -754,13 +754,13 @@ def test_results_on_another_text_are_refused_and_the_same_text_from_elsewhere_is
         }
 
     study = Fake()
-    study.prepare = text("one.txt", "real")  # pyright: ignore[reportAttributeAccessIssue]
+    study.prepare = text("one.txt", "real")
     go(study, folder)
-    study.prepare = text("https://elsewhere", "real")  # pyright: ignore[reportAttributeAccessIssue]
+    study.prepare = text("https://elsewhere", "real")
     done = dict(read_json(next(folder.glob("cells/*.json"))))
     assert go(study, folder) == "done"
     assert read_json(next(folder.glob("cells/*.json"))) == done
-    study.prepare = text("stand-in", "made")  # pyright: ignore[reportAttributeAccessIssue]
+    study.prepare = text("stand-in", "made")
     with pytest.raises(UserError, match="another text") as error:
         go(study, folder)
     assert "one.txt" in str(error.value) or "elsewhere" in str(error.value)

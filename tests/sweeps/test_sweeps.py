@@ -94,7 +94,10 @@ def test_every_combination_has_a_folder_of_its_own_named_by_what_varies(swept, t
 
 
 def test_finished_jobs_are_not_repeated_and_failed_ones_are(swept, capsys):
-    fail = lambda folder: "the loss is not finite at step 7" if folder.endswith("-32") else None  # noqa: E731
+
+    def fail(folder):
+        return "the loss is not finite at step 7" if folder.endswith("-32") else None
+
     status, made = swept("out_dir=a", "sae=topk", "sae.target_l0=16,32,64", fail=fail)
     said = capsys.readouterr()
     assert status == 1 and len(made.ran) == 3, "the others ran"

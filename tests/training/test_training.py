@@ -396,7 +396,7 @@ def test_no_checkpoint_is_written_more_often_than_asked(tmp_path):
 def test_a_phase_moves_its_own_parameters_and_leaves_all_others_bit_identical(optimizer):
     learner = Toy(optimizer=optimizer, phases=[("first", 0.5, "0"), ("second", 0.5, "3")])
     start, seen = bits(learner), {}
-    learner.begin = lambda phase: seen.update({phase: bits(learner)})  # pyright: ignore[reportAttributeAccessIssue]
+    learner.begin = lambda phase: seen.update({phase: bits(learner)})
     run(learner)
     end = bits(learner)
     for name in ("0.weight", "0.bias"):
@@ -418,7 +418,7 @@ def test_what_a_phase_does_not_train_asks_for_no_gradient():
         }
         return loss(batch, info)
 
-    learner.loss = look  # pyright: ignore[reportAttributeAccessIssue]
+    learner.loss = look
     run(learner)
     assert seen == {"first": {"0.weight", "0.bias"}, "second": {"3.weight", "3.bias"}}
 
@@ -429,7 +429,7 @@ def test_the_noise_of_a_step_is_a_function_of_seed_and_step():
         learner = Toy(seed=seed)
         learner.after_update = lambda loss, info: found.append(
             torch.rand((), generator=info.generator).item()
-        )  # pyright: ignore
+        )
         run(learner)
         return found
 
@@ -486,7 +486,7 @@ def test_progress_runs_from_zero_towards_one_in_every_phase():
     learner.loss = lambda batch, info: (
         seen.append((info.phase, info.progress)),
         loss(batch, info),
-    )[1]  # pyright: ignore[reportAttributeAccessIssue]
+    )[1]
     run(learner)
     assert [p for name, p in seen if name == "a"] == pytest.approx([0, 0.25, 0.5, 0.75])
     assert [p for name, p in seen if name == "b"] == pytest.approx([i / 6 for i in range(6)])
@@ -572,7 +572,7 @@ def test_gradients_are_clipped_to_their_common_norm():
     learner.after_update = lambda loss, info: (
         seen.append(torch.stack([p.grad.norm() for p in learner.module.parameters()]).norm()),
         after(loss, info),
-    )  # pyright: ignore
+    )
     zero = torch.optim.Adam.zero_grad
     torch.optim.Adam.zero_grad = lambda self, set_to_none=True: (
         None
@@ -618,7 +618,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_names_learner_step_and_
     learner.after_update, keep = (
         lambda loss, info: (before.update({info.step: bits(learner)}), keep(loss, info)),
         learner.after_update,
-    )  # pyright: ignore
+    )
     with pytest.raises(NonFinite) as caught:
         run(learner)
     said = str(caught.value)
