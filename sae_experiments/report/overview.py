@@ -73,9 +73,10 @@ def what_came_out(table: RunTable, rows: pd.DataFrame) -> str:
 
 def _findings(table: RunTable, rows: pd.DataFrame) -> Iterator[str]:
     by_dataset: dict[str, list[Row]] = {}
+    main = {dataset: error_metric(table, dataset) for dataset in table.datasets}
     for row in rows.to_dict("records"):
         dataset = str(row["dataset"])
-        if row["metric"] == error_metric(table, dataset) and not missing(row["mean"]):
+        if row["metric"] == main.get(dataset) and not missing(row["mean"]):
             by_dataset.setdefault(dataset, []).append(row)
     contested = {d: of for d, of in by_dataset.items() if any(r["place"] == "best" for r in of)}
     if contested:
@@ -95,11 +96,14 @@ def _rank(
     if len(winners) != 1:
         return
     best = rows.loc[rows["place"] == "best"]
+    others = {
+        dataset: set(headline(table, dataset)) - {error_metric(table, dataset)}
+        for dataset in contested
+    }
     won: dict[tuple[str, str], set[str]] = {}
     for row in best.to_dict("records"):
         dataset, metric = str(row["dataset"]), str(row["metric"])
-        others = set(headline(table, dataset)) - {error_metric(table, dataset)}
-        if dataset in contested and metric in others:
+        if metric in others.get(dataset, ()):
             won.setdefault((dataset, metric), set()).add(row["name"])
     if won:
         count = sum(winners <= names for names in won.values())
