@@ -24,9 +24,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-import tables  # noqa: E402
-from workers import ContestantError, Host, Worker  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import tables
+from workers import ContestantError, Host, Worker
 
 SIZES = ((128, 1024), (128, 4096), (384, 12288))
 K, BATCH = 32, 4096

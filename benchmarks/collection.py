@@ -21,14 +21,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from sae_experiments.models.hooks import Kept, Site  # noqa: E402
-from sae_experiments.models.store import Source  # noqa: E402
-from sae_experiments.models.stream import SMALLEST, Stream  # noqa: E402
+from sae_experiments.models.hooks import Kept, Site
+from sae_experiments.models.store import Source
+from sae_experiments.models.stream import SMALLEST, Stream
 
 LENGTH, LAYER, WIDTH = 128, 6, 768
 BATCH = 8  # windows per forward pass

@@ -13,12 +13,12 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 with contextlib.redirect_stdout(io.StringIO()):
-    import dictionary_learning  # noqa: F401
-    import sae_lens  # noqa: F401
-    import sparsify  # noqa: F401
+    for name in ("dictionary_learning", "sae_lens", "sparsify"):
+        import_module(name)
 import torch
 from rows import pool_of
 from torch import Tensor

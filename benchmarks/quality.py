@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-import tables  # noqa: E402
-from workers import ContestantError, Host, Turns  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import tables
+from workers import ContestantError, Host, Turns
 
 VARIANTS = ("topk", "batch_topk", "matryoshka", "jumprelu", "standard", "gated")
 PEERS = ("sae-lens", "dictionary-learning")

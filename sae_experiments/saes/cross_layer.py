@@ -117,13 +117,13 @@ class EveryLayer(SAE):
         return torch.cat(parts, 1)
 
     @property
-    def W_enc(self) -> Tensor:  # noqa: N802
+    def W_enc(self) -> Tensor:
         """All encoder rows (F, D), each 0 but at its own layer; a copy without a graph."""
         with torch.no_grad():
             return self._dense_encoder(torch.arange(self.d_sae, device=self.encoders.device))
 
     @property
-    def W_dec(self) -> Tensor:  # noqa: N802
+    def W_dec(self) -> Tensor:
         """All decoder rows (F, O), each 0 at the layers it does not write to; without a graph."""
         with torch.no_grad():
             return self._dense_decoder(torch.arange(self.d_sae, device=self.encoders.device))

@@ -39,7 +39,7 @@ from sae_experiments.results.records import read_records, try_json
 from sae_experiments.source import package_digest, targets_digest
 from sae_experiments.stopping import Stopped
 from sae_experiments.sweeps.launchers import Exit, Here, Job, Launcher
-from sae_experiments.sweeps.search import REPORTED, SEARCHED, Search
+from sae_experiments.sweeps.search import REPORTED, SEARCHED, Search, Trial
 
 WORDS = ("sweep", "launcher", "search")  # what describes the sweep and no job
 IN_USE = "{} is in use by another sweep: wait for it or choose another out_dir"
@@ -373,7 +373,10 @@ def job_table(records: Sequence[Mapping[str, Any]]) -> int:
 def _search(search: Search, jobs: Jobs, here: Here) -> int:
     """Run trials until there are enough, then report the best one on text that none has seen."""
     search.claim()
-    trial_job = lambda t: jobs.job(t.number, [*t.overrides, SEARCHED], t.name)  # noqa: E731
+
+    def trial_job(trial: Trial) -> Job:
+        return jobs.job(trial.number, [*trial.overrides, SEARCHED], trial.name)
+
     known, reported = {trial.number: trial_job(trial) for trial in search.trials()}, None
     try:
         while trials := search.next():

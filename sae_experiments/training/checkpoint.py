@@ -35,8 +35,8 @@ def read_checkpoint(path: Path | None) -> tuple[dict[str, Tensor], dict[str, Any
         return None
     try:
         with safe_open(path, framework="pt") as f:
-            # safe_open is not a mapping
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+            names = f.keys()
+            tensors = {name: f.get_tensor(name) for name in names}
             written = f.metadata()
         if written["sha256"] != _checksum(tensors, written["info"]):
             raise ValueError("its checksum differs")

@@ -19,13 +19,14 @@ from sae_experiments.config.compose import compose_checked
 from sae_experiments.flatten import flatten
 from support.common import CONF
 
-VALUES = (  # noqa: SIM905 (a list of words)
+WORDS = (
     "0 1 -1 2 3.5 -0.0 1e-3 1e300 -1e300 99999999999999999999 1e999 nan inf -inf true false null"
     " True None yes '' \"\" ' ' abc ü 日本語 🦆 a\u0301 [] [1] [1,2] [a,b] [[1]] {} {a:1} {a:{b:c}}"
     " [ ] { } [1 1,2 ( ) a=b == = , ; : # \\ / ../x /etc/passwd ~ * ? ${out_dir} ${nosuch}"
     " ${oc.env:HOME} ${oc.env:NO_SUCH_VARIABLE} ${ $x range(3) choice(1,2) glob(*) interval(0,1)"
     " sort(3,1) int(3) str(1) @x x@y a.b.c 0x10 1_000 1e 1.2.3 +1 %00 \x00 \x7f"
-).split(" ")
+)
+VALUES = WORDS.split(" ")
 GROUPS = (
     "preset",
     "data",

@@ -116,9 +116,12 @@ def test_levels_are_removed_where_there_are_some(world):
     assert "no levels" in measure(world(both_signs())).why_null["ablate_first_level_kl"]
 
 
+def given(measured: Measured) -> dict[str, float]:
+    return {name: v for name, v in measured.scalars.items() if v is not None}
+
+
 @pytest.mark.parametrize("batch", [1, 7, 100])
 def test_batch_size_changes_nothing(world, batch):
-    given = lambda m: {k: v for k, v in m.scalars.items() if v is not None}  # noqa: E731
     assert given(measure(world(both_signs()), batch=batch, groups=3)) == pytest.approx(
         given(measure(world(both_signs()), groups=3)), rel=1e-3, abs=1e-6
     )

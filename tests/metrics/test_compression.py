@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 
 from sae_experiments.metrics import coding, compression
-from sae_experiments.metrics.base import EvalContext, LMSplice
+from sae_experiments.metrics.base import EvalContext, LMSplice, Measured
 from sae_experiments.metrics.codes import sparse_codes
 from sae_experiments.metrics.rate_distortion import rise, windows_of
 from sae_experiments.models.hooks import Site
@@ -119,10 +119,13 @@ def test_order_and_unit_of_the_latents_and_the_size_of_chunks_change_nothing():
         2000, 6, 0.5
     )
     sae = Given(torch.eye(6)[[3, 1, 0, 5, 4, 2]] * 7, w_dec=torch.eye(6)[[3, 1, 0, 5, 4, 2]] / 7)
-    given = lambda found: {k: v for k, v in found.scalars.items() if v is not None}  # noqa: E731
     plain = given(measure(x))
     assert given(measure(x, sae)) == pytest.approx(plain, rel=1e-3)
     assert given(measure(x, kind=Chunked)) == pytest.approx(plain, rel=1e-9)
+
+
+def given(measured: Measured) -> dict[str, float]:
+    return {name: v for name, v in measured.scalars.items() if v is not None}
 
 
 QUANTISED = {

@@ -158,7 +158,9 @@ def test_a_latent_that_is_a_suffix_is_described_by_it():
 
 
 def test_a_union_of_two_suffixes_needs_two_patterns():
-    both = lambda text: [sum(suffix("ou", "ea")(text)), *suffix("x")(text)]  # noqa: E731
+    def both(text: str) -> list[np.ndarray]:
+        return [sum(suffix("ou", "ea")(text)), *suffix("x")(text)]
+
     _, by = described(both)
     assert by[0]["f1"] > 0.97 and " or " in by[0]["rule"]
 

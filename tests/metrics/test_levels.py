@@ -198,11 +198,13 @@ def test_detectors_score_one_and_coins_nothing():
 
 def test_latents_get_the_level_of_what_they_detect():
     text = play(24_000)
-    vowels = lambda t: np.array([c in "aeiouAEIOU" for c in t], float)  # noqa: E731
-    late = lambda t: _position(t) >= 5  # noqa: E731
-    far = lambda t: _column(t) > 40  # noqa: E731
-    coin = lambda t: np.random.default_rng(0).random(len(t)) < 0.3  # noqa: E731
-    made = ctx(text, lambda t: [vowels(t), late(t), far(t), coin(t)], Grouped([1, 1, 0, 0]))
+
+    def latents(text: str) -> list[np.ndarray]:
+        vowels = np.array([c in "aeiouAEIOU" for c in text], float)
+        coin = np.random.default_rng(0).random(len(text)) < 0.3
+        return [vowels, _position(text) >= 5, _column(text) > 40, coin]
+
+    made = ctx(text, latents, Grouped([1, 1, 0, 0]))
     found = levels_meaning.measure(made, **MEANING)
     assert np.nan_to_num(found.arrays["meaning_semantic_level"]).tolist() == [1, 2, 3, 0]
     assert found.arrays["meaning_concept"].tolist() == [

@@ -500,7 +500,10 @@ def test_downstream_losses_equal_those_computed_by_hand(splice, trained, corpus,
     is left out.
     """
     body, head = trained.model.transformer, trained.model.lm_head
-    rebuild = lambda z: 0.7 * z + 0.1  # noqa: E731
+
+    def rebuild(z: torch.Tensor) -> torch.Tensor:
+        return 0.7 * z + 0.1
+
     sums, n = {"clean": 0.0, "spliced": 0.0, "zero": 0.0, "kl": 0.0}, 0
     with torch.no_grad():
         for start in held_out.starts[:9]:

@@ -236,6 +236,10 @@ def test_a_model_of_another_layout_is_named():
         activations(nn.Linear(2, 2), torch.zeros(1, 2), [Site("resid", 1)])
 
 
+def only_first(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], 1)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
 def test_a_begin_token_is_read_by_the_model_and_seen_by_no_caller(kind):
     from support.layouts import MADE, all_sites, made
@@ -252,8 +256,7 @@ def test_a_begin_token_is_read_by_the_model_and_seen_by_no_caller(kind):
     for site in sites:
         with patched(begun, site, lambda x: x.clone()):
             assert torch.equal(logits(begun, ids), logits(plain, whole)[:, 1:])
-        keep_first = lambda x: torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], 1)  # noqa: E731
-        with patched(begun, site, torch.zeros_like), patched(plain, site, keep_first):
+        with patched(begun, site, torch.zeros_like), patched(plain, site, only_first):
             assert torch.equal(logits(begun, ids), logits(plain, whole)[:, 1:]), site
 
 

@@ -571,16 +571,16 @@ class FakeWandb(ModuleType):
     def finish(self, **kwargs: Any) -> Any:
         return self.call("finish", **kwargs)
 
-    def Settings(self, **kwargs: Any) -> Any:  # noqa: N802 (wandb's own name)
+    def Settings(self, **kwargs: Any) -> Any:
         return kwargs
 
-    def Table(self, columns: list[str], data: list[list[Any]]) -> Any:  # noqa: N802
+    def Table(self, columns: list[str], data: list[list[Any]]) -> Any:
         return self.call("Table", columns, data) and data
 
-    def Image(self, path: str) -> Any:  # noqa: N802
+    def Image(self, path: str) -> Any:
         return path
 
-    def Html(self, page: str, inject: bool) -> Any:  # noqa: N802
+    def Html(self, page: str, inject: bool) -> Any:
         return page
 
 

@@ -253,7 +253,10 @@ def test_a_killed_fit_ends_with_the_same_bits(killed_at, tmp_path, watched):
 
     sae = built()
     sae.done_once = False
-    session = lambda: Session(checkpoint=tmp_path / "c.safetensors")  # noqa: E731
+
+    def session() -> Session:
+        return Session(checkpoint=tmp_path / "c.safetensors")
+
     with pytest.raises(KeyboardInterrupt):
         fit(sae, batch_at=batch_at, session=session(), checkpoint_every_s=0.0)
     again = built()

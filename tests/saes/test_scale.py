@@ -25,6 +25,10 @@ every_sae = pytest.mark.parametrize("name", NAMES)
 Map = Callable[[Tensor], Tensor]
 
 
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
 def fitted(
     name: str,
     there: Map = lambda x: x,
@@ -36,9 +40,8 @@ def fitted(
     model.
     """
     sae, start, held = make(name, **settings), there(rows(2048, 10)), there(rows(4096, 11))
-    target = target or (lambda x: x)
-    if name == "end_to_end":
-        target = lambda x: x  # noqa: E731
+    if target is None or name == "end_to_end":
+        target = _itself
 
     def batch_at(step: int) -> Batch:
         x = there(rows(128, step))

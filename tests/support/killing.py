@@ -17,6 +17,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -124,18 +125,25 @@ def child(request: dict[str, Any], shared: mmap.mmap) -> int:
     return 0
 
 
+#: What a child would otherwise import anew.
+IMPORTED = (
+    "matplotlib.pyplot",
+    "plot",
+    "sae_experiments.cli.main",
+    "sae_experiments.plots.pareto",
+    "sae_experiments.report.figures",
+    "sae_experiments.runner.run",
+    "sae_experiments.studies.language.study",
+)
+
+
 def serve() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path[:0] = [str(ROOT)]
-    import matplotlib.pyplot  # noqa: F401
+    for name in IMPORTED:
+        import_module(name)
     import torch
 
-    import plot  # noqa: F401
-    import sae_experiments.cli.main
-    import sae_experiments.plots.pareto
-    import sae_experiments.report.figures
-    import sae_experiments.runner.run
-    import sae_experiments.studies.language.study  # noqa: F401
     from sae_experiments.corpora import download as fetch
 
     torch.set_num_threads(1)

