@@ -159,8 +159,8 @@ def _window_sums(
     live = next_log_probs(replaced_logits(model, x, sae.replacement(x.shape))).flatten(0, 1)
     held = clean
     if frozen is not None:
-        run = frozen.run(sae.replacement(x.shape), hold_attention=True, hold_norms=True)
-        held = next_log_probs(run.logits).flatten(0, 1)
+        run = frozen.held(sae.replacement(x.shape))
+        held = next_log_probs(frozen.bent(run.logits)[:, frozen.n_begin :]).flatten(0, 1)
 
     def loss(log_p: Tensor) -> float:
         return float(F.nll_loss(log_p, targets, reduction="sum"))

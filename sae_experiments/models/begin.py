@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,16 +15,21 @@ from torch import nn
 _CACHES = ("cache", "past_key_values")
 
 
-class _Latest(NamedTuple):
-    """A model's latest forward pass."""
+@dataclass
+class _Begin:
+    """Begin-of-text token of a model, and its latest forward pass."""
 
-    n_begin: int
-    """Positions before the caller's first token."""
-    n_read: int
-    """Positions in all."""
+    token: int
+    """Its id."""
+    held_back: bool = False
+    """Put nothing before what is read."""
+    n_begin: int = 0
+    """Positions before the caller's first token in the latest pass."""
+    n_read: int = 0
+    """Positions in all in the latest pass."""
 
 
-_LATEST: WeakKeyDictionary[nn.Module, _Latest] = WeakKeyDictionary()
+_BEGINS: WeakKeyDictionary[nn.Module, _Begin] = WeakKeyDictionary()
 
 
 def begin_with(model: nn.Module, token: int) -> None:
@@ -35,22 +43,21 @@ def begin_with(model: nn.Module, token: int) -> None:
         model: A causal language model of transformers; it is changed.
         token: Id of the token.
     """
+    begin = _BEGINS[model] = _Begin(token)
 
-    def prepend(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def prepend(reader: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         kwargs = {**kwargs, "input_ids": args[0]} if args else dict(kwargs)
         caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
-        goes_on = any(cache.get_seq_length() for cache in caches)
+        goes_on = begin.held_back or any(cache.get_seq_length() for cache in caches)
         if not goes_on:
-            ids = kwargs["input_ids"]
-            first = torch.full_like(ids[:, :1], token)
-            kwargs["input_ids"] = torch.cat([first, ids], 1)
-        _LATEST[model] = _Latest(0 if goes_on else 1, kwargs["input_ids"].shape[1])
+            kwargs["input_ids"] = with_begin(reader, kwargs["input_ids"])
+        begin.n_begin = 0 if goes_on else 1
+        begin.n_read = kwargs["input_ids"].shape[1]
         return args[1:], kwargs
 
     def drop(_model: nn.Module, _args: Any, output: Any) -> Any:
         # With `logits_to_keep` the first position is not among the logits.
-        latest = _LATEST[model]
-        if latest.n_begin and output.logits.shape[1] == latest.n_read:
+        if begin.n_begin and output.logits.shape[1] == begin.n_read:
             output.logits = output.logits[:, 1:]
         return output
 
@@ -58,7 +65,29 @@ def begin_with(model: nn.Module, token: int) -> None:
     model.register_forward_hook(drop)
 
 
+def with_begin(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Token ids (B, T) with the model's begin-of-text token before them, if it has one."""
+    begin = _BEGINS.get(model)
+    if begin is None:
+        return tokens
+    return torch.cat([torch.full_like(tokens[:, :1], begin.token), tokens], 1)
+
+
+@contextmanager
+def as_given(model: nn.Module) -> Iterator[None]:
+    """Within the context, the model reads what it is given, with nothing before it."""
+    begin = _BEGINS.get(model)
+    if begin is None:
+        yield
+        return
+    begin.held_back = True
+    try:
+        yield
+    finally:
+        begin.held_back = False
+
+
 def n_begin(model: nn.Module) -> int:
     """Number of positions before the caller's first token in the model's latest forward pass."""
-    latest = _LATEST.get(model)
-    return latest.n_begin if latest else 0
+    begin = _BEGINS.get(model)
+    return begin.n_begin if begin else 0

@@ -47,22 +47,6 @@ class _Parts(Protocol):
     mlp: MLP
 
 
-def inverse_deviation(norm: nn.LayerNorm, h: Tensor) -> Tensor:
-    """`1 / sqrt(var + eps)` (..., 1) of rows (..., C), by which a layer norm scales them."""
-    return (h.var(-1, unbiased=False, keepdim=True) + norm.eps).rsqrt()
-
-
-def norm_with(norm: nn.LayerNorm, h: Tensor, rstd: Tensor) -> Tensor:
-    """Layer norm of rows (..., C) with a given inverse deviation (..., 1): linear in the rows."""
-    return (h - h.mean(-1, keepdim=True)) * rstd * norm.weight + norm.bias
-
-
-def norm_pull_back(norm: nn.LayerNorm, rstd: Tensor, g: Tensor) -> Tensor:
-    """Gradient (..., C) at the input of `norm_with` from that at its output."""
-    g = g * norm.weight.detach()
-    return (g - g.mean(-1, keepdim=True)) * rstd
-
-
 class Attended(NamedTuple):
     """Attention at every position of P prompts."""
 
@@ -174,57 +158,6 @@ class Block:
         centred = h - h.mean(-1, keepdim=True)
         rstd = (centred.square().mean(-1, keepdim=True) + self.ln_1.eps).rsqrt()
         return Attended(q, k, v, weights, h + out, centred * rstd, rstd)
-
-    def mix(self, weights: Tensor, n: Tensor) -> Tensor:
-        """Output of attention with given weights: linear in its input.
-
-        Args:
-            weights: Attention weights, (P, H, T, T); P may be 1 for all rows.
-            n: Input of the attention, after the norm, (R, T, C).
-
-        Returns:
-            What attention adds to the stream, (R, T, C).
-        """
-        out = torch.einsum("phts,pshe->pthe", weights, self.heads(n, 2))
-        return out.flatten(2) @ self.W_o + self.b_o
-
-    @property
-    def mixed_bias(self) -> Tensor:
-        """Vector (C,) that `mix` of the norm's bias alone adds at every position."""
-        return (self.ln_1.bias.detach() @ self.W[2] + self.b[2]) @ self.W_o + self.b_o
-
-    def pull_back_frozen(self, weights: Tensor, rstd: Tensor, g: Tensor) -> Tensor:
-        """Gradients at the block's input, with attention weights and denominators as constants.
-
-        Args:
-            weights: Attention weights of one prompt, (H, T, T).
-            rstd: Inverse standard deviation in the first norm, (T, 1).
-            g: Gradients at the stream after attention, (R, T, C).
-
-        Returns:
-            Gradients (R, T, C).
-        """
-        g_out = (g @ self.W_o.t()).view(*g.shape[:2], self.n_head, -1)
-        g_v = torch.einsum("hts,rthe->rshe", weights, g_out).flatten(2)
-        return g + norm_pull_back(self.ln_1, rstd, g_v @ self.W[2].t())
-
-    def pull_back_heads(self, weights: Tensor, rstd: Tensor, position: Tensor, g: Tensor) -> Tensor:
-        """Gradients at the block's input through each head alone, from those at one position.
-
-        Args:
-            weights: Attention weights of one prompt, (H, T, T).
-            rstd: Inverse standard deviation in the first norm, (T, 1).
-            position: Position of each row, (R,).
-            g: Gradients at the stream after attention at that position, (R, C).
-
-        Returns:
-            Gradients (R, H, T, C), without the path past attention.
-        """
-        W_v, W_o = self.W[2], self.W_o
-        g_out = (g @ W_o.t()).view(len(g), self.n_head, -1)
-        g_v = torch.einsum("hrt,rhe->rhte", weights[:, position], g_out)
-        g_n = torch.einsum("rhte,che->rhtc", g_v, W_v.view(len(W_v), self.n_head, -1))
-        return norm_pull_back(self.ln_1, rstd, g_n)
 
     def forward(self, h: Tensor) -> Tensor:
         """The stream after the block (R, T, C) from the one before it."""

@@ -1,27 +1,33 @@
-"""A language model at given prompts, to be run again with some of its parts held or replaced.
+"""A language model at given prompts, to be run again with some of its parts held or changed.
 
 Attention weights and the denominators of the norms can be held at the values they have in the clean
 run. With both held and the MLPs replaced by something linear, the logits are linear in the
 embeddings: the local replacement model of Ameisen et al. 2025.
 
-Shape letters: P prompts, R rows, T positions, C width of the residual stream, H heads, V tokens.
+Shape letters: P prompts, R rows, T positions, C width of the residual stream, H heads, V tokens,
+n_begin positions of a begin-of-text token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_experiments.errors import UserError
-from sae_experiments.models.blocks import Block, inverse_deviation, norm_with
-from sae_experiments.models.hooks import Site, blocks_of, capture
-from sae_experiments.models.layouts import CausalLM, layout_of_model, unembedding
+from sae_experiments.models.begin import as_given, with_begin
+from sae_experiments.models.hooks import Site, blocks_of, capture, patched
+from sae_experiments.models.layouts import CausalLM, embeddings, final_norm, layout_of_model
+from sae_experiments.models.layouts import unembedding as unembedding_of
+from sae_experiments.models.linear_blocks import LinearBlock, eager_attention
+from sae_experiments.models.norms import HALF, full
 
-#: Largest relative difference of the logits computed here from the model's own.
-TOLERANCE = 1e-3
+#: Largest relative difference of the logits computed here from the model's own; the second for
+#: weights of half precision.
+TOLERANCE = (1e-3, 5e-2)
 
 
 class Clean(NamedTuple):
@@ -31,80 +37,135 @@ class Clean(NamedTuple):
     """Attention weights, (P, H, T, T)."""
     rstd_1: Tensor
     """Inverse deviation in the norm before attention, (P, T, 1)."""
+    rstd_out: Tensor | None
+    """The same in the norm of what attention writes; None if there is no such norm."""
     rstd_2: Tensor
-    """Inverse deviation in the norm before the MLP, (P, T, 1)."""
+    """The same in the norm before the MLP, (P, T, 1)."""
     mlp_in: Tensor
     """Input of the MLP, (P, T, C)."""
     mlp_out: Tensor
-    """Output of the MLP, (P, T, C)."""
+    """What the MLP adds to the stream, (P, T, C)."""
 
 
 class Rerun(NamedTuple):
-    """One run with parts held or replaced."""
+    """One run with parts held or changed."""
 
     logits: Tensor
-    """(R, T, V), or (R, 1, V) if only the last position was asked for."""
+    """Before any soft cap, (R, T, V), or (R, 1, V) of the last position alone."""
     mlp_in: list[Tensor]
     """Inputs of the MLPs, (R, T, C) each."""
 
 
 class FrozenModel:
-    """GPT-2 or GPT-Neo at prompts (P, T).
+    """A causal language model of a known layout at prompts (P, T).
+
+    A begin-of-text token that the model puts before every text is a position here: the first.
 
     Args:
         model: The language model.
-        tokens: Token ids (P, T).
+        tokens: Token ids (P, T), without a begin-of-text token.
 
     Raises:
-        UserError: The model is of another kind, or these blocks do not give its logits.
+        UserError: The blocks, as they are known here, do not give the model's logits.
     """
 
     @torch.no_grad()
     def __init__(self, model: CausalLM, tokens: Tensor) -> None:
         self.model = model
-        self.tokens = tokens
-        self.blocks = [Block(module) for module in blocks_of(model)]
-        norm = cast("nn.LayerNorm", model.get_submodule(layout_of_model(model).norm))
-        self.norm = norm
-        self.unembed = unembedding(model)
-        with capture(model, [Site("resid", 0)]) as seen:
-            wanted = model(input_ids=tokens, use_cache=False).logits
-        h = self.embedded = seen[Site("resid", 0)]
-        self.clean: list[Clean] = []
-        for block in self.blocks:
-            attended = block.attend(h)
-            x = block.ln_2(attended.stream)
-            y = block.mlp(x)
-            rstd_2 = inverse_deviation(block.ln_2, attended.stream)
-            self.clean.append(Clean(attended.weights, attended.rstd, rstd_2, x, y))
-            h = attended.stream + y
-        self.final = h
-        self.rstd_f = inverse_deviation(norm, h)
-        self.logits = self.unembed(norm(h))
-        error = float((self.logits - wanted).norm() / wanted.norm().clamp_min(1e-12))
-        if not error <= TOLERANCE:
+        #: Token ids with the begin-of-text token, (P, T).
+        self.tokens = with_begin(model, tokens)
+        self.n_begin = self.tokens.shape[1] - tokens.shape[1]
+        n_layer = len(blocks_of(model))
+        self.blocks = [LinearBlock(model, k) for k in range(n_layer)]
+        self.norm = final_norm(model)
+        head: Any = unembedding_of(model)
+        #: Unembedding (V, C), and its bias (V,) if it has one.
+        self.unembedding = full(head.weight)
+        self.logit_bias = None if getattr(head, "bias", None) is None else full(head.bias)
+        #: Size beyond which the model bends logits, or None.
+        self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        streams = [Site("resid", k) for k in range(n_layer + 1)]
+        inside = [Site(s, k + 1) for s in ("attn_out", "mlp_in", "mlp_out") for k in range(n_layer)]
+        with (
+            as_given(model),
+            eager_attention(model),
+            capture(model, [*streams, *inside]) as seen,
+        ):
+            out = model(input_ids=self.tokens, use_cache=False, output_attentions=True)
+        #: The stream before the first block, (P, T, C).
+        self.embedded = seen[streams[0]]
+        self.clean = [
+            self._clean(k, seen[streams[k]], out.attentions[k], seen) for k in range(n_layer)
+        ]
+        self.rstd_f = self.norm.rstd(seen[streams[-1]])
+        self.logits = self.unembed(self.norm(seen[streams[-1]]))
+        self._check(out.logits)
+
+    def _clean(self, k: int, h: Tensor, weights: Tensor, seen: dict[Site, Tensor]) -> Clean:
+        """Values of block k, from the stream before it and its attention weights."""
+        block = self.blocks[k]
+        weights = weights.to(h.dtype)
+        attended, mlp_in, mlp_out = (
+            seen[Site(s, k + 1)] for s in ("attn_out", "mlp_in", "mlp_out")
+        )
+        r = h if block.parallel else h + attended
+        rstd_out = None
+        if block.norm_out is not None:
+            rstd_out = block.norm_out.rstd(block.mix(weights, block.norm_1(h)))
+        rstd_1, rstd_2 = block.norm_1.rstd(h), block.norm_2.rstd(r)
+        return Clean(weights, rstd_1, rstd_out, rstd_2, mlp_in, mlp_out)
+
+    def _check(self, wanted: Tensor) -> None:
+        """Raise `UserError` unless a run with everything held gives the model's logits."""
+        text = [clean.mlp_out[:, self.n_begin :] for clean in self.clean]
+        again = self.bent(self.held(lambda k, _: text[k]).logits)
+        error = float((again - wanted).norm() / wanted.norm().clamp_min(1e-12))
+        half = next(self.model.parameters()).dtype in HALF
+        if not error <= TOLERANCE[half]:
             raise UserError(
-                f"{type(model).__name__}: its blocks do not compute its logits (relative error "
-                f"{error:.2g}): an option of the model is not known here"
+                f"{type(self.model).__name__}: its blocks do not compute its logits (relative "
+                f"error {error:.2g}): an option of the model is not known here"
             )
 
+    def unembed(self, n: Tensor) -> Tensor:
+        """Logits (..., V) of normed rows (..., C), before any soft cap."""
+        return torch.nn.functional.linear(n, self.unembedding, self.logit_bias)
+
+    def bent(self, logits: Tensor) -> Tensor:
+        """The model's own logits (..., V): soft-capped if it does that."""
+        return logits if not self.cap else self.cap * torch.tanh(logits / self.cap)
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Log-probabilities (..., V) of logits before any soft cap."""
+        return self.bent(logits).log_softmax(-1)
+
+    @property
+    def token_embedding(self) -> Tensor:
+        """What each token adds to the stream before the first block, (P, T, C).
+
+        The rest is position embeddings; without those it is all of the stream.
+        """
+        if not layout_of_model(self.model).positions:
+            return self.embedded
+        return full(embeddings(self.model))[self.tokens]
+
     @torch.no_grad()
-    def run(
+    def held(
         self,
         mlp: Callable[[int, Tensor], Tensor],
         *,
         rows: int | None = None,
-        hold_attention: bool,
-        hold_norms: bool,
+        norms: bool = True,
         last: bool = False,
     ) -> Rerun:
-        """Run the model with other MLPs.
+        """Run with attention weights held, and other MLPs.
+
+        At a begin-of-text token MLPs write what they write in the clean run.
 
         Args:
-            mlp: Output (R, T, C) of the MLP of a block, from its number and its input (R, T, C).
+            mlp: Output (R, T - n_begin, C) of the MLP of a block, from its number and its input.
             rows: Copies of the only prompt to run. None: each prompt once.
-            hold_attention: Attention weights are those of the clean run.
-            hold_norms: Denominators of the norms are those of the clean run.
+            norms: Hold the denominators of the norms as well.
             last: Logits of the last position alone.
         """
         h = self.embedded
@@ -112,18 +173,41 @@ class FrozenModel:
             h = h.expand(rows, -1, -1)
         inputs = []
         for k, (block, clean) in enumerate(zip(self.blocks, self.clean, strict=True)):
-            if hold_attention:
-                n = norm_with(block.ln_1, h, clean.rstd_1) if hold_norms else block.ln_1(h)
-                r = h + block.mix(clean.weights, n)
-            elif hold_norms:
-                raise ValueError("norms are held only together with attention")
-            else:
-                r = block.attend(h).stream
-            x = norm_with(block.ln_2, r, clean.rstd_2) if hold_norms else block.ln_2(r)
+            n = block.norm_1(h, clean.rstd_1 if norms else None)
+            written = block.mix(clean.weights, n)
+            if block.norm_out is not None:
+                written = block.norm_out(written, clean.rstd_out if norms else None)
+            r = h + written
+            x = block.norm_2(h if block.parallel else r, clean.rstd_2 if norms else None)
             inputs.append(x)
-            h = r + mlp(k, x)
+            y = mlp(k, x[:, self.n_begin :])
+            if self.n_begin:
+                begin = clean.mlp_out[:, : self.n_begin].expand(len(y), -1, -1)
+                y = torch.cat([begin, y], 1)
+            h = r + y
         rstd = self.rstd_f
         if last:
             h, rstd = h[:, -1:], rstd[:, -1:]
-        n = norm_with(self.norm, h, rstd) if hold_norms else self.norm(h)
-        return Rerun(self.unembed(n), inputs)
+        return Rerun(self.unembed(self.norm(h, rstd if norms else None)), inputs)
+
+    @torch.no_grad()
+    def free(self, added: Sequence[Tensor]) -> Rerun:
+        """Run copies of the only prompt with something added to what the MLPs write.
+
+        Everything responds. Logits are those of the last position.
+
+        Args:
+            added: By block, (R, T, C).
+        """
+        model, n_layer = self.model, len(self.blocks)
+        end = Site("resid", n_layer)
+        reads = [Site("mlp_in", k + 1) for k in range(n_layer)]
+        with ExitStack() as stack:
+            stack.enter_context(as_given(model))
+            for k, extra in enumerate(added):
+                write = Site("mlp_out", k + 1)
+                stack.enter_context(patched(model, write, lambda y, extra=extra: y + extra))
+            seen = stack.enter_context(capture(model, [*reads, end]))
+            tokens = self.tokens.expand(len(added[0]), -1)
+            model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+        return Rerun(self.unembed(self.norm(seen[end][:, -1:])), [seen[site] for site in reads])

@@ -7,13 +7,14 @@ that is loaded is checked once more, by `check_layout`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError, of_type
+from sae_experiments.models.norms import Norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as CausalLM
@@ -24,7 +25,7 @@ else:
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """Dotted paths to the parts of a model type: two from the model, the others from a block."""
 
@@ -40,6 +41,20 @@ class Layout:
     """Output projection of the MLP: its input is the hidden activation."""
     mlp_out: str
     """Module whose output the MLP adds to the residual stream."""
+    norm_1: str
+    """Norm before attention."""
+    norm_2: str
+    """Norm before the MLP."""
+    values: str
+    """Projection whose last outputs are attention's values, head by head."""
+    out_proj: str
+    """Output projection of attention; a norm follows it if it is not `attn_out`."""
+    interleaved: bool = False
+    """True if the outputs of `values` are query, key and value of each head in turn."""
+    positions: bool = False
+    """True if the model adds position embeddings to those of tokens."""
+    parallel: bool | str = False
+    """True if the MLP reads the stream before attention; a text names the setting that says so."""
     flat: bool = False
     """True if the MLP sees all positions of a batch as one axis, (B T, D)."""
     gain: float = 0.0
@@ -47,67 +62,92 @@ class Layout:
 
 
 _GPT2 = Layout(
-    "transformer.h", "transformer.ln_f", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "mlp.c_proj"
+    blocks="transformer.h",
+    norm="transformer.ln_f",
+    attn_out="attn.c_proj",
+    mlp_in="mlp.c_fc",
+    mlp_act="mlp.c_proj",
+    mlp_out="mlp.c_proj",
+    norm_1="ln_1",
+    norm_2="ln_2",
+    values="attn.c_attn",
+    out_proj="attn.c_proj",
+    positions=True,
 )
 _LLAMA = Layout(
-    "model.layers", "model.norm", "self_attn.o_proj", "mlp", "mlp.down_proj", "mlp.down_proj"
+    blocks="model.layers",
+    norm="model.norm",
+    attn_out="self_attn.o_proj",
+    mlp_in="mlp",
+    mlp_act="mlp.down_proj",
+    mlp_out="mlp.down_proj",
+    norm_1="input_layernorm",
+    norm_2="post_attention_layernorm",
+    values="self_attn.v_proj",
+    out_proj="self_attn.o_proj",
 )
+_GEMMA = replace(_LLAMA, gain=1.0)
 #: Gemma 2 and 3 normalise what attention and MLP write.
-_GEMMA2 = Layout(
-    "model.layers",
-    "model.norm",
-    "post_attention_layernorm",
-    "mlp",
-    "mlp.down_proj",
-    "post_feedforward_layernorm",
-    gain=1.0,
+_GEMMA2 = replace(
+    _GEMMA,
+    attn_out="post_attention_layernorm",
+    norm_2="pre_feedforward_layernorm",
+    mlp_out="post_feedforward_layernorm",
 )
 #: By the `model_type` of a configuration.
 LAYOUTS = {
     "gpt2": _GPT2,
-    "gpt_neo": Layout(
-        "transformer.h",
-        "transformer.ln_f",
-        "attn.attention.out_proj",
-        "mlp.c_fc",
-        "mlp.c_proj",
-        "mlp.c_proj",
+    "gpt_neo": replace(
+        _GPT2,
+        attn_out="attn.attention.out_proj",
+        values="attn.attention.v_proj",
+        out_proj="attn.attention.out_proj",
     ),
     "gpt_neox": Layout(  # Pythia
-        "gpt_neox.layers",
-        "gpt_neox.final_layer_norm",
-        "attention.dense",
-        "mlp.dense_h_to_4h",
-        "mlp.dense_4h_to_h",
-        "mlp.dense_4h_to_h",
+        blocks="gpt_neox.layers",
+        norm="gpt_neox.final_layer_norm",
+        attn_out="attention.dense",
+        mlp_in="mlp.dense_h_to_4h",
+        mlp_act="mlp.dense_4h_to_h",
+        mlp_out="mlp.dense_4h_to_h",
+        norm_1="input_layernorm",
+        norm_2="post_attention_layernorm",
+        values="attention.query_key_value",
+        out_proj="attention.dense",
+        interleaved=True,
+        parallel="use_parallel_residual",
     ),
     "opt": Layout(
-        "model.decoder.layers",
-        "model.decoder.final_layer_norm",
-        "self_attn.out_proj",
-        "fc1",
-        "fc2",
-        "fc2",
+        blocks="model.decoder.layers",
+        norm="model.decoder.final_layer_norm",
+        attn_out="self_attn.out_proj",
+        mlp_in="fc1",
+        mlp_act="fc2",
+        mlp_out="fc2",
+        norm_1="self_attn_layer_norm",
+        norm_2="final_layer_norm",
+        values="self_attn.v_proj",
+        out_proj="self_attn.out_proj",
+        positions=True,
         flat=True,
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "phi3": _LLAMA,
-    "gemma": Layout(
-        "model.layers",
-        "model.norm",
-        "self_attn.o_proj",
-        "mlp",
-        "mlp.down_proj",
-        "mlp.down_proj",
-        gain=1.0,
-    ),
+    "phi3": replace(_LLAMA, values="self_attn.qkv_proj"),
+    "gemma": _GEMMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
-    "phi": Layout(
-        "model.layers", "model.final_layernorm", "self_attn.dense", "mlp", "mlp.fc2", "mlp.fc2"
+    "phi": replace(
+        _LLAMA,
+        norm="model.final_layernorm",
+        attn_out="self_attn.dense",
+        mlp_act="mlp.fc2",
+        mlp_out="mlp.fc2",
+        norm_2="input_layernorm",
+        out_proj="self_attn.dense",
+        parallel=True,
     ),
 }
 #: Names of the MLP's width in configurations; a null one means four times the stream's width.
@@ -131,17 +171,6 @@ class Sizes(NamedTuple):
     def width_of(self, stream: str) -> int:
         """Width of a site of the stream."""
         return self.inner if stream == "mlp_act" else self.width
-
-
-class FinalNorm(NamedTuple):
-    """Norm before the unembedding."""
-
-    gain: Tensor
-    """Factor of each dimension, (D,)."""
-    centred: bool
-    """True if it subtracts the mean over the width (LayerNorm), false for RMSNorm."""
-    eps: float
-    """Added to the variance, or to the mean square."""
 
 
 def layout_of(config: Any, where: str) -> Layout:
@@ -201,16 +230,10 @@ def layout_of_model(model: nn.Module) -> Layout:
     return layout_of(getattr(model, "config", None), type(model).__name__)
 
 
-def final_norm(model: nn.Module) -> FinalNorm:
-    """Gain, centring and epsilon of the norm before the unembedding."""
+def final_norm(model: nn.Module) -> Norm:
+    """Norm before the unembedding."""
     layout = layout_of_model(model)
-    norm: Any = model.get_submodule(layout.norm)
-    gain = norm.weight.float()
-    return FinalNorm(
-        gain=gain + layout.gain if layout.gain else gain,
-        centred=isinstance(norm, nn.LayerNorm),
-        eps=norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps,
-    )
+    return Norm.of(model.get_submodule(layout.norm), layout.gain)
 
 
 def matrix(layer: nn.Module) -> Tensor:

@@ -21,7 +21,6 @@ from sae_experiments.saes.cross_layer import CrossLayerTranscoder
 from sae_experiments.saes.transcoder import Transcoder
 from sae_experiments.saes.types import Batch
 from support.attribution_worlds import side_by_side, world
-from support.circuit_worlds import model, tokens
 from support.saes import L0, make, rows, sae_spec, step, trained
 
 KINDS = ("cross_layer_transcoder", "per_layer_transcoder", "cross_layer_jumprelu")
@@ -148,16 +147,6 @@ def test_all_names_every_block() -> None:
     assert write == tuple(Site("mlp_out", k) for k in (1, 2, 3))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo"])
-@pytest.mark.parametrize("hold", [False, True])
-def test_the_models_own_mlps_give_its_own_logits(kind: str, hold: bool) -> None:
-    lm, ids = model(kind), tokens(3)
-    frozen = FrozenModel(lm, ids)
-    run = frozen.run(lambda k, x: frozen.blocks[k].mlp(x), hold_attention=hold, hold_norms=hold)
-    # GPT-Neo computes its attention in single precision.
-    torch.testing.assert_close(run.logits, lm(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("cross", [False, True])
 def test_error_nodes_give_the_logits_back(cross: bool, skip: bool) -> None:
@@ -168,19 +157,11 @@ def test_error_nodes_give_the_logits_back(cross: bool, skip: bool) -> None:
     assert float((without - clean).abs().max()) > 0.1, "without them it is another model"
 
 
-def test_replaced_by_hooks_and_by_blocks_is_the_same() -> None:
-    lm, sae, ids = world(skip=True)
-    run = FrozenModel(lm, ids).run(
-        sae.replacement(ids.shape), hold_attention=False, hold_norms=False
-    )
-    torch.testing.assert_close(run.logits, replaced_logits(lm, ids, sae.replacement(ids.shape)))
-
-
 def test_with_everything_held_the_replaced_model_is_that_of_the_clean_codes_at_layer_one() -> None:
     """The first layer's input does not depend on any MLP: its codes are those of the clean run."""
     lm, sae, ids = world()
     frozen = FrozenModel(lm, ids)
-    run = frozen.run(sae.replacement(ids.shape), hold_attention=True, hold_norms=True)
+    run = frozen.held(sae.replacement(ids.shape))
     torch.testing.assert_close(run.mlp_in[0], frozen.clean[0].mlp_in)
     x = side_by_side(lm, ids, "mlp_in", 4)
     torch.testing.assert_close(

@@ -40,9 +40,10 @@ def test_what_goes_into_a_node_adds_up_to_its_pre_activation(
 ) -> None:
     local, adjacency = local_model(kind, cross, skip)
     assert local.nodes.n > 40
-    tolerance = 1e-9 if kind == "gpt2" else 1e-4  # GPT-Neo attends in single precision
-    assert adjacency.gap < tolerance
-    assert float(adjacency.weights[:, local.sources.positions].abs().max()) > 1e-3
+    assert adjacency.gap < 1e-5  # some layouts norm and attend in single precision
+    if kind == "gpt2":
+        assert adjacency.gap < 1e-9
+        assert float(adjacency.weights[:, local.sources.positions].abs().max()) > 1e-3
     assert float(adjacency.weights[:, local.sources.biases].abs().max()) > 1e-3
 
 
@@ -62,9 +63,15 @@ def test_edges_are_the_gradients_of_a_replay_with_the_constants_detached(
     frozen.embedded = (tokens + local.position_embedding.detach())[None]
 
     def mlp(k: int, x: Tensor) -> Tensor:
-        return sae.decode_to(k, dense) + sae.skip_to(k, x) + errors[k]
+        written = sae.decode_to(k, dense[local.first :]) + errors[k][local.first :]
+        return sae.skip_to(k, x) + written
 
-    run = type(frozen).run.__wrapped__(frozen, mlp, hold_attention=True, hold_norms=True)
+    # Before the text there is no transcoder, and what an MLP writes is an error.
+    frozen.clean = [
+        clean._replace(mlp_out=error[None])
+        for clean, error in zip(frozen.clean, errors, strict=True)
+    ]
+    run = type(frozen).held.__wrapped__(frozen, mlp)
     torch.testing.assert_close(run.logits, frozen.logits, rtol=1e-4, atol=1e-5)
     targets = []
     for i in torch.arange(0, nodes.n, 17).tolist():

@@ -17,7 +17,14 @@ from sae_experiments.studies.attribution.virtual import (
 )
 from support.attribution_worlds import world
 
-CASES = [("gpt2", True), ("gpt2", False), ("gpt_neo", True)]
+CASES = [
+    ("gpt2", True),
+    ("gpt2", False),
+    ("gpt_neo wide", True),
+    ("phi plain", True),
+    ("gemma2 mixed", False),
+    ("llama plain begun", True),
+]
 
 
 def stays(local: LocalModel, layer: int) -> tuple[Tensor, Tensor]:
@@ -54,7 +61,7 @@ def test_expected_weights_are_means_of_edges_that_pass_no_head(kind: str, cross:
     np.testing.assert_allclose(into.expected, wanted, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(out_of.expected.T, wanted, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(out_of.plain.T, into.plain, rtol=1e-5, atol=1e-9)
-    some = torch.tensor([70, 3, 111])
+    some = torch.tensor([sae.d_sae - 9, 3, 37])
     np.testing.assert_allclose(found.into(some).plain, into.plain[some.numpy()])
     np.testing.assert_allclose(found.out_of(some).expected, out_of.expected[some.numpy()])
 

@@ -8,20 +8,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sae_experiments.models.begin import begin_with
 from sae_experiments.models.hooks import Site, capture
 from sae_experiments.saes.cross_layer import CrossLayerTranscoder
 from sae_experiments.studies.attribution.influence import Graph
 from sae_experiments.studies.attribution.local import Adjacency, LocalModel
-from support.circuit_worlds import C, model, tokens
+from support.circuit_worlds import model, tokens
+from support.layouts import MADE, VOCABULARY, made
 
 P = 30  # latents per layer
 
+#: Layouts by name, beside "gpt2", which has four blocks.
+LAYOUTS = {" ".join(key): config for key, config in MADE.items()}
+#: End of the name of a model that reads a begin-of-text token before every text.
+BEGUN = " begun"
 #: Model, cross-layer decoders, skip paths.
 WORLDS = [
     ("gpt2", True, False),
     ("gpt2", True, True),
     ("gpt2", False, True),
-    ("gpt_neo", True, False),
+    ("gpt2" + BEGUN, True, True),
+    *((name, True, True) for name in LAYOUTS),
+    ("llama plain" + BEGUN, False, True),
 ]
 every_world = pytest.mark.parametrize(("kind", "cross", "skip"), WORLDS)
 
@@ -39,13 +47,31 @@ def side_by_side(lm: nn.Module, ids: Tensor, stream: str, layers: int) -> Tensor
     return torch.cat([seen[name].flatten(0, 1) for name in names], 1)
 
 
+def language_model(kind: str) -> nn.Module:
+    """A random language model in double precision."""
+    name = kind.removesuffix(BEGUN)
+    lm = model("gpt2") if name == "gpt2" else made(LAYOUTS[name]).double()
+    if name != kind:
+        begin_with(lm, 5)
+    return lm.requires_grad_(False)
+
+
+def prompts(kind: str, n: int) -> Tensor:
+    """Random prompts (n, T)."""
+    if kind in LAYOUTS or kind.removesuffix(BEGUN) in LAYOUTS:
+        chance = torch.Generator().manual_seed(0)
+        return torch.randint(0, VOCABULARY, (n, 11), generator=chance)
+    return tokens(n)[:, : -1 if kind.endswith(BEGUN) else None]
+
+
 def transcoder(
-    lm: nn.Module, ids: Tensor, *, layers: int, cross: bool = True, skip: bool = False
+    lm: nn.Module, ids: Tensor, *, cross: bool = True, skip: bool = False
 ) -> CrossLayerTranscoder:
     """A random transcoder with biases, a centre and about 5 active latents per layer."""
     torch.manual_seed(3)
+    layers, width = lm.config.num_hidden_layers, lm.config.hidden_size
     made = CrossLayerTranscoder(
-        n_sites=layers, cross=cross, skip=skip, k=5 * layers, d_in=C * layers, d_sae=P * layers
+        n_sites=layers, cross=cross, skip=skip, k=5 * layers, d_in=width * layers, d_sae=P * layers
     ).double()
     made.requires_grad_(False)
     made.b_dec.normal_(0, 0.3)
@@ -58,11 +84,11 @@ def transcoder(
 
 
 def world(
-    kind: str = "gpt2", *, layers: int = 4, n: int = 3, cross: bool = True, skip: bool = False
+    kind: str = "gpt2", *, n: int = 3, cross: bool = True, skip: bool = False
 ) -> tuple[nn.Module, CrossLayerTranscoder, Tensor]:
     """A model, its transcoder and prompts (n, T)."""
-    lm, ids = model(kind, layers=layers), tokens(n)
-    return lm, transcoder(lm, ids, layers=layers, cross=cross, skip=skip), ids
+    lm, ids = language_model(kind), prompts(kind, n)
+    return lm, transcoder(lm, ids, cross=cross, skip=skip), ids
 
 
 def local_model(kind: str = "gpt2", cross: bool = True, skip: bool = False, **kwargs: Any) -> Any:

@@ -54,14 +54,17 @@ def head_rows(local: LocalModel, layer: int, position: Tensor, vectors: Tensor) 
     g = vectors.new_zeros(len(vectors), local.length, vectors.shape[1])
     g[each, position] = vectors
     for k in reversed(range(local.n_layer)):
+        block, clean = local.frozen.blocks[k], local.frozen.clean[k]
+        of_attention = g
         if k < layer:
             local.add_writes(direct, k, g)
             g = local.past_mlp(k, g)
-        if k <= layer:
-            local.add_attention_bias(direct, k, g)
-            clean = local.frozen.clean[k]
-            through = local.frozen.blocks[k].pull_back_heads(
-                clean.weights[0], clean.rstd_1[0], position, g[each, position]
+            of_attention = of_attention if block.parallel else g
+        if k < layer or (k == layer and not block.parallel):
+            mixed = local.before_norm_out(k, of_attention)
+            local.add_attention_bias(direct, k, mixed)
+            through = block.pull_back_heads(
+                clean.weights[0], clean.rstd_1[0], position, mixed[each, position]
             )
             part = vectors.new_zeros(len(vectors) * n_head, local.n_sources)
             local.descend(part, k, through.flatten(0, 1))

@@ -49,7 +49,8 @@ class Interventions:
         n = local.nodes.n
         #: Change of each target per unit of each latent's activation, (n + m, n).
         self.slopes = adjacency.weights[:, :n] / local.nodes.value
-        per_run = 24 * local.length * local.error.shape[2] * local.error.element_size()
+        entries = 24 * local.length * local.error.shape[2] + 4 * local.frozen.logits.shape[2]
+        per_run = entries * local.error.element_size()
         self.batch = max(1, int(memory_mb * 2**20 / per_run))
 
     def members(self, groups: Sequence[Tensor] | Tensor) -> Tensor:
@@ -120,7 +121,7 @@ class Interventions:
     def next_tokens(self, sets: Tensor, multiple: float) -> Tensor:
         """Log probabilities (R, V) of the next token after a free intervention on each set."""
         parts = [
-            self._clamped(some, multiple, free=True).logits[:, 0].log_softmax(-1)
+            self.local.frozen.log_probs(self._clamped(some, multiple, free=True).logits[:, 0])
             for some in sets.split(self.batch)
         ]
         return torch.cat(parts)
@@ -160,21 +161,14 @@ class Interventions:
 
     def _rerun(self, delta: list[Tensor], rows: int, free: bool, hold_norms: bool) -> Rerun:
         """Run the real model with something added to the outputs of its MLPs."""
-        frozen = self.local.frozen
+        frozen, first = self.local.frozen, self.local.first
+        if free:
+            return frozen.free(delta)
 
         def clamped(k: int, x: Tensor) -> Tensor:
-            return frozen.clean[k].mlp_out + delta[k]
+            return (frozen.clean[k].mlp_out + delta[k])[:, first:]
 
-        def live(k: int, x: Tensor) -> Tensor:
-            return frozen.blocks[k].mlp(x) + delta[k]
-
-        return frozen.run(
-            live if free else clamped,
-            rows=rows,
-            hold_attention=not free,
-            hold_norms=hold_norms,
-            last=True,
-        )
+        return frozen.held(clamped, rows=rows, norms=hold_norms, last=True)
 
     def _changes(self, run: Rerun) -> Effects:
         """Changes of pre-activations and logits in a rerun."""
@@ -218,5 +212,5 @@ class Interventions:
         rank[order] = torch.arange(n, device=order.device)
         sets = rank < torch.tensor(counts, device=order.device)[:, None]
         log_q = self.next_tokens(sets, 0.0)
-        log_p = self.local.frozen.logits[:, -1].log_softmax(-1).expand_as(log_q)
+        log_p = self.local.frozen.log_probs(self.local.frozen.logits[:, -1]).expand_as(log_q)
         return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)

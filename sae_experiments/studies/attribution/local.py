@@ -18,9 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_experiments.models.blocks import norm_pull_back
 from sae_experiments.models.frozen import FrozenModel
-from sae_experiments.models.layouts import CausalLM, embeddings
+from sae_experiments.models.layouts import CausalLM
 from sae_experiments.saes.cross_layer import EveryLayer
 
 
@@ -91,9 +90,9 @@ class LocalModel:
     """The local replacement model of one prompt.
 
     Args:
-        model: GPT-2 or GPT-Neo.
+        model: A causal language model of a known layout.
         sae: Transcoder of all its layers.
-        tokens: Token ids of the prompt, (1, T).
+        tokens: Token ids of the prompt, (1, T), without a begin-of-text token.
         logits: Cumulative probability of the logit nodes, and their largest number.
         memory_mb: Memory that a batch of gradients may take.
     """
@@ -111,22 +110,26 @@ class LocalModel:
         self.sae = sae
         self.frozen = FrozenModel(model, tokens)
         clean = self.frozen.clean
-        self.n_layer, self.length = len(clean), tokens.shape[1]
+        self.n_layer, self.length = len(clean), self.frozen.tokens.shape[1]
+        #: First position of the text. Before it transcoders do nothing, and MLPs are errors.
+        self.first = self.frozen.n_begin
         x = torch.cat([block.mlp_in[0] for block in clean], 1)
         acts = sae.encode(x).to(x.dtype)
+        acts[: self.first] = 0
         recon = sae.reconstruct(x, acts).view(self.length, self.n_layer, -1)
+        recon[: self.first] = 0
         written = torch.stack([block.mlp_out[0] for block in clean])
         #: Error nodes, (L, T, C).
         self.error = written - recon.transpose(0, 1)
         self.acts = acts
         self.nodes = _active(acts, self.n_layer)
         self.sources = self._columns()
-        probability = self.frozen.logits[0, -1].softmax(-1)
+        probability = self.frozen.log_probs(self.frozen.logits[0, -1]).exp()
         share, most = logits
         top = probability.topk(min(most, len(probability)))
         wanted = int((top.values.cumsum(0) < share).sum()) + 1
         self.logits = LogitNodes(top.indices[:wanted], top.values[:wanted])
-        self.token_embedding = embeddings(model)[tokens[0]]
+        self.token_embedding = self.frozen.token_embedding[0]
         self.position_embedding = self.frozen.embedded[0] - self.token_embedding
         bytes_per_row = 6 * self.error[0].numel() * x.element_size()
         self.batch = max(1, int(memory_mb * 2**20 / bytes_per_row))
@@ -145,7 +148,7 @@ class LocalModel:
 
     @torch.no_grad()
     def read_vectors(self, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Directions that latents of one layer read, at the stream before its second norm.
+        """Directions that latents of one layer read, at the input of its second norm.
 
         Args:
             layer: The layer.
@@ -158,16 +161,18 @@ class LocalModel:
         latent = self.nodes.latent[chosen] + layer * sae.per_layer
         rows = sae.encoders[latent]
         rstd = self.frozen.clean[layer].rstd_2[0, self.nodes.position[chosen]]
-        offset = block.ln_2.bias.detach() - sae.centre[sae.site_of(layer)]
-        return norm_pull_back(block.ln_2, rstd, rows), rows @ offset + sae.b_enc[latent]
+        offset = block.norm_2.bias - sae.centre[sae.site_of(layer)]
+        return block.norm_2.pull_back(rstd, rows), rows @ offset + sae.b_enc[latent]
 
     @torch.no_grad()
     def logit_vectors(self) -> tuple[Tensor, Tensor]:
         """The same for the logits minus the mean logit, at the last position: (m, C) and (m,)."""
-        weight = self.frozen.unembed.get_parameter("weight").detach()
-        rows = weight[self.logits.token] - weight.mean(0)
-        norm = self.frozen.norm
-        return norm_pull_back(norm, self.frozen.rstd_f[0, -1], rows), rows @ norm.bias.detach()
+        frozen, token = self.frozen, self.logits.token
+        rows = frozen.unembedding[token] - frozen.unembedding.mean(0)
+        constant = rows @ frozen.norm.bias
+        if frozen.logit_bias is not None:
+            constant = constant + frozen.logit_bias[token] - frozen.logit_bias.mean()
+        return frozen.norm.pull_back(frozen.rstd_f[0, -1], rows), constant
 
     # --- edges -----------------------------------------------------------------------------------
 
@@ -202,8 +207,8 @@ class LocalModel:
         out = vectors.new_zeros(len(vectors), self.n_sources)
         g = vectors.new_zeros(len(vectors), self.length, vectors.shape[1])
         g[torch.arange(len(g), device=g.device), position] = vectors
-        if layer < self.n_layer:
-            g = self.past_attention(out, layer, g)
+        if layer < self.n_layer and not self.frozen.blocks[layer].parallel:
+            g = g + self.past_attention(out, layer, g)
         self.descend(out, layer, g)
         return out
 
@@ -217,17 +222,26 @@ class LocalModel:
         """
         for j in reversed(range(k)):
             self.add_writes(out, j, g)
-            g = self.past_attention(out, j, self.past_mlp(j, g))
+            after_mlp = self.past_mlp(j, g)
+            # The MLP of a parallel block reads what attention has not changed.
+            of_attention = g if self.frozen.blocks[j].parallel else after_mlp
+            g = after_mlp + self.past_attention(out, j, of_attention)
         self.add_embeddings(out, g)
 
     def past_attention(self, out: Tensor, k: int, g: Tensor) -> Tensor:
-        """Gradient at the stream before a block from that after its attention, (R, T, C).
+        """Gradient before a block through its attention alone, from that after it, (R, T, C).
 
         What comes from the attention's biases is added to the attributions `out` (R, S).
         """
+        block, clean = self.frozen.blocks[k], self.frozen.clean[k]
+        g = self.before_norm_out(k, g)
         self.add_attention_bias(out, k, g)
-        clean = self.frozen.clean[k]
-        return self.frozen.blocks[k].pull_back_frozen(clean.weights[0], clean.rstd_1[0], g)
+        return block.pull_back(clean.weights[0], clean.rstd_1[0], g)
+
+    def before_norm_out(self, k: int, g: Tensor) -> Tensor:
+        """Gradient (R, T, C) at what attention mixes in block k, from that at the stream."""
+        rstd = self.frozen.clean[k].rstd_out
+        return self.frozen.blocks[k].past_norm_out(None if rstd is None else rstd[0], g)
 
     def add_attention_bias(self, out: Tensor, k: int, g: Tensor) -> None:
         """Add what comes from the biases of block k's attention to attributions (R, S).
@@ -235,7 +249,7 @@ class LocalModel:
         Args:
             out: Attributions, changed in place.
             k: The block.
-            g: Gradients at the stream after that attention, (R, T, C).
+            g: Gradients at what that attention mixes, (R, T, C).
         """
         bias = self.frozen.blocks[k].mixed_bias
         out[:, self.sources.biases.start + k] += g.sum(1) @ bias
@@ -250,7 +264,9 @@ class LocalModel:
         if self.sae.W_skip is None:
             return g
         block, clean = self.frozen.blocks[k], self.frozen.clean[k]
-        return g + norm_pull_back(block.ln_2, clean.rstd_2[0], g @ self.sae.W_skip[k])
+        through = block.norm_2.pull_back(clean.rstd_2[0], g @ self.sae.W_skip[k])
+        through[:, : self.first] = 0
+        return g + through
 
     def add_writes(self, out: Tensor, k: int, g: Tensor) -> None:
         """Add what reaches the targets from the output of the MLP of block k.
@@ -268,9 +284,9 @@ class LocalModel:
         out[:, at : at + self.length] += (g * self.error[k]).sum(-1)
         bias = self.sae.b_dec[self.sae.site_of(k)]
         if self.sae.W_skip is not None:
-            offset = self.frozen.blocks[k].ln_2.bias - self.sae.centre[self.sae.site_of(k)]
+            offset = self.frozen.blocks[k].norm_2.bias - self.sae.centre[self.sae.site_of(k)]
             bias = bias + self.sae.W_skip[k] @ offset
-        out[:, columns.biases.start + self.n_layer + k] += g.sum(1) @ bias
+        out[:, columns.biases.start + self.n_layer + k] += g[:, self.first :].sum(1) @ bias
 
     def writes(self, k: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Writes of active latents to the output of the MLP of block k, position by position.

@@ -27,9 +27,7 @@ from scipy import sparse, stats
 from torch import Tensor
 
 from sae_experiments.files import rounded
-from sae_experiments.models.blocks import Block
 from sae_experiments.models.frozen import FrozenModel
-from sae_experiments.models.hooks import blocks_of
 from sae_experiments.models.layouts import CausalLM
 from sae_experiments.saes.cross_layer import EveryLayer
 
@@ -54,7 +52,7 @@ class VirtualWeights:
     """Virtual weights of transcoders of every layer, with activations of some text.
 
     Args:
-        model: GPT-2 or GPT-Neo.
+        model: A causal language model of a known layout.
         sae: Transcoders of all its layers.
         tokens: Token ids of the text, (windows, T).
         batch: Windows per forward pass.
@@ -66,11 +64,16 @@ class VirtualWeights:
     ) -> None:
         self.sae = sae
         acts, rstd = [], []
+        read: list[Tensor] = []
         for some in tokens.split(batch):
             frozen = FrozenModel(model, some)
-            x = torch.cat([block.mlp_in.flatten(0, 1) for block in frozen.clean], 1)
+            first = frozen.n_begin
+            inputs = [clean.mlp_in[:, first:].flatten(0, 1) for clean in frozen.clean]
+            x = torch.cat(inputs, 1)
             acts.append(sparse.csr_matrix(sae.encode(x).double().cpu().numpy()))
-            rstd.append(torch.cat([block.rstd_2.flatten()[:, None] for block in frozen.clean], 1))
+            scales = [clean.rstd_2[:, first:].flatten()[:, None] for clean in frozen.clean]
+            rstd.append(torch.cat(scales, 1))
+            read = read or _read_rows(frozen, sae)
         #: Activations (N, F).
         self.acts = sparse.csr_matrix(sparse.vstack(acts, "csr"))
         self.rstd = torch.cat(rstd).double().cpu().numpy()
@@ -79,10 +82,7 @@ class VirtualWeights:
         self.scaled = sparse.csr_matrix(self.acts.multiply(self.rstd[:, layer]))
         self.mean_rstd = self.rstd.mean(0)[layer]
         self.mean_act = np.asarray(self.acts.mean(0)).ravel()
-        self._read = [
-            _centred(sae.encoders[sae.latents_of(k)] * Block(module).ln_2.weight)
-            for k, module in enumerate(blocks_of(model))
-        ]
+        self._read = read
 
     @torch.no_grad()
     def into(self, latents: Tensor) -> Weights:
@@ -135,9 +135,13 @@ class VirtualWeights:
         return Weights(products * scale, products * mean, together)
 
 
-def _centred(rows: Tensor) -> Tensor:
-    """Rows (P, C) minus their means, as a norm's centring leaves them."""
-    return rows - rows.mean(1, keepdim=True)
+def _read_rows(frozen: FrozenModel, sae: EveryLayer) -> list[Tensor]:
+    """Encoder rows of every layer pulled back through its norm, at a deviation of 1."""
+    one = torch.ones((), dtype=sae.encoders.dtype, device=sae.encoders.device)
+    return [
+        block.norm_2.pull_back(one, sae.encoders[sae.latents_of(k)])
+        for k, block in enumerate(frozen.blocks)
+    ]
 
 
 def strongest(weights: Weights, n: int) -> list[list[list[Any]]]:

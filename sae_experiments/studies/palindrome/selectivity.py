@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_experiments.errors import of_type
 from sae_experiments.metric_info import info
 from sae_experiments.models.layouts import CausalLM
+from sae_experiments.models.linear_blocks import eager_attention
 from sae_experiments.saes.base import SAE
 from sae_experiments.studies.palindrome.strings import HALF, LENGTH, LETTERS, text_of
 
@@ -198,14 +198,10 @@ def look(model: CausalLM, samples: Tensor, strings: Tensor) -> dict[str, np.ndar
         samples: Strings (n, 9) whose own attention (n, 8, 8) and log-probabilities are returned.
         strings: Strings (N, 9) over which the mean attention (8, 8) is taken.
     """
-    kind = of_type(model.config._attn_implementation, str)
-    model.set_attn_implementation("eager")  # the fused kernel does not give its weights away
-    try:
+    with eager_attention(model):
         out = model(input_ids=samples[:, :-1], use_cache=False, output_attentions=True)
         whole = model(input_ids=strings[:, :-1], use_cache=False, output_attentions=True)
-        mean = whole.attentions[0].mean((0, 1))
-    finally:
-        model.set_attn_implementation(kind)
+    mean = whole.attentions[0].mean((0, 1))
     logp = out.logits.float().log_softmax(-1)
     return {
         "attention_mean": mean.float().cpu().numpy(),
