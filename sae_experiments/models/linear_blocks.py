@@ -85,9 +85,13 @@ class LinearBlock:
         Returns:
             (R, T, C).
         """
-        values = (n @ self.W_v.flatten(1)).unflatten(-1, (self.n_head, -1)) + self.b_v
-        mixed = torch.einsum("phts,pshe->pthe", weights, values)
+        mixed = self.mix_heads(weights, n) + self.b_v
         return mixed.flatten(2) @ self.W_o.flatten(0, 1) + self.b_o
+
+    def mix_heads(self, weights: Tensor, n: Tensor) -> Tensor:
+        """Values (R, T, H, E) that each head mixes, without their bias; arguments as in `mix`."""
+        values = (n @ self.W_v.flatten(1)).unflatten(-1, (self.n_head, -1))
+        return torch.einsum("phts,pshe->pthe", weights, values)
 
     @property
     def mixed_bias(self) -> Tensor:
@@ -116,22 +120,6 @@ class LinearBlock:
         g_out = (g @ self.W_o.flatten(0, 1).t()).unflatten(-1, (self.n_head, -1))
         g_v = torch.einsum("hts,rthe->rshe", weights, g_out).flatten(2)
         return self.norm_1.pull_back(rstd, g_v @ self.W_v.flatten(1).t())
-
-    def pull_back_heads(self, weights: Tensor, rstd: Tensor, position: Tensor, g: Tensor) -> Tensor:
-        """The same through each head alone, from gradients at one position.
-
-        Args:
-            weights: Attention weights of one prompt, (H, T, T).
-            rstd: Inverse deviation in the first norm, (T, 1).
-            position: Position of each row, (R,).
-            g: Gradients at the output of `mix` at that position, (R, C).
-
-        Returns:
-            (R, H, T, C).
-        """
-        g_out = torch.einsum("rc,hec->rhe", g, self.W_o)
-        g_v = torch.einsum("hrt,rhe->rhte", weights[:, position], g_out)
-        return self.norm_1.pull_back(rstd, torch.einsum("rhte,che->rhtc", g_v, self.W_v))
 
 
 def _bias_of(layer: torch.nn.Module) -> Tensor:

@@ -53,6 +53,10 @@ class Norm(NamedTuple):
         rstd = self.rstd(h) if rstd is None else rstd
         return self._shifted(h) * rstd * self.gain + self.bias
 
+    def linear(self, change: Tensor, rstd: Tensor) -> Tensor:
+        """Change of normed rows by one of the rows (..., C), the inverse deviation held."""
+        return self._shifted(change) * rstd * self.gain
+
     def pull_back(self, rstd: Tensor, g: Tensor) -> Tensor:
         """Gradient (..., C) at the input, the inverse deviation held, from that at the output."""
         return self._shifted(g * self.gain) * rstd

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sae_experiments.cli.main import execute
 from sae_experiments.config.compose import compose_checked
+from sae_experiments.corpora.corpus import CharCorpus
 from sae_experiments.errors import UserError
 from sae_experiments.plots import attribution_checks, circuits_graph
 from sae_experiments.plots.base import NothingToDrawError
@@ -446,9 +448,18 @@ def test_numbers_of_latents_are_circuit_tracers() -> None:
 
 
 def test_what_cannot_be_traced_is_one_line(tmp_path: Path, corpus_file: Path) -> None:
+    letters = CharCorpus(
+        name="letters",
+        splits={"train": np.zeros(1, np.uint8)},
+        symbols=sorted("a ctx"),
+        provenance={},
+        key="letters",
+    )
     with pytest.raises(UserError, match="transcoders of every layer"):
         run(tmp_path, corpus_file, "sae=topk")
     with pytest.raises(UserError, match="characters that the corpus has, not"):
-        given(["a cat", "\N{SNOWMAN} x"], [*"a ctx"], 20)
+        given(["a cat", "\N{SNOWMAN} x"], letters, 20)
+    with pytest.raises(UserError, match="2 to 20 characters that the corpus has, not 1"):
+        given(["a"], letters, 20)
     with pytest.raises(UserError, match=r"multiples=1"):
         run(tmp_path, corpus_file, "study.checks.multiples=[1]")

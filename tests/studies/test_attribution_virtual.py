@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_experiments.studies.attribution.heads import head_rows
+from sae_experiments.studies.attribution.heads import split, targets_of
 from sae_experiments.studies.attribution.local import LocalModel
 from sae_experiments.studies.attribution.virtual import (
     VirtualWeights,
@@ -30,9 +30,9 @@ CASES = [
 def stays(local: LocalModel, layer: int) -> tuple[Tensor, Tensor]:
     """Active latents of a layer, and what reaches them without passing a head, (R, n)."""
     chosen = (local.nodes.layer == layer).nonzero().squeeze(1)
-    vectors, _ = local.read_vectors(layer, chosen)
-    parts = head_rows(local, layer, local.nodes.position[chosen], vectors)
-    return chosen, parts[:, 0, local.sources.latents]
+    target, source = torch.ones(len(chosen), local.nodes.n).nonzero(as_tuple=True)
+    parts = split(local, targets_of(local, chosen), target, source)
+    return chosen, parts[:, 0].view(len(chosen), -1)
 
 
 def means_over_prompts(lm: torch.nn.Module, sae: torch.nn.Module, ids: Tensor) -> np.ndarray:

@@ -6,13 +6,16 @@ to the target's position; paths that pass none stay at that position all the way
 the edge. They say which head moved something, not why it looked there: that is in the attention
 weights, which are constants here.
 
+What a source adds to the stream is carried forward through all blocks, and at each head it meets
+the gradient of a target that comes back past no head. So a head costs no pass of its own.
+
 Shape letters: R targets, T positions, L blocks, H heads of a block, C width of the residual stream,
-S sources, E edges.
+N sources, E edges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,43 +37,134 @@ def name_of(local: LocalModel, part: int) -> str | None:
     return f"block {block + 1} head {head + 1}"
 
 
+class Targets(NamedTuple):
+    """Nodes that read the stream."""
+
+    layer: Tensor
+    """Layer whose second norm each reads; L for what reads the last stream, (R,)."""
+    position: Tensor
+    """(R,)."""
+    vectors: Tensor
+    """Direction that each reads, (R, C)."""
+
+
 @torch.no_grad()
-def head_rows(local: LocalModel, layer: int, position: Tensor, vectors: Tensor) -> Tensor:
-    """Attributions into targets that read the stream in one layer, by the last head passed.
+def targets_of(local: LocalModel, rows: Tensor) -> Targets:
+    """Targets of some rows (R,) of the adjacency: latents, then logits."""
+    nodes = local.nodes
+    last = torch.full((len(local.logits.token),), local.n_layer, device=rows.device)
+    layer = torch.cat([nodes.layer, last])[rows]
+    position = torch.cat([nodes.position, torch.full_like(last, local.length - 1)])[rows]
+    vectors = local.error.new_zeros(len(rows), local.error.shape[2])
+    logits, _ = local.logit_vectors()
+    for k in layer.unique().tolist():
+        here = layer == k
+        if k < local.n_layer:
+            vectors[here] = local.read_vectors(k, rows[here])[0]
+        else:
+            vectors[here] = logits[rows[here] - nodes.n]
+    return Targets(layer, position, vectors)
+
+
+class _Gradients(NamedTuple):
+    """Gradients of targets at their own positions along paths that pass no head, (R, C) each."""
+
+    mixed: list[Tensor]
+    """At what the attention of each block mixes."""
+    written: list[Tensor]
+    """At what the MLP of each block writes."""
+    embedded: Tensor
+    """At the embeddings."""
+
+
+def _gradients(local: LocalModel, targets: Targets) -> _Gradients:
+    layer, position, vectors = targets
+    frozen, skips = local.frozen, local.sae.W_skip
+    of_text = (position >= local.first)[:, None]
+    mixed, written = [], []
+    g = vectors * (layer == local.n_layer)[:, None]
+    for k in reversed(range(local.n_layer)):
+        block, clean = frozen.blocks[k], frozen.clean[k]
+        written.append(g)
+        after_mlp = g
+        if skips is not None:
+            through = block.norm_2.pull_back(clean.rstd_2[0, position], g @ skips[k])
+            after_mlp = g + through * of_text
+        read_here = vectors * (layer == k)[:, None]
+        at_attention = g if block.parallel else after_mlp + read_here
+        rstd = None if clean.rstd_out is None else clean.rstd_out[0, position]
+        mixed.append(block.past_norm_out(rstd, at_attention))
+        g = after_mlp + read_here
+    return _Gradients(mixed[::-1], written[::-1], g)
+
+
+@torch.no_grad()
+def split(local: LocalModel, targets: Targets, target: Tensor, source: Tensor) -> Tensor:
+    """Parts of edges by the last head passed.
 
     Args:
         local: The local replacement model.
-        layer: The layer whose second norm they read; L for what reads the last stream.
-        position: Position of each target, (R,).
-        vectors: Direction that each reads, (R, C).
+        targets: Targets of the edges.
+        target: Target of each edge, by its number among `targets`, (E,).
+        source: Source of each edge: a column of the adjacency before those of biases, (E,).
 
     Returns:
-        (R, parts, S), see `n_parts`.
+        (E, parts), see `n_parts`. Each row sums to the edge's weight.
     """
-    n_head = local.frozen.blocks[0].n_head
-    out = vectors.new_zeros(len(vectors), n_parts(local), local.n_sources)
-    direct = out[:, 0]
-    each = torch.arange(len(vectors), device=vectors.device)
-    g = vectors.new_zeros(len(vectors), local.length, vectors.shape[1])
-    g[each, position] = vectors
-    for k in reversed(range(local.n_layer)):
-        block, clean = local.frozen.blocks[k], local.frozen.clean[k]
-        of_attention = g
-        if k < layer:
-            local.add_writes(direct, k, g)
-            g = local.past_mlp(k, g)
-            of_attention = of_attention if block.parallel else g
-        if k < layer or (k == layer and not block.parallel):
-            mixed = local.before_norm_out(k, of_attention)
-            local.add_attention_bias(direct, k, mixed)
-            through = block.pull_back_heads(
-                clean.weights[0], clean.rstd_1[0], position, mixed[each, position]
-            )
-            part = vectors.new_zeros(len(vectors) * n_head, local.n_sources)
-            local.descend(part, k, through.flatten(0, 1))
-            first = 1 + k * n_head
-            out[:, first : first + n_head] = part.view(len(vectors), n_head, -1)
-    local.add_embeddings(direct, g)
+    frozen, n_head = local.frozen, local.frozen.blocks[0].n_head
+    grads = _gradients(local, targets)
+    sources, number = source.unique(return_inverse=True)
+    position = targets.position[target]
+    out = local.error.new_zeros(len(target), n_parts(local))
+    h = _embedded(local, sources)
+    out[:, 0] = (h[number, position] * grads.embedded[target]).sum(-1)
+    for k, (block, clean) in enumerate(zip(frozen.blocks, frozen.clean, strict=True)):
+        mixed = block.mix_heads(clean.weights, block.norm_1.linear(h, clean.rstd_1))
+        asked = torch.einsum("rc,hec->rhe", grads.mixed[k], block.W_o)
+        first = 1 + k * n_head
+        out[:, first : first + n_head] = (mixed[number, position] * asked[target]).sum(-1)
+        added = mixed.flatten(2) @ block.W_o.flatten(0, 1)
+        if block.norm_out is not None and clean.rstd_out is not None:
+            added = block.norm_out.linear(added, clean.rstd_out)
+        r = h + added
+        written = _written(local, sources, k)
+        out[:, 0] += (written[number, position] * grads.written[k][target]).sum(-1)
+        if local.sae.W_skip is not None:
+            read = block.norm_2.linear(h if block.parallel else r, clean.rstd_2)
+            written[:, local.first :] += read[:, local.first :] @ local.sae.W_skip[k].t()
+        h = r + written
+    return out
+
+
+def _embedded(local: LocalModel, sources: Tensor) -> Tensor:
+    """What sources (N,) add to the stream before the first block, (N, T, C)."""
+    h = local.error.new_zeros(len(sources), *local.error.shape[1:])
+    kinds = (
+        (local.sources.tokens, local.token_embedding),
+        (local.sources.positions, local.position_embedding),
+    )
+    for columns, values in kinds:
+        chosen = ((sources >= columns.start) & (sources < columns.stop)).nonzero().squeeze(1)
+        at = sources[chosen] - columns.start
+        h[chosen, at] = values[at]
+    return h
+
+
+def _written(local: LocalModel, sources: Tensor, k: int) -> Tensor:
+    """What sources (N,) add to the output of the MLP of block k, (N, T, C)."""
+    out = local.error.new_zeros(len(sources), *local.error.shape[1:])
+    n, errors = local.nodes.n, local.sources.errors
+    is_latent = sources < n
+    layer = torch.where(is_latent, local.nodes.layer[sources.clamp(max=n - 1)], -1)
+    low = 0 if local.sae.cross else k
+    chosen = (is_latent & (layer >= low) & (layer <= k)).nonzero().squeeze(1)
+    if len(chosen):
+        latents = sources[chosen]
+        out[chosen, local.nodes.position[latents]] = local.write_of(k, latents)
+    begin = errors.start + k * local.length
+    chosen = ((sources >= begin) & (sources < begin + local.length)).nonzero().squeeze(1)
+    at = sources[chosen] - begin
+    out[chosen, at] = local.error[k, at]
     return out
 
 
@@ -85,35 +179,14 @@ def edge_heads(local: LocalModel, edges: Tensor) -> Tensor:
     Returns:
         (E, parts), in the order of `edges.nonzero()`; each row sums to the edge's weight.
     """
-    by_edge = local.error.new_zeros(int(edges.sum()), n_parts(local))
-    number = edges.flatten().cumsum(0).view_as(edges) - 1
-    batch = max(1, local.batch // n_parts(local))
-    for layer, rows in _targets(local, edges):
-        for some in rows.split(batch):
-            position, vectors = _read(local, layer, some)
-            parts = head_rows(local, layer, position, vectors)
-            chosen = edges[some]
-            target, source = chosen.nonzero(as_tuple=True)
-            by_edge[number[some][chosen]] = parts[target, :, source]
-    return by_edge
-
-
-def _targets(local: LocalModel, edges: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Rows that have chosen edges, layer by layer; logits read layer L."""
-    n = local.nodes.n
-    used = edges.any(1).nonzero().squeeze(1)
-    last = torch.full((len(edges) - n,), local.n_layer, device=edges.device)
-    layer = torch.cat([local.nodes.layer, last])[used]
-    for k in layer.unique().tolist():
-        yield k, used[layer == k]
-
-
-def _read(local: LocalModel, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions (R,) and read vectors (R, C) of targets in one layer."""
-    if layer < local.n_layer:
-        return local.nodes.position[rows], local.read_vectors(layer, rows)[0]
-    vectors = local.logit_vectors()[0][rows - local.nodes.n]
-    return torch.full_like(rows, local.length - 1), vectors
+    target, source = edges.nonzero(as_tuple=True)
+    rows, number = target.unique(return_inverse=True)
+    targets = targets_of(local, rows)
+    parts = local.error.new_zeros(len(target), n_parts(local))
+    for some in source.unique().split(local.batch):
+        chosen = (source >= some[0]) & (source <= some[-1])
+        parts[chosen] = split(local, targets, number[chosen], source[chosen])
+    return parts
 
 
 def attention_numbers(parts: Tensor) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
+from sae_experiments.studies.language.lms import Corpus
 
 #: Kinds of automatic prompts.
 KINDS = ("frequent trigram", "word completion", "closing quotation", "speaker name")
@@ -21,7 +22,7 @@ QUOTES = "\"'"
 Trigram = tuple[str, str, str]
 #: Frequent trigrams are this many.
 TRIGRAMS = 50
-#: Probability of the right next character, for a prompt that is neither trivial nor lost.
+#: Probability of the right next token, for a prompt that is neither trivial nor lost.
 CONFIDENCE = (0.2, 0.95)
 
 
@@ -31,7 +32,7 @@ class PromptSpec:
 
     texts: Sequence[str] | None  # given prompts (null: chosen from the held-out text)
     count: int  # prompts chosen for null
-    length: int  # most characters of a prompt
+    length: int  # most tokens of a prompt, which are characters for models that read those
     windows: int  # held-out windows to choose from, each of which gives at most one prompt
     kinds: Sequence[str]  # kinds that take turns, of `KINDS`
 
@@ -57,54 +58,55 @@ class Prompt(NamedTuple):
     """One of `KINDS`, `any` or `given`."""
 
 
-def given(texts: Sequence[str], symbols: Sequence[str], length: int) -> list[Prompt]:
+def given(texts: Sequence[str], corpus: Corpus, length: int) -> list[Prompt]:
     """Prompts that were typed.
 
     Args:
         texts: The prompts.
-        symbols: The character of every token id.
-        length: Most characters of a prompt.
+        corpus: The text that the language model reads.
+        length: Most tokens of a prompt.
 
     Raises:
-        UserError: One is empty, too long, or has a character that the corpus does not have.
+        UserError: One is too short, too long, or has a character that the corpus does not have.
     """
-    index = {symbol: i for i, symbol in enumerate(symbols)}
+    what = "characters" if corpus.symbols else "tokens"
     prompts = []
     for text in texts:
-        unknown = sorted(set(text) - set(index))
-        if unknown or not 2 <= len(text) <= length:
+        unknown = sorted(set(text) - set(corpus.symbols)) if corpus.symbols else []
+        ids = [] if unknown else corpus.encode(text).tolist()
+        if not 2 <= len(ids) <= length:
             raise UserError(
-                f"study.prompts.texts: {text!r} must have 2 to {length} characters that the "
-                f"corpus has{f', not {unknown}' if unknown else ''}"
+                f"study.prompts.texts: {text!r} must have 2 to {length} {what} that the "
+                f"corpus has{f', not {unknown}' if unknown else f', not {len(ids)}'}"
             )
-        prompts.append(Prompt(torch.tensor([[index[c] for c in text]]), "given"))
+        prompts.append(Prompt(torch.tensor([ids]), "given"))
     return prompts
 
 
 @torch.no_grad()
 def choose(
-    model: nn.Module, tokens: Tensor, following: Tensor, symbols: Sequence[str], spec: PromptSpec
+    model: nn.Module, tokens: Tensor, following: Tensor, pieces: Sequence[str], spec: PromptSpec
 ) -> list[Prompt]:
     """Beginnings of windows that the model continues correctly, and is not quite sure of.
 
-    A frequent trigram ends with the prompt's next character; a word completion has a letter before,
-    at and after the end; a closing quotation is continued by the quotation mark that closes it; a
-    speaker name is a line of letters after an empty one, up to its colon. Kinds that occur take
-    turns, and no two prompts share their last trigram.
+    A frequent trigram ends with the prompt's next token; a word completion ends with two letters
+    and goes on with letters; a closing quotation is continued by the quotation mark that closes
+    it; a speaker name is a line of letters after an empty one, up to its colon. Kinds that occur
+    take turns, and no two prompts share their last trigram.
 
     Args:
         model: The language model.
         tokens: Held-out windows (W, T).
-        following: The characters after each position, (W, T).
-        symbols: The character of every token id.
+        following: The tokens after each position, (W, T).
+        pieces: Text of every token id.
         spec: Number, length and kinds of the prompts.
     """
     length = min(spec.length, tokens.shape[1])
     x, y = tokens[:, :length], following[:, :length]
     good = _fitting(model, x, y)
-    pieces = list(symbols)
-    texts = [[pieces[i] for i in window] for window in x.tolist()]
-    after = [[pieces[i] for i in window] for window in y.tolist()]
+    spelling = list(pieces)
+    texts = [[spelling[i] for i in window] for window in x.tolist()]
+    after = [[spelling[i] for i in window] for window in y.tolist()]
     frequent = _frequent(texts, after)
     places = {kind: _places(kind, texts, after, good, frequent) for kind in spec.kinds}
     occurring = [kind for kind in spec.kinds if any(places[kind])]
@@ -171,9 +173,9 @@ def _fits(
     trigram = _trigram(text, t, after)
     if kind == "frequent trigram":
         return trigram in frequent
-    if kind == "word completion":
-        return "".join(trigram).isalpha()
     prompt = "".join(text[: t + 1])
+    if kind == "word completion":
+        return len(prompt) > 1 and (prompt[-2:] + after[t]).isalpha()
     return (
         closes(prompt, after[t]) if kind == "closing quotation" else names_speaker(prompt, after[t])
     )

@@ -214,10 +214,10 @@ class Attribution(Language):
     def _prompts(self, corpus: Corpus, lm: TrainedLM, stores: Stores) -> list[Prompt]:
         length = min(self.prompts.length, stores.held_out.length)
         if self.prompts.texts is not None:
-            return given(self.prompts.texts, corpus.symbols, stores.held_out.length)
+            return given(self.prompts.texts, corpus, stores.held_out.length)
         tokens, following = stores.tokens(stores.held_out.starts[: self.prompts.windows])
         spec = replace(self.prompts, length=length)
-        return choose(lm.model, tokens, following, corpus.symbols, spec)
+        return choose(lm.model, tokens, following, spelling(corpus), spec)
 
     def _traced(
         self, sae: SAE, corpus: Corpus, lm: TrainedLM, stores: Stores, ctx: Context
@@ -252,13 +252,14 @@ class Attribution(Language):
         n_errors = local.n_layer * local.length
         graph = Graph(columns, local.logits.probability, n_errors)
         nodes, edges = prune(graph, self.graph.node_share, self.graph.edge_share)
-        text = "".join(corpus.symbols[i] for i in prompt.tokens[0].tolist())
-        likely = corpus.symbols[int(local.logits.token[0])]
+        pieces = spelling(corpus)
+        text = "".join(pieces[i] for i in prompt.tokens[0].tolist())
+        likely = pieces[int(local.logits.token[0])]
         title = f"{text[-40:]!r} -> {likely!r} ({prompt.kind})"
         kept = nodes[: graph.n]
         groups = group_latents(graph, local.nodes.position, kept, self.graph.likeness)
         parts = edge_heads(local, edges)
-        drawn = Drawn(local, graph, nodes, edges, parts, groups, list(corpus.symbols), title)
+        drawn = Drawn(local, graph, nodes, edges, parts, groups, pieces, title)
         return Traced(prompt, local, adjacency, drawn, time.monotonic() - began)
 
     def _shown_latents(self, one: Traced) -> list[int]:
@@ -283,6 +284,11 @@ class Attribution(Language):
         folder = ctx.folder / "circuit_tracer" / cell / "transcoders"
         if isinstance(sae, EveryLayer) and not (sae.cross and sae.W_skip is not None):
             save_transcoders(sae, folder, model=str(lm.folder), scan=slug_of(cell))
+
+
+def spelling(corpus: Corpus) -> list[str]:
+    """Text of every token id, or its character."""
+    return list(corpus.pieces or corpus.symbols)
 
 
 def graph_numbers(traced: Sequence[Traced]) -> dict[str, float | None]:

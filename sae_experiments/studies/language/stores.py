@@ -205,11 +205,16 @@ class Stores:
         y = rows_of(self.train, write, index).to(self.device, non_blocking=True)
         return Batch(x, y)
 
+    @property
+    def sample_rows(self) -> tuple[int, int]:
+        """Rows to initialise from, and to calibrate on."""
+        return min(self.fit.init_rows, self.train.n_at_once), self.calibration.n_rows
+
     def sample(self, read: Where, write: Where) -> Sample:
         """Rows to initialise from (training rows) and to calibrate on (never trained on)."""
         # Of a stream they are from the first chunk that the fit reads, which is collected once.
         purpose = "init" if isinstance(self.train, Store) else "rows"
-        rows = min(self.fit.init_rows, self.train.n_at_once)
+        rows, _ = self.sample_rows
         index = self.train.index_at(0, rows=rows, seed=seed_of(self.order, purpose))
         x, y = (rows_of(self.train, where, index).to(self.device) for where in (read, write))
         return Sample(x, y, self.calibration.rows(read, slice(None)).to(self.device))

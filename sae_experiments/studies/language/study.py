@@ -59,6 +59,9 @@ from sae_experiments.studies.language.stores import Stores, Where
 from sae_experiments.training import checkpoint
 from sae_experiments.training import loop as training
 
+#: Memory per number of the rows that a fit starts from, in float32: as they are, without outliers,
+#: scaled, and one more while they are worked on.
+BYTES_PER_NUMBER = 16
 FIT_INFO = [
     MetricInfo(
         name="sae_train_time",
@@ -370,6 +373,7 @@ class Language:
         reports: dict[str, FitReport] = {}
         for i, ((read, write, needs_model, replaced), names) in enumerate(passes.items()):
             here = stores.for_pass(read, write)
+            self._announce_sample(here, read, write, ctx)
             batch_at = here.windows_at if needs_model else here.batch_at
             if replaced and not needs_model:
                 batch_at = SecondView(here, read, replaced, ctx).batch_at
@@ -393,6 +397,21 @@ class Language:
         for old in [] if cut else part.glob("checkpoint_*"):
             old.unlink()
         return not cut
+
+    def _announce_sample(self, stores: Stores, read: Where, write: Where, ctx: Context) -> None:
+        """Say what the rows that a pass starts from will need, if it is much.
+
+        Raises:
+            UserError: They do not fit into the memory.
+        """
+        init, held = stores.sample_rows
+        numbers = (init + held) * self.width(read)
+        numbers += 0 if read == write else init * self.width(write)
+        ctx.announce(
+            f"a fit from fit.init_rows={init} and fit.calibration_rows={held} rows",
+            Need({"rows": float(BYTES_PER_NUMBER * numbers)}),
+            "use fewer of these rows",
+        )
 
     def described_latents(self) -> Sequence[int]:
         """Latents that the features metric describes in any case; for studies built on this one."""
