@@ -59,6 +59,10 @@ class Measured(NamedTuple):
 Metric = Callable[["EvalContext"], Measured]
 
 
+#: Numbers in the widest array of a chunk of held-out rows.
+CHUNK_NUMBERS = 2**24
+
+
 class LMSplice(NamedTuple):
     """The language model into which reconstructions are spliced, and its held-out text."""
 
@@ -183,12 +187,15 @@ class EvalContext:
 
         Args:
             limit: Number of rows, from the first on; None for all.
-            size: Rows per chunk at most.
+            size: Rows per chunk at most; fewer if rows or codes are wide, see `CHUNK_NUMBERS`.
 
         Yields:
             One chunk after the other, with codes in inference mode.
         """
         self.sae.eval()
+        size = min(
+            size, max(1, CHUNK_NUMBERS // max(self.sae.d_in, self.sae.d_out, self.sae.d_sae))
+        )
         n = self.n_used(limit)
         for begin in range(0, n, size):
             part = slice(begin, min(begin + size, n))
