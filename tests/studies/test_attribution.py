@@ -34,6 +34,8 @@ from sae_experiments.studies.attribution.prompts import (
 from support.attribution_worlds import every_world, graph_of, local_model, world
 from support.common import CONF, TINY
 from support.fake_runs import make_run
+from support.pretrained import TEXT
+from support.pretrained import folder_of as pretrained_folder
 
 
 @every_world
@@ -329,9 +331,13 @@ SMALL = [
 
 def run(home: Path, text: Path, *more: str) -> Path:
     """A run in this process; `text` stands for text8."""
+    return ran(home, *SMALL, f"data.text8.file={text}", "data.text8.head=null", *more)
+
+
+def ran(home: Path, *options: str) -> Path:
+    """A run in this process."""
     where = [f"runs_root={home}/runs", f"cache={home}/cache", "out_dir=run_0", "verbosity=quiet"]
-    file = [f"data.text8.file={text}", "data.text8.head=null", "device=cpu"]
-    cfg, label = compose_checked(CONF, [*SMALL, *file, *where, *more])
+    cfg, label = compose_checked(CONF, [*options, *where, "device=cpu"])
     about = {
         "argv": [],
         "overrides": [],
@@ -445,6 +451,36 @@ NODE_KEYS = {
 
 def test_numbers_of_latents_are_circuit_tracers() -> None:
     assert [cantor(0, 0), cantor(0, 1), cantor(1, 0), cantor(2, 3)] == [0, 2, 1, 18]
+
+
+def test_a_pretrained_model_is_traced_from_its_begin_token_on(tmp_path: Path) -> None:
+    """Llama layout, byte pairs, the study's own metrics; one prompt is typed."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    folder = pretrained_folder(tmp_path / "tiny" / "model")
+    prompt = TEXT[:40]
+    options = "preset=smoke lm=pretrained lm.n_positions=16 data=text seeds=[0] fit.train_rows=3000"
+    options += " fit.train.batch_size=128 fit.held_out_rows=2048 metric.replacement.windows=8"
+    done = ran(
+        tmp_path,
+        "study=attribution",
+        *options.split(),
+        f"lm.path={folder}",
+        f"data.text.file={tmp_path / 'text.txt'}",
+        f"study.prompts.texts=[{json.dumps(prompt)}]",
+    )
+    final = load(done / "final_info.json")["text"]
+    means = final["means"] | final["more_means"]
+    assert means["graph_gap_mean"] < 1e-4 and means["replaced_with_errors_gap_mean"] < 1e-4
+    assert means["replaced_frozen_ce_delta_bits_mean"] is not None
+    assert means["constrained_latent_pearson_mean"] > 0.5
+    (listed,) = load(done / "circuit_tracer" / "text_0" / "graph-metadata.json")["graphs"]
+    assert listed["prompt_tokens"][0] == "<s>" and "".join(listed["prompt_tokens"][1:]) == prompt
+    (graph,) = load(done / "graphs" / "text_0.json")
+    labels = [node["label"] for node in graph["nodes"]]
+    assert any(label.startswith("token") for label in labels)
+    traced = load(done / "circuit_tracer" / "text_0" / f"{listed['slug']}.json")
+    positions = {n["ctx_idx"] for n in traced["nodes"] if "transcoder" in n["feature_type"]}
+    assert positions and 0 not in positions
 
 
 def test_what_cannot_be_traced_is_one_line(tmp_path: Path, corpus_file: Path) -> None:
