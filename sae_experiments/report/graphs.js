@@ -124,7 +124,7 @@ class GraphView {
         s("text", { x: 4, y: b.y + 26 }, !b.named ? "" : b.row === 0 ? "here" : String(b.row).replace("-", "−"))]) : null, lines, boxes);
     this.scroll.replaceChildren(this.drawing);
     this.caption.replaceChildren(h("strong", null, clear(this.graph.title || "Graph", false)),
-      ` ${this.graph.cell || ""}${this.graph.run ? ` (${this.graph.run})` : ""}. Blue edges raise, orange edges lower what they point to; width: size of the attribution (widest ${show(top)}).${relative ? " Rows: characters before the place where it fires." : ""} P pins a node.`);
+      ` ${this.graph.cell || ""}${this.graph.run ? ` (${this.graph.run})` : ""}. Blue edges raise, orange edges lower what they point to; width: size of the attribution (widest ${show(top)}).${relative ? " Rows: positions before the place where it fires." : ""} P pins a node.`);
     this.fold.hidden = !this.groups.length;
     this.fold.setAttribute("aria-pressed", String(this.folded));
     this.join.disabled = this.pinned.size < 2;
