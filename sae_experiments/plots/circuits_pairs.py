@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import spearmanr
 
 from sae_experiments.errors import UserError
@@ -64,6 +65,7 @@ def draw_gradients(
         row_axes[0].set_ylabel(f"{row.run.title}\n{label}" if len(rows) > 1 else label)
     for ax in axes[-1]:
         ax.set_xlabel("dA/dz")
+        ax.xaxis.set_major_locator(MaxNLocator(4))
     notes.append(
         "Line: the upstream latent of largest attribution (or the one asked for). Each panel: one "
         "firing, the strongest in the prompts; first seed."

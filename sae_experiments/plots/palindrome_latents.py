@@ -110,8 +110,8 @@ def draw_dictionary(table: RunTable, *, title: str, latents: int, max_runs: int)
         if len(rows) > 1:
             row_axes[0].set_ylabel(row.run.title)
     notes.append(
-        "Down: position read; across: the model's width. Title: latent, position and letter it "
-        "answers to, share of its variance explained. First seed."
+        "Red: positive, blue: negative. Down: position read; across: the model's width. Title: "
+        "latent, position and letter it answers to, share of its variance explained. First seed."
     )
     return finish(fig, title, notes + row_caption(rows))
 
