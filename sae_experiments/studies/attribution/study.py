@@ -16,6 +16,7 @@ from sae_experiments.errors import UserError, of_type
 from sae_experiments.fitting.fit import FitReport
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models.gpt2 import TrainedLM
+from sae_experiments.resources import Need
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.circuit_tracer import save_transcoders
 from sae_experiments.saes.cross_layer import EveryLayer
@@ -54,6 +55,8 @@ from sae_experiments.studies.language.stores import Stores
 from sae_experiments.studies.language.study import Language
 from sae_experiments.training.loop import seed_of
 
+#: Memory per edge before pruning: the weight, its size, its share and one more while it is sorted.
+EDGE_BYTES = 16
 #: Virtual weights listed per latent and side.
 LISTED = 6
 #: Sums that differ by more than this from the values they explain are a fault, not rounding.
@@ -241,6 +244,12 @@ class Attribution(Language):
             prompt.tokens.to(ctx.device),
             logits=(self.graph.logit_share, self.graph.logits),
             memory_mb=self.memory_mb,
+        )
+        nodes = local.nodes.n + len(local.logits.token)
+        ctx.announce(
+            f"a graph of {local.nodes.n} active latents",
+            Need({"edges": float(EDGE_BYTES * nodes * local.n_sources)}),
+            "use a shorter prompt (study.prompts.length) or a smaller sae.target_l0",
         )
         adjacency = local.adjacency()
         if not adjacency.gap < LARGEST_GAP:
