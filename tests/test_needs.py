@@ -171,9 +171,13 @@ def test_free_memory_is_the_least_of_what_the_system_and_the_group_leave(
     )
     for text, left in (("3000000\n", 2e6), ("max\n", None), ("500000\n", 0.0)):
         limit.write_text(text)
-        assert free_memory(CPU) in (
-            (left,) if left is not None and found is not None else (free_memory(CPU),)
-        )
+        now = free_memory(CPU)
+        if found is None:
+            assert now is None
+        elif left is None:  # the system's own number, which moves from one moment to the next
+            assert now is not None and now > 1e7
+        else:
+            assert now == left
     assert speed(CPU, 128) > 1e6
 
 

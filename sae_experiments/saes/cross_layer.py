@@ -18,7 +18,7 @@ from sae_experiments.errors import UserError
 from sae_experiments.saes import ops
 from sae_experiments.saes.base import SAE, Inference, NotExportable, Units, by_rows, sparse
 from sae_experiments.saes.batch_topk import BatchTopK
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.selection import Pattern, top_mask
 from sae_experiments.saes.types import Batch, Codes, Forward
 
 
@@ -338,15 +338,38 @@ class EveryLayer(SAE):
         return torch.cat(parts, 1)
 
     def aux_k_loss(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-        """Share of `residual` that the dead latents leave unexplained (see `ops.aux_k`)."""
-        w_enc = self._dense_encoder(dead)
-        bias = self.b_enc.index_select(0, dead) - w_enc @ self.origin().detach()
-        return ops.aux_k(x, residual, w_enc, bias, self._dense_decoder(dead), self.k_aux)
+        """Share of `residual` that the dead latents leave unexplained (see `ops.aux_k`).
+
+        Each layer's part is computed with that layer's columns alone: rows of the whole width,
+        most of them zeros, would take gigabytes where many latents of many layers are dead.
+        """
+        e = residual.detach()
+        pre = self._by_layer_pre_acts(x.detach() - self.origin().detach(), dead)
+        acts = nn.functional.leaky_relu(pre, 0.1)
+        if self.k_aux < pre.shape[1]:
+            acts = ops.masked(acts, top_mask(pre.detach(), self.k_aux))
+        parts = []
+        for k, weight in enumerate(self.decoders):
+            sources = self.sources(k)
+            inside = (dead >= sources.start) & (dead < sources.stop)
+            parts.append(acts[:, inside] @ weight[dead[inside] - sources.start])
+        unexplained = (e - torch.cat(parts, 1)).square().sum()
+        return unexplained / (e - e.mean(0)).square().sum().clamp_min(1e-12)
 
     def some_pre_acts(self, x: Tensor, latents: Tensor) -> Tensor:
         """Pre-activations (B, n) of some latents (n,), differentiable."""
-        w_enc = self._dense_encoder(latents)
-        return nn.functional.linear(self.shifted(x), w_enc, self.b_enc[latents])
+        return self._by_layer_pre_acts(self.shifted(x), latents)
+
+    def _by_layer_pre_acts(self, shifted: Tensor, latents: Tensor) -> Tensor:
+        """Pre-activations (B, n) of some latents (n,) for rows (B, D) about the origin."""
+        layer = torch.div(latents, self.per_layer, rounding_mode="floor")
+        parts = [shifted.new_zeros(len(shifted), 0)]
+        for k in layer.unique().tolist():
+            chosen = latents[layer == k]
+            rows, bias = self.encoders[chosen], self.b_enc[chosen]
+            parts.append(nn.functional.linear(shifted[:, self.site_of(k)], rows, bias))
+        place = layer.argsort(stable=True).argsort()
+        return torch.cat(parts, 1)[:, place]
 
     def before_update(self) -> None:
         """Remove the radial part of each latent's decoder gradient, over all layers together."""

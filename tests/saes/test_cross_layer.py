@@ -10,14 +10,16 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.fit import units_of
 from sae_experiments.metrics.replacement import replaced_logits, with_errors_gap
 from sae_experiments.models.frozen import FrozenModel
 from sae_experiments.models.hooks import Site
+from sae_experiments.saes import ops
 from sae_experiments.saes.circuit_tracer import load_transcoders, save_transcoders
-from sae_experiments.saes.cross_layer import CrossLayerTranscoder
+from sae_experiments.saes.cross_layer import CrossLayerTranscoder, EveryLayer
 from sae_experiments.saes.transcoder import Transcoder
 from sae_experiments.saes.types import Batch
 from support.attribution_worlds import side_by_side, world
@@ -51,6 +53,38 @@ def test_an_output_is_the_sum_of_what_the_layers_up_to_it_write(name: str, skip:
             assert float(direct.abs().max()) > 1e-3, "it has learnt something"
             expected = expected + direct
         torch.testing.assert_close(sae(x)[:, k * width :][:, :width], expected)
+
+
+@pytest.mark.parametrize("k_aux", [3, 40, 1000])
+@pytest.mark.parametrize("name", KINDS)
+def test_aux_k_of_dead_latents_is_that_of_their_rows_with_all_zeros(name: str, k_aux: int) -> None:
+    sae = make(name).train()
+    sae.k_aux = k_aux
+    x, residual = rows(32, 5), rows(32, 6)
+    dead = torch.arange(1, sae.d_sae, 2)
+    grads = []
+    for loss_of in (sae.aux_k_loss, lambda *args: dense_aux_k(sae, *args)):
+        sae.zero_grad()
+        loss = loss_of(x, residual, dead)
+        loss.backward()
+        found = {key: p.grad for key, p in sae.named_parameters() if p.grad is not None}
+        grads.append({"loss": loss.detach()} | {key: g.clone() for key, g in found.items()})
+    assert {"encoders", "b_enc", "decoders.0"} <= grads[0].keys()
+    for key, value in grads[0].items():
+        torch.testing.assert_close(value, grads[1][key], rtol=1e-4, atol=1e-6)
+
+
+def dense_aux_k(sae: EveryLayer, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+    """AuxK from encoder and decoder rows of the whole width."""
+    w_enc = sae._dense_encoder(dead)
+    bias = sae.b_enc[dead] - w_enc @ sae.origin().detach()
+    return ops.aux_k(x, residual, w_enc, bias, sae._dense_decoder(dead), sae.k_aux)
+
+
+def test_some_pre_activations_are_those_of_all_in_any_order() -> None:
+    sae, x = make("cross_layer_transcoder"), rows(8, 5)
+    latents = torch.tensor([40, 3, 17, 2, 41])
+    torch.testing.assert_close(sae.some_pre_acts(x, latents), sae.pre_acts(x)[:, latents])
 
 
 def test_a_layer_by_itself_is_the_transcoder_of_the_family() -> None:

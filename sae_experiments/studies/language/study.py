@@ -298,6 +298,8 @@ class Language:
         keys = {n: self._fit_key(n, sae, stores, cell, ctx) for n, sae in saes.items()}
         missing = {n: saes[n] for n in saes if not is_cached(ctx.cache, "fits", keys[n])}
         sites = {n: self.sites(self.saes[n]) for n in self.saes}
+        for name in missing:
+            self._announce_sample(stores, *sites[name], ctx)
         joint_fit_dir, key = None, {"fits": [keys[n] for n in missing]}
         if missing:
 
@@ -373,7 +375,6 @@ class Language:
         reports: dict[str, FitReport] = {}
         for i, ((read, write, needs_model, replaced), names) in enumerate(passes.items()):
             here = stores.for_pass(read, write)
-            self._announce_sample(here, read, write, ctx)
             batch_at = here.windows_at if needs_model else here.batch_at
             if replaced and not needs_model:
                 batch_at = SecondView(here, read, replaced, ctx).batch_at
