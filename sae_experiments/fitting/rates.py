@@ -24,8 +24,9 @@ WIDTH = 512
 
 
 def default_lr(sae: SAE) -> float:
-    """`5e-3 min(1, sqrt(512 / d_in))`."""
-    return LR * min(1.0, math.sqrt(WIDTH / sae.d_in))
+    """`5e-3 min(1, sqrt(512 / width))`, with the width of the rows that an encoder row reads."""
+    width = sae.d_in // sae.n_sites if sae.per_site else sae.d_in
+    return LR * min(1.0, math.sqrt(WIDTH / width))
 
 
 def with_default_lr(cfg: TrainConfig, sae: SAE) -> TrainConfig:

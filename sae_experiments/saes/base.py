@@ -78,6 +78,8 @@ class SAE(nn.Module):
     #: The support of a row depends on that row alone, so that a large batch may be encoded one
     #: block of rows at a time.
     support_is_rowwise = True
+    #: Every encoder row reads one of the sites alone.
+    per_site = False
     #: `matmul_precision` may be bf16.
     supports_bf16 = True
     #: Codes are sparse from the first step, so that recomputing their values costs little.

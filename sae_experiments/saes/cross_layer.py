@@ -49,7 +49,6 @@ class EveryLayer(SAE):
     """
 
     supports_bf16 = False
-    #: The encoders read, and the decoders write, one MLP each.
     per_site = True
 
     def __init__(self, *, n_sites: int | None, cross: bool, skip: bool, **kwargs: Any) -> None:

@@ -37,7 +37,7 @@ def test_the_rate_of_every_variant_falls_with_the_root_of_the_width(name: str) -
     sae = make(name)
     rates = []
     for width in (64, 128, 512, 1024, 2048):
-        sae.d_in = width
+        sae.d_in = width * (sae.n_sites if sae.per_site else 1)
         rates.append(default_lr(sae))
     assert rates == pytest.approx([5e-3, 5e-3, 5e-3, 5e-3 / 2**0.5, 2.5e-3])
 
