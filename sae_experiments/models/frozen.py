@@ -141,7 +141,7 @@ class FrozenModel:
 
     @property
     def token_embedding(self) -> Tensor:
-        """What each token adds to the stream before the first block, (P, T, C).
+        """Part of the stream before the first block that each token adds, (P, T, C).
 
         The rest is position embeddings; without those it is all of the stream.
         """

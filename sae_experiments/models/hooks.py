@@ -27,13 +27,12 @@ from sae_experiments.models.layouts import (
     layout_of_model,
     unembedding,
 )
+from sae_experiments.models.norms import HALF
 
 STREAMS = ("resid", "attn_out", "mlp_in", "mlp_act", "mlp_out")
 #: Streams that are the input of a module of the layout; the others are outputs.
 _INPUTS = ("mlp_in", "mlp_act")
 
-#: Types whose activations are seen as float32.
-HALF = (torch.float16, torch.bfloat16)
 #: Sees an activation (B, T, D) and may return its replacement.
 See = Callable[[Tensor], Tensor | None]
 

@@ -33,7 +33,7 @@ def eager_attention(model: CausalLM) -> Iterator[None]:
 
 
 class LinearBlock:
-    """What one block does while its attention weights and the denominators of its norms are held.
+    """One block as a linear map: attention weights and the norms' denominators are held.
 
         h' = h + attention(norm_1(h)) + mlp(norm_2(r))
 
@@ -61,7 +61,8 @@ class LinearBlock:
         n_values = int(getattr(config, "num_key_value_heads", None) or self.n_head)
         width = int(getattr(config, "head_dim", None) or config.hidden_size // self.n_head)
         values = block.get_submodule(layout.values)
-        W, b = full(matrix(values)), _bias_of(values)
+        W = full(matrix(values))
+        b = _bias_of(values, W)
         if layout.interleaved:
             W, b = (x.unflatten(-1, (n_values, 3, width))[..., 2, :] for x in (W, b))
         else:
@@ -71,9 +72,10 @@ class LinearBlock:
         self.W_v = W.repeat_interleave(groups, -2)
         self.b_v = b.repeat_interleave(groups, -2)
         out = block.get_submodule(layout.out_proj)
+        W_o = full(matrix(out))
         #: Weight (H, E, C) and bias (C,) of the output.
-        self.W_o = full(matrix(out)).unflatten(0, (self.n_head, width))
-        self.b_o = _bias_of(out)
+        self.W_o = W_o.unflatten(0, (self.n_head, width))
+        self.b_o = _bias_of(out, W_o)
 
     def mix(self, weights: Tensor, n: Tensor) -> Tensor:
         """Output of attention before any norm, with given weights: linear in its input.
@@ -122,8 +124,7 @@ class LinearBlock:
         return self.norm_1.pull_back(rstd, g_v @ self.W_v.flatten(1).t())
 
 
-def _bias_of(layer: torch.nn.Module) -> Tensor:
-    """Bias of a linear layer, zeros if it has none."""
+def _bias_of(layer: torch.nn.Module, weight: Tensor) -> Tensor:
+    """Bias of a linear layer with a weight (in, out), zeros if it has none."""
     bias: Any = getattr(layer, "bias", None)
-    weight = full(matrix(layer))
     return weight.new_zeros(weight.shape[1]) if bias is None else full(bias)

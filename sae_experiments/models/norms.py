@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-#: Types of weights that are computed with in float32.
+#: Types of weights and activations that are computed with in float32.
 HALF = (torch.float16, torch.bfloat16)
 
 

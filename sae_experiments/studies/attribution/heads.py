@@ -137,7 +137,7 @@ def split(local: LocalModel, targets: Targets, target: Tensor, source: Tensor) -
 
 
 def _embedded(local: LocalModel, sources: Tensor) -> Tensor:
-    """What sources (N,) add to the stream before the first block, (N, T, C)."""
+    """Part of each of some sources (N,) in the stream before the first block, (N, T, C)."""
     h = local.error.new_zeros(len(sources), *local.error.shape[1:])
     kinds = (
         (local.sources.tokens, local.token_embedding),
@@ -151,7 +151,7 @@ def _embedded(local: LocalModel, sources: Tensor) -> Tensor:
 
 
 def _written(local: LocalModel, sources: Tensor, k: int) -> Tensor:
-    """What sources (N,) add to the output of the MLP of block k, (N, T, C)."""
+    """Part of each of some sources (N,) in the output of the MLP of block k, (N, T, C)."""
     out = local.error.new_zeros(len(sources), *local.error.shape[1:])
     n, errors = local.nodes.n, local.sources.errors
     is_latent = sources < n
