@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
-from sae_experiments.metrics.base import EvalContext, LMSplice, Measured, MetricInfo, next_log_probs
+from sae_experiments.metrics.base import (
+    EvalContext,
+    LMSplice,
+    Measured,
+    MetricInfo,
+    logits_of,
+    next_log_probs,
+)
 from sae_experiments.metrics.codes import NO_TEXT, NOT_FINITE, nulls, sparse_codes
 from sae_experiments.metrics.noise import Grouped, noise_of, noise_over, resampled_means
 from sae_experiments.models.hooks import Site, joined, patched, prefix_of, resumed
@@ -336,5 +343,4 @@ class _Windows:
         return Effect(torch.cat(ces), torch.cat(kls))
 
     def _log_probs(self, x: Tensor) -> Tensor:
-        logits = self.lm.model(input_ids=x.to(self.device), use_cache=False).logits
-        return next_log_probs(logits).cpu()
+        return next_log_probs(logits_of(self.lm.model, x.to(self.device))).cpu()

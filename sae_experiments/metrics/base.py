@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models.hooks import Site, Sites, as_sites
@@ -17,6 +17,7 @@ from sae_experiments.models.store import Store
 from sae_experiments.models.tokens import spelled
 from sae_experiments.quality_warnings import Warned
 from sae_experiments.saes.base import SAE
+from sae_experiments.saes.ops import default_matmul
 from sae_experiments.saes.outliers import SAMPLE, Region
 
 __all__ = ["EvalContext", "LMSplice", "Measured", "Metric", "MetricInfo", "Rows"]
@@ -182,15 +183,17 @@ class EvalContext:
         return spelled(self.symbols or self.pieces, i)
 
     @torch.no_grad()
-    def chunks(self, limit: int | None = None, size: int = 4096) -> Iterator[Rows]:
-        """Encode and reconstruct held-out rows in order.
+    def encoded(
+        self, limit: int | None = None, size: int = 4096
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Encode held-out rows in order.
 
         Args:
             limit: Number of rows, from the first on; None for all.
             size: Rows per chunk at most; fewer if rows or codes are wide, see `CHUNK_NUMBERS`.
 
         Yields:
-            One chunk after the other, with codes in inference mode.
+            Inputs (B, D) and their codes (B, F) in inference mode, one chunk after the other.
         """
         self.sae.eval()
         size = min(
@@ -198,11 +201,24 @@ class EvalContext:
         )
         n = self.n_used(limit)
         for begin in range(0, n, size):
-            part = slice(begin, min(begin + size, n))
-            x = self.inputs(part).to(self.device)
+            x = self.inputs(slice(begin, min(begin + size, n))).to(self.device)
+            yield x, self.sae.encode(x).float()
+
+    @torch.no_grad()
+    def chunks(self, limit: int | None = None, size: int = 4096) -> Iterator[Rows]:
+        """Encode and reconstruct held-out rows in order, as `encoded` does."""
+        begin = 0
+        for x, acts in self.encoded(limit, size):
+            part = slice(begin, begin + len(x))
             y = x if self.reconstructs_input else self.targets(part).to(self.device)
-            acts = self.sae.encode(x)
-            yield Rows(x, y, acts.float(), self.sae.reconstruct(x, acts).float())
+            yield Rows(x, y, acts, self.sae.reconstruct(x, acts).float())
+            begin += len(x)
+
+
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits (B, T, V) of a language model for token ids (B, T)."""
+    with default_matmul():
+        return model(input_ids=tokens, use_cache=False).logits
 
 
 def next_log_probs(logits: Tensor) -> Tensor:

@@ -9,9 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import sparse
+from torch import Tensor
 
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.saes.base import SAE
+from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.types import Codes
 
 NO_TEXT = "there is no text"
 NO_CHARACTERS = "it is defined on characters, and the language model reads tokens"
@@ -109,30 +112,38 @@ def sparse_codes(
     n = ctx.n_used(rows)
     if sae is not None:
         return _encode_sparse(replace(ctx, sae=sae), n)
-    key = f"codes of {n} rows"
-    if key not in ctx.extras:
-        ctx.extras[key] = _encode_sparse(ctx, n)
-    return ctx.extras[key]
+    known = ctx.extras.setdefault("codes", {})
+    longer = [rows for rows in known if rows >= n and known[rows] is not None]
+    if n not in known:
+        known[n] = known[longer[0]][:n] if longer else _encode_sparse(ctx, n)
+    return known[n]
 
 
 def _encode_sparse(ctx: EvalContext, n: int) -> sparse.csr_matrix | None:
     counts = [np.zeros(1, np.int64)]
     columns = []
     values = []
-    for chunk in ctx.chunks(n):
-        ordinary = ctx.replaced(chunk.x)
+    for x, acts in ctx.encoded(n):
+        ordinary = ctx.replaced(x)
         if ordinary is not None:
-            chunk = chunk._replace(acts=chunk.acts.masked_fill(~ordinary[:, None], 0))
-        row, column = chunk.acts.nonzero().unbind(1)
-        active = chunk.acts[row, column]
+            acts = acts.masked_fill(~ordinary[:, None], 0)
+        row, column = acts.nonzero().unbind(1)
+        active = acts[row, column]
         if not torch.isfinite(active).all():
             return None
-        counts.append(torch.bincount(row, minlength=len(chunk.acts)).cpu().numpy())
+        counts.append(torch.bincount(row, minlength=len(acts)).cpu().numpy())
         columns.append(column.int().cpu().numpy())
         values.append(active.float().cpu().numpy())
     row_starts = np.concatenate(counts).cumsum()
     entries = np.concatenate(values), np.concatenate(columns), row_starts
     return sparse.csr_matrix(entries, shape=(n, ctx.sae.d_sae))
+
+
+def decoded(sae: SAE, codes: sparse.csr_matrix) -> Tensor:
+    """Reconstruction (n, O) of codes (n, F), without what bypasses them."""
+    parts = (codes.indptr, codes.indices, codes.data)
+    crow, col, values = (torch.from_numpy(part).to(sae.b_dec.device) for part in parts)
+    return sae.decode_codes(Codes(values, Pattern(crow.int(), col.int(), sae.d_sae)))
 
 
 def ordinary_rows(ctx: EvalContext, n: int) -> np.ndarray:

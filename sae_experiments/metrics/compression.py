@@ -14,9 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy import sparse
+from torch import Tensor
 
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
-from sae_experiments.metrics.codes import NOT_FINITE, nulls, ordinary_rows, raw_rows, sparse_codes
+from sae_experiments.metrics.codes import (
+    NOT_FINITE,
+    decoded,
+    nulls,
+    ordinary_rows,
+    raw_rows,
+    sparse_codes,
+)
 from sae_experiments.metrics.coding import Quantiser, landmarks, support_bits
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of, only
 from sae_experiments.metrics.rate_distortion import (
@@ -199,6 +207,17 @@ class Point(NamedTuple):
     """FVU of the reconstruction from the quantised code."""
 
 
+class _Quantised(NamedTuple):
+    """A quantised code."""
+
+    step: float
+    """Bin width in root mean squares of a latent."""
+    value_bits: float
+    """Bits per row for the values."""
+    code: sparse.csr_matrix
+    """The code as the receiver knows it, (n, F)."""
+
+
 class _Split(NamedTuple):
     """Codes of alternate blocks of rows."""
 
@@ -253,14 +272,21 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
     variance = float(np.square(centred).sum())
     if not variance > 1e-12 * len(y):
         return nulls(INFO, "the held-out rows do not vary")
-    by_fvu = _by_fvu(split, y, variance, opts)
-    by_ce = _by_ce(split, opts)
+    quantised = _quantised(Quantiser(split.train, split.code), opts)
+    by_fvu = _by_fvu(split, quantised, y, variance, opts)
+    by_ce = _by_ce(split, quantised, opts)
     values = by_fvu.scalars | by_ce.scalars
     return Measured(
         {info.name: values[info.name] for info in INFO},
         by_fvu.arrays | by_ce.arrays,
         by_fvu.why_null | by_ce.why_null,
     )
+
+
+def _quantised(quantiser: Quantiser, opts: Options) -> list[_Quantised]:
+    """The code at every step, coarsest first."""
+    steps = sorted(opts.steps, reverse=True)
+    return [_Quantised(step, *quantiser.at(step)) for step in steps]
 
 
 def _n_evaluated(ctx: EvalContext, codes: sparse.csr_matrix, opts: Options) -> int:
@@ -292,21 +318,24 @@ def _direct(ctx: EvalContext, test: np.ndarray) -> Direct | None:
 # ------------------------------------------------------------------------------- at a matched FVU
 
 
-def _by_fvu(split: _Split, y: np.ndarray, variance: float, opts: Options) -> Measured:
+def _by_fvu(
+    split: _Split,
+    quantised: Sequence[_Quantised],
+    y: np.ndarray,
+    variance: float,
+    opts: Options,
+) -> Measured:
     """Metrics of `FVU_INFO`, and the curve of the FVU.
 
     Args:
         split: Codes.
+        quantised: The code at every step.
         y: Targets of the rows to be sent, (n, O).
         variance: Sum of squared distances of the ordinary ones from their mean.
         opts: Options of the metric.
     """
     exact = _fvu(split, split.code, y, variance)
-    curve = []
-    quantiser = Quantiser(split.train, split.code)
-    for step in sorted(opts.steps, reverse=True):
-        bits, rebuilt = quantiser.at(step)
-        curve.append(Point(step, bits, _fvu(split, rebuilt, y, variance)))
+    curve = [Point(q.step, q.value_bits, _fvu(split, q.code, y, variance)) for q in quantised]
     limit = (1 + opts.tolerance) * exact + ROUNDING
     within = [point for point in curve if point.fvu <= limit]
     coarsest = within[0] if within else None
@@ -337,7 +366,7 @@ def _fvu(split: _Split, code: sparse.csr_matrix, y: np.ndarray, variance: float)
     error = 0.0
     for begin in range(0, len(y), 4096):
         part = slice(begin, begin + 4096)
-        recon = ctx.sae.decode(torch.from_numpy(code[part].toarray()).to(ctx.device))
+        recon = decoded(ctx.sae, code[part])
         if split.direct is not None:
             recon = split.direct.scaled(recon, part)
         residual = y[part] - recon.cpu().numpy()
@@ -393,18 +422,28 @@ def _why(name: str, best: Point | None) -> str:
 # ------------------------------------------------------------------------------ at a matched loss
 
 
-def _by_ce(split: _Split, opts: Options) -> Measured:
-    """Metrics of `CE_INFO`, and the curves of the cross-entropy."""
+def _by_ce(split: _Split, quantised: Sequence[_Quantised], opts: Options) -> Measured:
+    """Metrics of `CE_INFO`, and the curves of the cross-entropy.
+
+    Args:
+        split: Codes.
+        quantised: The whole code at every step.
+        opts: Options of the metric.
+    """
     window = windows_of(split.ctx, split.test, opts.windows, opts.batch)
     if window is None:
         return nulls(CE_INFO, "there is no language model, or no whole window to test it on")
     sae = split.ctx.sae
-    points = _points(split, window, sae.decode, opts.keep, opts)
+
+    def whole(codes: sparse.csr_matrix) -> Tensor:
+        return decoded(sae, codes)
+
+    points = _points(split, window, whole, opts.keep, opts, quantised)
     exact = rise(
         split.ctx,
         window,
         split.code,
-        sae.decode,
+        whole,
         split.direct,
         opts.batch,
     )
@@ -426,7 +465,11 @@ def _by_ce(split: _Split, opts: Options) -> Measured:
         return Measured(values, arrays, why_null)
     for level, members in levels.items():
         part = _only_members(split, members)
-        points = _points(part, window, lambda acts, level=level: only(sae, acts, level), (), opts)
+
+        def one_level(codes: sparse.csr_matrix, level: str = level) -> Tensor:
+            return only(sae, torch.from_numpy(codes.toarray()).to(split.ctx.device), level)
+
+        points = _points(part, window, one_level, (), opts)
         level_values, level_why, level_arrays = _at_limit(f"_{level}", points, opts.limit)
         values |= level_values
         why_null |= level_why
@@ -471,7 +514,12 @@ def _at_limit(
 
 
 def _points(
-    split: _Split, window: Window, decode: Decode, keep: Sequence[float], opts: Options
+    split: _Split,
+    window: Window,
+    decode: Decode,
+    keep: Sequence[float],
+    opts: Options,
+    quantised: Sequence[_Quantised] | None = None,
 ) -> list[Rated]:
     """Rate and rise of the cross-entropy for each share of entries kept and each step.
 
@@ -481,16 +529,16 @@ def _points(
         decode: Decoder of the codes.
         keep: Shares of entries kept besides 1.
         opts: Options of the metric.
+        quantised: The whole code at every step, if it is known.
     """
-    effect = effect_sizes(split.ctx, split.train, decode)
+    effect = effect_sizes(split.train, decode)
     points = []
     for share in sorted({*keep, 1.0}):
         train = strongest(split.train, share, effect)
         code = strongest(split.code, share, effect)
         support = support_bits(train, code)["code_support_bits"]
-        quantiser = Quantiser(train, code)
-        for step in sorted(opts.steps, reverse=True):
-            bits, rebuilt = quantiser.at(step)
-            ce = rise(split.ctx, window, rebuilt, decode, split.direct, opts.batch)
-            points.append(Rated(share, step, support + bits, ce))
+        known = quantised if share == 1 else None
+        for q in known or _quantised(Quantiser(train, code), opts):
+            ce = rise(split.ctx, window, q.code, decode, split.direct, opts.batch)
+            points.append(Rated(share, q.step, support + q.value_bits, ce))
     return points

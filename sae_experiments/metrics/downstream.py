@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sae_experiments.conditions import OF_MODEL_ON_ROWS
-from sae_experiments.metrics.base import EvalContext, LMSplice, Measured, MetricInfo, next_log_probs
+from sae_experiments.metrics.base import (
+    EvalContext,
+    LMSplice,
+    Measured,
+    MetricInfo,
+    logits_of,
+    next_log_probs,
+)
 from sae_experiments.metrics.codes import nulls
 from sae_experiments.metrics.noise import noise_of
 from sae_experiments.models.hooks import Site, capture, prefix_of, spliced
@@ -169,9 +176,13 @@ def _window_sums(
     zeros = {site: torch.zeros_like(part) for site, part in by_site.items()}
     replaced = ctx.replaced(inputs)
     log_probs = {"clean": clean}
+    alike = replaced is None and _hides_text(list(means))
     for name, new in (("mean", averages), ("zero", zeros), ("spliced", by_site)):
-        with spliced(model, new, replaced, prefixes[-1]):
-            log_probs[name] = _log_probs(model, x)
+        # Of equal windows one is enough.
+        n = 1 if alike and name != "spliced" else len(x)
+        part = {site: value[:n] for site, value in new.items()}
+        with spliced(model, part, replaced, prefixes[-1].part(slice(0, n))):
+            log_probs[name] = _log_probs(model, x[:n]).repeat(len(x) // n, 1)
     splice = log_probs["spliced"]
     targets = y[:, 1:].reshape(-1)
     losses = {
@@ -181,6 +192,12 @@ def _window_sums(
     sums = {name: loss.view(len(x), -1).double().sum(1).cpu() for name, loss in losses.items()}
     untouched = 0 if replaced is None else int((~replaced).sum())
     return sums | {"untouched": torch.tensor([untouched])}
+
+
+def _hides_text(sites: Sequence[Site]) -> bool:
+    """True if nothing of the text reaches the blocks after the last of some replaced sites."""
+    last = max(site.layer for site in sites)
+    return any(site.stream == "resid" and site.layer == last for site in sites)
 
 
 def _noise(
@@ -225,4 +242,4 @@ def _summary(losses: dict[str, float]) -> Measured:
 
 def _log_probs(model: nn.Module, x: Tensor) -> Tensor:
     """Log-probabilities (n, V), float32, of the next character at all positions but the first."""
-    return next_log_probs(model(input_ids=x, use_cache=False).logits).flatten(0, 1)
+    return next_log_probs(logits_of(model, x)).flatten(0, 1)

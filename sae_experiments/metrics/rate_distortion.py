@@ -11,12 +11,12 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from sae_experiments.metrics.base import EvalContext, LMSplice
+from sae_experiments.metrics.base import EvalContext, LMSplice, logits_of
 from sae_experiments.models.hooks import Prefix, Site, capture, joined, prefix_of, spliced
 from sae_experiments.sampling import evenly_spaced
 
-#: Maps dense codes (B, F) to reconstructions (B, O).
-Decode = Callable[[Tensor], Tensor]
+#: Maps codes (B, F) to reconstructions (B, O).
+Decode = Callable[[sparse.csr_matrix], Tensor]
 
 
 class Rated(NamedTuple):
@@ -98,7 +98,7 @@ def windows_of(ctx: EvalContext, test: np.ndarray, n: int, batch: int) -> Window
 
 def _nats(lm: LMSplice, x: Tensor, y: Tensor) -> Tensor:
     """Loss in nats at all positions but the first, (W, T - 1)."""
-    logits = lm.model(input_ids=x, use_cache=False).logits[:, 1:].float()
+    logits = logits_of(lm.model, x)[:, 1:].float()
     return -logits.log_softmax(-1).gather(2, y[:, 1:, None]).squeeze(2)
 
 
@@ -148,7 +148,7 @@ def rise(
     total = 0.0
     for begin in range(0, len(window.x), batch):
         rows = window.rows[begin * length : (begin + batch) * length]
-        recon = decode(torch.from_numpy(code[rows].toarray()).to(ctx.device))
+        recon = decode(code[rows])
         if direct is not None:
             recon = direct.joined(recon, rows)
         recon = recon.view(-1, length, recon.shape[1])
@@ -162,13 +162,12 @@ def rise(
 
 
 @torch.no_grad()
-def effect_sizes(ctx: EvalContext, codes: sparse.csr_matrix, decode: Decode) -> np.ndarray:
+def effect_sizes(codes: sparse.csr_matrix, decode: Decode) -> np.ndarray:
     """Distance that each latent moves the reconstruction per unit of its value.
 
     Measured at the root mean square of the latent's active values.
 
     Args:
-        ctx: Evaluation context.
         codes: Codes (N, F).
         decode: Decoder of the codes.
 
@@ -179,13 +178,11 @@ def effect_sizes(ctx: EvalContext, codes: sparse.csr_matrix, decode: Decode) -> 
     squares = np.asarray(codes.multiply(codes).sum(0)).ravel()
     size = np.sqrt(squares / counts).astype(np.float32)
     n_latents = len(size)
-    base = decode(torch.zeros(1, n_latents, device=ctx.device))
+    base = decode(sparse.csr_matrix((1, n_latents), dtype=np.float32))
+    one_each = sparse.diags(size).tocsr()
     effects = []
     for begin in range(0, n_latents, 1024):
-        latent = np.arange(begin, min(begin + 1024, n_latents))
-        one_each = np.zeros((len(latent), n_latents), np.float32)
-        one_each[np.arange(len(latent)), latent] = size[latent]
-        moved = decode(torch.from_numpy(one_each).to(ctx.device)) - base
+        moved = decode(one_each[begin : begin + 1024]) - base
         effects.append(moved.norm(dim=1).cpu().numpy())
     return np.concatenate(effects) / np.maximum(size, 1e-12)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_experiments.errors import UserError
 from sae_experiments.metric_info import info
-from sae_experiments.metrics.base import EvalContext, Measured, next_log_probs
+from sae_experiments.metrics.base import EvalContext, Measured, logits_of, next_log_probs
 from sae_experiments.metrics.codes import nulls
 from sae_experiments.models.frozen import FrozenModel
 from sae_experiments.models.hooks import Site, blocks_of, capture, patched
@@ -155,7 +155,7 @@ def _window_sums(
 ) -> _Sums:
     """Losses and divergences of some windows."""
     targets = y[:, 1:].reshape(-1)
-    clean = next_log_probs(model(input_ids=x, use_cache=False).logits).flatten(0, 1)
+    clean = next_log_probs(logits_of(model, x)).flatten(0, 1)
     live = next_log_probs(replaced_logits(model, x, sae.replacement(x.shape))).flatten(0, 1)
     held = clean
     if frozen is not None:

@@ -328,6 +328,14 @@ class SAE(nn.Module):
         """Reconstruction (..., O) of dense codes (..., F)."""
         return acts @ self.W_dec + self.b_dec
 
+    def decode_codes(self, codes: Codes) -> Tensor:
+        """Reconstruction (B, O) of a code, much faster than `decode` if few entries are active."""
+        values, pattern = codes
+        few = pattern is not None and len(values) < ops.SPARSE_BELOW * pattern.n_rows * self.d_sae
+        if not few or type(self).decode is not SAE.decode:
+            return self.decode(codes.dense())
+        return ops.decode(values, pattern, self.W_dec) + self.b_dec
+
     @by_rows("d_sae")
     def contributions(self, acts: Tensor, direction: Tensor) -> Tensor:
         """Contribution of each latent to the reconstruction along a direction of the output.

@@ -11,7 +11,7 @@ from scipy import sparse
 
 from sae_experiments.metrics import coding, compression
 from sae_experiments.metrics.base import EvalContext, LMSplice, Measured
-from sae_experiments.metrics.codes import sparse_codes
+from sae_experiments.metrics.codes import decoded, sparse_codes
 from sae_experiments.metrics.rate_distortion import rise, windows_of
 from sae_experiments.models.hooks import Site
 from support.metric_worlds import CPU, Chunked, Given, validation_store, validation_tokens
@@ -185,7 +185,7 @@ def test_the_same_for_the_cross_entropy(steps, tolerance, trained, corpus, tmp_p
     whole = found.arrays["code_ce_keep"] == 1
     test = np.arange(640) // 16 % 2 == 1
     window = windows_of(ctx, test, 16, 8)
-    exact = rise(ctx, window, sparse_codes(ctx, None)[test], sae.decode, None, 8)
+    exact = rise(ctx, window, sparse_codes(ctx, None)[test], lambda z: decoded(sae, z), None, 8)
     fine = found.arrays["code_ce_ce"][whole] <= exact + tolerance * abs(exact)
     if fine.any():
         assert (

@@ -24,6 +24,8 @@ from sae_experiments.metrics.text.patterns import (
     Pattern,
     count,
     elements_of,
+    generalise,
+    literal_at,
     pack,
     quality,
     spell,
@@ -263,14 +265,51 @@ def test_a_pattern_matches_where_a_slow_reader_says():
     matcher = Matcher(elements, chars, offset, np.stack([rows % 2 == 0]), rows)
     pattern = Pattern((names.index("h"), names.index("consonant"), *[0] * (LAGS - 2)))
     slow = [text[t] == "h" and offset[t] >= 1 and text[t - 1] in "cnhtsr" for t in rows]
-    assert unpack(matcher.match(pattern), len(text)).tolist() == slow
-    assert unpack(matcher.match(pattern._replace(state=0)), len(text)).tolist() == [
-        s and t % 2 == 0 for t, s in enumerate(slow)
-    ]
+    alone, with_state = unpack(matcher.match([pattern, pattern._replace(state=0)]), len(text))
+    assert alone.tolist() == slow
+    assert with_state.tolist() == [s and t % 2 == 0 for t, s in enumerate(slow)]
     assert (
         spell([pattern, Pattern((0, names.index(" "), *[0] * 4), 0)], elements, ["even"])
         == "[consonant]h or ␣. (even)"
     )
+
+
+def _generalised_slowly(
+    matcher: Matcher, literal: Pattern, target: np.ndarray, keep: float
+) -> Pattern:
+    """What `generalise` does, for one pattern and one choice at a time."""
+    pattern, best = literal, (literal, quality(matcher.match([literal])[0], target).f1)
+    while True:
+        before = quality(matcher.match([pattern])[0], target).precision
+        found = None
+        for lag, element in enumerate(pattern.elements):
+            for wider in matcher.elements[element].wider:
+                elements = (*pattern.elements[:lag], wider, *pattern.elements[lag + 1 :])
+                now = quality(matcher.match([Pattern(elements)])[0], target)
+                if now.precision >= keep * before and (found is None or now.f1 > found[1]):
+                    found = (Pattern(elements), now.f1)
+        if found is None:
+            return best[0]
+        pattern = found[0]
+        best = found if found[1] >= best[1] else best
+
+
+def test_patterns_that_are_widened_together_are_those_widened_one_by_one():
+    text = TEXT[:3000]
+    symbols = sorted(set(text))
+    elements, offset = elements_of(symbols), np.arange(len(text)) % 32
+    chars, rows = np.array([ord(c) for c in text]), np.arange(len(text))
+    matcher = Matcher(elements, chars, offset, np.zeros((0, len(text)), bool), rows)
+    index = {next(iter(e.symbols)): i for i, e in enumerate(elements) if len(e.symbols) == 1}
+    chance = np.random.default_rng(0)
+    after_space = np.array([t > 0 and text[t - 1] == " " for t in rows])
+    for target in (after_space, after_space & (chance.random(len(text)) < 0.3)):
+        found_at = chance.choice(np.flatnonzero(target), 8)
+        literals = [literal_at(index, chars, 32, int(row)) for row in found_at]
+        together = generalise(matcher, literals, pack(target), 0.9)
+        slowly = [_generalised_slowly(matcher, p, pack(target), 0.9) for p in literals]
+        assert together == slowly
+    assert generalise(matcher, [], pack(after_space), 0.9) == []
 
 
 def test_counting_bits_without_numpy_2_gives_the_same(monkeypatch):

@@ -56,7 +56,7 @@ def _compression(ctx: EvalContext) -> list[float | None]:
     windows = windows_of(ctx, np.ones(ctx.n_rows, bool), 40, 8)
     assert codes is not None
     assert windows is not None
-    return [rise(ctx, windows, codes, lambda z: torch.zeros(len(z), ctx.sae.d_in), None, 8)]
+    return [rise(ctx, windows, codes, lambda z: torch.zeros(z.shape[0], ctx.sae.d_in), None, 8)]
 
 
 @pytest.mark.parametrize("effects_of", [_downstream, _levels, _ablation, _denoising, _compression])

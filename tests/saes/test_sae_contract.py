@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy import sparse
 from torch import nn
 
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.fit import Sample, fit_saes
 from sae_experiments.fitting.laws import LAWS
+from sae_experiments.metrics.codes import decoded
 from sae_experiments.saes import base, ops
 from sae_experiments.saes.base import SAE, Units
 from sae_experiments.saes.matryoshka import Matryoshka
@@ -63,6 +65,16 @@ def test_what_latents_contribute_along_a_direction_sums_to_the_reconstruction(na
     torch.testing.assert_close(
         parts.sum(1), (sae.decode(acts) - sae.b_dec) @ direction, rtol=1e-4, atol=1e-5
     )
+
+
+@every_sae
+def test_a_sparse_code_is_decoded_as_the_same_code_written_out(name):
+    sae = trained(name, n_train=40)
+    sizes = torch.randn(64, sae.d_sae, generator=torch.Generator().manual_seed(0))
+    rare, common = sizes * (sizes > 2), sizes * (sizes > 0)
+    for acts in (rare, common, torch.zeros_like(sizes)):
+        codes = sparse.csr_matrix(acts.numpy())
+        torch.testing.assert_close(decoded(sae, codes), sae.decode(acts), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.02, 50.0])

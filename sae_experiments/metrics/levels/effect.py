@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo, next_log_probs
+from sae_experiments.metrics.base import (
+    EvalContext,
+    Measured,
+    MetricInfo,
+    logits_of,
+    next_log_probs,
+)
 from sae_experiments.metrics.codes import NO_TEXT, nulls
 from sae_experiments.metrics.levels.paths import ONE_LEVEL, levels_of, only
 from sae_experiments.metrics.noise import DRAWS, noise_of
@@ -133,7 +139,7 @@ def _effects(
         Effects (B,) by metric name.
     """
     with capture(model, [site]) as seen, prefix_of(model, [site]) as prefixes:
-        clean = next_log_probs(model(input_ids=x, use_cache=False).logits)
+        clean = next_log_probs(logits_of(model, x))
     sae = ctx.sae
     rows = seen[site].flatten(0, 1).float()
     replaced = ctx.replaced(rows)
@@ -146,7 +152,7 @@ def _effects(
             changed = rows - (recon - changed)
         changed = changed.view(*x.shape, -1)
         with spliced(model, {site: changed}, replaced, prefixes[-1]):
-            log_p = next_log_probs(model(input_ids=x, use_cache=False).logits)
+            log_p = next_log_probs(logits_of(model, x))
         rise = (clean - log_p).gather(2, y[:, 1:, None]).squeeze(2) / math.log(2)
         kl = F.kl_div(log_p, clean, log_target=True, reduction="none").sum(2)
         effects[f"{name}_{CE}"] = rise.double().mean(1).cpu()

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from sae_experiments.metrics.base import EvalContext
+from sae_experiments.metrics.base import EvalContext, logits_of
 from sae_experiments.metrics.robustness.sums import Sums
 from sae_experiments.models.hooks import capture
 from sae_experiments.saes.base import SAE, Codes
@@ -147,7 +147,7 @@ def other_texts(ctx: EvalContext, rows: int, share: float, seed: int) -> Tensor 
         shift = torch.randint(1, n_symbols, ids.shape, generator=g)
         changed = torch.where(replaced, (ids + shift) % n_symbols, ids)
         with capture(ctx.lm.model, sites) as seen:
-            ctx.lm.model(input_ids=changed.to(ctx.device), use_cache=False)
+            logits_of(ctx.lm.model, changed.to(ctx.device))
         alt = torch.cat([seen[s].flatten(0, 1).float() for s in sites], 1)
         first_row = begin * store.length
         x = ctx.inputs(slice(first_row, first_row + len(alt))).to(ctx.device)

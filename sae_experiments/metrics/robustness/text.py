@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from sae_experiments.metrics.base import EvalContext
+from sae_experiments.metrics.base import EvalContext, logits_of
 from sae_experiments.metrics.robustness.noise import WINDOWS_PER_PASS, NoiseSource
 from sae_experiments.metrics.robustness.sums import Sums
 from sae_experiments.models.hooks import Site, capture, prefix_of, spliced
@@ -88,7 +88,7 @@ def denoising(
 
 def _cross_entropy_sum(model: Any, x: Tensor, y: Tensor) -> float:
     """Summed cross-entropy in nats over all positions but the first of windows (B, T)."""
-    logits = model(input_ids=x, use_cache=False).logits[:, 1:].float()
+    logits = logits_of(model, x)[:, 1:].float()
     return float(F.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten(), reduction="sum"))
 
 

@@ -34,11 +34,6 @@ class Pattern(NamedTuple):
         """Number of conditions: elements other than "anything", and the state."""
         return sum(e != ANY for e in self.elements) + (self.state >= 0)
 
-    def with_element(self, lag: int, element: int) -> Pattern:
-        """This pattern with another element at `lag`."""
-        elements = (*self.elements[:lag], element, *self.elements[lag + 1 :])
-        return Pattern(elements, self.state)
-
 
 class Element(NamedTuple):
     """One element of a pattern."""
@@ -139,37 +134,54 @@ class Matcher:
         self.elements = elements
         self.n = len(rows)
         self.states = pack(states[:, rows])
+        most = max((len(e.wider) for e in elements), default=0)
+        #: Numbers of the wider elements of each element, filled up with -1.
+        self.wider = np.full((len(elements), most), -1)
+        for i, element in enumerate(elements):
+            self.wider[i, : len(element.wider)] = element.wider
         self._back = [chars[np.maximum(rows - lag, 0)] for lag in range(LAGS)]
         self._visible = [offset[rows] >= lag for lag in range(LAGS)]
-        self._any = pack(np.ones(self.n, bool))
-        self._bits: dict[tuple[int, int], np.ndarray] = {}
+        # Matches that were asked for, in a table that grows; its first row matches everywhere.
+        self._table = pack(np.ones((1, self.n), bool))
+        self._n_known = 1
+        self._place = np.full((len(elements), LAGS), -1)
+        self._place[ANY] = 0
 
-    def element_bits(self, element: int, lag: int) -> np.ndarray:
-        """Packed positions at which an element matches at a lag."""
-        if element == ANY:
-            return self._any
-        if (element, lag) not in self._bits:
-            symbols = list(self.elements[element].symbols)
-            matches = np.isin(self._back[lag], symbols) & self._visible[lag]
-            self._bits[element, lag] = pack(matches)
-        return self._bits[element, lag]
+    def element_bits(self, elements: np.ndarray, lags: np.ndarray) -> np.ndarray:
+        """Packed positions (n, W) at which n elements match, each at a lag."""
+        place = self._place[elements, lags]
+        if (place < 0).any():
+            unknown = dict.fromkeys(zip(elements[place < 0], lags[place < 0], strict=True))
+            for element, lag in unknown:
+                self._add(int(element), int(lag))
+            place = self._place[elements, lags]
+        return self._table[place]
 
-    def match(self, pattern: Pattern) -> np.ndarray:
-        """Packed positions at which the pattern matches."""
-        bits = self._any
-        if pattern.state >= 0:
-            bits = self.states[pattern.state]
-        for lag, element in enumerate(pattern.elements):
-            if element != ANY:
-                bits = bits & self.element_bits(element, lag)
+    def _add(self, element: int, lag: int) -> None:
+        """Add the matches of an element at a lag to the table."""
+        symbols = list(self.elements[element].symbols)
+        matches = np.isin(self._back[lag], symbols) & self._visible[lag]
+        if self._n_known == len(self._table):
+            self._table = np.concatenate([self._table, np.empty_like(self._table)])
+        self._table[self._n_known] = pack(matches)
+        self._place[element, lag] = self._n_known
+        self._n_known += 1
+
+    def match(self, patterns: Sequence[Pattern]) -> np.ndarray:
+        """Packed positions (K, W) at which each of K patterns matches."""
+        elements = np.array([p.elements for p in patterns], np.int64).reshape(-1, LAGS)
+        bits = np.repeat(self._table[:1], len(patterns), axis=0)
+        for i, pattern in enumerate(patterns):
+            if pattern.state >= 0:
+                bits[i] = self.states[pattern.state]
+        for lag in range(LAGS):
+            some = np.flatnonzero(elements[:, lag] != ANY)
+            bits[some] &= self.element_bits(elements[some, lag], np.full(len(some), lag))
         return bits
 
     def match_any(self, rule: Sequence[Pattern]) -> np.ndarray:
-        """Packed positions at which at least one of the patterns matches."""
-        bits = np.zeros_like(self._any)
-        for pattern in rule:
-            bits = bits | self.match(pattern)
-        return bits
+        """Packed positions (W,) at which at least one of the patterns matches."""
+        return np.bitwise_or.reduce(self.match(rule), axis=0)
 
 
 class Quality(NamedTuple):
@@ -193,62 +205,97 @@ def quality(predicted: np.ndarray, target: np.ndarray) -> Quality:
 
 
 def _f1(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """F1 of K sets of packed positions (K, W) against one target (W,)."""
+    """F1 of sets of packed positions (..., W) against one target (W,)."""
     hits = count(predicted & target)
     return 2 * hits / np.maximum(count(predicted) + int(count(target)), 1)
 
 
+class _Choices(NamedTuple):
+    """All ways to widen one place of each of K patterns, C in all.
+
+    They are in the order of patterns, then lags, then the wider elements of the place.
+    """
+
+    pattern: np.ndarray
+    """Number of the pattern, (C,)."""
+    lag: np.ndarray
+    """Place that is widened, (C,)."""
+    wider: np.ndarray
+    """Element that it gets, (C,)."""
+    bits: np.ndarray
+    """Packed positions at which the widened pattern matches, (C, W)."""
+
+
 def generalise(
-    matcher: Matcher, literal: Pattern, target: np.ndarray, keep: float
-) -> tuple[Pattern, float]:
-    """Widen a literal pattern step by step and return the best pattern on the way.
+    matcher: Matcher, literals: Sequence[Pattern], target: np.ndarray, keep: float
+) -> list[Pattern]:
+    """Widen literal patterns step by step, and return the best pattern on the way of each.
 
     Each step widens one place, choosing the best F1 among the patterns whose precision is at least
-    `keep` of the precision before the step.
+    `keep` of the precision before the step. All patterns make their steps together.
 
     Args:
         matcher: Matches of elements and states.
-        literal: Pattern to start from.
-        target: Packed positions to describe.
+        literals: K patterns without a state to start from.
+        target: Packed positions to describe, (W,).
         keep: Share of the precision that a step must keep.
 
     Returns:
-        The pattern of best F1 (the most general one in a tie) and that F1.
+        For each literal the pattern of best F1 (the most general one in a tie).
     """
-    pattern = literal
-    start = quality(matcher.match(pattern), target)
-    precision = start.precision
+    elements = np.array([p.elements for p in literals], np.int64).reshape(-1, LAGS)
     n_target = int(count(target))
-    best = (pattern, start.f1)
-    while choices := _widened(matcher, pattern):
-        bits = np.stack([b for _, b in choices])
-        hits, n_predicted = count(bits & target), count(bits)
-        precisions = hits / np.maximum(n_predicted, 1)
-        f1 = 2 * hits / np.maximum(n_predicted + n_target, 1)
-        f1 = np.where(precisions >= keep * precision, f1, -1)
-        chosen = int(f1.argmax())
-        if f1[chosen] < 0:
-            break
-        pattern = choices[chosen][0]
-        precision = float(precisions[chosen])
-        if f1[chosen] >= best[1]:
-            best = (pattern, float(f1[chosen]))
-    return best
+    precision, best_f1 = _agreement(matcher.match(literals), target, n_target)
+    best = elements.copy()
+    going = np.arange(len(elements))
+    while len(going):
+        choices = _widened(matcher, elements[going])
+        precisions, f1 = _agreement(choices.bits, target, n_target)
+        kept = precisions >= keep * precision[going[choices.pattern]]
+        # A column per choice, so that the first of equals is found within each pattern.
+        starts = np.searchsorted(choices.pattern, np.arange(len(going)))
+        column = np.arange(len(f1)) - starts[choices.pattern]
+        table = np.full((len(going), int(column.max(initial=0)) + 1), -1.0)
+        table[choices.pattern, column] = np.where(kept, f1, -1)
+        found = table.argmax(1)
+        chosen = (starts + found)[table[np.arange(len(going)), found] >= 0]
+        going = going[choices.pattern[chosen]]
+        elements[going, choices.lag[chosen]] = choices.wider[chosen]
+        precision[going] = precisions[chosen]
+        better = f1[chosen] >= best_f1[going]
+        best_f1[going[better]] = f1[chosen][better]
+        best[going[better]] = elements[going[better]]
+    return [Pattern(tuple(row)) for row in best.tolist()]
 
 
-def _widened(matcher: Matcher, pattern: Pattern) -> list[tuple[Pattern, np.ndarray]]:
-    """Patterns with one place widened and their packed matches; widest choices of a place first."""
-    choices = []
-    for lag, element in enumerate(pattern.elements):
-        if element == ANY:
-            continue
-        without_place = matcher.match(pattern.with_element(lag, ANY))
-        for wider in matcher.elements[element].wider:
-            bits = without_place
-            if wider != ANY:
-                bits = without_place & matcher.element_bits(wider, lag)
-            choices.append((pattern.with_element(lag, wider), bits))
-    return choices
+def _agreement(
+    bits: np.ndarray, target: np.ndarray, n_target: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and F1 (K,) of packed positions (K, W) against a target of `n_target` positions."""
+    n_predicted = count(bits)
+    hits = count(bits & target)
+    return hits / np.maximum(n_predicted, 1), 2 * hits / np.maximum(n_predicted + n_target, 1)
+
+
+def _widened(matcher: Matcher, elements: np.ndarray) -> _Choices:
+    """All patterns with one place widened, of patterns of elements (K, LAGS)."""
+    lags = np.arange(LAGS)
+    own = matcher.element_bits(elements.ravel(), np.tile(lags, len(elements)))
+    own = own.reshape(*elements.shape, -1)
+    # Matches of each pattern without one place: those of the places before it and after it.
+    without = np.full_like(own, ~np.uint64(0))
+    for lag in range(1, LAGS):
+        np.bitwise_and(without[:, lag - 1], own[:, lag - 1], out=without[:, lag])
+    after = own[:, LAGS - 1].copy()
+    for lag in range(LAGS - 2, -1, -1):
+        without[:, lag] &= after
+        after &= own[:, lag]
+    choices = matcher.wider[elements]
+    pattern, lag, place = np.nonzero((choices >= 0) & (elements != ANY)[..., None])
+    wider = choices[pattern, lag, place]
+    bits = matcher.element_bits(wider, lag)
+    bits &= without[pattern, lag]
+    return _Choices(pattern, lag, wider, bits)
 
 
 def find_rule(
@@ -276,13 +323,13 @@ def find_rule(
     Returns:
         The patterns, in the order in which they were taken.
     """
-    general = dict.fromkeys(generalise(matcher, p, target, keep)[0] for p in literals)
-    with_state = dict.fromkeys(_with_state(matcher, p, target, gain) for p in general)
+    general = dict.fromkeys(generalise(matcher, literals, target, keep))
+    with_state = dict.fromkeys(_with_states(matcher, list(general), target, gain))
     states = dict.fromkeys(Pattern((ANY,) * LAGS, s) for s in range(len(matcher.states)))
     candidates = list(general | with_state | states)
     if not candidates:
         return []
-    bits = np.stack([matcher.match(p) for p in candidates])
+    bits = matcher.match(candidates)
     covered = np.zeros_like(target)
     rule: list[Pattern] = []
     best_f1 = 0.0
@@ -298,16 +345,21 @@ def find_rule(
     return rule
 
 
-def _with_state(matcher: Matcher, pattern: Pattern, target: np.ndarray, gain: float) -> Pattern:
-    """The pattern with its best state, or unchanged if no state adds `gain` to the F1."""
+def _with_states(
+    matcher: Matcher, patterns: Sequence[Pattern], target: np.ndarray, gain: float
+) -> list[Pattern]:
+    """Each pattern with its best state, or unchanged if no state adds `gain` to its F1."""
     if not len(matcher.states):
-        return pattern
-    alone = matcher.match(pattern)
-    f1 = _f1(matcher.states & alone, target)
-    best = int(f1.argmax())
-    if f1[best] >= quality(alone, target).f1 + gain:
-        return pattern._replace(state=best)
-    return pattern
+        return list(patterns)
+    alone = matcher.match(patterns)
+    f1_alone = _f1(alone, target)
+    f1 = _f1(matcher.states & alone[:, None], target)
+    best = f1.argmax(1)
+    better = f1.max(1, initial=0) >= f1_alone + gain
+    return [
+        pattern._replace(state=int(state)) if use else pattern
+        for pattern, state, use in zip(patterns, best, better, strict=True)
+    ]
 
 
 def literal_at(index: dict[int, int], chars: np.ndarray, length: int, row: int) -> Pattern:
