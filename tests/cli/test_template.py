@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 from sae_experiments.cli import template
@@ -189,6 +191,22 @@ def test_ideas_and_prompt_are_as_the_harness_reads_them():
         "natbib",
         "hyperref",
     }
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="there is no pdflatex")
+def test_the_paper_compiles_with_a_picture_and_a_citation(made):
+    folder = made("ai-scientist")
+    plt.imsave(folder / "final_metrics.png", np.zeros((2, 2)))
+    paper = folder / "latex" / "template.tex"
+    text = paper.read_text()
+    paper.write_text(text.replace("RELATED WORK HERE", r"See \citep{gao2024scaling}."))
+    typeset = ["pdflatex", "-interaction=nonstopmode", paper.name]
+    for command in (typeset, ["bibtex", paper.stem], typeset, typeset):
+        done = subprocess.run(command, cwd=paper.parent, capture_output=True, check=False)
+        assert done.returncode == 0, done.stdout
+    log = paper.with_suffix(".log").read_text(errors="replace")
+    assert paper.with_suffix(".pdf").stat().st_size > 10_000
+    assert "undefined" not in log
 
 
 @pytest.mark.parametrize("kind", template.KINDS)
