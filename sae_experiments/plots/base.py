@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter, MaxNLocator
 
 from sae_experiments.errors import UserError
 from sae_experiments.files import write_bytes
@@ -139,6 +141,9 @@ PAPER_WIDTHS = {"1col": 3.25, "2col": 6.75}
 PAPER_FONTS = (6.0, 8.0)  # smallest and largest, in points
 LEGEND_LINE = 0.16  # inches
 SMALLEST_MARKER = 0.6  # size of markers on paper, as a share of theirs on the screen
+LEAST_HEIGHT = 0.75  # height of panels on paper, as a share of theirs on the screen
+INCHES_PER_CHARACTER = 0.048  # of the smallest font
+INCHES_PER_TICK = (0.42, 0.2)  # room that a tick needs on a horizontal and a vertical axis of print
 
 
 def save_for_paper(fig: Figure, name: str, width: str, folder: Path) -> Path:
@@ -164,10 +169,55 @@ def save_for_paper(fig: Figure, name: str, width: str, folder: Path) -> Path:
     for line in cast("list[Line2D]", fig.findobj(Line2D)):
         line.set_markersize(float(line.get_markersize()) * max(scale, SMALLEST_MARKER))
     entries = _legend_below(fig, inches)
-    fig.set_size_inches(inches, max(height * scale, 0.55 * inches) + LEGEND_LINE * entries)
+    # Fonts do not shrink below what can be read, so neither do the panels.
+    tall = max(height * max(scale, LEAST_HEIGHT), 0.55 * inches)
+    fig.set_size_inches(inches, tall + LEGEND_LINE * entries)
+    _fit_panels(fig, inches, tall)
+    fig.draw_without_rendering()
+    for ax in fig.axes:
+        _hide_crowded(ax.get_xticklabels(), 0)
+        if not isinstance(ax.yaxis.get_major_formatter(), FixedFormatter):  # no names of runs
+            _hide_crowded(ax.get_yticklabels(), 1)
     path = folder / f"{name}_{width}.pdf"
     write_bytes(path, _rendered(fig, "pdf"))
     return path
+
+
+def _fit_panels(fig: Figure, width: float, height: float) -> None:
+    """In panels of print, leave the ticks on linear axes that have room, and wrap names of axes."""
+    for ax in fig.axes:
+        place = ax.get_subplotspec()
+        if place is None:
+            continue
+        grid = place.get_gridspec()
+        room = (
+            0.75 * width * len(place.colspan) / grid.ncols,
+            0.75 * height * len(place.rowspan) / grid.nrows,
+        )
+        for axis, inches, each in zip((ax.xaxis, ax.yaxis), room, INCHES_PER_TICK, strict=True):
+            locator = axis.get_major_locator()
+            if isinstance(locator, MaxNLocator):
+                locator.set_params(nbins=int(min(max(inches / each, 1), 6)))
+        lines = ax.get_xlabel().splitlines()
+        chars = max(int(room[0] / INCHES_PER_CHARACTER), 8)
+        ax.set_xlabel("\n".join(part for line in lines for part in textwrap.wrap(line, chars)))
+
+
+def _hide_crowded(labels: Sequence[Text], direction: int) -> None:
+    """Hide every second label of the ticks along an axis, until none touches its neighbour.
+
+    Args:
+        labels: Labels of the ticks, drawn before.
+        direction: 0 for a horizontal axis, 1 for a vertical one.
+    """
+    shown = [label for label in labels if label.get_visible() and label.get_text()]
+    while len(shown) > 2:
+        spans = sorted(tuple(t.get_window_extent().get_points()[:, direction]) for t in shown)
+        if all(end < start for (_, end), (start, _) in pairwise(spans)):
+            return
+        for label in shown[1::2]:
+            label.set_visible(False)
+        shown = shown[::2]
 
 
 def _legend_below(fig: Figure, inches: float) -> int:

@@ -145,9 +145,14 @@ class Run:
 
     @cached_property
     def curves(self) -> pd.DataFrame:
-        """Every logged point that is not null: dataset, seed, step, name, value."""
+        """Every logged point that is not null: dataset, seed, step, name, value.
+
+        Of the datasets in `stats` alone: a table may hold only one of a run's datasets.
+        """
         rows = []
         for result_name, dataset, seed in self.cell_files("curves", ".jsonl"):
+            if dataset not in self.stats:
+                continue
             for step, name, value in read_curves(cast("Path", self.path), result_name, seed):
                 if value is not None:
                     rows.append((dataset, seed, step, name, value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import subprocess
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from sae_experiments.errors import UserError
-from sae_experiments.plots.base import PAPER_WIDTHS, NothingToDrawError, save
+from sae_experiments.plots.base import PAPER_WIDTHS, NothingToDrawError, save, save_for_paper
 from sae_experiments.plots.style import ALARM, PALETTE, run_styles, variant_index
 from sae_experiments.plots.text import clip, percent
 from sae_experiments.report.figures import choose_figures, default_out, draw_all
@@ -88,6 +89,11 @@ def test_nothing_reaches_out_of_the_figure_or_into_another_panel(
     name: str, n_runs: int, two: list[Path], tmp_path: Path
 ) -> None:
     fig = drawn(name, *two) if n_runs == 2 else drawn(name, make_run(tmp_path, "run_0"))
+    assert_apart(fig)
+
+
+def assert_apart(fig: Figure) -> None:
+    """Nothing reaches out of the figure or into another panel."""
     fig.draw_without_rendering()
     renderer = fig.canvas.get_renderer()  # type: ignore[attr-defined]
     width, height = fig.bbox.size
@@ -540,6 +546,27 @@ def test_figures_for_a_paper_are_pdfs_of_its_widths_with_embedded_fonts(tmp_path
         assert b"/Image" not in pdf.replace(b"/ImageB /ImageC /ImageI", b""), "vectors only"
     caption = (folder / "pareto.txt").read_text()
     assert "n = 3 seeds" in caption and "Preset laptop" in caption and "enwik8-head" in caption
+
+
+@pytest.mark.parametrize("width", PAPER_WIDTHS)
+@pytest.mark.parametrize("name", FIGURES)
+def test_what_is_written_does_not_overlap_on_paper(
+    name: str, width: str, two: list[Path], tmp_path: Path
+) -> None:
+    table = load_table(two)
+    if width == "1col":
+        table = table.only("enwik8")
+        assert {d for run in table.runs for d in run.curves["dataset"]} == {"enwik8"}
+    fig = instantiate(OmegaConf.load(FIGURES[name]))(table)
+    save_for_paper(fig, name, width, tmp_path)
+    assert_apart(fig)
+    for ax in fig.axes:
+        for labels, across in ((ax.get_xticklabels(), True), (ax.get_yticklabels(), False)):
+            boxes = [t.get_window_extent() for t in labels if t.get_visible() and t.get_text()]
+            low, high = ("x0", "x1") if across else ("y0", "y1")
+            spans = sorted((getattr(b, low), getattr(b, high)) for b in boxes)
+            for (_, end), (start, _) in itertools.pairwise(spans):
+                assert end < start + 1, [t.get_text() for t in labels]
 
 
 def test_a_variant_has_one_colour_in_every_figure(tmp_path: Path) -> None:
