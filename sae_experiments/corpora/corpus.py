@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,13 @@ from sae_experiments import cache, errors, files
 from sae_experiments.cache import cached, clearing
 from sae_experiments.corpora import download as fetch
 from sae_experiments.corpora import standin
-from sae_experiments.corpora.documents import Piece, Source, cut_text
+from sae_experiments.corpora.documents import (
+    Piece,
+    Source,
+    check_fractions,
+    cut_text,
+    split_sizes,
+)
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest, read_json, write_json
 from sae_experiments.source import source_digest
@@ -106,11 +111,7 @@ class CorpusSpec:
                     f"data.{self.name}.{key}={getattr(self, key)} is not one of "
                     f"{', '.join(allowed)}"
                 )
-        if not (self.val_frac > 0 and self.test_frac >= 0 and self.val_frac + self.test_frac < 1):
-            raise UserError(
-                f"data.{self.name}: val_frac={self.val_frac} must be above 0, "
-                f"test_frac={self.test_frac} at least 0, their sum below 1"
-            )
+        check_fractions(self.name, self.val_frac, self.test_frac)
         if self.head is not None:
             self._check_head(self.head)
         for source in self.sources:
@@ -533,7 +534,8 @@ def _write(folder: Path, spec: CorpusSpec, path: Path, size: int, sha256: str, c
     for points in _blocks(path, size, spec, cut, sha256):
         seen[points] = True
         n += len(points)
-    symbols, counts = np.flatnonzero(seen), _counts(spec, n)
+    symbols = np.flatnonzero(seen)
+    counts = split_sizes(spec.name, spec.val_frac, spec.test_frac, n, "characters")
     if len(symbols) > 1 << 16:
         raise UserError(f"data.{spec.name}: {path} has {len(symbols):,} symbols, more than 65,536")
     table = np.zeros(len(seen), dtype=np.uint8 if len(symbols) <= 256 else np.uint16)
@@ -612,19 +614,3 @@ def _blocks(
             yield np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     if read.hexdigest() != sha256:
         raise UserError(f"data.{spec.name}: {path} changed while it was read; start again")
-
-
-def _counts(spec: CorpusSpec, n: int) -> dict[str, int]:
-    """Number of characters of each split."""
-    # Fractions are exact: n * (1 - .05 - .05) in floating point is a character short of 90 %.
-    val, test = Fraction(str(spec.val_frac)), Fraction(str(spec.test_frac))
-    counts = {"train": int(n * (1 - val - test)), "val": 0, "test": int(n * test)}
-    counts["val"] = n - counts["train"] - counts["test"]
-    if spec.test_frac == 0:
-        del counts["test"]
-    if min(counts.values()) < 2:
-        raise UserError(
-            f"data.{spec.name}: {n:,} characters are too few to split: {counts} must have at least "
-            "2 each"
-        )
-    return counts

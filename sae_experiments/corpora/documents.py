@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,41 @@ class Source(NamedTuple):
     """Gives the documents of each split; the name None stands for all of a text without splits."""
 
 
+def check_fractions(name: str, val_frac: float, test_frac: float) -> None:
+    """Raise `UserError` unless these fractions of a text leave something for training."""
+    if not (val_frac > 0 and test_frac >= 0 and val_frac + test_frac < 1):
+        raise UserError(
+            f"data.{name}: val_frac={val_frac} must be above 0, test_frac={test_frac} at least 0, "
+            "their sum below 1"
+        )
+
+
+def split_sizes(name: str, val_frac: float, test_frac: float, n: int, unit: str) -> dict[str, int]:
+    """Sizes of the splits of a text, in its order; no test split without a fraction for it.
+
+    Args:
+        name: Name of the text.
+        val_frac: Fraction for validation.
+        test_frac: Fraction for testing.
+        n: Size of the text.
+        unit: What is counted, for the message.
+
+    Raises:
+        UserError: A split would have fewer than two.
+    """
+    # Fractions are exact: n * (1 - .05 - .05) in floating point is one short of 90 %.
+    val, test = Fraction(str(val_frac)), Fraction(str(test_frac))
+    sizes = {"train": int(n * (1 - val - test)), "val": 0, "test": int(n * test)}
+    sizes["val"] = n - sizes["train"] - sizes["test"]
+    if test_frac == 0:
+        del sizes["test"]
+    if min(sizes.values()) < 2:
+        raise UserError(
+            f"data.{name}: {n:,} {unit} are too few to split: {sizes} must have at least 2 each"
+        )
+    return sizes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitSpec:
     """Rules by which documents become windows, splits and cells."""
@@ -70,12 +106,7 @@ class SplitSpec:
     """Training numbers of a model that is trained on the text; see `lm.train`."""
 
     def __post_init__(self) -> None:
-        sound = self.val_frac > 0 and self.test_frac >= 0 and self.val_frac + self.test_frac < 1
-        if not sound:
-            raise UserError(
-                f"data.{self.name}: val_frac={self.val_frac} must be above 0, "
-                f"test_frac={self.test_frac} at least 0, their sum below 1"
-            )
+        check_fractions(self.name, self.val_frac, self.test_frac)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

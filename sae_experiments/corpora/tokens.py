@@ -6,7 +6,6 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from sae_experiments.cache import cached
 from sae_experiments.corpora.corpus import windows_of
-from sae_experiments.corpora.documents import Piece, Source, SplitSpec
+from sae_experiments.corpora.documents import Piece, Source, SplitSpec, split_sizes
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest, read_json, write_json
 from sae_experiments.source import source_digest
@@ -232,15 +231,6 @@ def _shares(
         named = {split: n for split, n in counts.items() if split is not None}
         return {split: float(sizes.get(split, 0)) for split in named}, named
     n = counts[None]
-    val, test = Fraction(str(spec.val_frac)), Fraction(str(spec.test_frac))
-    lengths = {"train": int(n * (1 - val - test)), "val": 0, "test": int(n * test)}
-    lengths["val"] = n - lengths["train"] - lengths["test"]
-    if spec.test_frac == 0:
-        del lengths["test"]
-    if min(lengths.values()) < 2:
-        raise UserError(
-            f"data.{spec.name}: {n:,} tokens are too few to split: {lengths} must have at least 2 "
-            "each"
-        )
+    lengths = split_sizes(spec.name, spec.val_frac, spec.test_frac, n, "tokens")
     per_token = sizes.get(None, 0) / n
     return {split: per_token * length for split, length in lengths.items()}, lengths
