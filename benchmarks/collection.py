@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sae_experiments.models.hooks import Kept, Site
 from sae_experiments.models.store import Source
 from sae_experiments.models.stream import SMALLEST, Stream
+from sae_experiments.resources import peak_memory
 
 LENGTH, LAYER, WIDTH = 128, 6, 768
 BATCH = 8  # windows per forward pass
@@ -105,7 +105,7 @@ def main() -> None:
         "share": median(a / b for a, b in times),
         "windows": given.windows,
         "rounds": given.rounds,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_memory() / 1024**2,
         "command": " ".join(["python benchmarks/collection.py", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {processor()}, {torch.get_num_threads()} thread(s)",
         "torch": torch.__version__,

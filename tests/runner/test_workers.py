@@ -31,7 +31,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from support.fake_study import FakeStudy
-from test_run import settings
+from support.fake_runner import settings
 from sae_experiments.runner.run import run
 from sae_experiments.runner.track import NoTracker
 from sae_experiments.stopping import listening
@@ -201,12 +201,13 @@ def start(folder: Path, seconds: float) -> subprocess.Popen[bytes]:
     here = Path(__file__).parents[1]
     folder.parent.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "TMPDIR": str(folder.parent.parent)}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(here), str(folder), str(seconds)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=env,
-    )
+    with open(folder.parent.parent / "stderr", "wb") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(here), str(folder), str(seconds)],
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            env=env,
+        )
 
 
 def wait_until(condition: Any, seconds: float = 60.0) -> None:
@@ -242,16 +243,20 @@ def test_a_hundred_kills_of_random_members_lose_nothing(tmp_path):
     undisturbed, folder = tmp_path / "undisturbed" / "r", tmp_path / "runs" / "r"
     go(FakeStudy(), undisturbed, workers=2)
     rng = random.Random(0)
-    kills = 0
+    kills = whole = 0
     finished: dict[tuple[str, int], Any] = {}
     while kills < 100:
         process = start(folder, 0.6)
         time.sleep(rng.uniform(2.0, 7.0))
         members = [process.pid, *workers_of(folder)]
-        if process.poll() is None:
+        undisturbed_here = process.poll() is not None
+        if not undisturbed_here:
             os.kill(rng.choice(members), signal.SIGKILL)
             kills += 1
-        process.wait(60)
+        status = process.wait(60)
+        told = (tmp_path / "stderr").read_text()
+        assert "Error" not in told or "SIGKILL" in told, told
+        assert status == 0 or not undisturbed_here, told
         wait_until(lambda: not workers_of(folder), 15.0)
         now = losses(folder)
         assert finished.items() <= now.items(), "what was finished is lost"
@@ -262,6 +267,8 @@ def test_a_hundred_kills_of_random_members_lose_nothing(tmp_path):
                 json.loads(path.read_text())
             subprocess.run(["rm", "-rf", str(folder)], check=True)
             finished = {}
+            whole += 1
+    assert whole >= 5, "hardly any run got through"
 
 
 # ---------------------------------------------------------------------------- the schedule
