@@ -320,7 +320,7 @@ def test_a_flipped_bit_in_every_kind_of_cached_file_is_noticed_named_and_mended(
 
 @pytest.mark.slow
 def test_a_flipped_bit_in_any_cached_file_is_never_a_wrong_number(experiment, undisturbed, capsys):
-    chance, noticed = random.Random(2), 0
+    chance, untold = random.Random(2), []
     assert in_this_process(experiment, *RUN) == 0
     files = cached_files(experiment)
     for path in files * 2:
@@ -329,18 +329,15 @@ def test_a_flipped_bit_in_any_cached_file_is_never_a_wrong_number(experiment, un
         capsys.readouterr()
         status = in_this_process(experiment, *RUN)
         said = capsys.readouterr()
-        noticed += "damaged" in said.out or status != 0
+        if "damaged" not in said.out and status == 0:
+            untold.append(path.name)
         assert status == 0 or in_this_process(experiment, *RUN) == 0
         assert_same(
             lasting(experiment.runs / "k"),
             {k: v for k, v in undisturbed.items() if k != "operations"},
         )
-    with capsys.disabled():
-        print(
-            f"\nbits flipped in the cache: {2 * len(files)} in {len(files)} files, {noticed} told"
-            " (the others: bits that say nothing), no wrong number"
-        )
-    assert noticed > 0.9 * 2 * len(files)
+    # Of the list of what is whole, some bits say nothing: a blank, a name that is only shown.
+    assert set(untold) <= {"done.json"} and len(untold) < len(files)
 
 
 def test_a_flipped_bit_in_a_checkpoint_costs_time_and_nothing_else(
