@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from sae_experiments.memory import peak_memory
 from sae_experiments.models.hooks import Kept, Site
 from sae_experiments.models.store import Source
 from sae_experiments.models.stream import SMALLEST, Stream
-from sae_experiments.resources import peak_memory
 
 LENGTH, LAYER, WIDTH = 128, 6, 768
 BATCH = 8  # windows per forward pass

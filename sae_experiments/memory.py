@@ -1,4 +1,4 @@
-"""Reuse of memory: the C library keeps freed blocks instead of returning them to the system."""
+"""Memory of this process: freed blocks that it keeps, and the most that it has held."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import platform
 import sys
 from functools import cache
+from pathlib import Path
 
 #: Parameters of `mallopt` in glibc (malloc.h) and their values: map no block by itself, keep freed
 #: memory, grow by 256 MiB at a time.
@@ -31,3 +32,26 @@ def keep() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(mallopt(*setting) == 1 for setting in SETTINGS.values())
+
+
+def peak_memory() -> float:
+    """The most memory that this process, or one of its children, has held, in bytes.
+
+    Where Linux tells it, what the process itself has held: `ru_maxrss` begins with what the
+    process that started it held. 0 on Windows.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    own, of_children = (
+        float(resource.getrusage(who).ru_maxrss * unit)
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return max(own, of_children)
+    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return max(float(found[0]) * 1024 if found else own, of_children)

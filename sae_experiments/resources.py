@@ -109,29 +109,6 @@ def _left_to_the_group() -> list[float]:
     return left
 
 
-def peak_memory() -> float:
-    """The most memory that this process, or one of its children, has held, in bytes.
-
-    Where Linux tells it, what the process itself has held: `ru_maxrss` begins with what the
-    process that started it held. 0 on Windows.
-    """
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    own, of_children = (
-        float(resource.getrusage(who).ru_maxrss * unit)
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return max(own, of_children)
-    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
-    return max(float(found[0]) * 1024 if found else own, of_children)
-
-
 def speed(device: torch.device, n: int = 1024) -> float:
     """Floating-point operations per second in a matrix product, an upper bound for real work."""
     a, best = torch.ones(n, n, device=device), float("inf")

@@ -76,7 +76,7 @@ FIT = LM | ARMS | {"studies.language.stores", "studies.base", "studies.language.
 #: What each kind of cached thing depends on, at least: a change of one of these modules makes it
 #: anew.
 MOVES = {
-    "corpora": {"files", "cache", "errors", "corpora.corpus"},
+    "corpora": {"files", "cache", "errors", "corpora.corpus", "corpora.documents"},
     "stand_in": {"files", "cache", "errors", "corpora.standin"},
     "lms": LM,
     "stores": {

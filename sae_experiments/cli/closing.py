@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from sae_experiments.files import read_json
-from sae_experiments.resources import peak_memory
+from sae_experiments.memory import peak_memory
 
 
 def block(folder: Path) -> str:

@@ -490,7 +490,7 @@ def _pointer(spec: CorpusSpec, cache: Path) -> Path:
 
 def _key(spec: CorpusSpec, sha256: str, cut: bool) -> dict[str, Any]:
     """Cache key of an encoded text, wherever it came from."""
-    code = source_digest(files, errors, cache, alone=[__name__])
+    code = source_digest(files, errors, cache, alone=[__name__, Piece.__module__])
     return {
         "code": code,
         "text": sha256,
