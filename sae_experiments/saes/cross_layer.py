@@ -215,6 +215,12 @@ class EveryLayer(SAE):
         parts = [acts[..., self.sources(k)] @ weight for k, weight in enumerate(self.decoders)]
         return torch.cat(parts, -1) + self.b_dec
 
+    def decode_codes(self, codes: Codes) -> Tensor:
+        """Reconstruction (B, O) of a code, from its active entries if they are given."""
+        if codes.pattern is None:
+            return self.decode(codes.dense())
+        return torch.cat(self._decode_sparse(codes), 1) + self.b_dec
+
     def decode_to(self, layer: int, acts: Tensor) -> Tensor:
         """Write (..., C) of dense codes (..., F) to one layer, with that layer's bias."""
         bias = self.b_dec[self.site_of(layer)]
