@@ -21,6 +21,19 @@ KINDS = {
     "evolution": ["evolution"],
     "greedy": ["ai_scientist/experiment.py", "ai_scientist/plot.py", "greedy"],
 }
+#: Kinds whose experiment.py can read a pretrained model instead.
+PRETRAINED = ("ai-scientist", "plain")
+#: Line of their OVERRIDES after which the settings of that task follow.
+PRESET = '    "preset=laptop",\n'
+#: Sizes of that task, so that a run ends well within the two hours of a harness on two CPU cores.
+SIZES = (
+    "fit.train_rows=300000",
+    "fit.held_out_rows=32768",
+    "fit.train.steps=600",
+    "fit.train.batch_size=2048",
+    "metric.downstream.windows=128",
+    "metric.compression.windows=16",
+)
 #: The next step of the user, by kind.
 NEXT = {
     "ai-scientist": "python experiment.py --out_dir=run_0, then start the harness",
@@ -61,16 +74,35 @@ def main(argv: Sequence[str]) -> int:
     parser = _Parser(prog="python -m sae_experiments template", description=__doc__)
     parser.add_argument("folder", type=Path, help="a new or empty folder")
     parser.add_argument("--for", dest="kind", choices=list(KINDS), default="plain")
+    parser.add_argument("--lm", type=Path, help="directory of a pretrained model to read")
+    parser.add_argument("--text", type=Path, help="text for that model, a file or a folder")
     parser.add_argument("--baseline", action="store_true", help="make run_0 by running it")
     options = parser.parse_args(argv)
     if options.baseline and "experiment.py" not in _files(options.kind):
         raise UserError(f"template: --baseline has nothing to run with --for {options.kind}")
-    copy(options.kind, options.folder)
+    task = _task(options.kind, options.lm, options.text)
+    copy(options.kind, options.folder, task)
     print(f"{options.folder}: {', '.join(sorted(_files(options.kind)))}", flush=True)
     if not options.baseline:
         print(f"next, in {options.folder}: {NEXT[options.kind]}")
         return 0
     return _baseline(options.folder)
+
+
+def _task(kind: str, lm: Path | None, text: Path | None) -> list[str]:
+    """Overrides that read a pretrained model; none without one."""
+    if lm is None and text is None:
+        return []
+    if lm is None or text is None:
+        raise UserError("template: a pretrained model needs both --lm=DIR and --text=FILE")
+    if kind not in PRETRAINED:
+        raise UserError(f"template: --lm goes with --for {' or '.join(PRETRAINED)}, not {kind}")
+    for option, path, needed in (("lm", lm, lm / "config.json"), ("text", text, text)):
+        if not needed.exists():
+            raise UserError(f"template: --{option}={path}: {needed} does not exist")
+    named = {"lm.path": lm.resolve(), "data.text.file": text.resolve()}
+    paths = [f"{key}={path}" for key, path in named.items()]
+    return ["lm=pretrained", "data=text", *paths, *SIZES]
 
 
 def _files(kind: str) -> dict[str, Path]:
@@ -86,19 +118,37 @@ def _files(kind: str) -> dict[str, Path]:
     return files
 
 
-def copy(kind: str, folder: Path) -> None:
-    """Copy the files of a kind into a new or empty folder."""
+def copy(kind: str, folder: Path, task: Sequence[str] = ()) -> None:
+    """Copy the files of a kind into a new or empty folder.
+
+    Args:
+        kind: One of `KINDS`.
+        folder: The folder.
+        task: Overrides of the task on a pretrained model; empty: the task on character models.
+
+    Raises:
+        UserError: The folder is not empty, or cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"template: {folder} is not empty: name a new folder")
         for name, source in _files(kind).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, folder / name)
+            other = templates_folder() / "pretrained" / name
+            shutil.copyfile(other if task and other.is_file() else source, folder / name)
+        if task:
+            _add_overrides(folder / "experiment.py", task)
     except OSError as error:
         raise UserError(
             f"template: {folder} cannot be written ({error.strerror}): name another folder"
         ) from error
+
+
+def _add_overrides(script: Path, overrides: Sequence[str]) -> None:
+    lines = "".join(f"    {override!r},\n" for override in overrides)
+    text = script.read_text(encoding="utf-8")
+    script.write_text(text.replace(PRESET, PRESET + lines), encoding="utf-8")
 
 
 def _baseline(folder: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from sae_experiments.results.records import Stat
+from sae_experiments.results.records import ORDINARY_FVU, Stat, has_outliers
 from sae_experiments.results.table import RunTable
 
 #: Metrics of the language model, which every SAE of a run shares.
@@ -21,8 +21,7 @@ GROUPS = {
     "cost": ("bits_per_char", "sae_train_time"),
 }
 MOST = 8
-#: Error of all rows, and of those that are no outliers.
-FVU, ORDINARY_FVU, OUTLIERS = "sae_fvu", "sae_fvu_ordinary", "sae_outlier_frac"
+FVU = "sae_fvu"
 SHORT = {
     "sae_l0": "L0",
     "sae_fvu": "FVU",
@@ -71,9 +70,8 @@ def error_metric(table: RunTable, dataset: str) -> str:
     """
     of_dataset = [run.stats.get(dataset, {}) for run in table.runs]
     fitted = [stats for stats in of_dataset if _mean(stats, FVU) is not None]
-    has_outliers = any((_mean(stats, OUTLIERS) or 0) > 0 for stats in fitted)
     known = all(_mean(stats, ORDINARY_FVU) is not None for stats in fitted)
-    return ORDINARY_FVU if has_outliers and known else FVU
+    return ORDINARY_FVU if known and any(map(has_outliers, fitted)) else FVU
 
 
 def _mean(stats: Mapping[str, Stat], metric: str) -> float | None:

@@ -10,6 +10,7 @@ from sae_experiments.metric_info import MetricInfo
 LEADING = (
     "truth_f1",
     "truth_mcc",
+    "sae_fvu_ordinary",  # where some rows are outliers
     "sae_fvu",
     "sae_l0",
     "ce_delta_bits",

@@ -61,6 +61,8 @@ PUBLISHED = (
     "total_train_time",
     "avg_inference_tokens_per_second",
 )
+#: Error of the rows that are no outliers, and the share of the others.
+ORDINARY_FVU, OUTLIER_FRAC = "sae_fvu_ordinary", "sae_outlier_frac"
 #: Metrics in `means` at most; all others are in `more_means`.
 MOST_MEANS = 10
 NOT_FINITE = "not finite"
@@ -313,9 +315,16 @@ def _leading(stats: Mapping[str, Stat], leading: Sequence[str]) -> list[str]:
     """The metrics of `means`: the leading ones that have a value, and those callers rely on."""
     relied_on = [name for name in PUBLISHED if name in stats]
     valued = [name for name, stat in stats.items() if stat.mean is not None]
+    if not has_outliers(stats):  # the FVU of all rows says the same
+        leading = [name for name in leading if name != ORDINARY_FVU]
     ranked = [name for name in dict.fromkeys([*leading, *valued]) if name in valued]
     first = [name for name in ranked if name not in relied_on]
     return [*first[: MOST_MEANS - len(relied_on)], *relied_on]
+
+
+def has_outliers(stats: Mapping[str, Stat]) -> bool:
+    """True if some rows were outliers, so that the FVU of all rows says little about the others."""
+    return OUTLIER_FRAC in stats and (stats[OUTLIER_FRAC].mean or 0) > 0
 
 
 def means_of(entry: Mapping[str, Any]) -> dict[str, Any]:

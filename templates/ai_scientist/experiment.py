@@ -1,9 +1,10 @@
 """Fit the sparse autoencoder (SAE) below to small language models, and measure it.
 
-`python experiment.py --out_dir=run_1` trains (or reuses) a character GPT-2 on each of three
-corpora, fits `Mine` to its residual stream at a mean of 32 active latents, and writes the means
-over seeds to run_1/final_info.json. As it stands `Mine` is BatchTopK: run_0 is the baseline, and
-what you change here is the only difference between it and the next run.
+`python experiment.py --out_dir=run_1` fits `Mine` to the residual stream of the language models
+below at a mean of 32 active latents, and writes the means over seeds to run_1/final_info.json.
+Unless OVERRIDES names another model, they are a character GPT-2 on each of three corpora, trained
+by the first run. As it stands `Mine` is BatchTopK: run_0 is the baseline, and what you change here
+is the only difference between it and the next run.
 
 `python experiment.py --check=mine` tells in seconds which laws of an SAE a change breaks.
 """

@@ -21,6 +21,7 @@ import pytest
 from sae_experiments.cli import template
 from sae_experiments.errors import UserError
 from support.common import ROOT, TINY
+from support.pretrained import TEXT, folder_of
 
 
 @pytest.fixture
@@ -160,10 +161,63 @@ def test_the_folder_works_with_its_defaults(made, tmp_path):
     assert scientist.plot()
 
 
+#: Sizes of a run on a tiny pretrained model.
+TINY_SIZES = (
+    "lm.n_positions=16",
+    "fit.train_rows=3000",
+    "fit.held_out_rows=1024",
+    "fit.calibration_rows=512",
+    "fit.init_rows=512",
+    "fit.train.steps=12",
+    "fit.train.batch_size=128",
+    "metric=[reconstruction,sparsity,downstream]",
+    "metric.downstream.windows=16",
+    "report=false",
+)
+
+
+def test_the_second_task_reads_a_pretrained_model(tmp_path, monkeypatch):
+    model = folder_of(tmp_path / "a model #ü, [1]")
+    text = tmp_path / "b=c text.txt"
+    text.write_text(TEXT)
+    monkeypatch.setattr(template, "SIZES", TINY_SIZES)
+    folder = tmp_path / "folder"
+    given = ["--lm", str(model), "--text", str(text)]
+    assert template.main([str(folder), "--for", "ai-scientist", *given]) == 0
+    assert (
+        "sae_fvu_ordinary" in json.loads((folder / "prompt.json").read_text())["task_description"]
+    )
+    script = folder / "experiment.py"
+    script.write_text(script.read_text().replace("target_l0=32", "target_l0=4"))
+    scientist = Scientist(folder, tmp_path / "results")
+    status, told = scientist.experiment(1)
+    assert status == 0, told
+    manifest = json.loads((scientist.folder / "run_1" / "manifest.json").read_text())
+    assert manifest["config"]["lm"]["path"] == str(model)
+    assert manifest["config"]["data"]["text"]["file"] == str(text)
+    assert "'text': {" in told and "'sae_fvu_mean': " in told
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--lm=DIR"], "needs both --lm=DIR and --text=FILE"),
+        (["--text=FILE"], "needs both --lm=DIR and --text=FILE"),
+        (["--lm=DIR", "--text=FILE"], "config.json does not exist"),
+        (["--lm=DIR", "--text=FILE", "--for=greedy"], "--lm goes with --for ai-scientist or plain"),
+    ],
+)
+def test_a_wrong_second_task_makes_no_folder(tmp_path, given, told):
+    with pytest.raises(UserError, match=told):
+        template.main([str(tmp_path / "new"), *given])
+    assert not (tmp_path / "new").exists()
+
+
 def test_ideas_and_prompt_are_as_the_harness_reads_them():
     folder = template.templates_folder() / "ai_scientist"
     prompt = json.loads((folder / "prompt.json").read_text())
-    assert set(prompt) == {"system", "task_description"}
+    other = json.loads((template.templates_folder() / "pretrained" / "prompt.json").read_text())
+    assert set(prompt) == set(other) == {"system", "task_description"}
     assert 1 <= len(json.loads((folder / "seed_ideas.json").read_text())) <= 3
     for name in ("seed_ideas.json", "ideas.json"):
         for idea in json.loads((folder / name).read_text()):

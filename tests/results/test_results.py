@@ -18,6 +18,8 @@ import pytest
 from sae_experiments.errors import UserError
 from sae_experiments.files import write_json
 from sae_experiments.metric_info import MetricInfo, describe
+from sae_experiments.metrics import reconstruction
+from sae_experiments.results.leading import leading
 from sae_experiments.results.names import CIRCUIT_ROLES, put_together, take_apart
 from sae_experiments.results.records import (
     NOT_FINITE,
@@ -171,6 +173,15 @@ def test_callers_get_at_most_ten_means_the_leading_ones_first_and_the_published_
     assert set(means_of(entry)) == {f"{name}_mean" for name in many}
     assert not set(entry["means"]) & set(entry["more_means"])
     assert means_of({"means": {"x_mean": 1}}) == {"x_mean": 1}, "a file of another program"
+
+
+def test_where_rows_are_outliers_the_error_of_the_others_leads() -> None:
+    order = leading(reconstruction.INFO)
+    fvus = {"sae_fvu": 0.003, "sae_fvu_ordinary": 0.4}
+    for share, first in ((0.02, "sae_fvu_ordinary"), (0.0, "sae_fvu")):
+        metrics = dict.fromkeys(PUBLISHED, 1.0) | fvus | {"sae_outlier_frac": share}
+        means = aggregate([record(0, **metrics)], order)["text8"]["means"]
+        assert next(iter(means)) == f"{first}_mean"
 
 
 def test_damaged_cells_are_one_warning_each(
