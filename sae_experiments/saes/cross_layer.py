@@ -198,12 +198,18 @@ class EveryLayer(SAE):
         Returns:
             (..., P).
         """
+        pre = self.pre_acts_from(layer, x)
+        return pre * (self.is_active(layer, pre) if support is None else support)
+
+    def pre_acts_from(self, layer: int, x: Tensor) -> Tensor:
+        """Pre-activations (..., P) of the latents that read one layer, from (..., C)."""
         latents = self.latents_of(layer)
         x = x - self.centre[self.site_of(layer)]
-        pre = nn.functional.linear(x, self.encoders[latents], self.b_enc[latents])
-        if support is None:
-            support = pre > self.cutoffs()[latents]
-        return pre * support
+        return nn.functional.linear(x, self.encoders[latents], self.b_enc[latents])
+
+    def is_active(self, layer: int, pre: Tensor) -> Tensor:
+        """Whether latents that read one layer are active at pre-activations (..., P)."""
+        return pre > self.cutoffs()[self.latents_of(layer)]
 
     def cutoffs(self) -> Tensor:
         """Pre-activations (F,) above which latents are active at inference."""

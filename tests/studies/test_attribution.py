@@ -15,7 +15,7 @@ from sae_experiments.cli.main import execute
 from sae_experiments.config.compose import compose_checked
 from sae_experiments.corpora.corpus import CharCorpus
 from sae_experiments.errors import UserError
-from sae_experiments.plots import attribution_checks, circuits_graph
+from sae_experiments.plots import attribution_checks, circuits_graph, virtual_removal
 from sae_experiments.plots.base import NothingToDrawError
 from sae_experiments.report import page
 from sae_experiments.results.table import load_table
@@ -384,6 +384,10 @@ def test_a_run_measures_graphs_and_checks_them(first: Path) -> None:
         assert any(graph["groups"] for graph in graphs)
         assert 0 < means["graph_attention_share_mean"] < 1
         assert 0 <= means["virtual_never_share_mean"] <= 1
+        assert (
+            0 <= means["virtual_removable_random_mean"] <= means["virtual_removable_expected_mean"]
+        )
+        assert means["virtual_worth_mean"] != 0
         features = load(first / "features" / f"{name}_0.json")
         assert any(f.get("virtual_from") for f in features)
         assert any(f.get("virtual_to") for f in features)
@@ -409,6 +413,10 @@ def test_the_checks_of_a_run_are_drawn_and_a_run_without_them_is_not(
     bare = load_table([make_run(tmp_path, "run_1", seeds=(0,))])
     with pytest.raises(NothingToDrawError):
         attribution_checks.draw(bare, title="", max_rows=1, points=50)
+    (axes,) = virtual_removal.draw(load_table([first]), title="Removal", max_rows=1).axes
+    assert len(axes.lines) == 4  # three orders and the axis
+    with pytest.raises(NothingToDrawError):
+        virtual_removal.draw(bare, title="", max_rows=1)
 
 
 def test_the_json_is_what_circuit_tracers_page_reads(first: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sae_experiments.conditions import OF_SAE_TIME, ON_ACTIVATIONS
 from sae_experiments.metric_info import Better, MetricInfo, info
+from sae_experiments.studies.attribution import removal
 
 _MEAN = "mean over prompts"
 _GRAPH: list[tuple[str, str, str, Better, bool]] = [
@@ -132,6 +133,27 @@ def infos() -> list[MetricInfo]:
             shown=False,
         ),
     ]
+    for order, formula in removal.ORDERS.items():
+        described.append(
+            info(
+                f"virtual_removable_{order}",
+                f"removable, {order}",
+                f"share of the virtual weights whose removal, {formula}, raises the loss of the "
+                f"frozen replacement by at most {removal.TOLERATED_BITS} bit",
+                "none",
+                shown=False,
+            )
+        )
+    described.append(
+        info(
+            "virtual_worth",
+            "worth of virtual weights",
+            "rise of the loss of the frozen replacement when all virtual weights are removed",
+            "none",
+            unit="bit/char",
+            shown=False,
+        )
+    )
     for check in _CHECKS:
         for target in ("latent", "logit"):
             described += _agreement(check, target)

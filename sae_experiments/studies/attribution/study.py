@@ -21,6 +21,7 @@ from sae_experiments.saes.base import SAE
 from sae_experiments.saes.circuit_tracer import save_transcoders
 from sae_experiments.saes.cross_layer import EveryLayer
 from sae_experiments.studies import conditions as facts
+from sae_experiments.studies.attribution import removal
 from sae_experiments.studies.attribution.checks import (
     CheckSpec,
     add_deletions,
@@ -193,14 +194,18 @@ class Attribution(Language):
     def _weigh(
         self, sae: SAE, lm: TrainedLM, stores: Stores, outcome: Outcome, ctx: Context
     ) -> None:
-        """Add the strongest virtual weights of the described latents, and how many act."""
+        """Add the strongest virtual weights of the described latents, and what all are worth."""
+        starts = stores.held_out.starts
+        n_kept = min(removal.WINDOWS, len(starts) // 2)  # windows that rank no weights
+        ranking = starts[: len(starts) - n_kept][: self.graph.weight_windows]
+        tokens, _ = stores.tokens(ranking)
+        layers = of_type(sae, EveryLayer)  # see `check`
+        virtual = VirtualWeights(lm.model, layers, tokens.to(ctx.device))
+        self._remove(virtual, starts[len(starts) - n_kept :], stores, outcome, ctx)
         described = [one for one in outcome.features or [] if "max" in one]
         latents = torch.tensor([one["latent"] for one in described], dtype=torch.long)
         measured: dict[str, float | None] = dict.fromkeys(NUMBERS)
         if described:
-            tokens, _ = stores.tokens(stores.held_out.starts[: self.graph.weight_windows])
-            layers = of_type(sae, EveryLayer)  # see `check`
-            virtual = VirtualWeights(lm.model, layers, tokens.to(ctx.device))
             into = virtual.into(latents.to(ctx.device))
             out_of = virtual.out_of(latents.to(ctx.device))
             for side, weights in (("virtual_from", into), ("virtual_to", out_of)):
@@ -211,6 +216,29 @@ class Attribution(Language):
             outcome.metrics[name] = value
             if value is None:
                 outcome.why_null[name] = "no latent is described, or none of a later layer"
+
+    def _remove(
+        self,
+        virtual: VirtualWeights,
+        starts: np.ndarray,
+        stores: Stores,
+        outcome: Outcome,
+        ctx: Context,
+    ) -> None:
+        """Add what removing virtual weights costs on windows that begin at `starts`."""
+        n = removal.count_weights(virtual.sae)
+        if n > removal.MOST or not len(starts):
+            reason = "there is a single held-out window"
+            if len(starts):
+                reason = f"{n:,} virtual weights, more than {removal.MOST:,}"
+            outcome.metrics |= dict.fromkeys(removal.NUMBERS)
+            outcome.why_null |= dict.fromkeys(removal.NUMBERS, reason)
+            return
+        tokens, following = (ids.to(ctx.device) for ids in stores.tokens(starts))
+        seed = seed_of(stores.seed, "virtual weights")
+        curves = removal.measure(virtual, tokens, following, seed)
+        outcome.metrics |= removal.numbers(curves)
+        outcome.arrays |= curves
 
     # --- graphs ----------------------------------------------------------------------------------
 

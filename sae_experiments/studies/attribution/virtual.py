@@ -62,7 +62,7 @@ class VirtualWeights:
     def __init__(
         self, model: CausalLM, sae: EveryLayer, tokens: Tensor, *, batch: int = 16
     ) -> None:
-        self.sae = sae
+        self.model, self.sae = model, sae
         acts, rstd = [], []
         read: list[Tensor] = []
         for some in tokens.split(batch):
