@@ -19,6 +19,7 @@ from sae_experiments.errors import UserError
 from sae_experiments.saes.base import Inference
 from sae_experiments.saes.loaded import NormalisedRows, loaded
 from sae_experiments.saes.saelens_config import TRANSCODERS
+from support.command_line import in_this_process
 from support.common import CONF
 
 D, F, OUT = 12, 40, 10
@@ -223,16 +224,19 @@ def foreign(
 
 
 def run(experiment: Any, *args: str) -> Any:
-    return experiment("out_dir=run", *args)
+    return in_this_process(experiment, "out_dir=run", *args)
 
 
-def test_a_run_evaluates_it_beside_its_own_with_every_metric(experiment: Any) -> None:
+def test_a_run_evaluates_it_beside_its_own_with_every_metric(
+    experiment: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = foreign(experiment.here / "o'ther #1", "jumprelu", "layer_norm")
     args = ["sae=[saelens,batch_topk]", f"sae.path={folder}", "site=resid.1", "metric=all"]
     args += ["study.replicas=1"]
     made = run(experiment, *args, "report=true")
-    assert made.returncode == 0, made.stderr
-    assert "report: " in made.stdout
+    said = capsys.readouterr()
+    assert made == 0, said.err
+    assert "report: " in said.out
     final = experiment.json("run", "final_info.json")
     assert set(final) == {"text8.saelens", "text8.batch_topk"}
     record = experiment.json("run", "cells", "text8.saelens_0.json")
@@ -242,19 +246,19 @@ def test_a_run_evaluates_it_beside_its_own_with_every_metric(experiment: Any) ->
     assert record["why_null"]["sae_train_time"] == "the SAE was loaded, not trained here"
     assert record["facts"]["loaded"]["path"] == str(folder)
     assert record["metrics"]["sae_fvu"] > 0 and record["metrics"]["ce_delta_bits"] is not None
-    assert run(experiment, *args).returncode == 0, "the same command again finds its results"
+    assert run(experiment, *args) == 0, "the same command again finds its results"
     tensors = load_file(folder / "sae_weights.safetensors")
     save_file(tensors | {"b_dec": tensors["b_dec"] + 1}, folder / "sae_weights.safetensors")
-    again = run(experiment, *args)
-    assert again.returncode == 2 and "holds results on another SAE" in again.stderr
+    assert run(experiment, *args) == 2
+    assert "holds results on another SAE" in capsys.readouterr().err
 
 
 def test_the_numbers_of_a_run_are_those_of_its_directory(experiment: Any) -> None:
     """An SAE that was fitted and exported here, evaluated again from its directory."""
-    assert run(experiment, "sae=jumprelu", "site=resid.1").returncode == 0
+    assert run(experiment, "sae=jumprelu", "site=resid.1") == 0
     folder = experiment.runs / "run" / "saes" / "text8_0"
-    made = experiment("out_dir=again", "sae=saelens", f"sae.path={folder}", "site=resid.1")
-    assert made.returncode == 0, made.stderr
+    args = ["out_dir=again", "sae=saelens", f"sae.path={folder}", "site=resid.1"]
+    assert in_this_process(experiment, *args) == 0
     first = experiment.json("run", "cells", "text8_0.json")["metrics"]
     second = experiment.json("again", "cells", "text8_0.json")["metrics"]
     for name in ("sae_fvu", "sae_l0", "ce_delta_bits"):

@@ -86,11 +86,13 @@ def test_orders_put_small_weights_first_and_count_each_once() -> None:
     into = VirtualWeights(lm, sae, ids).into(torch.arange(sae.d_sae))
     for order, table in (("size", into.plain), ("expected", into.expected)):
         places = every.places[order]
-        assert sorted(torch.cat([p.flatten() for p in places]).tolist()) == list(range(every.n_weights))
-        place = torch.cat([p.t().flatten() for p in places]).numpy()
+        assert sorted(torch.cat([p.flatten() for p in places]).tolist()) == list(
+            range(every.n_weights)
+        )
+        by_target = torch.cat([place.t().flatten() for place in places]).numpy()
         rows = [table[sae.latents_of(k), : k * sae.per_layer].ravel() for k in range(sae.n_sites)]
         size = np.abs(np.concatenate(rows))
-        assert (np.diff(size[np.argsort(place)]) >= 0).all()
+        assert (np.diff(size[np.argsort(by_target)]) >= 0).all()
     half = every.removed("random", 0.5)
     removed = sum(int((part != 0).sum()) for part in half)
     assert removed == round(0.5 * every.n_weights)

@@ -15,6 +15,7 @@ from sae_experiments.metrics import recovery
 from sae_experiments.metrics.base import EvalContext
 from sae_experiments.metrics.recovery import Truth
 from sae_experiments.studies.ground_truth.world import World
+from support.command_line import assert_is_refused, in_this_process
 from support.metric_worlds import CPU, Chunked, Given
 from support.planted import recipe
 
@@ -183,7 +184,7 @@ def test_recipes_that_cannot_work_are_refused(bad):
         recipe(**bad)
 
 
-def test_the_study_runs_end_to_end_and_again_from_the_cache(experiment):
+def test_the_study_runs_end_to_end_and_again_from_the_cache(experiment, capsys):
     args = (
         "study=ground_truth",
         "sae=[batch_topk,random]",
@@ -191,22 +192,18 @@ def test_the_study_runs_end_to_end_and_again_from_the_cache(experiment):
         "study.train.steps=30",
         "study.held_out_rows=600",
         "seeds=[0,1]",
+        "workers=1",
+        "report=false",
     )
-    first = experiment(*args, "--out_dir=g", tiny=False)
-    assert first.returncode == 0, first.stderr
+    first = in_this_process(experiment, *args, "--out_dir=g", tiny=False)
+    assert first == 0, capsys.readouterr().err
     found = experiment.json("g", "final_info.json")
     assert set(found) == {"planted.batch_topk", "planted.random"}
     assert len(found["planted.batch_topk"]["final_info_dict"]["truth_mcc"]) == 2
-    second = experiment(*args, "--out_dir=h", tiny=False)
-    assert second.returncode == 0 and experiment.json("h", "final_info.json") == found
+    assert in_this_process(experiment, *args, "--out_dir=h", tiny=False) == 0
+    assert experiment.json("h", "final_info.json") == found
 
 
-def test_an_sae_that_needs_a_language_model_is_refused(experiment):
-    found = experiment(
-        "study=ground_truth", "sae=end_to_end", "preset=smoke", "--out_dir=g", tiny=False
-    )
-    assert (
-        found.returncode == 2
-        and "needs a language model" in found.stderr
-        and not (experiment.runs / "g").exists()
-    )
+def test_an_sae_that_needs_a_language_model_is_refused(experiment, capsys):
+    args = ("study=ground_truth", "sae=end_to_end", "preset=smoke")
+    assert_is_refused(experiment, capsys, "needs a language model", *args, tiny=False)

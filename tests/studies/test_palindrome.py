@@ -33,6 +33,7 @@ from sae_experiments.studies.palindrome.strings import (
 )
 from sae_experiments.studies.palindrome.study import Analysis, split_ids
 from sae_experiments.training.loop import seed_of
+from support.command_line import assert_is_refused
 from support.common import CONF, Experiment
 from support.drawing import drawn
 
@@ -323,12 +324,9 @@ def test_the_study_from_start_to_end(experiment: Experiment) -> None:
     ],
 )
 def test_mistakes_are_one_line_before_training(
-    experiment: Experiment, wrong: str, told: str
+    experiment: Experiment, capsys: pytest.CaptureFixture[str], wrong: str, told: str
 ) -> None:
-    done = experiment("--out_dir=bad", *SMALL, wrong, tiny=False)
-    assert done.returncode == 2
-    assert told in done.stderr and len(done.stderr.splitlines()) == 1
-    assert not (experiment.runs / "bad").exists()
+    assert_is_refused(experiment, capsys, told, *SMALL, wrong, tiny=False)
 
 
 @pytest.mark.slow

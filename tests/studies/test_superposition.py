@@ -22,6 +22,7 @@ from sae_experiments.studies.superposition.study import best_cosines, measures, 
 from sae_experiments.studies.superposition.toy import Stream, ToyLearner
 from sae_experiments.studies.superposition.trees import MODES, Features, bernoulli, padded
 from sae_experiments.training.loop import Session, train
+from support.command_line import assert_is_refused, in_this_process
 from support.common import Experiment, train_config
 from support.drawing import drawn
 
@@ -380,9 +381,11 @@ PROBE = (
 )
 
 
-def test_the_study_from_start_to_end(experiment: Experiment) -> None:
-    done = experiment("--out_dir=run_0", *SMALL, *PROBE, tiny=False)
-    assert done.returncode == 0, done.stderr
+def test_the_study_from_start_to_end(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("--out_dir=run_0", "workers=1", "report=false", *SMALL, *PROBE)
+    assert in_this_process(experiment, *args, tiny=False) == 0, capsys.readouterr().err
     final = experiment.json("run_0", "final_info.json")
     assert set(final) == {"exclusive", "early_stopping", "control"}
     assert {
@@ -398,7 +401,8 @@ def test_the_study_from_start_to_end(experiment: Experiment) -> None:
         [],
         [f"palindrome_{n}" for n in ("attention", "dictionary", "logprob", "selectivity")],
     )
-    assert "already done" in experiment("--out_dir=run_0", *SMALL, *PROBE, tiny=False).stdout
+    assert in_this_process(experiment, *args, tiny=False) == 0
+    assert "already done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -411,9 +415,6 @@ def test_the_study_from_start_to_end(experiment: Experiment) -> None:
     ],
 )
 def test_mistakes_are_one_line_before_training(
-    experiment: Experiment, wrong: str, told: str
+    experiment: Experiment, capsys: pytest.CaptureFixture[str], wrong: str, told: str
 ) -> None:
-    done = experiment("--out_dir=bad", *SMALL, *PROBE, wrong, tiny=False)
-    assert done.returncode == 2
-    assert told in done.stderr and len(done.stderr.splitlines()) == 1
-    assert not (experiment.runs / "bad").exists()
+    assert_is_refused(experiment, capsys, told, *SMALL, *PROBE, wrong, tiny=False)

@@ -13,12 +13,27 @@ from sae_experiments.results.records import load_arrays
 from support.common import CONF, TIMED, Experiment
 
 
-def in_this_process(experiment: Experiment, *args: str) -> int:
+def in_this_process(experiment: Experiment, *args: str, tiny: bool = True) -> int:
     """As typed in the folder of ``experiment``, without the seconds of importing torch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(experiment.here)
         patch.setenv("SAE_CACHE", str(experiment.cache))
-        return main(experiment.command(*args)[2:], plan="variants", extra=[], conf=CONF)
+        argv = experiment.command(*args, tiny=tiny)[2:]
+        return main(argv, plan="variants", extra=[], conf=CONF)
+
+
+def assert_is_refused(
+    experiment: Experiment,
+    capsys: pytest.CaptureFixture[str],
+    told: str,
+    *args: str,
+    tiny: bool = True,
+) -> None:
+    """A command ends with status 2 and one line on stderr, and leaves no run folder."""
+    assert in_this_process(experiment, "--out_dir=bad", *args, tiny=tiny) == 2
+    stderr = capsys.readouterr().err
+    assert told in stderr and len(stderr.splitlines()) == 1
+    assert not (experiment.runs / "bad").exists()
 
 
 def lasting(run: Path, report: str = "text8_0") -> dict[str, Any]:
