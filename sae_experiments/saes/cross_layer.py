@@ -97,35 +97,23 @@ class EveryLayer(SAE):
         """Columns of x and y that belong to a layer."""
         return slice(layer * self.width, (layer + 1) * self.width)
 
-    def _dense_encoder(self, latents: Tensor) -> Tensor:
-        """Rows (n, D) of the encoder, with their zeros; differentiable."""
-        blocks = self.encoders.new_zeros(len(latents), self.n_sites, self.width)
-        rows = torch.arange(len(latents), device=latents.device)
-        layer = torch.div(latents, self.per_layer, rounding_mode="floor")
-        filled = blocks.index_put((rows, layer), self.encoders.index_select(0, latents))
-        return filled.flatten(1)
-
-    def _dense_decoder(self, latents: Tensor) -> Tensor:
-        """Rows (n, O) of the decoder, with their zeros; differentiable."""
-        parts = []
-        for k, weight in enumerate(self.decoders):
-            sources = self.sources(k)
-            writes = (latents >= sources.start) & (latents < sources.stop)
-            index = (latents - sources.start).clamp(0, len(weight) - 1)
-            parts.append(weight.index_select(0, index) * writes[:, None])
-        return torch.cat(parts, 1)
-
     @property
+    @torch.no_grad()
     def W_enc(self) -> Tensor:
         """All encoder rows (F, D), each 0 but at its own layer; a copy without a graph."""
-        with torch.no_grad():
-            return self._dense_encoder(torch.arange(self.d_sae, device=self.encoders.device))
+        full = self.encoders.new_zeros(self.d_sae, self.d_in)
+        for k in range(self.n_sites):
+            full[self.latents_of(k), self.site_of(k)] = self.encoders[self.latents_of(k)]
+        return full
 
     @property
+    @torch.no_grad()
     def W_dec(self) -> Tensor:
         """All decoder rows (F, O), each 0 at the layers it does not write to; without a graph."""
-        with torch.no_grad():
-            return self._dense_decoder(torch.arange(self.d_sae, device=self.encoders.device))
+        full = self.encoders.new_zeros(self.d_sae, self.d_out)
+        for k, weight in enumerate(self.decoders):
+            full[self.sources(k), self.site_of(k)] = weight
+        return full
 
     def _squared_lengths(self, others: list[Tensor] | None = None) -> Tensor:
         """Inner product (F,) of each latent's decoder with itself or `others`, over layers."""

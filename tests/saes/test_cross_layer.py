@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
@@ -76,9 +77,17 @@ def test_aux_k_of_dead_latents_is_that_of_their_rows_with_all_zeros(name: str, k
 
 def dense_aux_k(sae: EveryLayer, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
     """AuxK from encoder and decoder rows of the whole width."""
-    w_enc = sae._dense_encoder(dead)
-    bias = sae.b_enc[dead] - w_enc @ sae.origin().detach()
-    return ops.aux_k(x, residual, w_enc, bias, sae._dense_decoder(dead), sae.k_aux)
+    layers = range(sae.n_sites)
+    w_enc = torch.block_diag(*(sae.encoders[sae.latents_of(k)] for k in layers))
+    padded = []
+    for k, weight in enumerate(sae.decoders):
+        sources = sae.sources(k)
+        padded.append(F.pad(weight, (0, 0, sources.start, sae.d_sae - sources.stop)))
+    w_dec = torch.cat(padded, 1)
+    torch.testing.assert_close(sae.W_enc, w_enc.detach())
+    torch.testing.assert_close(sae.W_dec, w_dec.detach())
+    bias = sae.b_enc[dead] - w_enc[dead] @ sae.origin().detach()
+    return ops.aux_k(x, residual, w_enc[dead], bias, w_dec[dead], sae.k_aux)
 
 
 def test_some_pre_activations_are_those_of_all_in_any_order() -> None:
