@@ -105,6 +105,8 @@ SHUFFLED_BLOCK = 1000
 MATCHED_PHI = 0.5
 #: A phi counts if chance exceeds it, for any pair of latent and concept, with this probability.
 SIGNIFICANCE = 0.01
+#: F1 on other text below which a rule is shown as none: rules of shuffled rows reach as much.
+LEAST_F1 = 0.1
 #: Columns of `Description.counts`.
 HITS, PREDICTED, FIRED = range(3)
 
@@ -476,8 +478,9 @@ def _shuffled_order(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _rule_feature(description: Description) -> dict[str, Any]:
+    """Entries of a latent's description; a rule that fails on other text is no description."""
     return {
-        "rule": description.words,
+        "rule" if description.f1 >= LEAST_F1 else "weak_rule": description.words,
         "precision": rounded(description.precision, 4),
         "recall": rounded(description.recall, 4),
         "f1": rounded(description.f1, 4),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from sae_experiments.plots.base import finish, panels, styled
 from sae_experiments.plots.captions import row_caption
@@ -62,5 +63,7 @@ def _draw_curves(ax: Axes, arrays: Arrays) -> None:
         rise = arrays[f"virtual_rise_{order}"]
         ax.plot(shown, rise, color=color, linestyle=line, marker="o", markersize=2.5)
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.invert_xaxis()
     ax.axhline(0, color=GREY, linewidth=0.6)

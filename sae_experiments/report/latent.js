@@ -1,5 +1,5 @@
 // The card of one latent.
-const KNOWN = new Set(["latent", "density", "max", "mean", "histogram", "top", "samples", "next", "promotes", "suppresses", "partners", "stability", "rule", "f1",
+const KNOWN = new Set(["latent", "density", "max", "mean", "histogram", "top", "samples", "next", "promotes", "suppresses", "partners", "stability", "rule", "weak_rule", "f1",
   "precision", "recall", "lift", "length", "order", "r2", "concept", "phi", "threshold", "active_frac", "level", "children", "parents", "steering", "virtual_from", "virtual_to"]);
 
 function bar(value, top) {
@@ -25,6 +25,7 @@ function facts(feature, bytes) {
 }
 
 function ruleLine(feature, bytes) {
+  if (!feature.rule && feature.weak_rule) return h("p", { class: "quiet" }, `No short rule tells where it fires: the best has F1 ${score(feature.f1)} on text it was not made from.`);
   if (!feature.rule) return h("p", { class: "quiet" }, "No rule: it fires too rarely, or the metric rules was not among those measured.");
   const shown = feature.f1 === undefined ? null : h("span", { class: "scores" }, bar(feature.f1, 1), ` F1 ${score(feature.f1)} (precision ${score(feature.precision)}, recall ${score(feature.recall)} on text it was not made from)`);
   return h("p", { class: "rule" }, h("code", null, clear(feature.rule, bytes)), shown);

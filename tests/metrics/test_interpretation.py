@@ -185,7 +185,11 @@ def test_a_class_and_a_state_are_named():
 
 
 def test_a_latent_that_is_chance_has_no_good_rule_and_shuffled_ones_neither():
-    found, _ = described(chance(3))
+    found, by = described(chance(3))
+    for feature in by.values():
+        if "f1" in feature:
+            assert ("rule" in feature) == (feature["f1"] >= rules.LEAST_F1)
+            assert ("weak_rule" in feature) == (feature["f1"] < rules.LEAST_F1)
     assert (
         found.scalars["rule_f1"] < 0.3
         and found.scalars["concept_phi"] < 0.1

@@ -433,6 +433,7 @@ def test_tokens_are_marked_whole_and_their_spaces_are_seen(page: Page, tmp_path:
         token | {"latent": 0, "top": [near]},
         token | {"latent": 1, "top": [near, far]},
         {"latent": 2, "rule": "amp", "f1": 0.7},
+        {"latent": 3, "weak_rule": "zzz", "f1": 0.02},
     ]
     run = make_run(tmp_path, "run_1", datasets=("text8",), seeds=(0,), curves=False)
     add_features(run, "text8", 0, latents)
@@ -448,6 +449,8 @@ def test_tokens_are_marked_whole_and_their_spaces_are_seen(page: Page, tmp_path:
     assert not page("Boolean(document.querySelector('#latent .aligned'))"), "long ones are wrapped"
     page.open(path, "#latent-0-2")
     assert "amp" in card(page) and "Dead" not in card(page), "its density is not known"
+    page.open(path, "#latent-0-3")
+    assert "No short rule" in card(page) and "F1 0.02" in card(page) and "zzz" not in card(page)
 
 
 def test_many_large_graphs_open_as_fast_as_one_looks_at_them(page: Page, tmp_path: Path) -> None:
