@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +29,24 @@ BATCHES = 64
 SMALLEST = 160
 #: Batches that a whole number of windows may amount to for chunks to consist of whole batches.
 WHOLE = 8
+
+
+#: Called with the number of windows read and in all.
+Tick = Callable[[int, int], None]
+
+
+@dataclass
+class Watch:
+    """Connections of a stream to its surroundings, shared by all its copies."""
+
+    stage: Callable[[str], AbstractContextManager[Tick]] = lambda name: nullcontext(_no_tick)
+    """Shows the progress of a stage of this name."""
+    check: Callable[[], None] = lambda: None
+    """Called after every forward pass of a chunk; may raise an exception to end it."""
+
+
+def _no_tick(done: int, total: int) -> None:
+    pass
 
 
 class ChunkIndex(NamedTuple):
@@ -53,6 +73,7 @@ class Stream:
         batch_rows: Rows of a batch.
         kept: Form of the rows of each site in half precision.
         name: Configuration key of `chunk_rows`, for messages.
+        watch: Progress of chunks, and when to end one.
 
     Raises:
         UserError: A chunk would hold fewer than `SMALLEST` batches.
@@ -68,6 +89,7 @@ class Stream:
         batch_rows: int,
         kept: Mapping[Site, Kept],
         name: str = "fit.stream_rows",
+        watch: Watch | None = None,
     ) -> None:
         if chunk_rows < SMALLEST * batch_rows:
             raise UserError(
@@ -76,6 +98,7 @@ class Stream:
             )
         self.source = source
         self.starts = starts
+        self.watch = watch or Watch()
         self.sites = tuple(sites)
         self.kept = dict(kept)
         self.length = source.length
@@ -180,10 +203,18 @@ class Stream:
     ) -> dict[Site, np.ndarray]:
         if self._chunk is None or self._chunk[0] != chunk:
             self._chunk = None  # its memory is needed for the next one
-            self._chunk = (chunk, self._read(windows, self.sites))
+            name = f"collect chunk {chunk[2] + 1} of {len(self.bounds) - 1}"
+            with self.watch.stage(name) as tick:
+                self._chunk = (chunk, self._read(windows, self.sites, tick, self.watch.check))
         return self._chunk[1]
 
-    def _read(self, windows: np.ndarray, sites: Sequence[Site]) -> dict[Site, np.ndarray]:
+    def _read(
+        self,
+        windows: np.ndarray,
+        sites: Sequence[Site],
+        tick: Tick = _no_tick,
+        check: Callable[[], None] = lambda: None,
+    ) -> dict[Site, np.ndarray]:
         """Rows of some windows by site, in the precision of the store."""
         arrays: dict[Site, np.ndarray] = {}
         for done, rows in self.source.read(self.starts[windows], sites, self.kept):
@@ -193,6 +224,8 @@ class Stream:
                     arrays[site] = np.empty(shape, values.dtype)
                 end = done * self.length
                 arrays[site][end - len(values) : end] = values
+            tick(done, len(windows))
+            check()
         return arrays
 
 

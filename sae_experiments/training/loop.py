@@ -243,12 +243,23 @@ class Session:
         tick: Called with the number of steps done and in all.
         checkpoint: File of the checkpoint; None disables checkpoints.
         deadline: Time (`time.monotonic`) at which training stops early; None: never.
+        steps: Steps that have been made.
     """
 
     log: Callable[[int, dict[str, float]], None] = lambda step, values: None
     tick: Callable[[int, int], None] = lambda done, total: None
     checkpoint: Path | None = None
     deadline: float | None = None
+    steps: int = 0
+
+    def check(self) -> None:
+        """Raise `BatchCut` after the deadline, unless no step was made yet."""
+        if self.steps and self.deadline is not None and time.monotonic() > self.deadline:
+            raise BatchCut
+
+
+class BatchCut(Exception):
+    """The deadline passed while a batch was prepared: training ends with the step before it."""
 
 
 @dataclass
@@ -457,7 +468,7 @@ def train(
 
     Args:
         learners: The models, which do not influence each other.
-        batch_at: Gives the batch of a step; must depend on the step alone.
+        batch_at: Gives the batch of a step; must depend on the step alone. May raise `BatchCut`.
         cfg: Steps and intervals. The other numbers are those of each learner.
         session: Log, progress, checkpoint and deadline.
 
@@ -468,7 +479,12 @@ def train(
     run = _Pass(learners, cfg, session)
     run.begin()
     for step in range(run.progress.step, cfg.steps):
-        run.step(step, batch_at)
+        try:
+            batch = batch_at(step)
+        except BatchCut:
+            run.progress.cut = True
+        else:
+            run.step(step, batch)
         run.save_if_due()
         leave()
         if run.progress.cut:
@@ -499,12 +515,12 @@ class _Pass:
                 r.enter(0)
         self._saved = time.monotonic()
         self._started = self._saved - self.progress.seconds
+        self.session.steps = self.progress.step
 
-    def step(self, step: int, batch_at: Callable[[int], Any]) -> None:
+    def step(self, step: int, batch: Any) -> None:
         """Make one step of every learner, and record its numbers when they are due."""
         for r in self.running:
             r.change_phase(step)
-        batch = batch_at(step)
         last = step + 1 == self.cfg.steps
         for r in self.running:
             began = time.monotonic()
@@ -518,7 +534,7 @@ class _Pass:
                 self._note(r, step + 1, values)
                 r.learner.module.train()
         now = time.monotonic()
-        self.progress.step = step + 1
+        self.progress.step = self.session.steps = step + 1
         self.progress.seconds = now - self._started
         self.session.tick(step + 1, self.cfg.steps)
         deadline = self.session.deadline

@@ -7,6 +7,9 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +25,11 @@ from sae_experiments.errors import UserError
 from sae_experiments.fitting.spec import FitSpec
 from sae_experiments.models.hooks import Kept, Site
 from sae_experiments.models.store import Source, Store, collect
-from sae_experiments.models.stream import BATCHES, SMALLEST, Stream
+from sae_experiments.models.stream import BATCHES, SMALLEST, Stream, Watch
 from sae_experiments.studies.base import Context
 from sae_experiments.studies.language.stores import Stores
 from sae_experiments.training import loop
+from sae_experiments.training.loop import Session
 from support.common import CONF, train_config
 
 SITE, LENGTH = Site("resid", 1), 16
@@ -371,3 +375,89 @@ def test_windows_second_views_and_several_sites_can_be_streamed(
     study.prepare(ctx)
     (outcome,) = study.run(study.cells()[0], ctx).values()
     assert outcome.facts["rows"] == "stream" and outcome.metrics["sae_l0"] > 0
+
+
+# ------------------------------------------------------------- while a chunk is collected
+
+
+class Slow:
+    """Replaces `Source.read`: reading a window takes a while, and its rows are its number."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.length, self.split = seconds, LENGTH, "train"
+
+    def read(self, starts: np.ndarray, sites: Any, kept: Any) -> Any:
+        for i, start in enumerate(starts):
+            time.sleep(self.seconds)
+            yield i + 1, {SITE: np.full((LENGTH, 4), start, np.float16)}
+
+
+def slow_stream(seconds: float, watch: Watch) -> tuple[Stream, int]:
+    """A stream of three chunks, and the batches of the first."""
+    source: Any = Slow(seconds)
+    rows = SMALLEST * 2
+    stream = Stream(
+        source,
+        np.arange(3 * rows // LENGTH - 8) * LENGTH,
+        [SITE],
+        chunk_rows=rows,
+        batch_rows=2,
+        kept={},
+        watch=watch,
+    )
+    assert len(stream.bounds) > 2
+    return stream, int(stream.bounds[1]) * LENGTH // 2
+
+
+class Counting(loop.Learner):
+    """A learner of one parameter that counts its steps."""
+
+    def __init__(self) -> None:
+        module = nn.Linear(4, 1)
+        super().__init__("counting", module, train_config(steps=400, log_every=1000), seed=0)
+
+    def loss(self, batch: Tensor, info: Any) -> Any:
+        return loop.Loss(self.module(batch).square().mean(), {})
+
+
+def test_the_deadline_ends_a_fit_in_the_middle_of_a_chunk() -> None:
+    stages: list[str] = []
+    ticks: list[tuple[int, int]] = []
+
+    session = Session()
+
+    @contextmanager
+    def stage(name: str) -> Iterator[Any]:
+        if stages:
+            session.deadline = time.monotonic() + 0.05
+        stages.append(name)
+        yield lambda done, total: ticks.append((done, total))
+
+    watch = Watch(stage)
+    stream, first = slow_stream(0.02, watch)
+    n = len(stream.bounds) - 1
+
+    def batch_at(step: int) -> Tensor:
+        return stream.rows(SITE, stream.index_at(step, rows=2, seed=0))
+
+    batch_at(0)
+    assert stages == [f"collect chunk 1 of {n}"]
+    assert ticks == [(i + 1, int(stream.bounds[1])) for i in range(stream.bounds[1])]
+    watch.check = session.check
+    learner = Counting()
+    progress = loop.train([learner], batch_at, learner.cfg, session)
+    assert progress.cut and progress.step == first, "every step of the first chunk was made"
+    assert stages[-1] == f"collect chunk 2 of {n}" and ticks[-1][0] < ticks[-1][1]
+
+
+def test_before_the_first_step_no_deadline_ends_a_chunk() -> None:
+    watch = Watch()
+    stream, _ = slow_stream(0.0, watch)
+    session = Session(deadline=time.monotonic() - 1)
+    watch.check = session.check
+    learner = Counting()
+    index = stream.index_at
+    progress = loop.train(
+        [learner], lambda step: stream.rows(SITE, index(step, rows=2, seed=0)), learner.cfg, session
+    )
+    assert progress.cut and progress.step == 1

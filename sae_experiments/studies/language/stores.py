@@ -23,7 +23,7 @@ from sae_experiments.models.gpt2 import TrainedLM
 from sae_experiments.models.hooks import Site, Sites, as_sites, blocks_of, capture, patched
 from sae_experiments.models.local import TokenText
 from sae_experiments.models.store import Source, Store, bytes_to_collect, collect
-from sae_experiments.models.stream import ChunkIndex, Stream
+from sae_experiments.models.stream import ChunkIndex, Stream, Watch
 from sae_experiments.quality_warnings import Warned, of_rows
 from sae_experiments.resources import Need, announce
 from sae_experiments.saes import ops
@@ -80,6 +80,7 @@ class Stores:
                 chunk_rows=fit.chunk_rows,
                 batch_rows=fit.train.batch_size,
                 kept=self.calibration.kept,
+                watch=Watch(lambda name: ctx.console.stage(name, "window")),
             )
         else:
             self.train = self._collected("train", parts, sites, ctx)

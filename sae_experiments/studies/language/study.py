@@ -32,6 +32,7 @@ from sae_experiments.models.gpt2 import LMSpec, TrainedLM, training_need
 from sae_experiments.models.hooks import Site, Sites, as_sites
 from sae_experiments.models.layouts import Sizes
 from sae_experiments.models.pretrained import Checked, PretrainedSpec, loading_need
+from sae_experiments.models.stream import Stream
 from sae_experiments.resources import Need
 from sae_experiments.saes import saelens as interop
 from sae_experiments.saes.base import SAE, NotExportable
@@ -380,6 +381,8 @@ class Language:
                 batch_at = SecondView(here, read, replaced, ctx).batch_at
             with ctx.session(f"fit {listed(names)}", "sae", share=0.8) as session:
                 session.checkpoint = part / f"checkpoint_{i}.safetensors"
+                if isinstance(here.train, Stream):
+                    here.train.watch.check = session.check
                 reports |= fit_saes(
                     {n: saes[n] for n in names},
                     functools.partial(_batch, batch_at, read, write),
