@@ -12,10 +12,16 @@ def missing(value: Any) -> bool:
     return value is None or math.isnan(value)
 
 
+def plain(value: float, digits: int, sign: str = "") -> str:
+    """A value with this many significant digits, or with all of those before the point."""
+    whole = abs(value) >= 10**digits - 0.5
+    return f"{value:{sign},.0f}" if whole else f"{value:{sign}.{digits}g}"
+
+
 def with_error(value: float, error: float | None, sign: str = "") -> str:
     """Format a value to the second digit of its error, or to four digits without an error."""
     if error is None or missing(error):
-        return f"{value:{sign},.0f}" if abs(value) >= 1e4 else f"{value:{sign}.4g}"
+        return plain(value, 4, sign)
     digits = 1 - math.floor(math.log10(error)) if error else 4
     if digits > 7 or abs(value) >= 1e9:
         return f"{value:{sign}.3g} ± {error:.1g}"
@@ -26,7 +32,7 @@ def with_error(value: float, error: float | None, sign: str = "") -> str:
 def short(value: float, error: float | None, sign: str = "") -> tuple[str, str]:
     """A value with as many digits as its error allows, at most four, and the error by itself."""
     if error is None or missing(error) or error == 0:
-        return f"{value:{sign},.0f}" if abs(value) >= 1e4 else f"{value:{sign}.3g}", ""
+        return plain(value, 3, sign), ""
     digits = min(max(1 - math.floor(math.log10(error)), 0), 4)
     shown = f"{error:,.{digits}f}"
     return f"{value:{sign},.{digits}f}", shown if float(shown.replace(",", "")) else f"{error:.0e}"

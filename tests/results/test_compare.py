@@ -17,7 +17,7 @@ from sae_experiments.results.compare import Delta, compare, delta, verdict
 from sae_experiments.results.headline import MOST, error_metric, headline
 from sae_experiments.results.markdown import markdown
 from sae_experiments.results.notes import not_comparable_lines
-from sae_experiments.results.numbers import with_error
+from sae_experiments.results.numbers import plain, short, with_error
 from sae_experiments.results.records import (
     Record,
     Stat,
@@ -112,6 +112,18 @@ def test_values_are_as_long_as_their_error_allows(
     value: float, error: float | None, text: str
 ) -> None:
     assert with_error(value, error) == text
+
+
+@pytest.mark.parametrize("digits", [3, 4])
+@pytest.mark.parametrize(
+    "value", [0.0123456, 9.996, 99.96, 999.4, 999.6, 1500.4, 9999.7, -123456.7]
+)
+def test_large_numbers_have_no_exponent(value: float, digits: int) -> None:
+    text = plain(value, digits)
+    assert "e" not in text
+    number = float(text.replace(",", ""))
+    assert number == pytest.approx(value, rel=0.5 * 10 ** (1 - digits))
+    assert short(value, None) == (plain(value, 3), "")
 
 
 @pytest.mark.parametrize(
