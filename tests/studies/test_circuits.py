@@ -36,7 +36,7 @@ from sae_experiments.studies.circuits.describe import Describer
 from sae_experiments.studies.circuits.graph import GraphSpec, firings_of, trace
 from sae_experiments.studies.circuits.path import Path
 from sae_experiments.studies.circuits.survey import Checker, CheckSpec, drawn
-from support.circuit_worlds import C, F, T, circuit, model, sae, tokens
+from support.circuit_worlds import GATED, KINDS, C, F, T, circuit, model, sae, tokens
 from support.saes import NAMES, OF_SEVERAL_SITES, make, sae_spec, unsettled
 
 PAIRS = [
@@ -82,7 +82,7 @@ def one_by_one(
     return value.detach(), torch.autograd.grad(value, leaf)[0][0] @ c.atoms.t()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("upstream", "downstream"), PAIRS)
 def test_gradients_equal_backward_passes_one_by_one(
     kind: str, upstream: str, downstream: str
@@ -90,7 +90,7 @@ def test_gradients_equal_backward_passes_one_by_one(
     c, ids = circuit(model(kind), upstream, downstream)
     exact = (
         1e-9 if kind == "gpt2" else 1e-5
-    )  # GPT-Neo's own attention is in single precision whatever it is given
+    )  # GPT-Neo's own attention is in single precision whatever it is given, as is RMSNorm
     c.path.check(ids)
     prompts, targets = some(c, ids, 10)
     x = activations(c.model, ids, [c.write])[c.write]
@@ -495,7 +495,7 @@ def test_what_cannot_be_a_circuit_is_said_in_one_line() -> None:
     lm.transformer.h[2].mlp.register_forward_hook(
         lambda *args: args[2] * 2
     )  # ... and a change that it cannot know
-    with pytest.raises(UserError, match="does not compute"):
+    with pytest.raises(UserError, match="do not compute"):
         Path(lm, Site("resid", 1), Site("resid", 3)).check(tokens(2))
 
 
@@ -514,6 +514,37 @@ def test_cosines_are_those_of_the_weights_with_the_layer_norm_folded_in() -> Non
     assert not torch.allclose(found.reads, gated.reads) and torch.equal(found.writes, gated.writes)
     inside, ids = circuit(model("gpt2"), "mlp_in.2", "mlp_act.2")
     assert weight_directions(inside, inside.prompts(ids), gated=False) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_directions_through_neurons_are_their_mean_jacobian(kind: str) -> None:
+    c, ids = circuit(model(kind), "resid.1", "mlp_act.3")
+    block = c.path.last
+    seen = activations(c.model, ids, [Site("mlp_in", 3)])[Site("mlp_in", 3)]
+    jacobian = torch.stack(
+        [torch.autograd.functional.jacobian(block.hidden, n) for n in seen.flatten(0, 1)]
+    ).mean(0)  # (M, C)
+    rows, reads = torch.randn(5, C).double(), torch.randn(5, len(jacobian)).double()
+    torch.testing.assert_close(block.to_neurons(rows, seen), rows @ jacobian.t())
+    torch.testing.assert_close(block.from_neurons(reads, seen), reads @ jacobian)
+    alone = block.to_neurons(rows, None)
+    assert alone.shape == reads.shape and not torch.allclose(alone, rows @ jacobian.t())
+    torch.testing.assert_close(
+        (alone * reads).sum(), (block.from_neurons(reads, None) * rows).sum()
+    )
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_a_gated_block_runs_as_the_model_does_at_every_length(kind: str) -> None:
+    c, ids = circuit(model(kind), "resid.1", "resid.3")
+    for length in (T, 4, T):
+        c.path.check(ids[:, :length])
+    names = [Site("resid", 1), Site("resid", 3)]
+    seen = activations(c.model, ids, names)
+    h = seen[names[0]]
+    for block in (*c.path.middle, c.path.last):
+        h = block.forward(h)
+    torch.testing.assert_close(h, seen[names[1]], rtol=1e-6, atol=1e-6)
 
 
 def test_gated_directions_are_the_mean_gradient_where_the_layer_norm_is_the_only_other_curve() -> (

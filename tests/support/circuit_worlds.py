@@ -1,4 +1,4 @@
-"""Tiny language models of both known layouts with two SAEs on them, for the tests of circuits."""
+"""Tiny language models of every known kind with two SAEs on them, for the tests of circuits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,24 @@ from sae_experiments.studies.circuits.attribution import Circuit
 C, T, VOCABULARY, F = 24, 10, 18, 40
 
 
+#: Options of the kinds with gated MLPs: grouped queries, heads of another width, windows.
+GATED = {"llama": {}, "mistral": {"sliding_window": 4}, "qwen2": {}}
+GATED |= {"qwen3": {"head_dim": 8}, "gemma": {"head_dim": 8}}
+KINDS = ("gpt2", "gpt_neo", *GATED)
+
+
 def model(kind: str, *, layers: int = 4, scale: float = 0.3) -> nn.Module:
-    """A random GPT-2 or GPT-Neo in double precision, biases included; GPT-Neo's odd blocks
+    """A random model of one of `KINDS` in double precision, biases included; GPT-Neo's odd blocks
     attend locally.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        GPTNeoConfig,
+        GPTNeoForCausalLM,
+    )
 
     torch.manual_seed(0)
     names = {
@@ -30,6 +43,20 @@ def model(kind: str, *, layers: int = 4, scale: float = 0.3) -> nn.Module:
         made: nn.Module = GPT2LMHeadModel(
             GPT2Config(n_layer=layers, n_head=2, n_embd=C, n_positions=T, **names)
         )
+    elif kind in GATED:
+        config = AutoConfig.for_model(
+            kind,
+            hidden_size=C,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=T,
+            intermediate_size=3 * C,
+            pad_token_id=None,
+            **GATED[kind],
+            **names,
+        )
+        made = AutoModelForCausalLM.from_config(config)
     else:
         types = [[["global", "local"], layers // 2]]
         config = GPTNeoConfig(
@@ -51,7 +78,7 @@ def model(kind: str, *, layers: int = 4, scale: float = 0.3) -> nn.Module:
 
 def width(lm: nn.Module, site: Site) -> int:
     """Width of a site."""
-    inner = 3 * C if "Neo" in type(lm).__name__ else 4 * C
+    inner = 4 * C if "GPT2" in type(lm).__name__ else 3 * C
     return inner if site.stream == "mlp_act" else C
 
 

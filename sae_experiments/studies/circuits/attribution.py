@@ -274,7 +274,8 @@ class Circuit:
 
         A target needs about a dozen times its prompt's state, and more if blocks lie between.
         """
-        copies = 12 + 40 * len(self.path.middle)
+        last = self.path.last
+        copies = 40 * len(self.path.middle) + (last.pull_back_copies if last else 12)
         if self.path.upstream.stream == "mlp_in":
             copies += 20
         floats = copies * prompts.state[0].numel() + 8 * prompts.index[0].numel()

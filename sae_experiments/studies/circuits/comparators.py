@@ -18,7 +18,7 @@ from scipy import sparse
 from torch import Tensor
 
 from sae_experiments.errors import of_type
-from sae_experiments.models.blocks import Attended, Block
+from sae_experiments.models.blocks import Attended
 from sae_experiments.studies.circuits.attribution import Circuit, Prompts
 
 
@@ -57,29 +57,21 @@ def weight_directions(circuit: Circuit, prompts: Prompts, *, gated: bool) -> Wei
         return None
     writes = circuit.directions
     if path.upstream.stream == "mlp_in":
-        slope = mean_slope(path.source, prompts.state)
-        writes = (writes @ path.source.w_in * slope) @ path.source.w_out
+        writes = path.source.to_neurons(writes, prompts.state) @ path.source.w_out
     reads = circuit.downstream.W_enc.detach()
     stream, block = path.downstream.stream, path.last
     if stream == "mlp_out":
         reads = reads @ block.w_out.t()
     if stream in ("mlp_act", "mlp_out"):
+        inputs = None
         if gated or stream == "mlp_out":
             at = path.linearise(prompts.state, prompts.base)
             attended = of_type(at.attended, Attended)  # there is a last block
-            reads = reads * mean_slope(block, block.ln_2(attended.stream))
-        reads = reads @ block.w_in.t()
+            inputs = block.inside(attended.stream, "mlp_in")
+        reads = block.from_neurons(reads, inputs)
     if stream != "resid":
-        reads = reads * block.ln_2.weight
-        reads = reads - reads.mean(1, keepdim=True)
+        reads = block.norm_2.pull_back(reads.new_ones(()), reads)
     return Weights(F.normalize(writes, dim=1), F.normalize(reads, dim=1))
-
-
-def mean_slope(block: Block, x: Tensor) -> Tensor:
-    """Mean derivative (M,) of the MLP's non-linearity per neuron, over its inputs (..., C)."""
-    with torch.enable_grad():
-        pre = block.mlp.c_fc(x).detach().requires_grad_()
-        return torch.autograd.grad(block.mlp.act(pre).sum(), pre)[0].flatten(0, -2).mean(0)
 
 
 def coactivation(

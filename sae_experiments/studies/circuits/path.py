@@ -10,16 +10,35 @@ the residual stream, D width of a site.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError, of_type
-from sae_experiments.models.blocks import Attended, Block, blocks_between, check_order
+from sae_experiments.models.blocks import Attended, Block, check_order
+from sae_experiments.models.gated_blocks import GATED_KINDS, GatedBlock
 from sae_experiments.models.hooks import Site, activations, blocks_of
+from sae_experiments.models.plain_blocks import PLAIN_KINDS, PlainBlock
 
+if TYPE_CHECKING:
+    from sae_experiments.models.layouts import CausalLM
+
+#: Model types whose blocks can be taken apart.
+KINDS = (*PLAIN_KINDS, *GATED_KINDS)
 #: Maps downstream activations (R, D) to one number per row, (R,), such as a pre-activation.
 Read = Callable[[Tensor], Tensor]
+
+
+def block_of(model: nn.Module, number: int) -> Block:
+    """A block of a model by its number, from 0.
+
+    Raises:
+        UserError: It is of no kind that can be taken apart.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) in GATED_KINDS:
+        return GatedBlock(cast("CausalLM", model), number)
+    return PlainBlock(blocks_of(model)[number])
 
 
 class Path:
@@ -41,11 +60,12 @@ class Path:
         self.model = model
         self.upstream = upstream
         self.downstream = downstream
-        blocks = blocks_between(model, upstream, downstream)
+        # The blocks that a change passes; the last one holds the downstream site.
+        blocks = [block_of(model, k) for k in range(upstream.layer, downstream.layer)]
         self.middle = blocks[:-1]
         self.last = blocks[-1] if blocks else None
         self.stream = Site("resid", upstream.layer)
-        self._source = Block(blocks_of(model)[upstream.layer - 1]) if upstream.layer else None
+        self._source = block_of(model, upstream.layer - 1) if upstream.layer else None
 
     @property
     def source(self) -> Block:
@@ -128,9 +148,8 @@ class Path:
         if self.upstream.stream == "mlp_act":
             # The state is the stream, of which the MLP's output is a part.
             return state - of_type(base, Tensor)
-        mlp = self.source.mlp
-        acts = mlp.act(mlp.c_fc(state))
-        return acts if self.downstream.stream == "mlp_act" else mlp.c_proj(acts)
+        acts = self.source.hidden(state)
+        return acts if self.downstream.stream == "mlp_act" else self.source.written(acts)
 
     def linearise(self, state: Tensor, base: Tensor | None) -> Point:
         """The path at states (P, T, C), ready to be pulled back through."""
@@ -155,8 +174,8 @@ class Path:
         error = float((computed[0] - expected).norm() / expected.norm().clamp_min(1e-12))
         if not error < 1e-3:
             raise UserError(
-                f"{type(self.model).__name__} does not compute {self.downstream} as GPT-2 or "
-                f"GPT-Neo do (relative error {error:.2g})"
+                f"{type(self.model).__name__}: its blocks do not compute {self.downstream} as "
+                f"they are known here (relative error {error:.2g})"
             )
 
 
@@ -199,7 +218,7 @@ class Point:
         leaf = self.attended.stream[prompt, position].clone().requires_grad_()
         value = read(path.last.inside(leaf, path.downstream.stream))
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        g = path.last.pull_back(self.attended, prompt, position, gradient)
+        g = self.attended.pull_back(prompt, position, gradient)
         if path.middle or path.upstream.stream == "mlp_in":
             leaf = self.state[prompt].clone().requires_grad_()
             h = path.enter(leaf, None if self.base is None else self.base[prompt])

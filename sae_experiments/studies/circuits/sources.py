@@ -20,9 +20,7 @@ from sae_experiments.saes import saelens as interop
 from sae_experiments.saes import saelens_config as saelens
 from sae_experiments.saes.base import SAE
 from sae_experiments.saes.loaded import NormalisedRows
-
-#: Model types whose blocks can be taken apart (`blocks.Block`).
-KINDS = ("gpt2", "gpt_neo")
+from sae_experiments.studies.circuits.path import KINDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
