@@ -192,3 +192,30 @@ def test_defaults_on_a_tensor_keep_every_latent_alive(model_dir: Path, prose_fil
         assert values["sae_dead_frac"] < 0.05, name
         assert values["sae_fvu_ordinary"] < 0.5, name
         assert np.isfinite(values["sae_fvu"])
+
+
+def test_circuits_between_two_of_its_mlps_do_what_they_say(
+    model_dir: Path, prose_file: Path, tmp_path: Path
+) -> None:
+    """Through grouped queries, rotary positions, RMSNorm and a gated MLP."""
+    sizes = "sae.d_sae=1152 sae.target_l0=32 fit.train_rows=12000 fit.held_out_rows=2048"
+    sizes += " fit.calibration_rows=2048 fit.train.steps=100 fit.train.batch_size=512"
+    few = "study.prompts=6 study.rows=2048 study.checks.targets=60 study.checks.checked=15"
+    run = experiment(
+        tmp_path,
+        "study=circuits",
+        f"study.local.folder={model_dir}",
+        f"study.local.text={prose_file}",
+        "study.local.context=128",
+        "study.local.characters=300000",
+        "study.upstream.site=mlp_out.15",
+        "study.downstream.site=mlp_out.16",
+        "metric=[reconstruction,sparsity]",
+        *f"{sizes} {few}".split(),
+    )
+    (name,) = (p.stem for p in (run / "cells").glob("prose_0.json"))
+    metrics = read_json(run / "cells" / f"{name}.json")["metrics"]
+    assert metrics["n_pairs"] > 100
+    assert metrics["attribution_ablation_pearson"] > 0.9
+    assert metrics["attribution_slope"] == pytest.approx(1, abs=0.2)
+    assert metrics["attribution_ablation_pearson"] > metrics["cosine_ablation_pearson"] + 0.2
