@@ -108,25 +108,16 @@ class GatedBlock(Block):
         return self._after_attention(h)[torch.arange(len(h), device=h.device), position]
 
     def hidden(self, n: Tensor) -> Tensor:
-        """The MLP's activations (..., M) from its input (..., C)."""
         return self._mlp.act_fn(self._mlp.gate_proj(n)) * self._mlp.up_proj(n)
 
     def written(self, acts: Tensor) -> Tensor:
-        """The MLP's output (..., C) from its activations (..., M)."""
         return self._mlp.down_proj(acts)
 
     @property
     def w_out(self) -> Tensor:
-        """The MLP's output matrix (M, C)."""
         return matrix(self._mlp.down_proj)
 
     def to_neurons(self, rows: Tensor, x: Tensor | None) -> Tensor:
-        """Directions (n, C) at the MLP's input as directions of its activations (n, M).
-
-        Args:
-            rows: The directions.
-            x: Inputs (..., C) over which slopes are averaged. None: the weights of `up` alone.
-        """
         gate, up = self._weights(x)
         through_up = rows @ matrix(self._mlp.up_proj) * up
         return (
@@ -134,7 +125,6 @@ class GatedBlock(Block):
         )
 
     def from_neurons(self, rows: Tensor, x: Tensor | None) -> Tensor:
-        """Directions (n, M) that read activations as directions (n, C) that read the input."""
         gate, up = self._weights(x)
         read = (rows * up) @ matrix(self._mlp.up_proj).t()
         return read if gate is None else read + (rows * gate) @ matrix(self._mlp.gate_proj).t()

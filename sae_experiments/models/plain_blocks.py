@@ -182,7 +182,6 @@ class PlainBlock(Block):
         return projected.view(*projected.shape[:-1], self.n_head, -1)
 
     def attend(self, h: Tensor) -> AttendedPlain:
-        """Attention at every position of a stream (P, T, C)."""
         n = self.ln_1(h)
         q, k, v = (self.heads(n, i) for i in range(3))
         scores = torch.einsum("pthe,pshe->phts", q, k) * self.scale
@@ -193,15 +192,6 @@ class PlainBlock(Block):
         return AttendedPlain(self, q, k, v, weights, h + out, centred * rstd, rstd)
 
     def attend_at(self, h: Tensor, position: Tensor) -> Tensor:
-        """The stream after attention at one position per row: a single query each.
-
-        Args:
-            h: The stream before the block, (R, T, C).
-            position: Position of each row, (R,).
-
-        Returns:
-            The stream (R, C).
-        """
         rows = torch.arange(len(h), device=h.device)
         n = self.ln_1(h)
         q, k, v = self.heads(n[rows, position], 0), self.heads(n, 1), self.heads(n, 2)
@@ -212,24 +202,15 @@ class PlainBlock(Block):
         return h[rows, position] + out + self.b_o
 
     def hidden(self, n: Tensor) -> Tensor:
-        """The MLP's activations (..., M) from its input (..., C)."""
         return self._mlp.act(self._mlp.c_fc(n))
 
     def written(self, acts: Tensor) -> Tensor:
-        """The MLP's output (..., C) from its activations (..., M)."""
         return self._mlp.c_proj(acts)
 
     def to_neurons(self, rows: Tensor, x: Tensor | None) -> Tensor:
-        """Directions (n, C) at the MLP's input as directions of its activations (n, M).
-
-        Args:
-            rows: The directions.
-            x: Inputs (..., C) over which the slopes of neurons are averaged. None: without slopes.
-        """
         return rows @ matrix(self._mlp.c_fc) * self._slope(x)
 
     def from_neurons(self, rows: Tensor, x: Tensor | None) -> Tensor:
-        """Directions (n, M) that read activations as directions (n, C) that read the input."""
         return (rows * self._slope(x)) @ matrix(self._mlp.c_fc).t()
 
     def _slope(self, x: Tensor | None) -> Tensor | float:
@@ -242,5 +223,4 @@ class PlainBlock(Block):
 
     @property
     def w_out(self) -> Tensor:
-        """The MLP's output matrix (M, C)."""
         return matrix(self._mlp.c_proj)

@@ -13,16 +13,8 @@ from sae_experiments.studies.attribution import removal
 from sae_experiments.studies.attribution.heads import split, targets_of
 from sae_experiments.studies.attribution.local import LocalModel
 from sae_experiments.studies.attribution.virtual import VirtualWeights
-from support.attribution_worlds import world
+from support.attribution_worlds import CASES, world
 
-CASES = [
-    ("gpt2", True),
-    ("gpt2", False),
-    ("gpt_neo wide", True),
-    ("phi plain", True),
-    ("gemma2 mixed", False),
-    ("llama plain begun", True),
-]
 every_case = pytest.mark.parametrize(("kind", "cross"), CASES)
 
 

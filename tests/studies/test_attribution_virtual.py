@@ -15,16 +15,7 @@ from sae_experiments.studies.attribution.virtual import (
     interference,
     strongest,
 )
-from support.attribution_worlds import world
-
-CASES = [
-    ("gpt2", True),
-    ("gpt2", False),
-    ("gpt_neo wide", True),
-    ("phi plain", True),
-    ("gemma2 mixed", False),
-    ("llama plain begun", True),
-]
+from support.attribution_worlds import CASES, world
 
 
 def stays(local: LocalModel, layer: int) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,15 @@ WORLDS = [
     *((name, True, True) for name in LAYOUTS),
     ("llama plain" + BEGUN, False, True),
 ]
+#: Model and cross-layer decoders: blocks of every kind, for laws that need no skip paths.
+CASES = [
+    ("gpt2", True),
+    ("gpt2", False),
+    ("gpt_neo wide", True),
+    ("phi plain", True),
+    ("gemma2 mixed", False),
+    ("llama plain begun", True),
+]
 every_world = pytest.mark.parametrize(("kind", "cross", "skip"), WORLDS)
 
 
