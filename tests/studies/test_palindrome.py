@@ -33,7 +33,7 @@ from sae_experiments.studies.palindrome.strings import (
 )
 from sae_experiments.studies.palindrome.study import Analysis, split_ids
 from sae_experiments.training.loop import seed_of
-from support.command_line import assert_is_refused
+from support.command_line import assert_is_refused, in_this_process
 from support.common import CONF, Experiment
 from support.drawing import drawn
 
@@ -292,9 +292,11 @@ SMALL = (
 )
 
 
-def test_the_study_from_start_to_end(experiment: Experiment) -> None:
-    done = experiment("--out_dir=run_0", *SMALL, tiny=False)
-    assert done.returncode == 0, done.stderr
+def test_the_study_from_start_to_end(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = in_this_process(experiment, "--out_dir=run_0", *SMALL, tiny=False)
+    assert status == 0, capsys.readouterr().err
     means = means_of(experiment.json("run_0", "final_info.json")["palindrome"])
     assert {
         f"{m}_mean"
