@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Workers of the tests: `make test WORKERS=1` runs them one after another.
 WORKERS ?= auto
+# A file at a time to each, so that what its tests share is made once.
+PARALLEL := -n $(WORKERS) --dist loadfile
 # The versions that this was tested with, for what is installed and for what builds it.
 LOCKED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
@@ -25,7 +27,7 @@ plot: install    ## figures and the comparison of all runs with run_0
 	$(BIN)/python plot.py
 
 test: testing    ## the quick tests
-	$(BIN)/python -m pytest -q -n $(WORKERS)
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 slow: real-extra ## the slow tests, those on a pretrained model among them
 	$(BIN)/python -m pytest -q -m slow
@@ -59,13 +61,13 @@ lock:            ## constraints.txt anew: the newest versions that pyproject.tom
 newest:          ## the quick tests with the newest versions that pyproject.toml allows, in .venv-newest
 	$(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e '.[test]'
-	$(VENV)-newest/bin/python -m pytest -q -n $(WORKERS)
+	$(VENV)-newest/bin/python -m pytest -q $(PARALLEL)
 
 oldest:          ## the quick tests with the oldest versions that pyproject.toml allows, in .venv-oldest
 	$(PYTHON) -m venv $(VENV)-oldest && $(VENV)-oldest/bin/python -m pip install -q uv
 	$(VENV)-oldest/bin/uv pip compile -q --resolution lowest-direct --python $(VENV)-oldest/bin/python --extra test \
 		-o $(VENV)-oldest/oldest.txt pyproject.toml
 	$(VENV)-oldest/bin/python -m pip install -q -c $(VENV)-oldest/oldest.txt -e '.[test]'
-	$(VENV)-oldest/bin/python -m pytest -q -n $(WORKERS)
+	$(VENV)-oldest/bin/python -m pytest -q $(PARALLEL)
 
 .PHONY: help install testing run plot test slow real real-extra bench golden check types lock newest oldest
