@@ -64,7 +64,7 @@ class GatedBlock(Block):
         self._arguments: tuple[int, dict[str, Any]] | None = None
 
     def _arguments_for(self, h: Tensor) -> dict[str, Any]:
-        """What the model gives this block beside a stream of this length."""
+        """Arguments that the model passes to this block with a stream of this length."""
         length = h.shape[1]
         if self._arguments is None or self._arguments[0] != length:
             given: dict[str, Any] = {}

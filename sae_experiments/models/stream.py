@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,6 +43,15 @@ class Watch:
     """Shows the progress of a stage of this name."""
     check: Callable[[], None] = lambda: None
     """Called after every forward pass of a chunk; may raise an exception to end it."""
+
+    @contextmanager
+    def ended_by(self, check: Callable[[], None]) -> Iterator[None]:
+        """Within the context, let `check` end the collection of a chunk."""
+        before, self.check = self.check, check
+        try:
+            yield
+        finally:
+            self.check = before
 
 
 def _no_tick(done: int, total: int) -> None:

@@ -196,7 +196,7 @@ class EveryLayer(SAE):
         return nn.functional.linear(x, self.encoders[latents], self.b_enc[latents])
 
     def is_active(self, layer: int, pre: Tensor) -> Tensor:
-        """Whether latents that read one layer are active at pre-activations (..., P)."""
+        """Support (..., P) of the latents that read one layer, from their pre-activations."""
         return pre > self.cutoffs()[self.latents_of(layer)]
 
     def cutoffs(self) -> Tensor:

@@ -91,6 +91,30 @@ ORDERS = {
 }
 
 
+def _removals() -> list[MetricInfo]:
+    """Descriptions of the numbers of removed virtual weights."""
+    described = [
+        info(
+            f"virtual_removable_{order}",
+            f"removable, {order}",
+            f"share of the virtual weights whose removal, {formula}, raises the loss of the "
+            f"frozen replacement by at most {removal.TOLERATED_BITS} bit",
+            "none",
+            shown=False,
+        )
+        for order, formula in removal.ORDERS.items()
+    ]
+    worth = info(
+        "virtual_worth",
+        "worth of virtual weights",
+        "rise of the loss of the frozen replacement when all virtual weights are removed",
+        "none",
+        unit="bit/char",
+        shown=False,
+    )
+    return [*described, worth]
+
+
 def infos() -> list[MetricInfo]:
     """Descriptions of all numbers of the study."""
     described = [
@@ -133,27 +157,7 @@ def infos() -> list[MetricInfo]:
             shown=False,
         ),
     ]
-    for order, formula in removal.ORDERS.items():
-        described.append(
-            info(
-                f"virtual_removable_{order}",
-                f"removable, {order}",
-                f"share of the virtual weights whose removal, {formula}, raises the loss of the "
-                f"frozen replacement by at most {removal.TOLERATED_BITS} bit",
-                "none",
-                shown=False,
-            )
-        )
-    described.append(
-        info(
-            "virtual_worth",
-            "worth of virtual weights",
-            "rise of the loss of the frozen replacement when all virtual weights are removed",
-            "none",
-            unit="bit/char",
-            shown=False,
-        )
-    )
+    described += _removals()
     for check in _CHECKS:
         for target in ("latent", "logit"):
             described += _agreement(check, target)

@@ -40,8 +40,8 @@ ORDERS = {
     "random": "in random order",
 }
 NUMBERS = (*(f"virtual_removable_{order}" for order in ORDERS), "virtual_worth")
-#: Weights that are ranked at most; each takes about 40 bytes.
-MOST = 64_000_000
+#: Weights that are ranked at most; each takes about 60 bytes.
+MOST = 32_000_000
 WINDOWS, BATCH = 16, 8
 
 
@@ -117,8 +117,8 @@ def without(
     Returns:
         A function as `EveryLayer.replacement` returns it.
     """
-    shape = (*frozen.embedded.shape[:-1],)
-    acts = sae.encoders.new_zeros(shape[0], shape[1] - frozen.n_begin, sae.d_sae)
+    rows, length, _ = frozen.embedded.shape
+    acts = sae.encoders.new_zeros(rows, length - frozen.n_begin, sae.d_sae)
 
     def mlp(layer: int, x: Tensor) -> Tensor:
         rstd = frozen.clean[layer].rstd_2[:, frozen.n_begin :]
@@ -148,14 +148,16 @@ def measure(
     """
     sae, ranked = virtual.sae, rank(virtual, seed)
     losses = {order: np.zeros(len(SHARES)) for order in ORDERS}
-    n = 0
-    for x, y in zip(tokens.split(BATCH), following.split(BATCH), strict=True):
-        frozen = FrozenModel(virtual.model, x)
-        targets = y[:, 1:].reshape(-1)
-        n += len(targets)
-        for order, total in losses.items():
-            for i, share in enumerate(SHARES):
-                run = frozen.held(without(sae, frozen, ranked.removed(order, share)))
+    n = following[:, 1:].numel()
+    parts = [
+        (FrozenModel(virtual.model, x), y[:, 1:].reshape(-1))
+        for x, y in zip(tokens.split(BATCH), following.split(BATCH), strict=True)
+    ]
+    for order, total in losses.items():
+        for i, share in enumerate(SHARES):
+            removed = ranked.removed(order, share)
+            for frozen, targets in parts:
+                run = frozen.held(without(sae, frozen, removed))
                 log_p = next_log_probs(frozen.bent(run.logits)[:, frozen.n_begin :])
                 total[i] += float(F.nll_loss(log_p.flatten(0, 1), targets, reduction="sum"))
     rises = {f"virtual_rise_{o}": (loss - loss[0]) / n / math.log(2) for o, loss in losses.items()}

@@ -9,6 +9,7 @@ import functools
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -379,10 +380,11 @@ class Language:
             batch_at = here.windows_at if needs_model else here.batch_at
             if replaced and not needs_model:
                 batch_at = SecondView(here, read, replaced, ctx).batch_at
-            with ctx.session(f"fit {listed(names)}", "sae", share=0.8) as session:
+            with ExitStack() as stack:
+                session = stack.enter_context(ctx.session(f"fit {listed(names)}", "sae", share=0.8))
                 session.checkpoint = part / f"checkpoint_{i}.safetensors"
                 if isinstance(here.train, Stream):
-                    here.train.watch.check = session.check
+                    stack.enter_context(here.train.watch.ended_by(session.check))
                 reports |= fit_saes(
                     {n: saes[n] for n in names},
                     functools.partial(_batch, batch_at, read, write),
