@@ -155,6 +155,7 @@ class SAELearner(Learner):
             self.sae.finish(phase, self.sample.held)
 
     def step_of(self, info: StepInfo) -> Step:
+        """The state of the fit at a step, as an SAE gets it."""
         return Step(
             phase=info.phase,
             progress=info.progress,

@@ -29,6 +29,7 @@ class Fit:
 
     @property
     def label(self) -> str:
+        """Title of the run, for legends."""
         return self.run.title
 
     def arrays(self, corpus: str) -> list[Arrays]:

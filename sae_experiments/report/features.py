@@ -38,6 +38,7 @@ class FeatureCell(NamedTuple):
 
     @property
     def title(self) -> str:
+        """Corpus, SAE and seed, as a heading."""
         where = f"{self.dataset}, {self.sae}" if self.sae else self.dataset
         return f"{where}, seed {self.seed}"
 

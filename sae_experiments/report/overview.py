@@ -215,7 +215,7 @@ def _against_baseline(table: RunTable, rows: pd.DataFrame) -> Iterator[str]:
 
 
 def caveats(table: RunTable, rows: pd.DataFrame) -> list[str]:
-    """Why runs are not compared with the baseline, one line for each reason."""
+    """Reasons why runs are not compared with the baseline, a line each."""
     return not_comparable_lines(rows) if table.baselines else []
 
 

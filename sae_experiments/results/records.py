@@ -366,6 +366,7 @@ class CurveWriter:
         )
 
     def close(self) -> None:
+        """Close the file; no point can be added afterwards."""
         self._file.close()
 
     def __enter__(self) -> CurveWriter:

@@ -87,10 +87,12 @@ class Run:
 
     @property
     def preset(self) -> str:
+        """Preset of the run; empty if it is unknown."""
         return str(self.manifest.get("preset") or "")
 
     @property
     def status(self) -> str:
+        """Status in the manifest; empty if it is unknown."""
         return str(self.manifest.get("status") or "")
 
     @property
@@ -109,6 +111,7 @@ class Run:
 
     @property
     def device(self) -> str:
+        """Kind of device that the run used."""
         return str(self.manifest.get("device") or "unknown")
 
     @property

@@ -71,6 +71,7 @@ class RunTable:
 
     @cached_property
     def datasets(self) -> list[str]:
+        """Names of all corpora, sorted."""
         return sorted({dataset for run in self.runs for dataset in run.stats})
 
     def with_rivals(self, datasets: Sequence[str]) -> list[str]:
@@ -138,7 +139,7 @@ class RunTable:
         return next(iter(same), self.baseline)
 
     def why_not(self, run: Run, dataset: str, metric: str) -> str:
-        """Why a metric must not be subtracted from the baseline's; empty if it may be."""
+        """Reason why a metric must not be subtracted from the baseline's; empty if it may be."""
         baseline = self.baseline_of(run)
         if baseline is None:
             return f"the baseline has no SAE {run.sae}" if self.baselines else "no baseline"

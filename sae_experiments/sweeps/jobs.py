@@ -322,7 +322,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def cause_of(log: Path, status: int) -> str:
-    """Why a job failed, in one line: the last error it printed, or the signal that ended it."""
+    """Cause of a failed job, in one line: its last error or the signal that ended it."""
     if status < 0:
         hint = " (out of memory?)" if -status == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-status).name}{hint}"

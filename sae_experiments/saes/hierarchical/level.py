@@ -148,6 +148,7 @@ class Joined(Codes):
     # Other codes store the values, and these are computed when they are read.
     @property
     def values(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Activations of all parts (B, F)."""
         return torch.cat([part.values for part in self.parts], 1)
 
     @property
