@@ -1,4 +1,4 @@
-"""`python -m sae_experiments` is `experiment.py` where only the package is installed."""
+"""Entry point of `python -m sae_experiments`, which does the same as `experiment.py`."""
 
 import sys
 

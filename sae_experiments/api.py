@@ -77,17 +77,18 @@ def fit_saes(
         activations: Rows (..., D) in their own units.
         seed: Seed of everything random in the fit.
         held_out: Rows (..., D) to calibrate thresholds on. None: a twentieth of the activations,
-            which are then not trained on (at most 2^17 rows, and at least 4,096 or a fifth).
+            which are then not trained on (at most 2^17 rows, and at least 4,096 or a fifth,
+            whichever is smaller).
         scale: Centring and scaling of the rows during the fit, see `fitting.fit.units_of`;
             `robust` for activations with a few huge rows.
         outliers: `leave_out` rows far from all others (see `saes.outliers`), or `keep` them.
         **train: Fields of `TrainConfig` to change, such as `steps=5000` or `lr=1e-3`.
 
     Returns:
-        Reports by name; a single SAE has the name `sae`.
+        Report of each fit by name of the SAE; a single SAE has the name `sae`.
 
     Raises:
-        UserError: Rows have another width, are too few, or hold values that are not finite; or a
+        UserError: The rows have the wrong width, are too few or hold non-finite values; or a
             setting does not exist.
         NonFinite: A loss became NaN or infinite.
     """
@@ -138,10 +139,10 @@ def evaluate(sae: SAE, activations: Tensor | np.ndarray) -> dict[str, float | No
         activations: Rows (..., D) that it was not fitted to.
 
     Returns:
-        Values by metric; None for one that is undefined.
+        Value of each metric by name; None if it is undefined.
 
     Raises:
-        UserError: Rows have another width, hold values that are not finite, or are none at all.
+        UserError: There are no rows, they have the wrong width, or they hold non-finite values.
     """
     x = _rows(activations, [sae.d_in], "activations").float()
     ctx = EvalContext(sae=sae, device=sae.b_enc.device, x=x)
@@ -210,7 +211,7 @@ def _config(train: Mapping[str, Any]) -> TrainConfig:
 
 @functools.cache
 def _tell_late() -> None:
-    """Warn once if torch was imported too early to be told how long its threads should wait."""
+    """Warn once if torch was imported too early to set how long its threads wait."""
     if sae_experiments.LATE and torch.get_num_threads() > 1 and sys.platform == "linux":
         warnings.warn(
             "torch was imported before sae_experiments: beside other work on this machine its"
@@ -221,7 +222,7 @@ def _tell_late() -> None:
 
 
 def _sae_spec(name: str, settings: dict[str, Any]) -> tuple[SAESpec, TrainConfig]:
-    """The specification of a variant with some options changed, and the numbers of its fit."""
+    """The specification of a variant with some options changed, and its training settings."""
     overrides = [f"sae.{k.replace('__', '.')}={_text(v)}" for k, v in settings.items()]
     cfg, _ = compose_checked(conf_folder(), ["preset=laptop", f"sae={name}", *overrides])
     study = build(cfg.study)

@@ -95,7 +95,7 @@ def cached(
 def entry(
     root: Path, kind: str, key: Mapping[str, Any], make: Callable[[Path], bool | None]
 ) -> Entry:
-    """The folder `root/kind/<digest of key>`, made unless it is there and whole.
+    """The folder `root/kind/<digest of key>`, made unless a complete one exists.
 
     The folder counts as whole once it has `done.json`, which lists size and SHA-256 of every file.
     A folder with a file that differs from the list is made anew. Processes that want the same key
@@ -104,7 +104,7 @@ def entry(
     Args:
         root: Folder of the cache.
         kind: Folder of such entries below it.
-        key: Everything that decides the content, JSON-like.
+        key: Everything that determines the content, JSON-like.
         make: Fills the folder. If it is killed, the next call gets the same folder with the
             unfinished work, for example a checkpoint. If it returns False it was cut short: the
             folder is returned as it is, and the next call continues it.
@@ -161,7 +161,7 @@ def _held(folder: Path) -> Iterator[Callable[[], bool]]:
 
 
 def discard(root: Path, kind: str, key: Mapping[str, Any]) -> None:
-    """Remove a cache folder that is not needed any more, while no process makes or opens it."""
+    """Remove a cache folder under its lock, so that no other process is using it."""
     name = digest(key)
     with locked(root / kind / f"{name}.lock"):
         shutil.rmtree(root / kind / name, ignore_errors=True)

@@ -66,8 +66,8 @@ def differences(
 ) -> list[str]:
     """The conditions of `metric` in which two runs differ, each in a few words.
 
-    Language models with the same parameters in every seed that both runs have are the same,
-    whatever made them.
+    Two language models count as the same if their parameters agree in every seed that both runs
+    have, however they were made.
 
     Args:
         metric: Name of the metric.

@@ -14,13 +14,13 @@ SHOWN = 48  # characters of a stage's name, so that a line with its rate fits 10
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names in a row, or their number if the row is too long for a line."""
+    """The names separated by commas, or their number if they do not fit on a line."""
     row = ", ".join(names)
     return row if len(row) <= SHOWN else f"{len(names)} SAEs"
 
 
 def took(what: str, seconds: float, *, from_cache: bool) -> str:
-    """Time that something took, `fitted in 3 s`; from the cache, the time it took then."""
+    """Format a duration, as in `fitted in 3 s`; for a cached result, that of the original work."""
     spent = f"{what} in {seconds:.0f} s"
     return f"from the cache, {spent} then" if from_cache else spent
 

@@ -1,4 +1,4 @@
-"""Errors: those of users, shown as one line without a traceback, and the words of all others."""
+"""Errors, and how they are worded. Mistakes of users are shown as one line without a traceback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """A mistake that the user can mend, shown as one line without a traceback.
+    """A mistake that the user can fix, shown as one line without a traceback.
 
     `exit_status` 2 means that nothing was computed yet.
     """
@@ -41,10 +41,10 @@ def with_kind(error: BaseException) -> str:
 
 
 def of_type(value: object, kind: type[T]) -> T:
-    """Return a value whose type earlier checks made sure of, for readers and type checkers.
+    """Narrow the type of a value that earlier checks have guaranteed, for type checkers.
 
     Raises:
-        TypeError: It is of another type, which is a fault of the package and none of its user.
+        TypeError: The value has another type: a bug in the package, not a mistake of the user.
     """
     if not isinstance(value, kind):
         raise TypeError(f"{kind.__name__} expected, not {type(value).__name__}")

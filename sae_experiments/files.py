@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, sealed JSON, and digests that name values and files."""
+"""Atomic file writes, JSON with a checksum, and digests of values and files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def conf_folder() -> Path:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old or the whole new one, even after a power cut."""
+    """Write a file atomically: readers see the old or the complete new one, even after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
@@ -50,7 +50,7 @@ def remove_stale(folder: Path) -> None:
 
 
 class NewFolder:
-    """A folder, made with those above it, that can be taken back as if it had never been made.
+    """A folder, created with its parents, whose creation can be undone.
 
     Args:
         folder: The folder, made unless it exists.
@@ -147,5 +147,5 @@ def sha256_file(path: Path, block: int = 1 << 20) -> str:
 
 
 def rounded(value: float, digits: int) -> float:
-    """A number with this many significant digits, as short as files need it."""
+    """Round a number to this many significant digits, which keeps files short."""
     return float(f"{value:.{digits}g}")

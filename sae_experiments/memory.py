@@ -37,8 +37,8 @@ def keep() -> bool:
 def peak_memory() -> float:
     """The most memory that this process, or one of its children, has held, in bytes.
 
-    Where Linux tells it, what the process itself has held: `ru_maxrss` begins with what the
-    process that started it held. 0 on Windows.
+    On Linux the value of the process itself is read from /proc, because its `ru_maxrss` starts at
+    that of the process that started it. 0 on Windows.
     """
     try:
         import resource

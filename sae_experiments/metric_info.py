@@ -50,7 +50,7 @@ class MetricInfo:
 
 
 class SelfDescribed(ABC):
-    """A metric that has its description and its conditions itself; others have a module."""
+    """A metric that carries its own description and conditions; others have them in their module."""
 
     @property
     @abstractmethod

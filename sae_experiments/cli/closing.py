@@ -1,4 +1,4 @@
-"""The last lines of a run for programs that read them: a number per line, `name: value`."""
+"""Last lines of a run's output, for programs: one number per line, as `name: value`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sae_experiments.memory import peak_memory
 
 
 def block(folder: Path) -> str:
-    """The leading means, over the datasets of a run, then its cost.
+    """Format the leading metrics, averaged over the datasets of a run, then its cost.
 
     Args:
         folder: Run folder with its `final_info.json` and `manifest.json`.

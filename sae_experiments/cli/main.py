@@ -191,7 +191,7 @@ def _sweep(
 def draw_report(folder: Path, conf: Path) -> None:
     """Write `report.html` of a finished run.
 
-    The run stays finished whatever goes wrong, which is one line on stdout.
+    If anything goes wrong, the run still counts as finished and one line on stdout reports it.
     """
     try:
         from sae_experiments.report.figures import run_report
@@ -224,7 +224,7 @@ def _failed(cause: str, status: int) -> int:
 
 
 def os_error(error: OSError) -> str:
-    """One line for an error of the system: what it refused, for which file, and the remedy."""
+    """One line for an `OSError`: the error, the file and the remedy."""
     files = " and ".join(str(f) for f in (error.filename, error.filename2) if f)
     remedy = REMEDIES.get(error.errno or 0, "look at the disk")
     refused = error.strerror or type(error).__name__
@@ -360,7 +360,11 @@ def _check_own(study: Study) -> None:
 
 
 def recorded(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration without references in `study`, and with one of sae and saes."""
+    """The resolved configuration as the manifest records it.
+
+    Keys of `study` that only refer to other keys are left out. Of `sae` and `saes` only one is
+    kept: `sae` for a single SAE.
+    """
     config = as_dict(cfg)
     raw = as_dict(cfg.study, resolve=False)
     config["study"] = {
@@ -378,7 +382,7 @@ def print_summary(folder: Path, status: str, lines: Sequence[str] = ()) -> None:
     Args:
         folder: The run folder.
         status: How the run ended.
-        lines: What its study says after the table.
+        lines: Lines of its study to print after the table.
     """
     from sae_experiments.results.compare import compare
     from sae_experiments.results.table import table_of_run

@@ -46,7 +46,7 @@ NEXT = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raise one line in place of the whole usage."""
+        """Raise a one-line error instead of printing the usage."""
         raise UserError(
             f"template: {message}; write python -m sae_experiments template DIR --for "
             f"{'|'.join(KINDS)}"

@@ -47,7 +47,7 @@ def axes_of(conf: Path, overrides: Sequence[str]) -> tuple[list[Axis], list[str]
     Values vary as `a=1,2`, `range()`, `choice()` or `interval()`.
 
     Raises:
-        UserError: A choice does not exist. No job has started then.
+        UserError: A choice does not exist. This is raised before any job starts.
     """
     axes: list[Axis] = []
     fixed: list[str] = []
@@ -99,7 +99,7 @@ def split_grid(
 
     Args:
         parsed: The overrides.
-        base: The configuration without them, which tells keys that take a list.
+        base: The configuration without the overrides, which shows the keys that take a list.
 
     Returns:
         The values of each key of the grid as typed, and the other overrides.
@@ -166,7 +166,7 @@ def split_by_sae(
 def hosts_of(
     conf: Path, parsed: Sequence[Override], bases: Mapping[str, DictConfig]
 ) -> dict[str, list[str]]:
-    """Translate `sae/host=jumprelu`, or a list of hosts, for Hydra.
+    """Translate `sae/host=jumprelu`, or a list of hosts, into overrides that Hydra understands.
 
     Args:
         conf: Folder of the configuration.
@@ -174,7 +174,10 @@ def hosts_of(
         bases: The configuration with each SAE of the run.
 
     Returns:
-        The choices of a host for each SAE; none for SAEs that wrap no other.
+        Overrides that choose a host, for each SAE; empty for SAEs that wrap no other SAE.
+
+        Raises:
+            UserError: A host does not exist, or no SAE of the run wraps another.
     """
     asked = as_list(last_value(parsed, HOST, []))
     wrapping = [name for name, base in bases.items() if "host" in base.sae]

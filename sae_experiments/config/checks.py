@@ -65,7 +65,11 @@ def line_of(o: Override) -> str:
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Parse overrides by Hydra's grammar, except for values that are text."""
+    """Parse overrides by Hydra's grammar; values of text keys are taken as typed.
+
+    Raises:
+        UserError: An override cannot be parsed.
+    """
     parser = OverridesParser.create()
     parsed: list[Override] = []
     for override in overrides:
@@ -81,7 +85,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """A value that may be given alone, as a list."""
+    """Return a list unchanged, and any other value as a list of one."""
     return value if isinstance(value, list) else [value]
 
 
@@ -118,7 +122,7 @@ def is_grid(key: str, value: Any, before: Any) -> bool:
 
 
 def listed(o: Override, before: Any) -> Override:
-    """The override, with a single number as a list of one where a list of numbers is expected.
+    """Turn a single number into a list of one if the key expects a list of numbers.
 
     Args:
         o: The override.
@@ -145,7 +149,7 @@ def _holds_numbers(key: str, before: Any) -> bool:
 
 
 def refuse_sweeps(parsed: Sequence[Override]) -> None:
-    """Raise `UserError` for several values, separated by commas, in a single run."""
+    """Raise `UserError` if an override of a single run gives several values, as in `a=1,2`."""
     for o in parsed:
         if o.is_sweep_override():
             listed = f"{o.key_or_group}=[{line_of(o).split('=', 1)[1]}]"
@@ -203,6 +207,9 @@ def check_key(
         known: Full names of all keys.
         before: The value that it replaces.
         where: Advice on where to find the keys.
+
+        Raises:
+            UserError: The key does not exist, or the value has the wrong type.
     """
     key = o.key_or_group
     if key not in known:
@@ -270,7 +277,7 @@ def _check_kind(key: str, value: Any, before: Any) -> None:
 
 
 def check_texts(cfg: DictConfig) -> None:
-    """Check text in the YAML files, which also read 2026_11_2 as a number unless it is quoted."""
+    """Check that text settings in YAML files are text: unquoted, 2026_11_2 is read as a number."""
     for key, value in flatten(as_dict(cfg), branches=True).items():
         if not is_text(key, TEXTS) or (value is None and not is_text(key, REQUIRED)):
             continue

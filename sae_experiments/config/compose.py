@@ -95,7 +95,7 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
         The configuration, and a label made of the names of its SAEs.
 
     Raises:
-        UserError: Anything is wrong, in one line.
+        UserError: The configuration is invalid; the message is one line.
     """
     parsed = parse([_every_metric(conf) if o == "metric=all" else o for o in overrides])
     refuse_sweeps(parsed)
@@ -209,12 +209,15 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def options_of(conf: Path, group: str, overrides: Sequence[str]) -> DictConfig:
-    """Read `conf/<group>/<name>.yaml` by itself, changed by `group.key=value`.
+    """Read `conf/<group>/<name>.yaml` on its own and apply the overrides `group.key=value`.
 
     Args:
         conf: Folder of the YAML files.
         group: Name of the group.
-        overrides: Among others, `group=name` and the changes.
+        overrides: Must contain `group=name`; overrides of other groups are ignored.
+
+        Raises:
+            UserError: The name or a key does not exist, or a value has the wrong type.
     """
     names = [value_of(o) for o in overrides if key_of(o) == group]
     known = options(conf, group)
@@ -235,7 +238,7 @@ def options_of(conf: Path, group: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def build(node: DictConfig) -> Any:
-    """Instantiate a node of the configuration; an error of a constructor becomes one line."""
+    """Instantiate a node of the configuration; errors of constructors become `UserError`."""
     try:
         return instantiate(node, _convert_="all")
     except Exception as error:

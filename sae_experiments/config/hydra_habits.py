@@ -1,7 +1,7 @@
-"""Options that users of Hydra know, in the words of this project.
+"""Translation of Hydra's own options into those of this project.
 
-`hydra/launcher=joblib` means `launcher=joblib`, and `hydra.sweep.dir=runs/a` the folder of a
-sweep. Options of Hydra without a counterpart are answered in one line.
+`hydra/launcher=joblib` means `launcher=joblib`, and `hydra.sweep.dir=runs/a` the folder of a sweep.
+Options of Hydra without a counterpart raise a one-line error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ANSWERS = {
 def translate(overrides: Sequence[str], *, multirun: bool) -> tuple[list[str], bool]:
     """Translate Hydra's options for launchers, folders and mode.
 
-    As in Hydra, `hydra.run.dir` counts for single runs alone and `hydra.sweep.dir` for sweeps.
+    As in Hydra, `hydra.run.dir` applies to single runs only and `hydra.sweep.dir` to sweeps.
 
     Args:
         overrides: Overrides as typed.

@@ -69,7 +69,7 @@ def script() -> Path | None:
 
 
 def register(path: str | Path | None, conf: Path) -> None:
-    """Load a script as a module of its own, which worker processes can import, and add what it has.
+    """Load a script as a module that workers can import, and register its SAEs and metrics.
 
     Args:
         path: The script; None if there is none.

@@ -23,7 +23,7 @@ from sae_experiments.results.records import RESULT_NEUTRAL_KEYS
 def complete(
     user: Sequence[str], *, plan: str, extra: Sequence[str], conf: Path
 ) -> tuple[list[str], dict[str, Any]]:
-    """Complete the overrides of a run. Of several for one key, the last counts.
+    """Complete the overrides of a run. If a key has several, the last one counts.
 
     Args:
         user: Overrides that were typed; they win over all others.
@@ -84,7 +84,9 @@ FULL_ON_CUDA = (
 
 
 def choose_preset(asked: str) -> tuple[str, str]:
-    """Resolve `auto`: laptop, on a GPU too, where the duration of `full` has not been measured.
+    """Resolve the preset `auto` to `laptop`.
+
+    This holds on a GPU too, where the duration of `full` has not been measured.
 
     Returns:
         The preset, and the reason for it.

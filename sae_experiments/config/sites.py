@@ -16,7 +16,7 @@ N_LAYER = ("n_layer", "num_hidden_layers", "num_layers")
 def per_site(
     saes: Mapping[str, Mapping[str, Any]], site: Any, lm: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Put an SAE per site in the place of one that is given a list of sites, or `resid.all`.
+    """Replace an SAE that has a list of sites, or `resid.all`, by one SAE per site.
 
     A crosscoder, or a transcoder of all layers, reads several sites at once and stays one; its
     number of sites is filled in where it is null.

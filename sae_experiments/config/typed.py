@@ -1,8 +1,9 @@
-"""The one reader of what people type: which keys are text, lists, numbers or choices.
+"""Parser of the overrides that users type: which keys are text, lists, numbers or choices.
 
-Hydra reads `2026_11_2` as a number, `1e5`, `true` and `[a,b]` not as text either, and `ü` and `#`
-not at all. The values of keys in `TEXTS` are taken as they were typed; quotes around the whole of
-a value are taken off, as the shell would. Plans, single runs and sweeps all read through here.
+Hydra parses `2026_11_2` as a number, does not read `1e5`, `true` or `[a,b]` as text either, and
+rejects `ü` and `#`. The values of keys in `TEXTS` are taken as they were typed; quotes around the
+whole of a value are taken off, as the shell would. Plans, single runs and sweeps all read through
+here.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def in_group(override: str, *groups: str) -> bool:
 
 
 def folder_of(text: str) -> str:
-    """The one spelling of a folder's name: `run_1` of `./run_1/`."""
+    """Normalise the name of a folder: `run_1` for `./run_1/`."""
     return str(PurePath(text)) if text else text
 
 
@@ -179,7 +180,7 @@ def for_hydra(override: str) -> str:
 
 
 def written(key: str, text: str) -> str:
-    """The override that `text_of` reads as `text`, as a person would type it."""
+    """The override that `text_of` reads as `text`, as a user would type it."""
     plain = f"{key}={text}"
     return plain if value_of(plain) == text and text.lower() != "null" else f"{key}={_quoted(text)}"
 
@@ -191,7 +192,7 @@ def choices_of(override: str) -> list[str] | None:
         An override for each file; None if the value is a single text.
 
     Raises:
-        UserError: Several files without `choice`, or none.
+        UserError: Several files are given without `choice`, or none.
     """
     key, typed = key_of(override), override.split("=", 1)[1].strip()
     if not is_text(key, INPUTS) or _unquoted(typed) is not None:
@@ -226,7 +227,7 @@ RENAMED_KEYS = {
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message that names the similar one of the known names; "" if none is."""
+    """End of an error message that suggests the most similar known name; "" if none is similar."""
     known = list(known)
     group, _, last = name.rpartition(".")
     for renamed in RENAMED_KEYS.get(last, ()):

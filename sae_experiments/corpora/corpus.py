@@ -1,4 +1,4 @@
-"""Character corpora: texts that are looked for, verified, encoded once and read as windows.
+"""Character corpora: texts that are located, verified, encoded once and read as windows.
 
 Downloads are in `corpora.download`.
 """
@@ -65,7 +65,7 @@ class CorpusSpec:
     """Sources of a character corpus, its checksums, and its splits.
 
     Raises:
-        UserError: A value cannot work.
+        UserError: A value is invalid.
     """
 
     name: str
@@ -98,7 +98,7 @@ class CorpusSpec:
     seeds: list[int]
     """Seeds of its cells, if a run names none."""
     stand_in: str
-    """Use of a stand-in for a text that cannot be had: auto, never or always."""
+    """Use of a stand-in for a text that cannot be obtained: auto, never or always."""
     stand_in_alphabet: str
     """Alphabet of the stand-in, one of `standin.FORMS`."""
     recipe: dict[str, Any]
@@ -148,12 +148,12 @@ class CorpusSpec:
 
 
 class Text(NamedTuple):
-    """A text that is at hand."""
+    """A text that is available locally."""
 
     path: Path
     """File of the text."""
     source: str
-    """Its source in the words of the provenance."""
+    """Source of the text, as the provenance records it."""
     kind: str
     """`corpus`, `file` (of the user) or `stand-in`."""
     verified: bool
@@ -182,7 +182,7 @@ class CharCorpus:
 
     @property
     def pieces(self) -> tuple[str, ...]:
-        """Text of every id where tokens are longer than characters: empty."""
+        """Text of every token id: empty, since ids are single characters."""
         return ()
 
     def window_starts(self, split: str, length: int) -> np.ndarray:
@@ -193,7 +193,7 @@ class CharCorpus:
         """Ids of the characters of `text`.
 
         Raises:
-            UserError: The corpus does not have one of them.
+            UserError: A character does not occur in the corpus.
         """
         known = self._points()
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
@@ -276,7 +276,7 @@ def window_starts(n: int, length: int) -> np.ndarray:
         length: Symbols per window.
 
     Raises:
-        UserError: The text is too short for one.
+        UserError: The text is too short for one window.
     """
     starts = np.arange(0, n - length, length, dtype=np.int64)
     if not len(starts):
@@ -292,7 +292,7 @@ def source_of(corpus: CharCorpus, spec: CorpusSpec) -> Source:
 
     Args:
         corpus: The corpus.
-        spec: What it was loaded by; symbols of `latin-1` are bytes, which are read as UTF-8.
+        spec: Its specification; symbols of `latin-1` are bytes, which are read as UTF-8.
     """
 
     def text(split: str) -> str:
@@ -320,8 +320,8 @@ def load_corpus(
 ) -> CharCorpus:
     """Find a corpus and encode it.
 
-    It is looked for in this order: `spec.file`, the folder SAE_DATA_DIR, the cache, the network;
-    the last resort is a stand-in.
+    The text is searched for in this order: `spec.file`, the folder SAE_DATA_DIR, the cache, the
+    network; the last resort is a stand-in.
 
     Args:
         spec: The corpus.
@@ -330,8 +330,8 @@ def load_corpus(
         say: Prints a line.
 
     Raises:
-        UserError: A file is missing, too short or not what its checksum says; or the text cannot
-            be had and `spec.stand_in` is `never`.
+        UserError: A file is missing, too short or fails its checksum; or the text cannot be
+            obtained and `spec.stand_in` is `never`.
     """
     remedy = standin.remedy(spec.name, (spec.local_names or [spec.name])[0], spec.facts, spec.head)
 

@@ -1,4 +1,4 @@
-"""Documents of text files: plain text, JSON lines, parquet, a folder or a glob; and of data sets.
+"""Documents from text files (plain, JSON lines, parquet; a folder or a glob) and from data sets.
 
 Documents come in pieces of bounded size, so that memory does not grow with the text.
 """
@@ -35,16 +35,16 @@ class Piece(NamedTuple):
 
     text: str
     last: bool
-    """True if the document ends with it."""
+    """True for the last part of its document."""
 
 
 class Source(NamedTuple):
-    """A text that is there to be read."""
+    """A text that can be read."""
 
     key: Mapping[str, Any]
-    """What decides about its documents."""
+    """Cache key: everything that determines its documents."""
     origin: Mapping[str, Any]
-    """What the manifest says of it: `corpus`, `source`, ..."""
+    """Its entry in the manifest: `corpus`, `source`, ..."""
     parts: Callable[[], Iterator[tuple[str | None, Iterator[Piece]]]]
     """Gives the documents of each split; the name None stands for all of a text without splits."""
 
@@ -59,7 +59,7 @@ def check_fractions(name: str, val_frac: float, test_frac: float) -> None:
 
 
 def split_sizes(name: str, val_frac: float, test_frac: float, n: int, unit: str) -> dict[str, int]:
-    """Sizes of the splits of a text, in its order; no test split without a fraction for it.
+    """Sizes of the splits of a text, in order; there is no test split if `test_frac` is 0.
 
     Args:
         name: Name of the text.
@@ -69,7 +69,7 @@ def split_sizes(name: str, val_frac: float, test_frac: float, n: int, unit: str)
         unit: What is counted, for the message.
 
     Raises:
-        UserError: A split would have fewer than two.
+        UserError: A split would have fewer than two units.
     """
     # Fractions are exact: n * (1 - .05 - .05) in floating point is one short of 90 %.
     val, test = Fraction(str(val_frac)), Fraction(str(test_frac))
@@ -93,17 +93,17 @@ class SplitSpec:
     column: str
     """Field of a record, or column of a table, that holds the text."""
     across: bool
-    """True if windows may run over the ends of documents."""
+    """True if windows may cross document boundaries."""
     separator: str
-    """Text between documents, if they may."""
+    """Text between documents, if `across`."""
     val_frac: float
-    """Fraction of the tokens for validation, the last part."""
+    """Fraction of the tokens for validation, after the training part."""
     test_frac: float
-    """Fraction of the tokens for testing, behind that part."""
+    """Fraction of the tokens for testing, after the validation part."""
     seeds: list[int]
     """Seeds of the cells."""
     recipe: dict[str, Any]
-    """Training numbers of a model that is trained on the text; see `lm.train`."""
+    """Training settings of a model that is trained on the text; see `lm.train`."""
 
     def __post_init__(self) -> None:
         check_fractions(self.name, self.val_frac, self.test_frac)
@@ -111,7 +111,7 @@ class SplitSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSpec(SplitSpec):
-    """Text of the user's own."""
+    """A text that the user supplies."""
 
     file: str | None
     """A file, a folder, or a glob such as `books/*.txt`."""
@@ -122,7 +122,7 @@ class TextSpec(SplitSpec):
         """Find the files.
 
         Raises:
-            UserError: There are none, or one is of an unknown kind.
+            UserError: There are no files, or one is of an unknown kind.
         """
         files = self._files()
         digests = [sha256_file(path) for path in files]
@@ -192,7 +192,7 @@ class HubSpec(SplitSpec):
         """Open the data set; documents are fetched as they are read.
 
         Raises:
-            UserError: It cannot be had.
+            UserError: It cannot be loaded.
         """
         where = f"data.{self.name}.path={self.path}"
         if not self.path:
@@ -237,7 +237,7 @@ class HubSpec(SplitSpec):
 
 
 def cut_text(text: str) -> Iterator[Piece]:
-    """One document in pieces, cut before white space so that no word is broken."""
+    """Cut a document into pieces before white space, so that no word is split."""
     begin = 0
     while len(text) - begin > PIECE:
         end = _place_to_cut(text, begin)

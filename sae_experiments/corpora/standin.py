@@ -65,7 +65,7 @@ def stand_in(
         alphabet: Form of the text, a key of `FORMS`.
         asked: Size in bytes, of which at most `LIMIT` can be made.
         reason: Reason why the corpus itself is missing.
-        remedy: What to do to have it.
+        remedy: Advice on how to provide it.
         say: Prints a line.
     """
     size = min(asked, LIMIT)

@@ -45,7 +45,7 @@ class TokenCorpus:
     encode_texts: Encode
     """Ids of texts."""
     symbols: tuple[str, ...] = ()
-    """Empty: tokens are no characters."""
+    """Empty: tokens are not characters."""
 
     @property
     def vocabulary(self) -> int:
@@ -121,11 +121,11 @@ def encoded(
     """Encode a text unless it is in the cache.
 
     Args:
-        spec: How documents become windows and splits.
+        spec: Rules by which documents become windows and splits.
         source: The text.
         encode: Ids of texts.
         pieces: Text of every id.
-        tokenizer: What decides about the ids.
+        tokenizer: Everything that determines the ids, for the cache key.
         cache: Folder of the cache.
 
     Raises:

@@ -32,7 +32,7 @@ def fit_cached(
 
     Args:
         cache: Folder of the cache.
-        key: Everything that decides about the fits.
+        key: Everything that determines the fits.
         saes: Untrained SAEs by name; their weights are replaced.
         fit: Fits the SAEs, with its checkpoint in the given file, and returns their reports.
 

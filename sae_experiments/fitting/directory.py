@@ -1,4 +1,4 @@
-"""SAEs from a SAELens directory: described like those that are fitted, evaluated beside them."""
+"""SAEs read from a SAELens directory: described and evaluated like fitted ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sae_experiments.training.loop import TrainConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DirectorySpec(SAESpec):
-    """An SAE that is read from `path`. Its sizes and its L0 are its own."""
+    """An SAE that is read from `path`, which fixes its sizes and its L0."""
 
     def build(self, d_in: int, d_out: int) -> SAE:
         """Read the SAE.
@@ -51,5 +51,5 @@ class DirectorySpec(SAESpec):
         return read, write
 
     def describe(self) -> dict[str, Any]:
-        """The files of the directory, by digest, for cache keys."""
+        """Digests of the files of the directory, for cache keys."""
         return {"directory": directory_digest(Path(str(self.path)).expanduser())}

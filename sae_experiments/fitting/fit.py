@@ -63,12 +63,12 @@ class FitReport(NamedTuple):
 
     @property
     def warned(self) -> list[Warned]:
-        """The warnings as records take them."""
+        """The warnings in the form of a record."""
         return [Warned(**one) for one in self.warnings]
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Numbers that the fit chose itself, as records take them."""
+        """Settings that the fit chose itself, in the form of a record."""
         return {"lr": self.lr, "lr_factor": self.lr_factor, "outliers": self.outliers}
 
 
@@ -96,13 +96,12 @@ class RowHandling(NamedTuple):
 
 
 class Counts(nn.Module):
-    """An SAE with the counters that its training needs and its weights do not."""
+    """An SAE with counters that only its training needs."""
 
     since_fired: Tensor
     """Rows since each latent was last active, (F,)."""
     rows_used: Tensor
-    """Rows of all steps. A step may use fewer than a batch should have: whole windows, a phase on
-    a sample."""
+    """Rows used so far. A step may use fewer than `batch_size`: whole windows, a phase on a sample."""
 
     def __init__(self, sae: SAE) -> None:
         super().__init__()
@@ -133,7 +132,7 @@ class SAELearner(Learner):
         """Halve a default learning rate whenever the fit goes wrong (see `BackOff`).
 
         Args:
-            given: Numbers of the fit, in which `lr` is null if it was not typed.
+            given: Training settings as given; `lr` is null if the default is to be used.
         """
         if given.lr is not None or not self.sae.judged_by_fvu:
             return
@@ -213,11 +212,11 @@ def fit_saes(
 ) -> dict[str, FitReport]:
     """Fit `saes` side by side and leave them calibrated, in eval mode and in raw units.
 
-    During the fit, inputs and outputs are centred and scaled by one number each
-    (`units_of`), which is folded into the weights at the end. Coefficients and learning
-    rates thus carry over between models, and neither the unit nor the mean of the data matters.
-    Outlier rows (`saes.outliers`) are left out of initialisation, training and calibration; they
-    would make up most of the loss, and take latents from all other rows.
+    During the fit, inputs and outputs are centred and scaled by one number each (`units_of`), which
+    is folded into the weights at the end. Coefficients and learning rates thus carry over between
+    models, and neither the unit nor the mean of the data matters. Outlier rows (`saes.outliers`)
+    are left out of initialisation, training and calibration; they would make up most of the loss,
+    and take latents away from the other rows.
 
     An SAE's result does not depend on the others in the same pass. Training a fitted SAE
     continues from its weights, if it allows that.
@@ -225,7 +224,7 @@ def fit_saes(
     Args:
         saes: SAEs by name.
         batch_at: Gives the batch of a step, in raw units.
-        cfg: Numbers of the fit, for all or by name; those in `OF_THE_PASS` must not differ.
+        cfg: Training settings, for all SAEs or by name; those in `OF_THE_PASS` must not differ.
         sample: Rows for initialisation and calibration, in raw units.
         seed: Seed of everything random in the fit.
         dead_after: Rows without firing after which a latent counts as dead.
@@ -235,8 +234,8 @@ def fit_saes(
     Raises:
         NonFinite: A loss became NaN or infinite; names SAE, step and term.
         UserError: The sample holds a non-finite value, or nothing but zeros; an SAE cannot be
-            trained further, or rebuilds something else than it has to read; SAEs differ in a
-            number of the pass.
+            trained further, or can only rebuild its input and has other targets; SAEs differ in a
+            setting that the pass shares.
     """
     given = cfg if isinstance(cfg, Mapping) else dict.fromkeys(saes, cfg)
     configs = {name: with_default_lr(given[name], sae) for name, sae in saes.items()}
@@ -370,7 +369,7 @@ def _n_sites(saes: Mapping[str, SAE]) -> int:
 
 
 def _check_shared(saes: Mapping[str, SAE], configs: Mapping[str, TrainConfig]) -> None:
-    """Raise `UserError` if SAEs of one pass differ in a number that belongs to the pass."""
+    """Raise `UserError` if SAEs of one pass differ in a setting that the pass shares."""
     first = next(iter(saes))
     for name in saes:
         for key in OF_THE_PASS:

@@ -1,7 +1,7 @@
 """Laws that every SAE obeys, checked in seconds on a small world of sparse features.
 
-The tests hold every variant of `conf/sae` to them; `python experiment.py --check=NAME` holds one,
-which may be a class in experiment.py. A law returns a complaint with its number, or "" if it holds.
+The tests check every variant of `conf/sae`; `python experiment.py --check=NAME` checks one, which
+may be a class in experiment.py. A law returns a complaint with its number, or "" if it holds.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def step(sae: SAE, progress: float = 0.5, dead: Tensor | None = None) -> Step:
 
 
 def config(**changes: Any) -> TrainConfig:
-    """The numbers of a short fit."""
+    """Training settings of a short fit."""
     plain: dict[str, Any] = {
         "steps": 300,
         "batch_size": 256,
@@ -97,7 +97,7 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def unsettled(sae: SAE, seed: int = 0) -> SAE:
-    """The SAE with biases and scales moved away from their start, so that nothing is trivial."""
+    """The SAE with biases and scales moved away from their initial values, so that none is trivial."""
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in sae.parameters():
@@ -108,7 +108,7 @@ def unsettled(sae: SAE, seed: int = 0) -> SAE:
 
 @dataclass(frozen=True)
 class Subject:
-    """The SAE under trial.
+    """The SAE under test.
 
     Args:
         model: Builds the SAE from `d_in`, `d_sae` and `d_out`; asked for an L0 of `L0`.
@@ -178,7 +178,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 @torch.no_grad()
 def shapes(subject: Subject) -> str:
-    """Codes are (B, d_sae), reconstructions (B, d_in), weights one row a latent."""
+    """Codes are (B, d_sae), reconstructions (B, d_in), weights have one row per latent."""
     sae, x = subject.make().eval(), rows(8, 0)
     acts = sae.encode(x)
     complaints = [
@@ -359,7 +359,7 @@ def check(name: str, spec: SAESpec, say: Callable[[str], None] = print) -> int:
         0 if all hold.
 
     Raises:
-        LawBroken: Some do not; names the first of them with its number.
+        LawBroken: A law does not hold; names the first such law with its number.
     """
     subject, broken = Subject(spec.model), {}
     began = time.monotonic()
@@ -378,7 +378,7 @@ def check(name: str, spec: SAESpec, say: Callable[[str], None] = print) -> int:
 def refuse_broken(name: str, spec: SAESpec) -> None:
     """Raise `UserError` if an SAE breaks a law that needs no training.
 
-    One that cannot be built in the small size of the laws is not looked at.
+    An SAE that cannot be built at the small size of the laws is skipped.
     """
     asked = getattr(spec.model, "keywords", {}).keys() & {"k", "target_l0"}
     subject = Subject(functools.partial(spec.model, **dict.fromkeys(asked, L0)))

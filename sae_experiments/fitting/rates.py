@@ -1,7 +1,7 @@
-"""The learning rate of an SAE whose configuration gives none, and its way back from one too high.
+"""The default learning rate of an SAE, and its reduction when it turns out too high.
 
 An Adam step changes every weight by about the learning rate, so that it moves an encoder row of
-length 1 and width D by `lr sqrt(D)`. What a fit can bear thus falls with the square root of the
+length 1 and width D by `lr sqrt(D)`. The highest stable rate thus falls with the square root of the
 width. See docs/learning-rate.md for the measurements.
 """
 
@@ -30,7 +30,7 @@ def default_lr(sae: SAE) -> float:
 
 
 def with_default_lr(cfg: TrainConfig, sae: SAE) -> TrainConfig:
-    """The numbers of a fit, with the default rate in place of `lr=null`."""
+    """Training settings with the default rate in place of `lr=null`."""
     return cfg if cfg.lr is not None else replace(cfg, lr=default_lr(sae))
 
 
@@ -39,7 +39,7 @@ MORE_DEAD = 0.05
 
 
 class BackOff(nn.Module):
-    """Factor of the learning rate, halved when latents die in masses or the error climbs.
+    """Factor of the learning rate, halved when many latents die or the error climbs.
 
     Every `EVERY` steps after the warm-up the state of the fit is looked at. The rate is halved if
 
@@ -47,13 +47,13 @@ class BackOff(nn.Module):
       last halving that needed no more active latents, or
     - more than 10 % of the latents are dead, and 5 % more than at the last halving.
 
-    Looks before a halving count no more, and none happens within `LOOKS` looks of the last one.
-    All state is in buffers, so that a resumed fit goes on with the same bits.
+    A halving discards all earlier looks, and the next one comes at least `LOOKS` looks later. All
+    state is in buffers, so that a resumed fit goes on with the same bits.
 
     Args:
         steps: Steps of the fit.
-        firings: Times that an average latent fires within the rows of silence after which it
-            counts as dead; below `FIRINGS` the dead are not judged.
+        firings: Expected firings of an average latent within the rows of silence after which it
+            counts as dead; below `FIRINGS`, dead latents are not judged.
     """
 
     EVERY = 10
@@ -76,7 +76,7 @@ class BackOff(nn.Module):
         self.register_buffer("state", torch.zeros(2, **double))
 
     def look(self, error: float, l0: float, dead: float) -> None:
-        """Take in the state of the fit, and halve the factor if it goes wrong."""
+        """Record the state of the fit, and halve the factor if the fit goes wrong."""
         n = int(self.state[0])
         self.looks[n] = torch.tensor([error, l0], dtype=torch.float64)
         self.state[0] += 1

@@ -1,4 +1,4 @@
-"""SAEs of a run and numbers of their fit, shared by every study that trains SAEs."""
+"""SAEs of a run and their training settings, shared by every study that trains SAEs."""
 
 from __future__ import annotations
 
@@ -55,15 +55,19 @@ class SAESpec:
     matmul_precision: str = "auto"
     """Precision in which training selects the active latents: auto, fp32 or bf16."""
     host: SAESpec | None = None
-    """SAE that a variant such as purified wraps; its model is part of ours."""
+    """SAE that a variant such as purified wraps; its model becomes part of this one."""
     path: str | None = None
     """SAELens directory of an SAE that is evaluated and not trained, see `DirectorySpec`."""
 
     def build(self, d_in: int, d_out: int) -> SAE:
         """Build the untrained SAE.
 
+        Args:
+            d_in: Width of the site that is read.
+            d_out: Width of the site that is rebuilt.
+
         Raises:
-            UserError: The sizes cannot work.
+            UserError: The sizes or settings are invalid or do not fit together.
         """
         if self.d_sae is not None and (not isinstance(self.d_sae, int) or self.d_sae < 1):
             raise UserError(f"sae.d_sae={self.d_sae} must be a whole number of at least 1")
@@ -107,12 +111,12 @@ class SAESpec:
             return self.build(d_in, d_out)
 
     def check(self, d_in: int, d_out: int, cfg: TrainConfig, *, loads: bool = False) -> None:
-        """Build on the meta device and read the recipe: bad numbers fail before any compute.
+        """Build on the meta device and read the recipe, so that invalid settings fail before any compute.
 
         Args:
             d_in: Width of the site that is read.
             d_out: Width of the site that is rebuilt.
-            cfg: Numbers of the fit.
+            cfg: Training settings of the run.
             loads: True if the study can evaluate an SAE from a directory.
         """
         self.config(cfg)
@@ -125,7 +129,7 @@ class SAESpec:
         return read, _parsed(self.write, n_layer) if self.write else read
 
     def config(self, cfg: TrainConfig) -> TrainConfig:
-        """The numbers of the fit, with this SAE's own in their place."""
+        """Training settings of the run, overridden by this SAE's own."""
         own = {k: v for k, v in self.train.items() if v is not None}
         for key in own.keys() - set(PER_SAE_SETTINGS):
             raise UserError(
@@ -172,7 +176,7 @@ def _to_jsonable(value: Any) -> Any:
 
 
 def code_of(specs: Mapping[str, SAESpec], saes: Mapping[str, SAE]) -> list[str]:
-    """The modules, wherever they lie, whose code builds SAEs and decides what they compute.
+    """Modules, of this package or the user's, whose code builds SAEs or determines what they compute.
 
     Args:
         specs: Specifications of the SAEs.
@@ -233,11 +237,11 @@ class FitSpec:
 
     @property
     def chunk_rows(self) -> int:
-        """Rows of a chunk at most, if rows are streamed."""
+        """Maximum rows per chunk, if rows are streamed."""
         return self.stream_rows or SMALLEST * self.train.batch_size
 
     def of_result(self) -> dict[str, Any]:
-        """The numbers that a fit depends on beside its rows, for cache keys."""
+        """Settings that a fit depends on besides its rows, for cache keys."""
         places = ("store", "stream_rows", "disk_share")
         return {name: value for name, value in asdict(self).items() if name not in places}
 

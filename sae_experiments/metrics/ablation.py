@@ -98,9 +98,9 @@ class Options:
     latents: int
     """Number of latents removed one by one, evenly spaced by density."""
     per_latent: int
-    """Number of windows that each of them is removed in at most."""
+    """Maximum number of windows in which each of these latents is removed."""
     min_fires: int
-    """Number of active positions in the windows that such a latent needs."""
+    """Minimum number of active positions in the windows for such a latent."""
     groups: int
     """Number of quantiles of density, each of which is removed as a whole."""
     mean: bool

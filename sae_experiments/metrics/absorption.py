@@ -122,11 +122,11 @@ class Options(Sampling):
     max_main: int
     """Largest number of main latents of a parent."""
     min_parents: int
-    """Number of parents without which there is no score."""
+    """Minimum number of parents for a score."""
 
 
 class Parent(NamedTuple):
-    """Result for one concept; rates are over the rows that the probe rightly calls positive."""
+    """Result for one concept; rates are over the true positives of the probe."""
 
     full: float
     """Rate of full absorption."""
@@ -141,7 +141,7 @@ class Parent(NamedTuple):
 
 
 class PositiveRows(NamedTuple):
-    """The n test rows of one concept that its probe rightly calls positive."""
+    """The n test rows of one concept that are true positives of its probe."""
 
     document: np.ndarray
     """Document of each row, (n,)."""
@@ -358,7 +358,7 @@ def absorbed(
         contribution: Projection of each latent's contribution on the probe, (n, F).
         cosine: Cosine of each decoder row with the probe, (F,).
         projection: Projection of the activation on the probe, (n,), positive.
-        main: Main latents of the concept.
+        main: Indices of the main latents of the concept.
 
     Returns:
         Full absorption, bool (n,), and its fraction in 0..1, (n,).

@@ -54,7 +54,7 @@ class Text(NamedTuple):
 
 
 def no_text(ctx: EvalContext) -> str:
-    """Reason for null results of a metric on characters that has no text."""
+    """Reason for the null results of a metric on characters when there is no text."""
     return NO_CHARACTERS if ctx.reads_tokens else NO_TEXT
 
 
@@ -140,7 +140,7 @@ def _encode_sparse(ctx: EvalContext, n: int) -> sparse.csr_matrix | None:
 
 
 def decoded(sae: SAE, codes: sparse.csr_matrix) -> Tensor:
-    """Reconstruction (n, O) of codes (n, F), without what bypasses them."""
+    """Reconstruction (n, O) of codes (n, F), without the part that bypasses the code."""
     parts = (codes.indptr, codes.indices, codes.data)
     crow, col, values = (torch.from_numpy(part).to(sae.b_dec.device) for part in parts)
     return sae.decode_codes(Codes(values, Pattern(crow.int(), col.int(), sae.d_sae)))

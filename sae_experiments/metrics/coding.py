@@ -15,10 +15,10 @@ MAX_TABLE = 20_000_000
 
 
 def support_bits(train: sparse.csr_matrix, test: sparse.csr_matrix) -> dict[str, float]:
-    """Bits per row for which latents are active, by three codes.
+    """Bits per row to encode which latents are active, under three codes.
 
-    The code that counts uses frequencies from `train`, with 1/2 added to each count. The others
-    are a uniform choice of L0 latents, and independent latents with frequencies from `test`.
+    The main code treats latents as independent, with frequencies from `train` and 1/2 added to
+    each count. The other two choose L0 latents uniformly, or use the frequencies of `test`.
 
     Args:
         train: Codes that give the statistics, (n_train, F).
@@ -151,7 +151,7 @@ def landmarks(y: np.ndarray, fvu: float, symbols: int) -> dict[str, float | None
 
     Returns:
         Bits for Gaussian principal components, for the dense activation and for the character
-        itself; None if there is none.
+        itself; the last is None without text.
     """
     bits: dict[str, float | None] = {"code_bits_pca": None, "code_bits_dense": None}
     if 0 < fvu < 1:
@@ -190,7 +190,7 @@ def _dense_bits(centred: np.ndarray, fvu: float) -> float:
     sent). The step is found by bisection.
 
     Args:
-        centred: Rows less their mean, (n, O).
+        centred: Rows minus their mean, (n, O).
         fvu: Distortion as a share of the variance.
 
     Returns:

@@ -232,7 +232,7 @@ class _Split(NamedTuple):
     direct: Direct | None
     """Part of the reconstruction that bypasses the code, if any."""
     ordinary: np.ndarray
-    """Mask of the rows of `code` that are no outliers, (n,): the FVU is theirs."""
+    """Mask of the rows of `code` that are not outliers, (n,); the FVU is taken over these."""
 
 
 def measure(ctx: EvalContext, **options: Any) -> Measured:
@@ -331,7 +331,7 @@ def _by_fvu(
         split: Codes.
         quantised: The code at every step.
         y: Targets of the rows to be sent, (n, O).
-        variance: Sum of squared distances of the ordinary ones from their mean.
+        variance: Sum of squared distances of the ordinary rows from their mean.
         opts: Options of the metric.
     """
     exact = _fvu(split, split.code, y, variance)
@@ -361,7 +361,7 @@ def _by_fvu(
 
 @torch.no_grad()
 def _fvu(split: _Split, code: sparse.csr_matrix, y: np.ndarray, variance: float) -> float:
-    """FVU of the ordinary ones of targets y (n, O), rebuilt from a code (n, F)."""
+    """FVU of the ordinary rows of targets y (n, O), rebuilt from a code (n, F)."""
     ctx = split.ctx
     error = 0.0
     for begin in range(0, len(y), 4096):

@@ -61,9 +61,9 @@ class Options:
     samples: int
     """Contexts per latent at even quantiles of all its strengths."""
     before: int
-    """Characters of a context before the latent's."""
+    """Characters of a context before the firing."""
     after: int
-    """Characters of a context after the latent's."""
+    """Characters of a context after the firing."""
     bins: int
     """Bins of the histogram of values."""
     characters: int

@@ -21,8 +21,10 @@ const s = (name, attributes, ...children) => fillNode(document.createElementNS(S
 
 function show(value, digits = 3) {
   if (typeof value !== "number" || !Number.isFinite(value)) return "–";
-  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(1).replace("e", "e");
-  return String(Number(value.toPrecision(digits)));
+  const size = Math.abs(value);
+  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(1);
+  // As many digits in every row of a list: 0.520 beside 0.514.
+  return Number.isInteger(value) ? String(value) : value.toFixed(Math.max(0, digits - 1 - Math.floor(Math.log10(size))));
 }
 const score = (value) => (typeof value === "number" ? value.toFixed(2) : "–"); // a number from 0 to 1
 function percent(value) {

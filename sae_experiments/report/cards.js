@@ -16,7 +16,7 @@ async function drawCards(browser) {
 function latentSummary(feature, view) {
   const about = DATA.cells[view.index];
   const several = new Set(DATA.cells.map((c) => c.dataset)).size > 1;
-  const where = [several || !about.sae ? about.dataset : "", about.sae].filter(Boolean).join(", ");
+  const where = [several ? about.dataset : "", about.sae].filter(Boolean).join(", ");
   const link = h("a", { href: `#latent-${view.index}-${feature.latent}` }, `#${feature.latent}`);
   const head = h(
     "p",
@@ -28,6 +28,6 @@ function latentSummary(feature, view) {
   const contexts = h("ol", { class: "contexts" }, top.map((c) => view.contexts.node(c, feature.max || 1, 26)));
   const known = feature.concept && Math.abs(feature.phi) >= CONCEPT_PHI && !String(feature.rule || "").includes(`(${feature.concept})`);
   const concept = known ? `, ${feature.phi < 0 ? "not " : ""}${clear(feature.concept, view.contexts.bytes)}` : "";
-  const foot = h("p", { class: "quiet foot" }, link, ` ${where}, `, h("span", { class: "num" }, `fires on ${percent(feature.density)}`), h("span", { title: "the concept that goes best with it, and their correlation" }, concept));
+  const foot = h("p", { class: "quiet foot" }, link, where ? ` ${where}, ` : " ", h("span", { class: "num" }, `fires on ${percent(feature.density)}`), h("span", { title: "the concept that goes best with it, and their correlation" }, concept));
   return h("article", { class: "telling" }, head, contexts, foot);
 }

@@ -37,7 +37,7 @@ REPORT = "report.html"
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raise one line in place of the whole usage."""
+        """Raise a one-line error instead of printing the usage."""
         raise UserError(f"plot.py: {message}; 'python plot.py --help' lists the options")
 
 
@@ -159,7 +159,7 @@ def default_out(runs: Sequence[Path]) -> Path:
 
 
 def choose_figures(names: str | None, known: Sequence[str]) -> list[str]:
-    """Split a list of figures, with commas; None stands for all.
+    """Split a comma-separated list of figures; None or an empty list selects all.
 
     Raises:
         UserError: A name is not in `known`.
@@ -187,7 +187,7 @@ def write_tables(table: RunTable, out: Path) -> str:
 def draw_all(
     table: RunTable, figures: Figures, out: Path | None, png_dir: Path | None
 ) -> tuple[list[Path], list[Picture]]:
-    """Draw every figure; one that fails is a warning line and stops no other.
+    """Draw every figure; one that fails logs a warning and does not stop the others.
 
     Args:
         table: Runs.
@@ -264,7 +264,7 @@ def report(
 
 
 def _replace_unprintable(stream: TextIO) -> None:
-    """Let a terminal without characters such as ± show `?` in place of raising an error."""
+    """Let a stream that cannot encode characters such as ± write `?` instead of failing."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")
 
