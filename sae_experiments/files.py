@@ -29,7 +29,7 @@ def conf_folder() -> Path:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: readers see the old or the complete new one, even after a power cut."""
+    """Write a file atomically: readers see the old or the new version, even after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:

@@ -50,7 +50,7 @@ class MetricInfo:
 
 
 class SelfDescribed(ABC):
-    """A metric that carries its own description and conditions; others have them in their module."""
+    """A metric that carries its own description and conditions, which others have in a module."""
 
     @property
     @abstractmethod

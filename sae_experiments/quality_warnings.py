@@ -73,7 +73,7 @@ def of_fit(
     firings: float,
     judge_error: bool = True,
 ) -> list[Warned]:
-    """Latents that died in masses, or an error that climbed, while an SAE was fitted.
+    """Warnings about many latents that died, or an error that climbed, while an SAE was fitted.
 
     The error is the FVU, as the median of `SMOOTH` points of its curve. An earlier error counts
     only if it was reached with no more active latents, since an SAE whose L0 is steered down to
@@ -82,10 +82,10 @@ def of_fit(
     Args:
         points: Curves of the fit as (step, name, value); `fvu`, `l0` and `dead_frac` are read.
         lr: The peak learning rate, for the message.
-        warmup_steps: Steps of warm-up, whose points do not count.
-        firings: Times that an average latent fires within the rows of silence after which it
+        warmup_steps: Steps of warm-up, whose points are ignored.
+        firings: Expected firings of an average latent within the rows of silence after which it
             counts as dead.
-        judge_error: Whether the FVU is what the SAE is fitted for.
+        judge_error: Whether the SAE is trained to lower the FVU, so that its curve is checked too.
     """
     curves: dict[str, list[tuple[int, float]]] = {"fvu": [], "l0": [], "dead_frac": []}
     for step, name, value in points:
@@ -96,7 +96,7 @@ def of_fit(
 
 
 def of_back_off(lr: float, factor: float) -> list[Warned]:
-    """A default learning rate that turned out too high, and was lowered during the fit.
+    """Warning about a default learning rate that was too high and was lowered during the fit.
 
     Args:
         lr: The peak learning rate.
@@ -111,7 +111,7 @@ def of_back_off(lr: float, factor: float) -> list[Warned]:
 
 
 def of_outliers(*, rows: int, outliers: int, variance_frac: float, handling: str) -> list[Warned]:
-    """Rows so far out that a few of them hold much of the variance.
+    """Warning about outlier rows, a few of which hold much of the variance.
 
     Args:
         rows: Rows looked at.
@@ -133,10 +133,10 @@ def of_outliers(*, rows: int, outliers: int, variance_frac: float, handling: str
 
 
 def of_splice(untouched: int, rows: int) -> list[Warned]:
-    """Outlier rows that a splice into the language model leaves as they are.
+    """Warning about outlier rows that a splice into the language model leaves as they are.
 
     Args:
-        untouched: Their number.
+        untouched: Number of outlier rows.
         rows: Rows of the spliced windows.
     """
     if not untouched:

@@ -120,7 +120,7 @@ def speed(device: torch.device, n: int = 1024) -> float:
 
 
 def in_bytes(size: float) -> str:
-    """A size such as `12 GB`, with the two digits that an estimate has."""
+    """Format a size, as in `12 GB`, with two digits since it is an estimate."""
     for unit, name in ((1e12, "TB"), (1e9, "GB")):
         if size >= unit:
             digits = ".2g" if size < 99.5 * unit else ",.0f"
@@ -129,7 +129,7 @@ def in_bytes(size: float) -> str:
 
 
 def in_time(seconds: float) -> str:
-    """A time such as `40 minutes`, `3 hours` or `51 days`."""
+    """Format a duration, as in `40 minutes`, `3 hours` or `51 days`."""
     for unit, name in ((86400.0, "days"), (3600.0, "hours")):
         if seconds >= 1.5 * unit:
             return f"{seconds / unit:,.0f} {name}"

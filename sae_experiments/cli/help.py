@@ -76,7 +76,7 @@ def help_page(conf: Path, plan: str) -> str:
 
 
 def list_page(conf: Path) -> str:
-    """Page that `list` prints: one line per choice, taken from the comment at the top of its file."""
+    """Page that `list` prints: one line per choice, from the comment at the top of its file."""
     parts = []
     for group, heading in LISTED.items():
         names = options(conf, group)

@@ -37,7 +37,7 @@ BLOCK = 1 << 16
 
 
 class UnreachableError(Exception):
-    """No host answered; the caller may go on without the file. The message names hosts and errors."""
+    """No host answered; the caller may do without the file. The message names hosts and errors."""
 
 
 class BrokenError(Exception):

@@ -101,7 +101,7 @@ class Counts(nn.Module):
     since_fired: Tensor
     """Rows since each latent was last active, (F,)."""
     rows_used: Tensor
-    """Rows used so far. A step may use fewer than `batch_size`: whole windows, a phase on a sample."""
+    """Rows used so far. A step may use fewer than `batch_size` (whole windows, or a subset)."""
 
     def __init__(self, sae: SAE) -> None:
         super().__init__()

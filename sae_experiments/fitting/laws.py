@@ -97,7 +97,7 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def unsettled(sae: SAE, seed: int = 0) -> SAE:
-    """The SAE with biases and scales moved away from their initial values, so that none is trivial."""
+    """The SAE with biases and scales moved off their initial values, so that none is trivial."""
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in sae.parameters():

@@ -111,7 +111,7 @@ class SAESpec:
             return self.build(d_in, d_out)
 
     def check(self, d_in: int, d_out: int, cfg: TrainConfig, *, loads: bool = False) -> None:
-        """Build on the meta device and read the recipe, so that invalid settings fail before any compute.
+        """Build on the meta device and read the recipe: invalid settings fail before any compute.
 
         Args:
             d_in: Width of the site that is read.
@@ -176,7 +176,7 @@ def _to_jsonable(value: Any) -> Any:
 
 
 def code_of(specs: Mapping[str, SAESpec], saes: Mapping[str, SAE]) -> list[str]:
-    """Modules, of this package or the user's, whose code builds SAEs or determines what they compute.
+    """Modules whose code builds SAEs or determines what they compute, the user's included.
 
     Args:
         specs: Specifications of the SAEs.

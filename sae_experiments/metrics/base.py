@@ -123,7 +123,7 @@ class EvalContext:
         return not self.symbols and bool(self.pieces)
 
     def windows_per_pass(self, asked: int) -> int:
-        """Windows per forward pass: the number asked for, limited to `MOST_LOGITS` logits in all."""
+        """Windows per forward pass: as many as asked for, but at most `MOST_LOGITS` logits."""
         length = 1 if self.held_out is None else self.held_out.length
         return max(1, min(asked, MOST_LOGITS // (length * max(self.vocabulary, 1))))
 

@@ -1,4 +1,4 @@
-"""Geometry of a dictionary, and how much of it another seed reproduces, beside a random one."""
+"""Geometry of a dictionary, and the part of it that another seed reproduces."""
 
 from __future__ import annotations
 

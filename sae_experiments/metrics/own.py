@@ -1,4 +1,4 @@
-"""A metric that a script defines by itself (`METRICS` in experiment.py)."""
+"""A metric that the user's script defines (`METRICS` in experiment.py)."""
 
 from __future__ import annotations
 

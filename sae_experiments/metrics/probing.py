@@ -103,9 +103,9 @@ class Sampling:
     n_test: int
     """Largest number of test rows per concept."""
     min_positives: int
-    """A concept with fewer positives, or matching negatives, is left out."""
+    """Concepts with fewer positives or fewer matching negatives are left out."""
     skip: int
-    """Characters at the start of a window that are left out: the model has read little yet."""
+    """Characters skipped at the start of a window, where the model has little context."""
     block: int
     """Windows per document; documents are disjoint between training and test."""
     test_frac: float
@@ -293,7 +293,7 @@ class Fitter:
     document: np.ndarray
     """Document of every row, (N,)."""
     strengths: Sequence[float]
-    """Inverse regularisation strengths, chosen between on a quarter of the training documents."""
+    """Inverse regularisation strengths, compared on a quarter of the training documents."""
     bootstrap: int
     """Bootstrap samples of the documents per probe."""
     seed: int
@@ -334,7 +334,7 @@ class Fitter:
         Args:
             x: Standardised features, (n, k).
             y: Labels, bool (n,).
-            held_out: Mask of the rows between which strengths are chosen, (n,).
+            held_out: Mask of the rows on which strengths are compared, (n,).
         """
         strength = self.strengths[0]
         if len(self.strengths) > 1 and x.shape[1] > 1 and _both_labels_in_both(y, held_out):
@@ -385,7 +385,7 @@ class Options(Sampling):
     ceilings: Sequence[int | str]
     """k of the activation's dimensions ("all": the whole activation)."""
     strengths: Sequence[float]
-    """Inverse regularisation strengths, chosen between on training documents."""
+    """Inverse regularisation strengths, compared on training documents."""
     bootstrap: int
     """Bootstrap samples of the documents for the noise."""
 

@@ -103,7 +103,7 @@ def _nats(lm: LMSplice, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Direct(NamedTuple):
-    """Contribution of n rows to their reconstructions past the code."""
+    """Part of n rows' reconstructions that bypasses the code."""
 
     added: Tensor
     """Part that is added, (n, O)."""
@@ -137,7 +137,7 @@ def rise(
         window: Windows to evaluate.
         code: Codes of the test rows, (n, F).
         decode: Decoder of the codes.
-        direct: What of the reconstruction bypasses the code, for n rows, if anything does.
+        direct: Part of the n rows' reconstructions that bypasses the code; None if there is none.
         batch: Windows per forward pass.
 
     Returns:

@@ -162,7 +162,7 @@ class Halves(NamedTuple):
     symbol_elements: dict[int, int]
     """Code point -> number of the element of that one symbol."""
     first: np.ndarray
-    """Start of each test document, as a place in `test`."""
+    """Start of each test document, as an index into `test`."""
 
 
 class Description(NamedTuple):

@@ -113,7 +113,7 @@ def latent_entropy(values: np.ndarray) -> float:
         values: Values of the latent, (N,). Non-finite ones are left out.
 
     Returns:
-        H; for values that do not vary where non-zero, h2(f) only; 0 for empty input.
+        H in bits; h2(f) if all non-zero values are equal; 0 for empty input.
     """
     values = values[np.isfinite(values)]
     if not len(values):

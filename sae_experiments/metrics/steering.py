@@ -1,4 +1,4 @@
-"""Steering: a latent's decoder direction is added to the language model while it writes on."""
+"""Steering: the language model continues a text with a latent's decoder direction added."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def continued(
     """Continue one prompt in several versions, each with its own change of the activations.
 
     All versions use the same random numbers, so that they differ by the changes alone. When the
-    context is full, its last half is read anew.
+    context is full, its last half is read again.
 
     Args:
         model: The language model.
@@ -108,7 +108,7 @@ def examples(
 
     Args:
         ctx: The SAE, its language model and its held-out text.
-        features: What metrics say of latents: `latent`, `max`, and `f1` of its rule.
+        features: Descriptions of latents by the metrics: `latent`, `max`, and `f1` of its rule.
         latents: Number of latents.
         strength: Strength in units of the latent's maximum.
         length: Tokens to write.

@@ -22,7 +22,7 @@ class _Begin:
     token: int
     """Its id."""
     held_back: bool = False
-    """Put nothing before what is read."""
+    """True while nothing is put before the input."""
     n_begin: int = 0
     """Positions before the caller's first token in the latest pass."""
     n_read: int = 0
@@ -35,9 +35,9 @@ _BEGINS: WeakKeyDictionary[nn.Module, _Begin] = WeakKeyDictionary()
 def begin_with(model: nn.Module, token: int) -> None:
     """Make `model` read the begin-of-text token before all that it is given.
 
-    The token's position is in neither the logits nor the activations at sites
-    (`models.hooks`), so that callers see the positions of their own tokens alone. With a key/value
-    cache that holds something the text goes on, and no token is put before it.
+    The token's position is in neither the logits nor the activations at sites (`models.hooks`), so
+    that callers see the positions of their own tokens alone. If the key/value cache is not empty,
+    the input continues a text, and no token is added.
 
     Args:
         model: A causal language model of transformers; it is changed.
@@ -75,7 +75,7 @@ def with_begin(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def as_given(model: nn.Module) -> Iterator[None]:
-    """Within the context, the model reads what it is given, with nothing before it."""
+    """Within the context, the model reads its input without a begin-of-text token."""
     begin = _BEGINS.get(model)
     if begin is None:
         yield

@@ -1,4 +1,4 @@
-"""Transformer blocks taken apart, for circuits: what those of every kind can do.
+"""Interface of transformer blocks that are taken apart for circuits.
 
 Shape letters: R rows, P prompts, T positions, C width of the residual stream, D width of a site,
 M neurons of the MLP.

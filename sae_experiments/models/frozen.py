@@ -1,4 +1,4 @@
-"""A language model at given prompts, to be run again with some of its parts held or changed.
+"""A language model at given prompts, to be rerun with some of its parts held or changed.
 
 Attention weights and the denominators of the norms can be held at the values they have in the clean
 run. With both held and the MLPs replaced by something linear, the logits are linear in the
@@ -66,7 +66,7 @@ class FrozenModel:
         tokens: Token ids (P, T), without a begin-of-text token.
 
     Raises:
-        UserError: The blocks, as they are known here, do not give the model's logits.
+        UserError: The blocks, run as their layout says, do not reproduce the model's logits.
     """
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ class FrozenModel:
         return torch.nn.functional.linear(n, self.unembedding, self.logit_bias)
 
     def bent(self, logits: Tensor) -> Tensor:
-        """The model's own logits (..., V): soft-capped if it does that."""
+        """The model's own logits (..., V): soft-capped if the model caps them."""
         return logits if not self.cap else self.cap * torch.tanh(logits / self.cap)
 
     def log_probs(self, logits: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Transformer blocks of Llama's kind, taken apart for circuits.
 
-Attention is the model's own module, so that rotary positions, grouped queries and windows need not
-be known here. The MLP is `down(act(gate(.)) * up(.))`.
+Attention is the model's own module, so that rotary positions, grouped queries and windows need no
+code here. The MLP is `down(act(gate(.)) * up(.))`.
 
 Shape letters: R rows, P prompts, T positions, C width of the residual stream, M neurons of the MLP.
 """

@@ -1,7 +1,7 @@
 """GPT-2 on characters or on tokens of its own: building, training, evaluation and sampling.
 
-Models from a directory are in `models.local`, so that neither module decides about the caches of
-the other.
+Models from a directory are in `models.local`, so that a change to one module does not invalidate
+the caches of the other.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class LMSpec:
             raise UserError(f"lm.temperature={self.temperature} must be positive")
 
     def train_config(self, recipe: dict[str, Any]) -> TrainConfig:
-        """Numbers of the training on one corpus, whose recipe fills in what `train` leaves null."""
+        """Training settings for one corpus, whose recipe fills in what `train` leaves null."""
         return TrainConfig(**{**recipe, **{k: v for k, v in self.train.items() if v is not None}})
 
 
@@ -227,7 +227,7 @@ PAIR_BYTES = {(True, False): 5, (True, True): 12, (False, True): 18, (False, Fal
 
 
 def training_need(spec: LMSpec, cfg: TrainConfig, vocab_size: int, device: torch.device) -> Need:
-    """Memory of training at its peak, right to about a third, and the operations of all steps.
+    """Peak memory of training, accurate to about a third, and the operations of all steps.
 
     On a CPU in bf16 or with dropout, attention keeps its weights for every pair of positions.
     """
@@ -399,7 +399,7 @@ def train_lm(
     Args:
         spec: The model.
         corpus: The text.
-        recipe: Numbers of the training that `spec.train` leaves null.
+        recipe: Training settings for the fields that `spec.train` leaves null.
         seed: Seed of weights, batches, dropout and samples.
         cache: Folder of the cache.
         device: Device of the model.

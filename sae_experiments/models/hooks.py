@@ -169,7 +169,7 @@ def patched(model: nn.Module, site: Site, fn: Callable[[Tensor], Tensor]) -> Ite
 class Prefix(NamedTuple):
     """A forward pass as far as the first site that is to be replaced.
 
-    Later passes on the same tokens go on from there, with the same bits.
+    Later passes on the same tokens continue from there, with bit-identical results.
     """
 
     n_blocks: int
@@ -217,7 +217,7 @@ def prefix_of(model: nn.Module, sites: Sequence[Site]) -> Iterator[list[Prefix]]
 
 @contextmanager
 def resumed(model: nn.Module, prefix: Prefix | None) -> Iterator[None]:
-    """Within the context, forward passes go on from a prefix of theirs; None: from the start."""
+    """Within the context, forward passes continue from a prefix; None: from the start."""
     if prefix is None or not prefix.n_blocks:
         yield
         return
@@ -253,7 +253,7 @@ def spliced(
         model: The language model.
         by_site: New activations (B, T, D) by site.
         rows: Rows to replace, (B T,); the others stay as they are. None: all.
-        prefix: Prefix of the passes, from which they go on; None: they run from the start.
+        prefix: Prefix from which the passes continue; None: they run from the start.
     """
 
     def put(old: Tensor, new: Tensor) -> Tensor:
@@ -336,9 +336,9 @@ def check_layout(model: CausalLM, where: str) -> None:
 
 
 class Kept(NamedTuple):
-    """Form of activations in a file of half precision, `(x - centre) / unit`.
+    """Half-precision encoding of activations, `(x - centre) / unit`.
 
-    So neither a large mean nor a small unit costs digits.
+    It loses no digits to a large mean or a small scale of the activations.
     """
 
     centre: Tensor
@@ -348,7 +348,7 @@ class Kept(NamedTuple):
 
     @staticmethod
     def like(x: Tensor) -> Kept:
-        """For rows like `x` (N, D): about their mean, in units of about their spread."""
+        """Build the encoding for rows like `x` (N, D): centred, in units of roughly their spread."""
         centre = x.double().mean(0)
         spread = float((x.double() - centre).square().mean().sqrt())
         unit = 2.0 ** round(math.log2(spread)) if spread > 1e-30 else 1.0

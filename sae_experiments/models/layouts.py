@@ -1,8 +1,8 @@
 """Layouts of language models: one row of a table for every layout that is proven.
 
 A layout is proven when the laws of `tests/models/test_layouts.py` hold for it; every other model
-type is refused, since a part found in the wrong place gives wrong numbers without a word. A model
-that is loaded is checked once more, by `check_layout`.
+type is refused, since a part found in the wrong place silently gives wrong numbers. A loaded model
+is checked once more, by `check_layout`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Layout:
     flat: bool = False
     """True if the MLP sees all positions of a batch as one axis, (B T, D)."""
     gain: float = 0.0
-    """Number that norms add to their weight before they multiply with it."""
+    """Number that norms add to their weight before they multiply by it."""
 
 
 _GPT2 = Layout(
@@ -181,7 +181,7 @@ def layout_of(config: Any, where: str) -> Layout:
         where: What was read, for the message.
 
     Raises:
-        UserError: The model type is not in the table, or is used in a form that is not.
+        UserError: The model type is not in the table, or has options that are not supported.
     """
     kind = getattr(config, "model_type", None)
     if kind not in LAYOUTS:
@@ -237,7 +237,7 @@ def final_norm(model: nn.Module) -> Norm:
 
 
 def matrix(layer: nn.Module) -> Tensor:
-    """Weight (in, out) of a linear layer, which rows are multiplied with from the left.
+    """Weight (in, out) of a linear layer, as in `rows @ weight`.
 
     `nn.Linear` stores (out, in), GPT-2's Conv1D stores (in, out).
     """

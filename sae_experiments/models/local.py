@@ -1,7 +1,7 @@
 """A causal language model and its tokenizer from a local Hugging Face directory.
 
-Apart from `models.gpt2` the only importer of transformers: that module is about the models that are
-trained here, and its code names them in the cache.
+Besides `models.gpt2` only this module imports transformers. The two are separate because the code
+of `models.gpt2` is part of the cache keys of models that are trained here.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class LocalLM(NamedTuple):
     key: dict[str, Any]
     """Digests of all files that decide what it computes, and how it is run."""
     notes: tuple[str, ...] = ()
-    """Remarks on what was mended while it was read, a line each."""
+    """Remarks on what was repaired while it was read, one line each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,7 +74,7 @@ class TokenText:
     pieces: list[str]
     """Text of every id."""
     symbols: list[str]
-    """The same if every piece is one character, as metrics on characters need it; else empty."""
+    """The pieces, if each is a single character (for metrics on characters); else empty."""
     provenance: dict[str, Any]
     """Entry of the manifest about the text."""
     key: str
@@ -150,14 +150,15 @@ def load_local(
     Args:
         folder: A Hugging Face directory.
         context: Tokens per window, stored as `n_positions` of the model's configuration.
-        device: Where the model goes.
+        device: Device of the model.
         key: Option that names the folder, for messages.
         dtype: Type of the weights.
         attention: Implementation of attention, by transformers' name.
         pickles: Whether weights may come from `.bin` files.
 
     Raises:
-        UserError: The files are not those of one whole model, or it has fewer positions.
+        UserError: The files are not those of one complete model, or the model has fewer than
+            `context` positions.
     """
     sizes = sizes_of(folder, key=key)
     where = f"{key}={folder}"
@@ -176,7 +177,7 @@ def load_local(
         "use_safetensors": None if pickles else True,
     }
     model, notes = _loaded(folder, where, options)
-    # Under GPT-2's name, whatever the architecture calls it: how long the windows are.
+    # The length of the windows has GPT-2's name, whatever the architecture calls it.
     model.config.n_positions = context
     digests = {p.name: sha256_file(p) for p in sorted([folder / CONFIG, *files])}
     full = {
@@ -194,7 +195,7 @@ def weight_files(folder: Path, where: str, *, pickles: bool) -> list[Path]:
     """Files with the weights of the model in a folder.
 
     Raises:
-        UserError: There are none that may be read.
+        UserError: There are no files that may be read.
     """
     kinds = (SAFE, PICKLED) if pickles else (SAFE,)
     files = [p for p in folder.iterdir() if p.suffix in kinds]
@@ -230,7 +231,7 @@ def parameters_of(folder: Path, where: str) -> int:
 
 
 def _loaded(folder: Path, where: str, options: dict[str, Any]) -> tuple[CausalLM, tuple[str, ...]]:
-    """The model with every weight from the files, and what was mended.
+    """The model with every weight from the files, and what was repaired.
 
     Raises:
         UserError: A weight of the model is not in the files, or they hold one it has no place for.

@@ -1,4 +1,4 @@
-"""Layer norm and RMSNorm with the denominator apart: with it held, both are linear.
+"""Layer norm and RMSNorm with a separate denominator: if it is held, both are linear.
 
 Shape letters: C width of the residual stream.
 """

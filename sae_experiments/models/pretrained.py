@@ -140,7 +140,7 @@ def load_pretrained(checked: Checked, device: torch.device) -> LocalLM:
 
     Args:
         checked: The model.
-        device: Where it goes.
+        device: Device of the model.
 
     Raises:
         UserError: The weights are not those of the configuration, or the model does not compute

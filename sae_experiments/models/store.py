@@ -22,7 +22,7 @@ from sae_experiments.source import modules_behind, source_digest
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Place that activations are collected from: windows of a text, read by a language model."""
+    """Source of activations: windows of a text, read by a language model."""
 
     model: nn.Module
     """The language model."""
@@ -148,7 +148,7 @@ class Store:
         sites: Sequence[Site],
         tick: Callable[[int, int], None] = lambda done, total: None,
     ) -> Store:
-        """Collect a store that is not written to disk; its rows are those of one that is."""
+        """Collect a store in memory, with the same rows as a store on disk."""
         store = cls.__new__(cls)
         key = source.key_of(starts, sites)
         store._fill(key=key, length=source.length, split=source.split, starts=starts)
@@ -164,7 +164,7 @@ class Store:
 
     @property
     def n_at_once(self) -> int:
-        """Number of rows that one batch can have."""
+        """Maximum number of rows in a batch."""
         return self.n_rows
 
     def width(self, site: Site | Sites) -> int:
@@ -213,8 +213,8 @@ def shuffled(n: int, seed: int, *more: int) -> np.ndarray:
 def restored(array: np.ndarray, index: np.ndarray | slice, kept: Kept | None) -> Tensor:
     """Some rows of an array, as float32 in their own units.
 
-    `take` is quicker than an index, as torch is at converting the copy. It is a copy because a map
-    from disk is read-only, and a tensor must not be.
+    `take` is faster than indexing, and torch converts the copy faster than NumPy. A copy is needed
+    because a memory map is read-only, and a tensor must be writable.
     """
     taken = np.array(array[index]) if isinstance(index, slice) else np.take(array, index, axis=0)
     x = torch.from_numpy(taken).float()

@@ -37,7 +37,7 @@ Tick = Callable[[int, int], None]
 
 @dataclass
 class Watch:
-    """Connections of a stream to its surroundings, shared by all its copies."""
+    """Callbacks of a stream, shared by all its copies."""
 
     stage: Callable[[str], AbstractContextManager[Tick]] = lambda name: nullcontext(_no_tick)
     """Shows the progress of a stage of this name."""
@@ -70,9 +70,9 @@ class ChunkIndex(NamedTuple):
 class Stream:
     """Training rows that are collected as they are read.
 
-    Rows are numbered as those of a `Store` over the same windows. Where a whole number of windows
-    makes few batches, chunks consist of whole batches, so that an epoch uses every row but a
-    remainder of less than a batch; otherwise every chunk has such a remainder.
+    Rows are numbered as those of a `Store` over the same windows. If the rows of a few batches fill
+    whole windows, every chunk consists of whole batches, and an epoch leaves out less than one
+    batch. Otherwise every chunk leaves out less than one batch.
 
     Args:
         source: The model and its text.
@@ -132,7 +132,7 @@ class Stream:
 
     @property
     def n_at_once(self) -> int:
-        """Number of rows that one batch can have: those of the smallest chunk."""
+        """Maximum number of rows in a batch: those of the smallest chunk."""
         return int(np.diff(self.bounds).min()) * self.length
 
     def only(self, sites: Sequence[Site]) -> Stream:
@@ -143,7 +143,7 @@ class Stream:
         return other
 
     def over(self, source: Source) -> Stream:
-        """The same rows of another reading of the windows."""
+        """The same rows, read from another source over the same windows."""
         other = copy.copy(self)
         other.source = source
         other._chunk = None

@@ -1,4 +1,4 @@
-"""Tokenizers: that of a model's folder, or byte-pair encoding trained on a text."""
+"""Tokenizers: loaded from a model's folder, or byte-pair encoding trained on a text."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def trained_tokenizer(
     """Byte-level byte-pair encoding of a text, trained now or taken from the cache.
 
     Args:
-        texts: Gives the training text, in pieces.
+        texts: Returns the training text, in pieces.
         vocab_size: Number of tokens, 256 of which are the bytes.
-        key: What decides about the text.
+        key: Everything that determines the text, for the cache key.
         cache: Folder of the cache.
 
     Raises:

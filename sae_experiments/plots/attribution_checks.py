@@ -1,4 +1,4 @@
-"""Attribution graphs against interventions: deletion curves, and predicted against measured."""
+"""Attribution graphs checked by interventions: deletion curves, predicted and measured effects."""
 
 from __future__ import annotations
 

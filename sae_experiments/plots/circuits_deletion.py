@@ -39,7 +39,7 @@ POOLS = {"": "at the target's position", "all_": "at all positions up to it"}
 
 @styled
 def draw(table: RunTable, *, title: str, max_rows: int) -> Figure:
-    """Draw a row of panels per run and dataset, with bands of 95 % bootstrap over prompts.
+    """Draw a row of panels per run and dataset, with 95 % bootstrap bands over prompts.
 
     Latents are removed at the target's position (left), or at all positions that it can depend on
     (right).

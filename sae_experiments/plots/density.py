@@ -73,7 +73,7 @@ def draw(  # noqa: PLR0913 (keyword-only settings)
         title: Title of the figure.
         counts: Array with the number of latents between the edges, of those that fired at all.
         edges: Array with the edges: log10 of the fraction of tokens on which a latent fires.
-        dead: Metric with the share of latents that never fired; a red bar to the left.
+        dead: Metric with the share of latents that never fired, drawn as a red bar on the left.
         dense: Metric with the share of latents that fire on more than `dense_from` of the tokens.
         dense_from: Fraction of tokens above which the background is grey.
         max_runs: Number of runs to draw at most.

@@ -1,4 +1,4 @@
-"""Palindrome: letters that each latent answers to, and decoder rows by position."""
+"""Palindrome: letters that each latent responds to, and decoder rows by position."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INPUTS = list("<abc|cba")  # positions that the model reads
 
 
 class Meaning(NamedTuple):
-    """The free position and letter that each latent answers to most."""
+    """The free position and letter that each latent responds to most."""
 
     order: np.ndarray  # live latents by position, then letter, then share (largest first)
     position: np.ndarray  # (latents,), from 0
@@ -80,7 +80,7 @@ def draw_selectivity(table: RunTable, *, title: str, max_runs: int) -> Figure:
 def draw_dictionary(table: RunTable, *, title: str, latents: int, max_runs: int) -> Figure:
     """Draw decoder rows as (position, width) panels, a row of panels per run.
 
-    The latents are those that answer most clearly to different letters and positions.
+    The latents are those that respond most clearly to different letters and positions.
 
     Args:
         table: Runs.

@@ -57,8 +57,8 @@ def draw(  # noqa: PLR0913 (keyword-only settings)
 ) -> Figure:
     """Draw a row of panels with FSS, then a row per kind of noise with feature change.
 
-    Columns are corpora; the panels of a single corpus are set in two columns. The shaded corner
-    holds what the study asks for. A thin line joins the fits that no other beats in both.
+    Columns are corpora; the panels of a single corpus are set in two columns. The shaded corner is
+    the target of the study. A thin line joins the Pareto-optimal fits.
 
     Args:
         table: Runs.
@@ -67,7 +67,7 @@ def draw(  # noqa: PLR0913 (keyword-only settings)
         host: SAE that the others are compared with; see `hosts_of`.
         most_fvu: Right end of the shaded corner, as a multiple of the host's FVU.
         least_gain: Top of the shaded corner, as a fraction of the host's feature change.
-        shown_fvu: Multiple of the host's FVU beyond which fits are named and not drawn.
+        shown_fvu: Multiple of the host's FVU beyond which fits are only named in the caption.
         max_fits: Number of fits to draw at most.
         max_corpora: Number of corpora to draw at most.
 

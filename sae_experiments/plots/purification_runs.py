@@ -1,4 +1,4 @@
-"""Fits that the purification figures compare: every SAE of every run, with its style and its host.
+"""Fits that the purification figures compare: every SAE of every run, with its style and host.
 
 The host is the fit that the others are compared with.
 """

@@ -1,4 +1,4 @@
-"""Colours, markers and line styles, and which of them each run has in every figure."""
+"""Colours, markers and line styles, and their assignment to runs, the same in every figure."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ Cells = Mapping[tuple[str, str, str], Row]  # by dataset, metric and name of the
 
 
 def comparison(runs: RunTable, rows: pd.DataFrame) -> Markup:
-    """Tables of the metrics that matter, every metric folded, and what to know of both."""
+    """Tables of the main metrics, a folded table of all metrics, and notes on both."""
     cells: dict[tuple[str, str, str], Row] = {}
     for row in rows.to_dict("records"):
         cells[row["dataset"], row["metric"], row["name"]] = {str(k): v for k, v in row.items()}

@@ -13,7 +13,7 @@ from sae_experiments.results.table import Run, RunTable
 
 
 def differences(runs: RunTable) -> Markup | None:
-    """Choices in which each run differs from the baseline; every recorded setting is folded."""
+    """Choices in which each run differs from the baseline, and a folded list of all settings."""
     baseline = runs.baselines[0] if runs.baselines else None
     if baseline is None or not baseline.whole_config:
         return None
@@ -49,7 +49,7 @@ def _difference(run: Run, baseline: Run) -> Markup:
 
 
 def details(runs: RunTable, most: int = 20) -> Markup:
-    """Configuration, provenance and times of the first folders, and the formulas."""
+    """Configuration, provenance and times of the first `most` folders, and the formulas."""
     parts = [
         [_settings(of_folder[0]), _provenance(of_folder[0]), _times(of_folder)]
         for of_folder in runs.folders[:most]
@@ -71,7 +71,7 @@ def _settings(run: Run) -> Markup:
 
 
 def _provenance(run: Run) -> Markup | None:
-    """Source of every text, and the versions of what computed."""
+    """Source of every text, and the versions of the software."""
     rows: list[list[Any]] = []
     for name, about in sorted(mapping(run.manifest.get("corpora")).items()):
         known = [f"{k}: {_word(v)}" for k, v in mapping(about).items()]

@@ -1,7 +1,7 @@
 """Data of the feature browser and the graphs of a report: the stored features, packed small.
 
-Contexts that know their row share one copy of the held-out text; activations are kept if they are
-not zero, in hundredths of the latent's maximum.
+Contexts whose row is known share one copy of the held-out text. Only non-zero activations are kept,
+in hundredths of the latent's maximum.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FeatureCell(NamedTuple):
 
 
 def cells_of(run: Run) -> Iterator[FeatureCell]:
-    """Every cell of a run that has features; a damaged file is a warning and is left out."""
+    """Every cell of a run that has features; damaged files are left out with a warning."""
     for dataset, seed, stored in _stored(run, "features"):
         features = [f for f in stored if isinstance(f, dict) and isinstance(f.get("latent"), int)]
         if features:

@@ -224,7 +224,7 @@ def telling_latents(cells: Sequence[FeatureCell], most: int = MOST_CARDS) -> lis
 
     A rule counts for its F1 times the information of firing, `log(lift)`; rules of one character
     count half; latents without a rule come last. The first seed of every dataset and SAE takes
-    part, in turn. Latents with a concept or a part of a rule that another one has come last.
+    part, in turn. Latents that share a concept or part of a rule with an earlier one come last.
     """
     queues = [_ranked(i, cell) for i, cell in enumerate(cells) if _is_first(cells, i)]
     distinct: list[tuple[int, int]] = []

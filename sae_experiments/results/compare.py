@@ -81,7 +81,7 @@ def verdict(difference: Delta, scale: float, better: str, believable: float | No
         difference: Run minus baseline.
         scale: Size of the values, for rounding errors.
         better: Direction of the metric.
-        believable: Smallest difference that the noise of the evaluation allows to believe.
+        believable: Smallest difference that is credible given the noise of the evaluation.
 
     Returns:
         Empty unless the difference exceeds two of its standard errors, rounding, and `believable`.
@@ -102,7 +102,7 @@ def smallest_believable(runs: Iterable[Run], dataset: str, metric: str) -> float
     noise, so that this errs on the side of caution.
 
     Returns:
-        None if no cell tells the noise of the metric.
+        None if no cell records the noise of the metric.
     """
     known = [
         record.noise[metric]

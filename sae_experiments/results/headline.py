@@ -63,10 +63,10 @@ def headline(table: RunTable, dataset: str, most: int = MOST) -> list[str]:
 
 
 def error_metric(table: RunTable, dataset: str) -> str:
-    """The metric that tells how well SAEs rebuild a dataset's rows.
+    """The metric that measures the reconstruction error on a dataset.
 
-    The FVU of all rows, unless some are outliers: these hold most of the variance, and no SAE was
-    made for them, so that the error of the ordinary rows counts if every SAE has it.
+    It is the FVU of all rows, unless some are outliers: these hold most of the variance, and SAEs
+    are not fitted to them. Then it is the FVU of the ordinary rows, if every SAE has it.
     """
     of_dataset = [run.stats.get(dataset, {}) for run in table.runs]
     fitted = [stats for stats in of_dataset if _mean(stats, FVU) is not None]
@@ -87,13 +87,13 @@ def of_the_model(table: RunTable, dataset: str) -> list[str]:
 def model_lines(
     table: RunTable, dataset: str, names: Sequence[str], texts: Callable[[str, str], str | None]
 ) -> list[str]:
-    """Lines with the numbers of the language model; a number that all runs share stands alone.
+    """Lines with the numbers of the language model; one that all runs share is shown once.
 
     Args:
         table: The runs.
         dataset: The dataset.
         names: Names of the runs to list.
-        texts: Value of a metric of a run as text, from their names; None if it has none.
+        texts: Maps the names of a run and a metric to the value as text; None if there is none.
     """
     lines = []
     for metric in of_the_model(table, dataset):

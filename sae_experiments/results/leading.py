@@ -25,7 +25,7 @@ def leading(infos: Iterable[MetricInfo], first: Sequence[str] = ()) -> list[str]
 
     Args:
         infos: Descriptions of all metrics; those shown in tables follow the known leaders.
-        first: Metrics of the user, which lead all others.
+        first: Metrics that the user defined, which come before all others.
     """
     infos = list(infos)
     known = {info.name for info in infos}

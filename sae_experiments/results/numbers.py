@@ -13,7 +13,7 @@ def missing(value: Any) -> bool:
 
 
 def plain(value: float, digits: int, sign: str = "") -> str:
-    """A value with this many significant digits, or with all of those before the point."""
+    """Format a value with this many significant digits, and at least those before the point."""
     whole = abs(value) >= 10**digits - 0.5
     return f"{value:{sign},.0f}" if whole else f"{value:{sign}.{digits}g}"
 

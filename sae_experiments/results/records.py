@@ -345,9 +345,9 @@ def write_final_info(
 class CurveWriter:
     """Appends lines of step, name and value to `curves/<dataset>_<seed>.jsonl`.
 
-    With `resume` the file goes on where a killed run left it: a torn last line is cut off, and of
-    steps that are trained again the reader takes the later line. Without it the file starts anew.
-    Each line is handed to the system at once, so that a killed process loses at most one.
+    With `resume` the writer appends to the file of a killed run, after removing an incomplete last
+    line; if a step is trained again, readers use the later line. Without `resume` the file is
+    overwritten. Every line is flushed, so that a killed process loses at most one.
     """
 
     def __init__(self, run_dir: Path, dataset: str, seed: int, *, resume: bool) -> None:
@@ -386,7 +386,7 @@ def _cut_torn_line(path: Path) -> None:
 def read_curves(run_dir: Path, dataset: str, seed: int) -> list[tuple[int, str, float | None]]:
     """Read the points of a cell as (step, name, value), sorted by name and step.
 
-    Of a step that was written twice the later line counts. Without a file the list is empty.
+    If a step was written twice, the later line counts. Without a file the list is empty.
     """
     path = run_dir / "curves" / f"{cell_name(dataset, seed)}.jsonl"
     try:
@@ -418,10 +418,10 @@ def read_curves(run_dir: Path, dataset: str, seed: int) -> list[tuple[int, str, 
 
 
 def save_arrays(run_dir: Path, dataset: str, seed: int, arrays: Mapping[str, Any]) -> None:
-    """Write `arrays/<dataset>_<seed>.npz` whole or not at all.
+    """Write `arrays/<dataset>_<seed>.npz` atomically.
 
     Raises:
-        ValueError: An array would need pickle.
+        ValueError: An array has dtype object, which would need pickle.
     """
     converted = {name: np.asarray(value) for name, value in arrays.items()}
     for name, array in converted.items():
@@ -437,7 +437,7 @@ def save_arrays(run_dir: Path, dataset: str, seed: int, arrays: Mapping[str, Any
 
 
 def load_arrays(run_dir: Path, dataset: str, seed: int) -> dict[str, np.ndarray]:
-    """Read the arrays of a cell; none, with a warning, if they cannot be read."""
+    """Read the arrays of a cell; an empty mapping, with a warning, if they cannot be read."""
     path = run_dir / "arrays" / f"{cell_name(dataset, seed)}.npz"
     if not path.exists() or not _is_as_written(run_dir, dataset, seed, path):
         return {}

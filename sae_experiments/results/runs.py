@@ -1,7 +1,6 @@
-"""Run folders, read: one `Run` for each SAE of a folder.
+"""Reading of run folders: one `Run` for each SAE of a folder.
 
-Nothing here fails because of one bad folder: what is missing or damaged is one warning line and is
-left out.
+A bad folder never raises an error: missing or damaged parts are left out with a warning line.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class Run:
 
     @property
     def sae_name(self) -> str:
-        """Name of the SAE; that of the folder if it is unknown."""
+        """Name of the SAE; the name of the folder if the SAE's is unknown."""
         return self.sae or names.only_sae(self.manifest) or self.folder
 
     @property
@@ -202,7 +201,7 @@ def mapping(value: Any) -> dict[str, Any]:
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """Run folders that `paths` are or hold, one level deep; run_2 comes before run_10.
 
-    A path that neither is nor holds a run is a warning.
+    A path that neither is nor holds a run logs a warning.
     """
     folders: dict[Path, None] = {}  # an ordered set
     for path in paths:

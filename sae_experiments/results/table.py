@@ -146,7 +146,7 @@ class RunTable:
         return why_not_comparable(run, baseline, dataset, metric, self.depends(metric))
 
     def depends(self, metric: str) -> tuple[str, ...]:
-        """Conditions that a metric depends on; if no manifest tells, those of numbers of SAEs."""
+        """Conditions that a metric depends on; `ON_ACTIVATIONS` if no manifest lists them."""
         for info in self._described(metric):
             given = info.get("depends")
             if isinstance(given, list) and given:
@@ -197,10 +197,9 @@ def load_table(
 
 
 def make_table(runs: Sequence[Run], against: Sequence[Run]) -> RunTable:
-    """A table with names as short as they can be.
+    """Build a table, with the names of the runs as short as possible.
 
-    SAEs are named without their folder if it is the only one besides the baseline. The only SAE
-    of the only folder is named so too.
+    An SAE is named without its folder if the folder is the only one besides the baseline's.
     """
     compared = {run.folder for run in against}
     others = {run.folder for run in runs} - compared
@@ -225,7 +224,7 @@ def _name_alone(run: Run, *, is_all: bool) -> str:
 
 
 def table_of_run(folder: Path) -> RunTable:
-    """A single run folder and its baseline.
+    """Build the table of a single run folder and its baseline.
 
     Raises:
         UserError: The run has no results.

@@ -30,7 +30,7 @@ Row = Mapping[str, Any]
 
 
 def terminal_width() -> int:
-    """Columns of the terminal, between 40 and 120; 100 if the output is no terminal."""
+    """Columns of the terminal, between 40 and 120; 100 if the output is not a terminal."""
     return min(max(shutil.get_terminal_size((100, 24)).columns, NARROWEST), WIDEST)
 
 
@@ -41,7 +41,7 @@ def terminal(
 
     Args:
         table: Runs.
-        rows: What `compare` made of them.
+        rows: Result of `compare` for them.
         colour: Use ANSI colours and bold type.
         width: Columns; None for those of the terminal.
     """

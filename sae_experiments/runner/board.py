@@ -45,7 +45,7 @@ class Board:
     """Shows cells at work.
 
     Args:
-        console: Where lines go.
+        console: Output for the lines.
         n_cells: Cells still to run.
         n_workers: Cells at work at once, at most.
     """
@@ -105,7 +105,7 @@ class Board:
         self._console.say("  " + "; ".join(self._lines[w].text() for w in sorted(self._lines)))
 
     def close(self) -> None:
-        """Take every line off the terminal."""
+        """Remove every line from the terminal."""
         for line in self._lines.values():
             self._clear(line)
         if self._job is not None:

@@ -1,4 +1,4 @@
-"""Run one cell of a study and keep what it measured: the part of a run that a worker does."""
+"""Run one cell of a study and store its results: the part of a run that a worker does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class CellResult:
     cut: bool
     """True if the time limit cut something short."""
     warnings: list[tuple[str, Warned]]
-    """Result names with what to know before their numbers are believed."""
+    """Warnings, each with the result name that it is about."""
     metrics: dict[str, dict[str, float | None]]
     """Metrics by result name."""
 
@@ -67,7 +67,7 @@ class CellRunner:
 
         Raises:
             OutOfTime: The time limit of the run has passed, and there is a result to show.
-            NonFinite: A loss that is not finite.
+            NonFinite: A loss is not finite.
         """
         began = time.monotonic()
         ctx = replace(
@@ -101,7 +101,7 @@ class CellRunner:
     def records(self) -> list[Record]:
         """Results of this configuration and this code.
 
-        A cell that was cut short counts until it is made whole.
+        A cell that was cut short counts until it is completed.
         """
         wanted = {(name, cell.seed) for cell in self.study.cells() for name in cell.reports}
         whole = tuple(self.hashes.values())

@@ -1,4 +1,4 @@
-"""Lines of a study about a run that has ended, beside the tables that every run gets."""
+"""Closing lines of a study about a finished run, besides the tables that every run gets."""
 
 from __future__ import annotations
 

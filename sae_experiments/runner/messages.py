@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 
 def send(stream: BinaryIO, message: Any) -> None:
-    """Write a message; a reader that is gone is nobody to tell."""
+    """Write a message; do nothing if the reader is gone."""
     try:
         stream.write(pickle.dumps(message))
         stream.flush()

@@ -1,4 +1,4 @@
-"""The rate and the end of a whole job, from the cells that have ended."""
+"""Rate and expected end of a command, estimated from the cells that have ended."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Pace:
             self._took.append(time.monotonic() - self._began.pop(cell))
 
     def left(self) -> float | None:
-        """Seconds until all cells have ended; None as long as none has."""
+        """Estimated seconds until all cells have ended; None before the first has ended."""
         if not self._took:
             return None
         each = sum(self._took) / len(self._took)

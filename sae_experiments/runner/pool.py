@@ -88,7 +88,8 @@ def shares(
 def cores_here() -> int:
     """Cores that this process may use.
 
-    A job of a sweep has its share in OMP_NUM_THREADS, which people set for the same reason.
+    OMP_NUM_THREADS limits the number: a sweep sets it to the share of each job, and users set it
+    too.
     """
     share = os.environ.get("OMP_NUM_THREADS", "")
     cores = joblib.cpu_count()
@@ -189,7 +190,7 @@ class Pool:
         return worker
 
     def events(self) -> Iterator[tuple[int, Cell, Event]]:
-        """Yield (worker, cell, event) while cells are at work; at times nothing comes for long."""
+        """Yield (worker, cell, event) while cells are at work; long pauses may occur."""
         while self.running:
             try:
                 worker, event = self._events.get(timeout=POLL_S)
@@ -209,7 +210,7 @@ class Pool:
             yield worker.number, cell, event
 
     def close(self) -> None:
-        """End every worker: at once those at work, after `GRACE_S` whatever they do."""
+        """End every worker: ask those at work to stop, and kill any left after `GRACE_S`."""
         workers = list(self._workers.values())
         for worker in workers:
             if worker.cell is not None and worker.process.poll() is None:
@@ -226,7 +227,7 @@ class Pool:
 
 
 def how_it_died(status: int) -> str:
-    """The end of a worker that said nothing, in words."""
+    """Describe the end of a worker that sent no last event."""
     if status >= 0:
         return f"its worker ended with status {status}"
     name = signal.Signals(-status).name

@@ -118,7 +118,7 @@ def run(
 
     Args:
         study: The study.
-        settings: Where and how.
+        settings: Folders, configuration, device and limits.
         tracker: Gets live numbers.
         closing: Called with the folder when there are results: after the first cell, now and then
             while others are at work, and at the end. None: a run without a report.
@@ -595,7 +595,7 @@ def breadth_first(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def named(cell: Cell) -> str:
-    """A cell in the words of the log."""
+    """Name of a cell in the log."""
     return f"{cell.dataset} seed {cell.seed}"
 
 

@@ -1,4 +1,4 @@
-"""The parts of a time limit: what cells may take, and what is kept for what comes after them."""
+"""Division of a time limit between the cells and the steps that come after them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CLOSING = (0.03, 2.0)
 
 
 class TimeLimit(NamedTuple):
-    """Times (`time.monotonic`) by which the parts of a run have ended."""
+    """Times (`time.monotonic`) by which the parts of a run must have ended."""
 
     cells: float
     """Training, and metrics of all cells."""

@@ -18,22 +18,22 @@ HOST = "api.wandb.ai"
 
 
 class Tracker(Protocol):
-    """Gets the same numbers that the curves get; nothing is ever read back from it."""
+    """Receives the same numbers as the curves; nothing is ever read back from it."""
 
     def start(self, folder: Path, config: Mapping[str, Any], label: str, plan: str | None) -> None:
         """Open the mirror of a run folder."""
         ...
 
     def log(self, dataset: str, seed: int, step: int, values: Mapping[str, float]) -> None:
-        """Take the values of a training step of one cell, by name."""
+        """Record the values of a training step of one cell, by name."""
         ...
 
     def summary(self, dataset: str, seed: int, metrics: Mapping[str, float | None]) -> None:
-        """Take the final metrics of one cell."""
+        """Record the final metrics of one cell."""
         ...
 
     def publish(self, folder: Path) -> None:
-        """Take the figures and tables of a run folder."""
+        """Mirror the figures and tables of a run folder."""
         ...
 
     def finish(self, status: str) -> None:
@@ -42,22 +42,22 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """Curves on disk only."""
+    """Tracker that mirrors nothing; curves are on disk only."""
 
     def start(self, folder: Path, config: Mapping[str, Any], label: str, plan: str | None) -> None:
-        """Nothing to start."""
+        """Do nothing: there is no mirror."""
 
     def log(self, dataset: str, seed: int, step: int, values: Mapping[str, float]) -> None:
-        """Nothing to mirror."""
+        """Do nothing: there is no mirror."""
 
     def summary(self, dataset: str, seed: int, metrics: Mapping[str, float | None]) -> None:
-        """Nothing to mirror."""
+        """Do nothing: there is no mirror."""
 
     def publish(self, folder: Path) -> None:
-        """Nothing to mirror."""
+        """Do nothing: there is no mirror."""
 
     def finish(self, status: str) -> None:
-        """Nothing to end."""
+        """Do nothing: there is no mirror."""
 
 
 class Wandb:

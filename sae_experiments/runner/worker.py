@@ -27,7 +27,7 @@ EVENTS_PER_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Facts that a worker gets once, at its start."""
+    """Settings that a worker receives once, at its start."""
 
     study: Any
     """The study, not yet prepared."""
@@ -85,7 +85,7 @@ class _Lines:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is held back but the last, unfinished line."""
+        """Do nothing: only the last, unfinished line is buffered."""
 
     def isatty(self) -> bool:
         return False

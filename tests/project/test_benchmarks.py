@@ -14,6 +14,7 @@ from support.common import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 hierarchy_table = pytest.importorskip("hierarchy_table")
+purification_table = pytest.importorskip("purification_table")
 tables = pytest.importorskip("tables")
 workers = pytest.importorskip("workers")
 
@@ -177,3 +178,33 @@ def test_the_tables_of_the_hierarchy_hold_what_its_runs_measured(tmp_path):
     assert next(line for line in lines if line.startswith("| run_0 |")).startswith(
         "| run_0 | 0.0100 | - |"
     )
+
+
+def test_the_purification_tables_compare_each_sae_with_the_host_of_its_cell(tmp_path):
+    measured = {
+        "run_0": ("batch_topk", {0: (0.02, 10.0), 1: (0.01, 8.0)}),
+        "run_1": ("purified", {0: (0.019, 4.0), 1: (0.011, 4.0), 2: (0.5, 1.0)}),
+    }
+    for run, (sae, cells) in measured.items():
+        folder = tmp_path / run
+        for seed, (fvu, change) in cells.items():
+            metrics = {"sae_fvu": fvu, "rob_change_mask": change, "rob_change_mean": change}
+            write_record(folder, Record(dataset="text8", seed=seed, metrics=metrics))
+        manifest = {"config": {}, "status": "complete", "overrides": [f"sae={sae}"]}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    fits = list(purification_table.fits([tmp_path / run for run in measured]))
+    assert {fit.sae for fit in fits} == {"batch_topk", "purified"}
+    lines = purification_table.tables(fits, "batch_topk").splitlines()
+    mask = [line.split(" | ") for line in lines if line.startswith("| text8")]
+    cells = {row[0].removeprefix("| "): row[1:] for row in mask[:4]}
+    assert set(cells) == {
+        "text8 0: batch_topk (`run_0`)",
+        "text8 1: batch_topk (`run_0`)",
+        "text8 0: purified (`run_1`)",
+        "text8 1: purified (`run_1`)",  # seed 2 has no host
+    }
+    assert cells["text8 0: purified (`run_1`)"][0] == "0.0190 (-5.0 %)"
+    assert cells["text8 0: purified (`run_1`)"][4] == "4.0 (0.40)"
+    assert cells["text8 1: batch_topk (`run_0`)"][4] == "8.0"
+    stability = lines.index(next(line for line in lines if line.startswith("| host -> SAE")))
+    assert lines[stability + 2].startswith("| text8 0: purified (`run_1`) | 10.0 -> 4.0 (0.40) |")

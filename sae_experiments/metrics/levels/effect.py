@@ -1,4 +1,4 @@
-"""Effect of each level on the language model: spliced in alone, or taken out of the whole."""
+"""Effect of each level on the language model: spliced in alone, or removed from the code."""
 
 from __future__ import annotations
 

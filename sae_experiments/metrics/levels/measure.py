@@ -280,9 +280,9 @@ class LevelPairs:
     sums: PairSums
     """Sums over the rows."""
     above: np.ndarray
-    """Places of the top latents in `sums.alive`, (T,)."""
+    """Indices of the top latents into `sums.alive`, (T,)."""
     below: np.ndarray
-    """Places of the bottom latents in `sums.alive`, (B,)."""
+    """Indices of the bottom latents into `sums.alive`, (B,)."""
     pearson_all: np.ndarray
     """Correlation of values of all alive latents, (A, A)."""
     phi: np.ndarray
@@ -314,11 +314,12 @@ def measure(
         ctx: The SAE and its held-out rows.
         rows: Held-out rows used, from the first (None: all).
         min_fires: Latents with fewer firings are left out of the pairs.
-        pairs: Pairs of largest mutual information of firing whose values are compared.
-        map_top: Top latents in the stored part of the correlation map, those of strongest
+        pairs: Number of pairs whose values are compared, those of largest mutual information of
+            firing.
+        map_top: Number of top latents in the stored part of the correlation map, those of strongest
             correlation.
-        map_bottom: Bottom latents in it.
-        relatives: Children and parents listed per latent.
+        map_bottom: Number of bottom latents in the stored part.
+        relatives: Number of children or parents listed per latent.
 
     Returns:
         The metrics of `INFO`. Arrays: histograms of correlations, a part of the correlation map

@@ -17,7 +17,7 @@ MATRIX_ENTRIES = 1 << 22
 
 
 def has_margins(sae: SAE) -> bool:
-    """True if the support is a threshold, or a top k, of a linear function of the input."""
+    """True if latents are selected by threshold or top k from a linear function of the input."""
     kind = type(sae)
     if kind.encoder_input is not SAE.encoder_input or kind.pre_acts is not SAE.pre_acts:
         return False
@@ -30,9 +30,10 @@ def has_margins(sae: SAE) -> bool:
 def radii(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """l2 distance within which each active latent stays on.
 
-    Threshold encoders: `(a_j - theta_j) / ||e_j||`, exact. TopK: the smaller of `a_j / ||e_j||` (a
-    value of 0 is off) and, over the latents i outside, `(a_j - a_i) / ||e_j - e_i||`, the distance
-    to the nearest input at which i overtakes j. There the support changes, by j or by another.
+    Threshold encoders: `(a_j - theta_j) / ||e_j||`, exact. TopK: the smaller of `a_j / ||e_j||`, at
+    which the value reaches 0, and the minimum of `(a_j - a_i) / ||e_j - e_i||` over the latents i
+    outside the support, at which i overtakes j. The support changes at that distance, but the
+    latent that leaves it may be another than j.
 
     Args:
         sae: An SAE that has margins.
@@ -81,10 +82,10 @@ def _overtaken(sae: TopK, pre: Tensor, row: Tensor, col: Tensor) -> Tensor:
 
 @torch.no_grad()
 def confirmed(sae: SAE, x: Tensor, pairs: int, seed: int) -> float:
-    """Share of random pairs (row, latent) whose radius holds by trial.
+    """Share of random pairs (row, latent) whose radius is confirmed by encoding perturbed rows.
 
-    One per cent beyond the radius in the worst direction the latent is off (TopK: the support has
-    changed). One per cent before it there, and at that length in a random direction, it is on.
+    At 1.01 times the radius in the worst direction, the latent must be off (TopK: the support must
+    have changed). At 0.99 times the radius, in the worst and in a random direction, it must be on.
 
     Args:
         sae: An SAE that has margins.
@@ -139,7 +140,7 @@ def _worst_direction(sae: SAE, x: Tensor, col: Tensor) -> Tensor:
 def crosstalk(noises: NoiseSource, x: Tensor, eps: float) -> tuple[float | None, float | None]:
     """Response of a code to a step `+-eps R d_i` along a random active latent i of each row.
 
-    Each change dz_l is times `||d_l||`, so that the scale of a code does not matter.
+    Each change dz_l is multiplied by `||d_l||`, so that the scale of a code does not matter.
 
     Args:
         noises: The SAE and the spread of its rows.

@@ -254,7 +254,7 @@ class Options:
     draws: int
     """Draws of Gaussian noise per row."""
     min_fires: int
-    """Firings per draw from which a latent is alive."""
+    """Minimum firings per draw for a latent to count as alive."""
     type_rows: int
     """Rows under each other kind of noise."""
     curve_rows: int

@@ -96,7 +96,11 @@ class NoiseSource:
     def sums(self, kind: str, x: Tensor, eps: float, sae: SAE | None = None) -> Sums:
         """Sums over the codes of clean and perturbed rows `x` (N, D).
 
-        `sae` encodes the rows (None: the SAE of these noises).
+        Args:
+            kind: One of `perturb.TYPES`.
+            x: Rows, (N, D).
+            eps: Size of the noise in units of R.
+            sae: SAE that encodes the rows; None: the SAE of this source.
         """
         encoder = self.sae if sae is None else sae
         sums = Sums(encoder.d_sae)

@@ -59,7 +59,7 @@ class Sums:
         self.rows += len(z)
 
     def alive(self, min_fires: int) -> np.ndarray:
-        """Mask (F,) of the latents with at least `least` firings on the clean rows, and one."""
+        """Mask (F,) of the latents with at least `min_fires` firings on the clean rows (at least 1)."""
         return self.by_latent["fires"] >= max(min_fires, 1)
 
     def change(self) -> float | None:
@@ -200,8 +200,8 @@ class Distributions:
     def arrays(self, fss: np.ndarray, shown: int) -> dict[str, np.ndarray]:
         """Histograms of the non-zero activations.
 
-        Those of single latents leave out the largest thousandth of the values. The histogram of all
-        latents is in units of each latent's mean non-zero magnitude, up to four of them.
+        Histograms of single latents leave out the largest 0.1 % of the values. The histogram over
+        all latents runs from 0 to 4, in units of each latent's mean non-zero magnitude.
 
         Args:
             fss: Feature stability score per latent, (F,).

@@ -41,7 +41,7 @@ class Denoising(NamedTuple):
 def denoising(
     ctx: EvalContext, cloud: NoiseModel, eps: float, windows: int, seed: int
 ) -> Denoising:
-    """Rise of the cross-entropy under Gaussian noise, as it is and through the SAE.
+    """Rise of the cross-entropy under Gaussian noise, with and without denoising by the SAE.
 
     Outlier rows that the fit left out get no noise and are not rebuilt.
 
@@ -112,7 +112,7 @@ def seeds_agree(
         x: Held-out rows, (N, D).
         total: Sums of the SAE over all rows.
         eps: Size of the noise in units of R.
-        min_fires: Firings from which a latent is alive.
+        min_fires: Minimum firings of a latent that counts as alive.
         match: Largest number of latents matched (the cost is cubic in it).
 
     Returns:

@@ -190,7 +190,7 @@ class Concept:
     needs: tuple[str, ...] = ()
     """The concept applies to an alphabet that has at least one symbol of each of these strings."""
     about_itself: bool = False
-    """True if the answer follows from the row's own character or token for the most part."""
+    """True if the answer follows mostly from the row's own character or token."""
 
     @property
     def matched(self) -> bool:

@@ -24,7 +24,10 @@ _SPELLINGS = {" ": "␣", "\n": "⏎", ".": "\\."}
 
 
 class Pattern(NamedTuple):
-    """Element numbers for the characters 0 to `LAGS` - 1 back, and the number of a state."""
+    """One condition per lag (the number of an element), and optionally the number of a state.
+
+    Entry i of `elements` is matched with the character i positions back, for i < `LAGS`.
+    """
 
     elements: tuple[int, ...]
     state: int = NO_STATE
@@ -383,7 +386,7 @@ def spell(rule: Sequence[Pattern], elements: Sequence[Element], states: Sequence
     """Spell a rule for people: the last characters in reading order.
 
     `.` stands for anything, `[class]` for a class, `␣` and `⏎` for white space; `(state)` follows
-    the characters. Tokens stand apart.
+    the characters. Tokens are separated.
     """
     return " or ".join(_spell_pattern(p, elements, states) for p in rule)
 

@@ -71,12 +71,12 @@ class TokenScan:
         return self.classes[name][self.ids]
 
     def next_in(self, name: str) -> np.ndarray:
-        """Tokens that a token of a class follows."""
+        """Tokens that are followed by a token of a class."""
         return self.classes[name][self.following]
 
     @cached_property
     def last_char(self) -> np.ndarray:
-        """Place of each token's last character in the text of all, (N,)."""
+        """Index of each token's last character in the concatenated text, (N,)."""
         return np.cumsum([len(part) for part in self._parts]) - 1
 
     @cached_property
@@ -93,7 +93,7 @@ class TokenScan:
 
     @cached_property
     def first_of_word(self) -> np.ndarray:
-        """Tokens that begin a word: after white space of their own, or after no letter."""
+        """Tokens that begin a word: they bring their own white space, or follow no letter."""
         after_letter = shift(self.at_last(self.chars.letter), 1, False)
         return self.of_class("word start") | (self.of_class("word part") & ~after_letter)
 
@@ -112,7 +112,7 @@ class TokenScan:
 
 
 def token_bank(text: Text) -> list[Concept]:
-    """The concepts of a text in tokens; the frequent ones among its tokens are concepts too."""
+    """The concepts of a text in tokens; each of its frequent tokens is a concept as well."""
 
     def concept(name: str, level: str, label: Any, group: str = "", **more: Any) -> Concept:
         return Concept(name, group or name, level, label, **more)
