@@ -143,8 +143,12 @@ class EvalContext:
         return () if self.write is None else as_sites(self.write)
 
     def n_used(self, rows: int | None) -> int:
-        """Number of held-out rows that a metric evaluates if `rows` are asked for (None: all)."""
-        return min(rows or self.n_rows, self.n_rows)
+        """Number of held-out rows that a metric evaluates if `rows` are asked for (None: all).
+
+        At least one window of text, the least that contexts, documents and splices exist for.
+        """
+        least = 1 if self.held_out is None else self.held_out.length
+        return min(max(rows or self.n_rows, least), self.n_rows)
 
     @property
     def reconstructs_input(self) -> bool:
@@ -172,11 +176,16 @@ class EvalContext:
         """
         if self.outliers == "keep":
             return None
+        ordinary = self.region.contains(inputs.float())
+        return None if bool(ordinary.all()) else ordinary
+
+    @property
+    def region(self) -> Region:
+        """Region of the ordinary inputs, from the first held-out rows."""
         if "region" not in self.extras:
             sample = self.inputs(slice(0, SAMPLE)).to(self.device)
             self.extras["region"] = Region.of(sample, max(len(self.read_sites), 1))
-        ordinary = self.extras["region"].contains(inputs.float())
-        return None if bool(ordinary.all()) else ordinary
+        return self.extras["region"]
 
     def spell(self, i: int) -> str:
         """Text of token id `i`, or `<i>` if it has none (a token that is part of a character)."""

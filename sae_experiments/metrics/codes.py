@@ -63,8 +63,7 @@ def read_text(ctx: EvalContext, rows: int | None, *, tokens: bool = False) -> Te
 
     Args:
         ctx: Evaluation context.
-        rows: Number of rows, from the first on, rounded down to whole windows (at least one);
-            None for all.
+        rows: Number of rows, from the first on, rounded down to whole windows; None for all.
         tokens: Whether the metric is also defined on tokens.
 
     Returns:
@@ -76,7 +75,7 @@ def read_text(ctx: EvalContext, rows: int | None, *, tokens: bool = False) -> Te
     if ctx.reads_tokens and not tokens:
         return None
     store = ctx.held_out
-    windows = max(1, ctx.n_used(rows) // store.length)
+    windows = ctx.n_used(rows) // store.length
     starts = store.starts[:windows]
     ids, next_ids = ctx.lm.tokens(starts)
     # For tokens, the ids themselves.
@@ -99,7 +98,7 @@ def sparse_codes(
     """Codes of held-out rows as a sparse matrix, computed once per ctx and number of rows.
 
     No latent counts as active in the outlier rows that the fit left out: they would be the
-    strongest contexts of many latents, and say nothing of them.
+    strongest contexts of many latents, and say nothing about them.
 
     Args:
         ctx: Evaluation context.
@@ -158,8 +157,17 @@ def ordinary_rows(ctx: EvalContext, n: int) -> np.ndarray:
 
 
 def raw_rows(ctx: EvalContext, rows: int | None) -> np.ndarray:
-    """Inputs of the encoder for the first `rows` held-out rows (None: all), (N, D) float32."""
-    return ctx.inputs(slice(0, ctx.n_used(rows))).cpu().numpy()
+    """Inputs of the encoder for the first `rows` held-out rows (None: all), (N, D) float32.
+
+    Outlier rows that the fit left out are replaced by the median row, because a few of them would
+    dominate any mean, spread or regression.
+    """
+    n = ctx.n_used(rows)
+    inputs = ctx.inputs(slice(0, n)).cpu().numpy()
+    ordinary = ordinary_rows(ctx, n)
+    if ordinary.all():
+        return inputs
+    return np.where(ordinary[:, None], inputs, ctx.region.centre.cpu().numpy())
 
 
 @torch.no_grad()

@@ -57,6 +57,9 @@ DENSITY_EDGES = np.linspace(-7.0, 0.0, 29)
 def measure(ctx: EvalContext, *, rows: int | None, entropy_latents: int) -> Measured:
     """L0, sparsity, dead and dense shares, mean entropy of a latent, and the density histogram.
 
+    Outlier rows that the fit left out do not count: the SAE was not fitted to them. Most latents
+    may fire on these few rows, which would hide that they are dead on all others.
+
     Args:
         ctx: Evaluation context.
         rows: Number of held-out rows, from the first on; None for all.
@@ -73,10 +76,12 @@ def measure(ctx: EvalContext, *, rows: int | None, entropy_latents: int) -> Meas
     fires = torch.zeros(ctx.sae.d_sae, dtype=torch.int64, device=ctx.device)
     picked_acts = []
     n = 0
-    for chunk in ctx.chunks(rows):
-        fires += (chunk.acts != 0).sum(0)
-        picked_acts.append(chunk.acts[:, picked].cpu())
-        n += len(chunk.acts)
+    for x, codes in ctx.encoded(rows):
+        ordinary = ctx.replaced(x)
+        acts = codes if ordinary is None else codes[ordinary]
+        fires += (acts != 0).sum(0)
+        picked_acts.append(acts[:, picked].cpu())
+        n += len(acts)
     density = (fires.double() / n).cpu().numpy()
     alive = density > 0
     columns = torch.cat(picked_acts).t().numpy()

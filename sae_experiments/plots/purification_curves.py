@@ -50,8 +50,8 @@ def draw(
         title: Title of the figure.
         value: Measure to draw: fss, change, sci, jaccard or fvu.
         kinds: Kinds of noise; those that no fit was measured with are left out.
-        max_fits: Number of fits to draw at most.
-        max_corpora: Number of corpora to draw at most.
+        max_fits: Maximum number of fits to draw.
+        max_corpora: Maximum number of corpora to draw.
 
     Raises:
         NothingToDrawError: No run has robustness curves.
@@ -117,7 +117,7 @@ def _scale_axes(ax: Axes, *, logarithmic: bool) -> None:
     ax.set_xticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{100 * size:g}"))
     ax.minorticks_off()
-    if logarithmic:
+    if logarithmic and any((np.asarray(line.get_ydata()) > 0).any() for line in ax.lines):
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_locator(NullLocator())

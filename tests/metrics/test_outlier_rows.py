@@ -8,17 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from sae_experiments.metrics import ablation, downstream
+from sae_experiments.metrics import ablation, downstream, sparsity
 from sae_experiments.metrics.base import EvalContext, LMSplice
-from sae_experiments.metrics.codes import sparse_codes
+from sae_experiments.metrics.codes import raw_rows, sparse_codes
 from sae_experiments.metrics.levels import effect
 from sae_experiments.metrics.rate_distortion import rise, windows_of
+from sae_experiments.metrics.robustness import measure as robustness
 from sae_experiments.metrics.robustness.text import denoising
 from sae_experiments.models.hooks import Site
 from sae_experiments.models.store import Store
 from sae_experiments.saes.outliers import Region
 from sae_experiments.saes.purified.perturb import NoiseModel
+from support.common import CONF
 from support.metric_worlds import CPU, validation_store, validation_tokens
 from support.saes import sae_spec
 
@@ -124,3 +127,61 @@ def test_outlier_rows_are_no_contexts_of_latents(
     assert (some[far] == 0).all()
     assert (every > 0).all()
     assert (some[~far] == every[~far]).all()
+
+
+N_ROWS, WIDTH, OUTLIER = 4000, 16, slice(100, 4000, 500)
+
+
+@pytest.fixture(scope="module")
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows, and the same with 0.2 % of them a thousand times as long."""
+    torch.manual_seed(0)
+    x = torch.randn(N_ROWS, WIDTH)
+    with_outliers = x.clone()
+    with_outliers[OUTLIER] *= 1000
+    return x, with_outliers
+
+
+def _sparsity(ctx: EvalContext) -> dict[str, float | None]:
+    return sparsity.measure(ctx, rows=None, entropy_latents=64).scalars
+
+
+def _robustness(ctx: EvalContext) -> dict[str, float | None]:
+    options: Any = OmegaConf.to_container(OmegaConf.load(CONF / "metric" / "robustness.yaml"))
+    del options["_target_"], options["_partial_"]
+    values = robustness.measure(ctx, **options).scalars
+    # Medians and sums over many rows; areas and folds follow from them.
+    kinds = ("gaussian", "uniform", "mask", "covariance", "swap")
+    return {name: values[name] for name in ("rob_change", *(f"rob_change_{k}" for k in kinds))}
+
+
+@pytest.mark.parametrize("values_of", [_sparsity, _robustness])
+def test_a_few_outlier_rows_hardly_move_what_is_measured_on_the_others(
+    values_of: Any, rows: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    torch.manual_seed(0)
+    sae = sae_spec("jumprelu", "sae.target_l0=4").model(d_in=WIDTH, d_sae=48, d_out=WIDTH).eval()
+    with torch.no_grad():
+        sae.threshold.fill_(0.8)
+
+    def values(x: torch.Tensor, outliers: str) -> np.ndarray:
+        ctx = EvalContext(sae=sae, device=CPU, x=x, outliers=outliers)
+        return np.array([v for v in values_of(ctx).values() if v is not None])
+
+    x, with_outliers = rows
+    without = values(x, "leave_out")
+    assert len(without) > 4
+    assert values(with_outliers, "leave_out") == pytest.approx(without, rel=0.02, abs=1e-3)
+    assert values(with_outliers, "keep") != pytest.approx(without, rel=0.02, abs=1e-3)
+
+
+def test_the_median_row_stands_for_outliers_where_rows_are_compared(
+    rows: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    x, with_outliers = rows
+    sae = sae_spec("topk", "sae.target_l0=4").model(d_in=WIDTH, d_sae=48, d_out=WIDTH)
+    raw = torch.from_numpy(raw_rows(EvalContext(sae=sae, device=CPU, x=with_outliers), None))
+    assert (raw[OUTLIER] == Region.of(with_outliers).centre).all()
+    others = torch.ones(N_ROWS, dtype=torch.bool)
+    others[OUTLIER] = False
+    assert (raw[others] == x[others]).all()

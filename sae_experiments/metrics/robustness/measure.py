@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae_experiments.metric_info import Better
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
-from sae_experiments.metrics.codes import NOT_FINITE, nulls, raw_rows
+from sae_experiments.metrics.codes import NOT_FINITE, nulls, ordinary_rows, raw_rows
 from sae_experiments.metrics.noise import noise_of
 from sae_experiments.metrics.robustness import curves
 from sae_experiments.metrics.robustness.margins import (
@@ -305,7 +305,10 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
     cloud = NoiseModel(sae.d_in).to(ctx.device).learn(x)
     if not float(cloud.radius) > 0:
         return nulls(INFO, "the held-out rows do not vary")
+    ordinary = ordinary_rows(ctx, len(x))
     alt = other_texts(ctx, min(opts.type_rows, len(x)), opts.token_share, opts.seed)
+    if alt is not None:
+        alt = _without_outliers(ctx, x, ordinary, alt)
     noises = NoiseSource(
         sae=sae, cloud=cloud, attack_steps=opts.attack_steps, seed=opts.seed, alt=alt
     )
@@ -316,7 +319,7 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
     type_rows = x[: opts.type_rows]
     _distributions(results, noises, type_rows, alive, opts)
     _kinds(results, noises, type_rows, opts.eps)
-    _curves(results, noises, ctx, type_rows, opts)
+    _curves(results, noises, ctx, type_rows, np.flatnonzero(ordinary[: len(type_rows)]), opts)
     _margins(results, noises, spread_rows(x, opts.margin_rows), opts)
     _token_change(results, noises, x)
     rise = denoising(ctx, cloud, opts.eps, opts.windows, opts.seed)
@@ -325,6 +328,22 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
     if isinstance(sae, Purified):
         results.arrays["rob_eps_trace"] = sae.eps_trace.cpu().numpy()
     return results.measured()
+
+
+def _without_outliers(ctx: EvalContext, x: Tensor, ordinary: np.ndarray, alt: Tensor) -> Tensor:
+    """Rows of changed text; those that are outliers, before or after the change, are unchanged.
+
+    Args:
+        ctx: The SAE and its held-out rows.
+        x: Rows of the text as it is, (N, D), without outliers.
+        ordinary: Mask (N,) of the rows that are not outliers.
+        alt: The first rows with the text changed, (M, D).
+    """
+    kept = torch.from_numpy(ordinary[: len(alt)]).to(alt.device)
+    inside = ctx.replaced(alt)
+    if inside is not None:
+        kept = kept & inside
+    return torch.where(kept[:, None], alt, x[: len(alt)])
 
 
 class Results:
@@ -535,10 +554,24 @@ def _kinds(results: Results, noises: NoiseSource, x: Tensor, eps: float) -> None
 
 
 def _curves(
-    results: Results, noises: NoiseSource, ctx: EvalContext, x: Tensor, opts: Options
+    results: Results,
+    noises: NoiseSource,
+    ctx: EvalContext,
+    x: Tensor,
+    ordinary: np.ndarray,
+    opts: Options,
 ) -> None:
-    """Measure stability over the size of the noise, on a sample of the rows `x` (N, D)."""
-    sample = spread(len(x), opts.curve_rows)
+    """Measure stability over the size of the noise.
+
+    Args:
+        results: Collects the values.
+        noises: Noise for the rows.
+        ctx: The SAE and its held-out rows.
+        x: Held-out rows from the first, (N, D).
+        ordinary: Indices of the rows from which the sample is drawn.
+        opts: Options of the metric.
+    """
+    sample = ordinary[spread(len(ordinary), opts.curve_rows)]
     if noises.alt is not None:
         noises = replace(noises, alt=noises.alt[sample])
     y = torch.cat([r.y for r in ctx.chunks(int(sample[-1]) + 1)])[sample]
@@ -554,7 +587,9 @@ def _curves(
         area, eps50 = curves.area(opts.sizes, fss), curves.size_at_half(opts.sizes, fss)
         results.put(**{f"area_{kind}": area, f"eps50_{kind}": eps50})
     gaussian = curves.curve(noises, "gaussian", rows, [opts.eps])
-    results.put(denoised_fvu=float(gaussian[curves.NAMES.index("fvu"), 0]))
+    fvu = float(gaussian[curves.NAMES.index("fvu"), 0])
+    results.put(denoised_fvu=fvu if math.isfinite(fvu) else None)
+    results.why["rob_denoised_fvu"] = "the rows of the curves do not vary"
     results.arrays["rob_sizes"] = np.array(opts.sizes)
     for i, name in enumerate(curves.NAMES):
         results.arrays[f"rob_curve_{name}"] = values[:, i]

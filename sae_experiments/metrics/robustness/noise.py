@@ -129,7 +129,7 @@ def other_texts(ctx: EvalContext, rows: int, share: float, seed: int) -> Tensor 
 
     Args:
         ctx: The language model and the held-out text.
-        rows: Number of rows, from the first, rounded up to whole windows.
+        rows: Number of rows, from the first.
         share: Probability that a character is replaced by a random one.
         seed: Seed of the replacements.
 
@@ -156,4 +156,4 @@ def other_texts(ctx: EvalContext, rows: int, share: float, seed: int) -> Tensor 
         first_row = begin * store.length
         x = ctx.inputs(slice(first_row, first_row + len(alt))).to(ctx.device)
         parts.append(torch.where(replaced.reshape(-1, 1).to(ctx.device), x, alt))
-    return torch.cat(parts)
+    return torch.cat(parts)[:rows]
