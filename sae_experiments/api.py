@@ -165,7 +165,7 @@ def _rows(x: Tensor | np.ndarray, d_in: Sequence[int], what: str, least: int = 1
     """
     try:
         with warnings.catch_warnings():
-            # Nothing is written.
+            # The array is only read, so the warning does not apply.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             x = torch.as_tensor(x).detach()
     except (TypeError, ValueError, RuntimeError) as error:

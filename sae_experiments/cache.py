@@ -161,7 +161,7 @@ def _held(folder: Path) -> Iterator[Callable[[], bool]]:
 
 
 def discard(root: Path, kind: str, key: Mapping[str, Any]) -> None:
-    """Remove a cache folder under its lock, so that no other process is using it."""
+    """Remove a cache folder that is no longer needed; its lock keeps other processes out."""
     name = digest(key)
     with locked(root / kind / f"{name}.lock"):
         shutil.rmtree(root / kind / name, ignore_errors=True)

@@ -87,7 +87,7 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON, or raise `UserError` if the file is damaged or no regular file."""
+    """Read JSON, or raise `UserError` if the file is damaged or not a regular file."""
     check_readable(path)
     try:
         return json.loads(path.read_bytes())

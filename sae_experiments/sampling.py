@@ -1,7 +1,7 @@
-"""Samples of ordered things, spread over the whole: rows of a batch, windows of a text.
+"""Evenly spread samples of ordered items, such as rows of a batch or windows of a text.
 
-Rows of batches and windows of stores stand in the order of the text, so that the first n of them
-are no sample of it. Everything that uses a part of such rows takes the part from here.
+Rows and windows are in the order of the text, so the first n are not a representative sample. Code
+that needs a part of them chooses it with these functions.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def spread_rows(x: Tensor, k: int | None) -> Tensor:
 
 
 def spread_order(n: int, run: int = 1) -> np.ndarray:
-    """An order of `n` things whose first k, for any k, are spread over the whole.
+    """An order of `n` items whose first k, for any k, are spread over the whole.
 
-    Every second or third of these are, too.
+    The same holds for every second or every third of these.
 
     Args:
-        n: Number of things.
+        n: Number of items.
         run: Number of neighbours that stay together, in their order. An incomplete run stays at
             the end.
 

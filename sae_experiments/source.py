@@ -1,8 +1,8 @@
-"""Digests of code, by which caches notice every change that could matter.
+"""Digests of code for cache keys, which change with every edit that could change results.
 
-Comments, docstrings and layout do not count. A module counts with everything it imports, wherever
-that lies. The standard library does not count, and installed packages count by their version.
-Imports under a name that is computed at run time are not seen.
+Comments, docstrings and layout do not count. The digest of a module covers everything it imports,
+inside the package or not. The standard library does not count, and installed packages count by
+their version. Imports under a name that is computed at run time are not seen.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ _FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 class Import(NamedTuple):
     """One import: of `names` from `module` (no names: of the module itself).
 
-    `level` counts the leading dots of a relative import; `inside` a function it runs late.
+    `level` counts the leading dots of a relative import. `inside` is true for an import within a
+    function, which runs late.
     """
 
     module: str
@@ -72,8 +73,8 @@ _known: dict[Path, tuple[Any, Parsed]] = {}
 def _parsed(path: Path, loaded: Any = None) -> Parsed:
     """The content of a file, read once for every time that its module is loaded.
 
-    The code that runs is the code that was loaded: an edit of the file after that must not
-    change the name under which this process stores what it computes.
+    A process runs the code that it loaded, so a later edit of the file must not change the cache
+    keys under which this process stores results.
 
     Args:
         path: The source file, or a compiled extension, which counts by its bytes.
@@ -341,7 +342,7 @@ def _walked(modules: Iterable[ModuleType | str]) -> _Walk:
 
 
 def source_digest(*modules: ModuleType | str, alone: Iterable[str] = ()) -> str:
-    """Name the code of modules and of all that they import.
+    """Digest of the code of modules and of everything that they import.
 
     Args:
         modules: Modules, or their full names.
@@ -362,7 +363,7 @@ def source_digest(*modules: ModuleType | str, alone: Iterable[str] = ()) -> str:
 
 
 def package_digest(root: Path) -> str:
-    """Name the code below `root`, Python and C (what a finished result depends on)."""
+    """Digest of the Python and C code below `root`, which finished results depend on."""
     loaded = {getattr(m, "__file__", None): m for m in list(sys.modules.values())}
     sources = {}
     for path in sorted(root.rglob("*.py")):
@@ -375,7 +376,7 @@ def package_digest(root: Path) -> str:
 
 
 def modules_behind(*values: Any) -> list[str]:
-    """Names of the modules whose classes and functions `values` are made of, sorted.
+    """Sorted names of the modules that define the classes and functions in `values`.
 
     Looks into partial functions, collections and dataclasses. The standard library and the
     packages that this one needs are left out.
@@ -407,18 +408,18 @@ def _behind(value: Any) -> Iterator[str]:
 
 
 def is_outside(value: Any) -> bool:
-    """True if code behind a value is not this package's."""
+    """True if a value is defined by code outside this package."""
     return any(name.partition(".")[0] != PACKAGE for name in modules_behind(value))
 
 
 def outside_digest(*values: Any) -> str:
-    """Name the code behind `values` that is not this package's; "" if there is none."""
+    """Digest of the code outside this package that defines `values`; "" if there is none."""
     names = [n for n in modules_behind(*values) if n.partition(".")[0] != PACKAGE]
     return source_digest(*names) if names else ""
 
 
 def outside_texts(*values: Any) -> dict[str, str]:
-    """The files behind `values` that are not this package's, by module, as they were loaded."""
+    """Text of the files outside this package that define `values`, by module, as loaded."""
     names = [n for n in modules_behind(*values) if n.partition(".")[0] != PACKAGE]
     walk = _walked(names)
     texts: dict[str, str] = {}
@@ -430,7 +431,7 @@ def outside_texts(*values: Any) -> dict[str, str]:
 
 
 def targets_digest(texts: Iterable[str]) -> str:
-    """Name the code behind each `_target_` in `texts` that is not this package's."""
+    """Digest of the code outside this package that each `_target_` in `texts` names."""
     names = set()
     for target in sorted({target for text in texts for target in _TARGET.findall(text)}):
         parts = target.split(".")

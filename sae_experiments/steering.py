@@ -74,7 +74,7 @@ def steer(
         strength: Strength in units of the latent's largest activation on held-out text.
         length: Tokens to write.
         sae: Name of the SAE, a folder in the run's `saes`. None: the first one.
-        maximum: Largest activation. None: as the run's feature data say.
+        maximum: Largest activation. None: read from the run's feature data.
         seed: Seed of the sampling.
 
     Returns:
@@ -112,7 +112,7 @@ def find(run: Path, sae: str | None) -> Found:
         sae: Name of the SAE; None: the first one.
 
     Raises:
-        UserError: Something is missing; says what.
+        UserError: A part is missing; the message names it.
     """
     if not (run / "manifest.json").is_file():
         raise UserError(f"{run} is not the folder of a run: it has no manifest.json")

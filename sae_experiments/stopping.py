@@ -25,7 +25,7 @@ AGAIN_S = 0.05  # before an exception that was lost is raised again
 
 
 class Stopped(BaseException):
-    """This process was asked to end. Not an `Exception`, so that no handler of errors takes it."""
+    """This process was asked to end. Derived from BaseException to escape `except Exception`."""
 
     def __init__(self, number: int | None = None) -> None:
         number = _asked_number() if number is None else number

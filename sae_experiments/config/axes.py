@@ -176,8 +176,8 @@ def hosts_of(
     Returns:
         Overrides that choose a host, for each SAE; empty for SAEs that wrap no other SAE.
 
-        Raises:
-            UserError: A host does not exist, or no SAE of the run wraps another.
+    Raises:
+        UserError: A host does not exist, or no SAE of the run wraps another.
     """
     asked = as_list(last_value(parsed, HOST, []))
     wrapping = [name for name, base in bases.items() if "host" in base.sae]

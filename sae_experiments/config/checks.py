@@ -103,7 +103,7 @@ def is_group(conf: Path, key: str) -> bool:
 def options(conf: Path, group: str) -> list[str]:
     """Names to choose from: the files of a group, and what the script adds.
 
-    The parts that files share (`_name.yaml`) are left out.
+    Files with shared parts (`_name.yaml`) are left out.
     """
     files = [p.stem for p in (conf / group).glob("*.yaml") if not p.stem.startswith("_")]
     return sorted([*files, *own.names(group)])
@@ -208,8 +208,8 @@ def check_key(
         before: The value that it replaces.
         where: Advice on where to find the keys.
 
-        Raises:
-            UserError: The key does not exist, or the value has the wrong type.
+    Raises:
+        UserError: The key does not exist, or the value has the wrong type.
     """
     key = o.key_or_group
     if key not in known:
@@ -218,7 +218,7 @@ def check_key(
 
 
 def check_type(key: str, value: Any, before: Any) -> None:
-    """Check that a value, or each one of a grid, can replace the one in the configuration.
+    """Check that a value, or every value of a grid, can replace the one in the configuration.
 
     Null can replace everything, and text is checked elsewhere (`check_texts`).
     """

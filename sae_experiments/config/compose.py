@@ -216,8 +216,8 @@ def options_of(conf: Path, group: str, overrides: Sequence[str]) -> DictConfig:
         group: Name of the group.
         overrides: Must contain `group=name`; overrides of other groups are ignored.
 
-        Raises:
-            UserError: The name or a key does not exist, or a value has the wrong type.
+    Raises:
+        UserError: The name or a key does not exist, or a value has the wrong type.
     """
     names = [value_of(o) for o in overrides if key_of(o) == group]
     known = options(conf, group)

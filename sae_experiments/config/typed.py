@@ -2,8 +2,8 @@
 
 Hydra parses `2026_11_2` as a number, does not read `1e5`, `true` or `[a,b]` as text either, and
 rejects `ü` and `#`. The values of keys in `TEXTS` are taken as they were typed; quotes around the
-whole of a value are taken off, as the shell would. Plans, single runs and sweeps all read through
-here.
+whole of a value are taken off, as the shell would. Plans, single runs and sweeps all use this
+module.
 """
 
 from __future__ import annotations

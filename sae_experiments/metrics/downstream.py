@@ -103,7 +103,9 @@ def _recovered(losses: Mapping[str, Any], ablation: str) -> Any:
 
 
 def rows_read(settings: dict[str, Any], length: int) -> int:
-    """Number of held-out rows that the values depend on: the windows, and the rows of the mean.
+    """Number of held-out rows that the values depend on.
+
+    These are the rows of the windows or those of the mean activation, whichever are more.
 
     Args:
         settings: Options of `measure`.

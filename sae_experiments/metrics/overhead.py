@@ -199,7 +199,7 @@ def storages(tree: Any) -> Iterator[Any]:
 
 
 class Held(TorchDispatchMode):
-    """Context that counts the bytes of the tensors allocated in it: `now`, and at most `peak`."""
+    """Context that counts the bytes of tensors allocated in it: current (`now`) and `peak`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -103,8 +103,9 @@ def examples(
 ) -> list[dict[str, Any]]:
     """Continuations of held-out text under the latents that rules describe best.
 
-    Each has `latent` and `steering`, with the keys `prompt`, and `texts`: pairs of a strength, in
-    units of the latent's maximum, and the continuation, for -strength, 0 and strength.
+    Each entry holds `latent` and `steering`. The latter has the `prompt`, and as `texts` three
+    pairs of a strength (-strength, 0 and strength, in units of the latent's maximum) and a
+    continuation.
 
     Args:
         ctx: The SAE, its language model and its held-out text.

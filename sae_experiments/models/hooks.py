@@ -160,7 +160,7 @@ def capture(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, Tens
 
 @contextmanager
 def patched(model: nn.Module, site: Site, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the context, replace the activation (B, T, D) at `site` by `fn` of it."""
+    """Within the context, replace the activation x (B, T, D) at `site` by `fn(x)`."""
     with ExitStack() as stack:
         _hook(model, site, fn, stack)
         yield
@@ -268,7 +268,7 @@ def spliced(
 
 
 def joined(prefixes: Sequence[Prefix]) -> Prefix:
-    """One prefix for the windows of several passes."""
+    """Join the prefixes of several passes into one for all of their windows."""
     streams = [p.stream for p in prefixes if p.stream is not None]
     return prefixes[0]._replace(stream=torch.cat(streams) if streams else None)
 
@@ -348,7 +348,7 @@ class Kept(NamedTuple):
 
     @staticmethod
     def like(x: Tensor) -> Kept:
-        """Build the encoding for rows like `x` (N, D): centred, in units of roughly their spread."""
+        """Build the encoding for rows like `x` (N, D): centred, in units close to their spread."""
         centre = x.double().mean(0)
         spread = float((x.double() - centre).square().mean().sqrt())
         unit = 2.0 ** round(math.log2(spread)) if spread > 1e-30 else 1.0

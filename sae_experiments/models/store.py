@@ -236,7 +236,7 @@ def collect(
         starts: Starts of the windows.
         sites: Sites to read.
         cache: Folder of the cache.
-        tick: Called with the number of windows done and in all.
+        tick: Called with the number of windows done and the total.
 
     Raises:
         NonFinite: An activation is not finite.
@@ -245,8 +245,8 @@ def collect(
     full = source.key_of(starts, sites)
 
     def make(folder: Path) -> None:
-        # Files and not memory maps: a full disk is then an error with a name, where a map would
-        # kill the process.
+        # Files, not memory maps: on a full disk a file raises an error, while a map would kill
+        # the process.
         files: dict[Site, Any] = {}
         listed: list[dict[str, Any]] = []
         kept: dict[Site, Kept] = {}

@@ -78,7 +78,7 @@ class Stream:
         source: The model and its text.
         starts: Starts of the windows.
         sites: Sites to collect.
-        chunk_rows: Rows of a chunk at most.
+        chunk_rows: Maximum rows per chunk.
         batch_rows: Rows of a batch.
         kept: Form of the rows of each site in half precision.
         name: Configuration key of `chunk_rows`, for messages.
@@ -244,7 +244,7 @@ def _bounds(n: int, length: int, chunk_rows: int, batch_rows: int) -> np.ndarray
     Args:
         n: Number of windows.
         length: Rows of a window.
-        chunk_rows: Rows of a chunk at most.
+        chunk_rows: Maximum rows per chunk.
         batch_rows: Rows of a batch.
     """
     unit = batch_rows // math.gcd(batch_rows, length)

@@ -36,8 +36,8 @@ def draw(table: RunTable, *, title: str, max_rows: int, points: int) -> Figure:
     Args:
         table: Runs.
         title: Title of the figure.
-        max_rows: Number of rows to draw at most.
-        points: Pairs drawn per panel at most.
+        max_rows: Maximum number of rows to draw.
+        points: Maximum number of pairs drawn per panel.
 
     Raises:
         NothingToDrawError: No run stored the checks of attribution graphs.

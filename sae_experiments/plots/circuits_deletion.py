@@ -47,7 +47,7 @@ def draw(table: RunTable, *, title: str, max_rows: int) -> Figure:
     Args:
         table: Runs.
         title: Title of the figure.
-        max_rows: Number of rows to draw at most.
+        max_rows: Maximum number of rows to draw.
 
     Raises:
         NothingToDrawError: No run stored deletion curves.

@@ -29,9 +29,9 @@ def draw(table: RunTable, *, title: str, graphs: int, nodes: int, max_rows: int)
     Args:
         table: Runs.
         title: Title of the figure.
-        graphs: Number of graphs per row at most.
+        graphs: Maximum number of graphs per row.
         nodes: Number of upstream latents per graph, those with the strongest edges.
-        max_rows: Number of rows to draw at most.
+        max_rows: Maximum number of rows to draw.
 
     Raises:
         NothingToDrawError: No run has an attribution graph.

@@ -37,8 +37,8 @@ def draw_gradients(
     Args:
         table: Runs.
         title: Title of the figure.
-        latents: Number of downstream latents per row at most.
-        max_rows: Number of rows to draw at most.
+        latents: Maximum number of downstream latents per row.
+        max_rows: Maximum number of rows to draw.
         pool: Upstream latents to draw. `active`: every one that is active at the firing or at an
             earlier position; `all`: every one, active or not, at the position of the firing.
 
@@ -129,8 +129,8 @@ def draw_cosines(table: RunTable, *, title: str, points: int, max_rows: int) -> 
     Args:
         table: Runs.
         title: Title of the figure.
-        points: Number of pairs of each kind to draw at most, at random.
-        max_rows: Number of panels to draw at most, one per run and dataset.
+        points: Maximum number of pairs of each kind to draw, at random.
+        max_rows: Maximum number of panels to draw, one per run and dataset.
 
     Raises:
         NothingToDrawError: No run stored a survey of pairs.
@@ -164,8 +164,8 @@ def draw_effects(table: RunTable, *, title: str, points: int, max_rows: int) -> 
     Args:
         table: Runs.
         title: Title of the figure.
-        points: Number of pairs of each kind to draw at most, at random.
-        max_rows: Number of panels to draw at most, one per run and dataset.
+        points: Maximum number of pairs of each kind to draw, at random.
+        max_rows: Maximum number of panels to draw, one per run and dataset.
 
     Raises:
         NothingToDrawError: No run stored effects of removal.
@@ -206,8 +206,8 @@ def _scatter(
     Args:
         table: Runs.
         title: Title of the figure.
-        max_rows: Number of panels to draw at most.
-        points: Number of pairs of each kind to draw at most, at random.
+        max_rows: Maximum number of panels to draw.
+        points: Maximum number of pairs of each kind to draw, at random.
         names: Arrays that the figure needs.
         pairs_of: Takes the pairs from the arrays.
         label_panel: Labels a panel of pairs and returns its title.

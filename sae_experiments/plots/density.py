@@ -76,8 +76,8 @@ def draw(  # noqa: PLR0913 (keyword-only settings)
         dead: Metric with the share of latents that never fired, drawn as a red bar on the left.
         dense: Metric with the share of latents that fire on more than `dense_from` of the tokens.
         dense_from: Fraction of tokens above which the background is grey.
-        max_runs: Number of runs to draw at most.
-        max_datasets: Number of datasets to draw at most.
+        max_runs: Maximum number of runs to draw.
+        max_datasets: Maximum number of datasets to draw.
 
     Raises:
         NothingToDrawError: No run has both arrays.

@@ -39,9 +39,9 @@ def draw(
         table: Runs.
         title: Title of the figure.
         metrics: Metrics to draw; if no run has any of them, the first shown metrics are drawn.
-        max_metrics: Number of metrics to draw at most.
-        max_runs: Number of runs to draw at most.
-        max_datasets: Number of datasets to draw at most.
+        max_metrics: Maximum number of metrics to draw.
+        max_runs: Maximum number of runs to draw.
+        max_datasets: Maximum number of datasets to draw.
 
     Raises:
         NothingToDrawError: No run has a metric with a value.

@@ -37,8 +37,8 @@ def draw(
         title: Title of the figure.
         bars: Label of each ablation, by the stem of its metrics.
         kinds: Axis label of each kind of effect, by the ending of its metrics.
-        max_runs: Number of runs to draw at most.
-        max_datasets: Number of datasets to draw at most.
+        max_runs: Maximum number of runs to draw.
+        max_datasets: Maximum number of datasets to draw.
 
     Raises:
         NothingToDrawError: No run has any of the metrics.

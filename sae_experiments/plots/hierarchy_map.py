@@ -23,8 +23,8 @@ def draw(table: RunTable, *, title: str, max_runs: int, max_datasets: int) -> Fi
     Args:
         table: Runs.
         title: Title of the figure.
-        max_runs: Number of runs to draw at most.
-        max_datasets: Number of datasets to draw at most.
+        max_runs: Maximum number of runs to draw.
+        max_datasets: Maximum number of datasets to draw.
 
     Raises:
         NothingToDrawError: No run stored `levels_map`.

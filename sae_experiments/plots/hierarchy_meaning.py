@@ -42,8 +42,8 @@ def draw(
         table: Runs.
         title: Title of the figure.
         companions: Axis label of each metric that needs no labels, one row of panels for each.
-        max_runs: Number of runs to draw at most.
-        max_datasets: Number of datasets to draw at most.
+        max_runs: Maximum number of runs to draw.
+        max_datasets: Maximum number of datasets to draw.
 
     Raises:
         NothingToDrawError: No run has semantic levels.

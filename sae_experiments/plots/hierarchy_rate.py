@@ -39,8 +39,8 @@ def draw(
         title: Title of the figure.
         least: Smallest delta CE to draw, in bits per character.
         most: Largest delta CE to draw, in bits per character.
-        max_runs: Number of runs to draw at most.
-        max_datasets: Number of datasets to draw at most.
+        max_runs: Maximum number of runs to draw.
+        max_datasets: Maximum number of datasets to draw.
 
     Raises:
         NothingToDrawError: No run stored the curve of its whole code.

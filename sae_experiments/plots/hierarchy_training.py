@@ -32,7 +32,7 @@ def draw(table: RunTable, *, title: str, run: str | None, max_datasets: int) -> 
         table: Runs.
         title: Title of the figure.
         run: Name of the run to draw; None for the first with both levels, else the first.
-        max_datasets: Number of datasets to draw at most.
+        max_datasets: Maximum number of datasets to draw.
 
     Raises:
         NothingToDrawError: No run, or not the named one, stored `levels_trace`.

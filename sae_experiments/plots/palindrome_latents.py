@@ -46,7 +46,7 @@ def draw_selectivity(table: RunTable, *, title: str, max_runs: int) -> Figure:
     Args:
         table: Runs.
         title: Title of the figure.
-        max_runs: Number of runs to draw at most.
+        max_runs: Maximum number of runs to draw.
 
     Raises:
         NothingToDrawError: No run stored a dictionary over positions.
@@ -86,7 +86,7 @@ def draw_dictionary(table: RunTable, *, title: str, latents: int, max_runs: int)
         table: Runs.
         title: Title of the figure.
         latents: Number of latents per run.
-        max_runs: Number of runs to draw at most.
+        max_runs: Maximum number of runs to draw.
 
     Raises:
         NothingToDrawError: No run stored a dictionary over positions.

@@ -28,7 +28,7 @@ def draw_attention(table: RunTable, *, title: str, samples: int, max_rows: int) 
         table: Runs.
         title: Title of the figure.
         samples: Number of single strings to draw.
-        max_rows: Number of rows to draw at most.
+        max_rows: Maximum number of rows to draw.
 
     Raises:
         NothingToDrawError: No run stored attention patterns.
@@ -75,7 +75,7 @@ def draw_logprob(table: RunTable, *, title: str, max_rows: int) -> Figure:
     Args:
         table: Runs.
         title: Title of the figure.
-        max_rows: Number of panels to draw at most.
+        max_rows: Maximum number of panels to draw.
 
     Raises:
         NothingToDrawError: No run stored token log-probabilities.

@@ -63,7 +63,7 @@ def draw(
         group_by: Configuration keys that name the variant; the first that a run has counts. Runs
             of one variant are joined by a line.
         max_legend: Number of runs beyond which colours and legend stand for variants.
-        max_datasets: Number of datasets to draw at most.
+        max_datasets: Maximum number of datasets to draw.
 
     Raises:
         NothingToDrawError: No run has `x` above 0 together with a metric of `y`.

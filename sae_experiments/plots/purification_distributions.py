@@ -31,7 +31,7 @@ def draw(table: RunTable, *, title: str, corpus: str | None, latents: int, max_f
         title: Title of the figure.
         corpus: Corpus to draw; None for the first.
         latents: Number of single latents, from the least to the most stable.
-        max_fits: Number of fits to draw at most.
+        max_fits: Maximum number of fits to draw.
 
     Raises:
         NothingToDrawError: No run has distributions under noise, or none on this corpus.

@@ -68,8 +68,8 @@ def draw(  # noqa: PLR0913 (keyword-only settings)
         most_fvu: Right end of the shaded corner, as a multiple of the host's FVU.
         least_gain: Top of the shaded corner, as a fraction of the host's feature change.
         shown_fvu: Multiple of the host's FVU beyond which fits are only named in the caption.
-        max_fits: Number of fits to draw at most.
-        max_corpora: Number of corpora to draw at most.
+        max_fits: Maximum number of fits to draw.
+        max_corpora: Maximum number of corpora to draw.
 
     Raises:
         NothingToDrawError: No corpus has a host and another fit.

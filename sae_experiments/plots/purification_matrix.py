@@ -29,8 +29,8 @@ def draw(table: RunTable, *, title: str, host: str, max_fits: int, max_corpora: 
         table: Runs.
         title: Title of the figure.
         host: SAE that the others are compared with; see `hosts_of`.
-        max_fits: Number of fits to draw at most, hosts included.
-        max_corpora: Number of corpora to draw at most.
+        max_fits: Maximum number of fits to draw, hosts included.
+        max_corpora: Maximum number of corpora to draw.
 
     Raises:
         NothingToDrawError: No corpus has a host and another fit.

@@ -121,8 +121,8 @@ def choose_panels(
     Args:
         table: Runs.
         keys: Run and dataset of every panel that has data.
-        max_runs: Number of runs to draw at most.
-        max_datasets: Number of datasets to draw at most.
+        max_runs: Maximum number of runs to draw.
+        max_datasets: Maximum number of datasets to draw.
         notes: Lines of the caption about what is left out; changed in place.
         rivals_only: Leave out datasets that only the baseline has.
 

@@ -40,8 +40,8 @@ def draw_lines(table: RunTable, *, title: str, max_runs: int, max_datasets: int)
     Args:
         table: Runs.
         title: Title of the figure.
-        max_runs: Number of runs to draw at most.
-        max_datasets: Number of datasets to draw at most.
+        max_runs: Maximum number of runs to draw.
+        max_datasets: Maximum number of datasets to draw.
 
     Raises:
         NothingToDrawError: No run has a sweep over depth and hidden size.
@@ -112,8 +112,8 @@ def draw_smallest(table: RunTable, *, title: str, max_runs: int, max_datasets: i
     Args:
         table: Runs.
         title: Title of the figure.
-        max_runs: Number of runs to draw at most.
-        max_datasets: Number of datasets to draw at most.
+        max_runs: Maximum number of runs to draw.
+        max_datasets: Maximum number of datasets to draw.
 
     Raises:
         NothingToDrawError: No run has a sweep over depth and hidden size.

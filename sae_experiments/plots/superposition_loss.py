@@ -70,8 +70,8 @@ def draw(
         title: Title of the figure.
         relative_to: Control of each dataset, without the hierarchy. If it is given, these datasets
             alone are drawn, as log2 of the ratio to the control's loss.
-        max_runs: Number of runs to draw at most.
-        max_datasets: Number of datasets to draw at most.
+        max_runs: Maximum number of runs to draw.
+        max_datasets: Maximum number of datasets to draw.
 
     Raises:
         NothingToDrawError: No run has a sweep, or none together with its control.

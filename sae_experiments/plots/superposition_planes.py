@@ -44,8 +44,8 @@ def draw(table: RunTable, *, title: str, max_depths: int, max_rows: int) -> Figu
     Args:
         table: Runs.
         title: Title of the figure.
-        max_depths: Number of depths to draw at most.
-        max_rows: Number of rows to draw at most.
+        max_depths: Maximum number of depths to draw.
+        max_rows: Maximum number of rows to draw.
 
     Raises:
         NothingToDrawError: No run stored features of two hidden units.

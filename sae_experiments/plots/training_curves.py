@@ -51,9 +51,9 @@ def draw(
         log_y: Names of the curves with a logarithmic axis.
         skip_frac: Fraction of the steps that linear axes leave out when they choose their limits,
             as the first steep fall would flatten everything else.
-        max_rows: Number of rows to draw at most.
-        max_runs: Number of runs to draw at most.
-        max_datasets: Number of datasets to draw at most.
+        max_rows: Maximum number of rows to draw.
+        max_runs: Maximum number of runs to draw.
+        max_datasets: Maximum number of datasets to draw.
 
     Raises:
         NothingToDrawError: No run has any of the curves.

@@ -28,7 +28,7 @@ def draw(table: RunTable, *, title: str, max_rows: int) -> Figure:
     Args:
         table: Runs.
         title: Title of the figure.
-        max_rows: Number of panels to draw at most.
+        max_rows: Maximum number of panels to draw.
 
     Raises:
         NothingToDrawError: No run removed virtual weights.

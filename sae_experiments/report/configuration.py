@@ -13,7 +13,7 @@ from sae_experiments.results.table import Run, RunTable
 
 
 def differences(runs: RunTable) -> Markup | None:
-    """Choices in which each run differs from the baseline, and a folded list of all settings."""
+    """Choices in which each run differs from the baseline, and a folded list of all differences."""
     baseline = runs.baselines[0] if runs.baselines else None
     if baseline is None or not baseline.whole_config:
         return None

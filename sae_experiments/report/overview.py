@@ -66,7 +66,7 @@ def _seeds(table: RunTable) -> str:
 
 
 def what_came_out(table: RunTable, rows: pd.DataFrame) -> str:
-    """One sentence: the best SAE, and which differences are believable and which are not."""
+    """One sentence about the best SAE and the differences that are, or are not, believable."""
     parts = list(_findings(table, rows))
     return f"{'; '.join(parts)}." if parts else ""
 

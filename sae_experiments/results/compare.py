@@ -117,11 +117,11 @@ def compare(table: RunTable) -> pd.DataFrame:
     """The comparison as one row per dataset, metric and run, the baseline first.
 
     Returns:
-        What `comparison.csv` holds. Against the baseline: `baseline`, `baseline_mean`,
-        `baseline_stderr`, `baseline_n`, `delta`, `delta_stderr`, `test`, `pairs`, `verdict` and,
-        if nothing was subtracted, the reason in `not_comparable`. Among the runs of the table:
-        `place` (`best`, `tied` with it or believably `behind`; empty if one seed cannot tell) and
-        `behind`, the distance from the best.
+        The content of `comparison.csv`. Columns against the baseline: `baseline`, `baseline_mean`,
+        `baseline_stderr`, `baseline_n`, `delta`, `delta_stderr`, `test`, `pairs`, `verdict` and, if
+        nothing was subtracted, the reason in `not_comparable`. Columns among the runs of the table:
+        `place` (`best`, `tied` with it or believably `behind`; empty if there are too few seeds)
+        and `behind`, the distance from the best.
     """
     runs = [*table.baselines, *(run for run in table.runs if not table.is_baseline(run))]
     rows: list[dict[str, Any]] = []

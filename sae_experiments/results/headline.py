@@ -50,7 +50,7 @@ def headline(table: RunTable, dataset: str, most: int = MOST) -> list[str]:
     Args:
         table: Runs.
         dataset: Name of the dataset.
-        most: Number of metrics to choose at most.
+        most: Maximum number of metrics to choose.
     """
     other = {FVU, ORDINARY_FVU} - {error_metric(table, dataset)}
     valued = _valued(table, dataset) - other

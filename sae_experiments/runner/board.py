@@ -47,7 +47,7 @@ class Board:
     Args:
         console: Output for the lines.
         n_cells: Cells still to run.
-        n_workers: Cells at work at once, at most.
+        n_workers: Maximum number of cells at work at once.
     """
 
     def __init__(self, console: Console, n_cells: int, n_workers: int) -> None:

@@ -15,7 +15,7 @@ class Pace:
 
     Args:
         n_cells: Cells to run.
-        workers: Cells at work at once, at most.
+        workers: Maximum number of cells at work at once.
     """
 
     def __init__(self, n_cells: int, workers: int) -> None:

@@ -39,7 +39,7 @@ class Shares(NamedTuple):
     threads: int | None
     """CPU threads of a cell's arithmetic; None: PyTorch's default."""
     first: int | None = None
-    """CPU threads of the first cell, which then runs alone; None: those of the others."""
+    """CPU threads of the first cell, which then runs alone; None: as many as the others."""
 
     def threads_of(self, place: int) -> int | None:
         """CPU threads of the cell at a place in the order of the run, from 0."""

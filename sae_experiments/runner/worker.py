@@ -194,7 +194,7 @@ def _with_console(ctx: Any, console: Any) -> Any:
 
 
 def _sent(error: BaseException, channel: Channel) -> bool:
-    """Tell the owner how a cell ended; False for what ends the worker as well."""
+    """Tell the owner how a cell ended; returns False if the error ends the worker as well."""
     from sae_experiments.errors import NonFinite, UserError, first_line, is_out_of_memory
     from sae_experiments.stopping import OutOfTime
 

@@ -188,7 +188,7 @@ class SAE(nn.Module):
         return x
 
     def linear_path(self, x: Tensor) -> Tensor | None:
-        """Part of the reconstruction (B, O) that bypasses the code; None for no such path."""
+        """Part of the reconstruction (B, O) that bypasses the code; None if there is none."""
         return None
 
     def output_scale(self, x: Tensor) -> Tensor | None:
@@ -281,7 +281,7 @@ class SAE(nn.Module):
             width: Name of the attribute that holds W.
 
         Raises:
-            UserError: The rows have another width.
+            UserError: The rows have the wrong width.
         """
         x = x if isinstance(x, Tensor) else torch.as_tensor(x)
         expected = getattr(self, width)
@@ -438,9 +438,9 @@ class SAE(nn.Module):
     def _by_blocks(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Pattern, Tensor] | None:
         """Active entries of a large batch and their pre-activations, one block of rows at a time.
 
-        The matrix of pre-activations (B, F), by far the largest tensor of a step, never exists as
-        a whole. None where it has to (the support depends on the whole batch, or the code is
-        dense) and where it is small.
+        The matrix of pre-activations (B, F), by far the largest tensor of a step, never exists as a
+        whole. Returns None if it must (the support depends on the whole batch, or the code is
+        dense) or if the matrix is small.
         """
         rows = max(BLOCK // self.d_sae, 1)
         if not self.support_is_rowwise or len(x) <= rows or x.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Transcoders of all layers in the local layouts of circuit-tracer 0.5, both ways.
+"""Read and write transcoders of all layers in the local layouts of circuit-tracer 0.5.
 
 Cross-layer transcoders are `W_enc_<i>.safetensors` and `W_dec_<i>.safetensors` per layer, per-layer
 ones `layer_<i>.safetensors`, beside a `config.yaml`. Thresholds are of the JumpReLU kind, compared
@@ -41,7 +41,7 @@ def save_transcoders(sae: EveryLayer, folder: Path, *, model: str, scan: str) ->
         scan: Name of the set.
 
     Raises:
-        UserError: The layout has no place for something.
+        UserError: The layout cannot hold a part of the transcoders.
     """
     if sae.cross and sae.W_skip is not None:
         raise UserError(

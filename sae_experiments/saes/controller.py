@@ -82,5 +82,5 @@ class L0Controller(nn.Module):
 
 
 def ramp(progress: float, until: float) -> float:
-    """Linear warm-up factor: 0 at the start of a phase, 1 from the share `until` of it on."""
+    """Linear warm-up factor: 0 at the start of a phase, 1 once its share `until` is done."""
     return 1.0 if until <= 0 else min(progress / until, 1.0)

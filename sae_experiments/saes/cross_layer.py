@@ -25,15 +25,15 @@ from sae_experiments.saes.types import Batch, Codes, Forward
 class EveryLayer(SAE):
     """`a_l = act(W_enc_l x_l + b_enc_l)`, `yhat_k = sum_{l <= k} W_dec_lk^T a_l + b_dec_k`.
 
-    The part that all transcoders of every layer share; a subclass names the SAE of the family that
-    decides which latents are active, after this class.
+    Common part of the transcoders of every layer. A subclass inherits from this class first, and
+    then from the SAE variant that decides which latents are active.
 
     The sites lie side by side in x and y (B, L C), in order of their layers. The L0 is that of all
     layers together. Every site is centred and scaled by itself, so that the loss
 
         sum_k ||y_k - yhat_k||^2
 
-    is a sum of normalised errors. A latent's decoder rows have length 1 together, so that an
+    is a sum of normalised errors. A latent's decoder rows together have length 1, so that an
     activation is the size of everything that the latent writes, and late latents, with few rows,
     compete on equal terms.
 
@@ -124,7 +124,7 @@ class EveryLayer(SAE):
         return total
 
     def _normalise(self) -> None:
-        """Scale each latent's decoder rows to length 1 together."""
+        """Scale each latent's decoder rows so that together they have length 1."""
         length = self._squared_lengths().sqrt_().clamp_min_(1e-8)
         for k, weight in enumerate(self.decoders):
             weight.data.div_(length[self.sources(k), None])

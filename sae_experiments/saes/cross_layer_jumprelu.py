@@ -25,7 +25,7 @@ class CrossLayerJumpReLU(EveryLayer, JumpReLU):
 
     @torch.no_grad()
     def begin(self, phase: str, x: Tensor, y: Tensor) -> None:
-        """As every layer does, then biases at which `start_l0 * target_l0` latents are active."""
+        """Initialise as `EveryLayer`, with biases so that `start_l0 * target_l0` latents fire."""
         EveryLayer.begin(self, phase, x, y)
         if self.start_l0 is None:
             return

@@ -100,7 +100,7 @@ class KL(Standard):
         return {"sparsity": self.coefficient(step) * kl.sum()}
 
     def finish(self, phase: str, x: Tensor) -> None:
-        """Calibrate the threshold; a target of all latents keeps the support of training."""
+        """Calibrate the threshold; if the target is all latents, keep the support of training."""
         if self.controller.target >= self.d_sae:
             self.threshold.fill_(0.0 if self.form == "relu" else -torch.inf)
         else:

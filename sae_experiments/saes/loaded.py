@@ -96,7 +96,7 @@ class Loaded(BatchTopK):
 
     @torch.no_grad()
     def adapt(self, x: Tensor) -> None:
-        """Learn from rows (N, D) of the model what the directory does not tell about its units.
+        """Infer from rows (N, D) of the model the units that the directory does not record.
 
         An unknown factor of the input is `sqrt(D) / mean |x|`, as in SAELens' training.
         """
@@ -203,8 +203,8 @@ class NormalisedRows(Loaded):
         z = encode((x - m) / (s + epsilon))        xhat = s decode(z) + m
 
     A transcoder's output is not scaled back. Decoder and biases are kept in the units of a row of
-    typical s (1, or the mean over the rows of `adapt`), so that what is read off the decoder alone
-    has the units of the activations; `output_scale` is the rest.
+    typical s (1, or the mean over the rows of `adapt`), so that quantities computed from the
+    decoder alone have the units of the activations; `output_scale` is the remaining factor.
     """
 
     trains_on = False
@@ -237,7 +237,7 @@ class NormalisedRows(Loaded):
 
     @torch.no_grad()
     def adapt(self, x: Tensor) -> None:
-        """Put the decoder in the units of a typical one of the rows (N, D)."""
+        """Put the decoder in the units of a typical row among rows (N, D)."""
         super().adapt(x)
         if self.undone:
             factor = self.moments(x)[1].mean() / self.typical
@@ -265,6 +265,6 @@ class NormalisedRows(Loaded):
 
 
 def loaded(inference: Inference, notes: tuple[str, ...] = ()) -> Loaded:
-    """The SAE of a directory, of the class that its normalisation needs."""
+    """Build the SAE of a directory, in the class that its normalisation needs."""
     by_row = inference.config.get("normalize_activations") in BY_ROW
     return (NormalisedRows if by_row else Loaded)(inference, notes)

@@ -330,7 +330,7 @@ def decode(values: Tensor, pattern: Pattern | None, weight: Tensor) -> Tensor:
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:
-    """Sum of tensors of one shape, at least one of them, added in their order."""
+    """Sum of one or more tensors of the same shape, added in order."""
     return reduce(operator.add, terms)
 
 
@@ -436,7 +436,7 @@ def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) 
 
     Args:
         x: Rows (N, D).
-        iterations: Most iterations.
+        iterations: Maximum number of iterations.
         tolerance: Length of an update, in units of x, below which the iteration stops.
     """
     y = x.mean(0)

@@ -32,10 +32,10 @@ class Region(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor, blocks: int = 1) -> Region:
-        """The region by the rule of this module.
+        """Determine the region from rows.
 
-        At most 5 % of the rows lie outside, so that a heavy tail is no set of outliers. Where 95 %
-        of the rows are equal, every row is ordinary.
+        At most 5 % of the rows lie outside, so that a heavy tail does not count as outliers. Where
+        95 % of the rows are equal, every row is ordinary.
 
         Args:
             rows: (N, D).

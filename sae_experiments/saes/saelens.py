@@ -266,7 +266,7 @@ def sites_of(path: str, read: str | None, write: str | None, default: str) -> tu
 
 
 def remarks(folder: Path, sae: Loaded, site: str) -> list[str]:
-    """Remarks on an SAE at a site that may be the wrong one."""
+    """Remarks for the user on an SAE whose site may be the wrong one."""
     config = read_json(folder / CONFIG)
     hook = hook_name(config, folder / CONFIG)
     said = [*sae.notes]

@@ -111,12 +111,12 @@ OF_CHECKPOINTS = frozenset(
 
 
 class Directory(NamedTuple):
-    """An SAE in common form, with notes for the user."""
+    """An SAE in the common form, with notes for the user."""
 
     inference: Inference
     """Architecture, its tensors (see `TENSORS`) and its settings."""
     notes: tuple[str, ...]
-    """Settings that were ignored although a user may want to know of them."""
+    """Ignored settings that a user may want to know about."""
 
 
 @dataclass(frozen=True, slots=True)

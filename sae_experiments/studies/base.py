@@ -1,4 +1,4 @@
-"""The interface of a study: a list of cells, each a pure pipeline from configuration to numbers."""
+"""The interface of a study: a list of cells, each a pure function of the configuration."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_held_out(held_out: str) -> None:
 
 
 def part_of(held_out: str) -> dict[str, str]:
-    """Entry of the provenance for a held-out part other than the usual one.
+    """Entry of the provenance for a held-out part other than the default.
 
     Results on other text are not comparable.
     """
@@ -53,7 +53,7 @@ def part_of(held_out: str) -> dict[str, str]:
 def rows_seed(seed: int, held_out: str) -> int:
     """Seed of held-out rows that are drawn afresh.
 
-    The winner of a search is reported on other rows than the search has evaluated on.
+    The winner of a search is reported on rows that the search has not evaluated on.
     """
     return seed_of(seed, "held out", *(["test"] if held_out == "test" else []))
 
@@ -127,7 +127,7 @@ class Outcome:
     """The time limit ended training or measuring early."""
 
     def add_fit(self, fit: FitReport) -> None:
-        """Add the warnings about the fit of the SAE, and the numbers that it chose itself."""
+        """Add the warnings about the fit of the SAE, and the settings that it chose itself."""
         self.warnings = [*self.warnings, *fit.warned]
         self.facts["fit"] = fit.facts
 
@@ -143,9 +143,9 @@ class Outcome:
         Args:
             metrics: Metrics by label.
             evaluation: A `metrics.base.EvalContext`.
-            ends: Time (`time.monotonic`) after which no metric begins. Its values are null, as are
-                those of a metric that the time limit interrupts.
-            tick: Called with the number of metrics done and in all.
+            ends: Time (`time.monotonic`) after which no metric begins. Metrics that are not
+                measured or are interrupted by the time limit have null values.
+            tick: Called with the number of metrics done and the total.
         """
         for done, (label, metric) in enumerate(metrics.items(), 1):
             began = time.monotonic()
@@ -211,7 +211,7 @@ class Context:
     """Bytes of what was announced, each the peak of one part of a cell."""
 
     def announce(self, what: str, need: Need, fix: str) -> None:
-        """Say what a part of a cell will need, see `resources.announce`, and keep its bytes.
+        """Print the needs of a part of a cell (see `resources.announce`), and keep its bytes.
 
         Raises:
             UserError: It does not fit into the memory of the device.
@@ -250,7 +250,7 @@ class Study(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise `UserError` for a configuration that cannot work.
+        """Raise `UserError` for an invalid configuration.
 
         Takes well under a second and does not touch the disk.
         """

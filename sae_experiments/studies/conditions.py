@@ -31,7 +31,7 @@ WEIGHTS = "model.safetensors"
 
 
 def of_sae(sae: SAE, where: str | None = None) -> dict[str, Any]:
-    """The site of an SAE and the active latents it was asked for."""
+    """Conditions of an SAE: its site, requested L0, number of latents and matmul precision."""
     site = {} if where is None else {"site": where}
     precision = str(sae.matmul_dtype).removeprefix("torch.")
     sizes = {"asked_l0": sae.fixed_l0, "d_sae": sae.d_sae}

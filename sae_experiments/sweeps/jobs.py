@@ -1,7 +1,7 @@
 """Sweeps: many runs from one command line, in folders of their own.
 
-No failure stops or hides another. A sweep's folder holds a run folder per job, `jobs/<name>.json`
-with the outcome of each, and `jobs/<name>.log` with its output.
+A failed job neither stops nor hides the others. A sweep's folder holds a run folder per job,
+`jobs/<name>.json` with the outcome of each, and `jobs/<name>.log` with its output.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ IN_USE = "{} is in use by another sweep: wait for it or choose another out_dir"
 
 
 class Asked(NamedTuple):
-    """The command line of a sweep, read."""
+    """The parsed command line of a sweep."""
 
     overrides: list[str]  # of the jobs; keys with several values vary
     launcher: Launcher  # runs the jobs
@@ -56,7 +56,7 @@ class Asked(NamedTuple):
 
 
 def is_sweep(overrides: Sequence[str]) -> bool:
-    """True if a command line without `-m` is a sweep all the same: it names one."""
+    """True if a command line is a sweep even without `-m`, because it names one."""
     return any(in_group(o, *WORDS) for o in overrides)
 
 
@@ -72,7 +72,7 @@ def sweep(conf: Path, overrides: Sequence[str], here: Here) -> int:
         Exit status: 0, 1 if any job failed, 130 or 143 if the sweep was stopped.
 
     Raises:
-        UserError: Every job would make the same mistake. None has started then.
+        UserError: Every job would fail with the same mistake. This is raised before any job starts.
     """
     with configuring():
         asked = asked_for(conf, overrides)
@@ -202,7 +202,7 @@ class Jobs:
         self.script = script
 
     def job(self, number: int, values: Sequence[str], name: str | None = None) -> Job:
-        """The job with these values of what varies."""
+        """Build the job with these values of the varied keys."""
         name = name or folder_name(values)
         label = [] if any(key_of(o) == "label" for o in self.fixed) else [f"label={name}"]
         plain = (
@@ -218,7 +218,7 @@ class Jobs:
         return Job(number, name, overrides, command, self.asked.root / "jobs" / f"{name}.log")
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Raise `UserError` for a mistake of the first and the last job, and so of all."""
+        """Raise `UserError` if the first and the last job have the same mistake."""
         faults = []
         for job in dict.fromkeys((0, len(jobs) - 1)):
             try:
@@ -261,7 +261,7 @@ class Jobs:
         return self.asked.root / "jobs" / f"{job.name}.json"
 
     def fingerprint(self, job: Job) -> str:
-        """Digest of everything that decides a job's results, except the text of its corpora."""
+        """Digest of everything that determines a job's results, except the text of its corpora."""
         return digest(
             [
                 self.made_by,
@@ -403,6 +403,12 @@ def _search(search: Search, jobs: Jobs, here: Here) -> int:
 
 
 def run_hydra(conf: Path, args: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
-    """Hand a command line to Hydra itself."""
+    """Run a command line with Hydra itself.
+
+    Args:
+        conf: Folder of the YAML files.
+        args: The command line.
+        task: Called by Hydra with the composed configuration.
+    """
     sys.argv = [sys.argv[0], *args]
     hydra.main(config_path=str(conf), config_name="config", version_base="1.3")(task)()

@@ -1,8 +1,8 @@
 """Launchers of a sweep's jobs: this process, this machine, SLURM, or a Ray cluster.
 
-A job is the command line that a person would type for that run alone. The launcher holds nothing of
-it: a job that crashes, runs out of memory or is killed takes nothing with it, and the same sweep,
-typed again, continues where every job stopped.
+A job is the command line that a user would type for that run alone, and launchers keep no state of
+it. A job that crashes, runs out of memory or is killed affects no other job, and the same sweep,
+started again, continues where every job stopped.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Job(NamedTuple):
 
 
 class Exit(NamedTuple):
-    """The end of a command."""
+    """Exit status and duration of a command."""
 
     status: int  # exit status; negative: the signal that killed it
     seconds: float  # time it took
@@ -78,7 +78,7 @@ def run_command(
         log: File for its output.
         env: Changes of the environment.
         cwd: Working directory.
-        running: Commands that are running; this one is added for the time being.
+        running: Commands that are running; this one is added while it runs.
         echo: Also show the output.
     """
     Path(log).parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def run_command(
 
 
 def end(running: set[Any]) -> None:
-    """Ask processes to end in good order, and kill those that do not."""
+    """Ask processes to terminate, and kill those that do not."""
     processes = [p for p in running if p.poll() is None]
     for p in processes:
         p.send_signal(signal.SIGTERM)
@@ -175,11 +175,11 @@ class _Tee:
 
 
 class Local:
-    """Processes of this machine, by joblib. The cores are divided among the jobs that run at once.
+    """Runs jobs as processes on this machine, with joblib; concurrent jobs share the cores.
 
     Args:
-        jobs: Jobs at a time; None: as many as the cores allow with `threads` each.
-        threads: Threads of a job; None: its share of the cores.
+        jobs: Number of jobs at a time; None: as many as the cores allow with `threads` each.
+        threads: Threads per job; None: its share of the cores.
         devices: Numbers of CUDA devices, of which each job gets one for itself.
         first_alone: Run the first job before the others.
     """
@@ -259,7 +259,7 @@ class Submitit:
 
     Args:
         cluster: `slurm`, `local` for the same on this machine, or None: SLURM if there is one.
-        requeues: New starts of a job that reached its time limit.
+        requeues: Maximum restarts of a job that reached its time limit.
         parameters: Arguments of submitit's `update_parameters`; those that are None are left out.
         first_alone: Run the first job before the others.
     """

@@ -1,4 +1,4 @@
-"""A search for the best values, in place of all combinations: Optuna proposes, jobs answer.
+"""A search for the best values instead of all combinations: Optuna proposes, jobs evaluate.
 
 Proposals are a function of the seed, the number of the trial and the results so far. A search that
 was stopped therefore continues as if nothing had happened, also with more trials. Its state is

@@ -1,4 +1,4 @@
-"""The one training loop: language models, sparse autoencoders and toy models all pass here.
+"""The training loop of language models, sparse autoencoders and toy models.
 
 Everything random is a function of (seed, step). A run that was killed and resumed from its
 checkpoint ends with the same bits as one that was not, and several learners on one stream of
@@ -32,7 +32,7 @@ DECAYS = ("cosine", "quarter_cosine", "linear", "constant")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """Numbers of a training run. Their values are in `conf/`; none has a default here.
+    """Settings of a training run. Their values are in `conf/`; none has a default here.
 
     The learning rate rises linearly over `warmup_steps` to its peak `lr`. After that, `decay` is
 
@@ -105,7 +105,7 @@ class TrainConfig:
         """The peak learning rate.
 
         Raises:
-            UserError: There is no number yet.
+            UserError: `lr` is None.
         """
         if self.lr is None:
             raise UserError("train.lr=null: only SAEs have a default rate; give a number")
@@ -236,14 +236,14 @@ class Learner:
 
 @dataclass
 class Session:
-    """Connections of a training run to its surroundings.
+    """Callbacks, checkpoint and deadline of a training run.
 
     Args:
         log: Called with a step and its numbers.
-        tick: Called with the number of steps done and in all.
+        tick: Called with the number of steps done and the total.
         checkpoint: File of the checkpoint; None disables checkpoints.
         deadline: Time (`time.monotonic`) at which training stops early; None: never.
-        steps: Steps that have been made.
+        steps: Number of steps done so far.
     """
 
     log: Callable[[int, dict[str, float]], None] = lambda step, values: None
@@ -253,7 +253,7 @@ class Session:
     steps: int = 0
 
     def check(self) -> None:
-        """Raise `BatchCut` after the deadline, unless no step was made yet."""
+        """Raise `BatchCut` after the deadline, but never before the first step."""
         if self.steps and self.deadline is not None and time.monotonic() > self.deadline:
             raise BatchCut
 
@@ -469,7 +469,7 @@ def train(
     Args:
         learners: The models, which do not influence each other.
         batch_at: Gives the batch of a step; must depend on the step alone. May raise `BatchCut`.
-        cfg: Steps and intervals. The other numbers are those of each learner.
+        cfg: Steps and intervals. The other settings come from each learner.
         session: Log, progress, checkpoint and deadline.
 
     Raises:

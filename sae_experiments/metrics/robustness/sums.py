@@ -59,7 +59,7 @@ class Sums:
         self.rows += len(z)
 
     def alive(self, min_fires: int) -> np.ndarray:
-        """Mask (F,) of the latents with at least `min_fires` firings on the clean rows (at least 1)."""
+        """Mask (F,) of the latents with at least `max(min_fires, 1)` firings on the clean rows."""
         return self.by_latent["fires"] >= max(min_fires, 1)
 
     def change(self) -> float | None:

@@ -196,8 +196,8 @@ class Concept:
     def matched(self) -> bool:
         """True if negatives must have the same characters as positives.
 
-        Then knowing the character alone does not help. Concepts about the character itself are the
-        exception, and so are those about the token itself.
+        Then the character alone gives no information. The exceptions are concepts about the
+        character or token itself.
         """
         return not (self.about_itself or (self.level == "char" and self.causal))
 

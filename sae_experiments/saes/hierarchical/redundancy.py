@@ -57,7 +57,7 @@ def pairwise(p11: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 
 def redundancy(p11: Tensor, p: Tensor, q: Tensor, rows: int) -> Tensor:
-    """`U_ij = max(I_ij - 1/(2N), 0) / min(h(p_i), h(q_j))`, with Miller and Madow's correction.
+    """`U_ij = max(I_ij - 1/(2N), 0) / min(h(p_i), h(q_j))`, with the Miller-Madow correction.
 
     0 for independent latents, 1 where one determines the other.
 
@@ -75,7 +75,9 @@ def redundancy(p11: Tensor, p: Tensor, q: Tensor, rows: int) -> Tensor:
 
 
 class Information(nn.Module):
-    """Loss: mean over latents above of the soft maximum of `U_ij` below, plus the mean of U.
+    """Loss that lowers the redundancy U of pairs of latents of two levels.
+
+    It is the mean of U plus the mean over top latents of the soft maximum of U over bottom latents.
 
     Firing is softened to `s = sigmoid((a - theta) / T)`, with T = `width` times the level's mean
     active value. Each step uses random latents among those that fire in it.

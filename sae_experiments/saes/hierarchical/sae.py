@@ -549,7 +549,7 @@ class Hierarchical(SAE):
 
     @torch.no_grad()
     def restore(self, phase: str) -> None:
-        """Become the SAE at the end of a phase; the top takes part from the second phase on."""
+        """Restore the state at the end of a phase; the top is used from the second phase on."""
         self._load_packed(getattr(self, f"end_of_{phase}"))
         self.joined.fill_(phase != "bottom")
 

@@ -108,7 +108,7 @@ def level_widths(
     """Number of latents of the bottom and, unless `levels` is "bottom", of the top.
 
     Raises:
-        UserError: The sizes cannot work.
+        UserError: The sizes are invalid.
     """
     if levels not in ("both", "bottom", "top"):
         raise UserError(f"sae.model.levels={levels!r} is not one of both, bottom, top")

@@ -92,7 +92,7 @@ class StabilityEarlyStopping(nn.Module):
         return self.state[STATE.index(name)].item() if name in STATE else super().__getattr__(name)
 
     def note(self, **values: float) -> None:
-        """Write numbers of the state by name."""
+        """Set entries of the state by name."""
         for name, value in values.items():
             self.state[STATE.index(name)] = value
 

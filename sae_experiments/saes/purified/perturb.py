@@ -7,7 +7,7 @@ rows from their mean, so that kinds can be compared:
 - `uniform`: `delta_i ~ U(-sqrt 3, sqrt 3) eps R / sqrt d`;
 - `mask`: coordinates of `x - mean` set to zero with probability `eps^2`;
 - `covariance`: `eps R Sigma^{1/2} n / sqrt(tr Sigma)`, directions in which the rows vary;
-- `swap`: a step of length eps R, at most all the way, towards another row of the batch;
+- `swap`: a step of length eps R towards another row of the batch, but not beyond that row;
 - `token`: a step of length eps R along the effect of a changed earlier character on the row, which
   needs a second view of the rows;
 - `fgsm`: one step of length eps R up the gradient of the code's change, in the l2 norm
@@ -96,7 +96,7 @@ class NoiseModel(nn.Module):
             x: Rows (B, D).
             other: Rows to move to (B, D).
             eps: Length of the step in units of R.
-            beyond: Allow a step longer than the way to the other row.
+            beyond: Allow a step longer than the distance to the other row.
 
         Returns:
             Delta (B, D).
@@ -124,7 +124,7 @@ def pgd(
     """Steps up the gradient of `||z(x + delta) - z(x)||^2`, each projected back to length `reach`.
 
     Starts at a tenth of `reach` along a random direction. Gradients pass through the active latents
-    of either code. A single step goes all the way.
+    of either code. A single step has length `reach`.
 
     Args:
         encode: Maps rows (B, D) to codes (B, F).
@@ -318,8 +318,8 @@ class Answer(NamedTuple):
 class Change(NamedTuple):
     """Change of a code, for each of n entries.
 
-    Those in the support afterwards come first, then those that left it. Entries that are zero both
-    times may be among them: they have no mass and are active in neither code.
+    The entries of the code after come first, then those that occur only in the code before. Entries
+    may be zero in both codes; their mass is 0 and they do not count as active.
     """
 
     row: Tensor
@@ -347,7 +347,7 @@ def changed(before: Codes, after: Codes, scratch: dict[str, Tensor]) -> Change:
     Args:
         before: Codes of the clean rows.
         after: Codes of the perturbed rows.
-        scratch: Keeps a table from call to call.
+        scratch: Dictionary that keeps a table between calls; see `places`.
     """
     if before.pattern is None or after.pattern is None:
         return _changed_dense(before.dense(), after.dense())
@@ -388,7 +388,7 @@ def places(among: Pattern, wanted: Pattern, scratch: dict[str, Tensor]) -> Tenso
     Args:
         among: Pattern to look in.
         wanted: Pattern of the m entries to look for.
-        scratch: Keeps the table from call to call.
+        scratch: Dictionary that keeps the table between calls.
 
     Returns:
         Positions (m,); -1 for an entry that is not there.

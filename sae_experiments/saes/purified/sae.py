@@ -140,7 +140,7 @@ class Purification:
 
     @property
     def active(self) -> bool:
-        """True if anything is added to the host."""
+        """True if any term is added to the host's loss."""
         analytic = self.eps > 0 and self.weights["analytic"] > 0
         return self.samples or self.weights["decay"] > 0 or analytic
 

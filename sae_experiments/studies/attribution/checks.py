@@ -48,7 +48,7 @@ def check_graph(
         graph: Its graph.
         groups: Latents of each supernode.
         spec: Settings.
-        seed: Of the latents chosen at random.
+        seed: Seed of the random choice of latents.
 
     Returns:
         Arrays by name; empty if no latent is active.
@@ -105,8 +105,8 @@ def removals(made: Interventions, groups: Sequence[Tensor]) -> list[dict[str, fl
     """Effects of removing each group of latents freely, on the most probable next token.
 
     Returns:
-        Per group: its probability `before` and `after`, and the `predicted` and `measured` change
-        of its logit minus the mean logit.
+        For each group: the token's probability `before` and `after`, and the `predicted` and
+        `measured` change of its logit minus the mean logit.
     """
     if not groups:
         return []

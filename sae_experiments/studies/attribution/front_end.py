@@ -1,7 +1,7 @@
-"""Graphs in the two forms in which people look at them.
+"""Graphs in two formats for viewing.
 
-One is JSON as circuit-tracer 0.5 writes it for its front end (also that of Neuronpedia); the other
-is the graph of our report, with the strongest nodes alone.
+One is the JSON that circuit-tracer 0.5 writes for its front end (which Neuronpedia also uses);
+the other is the graph of our report, which has the strongest nodes only.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ class Drawn:
 
 
 def cantor(layer: int, latent: int) -> int:
-    """The number under which circuit-tracer knows a latent of a layer."""
+    """Number by which circuit-tracer identifies a latent of a layer."""
     total = layer + latent
     return total * (total + 1) // 2 + latent
 
 
 def slug_of(name: str) -> str:
-    """A name that can be a file's."""
+    """Turn a name into a valid file name."""
     return re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-") or "graph"
 
 
@@ -222,7 +222,7 @@ def _logit_nodes(drawn: Drawn) -> list[dict[str, Any]]:
 
 
 def write_circuit_tracer(folder: Path, graphs: Sequence[dict[str, Any]]) -> None:
-    """Write each graph and the list of all, `graph-metadata.json`."""
+    """Write each graph, and the list of all graphs, `graph-metadata.json`."""
     for graph in graphs:
         write_json(folder / f"{graph['metadata']['slug']}.json", graph)
     write_json(folder / "graph-metadata.json", {"graphs": [graph["metadata"] for graph in graphs]})

@@ -22,7 +22,7 @@ class Graph:
     Args:
         weights: Attributions into latents and then logits (n + m, N), from latents, errors and
             then tokens.
-        probability: Of the logits, (m,).
+        probability: Probabilities of the logits, (m,).
         n_errors: Number of error nodes.
     """
 
@@ -125,9 +125,9 @@ class Graph:
 def prune(graph: Graph, node_share: float, edge_share: float) -> tuple[Tensor, Tensor]:
     """The smallest part of a graph that carries most of the influence.
 
-    Nodes are kept by influence until their share of the sum reaches `node_share`; edges of what is
-    left by influence until `edge_share`. Nodes that then lead nowhere, and latents without inputs,
-    are dropped. Tokens always stay.
+    Nodes of largest influence are kept until their share of the sum reaches `node_share`, then
+    edges between kept nodes in the same way up to `edge_share`. Nodes that then lead nowhere, and
+    latents without inputs, are dropped. Tokens always stay.
 
     Args:
         graph: The graph.

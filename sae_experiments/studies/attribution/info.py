@@ -1,4 +1,4 @@
-"""Descriptions of the numbers of attribution graphs and their checks."""
+"""Descriptions of the metrics of attribution graphs and their checks."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ ORDERS = {
 
 
 def _removals() -> list[MetricInfo]:
-    """Descriptions of the numbers of removed virtual weights."""
+    """Descriptions of the metrics of removed virtual weights."""
     described = [
         info(
             f"virtual_removable_{order}",
@@ -116,7 +116,7 @@ def _removals() -> list[MetricInfo]:
 
 
 def infos() -> list[MetricInfo]:
-    """Descriptions of all numbers of the study."""
+    """Descriptions of all metrics of the study."""
     described = [
         info(
             name,

@@ -1,4 +1,4 @@
-"""Interventions on the real model: clamp latents, and compare what follows with the graph.
+"""Interventions on the real model: clamp latents and compare the effects with the graph.
 
 Shape letters: R interventions, T positions, C width of the residual stream, n active latents, m
 logits.
@@ -18,7 +18,7 @@ from sae_experiments.studies.attribution.local import Adjacency, LocalModel
 
 
 class Effects(NamedTuple):
-    """Changes of what every intervention may change."""
+    """Changes that each intervention causes."""
 
     latents: Tensor
     """Change of the pre-activation of each active latent, (R, n)."""

@@ -239,7 +239,7 @@ class LocalModel:
         return block.pull_back(clean.weights[0], clean.rstd_1[0], g)
 
     def before_norm_out(self, k: int, g: Tensor) -> Tensor:
-        """Gradient (R, T, C) at what attention mixes in block k, from that at the stream."""
+        """Gradient (R, T, C) before the output norm of attention in block k, from that after it."""
         rstd = self.frozen.clean[k].rstd_out
         return self.frozen.blocks[k].past_norm_out(None if rstd is None else rstd[0], g)
 

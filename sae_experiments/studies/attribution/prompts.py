@@ -28,7 +28,7 @@ CONFIDENCE = (0.2, 0.95)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSpec:
-    """Which prompts get a graph."""
+    """Choice of the prompts that get a graph."""
 
     texts: Sequence[str] | None  # given prompts (null: chosen from the held-out text)
     count: int  # prompts chosen for null
@@ -59,15 +59,16 @@ class Prompt(NamedTuple):
 
 
 def given(texts: Sequence[str], corpus: Corpus, length: int) -> list[Prompt]:
-    """Prompts that were typed.
+    """Encode prompts that the user gave as text.
 
     Args:
         texts: The prompts.
         corpus: The text that the language model reads.
-        length: Most tokens of a prompt.
+        length: Maximum tokens of a prompt.
 
     Raises:
-        UserError: One is too short, too long, or has a character that the corpus does not have.
+        UserError: A prompt is too short, too long, or has a character that the corpus does not
+            have.
     """
     what = "characters" if corpus.symbols else "tokens"
     prompts = []

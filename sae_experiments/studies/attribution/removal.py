@@ -1,4 +1,4 @@
-"""Removal of virtual weights: which of them the loss depends on.
+"""Removal of virtual weights, to find those that the loss depends on.
 
 In the frozen replacement model (every MLP replaced by transcoders, attention weights and norm
 denominators held at those of the clean run) a share of all virtual weights is removed: a target's
@@ -46,12 +46,12 @@ WINDOWS, BATCH = 16, 8
 
 
 class Ranked(NamedTuple):
-    """All virtual weights of transcoders, and their places in each order."""
+    """All virtual weights of transcoders, and their rank in each order."""
 
     weights: list[Tensor]
     """By target layer: inner products (sources, P) at a deviation of 1."""
     places: dict[str, list[Tensor]]
-    """By order and target layer: places (sources, P), from 0 for the first to be removed."""
+    """By order and target layer: ranks (sources, P), from 0 for the first to be removed."""
     n_weights: int
     """Number of weights."""
 
@@ -68,7 +68,7 @@ def count_weights(sae: EveryLayer) -> int:
 
 
 def rank(virtual: VirtualWeights, seed: int) -> Ranked:
-    """Put all virtual weights in every order.
+    """Rank all virtual weights in each of the three orders.
 
     Args:
         virtual: Virtual weights of transcoders.
@@ -165,7 +165,7 @@ def measure(
 
 
 def numbers(curves: Mapping[str, np.ndarray]) -> dict[str, float | None]:
-    """Numbers of removal curves.
+    """Metrics of removal curves.
 
     Args:
         curves: Result of `measure`.

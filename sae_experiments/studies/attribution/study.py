@@ -135,7 +135,7 @@ class Attribution(Language):
         return [*infos(), *super().infos()]
 
     def described_latents(self) -> Sequence[int]:
-        """Latents that the features metric describes whatever else it chooses."""
+        """Latents that the features metric always describes, besides those it chooses."""
         return self._latents
 
     def evaluate(
@@ -329,7 +329,7 @@ def spelling(corpus: Corpus) -> list[str]:
 
 
 def graph_numbers(traced: Sequence[Traced]) -> dict[str, float | None]:
-    """Means over prompts of what the graphs are like."""
+    """Means over prompts of the metrics of the graphs."""
     rows = []
     for one in traced:
         graph, drawn = one.drawn.graph, one.drawn

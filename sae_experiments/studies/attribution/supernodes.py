@@ -1,7 +1,7 @@
-"""Groups of latents that do the same in a graph.
+"""Groups of latents that play the same role in a graph.
 
 Two latents are alike if their edges are: the cosine of what they write to, averaged with that of
-what they read from. Groups are those of average linkage, of latents at one position.
+what they read from. Groups come from average-linkage clustering of the latents at one position.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def group_latents(graph: Graph, position: Tensor, kept: Tensor, least: float) ->
         graph: The graph, before pruning.
         position: Position of each latent, (n,).
         kept: Latents to group, (n,) as booleans.
-        least: Mean likeness within a group at least, -1 to 1.
+        least: Minimum mean likeness within a group, -1 to 1.
 
     Returns:
         Latents of each group, the group with the most influence first.

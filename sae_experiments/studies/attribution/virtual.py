@@ -1,4 +1,4 @@
-"""Virtual weights: what a latent writes, read by a later one, whatever the prompt.
+"""Virtual weights: the effect of a latent's write on a later latent, independent of the prompt.
 
 The weight from source s to target t is the residual path alone,
 
@@ -41,9 +41,9 @@ class Weights(NamedTuple):
     """Weights between chosen latents (rows) and all latents (columns), (D, F) each."""
 
     plain: np.ndarray
-    """V."""
+    """Weights V."""
     expected: np.ndarray
-    """Corrected by how the two fire together."""
+    """Corrected for co-activation of the two latents."""
     together: np.ndarray
     """Rows of text on which both fire."""
 

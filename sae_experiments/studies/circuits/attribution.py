@@ -345,7 +345,7 @@ class Circuit:
 
 
 def joined(calls: Sequence[Attribution], name: str) -> Tensor:
-    """One field of several attributions, for all of their targets."""
+    """Concatenate one field of several attributions over all of their targets."""
     return torch.cat([getattr(call, name) for call in calls])
 
 

@@ -80,7 +80,7 @@ def single_effects(
         prompts: The prompts.
         targets: The targets.
         pairs: Targets with the upstream latent to remove.
-        whole: Clean pre-activations of the targets (R,), if they are known.
+        whole: Clean pre-activations of the targets (R,). None: they are computed.
 
     Returns:
         Effects (N,).
@@ -114,7 +114,7 @@ def joint_effects(
         prompts: The prompts.
         targets: The targets, in the order of their prompts.
         share: Gives the share (r, T, K) of each latent's amount to remove, for a part of r targets.
-        whole: Clean pre-activations of the targets (R,), if they are known.
+        whole: Clean pre-activations of the targets (R,). None: they are computed.
 
     Returns:
         Effects (R,).
@@ -169,7 +169,7 @@ def deletion(
         targets: The targets, in the order of their prompts.
         places: Ranks (R, T, K).
         counts: The numbers q.
-        whole: Clean pre-activations of the targets (R,), if they are known.
+        whole: Clean pre-activations of the targets (R,). None: they are computed.
 
     Returns:
         Effects (R, Q).
@@ -217,7 +217,7 @@ def nudge(
 
 
 class Agreement(NamedTuple):
-    """Agreement of a prediction with what happened."""
+    """Agreement of predicted with measured changes."""
 
     pearson: float
     spearman: float

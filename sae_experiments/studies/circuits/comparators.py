@@ -151,7 +151,7 @@ class Grams:
         return sparse.csc_matrix((f1, (both.row, both.col)), shape=both.shape)
 
     def scored(self, on: sparse.csr_matrix, specific: Sequence[Specific]) -> list[Specific]:
-        """The same latents and n-grams, with their F1 and firings on this text.
+        """Update F1 and firings of latents and their n-grams to this text.
 
         Args:
             on: Firing on this text, (N, F).
@@ -183,7 +183,7 @@ class Grams:
 
 
 def most_specific(on: sparse.csr_matrix, grams: Grams, *, n: int, min_fires: int) -> list[Specific]:
-    """The latents with the best F1 for one n-gram, no two of them for the same one.
+    """The latents with the best F1 for an n-gram, at most one latent per n-gram.
 
     Args:
         on: Firing, as ones (N, F).

@@ -60,7 +60,7 @@ class Describer:
         return even, ~even
 
     def specific(self, order: int, min_fires: int) -> list[Specific]:
-        """Latents that are most specific to one n-gram, no two of them to the same one.
+        """Latents that are most specific to an n-gram, at most one latent per n-gram.
 
         They are in the order of their F1 on the first half of the text, and scored on the second.
 
@@ -90,7 +90,7 @@ class Describer:
         return [next(scored) if s else None for s in best]
 
     def scored(self, specific: Sequence[Specific]) -> list[Specific]:
-        """The same with the F1 on the second half of the text; NaN if that is empty."""
+        """Replace the F1 by that on the second half of the text; NaN if the half is empty."""
         second = self.on[self.halves[1]]
         if not second.shape[0]:
             return [s._replace(f1=math.nan) for s in specific]
@@ -124,8 +124,8 @@ class Describer:
         Args:
             latent: The latent.
             n: Number of contexts.
-            before: Symbols before the firing, at most to the start of the window.
-            after: Symbols after it.
+            before: Symbols shown before the firing, cut at the start of the window.
+            after: Symbols shown after the firing.
 
         Returns:
             The texts `before`, `at` and `after`, and `acts`, one value per character.

@@ -1,4 +1,4 @@
-"""Descriptions of the numbers of a circuit."""
+"""Descriptions of the metrics of a circuit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OTHERS = {
 
 
 def infos(nudges: Sequence[float]) -> list[MetricInfo]:
-    """Descriptions of all numbers of a circuit.
+    """Descriptions of all metrics of a circuit.
 
     Args:
         nudges: Steps along the gradient, as shares of the norm of the codes.

@@ -34,7 +34,7 @@ def block_of(model: nn.Module, number: int) -> Block:
     """A block of a model by its number, from 0.
 
     Raises:
-        UserError: It is of no kind that can be taken apart.
+        UserError: This kind of block is not supported.
     """
     if getattr(getattr(model, "config", None), "model_type", None) in GATED_KINDS:
         return GatedBlock(cast("CausalLM", model), number)
@@ -104,9 +104,9 @@ class Path:
         return moved
 
     def base(self, seen: dict[Site, Tensor]) -> Tensor | None:
-        """The stream (P, T, C) without the upstream MLP's output.
+        """The stream (P, T, C) without the output of the MLP in the upstream block.
 
-        None where the output need not be told apart from the rest of the stream.
+        None if the path does not need that output separately.
         """
         if self.upstream.stream == "mlp_in":
             return seen[self.stream] - self.source.mlp(seen[self.upstream])
@@ -152,14 +152,14 @@ class Path:
         return acts if self.downstream.stream == "mlp_act" else self.source.written(acts)
 
     def linearise(self, state: Tensor, base: Tensor | None) -> Point:
-        """The path at states (P, T, C), ready to be pulled back through."""
+        """The path at given states (P, T, C), through which gradients can be pulled back."""
         return Point(self, state, base)
 
     @torch.no_grad()
     def check(self, tokens: Tensor) -> None:
         """Raise `UserError` if the path computes other activations than the model.
 
-        The model then has an option that is not known here.
+        Then the model has an option that this module does not support.
         """
         seen = activations(self.model, tokens, self.sites)
         position = torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)

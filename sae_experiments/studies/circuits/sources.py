@@ -84,8 +84,8 @@ class LocalSources:
     def texts(self, corpora: Mapping[str, CharCorpus]) -> dict[str, TokenText]:
         """Texts in the model's tokens, by name.
 
-        These are the text file, or else the corpora, joined and divided anew into training and
-        validation.
+        These are the text file if one is given, else all corpora, each with its training and
+        validation splits joined and split anew.
         """
         if self.text:
             text = local_lm.read_text(Path(self.text).expanduser())
@@ -127,7 +127,7 @@ def load_sae(
         say: Receives remarks about the SAE.
 
     Raises:
-        UserError: There is no SAE, or one of another site or width.
+        UserError: There is no SAE, or it has another site or width.
     """
     folder = path if (path / interop.CONFIG).is_file() else _in_run(role, path, dataset, seed, site)
     sae, hook = interop.load_sae(folder), hook_of(folder)

@@ -217,7 +217,10 @@ class Circuits:
     def where(self, n_layer: int) -> Where:
         """The sites in a model of `n_layer` blocks.
 
-        Without a downstream site it is the upstream one, one block later.
+        Without a downstream site, it is the upstream site one block later.
+
+        Raises:
+            UserError: A site does not exist, or the sites are in the wrong order.
         """
         read = parse_site(self.upstream.site or "", n_layer)
         write = parse_site(self.upstream.write, n_layer) if self.upstream.write else read

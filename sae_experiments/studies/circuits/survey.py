@@ -302,7 +302,8 @@ class Checker:
     def deletions(self, scores: Scores) -> None:
         """Remove the first 1, 2, 4, ... latents by each ranking.
 
-        Once of those at the target's own position, and once of all that it can depend on.
+        This is done for the latents at the target's own position, and for all that it can depend
+        on.
         """
         for same, prefix in ((True, ""), (False, "all_")):
             allowed = check.reachable(self.prompts, self.targets, same=same)

@@ -1,4 +1,4 @@
-"""A benchmark on worlds of SynthSAEBench: one score per SAE, references, and a list of tries."""
+"""A benchmark on worlds of SynthSAEBench: one score per SAE, references, and a list of attempts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HEADER = (
 
 
 class Reference(NamedTuple):
-    """A line to compare with; None where a number was not published."""
+    """A reference to compare scores with; None where a number was not published."""
 
     name: str
     f1: float

@@ -90,7 +90,7 @@ class Synth:
         return [sum(sizes[:level]) for level in range(self.depth + 2)]
 
     def memory(self, rows: int) -> dict[str, float]:
-        """Bytes at the peak of drawing rows, by purpose."""
+        """Peak memory in bytes of drawing rows, by purpose."""
         free = self.features - self.starts[-1] + self.trees
         return {
             "feature activations": 13.0 * min(rows, BLOCK) * free,

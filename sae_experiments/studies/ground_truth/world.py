@@ -80,9 +80,9 @@ class Planted:
             )
 
     def memory(self, rows: int) -> dict[str, float]:
-        """Bytes at the peak of drawing rows, by purpose.
+        """Peak memory in bytes of drawing rows, by purpose.
 
-        Five numbers per feature and row are held at once, and the directions.
+        Five numbers per feature and row are held at once, besides the directions.
         """
         return {
             "feature activations": 20.0 * rows * self.features,

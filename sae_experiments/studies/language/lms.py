@@ -87,7 +87,7 @@ def ready_text(lm: LMSpec | Checked, spec: DataSpec, ctx: Context, *, offline: b
     """Find, fetch and encode a text.
 
     Raises:
-        UserError: The text cannot be had, or is too short.
+        UserError: The text cannot be obtained, or is too short.
     """
     if isinstance(lm, LMSpec) and lm.vocab_size is None:
         of_text = of_type(spec, CorpusSpec)  # see `checked_lm`

@@ -27,15 +27,15 @@ def origin(spec: SAESpec) -> dict[str, Any]:
 def settled(
     name: str, spec: SAESpec, sae: Loaded, stores: Stores, sites: tuple[Where, Where], ctx: Context
 ) -> tuple[Loaded, FitReport]:
-    """A loaded SAE that has seen the units of the rows, with the report of no training.
+    """Adapt a loaded SAE to the units of the rows; returns it with the report of an empty fit.
 
     Args:
         name: Label of the SAE.
         spec: Its description.
         sae: The SAE as its directory has it.
         stores: Rows of the model.
-        sites: What it reads and what it rebuilds.
-        ctx: Whom to tell what may make it the wrong one.
+        sites: Sites that it reads and rebuilds.
+        ctx: Context of the run, whose console prints remarks about the SAE.
     """
     sae.adapt(stores.for_pass(*sites).sample(*sites).x)
     sae.eval().requires_grad_(False)

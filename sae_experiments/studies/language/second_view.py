@@ -18,7 +18,7 @@ from sae_experiments.training.loop import seed_of
 
 
 class SecondView:
-    """A second store over the training windows, in which some characters are others.
+    """A second store over the training windows, in which some characters were replaced.
 
     A row whose own character was replaced is its own second view: only the characters before a
     position may differ.

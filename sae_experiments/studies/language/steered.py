@@ -16,7 +16,7 @@ def add_examples(
     """Add continuations under the most rule-like latents to the features of an outcome.
 
     Args:
-        outcome: What the metrics measured.
+        outcome: Outcome that holds the results of the metrics; changed in place.
         evaluation: The SAE, its language model and its held-out text.
         latents: Number of latents; 0 for none.
         ends: Time (`time.monotonic`) after which nothing begins; None: never.

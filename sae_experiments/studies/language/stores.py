@@ -44,7 +44,8 @@ class Stores:
     Training and calibration windows are disjoint; held-out windows are of another split, or of
     another part of the validation split. They are ordered so that the first n of them, for any n,
     are spread over the whole split (see `sampling.spread_order`); eight neighbours at a time stay
-    together, which is what metrics take for a document. The rows of the other two follow the text.
+    together, which is what metrics take for a document. Training and calibration rows are in the
+    order of the text.
     """
 
     def __init__(
@@ -233,11 +234,11 @@ def rows_of(rows: Store | Stream, where: Where, index: np.ndarray | ChunkIndex) 
 
 
 def kind_of(fit: FitSpec, parts: Sequence[Part], sites: Sequence[Site], cache: Path) -> str:
-    """Place of the rows: `fit.store`, or for auto a stream if the disk is too small.
+    """Storage of the rows: `fit.store`, or for `auto` a stream if the disk is too small.
 
     Args:
-        fit: The share of the free disk that stores may take, and the choice.
-        parts: What is to be collected.
+        fit: Holds `store` and the share of the free disk that stores may take.
+        parts: Windows to collect.
         sites: Sites to collect.
         cache: Folder of the cache, on the disk in question.
     """
@@ -257,7 +258,7 @@ def announce_memory(
     """Announce the memory that rows will take, if it is much.
 
     Args:
-        kind: Place of the rows: disk, memory or stream.
+        kind: Storage of the rows: disk, memory or stream.
         fit: Sizes and precision.
         parts: Training, calibration and held-out windows.
         sites: Sites to collect.
@@ -313,7 +314,7 @@ def held_out_starts(
 ) -> tuple[str, np.ndarray]:
     """Windows that SAEs are evaluated on, in the order that `Stores` describes.
 
-    What a search sees and what its winner is reported on have nothing in common: they are the
+    The rows that a search sees and those that its winner is reported on are disjoint: the
     validation and the test split, or the two halves of the validation split if there is no test
     split.
 

@@ -103,7 +103,7 @@ class Language:
     metrics: Mapping[str, Metric]
     """Metrics by name."""
     fit: FitSpec
-    """Sizes of stores and numbers of the fits."""
+    """Sizes of stores and settings of the fits."""
     site: str
     """Site of the SAEs, unless they name their own."""
     seeds: Sequence[int] | None
@@ -420,7 +420,7 @@ class Language:
         )
 
     def described_latents(self) -> Sequence[int]:
-        """Latents that the features metric describes in any case; for studies built on this one."""
+        """Latents that the features metric always describes; for studies built on this one."""
         return ()
 
     def evaluate(
@@ -547,15 +547,15 @@ def export(
     ctx: Context,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the SAE as a SAELens directory, with reference rows, if it has such a form.
+    """Write the SAE as a SAELens directory, with reference rows, if that format can hold it.
 
     Args:
         sae: The SAE.
         folder: Directory to write.
         stores: The activations.
-        read: Where the SAE reads.
+        read: Site or sites that the SAE reads.
         ctx: Context of the run.
-        more: Further metadata, which counts before what the stores say.
+        more: Further metadata, which overrides that of the stores.
     """
     x = stores.held_out.rows(read, slice(0, 64)).to(ctx.device)
     hook = ", ".join(str(s) for s in as_sites(read))

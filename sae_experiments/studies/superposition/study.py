@@ -1,8 +1,8 @@
 """Toy models of superposition with tree-structured features, over depths and hidden sizes.
 
-All models of a family of features are trained together. Results are the trees that fit into how
-many hidden units, how features share these, and how much of a known tree an SAE on the hidden layer
-recovers.
+All models of a family of features are trained together. Results are the number of hidden units that
+each tree needs, the way features share these, and the part of a known tree that an SAE on the
+hidden layer recovers.
 """
 
 from __future__ import annotations
@@ -474,9 +474,16 @@ def summarise(outcome: Outcome, losses: Losses, threshold: float) -> None:
 
 
 def represent(outcome: Outcome, learner: ToyLearner, losses: Losses, features: Features) -> None:
-    """Add how each configuration's best instance represents its features.
+    """Add the representation of the features by each configuration's best instance.
 
-    These are norms, interference and dimensions per feature, and the plane of two hidden units.
+    It consists of norms, interference and dimensions per feature, and of the weights in the plane
+    for two hidden units.
+
+    Args:
+        outcome: Outcome to add to, changed in place.
+        learner: The trained models.
+        losses: Loss of every instance (instances,) by (depth, hidden).
+        features: Features of the trees.
     """
     width = features.n_features(max(depth for depth, _ in losses))
     kinds = ("feature_norm", "interference", "dimensionality")

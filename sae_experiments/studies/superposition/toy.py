@@ -4,10 +4,10 @@ There is a model for every depth, hidden size and instance (Elhage et al. 2022).
 and similar hidden size lie in one padded tensor. Padding stays exactly zero and every model's
 arithmetic is its own, so that its result does not depend on the models beside it.
 
-If there are few distinct samples, a batch is the number of times that each occurs, a multinomial
-draw: the loss is a weighted sum over the distinct samples, with the same distribution as one over a
-batch. On a processor with a C compiler a step is compiled code (`toy_step`), else PyTorch's; they
-differ by rounding alone.
+If there are few distinct samples, a batch is stored as the number of times that each occurs, which
+is a multinomial draw. The loss is then a weighted sum over the distinct samples, with the same
+distribution as the loss over a batch. On a processor with a C compiler a step is compiled code
+(`toy_step`), else PyTorch's; they differ by rounding alone.
 
 Shape letters: I instances, C configurations of a group, R rows (hidden units, zeros, and last the
 bias), F features (padded to a multiple of 16), S samples, J sets of samples (I, or 1 if all
@@ -306,7 +306,7 @@ def memory(
     batch: int,
     eval_rows: int,
 ) -> dict[str, float]:
-    """Bytes at the peak of training and evaluating models, by purpose, to about a third.
+    """Peak memory in bytes of training and evaluation, by purpose, accurate to about a third.
 
     Args:
         shapes: Configurations, as (depth, hidden).

@@ -49,7 +49,7 @@ class Features:
     - `independent`: the control, independent features with the marginals of the tree `match`.
     - `pairs`: as many features, correlated or anticorrelated in pairs.
 
-    In trees everything below a node that is off is off.
+    In trees, all nodes below a node that is off are off.
     """
 
     mode: str
@@ -103,7 +103,7 @@ class Features:
         )
 
     def parents(self, depth: int) -> np.ndarray:
-        """Index (F,) of every feature's parent, -1 for the root."""
+        """Index (F,) of every feature's parent, -1 if the parent is the root."""
         return np.arange(self.n_features(depth)) // self.branching - 1
 
     def importances(self, depth: int) -> np.ndarray:
