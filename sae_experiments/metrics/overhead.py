@@ -180,7 +180,7 @@ def _peak(step: Callable[[], None], steps: int, device: torch.device) -> int:
         for _ in range(steps):
             step()
         return torch.cuda.max_memory_allocated(device) - before
-    with Held() as held:
+    with MemoryMeter() as held:
         for _ in range(steps):
             step()
     return held.peak
@@ -198,7 +198,7 @@ def storages(tree: Any) -> Iterator[Any]:
                 yield part.untyped_storage()
 
 
-class Held(TorchDispatchMode):
+class MemoryMeter(TorchDispatchMode):
     """Context that counts the bytes of tensors allocated in it: current (`now`) and `peak`."""
 
     def __init__(self) -> None:

@@ -114,7 +114,7 @@ class Direct(NamedTuple):
         """Decoded codes (B, O) of some of the rows times their factors."""
         return recon if self.scale is None else recon * self.scale[rows].to(recon)
 
-    def joined(self, recon: Tensor, rows: slice | np.ndarray) -> Tensor:
+    def with_direct(self, recon: Tensor, rows: slice | np.ndarray) -> Tensor:
         """Reconstructions from the decoded codes (B, O) of some of the rows."""
         return self.scaled(recon, rows) + self.added[rows].to(recon)
 
@@ -150,7 +150,7 @@ def rise(
         rows = window.rows[begin * length : (begin + batch) * length]
         recon = decode(code[rows])
         if direct is not None:
-            recon = direct.joined(recon, rows)
+            recon = direct.with_direct(recon, rows)
         recon = recon.view(-1, length, recon.shape[1])
         part = slice(begin, begin + batch)
         splice = {window.site: recon}

@@ -160,7 +160,7 @@ def _window_sums(
     held = clean
     if frozen is not None:
         run = frozen.held(sae.replacement(x.shape))
-        held = next_log_probs(frozen.bent(run.logits)[:, frozen.n_begin :]).flatten(0, 1)
+        held = next_log_probs(frozen.soft_capped(run.logits)[:, frozen.n_begin :]).flatten(0, 1)
 
     def loss(log_p: Tensor) -> float:
         return float(F.nll_loss(log_p, targets, reduction="sum"))

@@ -118,7 +118,7 @@ class FrozenModel:
     def _check(self, wanted: Tensor) -> None:
         """Raise `UserError` unless a run with everything held gives the model's logits."""
         text = [clean.mlp_out[:, self.n_begin :] for clean in self.clean]
-        again = self.bent(self.held(lambda k, _: text[k]).logits)
+        again = self.soft_capped(self.held(lambda k, _: text[k]).logits)
         error = float((again - wanted).norm() / wanted.norm().clamp_min(1e-12))
         half = next(self.model.parameters()).dtype in HALF
         if not error <= TOLERANCE[half]:
@@ -131,13 +131,13 @@ class FrozenModel:
         """Logits (..., V) of normed rows (..., C), before any soft cap."""
         return torch.nn.functional.linear(n, self.unembedding, self.logit_bias)
 
-    def bent(self, logits: Tensor) -> Tensor:
+    def soft_capped(self, logits: Tensor) -> Tensor:
         """The model's own logits (..., V): soft-capped if the model caps them."""
         return logits if not self.cap else self.cap * torch.tanh(logits / self.cap)
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """Log-probabilities (..., V) of logits before any soft cap."""
-        return self.bent(logits).log_softmax(-1)
+        return self.soft_capped(logits).log_softmax(-1)
 
     @property
     def token_embedding(self) -> Tensor:

@@ -34,7 +34,7 @@ from sae_experiments.saes.saelens_config import (
     is_transcoder,
     output_hook_name,
     site_of_hook,
-    understood,
+    to_common_form,
 )
 
 #: Name of the file with rows, their codes and their reconstructions.
@@ -139,7 +139,7 @@ def read_directory(folder: Path) -> Loaded:
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} is not an SAE directory: it needs {CONFIG} and {WEIGHTS}")
     config = read_json(folder / CONFIG)
-    inference, notes = understood(config, _tensors(folder / WEIGHTS), folder)
+    inference, notes = to_common_form(config, _tensors(folder / WEIGHTS), folder)
     sae = loaded(inference, notes)
     if (folder / REFERENCE).is_file():
         reference = {name: t.float() for name, t in _tensors(folder / REFERENCE).items()}

@@ -165,7 +165,7 @@ def _is_among(value: Any, allowed: tuple[Any, ...]) -> bool:
     return any(type(value) is type(other) and value == other for other in allowed)
 
 
-def understood(values: Any, tensors: Mapping[str, Tensor], folder: Path) -> Directory:
+def to_common_form(values: Any, tensors: Mapping[str, Tensor], folder: Path) -> Directory:
     """Bring the SAE of a directory into the common form.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 
 from sae_experiments.metrics import overhead
 from sae_experiments.metrics.base import EvalContext, Measured
-from sae_experiments.metrics.overhead import Held
+from sae_experiments.metrics.overhead import MemoryMeter
 from support.saes import batch, make
 
 SETTINGS: dict[str, Any] = {"batch": 256, "steps": 1, "rounds": 2, "memory_steps": 2}
@@ -29,7 +29,7 @@ def measured(name: str, *overrides: str) -> tuple[Measured, Any]:
 
 
 def test_memory_is_that_of_living_tensors_and_of_no_view():
-    with Held() as held:
+    with MemoryMeter() as held:
         a = torch.zeros(1000)
         assert (held.now, held.peak) == (4000, 4000)
         b = a + 1

@@ -29,7 +29,7 @@ def test_the_models_own_mlps_give_its_own_logits(kind: str, norms: bool) -> None
     own = [clean.mlp_out[:, frozen.n_begin :] for clean in frozen.clean]
     run = frozen.held(lambda k, _: own[k], norms=norms)
     wanted = lm(input_ids=ids).logits
-    torch.testing.assert_close(frozen.bent(run.logits)[:, frozen.n_begin :], wanted, **CLOSE)
+    torch.testing.assert_close(frozen.soft_capped(run.logits)[:, frozen.n_begin :], wanted, **CLOSE)
     sites = [Site("mlp_in", k + 1) for k in range(len(own))]
     for k, x in enumerate(activations(lm, ids, sites).values()):
         torch.testing.assert_close(run.mlp_in[k][:, frozen.n_begin :], x, **CLOSE)
@@ -54,7 +54,7 @@ def test_what_is_added_freely_is_added_to_the_real_model(kind: str) -> None:
         given[site] = seen[site] + more[k][:, frozen.n_begin :]
     with spliced(lm, given):
         wanted = lm(input_ids=ids.expand(3, -1), use_cache=False).logits
-    torch.testing.assert_close(frozen.bent(run.logits[:, 0]), wanted[:, -1], **CLOSE)
+    torch.testing.assert_close(frozen.soft_capped(run.logits[:, 0]), wanted[:, -1], **CLOSE)
 
 
 @every_model

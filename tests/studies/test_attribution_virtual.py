@@ -10,8 +10,8 @@ from torch import Tensor
 from sae_experiments.studies.attribution.heads import split, targets_of
 from sae_experiments.studies.attribution.local import LocalModel
 from sae_experiments.studies.attribution.virtual import (
+    VirtualWeightRows,
     VirtualWeights,
-    Weights,
     interference,
     strongest,
 )
@@ -74,8 +74,10 @@ def test_a_plain_weight_is_an_edge_at_the_mean_scale() -> None:
 
 def test_the_strongest_are_listed_and_interference_is_counted() -> None:
     plain = np.array([[0.0, 3.0, -2.0, 1.0]])
-    weights = Weights(plain, np.array([[0.0, 0.0, -0.5, 0.9]]), np.array([[9.0, 0.0, 4.0, 7.0]]))
+    weights = VirtualWeightRows(
+        plain, np.array([[0.0, 0.0, -0.5, 0.9]]), np.array([[9.0, 0.0, 4.0, 7.0]])
+    )
     assert strongest(weights, 3) == [[[3, 0.9, 1.0], [2, -0.5, -2.0]]]
     assert interference(weights)["virtual_never_share"] == 1.0
-    nothing = Weights(*(np.zeros((1, 4)) for _ in range(3)))
+    nothing = VirtualWeightRows(*(np.zeros((1, 4)) for _ in range(3)))
     assert interference(nothing) == {"virtual_never_share": None, "virtual_rank_r": None}

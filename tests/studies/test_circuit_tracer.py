@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_experiments.saes.circuit_tracer import save_transcoders
-from sae_experiments.studies.attribution.front_end import Drawn, as_circuit_tracer
+from sae_experiments.studies.attribution.front_end import DrawnGraph, as_circuit_tracer
 from sae_experiments.studies.attribution.heads import edge_heads
 from sae_experiments.studies.attribution.influence import Graph, prune
 from sae_experiments.studies.attribution.local import LocalModel
@@ -77,7 +77,7 @@ def page(mine: Ours) -> dict[str, Any]:
     """A graph in the form that circuit-tracer's page reads."""
     nodes, edges = prune(mine.graph, 0.8, 0.98)
     kept, position = nodes[: mine.graph.n], mine.local.nodes.position
-    drawn = Drawn(
+    drawn = DrawnGraph(
         mine.local,
         mine.graph,
         nodes,

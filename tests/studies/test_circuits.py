@@ -33,9 +33,9 @@ from sae_experiments.studies.circuits.comparators import (
     weight_directions,
 )
 from sae_experiments.studies.circuits.describe import Describer
-from sae_experiments.studies.circuits.graph import GraphSpec, firings_of, trace
+from sae_experiments.studies.circuits.graph import CircuitGraphSpec, firings_of, trace
 from sae_experiments.studies.circuits.path import Path
-from sae_experiments.studies.circuits.survey import Checker, CheckSpec, drawn
+from sae_experiments.studies.circuits.survey import Checker, CircuitCheckSpec, drawn
 from support.circuit_worlds import GATED, KINDS, C, F, T, circuit, model, sae, tokens
 from support.saes import NAMES, OF_SEVERAL_SITES, make, sae_spec, unsettled
 
@@ -71,7 +71,7 @@ def some(c: Circuit, ids: Tensor, n: int = 24, **kwargs: object) -> tuple[Prompt
     return prompts, prompts.active[chosen]
 
 
-def joined(calls: list[Attribution], name: str) -> Tensor:
+def concatenated(calls: list[Attribution], name: str) -> Tensor:
     return torch.cat([getattr(c, name) for c in calls])
 
 
@@ -99,7 +99,7 @@ def test_gradients_equal_backward_passes_one_by_one(
     prompts, targets = some(c, ids, 10)
     x = activations(c.model, ids, [c.write])[c.write]
     calls = list(c.attribute(prompts, targets))
-    gradient, value = joined(calls, "gradient"), joined(calls, "value")
+    gradient, value = concatenated(calls, "gradient"), concatenated(calls, "value")
     for r in range(targets.n):
         wanted, g = one_by_one(c, ids, x, targets, r)
         g = g.gather(1, prompts.index[targets.prompt[r]])
@@ -125,7 +125,7 @@ def test_the_gradient_of_a_chosen_latent_is_known_for_all_upstream_latents(
     c, ids = circuit(model("gpt2"), upstream, downstream)
     prompts = c.prompts(ids)
     latent = int(prompts.active.latent.mode().values)
-    spec = GraphSpec(
+    spec = CircuitGraphSpec(
         latents=None,
         count=1,
         order=1,
@@ -203,7 +203,7 @@ def test_batches_do_not_matter_and_memory_is_bounded() -> None:
 def test_a_step_along_the_gradient_does_what_the_gradient_says() -> None:
     c, ids = circuit(model("gpt_neo"), "mlp_act.2", "mlp_act.3")
     prompts, targets = some(c, ids)
-    gradient = joined(list(c.attribute(prompts, targets)), "gradient")
+    gradient = concatenated(list(c.attribute(prompts, targets)), "gradient")
     allowed = check.reachable(prompts, targets, same=False)
     errors = []
     for step in (1e-3, 1e-4):
@@ -231,7 +231,7 @@ def test_in_a_linear_world_attribution_is_the_effect_and_everything_adds_up() ->
     c, ids = linear_world()
     prompts, targets = some(c, ids)
     calls = list(c.attribute(prompts, targets))
-    gradient, attribution = joined(calls, "gradient"), joined(calls, "attribution")
+    gradient, attribution = concatenated(calls, "gradient"), concatenated(calls, "attribution")
     e = c.downstream.W_enc[targets.latent]
     rows, t = torch.arange(targets.n), targets.position
     by_hand = torch.einsum("rc,rkc->rk", e, c.atoms[prompts.index[targets.prompt, t]])
@@ -244,7 +244,7 @@ def test_in_a_linear_world_attribution_is_the_effect_and_everything_adds_up() ->
     )
     parts = attribution.flatten(1).sum(1)
     parts += (
-        (joined(calls, "state_gradient") * (prompts.error[targets.prompt] + prompts.bias))
+        (concatenated(calls, "state_gradient") * (prompts.error[targets.prompt] + prompts.bias))
         .flatten(1)
         .sum(1)
     )
@@ -279,7 +279,7 @@ def test_integrated_gradients_add_up_to_the_effect_of_removing_everything(
     gaps = [
         float(
             (
-                joined(list(c.attribute(prompts, targets, steps=n)), "attribution")
+                concatenated(list(c.attribute(prompts, targets, steps=n)), "attribution")
                 .flatten(1)
                 .sum(1)
                 - effect
@@ -290,7 +290,7 @@ def test_integrated_gradients_add_up_to_the_effect_of_removing_everything(
         for n in (3, 12, 40)
     ]
     assert gaps[2] < 1e-9 * float(effect.abs().max()) and gaps[1] < 1e-2 * gaps[0]
-    plain = joined(list(c.attribute(prompts, targets)), "attribution").flatten(1).sum(1)
+    plain = concatenated(list(c.attribute(prompts, targets)), "attribution").flatten(1).sum(1)
     assert float((plain - effect).abs().max()) > 1e-3 * float(effect.abs().max()), (
         "the path is curved"
     )
@@ -372,7 +372,7 @@ def test_splicing_with_the_error_kept_changes_nothing_and_dropping_it_does() -> 
         x = activations(c.model, ids, [site])[site]
         recon = c.upstream(x.flatten(0, 1)).view(x.shape)
         assert not torch.allclose(
-            *(joined(list(c.attribute(p, targets)), "gradient") for p in (kept, dropped))
+            *(concatenated(list(c.attribute(p, targets)), "gradient") for p in (kept, dropped))
         )
         with patched(c.model, site, lambda _, recon=recon: recon), capture(c.model, [c.to]) as seen:
             c.model(input_ids=ids, use_cache=False)
@@ -429,7 +429,11 @@ def gap_of(c: Circuit, ids: Tensor, nodes: int) -> float:
         targets,
         lambda part: check.reachable(prompts, targets[part], same=False).to(prompts.amount.dtype),
     )
-    path = joined(list(c.attribute(prompts, targets, steps=nodes)), "attribution").flatten(1).sum(1)
+    path = (
+        concatenated(list(c.attribute(prompts, targets, steps=nodes)), "attribution")
+        .flatten(1)
+        .sum(1)
+    )
     return float((path - effect).abs().sum() / effect.abs().sum())
 
 
@@ -561,7 +565,7 @@ def test_gated_directions_are_the_mean_gradient_where_the_layer_norm_is_the_only
     prompts, targets = some(c, ids, 60)
     weights = weight_directions(c, prompts, gated=True)
     r = torch.arange(targets.n)
-    gradient = joined(list(c.attribute(prompts, targets)), "gradient")[r, targets.position]
+    gradient = concatenated(list(c.attribute(prompts, targets)), "gradient")[r, targets.position]
     cosine = c.project(prompts, targets.prompt, weights.reads[targets.latent], weights.writes)[
         r, targets.position
     ]
@@ -692,7 +696,7 @@ def test_deleting_in_any_order_ends_where_removing_everything_does() -> None:
     prompts, targets = some(c, ids)
     allowed = check.reachable(prompts, targets, same=True)
     most = int(allowed.flatten(1).sum(1).max())
-    attribution = joined(list(c.attribute(prompts, targets)), "attribution")
+    attribution = concatenated(list(c.attribute(prompts, targets)), "attribution")
     whole = check.joint_effects(c, prompts, targets, lambda part: allowed[part].double()).numpy()
     one = check.Pairs(
         torch.arange(targets.n),
@@ -714,7 +718,7 @@ def test_dead_saes_give_nulls_with_reasons_and_no_exception() -> None:
     c.upstream.threshold.fill_(1e9)
     prompts, targets = some(c, ids)
     assert not bool(prompts.value.any())
-    spec = CheckSpec(
+    spec = CircuitCheckSpec(
         targets=5,
         checked=5,
         earlier=4,

@@ -23,7 +23,12 @@ from sae_experiments.saes.hierarchical.level import (
     signed_directions,
 )
 from sae_experiments.saes.hierarchical.redundancy import Coherence, Information
-from sae_experiments.saes.hierarchical.settings import Settings, Weights, level_l0s, level_widths
+from sae_experiments.saes.hierarchical.settings import (
+    LossWeights,
+    Settings,
+    level_l0s,
+    level_widths,
+)
 from sae_experiments.sampling import spread_rows
 from sae_experiments.training.loop import Group, Loss, Phase
 
@@ -94,7 +99,7 @@ class Hierarchical(SAE):
         own = Settings(**settings)
         self.settings = own
         self.levels = own.levels
-        self.weights = Weights.checked(own.weights)
+        self.weights = LossWeights.checked(own.weights)
         self.widths = level_widths(d_in, d_sae, d_out, own.top_frac, own.levels)
         self.active = level_l0s(self.widths, own.sparsity, target_l0)
         self.d_in = d_in

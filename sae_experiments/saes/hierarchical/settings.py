@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from sae_experiments.errors import UserError
 
 
-class Weights(NamedTuple):
+class LossWeights(NamedTuple):
     """Weights of the loss terms, which are all free of units."""
 
     top: float
@@ -28,7 +28,7 @@ class Weights(NamedTuple):
     """Turning of the bottom's decoder rows in the last phase."""
 
     @classmethod
-    def checked(cls, given: Mapping[str, float]) -> Weights:
+    def checked(cls, given: Mapping[str, float]) -> LossWeights:
         """Weights from a mapping of exactly these names to numbers of at least 0."""
         unknown = set(given) ^ set(cls._fields)
         if unknown:
@@ -67,7 +67,7 @@ class Settings:
     bottom_lr: float
     """Learning rate of the bottom in the last phase, as a multiple of the top's."""
     weights: Mapping[str, float]
-    """Weights of the loss terms, see `Weights`."""
+    """Weights of the loss terms, see `LossWeights`."""
     information: Mapping[str, Any]
     """Sizes of the mutual information term, see `Information`."""
     coherence: Mapping[str, Any]

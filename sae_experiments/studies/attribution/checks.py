@@ -39,12 +39,12 @@ class CheckSpec:
 
 
 def check_graph(
-    made: Interventions, graph: Graph, groups: Sequence[Tensor], spec: CheckSpec, seed: int
+    interventions: Interventions, graph: Graph, groups: Sequence[Tensor], spec: CheckSpec, seed: int
 ) -> dict[str, Tensor]:
     """Predicted and measured effects, and deletion curves, of one prompt.
 
     Args:
-        made: Interventions on the prompt's model.
+        interventions: Interventions on the prompt's model.
         graph: Its graph.
         groups: Latents of each supernode.
         spec: Settings.
@@ -63,32 +63,32 @@ def check_graph(
     latents = torch.cat([by_influence[: spec.strongest], shuffled[: spec.random]]).unique()
     effects: dict[str, Tensor] = {}
     for check in ("constrained", "free"):
-        effects |= _effects(made, made.one_each(latents), check, spec.multiples)
+        effects |= _effects(interventions, interventions.one_each(latents), check, spec.multiples)
         if groups:
-            whole = _effects(made, made.members(groups), check, spec.multiples)
+            whole = _effects(interventions, interventions.members(groups), check, spec.multiples)
             effects |= {f"supernode_{name}": values for name, values in whole.items()}
     orders = {
         "influence": by_influence,
         "direct": graph.weights[n, :n].abs().argsort(descending=True, stable=True),
-        "activation": made.local.nodes.value.argsort(descending=True, stable=True),
+        "activation": interventions.local.nodes.value.argsort(descending=True, stable=True),
         "random": shuffled,
     }
     for order, ranked in orders.items():
-        effects[f"deletion_{order}"] = made.deletion(ranked, spec.counts)
+        effects[f"deletion_{order}"] = interventions.deletion(ranked, spec.counts)
     return effects
 
 
 def _effects(
-    made: Interventions, sets: Tensor, check: str, multiples: Sequence[float]
+    interventions: Interventions, sets: Tensor, check: str, multiples: Sequence[float]
 ) -> dict[str, Tensor]:
     """Predicted and measured effects by name, one after the other."""
     free = check == "free"
-    later = made.later(sets)
+    later = interventions.later(sets)
     effects: dict[str, list[Tensor]] = {}
     for multiple in multiples:
-        predict = made.total if free else made.direct
+        predict = interventions.total if free else interventions.direct
         predicted = predict(sets, multiple)
-        measured = made.measure(sets, multiple, free=free)
+        measured = interventions.measure(sets, multiple, free=free)
         parts = {
             f"{check}_latent_predicted": predicted.latents[later],
             f"{check}_latent_measured": measured.latents[later],
@@ -101,7 +101,7 @@ def _effects(
 
 
 @torch.no_grad()
-def removals(made: Interventions, groups: Sequence[Tensor]) -> list[dict[str, float]]:
+def removals(interventions: Interventions, groups: Sequence[Tensor]) -> list[dict[str, float]]:
     """Effects of removing each group of latents freely, on the most probable next token.
 
     Returns:
@@ -110,13 +110,13 @@ def removals(made: Interventions, groups: Sequence[Tensor]) -> list[dict[str, fl
     """
     if not groups:
         return []
-    sets = made.members(groups)
-    token = made.local.logits.token[0]
+    sets = interventions.members(groups)
+    token = interventions.local.logits.token[0]
     columns = {
-        "before": made.local.logits.probability[:1].expand(len(groups)),
-        "after": made.next_tokens(sets, 0.0)[:, token].exp(),
-        "predicted": made.total(sets, 0.0).logits[:, 0],
-        "measured": made.measure(sets, 0.0, free=True).logits[:, 0],
+        "before": interventions.local.logits.probability[:1].expand(len(groups)),
+        "after": interventions.next_tokens(sets, 0.0)[:, token].exp(),
+        "predicted": interventions.total(sets, 0.0).logits[:, 0],
+        "measured": interventions.measure(sets, 0.0, free=True).logits[:, 0],
     }
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in rows]

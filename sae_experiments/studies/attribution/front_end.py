@@ -27,7 +27,7 @@ CARRIERS = 3
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnGraph:
     """A pruned graph with everything that is shown of it.
 
     Args:
@@ -88,7 +88,7 @@ def slug_of(name: str) -> str:
 
 
 def as_circuit_tracer(
-    drawn: Drawn, slug: str, scan: str, node_share: float, labels: Mapping[int, str]
+    drawn: DrawnGraph, slug: str, scan: str, node_share: float, labels: Mapping[int, str]
 ) -> dict[str, Any]:
     """The graph as circuit-tracer's front end reads it.
 
@@ -130,7 +130,7 @@ def as_circuit_tracer(
     return {"metadata": metadata, "qParams": settings, "nodes": nodes, "links": links}
 
 
-def supernodes(drawn: Drawn) -> list[tuple[str, list[str]]]:
+def supernodes(drawn: DrawnGraph) -> list[tuple[str, list[str]]]:
     """Label of every supernode, and the names of its latents that are kept."""
     nodes, ids = drawn.local.nodes, drawn.column_ids()
     labelled = []
@@ -162,7 +162,7 @@ def _node(node_id: str, feature: int, layer: str, position: int, kind: str) -> d
     }
 
 
-def _latent_nodes(drawn: Drawn, labels: Mapping[int, str]) -> list[dict[str, Any]]:
+def _latent_nodes(drawn: DrawnGraph, labels: Mapping[int, str]) -> list[dict[str, Any]]:
     local, ids = drawn.local, drawn.column_ids()
     share = cumulative_share(drawn.graph.influence()[0]).tolist()
     out = []
@@ -182,7 +182,7 @@ def _latent_nodes(drawn: Drawn, labels: Mapping[int, str]) -> list[dict[str, Any
     return out
 
 
-def _leaf_nodes(drawn: Drawn) -> list[dict[str, Any]]:
+def _leaf_nodes(drawn: DrawnGraph) -> list[dict[str, Any]]:
     local, ids = drawn.local, drawn.column_ids()
     share = cumulative_share(drawn.graph.influence()[0]).tolist()
     out = []
@@ -202,7 +202,7 @@ def _leaf_nodes(drawn: Drawn) -> list[dict[str, Any]]:
     return out
 
 
-def _logit_nodes(drawn: Drawn) -> list[dict[str, Any]]:
+def _logit_nodes(drawn: DrawnGraph) -> list[dict[str, Any]]:
     local = drawn.local
     last, layer = local.length - 1, local.n_layer + 1
     out = []
@@ -231,7 +231,7 @@ def write_circuit_tracer(folder: Path, graphs: Sequence[dict[str, Any]]) -> None
 # --- the report ----------------------------------------------------------------------------------
 
 
-def shown_columns(drawn: Drawn, most: int) -> list[int]:
+def shown_columns(drawn: DrawnGraph, most: int) -> list[int]:
     """Columns shown in the report, those with the largest influence; tokens only if connected."""
     influence = drawn.graph.influence()[0] * drawn.nodes
     used = drawn.edges.any(0)
@@ -239,7 +239,9 @@ def shown_columns(drawn: Drawn, most: int) -> list[int]:
     return [i for i in order.tolist() if bool(used[i])]
 
 
-def as_report(drawn: Drawn, most: int, about: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def as_report(
+    drawn: DrawnGraph, most: int, about: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
     """The graph of our report.
 
     Args:
@@ -281,7 +283,9 @@ def _carriers(local: LocalModel, parts: Tensor) -> dict[str, Any]:
     return {"parts": [part for part in named if part[1]]}
 
 
-def _shown_node(drawn: Drawn, i: int, about: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def _shown_node(
+    drawn: DrawnGraph, i: int, about: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
     local, name = drawn.local, drawn.column_ids()[i]
     if i < drawn.graph.n:
         layer, latent = int(local.nodes.layer[i]), int(local.nodes.latent[i])

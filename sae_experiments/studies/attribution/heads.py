@@ -37,7 +37,7 @@ def name_of(local: LocalModel, part: int) -> str | None:
     return f"block {block + 1} head {head + 1}"
 
 
-class Targets(NamedTuple):
+class EdgeTargets(NamedTuple):
     """Nodes that read the stream."""
 
     layer: Tensor
@@ -49,7 +49,7 @@ class Targets(NamedTuple):
 
 
 @torch.no_grad()
-def targets_of(local: LocalModel, rows: Tensor) -> Targets:
+def targets_of(local: LocalModel, rows: Tensor) -> EdgeTargets:
     """Targets of some rows (R,) of the adjacency: latents, then logits."""
     nodes = local.nodes
     last = torch.full((len(local.logits.token),), local.n_layer, device=rows.device)
@@ -63,7 +63,7 @@ def targets_of(local: LocalModel, rows: Tensor) -> Targets:
             vectors[here] = local.read_vectors(k, rows[here])[0]
         else:
             vectors[here] = logits[rows[here] - nodes.n]
-    return Targets(layer, position, vectors)
+    return EdgeTargets(layer, position, vectors)
 
 
 class _Gradients(NamedTuple):
@@ -77,7 +77,7 @@ class _Gradients(NamedTuple):
     """At the embeddings."""
 
 
-def _gradients(local: LocalModel, targets: Targets) -> _Gradients:
+def _gradients(local: LocalModel, targets: EdgeTargets) -> _Gradients:
     layer, position, vectors = targets
     frozen, skips = local.frozen, local.sae.W_skip
     of_text = (position >= local.first)[:, None]
@@ -99,7 +99,7 @@ def _gradients(local: LocalModel, targets: Targets) -> _Gradients:
 
 
 @torch.no_grad()
-def split(local: LocalModel, targets: Targets, target: Tensor, source: Tensor) -> Tensor:
+def split(local: LocalModel, targets: EdgeTargets, target: Tensor, source: Tensor) -> Tensor:
     """Parts of edges by the last head passed.
 
     Args:

@@ -158,7 +158,7 @@ def measure(
             removed = ranked.removed(order, share)
             for frozen, targets in parts:
                 run = frozen.held(without(sae, frozen, removed))
-                log_p = next_log_probs(frozen.bent(run.logits)[:, frozen.n_begin :])
+                log_p = next_log_probs(frozen.soft_capped(run.logits)[:, frozen.n_begin :])
                 total[i] += float(F.nll_loss(log_p.flatten(0, 1), targets, reduction="sum"))
     rises = {f"virtual_rise_{o}": (loss - loss[0]) / n / math.log(2) for o, loss in losses.items()}
     return {"virtual_removed": np.array(SHARES), **rises}

@@ -30,7 +30,7 @@ from sae_experiments.studies.attribution.checks import (
     removals,
 )
 from sae_experiments.studies.attribution.front_end import (
-    Drawn,
+    DrawnGraph,
     as_circuit_tracer,
     as_report,
     shown_columns,
@@ -87,13 +87,13 @@ class GraphSpec:
                 raise UserError(f"study.graph.{name}={getattr(self, name)} must be at least 1")
 
 
-class Traced(NamedTuple):
+class TracedPrompt(NamedTuple):
     """One prompt with its graph."""
 
     prompt: Prompt
     local: LocalModel
     adjacency: Adjacency
-    drawn: Drawn
+    drawn: DrawnGraph
     seconds: float
 
 
@@ -176,7 +176,7 @@ class Attribution(Language):
         return outcome
 
     def _check(
-        self, name: str, traced: Sequence[Traced], outcome: Outcome, seed: int, ctx: Context
+        self, name: str, traced: Sequence[TracedPrompt], outcome: Outcome, seed: int, ctx: Context
     ) -> None:
         """Add the checks by intervention to an outcome, and supernodes to its graphs."""
         checked, outcome.graphs = [], []
@@ -252,7 +252,7 @@ class Attribution(Language):
 
     def _traced(
         self, sae: SAE, corpus: Corpus, lm: TrainedLM, stores: Stores, ctx: Context
-    ) -> list[Traced]:
+    ) -> list[TracedPrompt]:
         """The graph of every prompt."""
         prompts = self._prompts(corpus, lm, stores)
         traced = []
@@ -264,7 +264,7 @@ class Attribution(Language):
 
     def _trace(
         self, prompt: Prompt, sae: SAE, corpus: Corpus, lm: TrainedLM, ctx: Context
-    ) -> Traced:
+    ) -> TracedPrompt:
         began = time.monotonic()
         local = LocalModel(
             lm.model,
@@ -296,10 +296,10 @@ class Attribution(Language):
         kept = nodes[: graph.n]
         groups = group_latents(graph, local.nodes.position, kept, self.graph.likeness)
         parts = edge_heads(local, edges)
-        drawn = Drawn(local, graph, nodes, edges, parts, groups, pieces, title)
-        return Traced(prompt, local, adjacency, drawn, time.monotonic() - began)
+        drawn = DrawnGraph(local, graph, nodes, edges, parts, groups, pieces, title)
+        return TracedPrompt(prompt, local, adjacency, drawn, time.monotonic() - began)
 
-    def _shown_latents(self, one: Traced) -> list[int]:
+    def _shown_latents(self, one: TracedPrompt) -> list[int]:
         """Latents of the report's graph, by their number among those of all layers."""
         n, nodes = one.drawn.graph.n, one.local.nodes
         chosen = torch.tensor([i for i in shown_columns(one.drawn, self.graph.shown) if i < n])
@@ -307,7 +307,7 @@ class Attribution(Language):
             return []
         return (nodes.layer[chosen] * one.local.sae.per_layer + nodes.latent[chosen]).tolist()
 
-    def _write(self, traced: Sequence[Traced], cell: str, ctx: Context) -> None:
+    def _write(self, traced: Sequence[TracedPrompt], cell: str, ctx: Context) -> None:
         """Write the graphs for circuit-tracer's front end."""
         graphs = []
         for i, one in enumerate(traced):
@@ -328,7 +328,7 @@ def spelling(corpus: Corpus) -> list[str]:
     return list(corpus.pieces or corpus.symbols)
 
 
-def graph_numbers(traced: Sequence[Traced]) -> dict[str, float | None]:
+def graph_numbers(traced: Sequence[TracedPrompt]) -> dict[str, float | None]:
     """Means over prompts of the metrics of the graphs."""
     rows = []
     for one in traced:

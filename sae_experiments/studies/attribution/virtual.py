@@ -37,7 +37,7 @@ NUMBERS = ("virtual_never_share", "virtual_rank_r")
 STRONGEST = 0.01
 
 
-class Weights(NamedTuple):
+class VirtualWeightRows(NamedTuple):
     """Weights between chosen latents (rows) and all latents (columns), (D, F) each."""
 
     plain: np.ndarray
@@ -85,7 +85,7 @@ class VirtualWeights:
         self._read = read
 
     @torch.no_grad()
-    def into(self, latents: Tensor) -> Weights:
+    def into(self, latents: Tensor) -> VirtualWeightRows:
         """Weights from all latents into chosen ones (D,)."""
         sae = self.sae
         dots = self._read[0].new_zeros(len(latents), sae.d_sae)
@@ -99,7 +99,7 @@ class VirtualWeights:
         return self._weights(chosen, dots, scale, moment, act)
 
     @torch.no_grad()
-    def out_of(self, latents: Tensor) -> Weights:
+    def out_of(self, latents: Tensor) -> VirtualWeightRows:
         """Weights from chosen latents (D,) into all."""
         sae = self.sae
         dots = self._read[0].new_zeros(len(latents), sae.d_sae)
@@ -126,13 +126,13 @@ class VirtualWeights:
         scale: np.ndarray,
         moment: np.ndarray,
         target_act: np.ndarray,
-    ) -> Weights:
+    ) -> VirtualWeightRows:
         """Both weights from inner products, mean scales, moments and the targets' mean."""
         products = dots.double().cpu().numpy()
         fires = sparse.csr_matrix(self.acts.astype(bool).astype(np.float64))
         together = (fires[:, chosen].T @ fires).toarray()
         mean = np.divide(moment, target_act, out=np.zeros_like(moment), where=target_act > 0)
-        return Weights(products * scale, products * mean, together)
+        return VirtualWeightRows(products * scale, products * mean, together)
 
 
 def _read_rows(frozen: FrozenModel, sae: EveryLayer) -> list[Tensor]:
@@ -144,7 +144,7 @@ def _read_rows(frozen: FrozenModel, sae: EveryLayer) -> list[Tensor]:
     ]
 
 
-def strongest(weights: Weights, n: int) -> list[list[list[Any]]]:
+def strongest(weights: VirtualWeightRows, n: int) -> list[list[list[Any]]]:
     """The largest expected weights of each chosen latent: `[latent, expected, plain]`."""
     order = np.argsort(-np.abs(weights.expected), axis=1, kind="stable")[:, :n]
     listed = []
@@ -154,7 +154,7 @@ def strongest(weights: Weights, n: int) -> list[list[list[Any]]]:
     return listed
 
 
-def interference(weights: Weights) -> dict[str, float | None]:
+def interference(weights: VirtualWeightRows) -> dict[str, float | None]:
     """Distance of plain weights from those that act.
 
     Args:

@@ -344,7 +344,7 @@ class Circuit:
         )
 
 
-def joined(calls: Sequence[Attribution], name: str) -> Tensor:
+def concatenated(calls: Sequence[Attribution], name: str) -> Tensor:
     """Concatenate one field of several attributions over all of their targets."""
     return torch.cat([getattr(call, name) for call in calls])
 

@@ -69,7 +69,7 @@ def single_effects(
     targets: Targets,
     pairs: Pairs,
     *,
-    whole: Tensor | None = None,
+    clean_values: Tensor | None = None,
 ) -> Tensor:
     """Effects `A(clean) - A(without this latent at this position)`.
 
@@ -80,12 +80,12 @@ def single_effects(
         prompts: The prompts.
         targets: The targets.
         pairs: Targets with the upstream latent to remove.
-        whole: Clean pre-activations of the targets (R,). None: they are computed.
+        clean_values: Clean pre-activations of the targets (R,). None: they are computed.
 
     Returns:
         Effects (N,).
     """
-    whole = clean(circuit, prompts, targets) if whole is None else whole
+    clean_values = clean(circuit, prompts, targets) if clean_values is None else clean_values
 
     def make(part: slice) -> Tensor:
         row, position, slot = (x[part] for x in pairs)
@@ -94,7 +94,7 @@ def single_effects(
         at = torch.arange(len(row), device=row.device)
         direction = circuit.directions[prompts.index[some.prompt, position, slot]]
         states[at, position] -= prompts.amount[some.prompt, position, slot][:, None] * direction
-        return whole[row] - circuit.values(prompts, some, states)
+        return clean_values[row] - circuit.values(prompts, some, states)
 
     return batched(circuit, prompts, len(pairs.row), make)
 
@@ -105,7 +105,7 @@ def joint_effects(
     targets: Targets,
     share: Callable[[slice], Tensor],
     *,
-    whole: Tensor | None = None,
+    clean_values: Tensor | None = None,
 ) -> Tensor:
     """Effects `A(clean) - A(changed)` of removing parts of all active latents at once.
 
@@ -114,17 +114,17 @@ def joint_effects(
         prompts: The prompts.
         targets: The targets, in the order of their prompts.
         share: Gives the share (r, T, K) of each latent's amount to remove, for a part of r targets.
-        whole: Clean pre-activations of the targets (R,). None: they are computed.
+        clean_values: Clean pre-activations of the targets (R,). None: they are computed.
 
     Returns:
         Effects (R,).
     """
-    whole = clean(circuit, prompts, targets) if whole is None else whole
+    clean_values = clean(circuit, prompts, targets) if clean_values is None else clean_values
 
     def make(part: slice) -> Tensor:
         some = targets[part]
         states = circuit.changed(prompts, some.prompt, share(part))
-        return whole[part] - circuit.values(prompts, some, states)
+        return clean_values[part] - circuit.values(prompts, some, states)
 
     return batched(circuit, prompts, targets.n, make)
 
@@ -157,7 +157,7 @@ def deletion(
     places: Tensor,
     counts: Sequence[int],
     *,
-    whole: Tensor | None = None,
+    clean_values: Tensor | None = None,
 ) -> np.ndarray:
     """Effects of removing the first q latents of a ranking, for several q.
 
@@ -169,19 +169,19 @@ def deletion(
         targets: The targets, in the order of their prompts.
         places: Ranks (R, T, K).
         counts: The numbers q.
-        whole: Clean pre-activations of the targets (R,). None: they are computed.
+        clean_values: Clean pre-activations of the targets (R,). None: they are computed.
 
     Returns:
         Effects (R, Q).
     """
-    whole = clean(circuit, prompts, targets) if whole is None else whole
+    clean_values = clean(circuit, prompts, targets) if clean_values is None else clean_values
     row = torch.arange(targets.n, device=places.device).repeat_interleave(len(counts))
     n_removed = torch.tensor(counts, device=places.device).repeat(targets.n)
 
     def share(part: slice) -> Tensor:
         return (places[row[part]] < n_removed[part, None, None]).to(prompts.amount.dtype)
 
-    effects = joint_effects(circuit, prompts, targets[row], share, whole=whole[row])
+    effects = joint_effects(circuit, prompts, targets[row], share, clean_values=clean_values[row])
     return effects.view(targets.n, len(counts)).cpu().numpy()
 
 

@@ -22,7 +22,7 @@ from sae_experiments.models.blocks import Attended
 from sae_experiments.studies.circuits.attribution import Circuit, Prompts
 
 
-class Weights(NamedTuple):
+class CircuitWeights(NamedTuple):
     """Unit directions in the residual stream, whose products are cosines.
 
     Rows of zeros stand for latents without a direction.
@@ -35,7 +35,7 @@ class Weights(NamedTuple):
 
 
 @torch.no_grad()
-def weight_directions(circuit: Circuit, prompts: Prompts, *, gated: bool) -> Weights | None:
+def weight_directions(circuit: Circuit, prompts: Prompts, *, gated: bool) -> CircuitWeights | None:
     """Directions of the weights alone.
 
     The decoder direction is carried through the upstream output matrix. The encoder direction is
@@ -71,7 +71,7 @@ def weight_directions(circuit: Circuit, prompts: Prompts, *, gated: bool) -> Wei
         reads = block.from_neurons(reads, inputs)
     if stream != "resid":
         reads = block.norm_2.pull_back(reads.new_ones(()), reads)
-    return Weights(F.normalize(writes, dim=1), F.normalize(reads, dim=1))
+    return CircuitWeights(F.normalize(writes, dim=1), F.normalize(reads, dim=1))
 
 
 def coactivation(

@@ -17,11 +17,11 @@ from sae_experiments.errors import UserError
 from sae_experiments.files import rounded
 from sae_experiments.sampling import evenly_spaced
 from sae_experiments.studies.circuits import check
-from sae_experiments.studies.circuits.attribution import Circuit, Prompts, Targets, joined
+from sae_experiments.studies.circuits.attribution import Circuit, Prompts, Targets, concatenated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GraphSpec:
+class CircuitGraphSpec:
     """Downstream latents that get a graph, and the size of the graphs."""
 
     latents: Sequence[int] | None
@@ -67,7 +67,7 @@ class Edge(NamedTuple):
     """Number of firings in which it is active."""
 
 
-class Traced(NamedTuple):
+class TracedLatent(NamedTuple):
     """The graph of one downstream latent."""
 
     latent: int
@@ -119,8 +119,8 @@ def firings_of(prompts: Prompts, latent: int, n: int) -> Targets:
 
 
 def trace(
-    circuit: Circuit, prompts: Prompts, latent: int, spec: GraphSpec, *, steps: int
-) -> Traced | None:
+    circuit: Circuit, prompts: Prompts, latent: int, spec: CircuitGraphSpec, *, steps: int
+) -> TracedLatent | None:
     """Find the strongest edges into a downstream latent.
 
     Args:
@@ -137,7 +137,7 @@ def trace(
     if not targets.n:
         return None
     calls = list(circuit.attribute(prompts, targets, steps=steps))
-    gradient, attribution = joined(calls, "gradient"), joined(calls, "attribution")
+    gradient, attribution = concatenated(calls, "gradient"), concatenated(calls, "attribution")
     value = check.clean(circuit, prompts, targets)
     allowed = check.reachable(prompts, targets, same=False)
     upstream = _upstream(prompts, targets, allowed)
@@ -156,10 +156,10 @@ def trace(
     own_latents = upstream.latent[own_pairs]
     marked = _marked(own_latents, pairs.of(attribution)[own_pairs], spec.upstream_latent)
     position = int(targets.position[strongest])
-    every = circuit.directions @ joined(calls, "state_gradient")[strongest, position]
+    every = circuit.directions @ concatenated(calls, "state_gradient")[strongest, position]
     active_here = torch.zeros(len(every), dtype=torch.bool, device=every.device)
     active_here[own_latents[pairs.position[own_pairs] == position]] = True
-    return Traced(
+    return TracedLatent(
         latent=latent,
         n=targets.n,
         value=float(value.mean()),
@@ -238,7 +238,7 @@ def _marked(latents: Tensor, attribution: Tensor, wanted: int | None) -> int:
 
 
 def as_dict(
-    traced: Traced,
+    traced: TracedLatent,
     title: str,
     up: Mapping[int, Mapping[str, Any]],
     down: Mapping[int, Mapping[str, Any]],

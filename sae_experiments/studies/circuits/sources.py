@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sae_experiments.corpora.corpus import CharCorpus
@@ -92,9 +93,8 @@ class LocalSources:
             return {self.name: self.tokens(text, self.name)}
         texts = {}
         for name, corpus in corpora.items():
-            parts = [corpus.splits[split][: self.characters] for split in ("train", "val")]
-            joined = "".join(corpus.decode(part) for part in parts)
-            texts[name] = self.tokens(joined, name)
+            both = np.concatenate([corpus.splits["train"], corpus.splits["val"]])
+            texts[name] = self.tokens(corpus.decode(both[: self.characters]), name)
         return texts
 
     def model(self, device: torch.device, say: Callable[[str], None]) -> TrainedLM:

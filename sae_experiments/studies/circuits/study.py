@@ -43,10 +43,16 @@ from sae_experiments.studies.base import (
 from sae_experiments.studies.circuits.attribution import Circuit, Prompts
 from sae_experiments.studies.circuits.comparators import Specific, coactivation, weight_directions
 from sae_experiments.studies.circuits.describe import Describer
-from sae_experiments.studies.circuits.graph import GraphSpec, Traced, as_dict, trace
+from sae_experiments.studies.circuits.graph import CircuitGraphSpec, TracedLatent, as_dict, trace
 from sae_experiments.studies.circuits.info import infos
 from sae_experiments.studies.circuits.sources import LocalSources, Role, load_sae
-from sae_experiments.studies.circuits.survey import Checker, CheckSpec, Survey, drawn, gradients
+from sae_experiments.studies.circuits.survey import (
+    Checker,
+    CircuitCheckSpec,
+    Survey,
+    drawn,
+    gradients,
+)
 from sae_experiments.studies.language.stores import Stores
 from sae_experiments.studies.language.study import Language, export, headline
 from sae_experiments.training.loop import seed_of
@@ -142,9 +148,9 @@ class Circuits:
     """Held-out rows for co-activation, n-grams and contexts; None: all."""
     threshold: float
     """Share of a latent's 99.9 % quantile above which it counts as on, for n-grams."""
-    checks: CheckSpec
+    checks: CircuitCheckSpec
     """Size of the survey and of the checks."""
-    graph: GraphSpec
+    graph: CircuitGraphSpec
     """Downstream latents with a graph, and its size."""
     memory_mb: float
     """Memory in MiB that attribution may use at a time."""
@@ -342,7 +348,7 @@ class Circuits:
 
     def _traced(
         self, circuit: Circuit, prompts: Prompts, chosen: Sequence[Specific], ctx: Context
-    ) -> list[Traced | None]:
+    ) -> list[TracedLatent | None]:
         """The graph of each chosen latent; None if it has none."""
         traced = []
         with ctx.console.stage("trace", "latent") as tick:
@@ -586,12 +592,12 @@ def _say_checked(metrics: Mapping[str, float | None], ctx: Context) -> None:
     )
 
 
-def _title(s: Specific, t: Traced, down: Side) -> str:
+def _title(s: Specific, t: TracedLatent, down: Side) -> str:
     gram = down.words.spell(s.gram)
     return f"latent {s.latent} fires on {gram!r} (F1 {s.f1:.2f}); mean of {t.n} firings"
 
 
-def _pictured(kept: Sequence[tuple[Specific, Traced]], down: Side) -> dict[str, np.ndarray]:
+def _pictured(kept: Sequence[tuple[Specific, TracedLatent]], down: Side) -> dict[str, np.ndarray]:
     """Arrays for histograms of gradients, of each chosen latent at its strongest firing."""
     if not kept:
         return {}

@@ -18,16 +18,16 @@ from sae_experiments.studies.circuits.attribution import (
     Circuit,
     Prompts,
     Targets,
-    joined,
+    concatenated,
 )
-from sae_experiments.studies.circuits.comparators import Weights
+from sae_experiments.studies.circuits.comparators import CircuitWeights
 
 #: Points of a scatter plot that are stored.
 SCATTER = 20_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckSpec:
+class CircuitCheckSpec:
     """Number of attributions, and of those that are checked."""
 
     targets: int
@@ -106,7 +106,7 @@ def gradients(
     circuit: Circuit,
     prompts: Prompts,
     targets: Targets,
-    weights: Weights | None,
+    weights: CircuitWeights | None,
     *,
     steps: int,
     seed: int,
@@ -150,7 +150,9 @@ class _Sample:
             many are kept.
     """
 
-    def __init__(self, prompts: Prompts, weights: Weights | None, seed: int, share: float) -> None:
+    def __init__(
+        self, prompts: Prompts, weights: CircuitWeights | None, seed: int, share: float
+    ) -> None:
         self.prompts = prompts
         self.weights = weights
         self.share = share
@@ -200,7 +202,7 @@ class Checker:
         circuit: Circuit,
         prompts: Prompts,
         targets: Targets,
-        spec: CheckSpec,
+        spec: CircuitCheckSpec,
         *,
         steps: int,
         seed: int,
@@ -211,14 +213,18 @@ class Checker:
         self.spec = spec
         self.seed = seed
         calls = list(circuit.attribute(prompts, targets, steps=steps))
-        self.gradient = joined(calls, "gradient")
-        self.attribution = joined(calls, "attribution")
+        self.gradient = concatenated(calls, "gradient")
+        self.attribution = concatenated(calls, "attribution")
         self.value = check.clean(circuit, prompts, targets)
         self.samples = check.resampled(_numpy(targets.prompt), spec.bootstrap, seed)
         self.survey = Survey()
 
     def scores(
-        self, weights: Weights | None, gated: Weights | None, phi: np.ndarray, latents: np.ndarray
+        self,
+        weights: CircuitWeights | None,
+        gated: CircuitWeights | None,
+        phi: np.ndarray,
+        latents: np.ndarray,
     ) -> Scores:
         """Attribution and all comparators at every active upstream latent.
 
@@ -274,7 +280,9 @@ class Checker:
         """
         out = self.survey
         effect = _numpy(
-            check.single_effects(self.circuit, self.prompts, self.targets, pairs, whole=self.value)
+            check.single_effects(
+                self.circuit, self.prompts, self.targets, pairs, clean_values=self.value
+            )
         )
         out.metrics[f"{prefix}n_pairs"] = float(len(effect))
         prompt = _numpy(self.targets.prompt[pairs.row])
@@ -326,7 +334,7 @@ class Checker:
         """Changes (R, Q) of the targets without the first q latents of a ranking (R, T, K)."""
         places = check.ranks(table, allowed, counts[-1])
         return check.deletion(
-            self.circuit, self.prompts, self.targets, places, counts, whole=self.value
+            self.circuit, self.prompts, self.targets, places, counts, clean_values=self.value
         )
 
     def _curves(
@@ -372,7 +380,7 @@ class Checker:
         out.metrics["joint_ablation_pearson"] = check.agreement(*out.arrays["joint"]).pearson
         self._completeness()
         calls = list(self.circuit.attribute(p, t, steps=self.spec.nodes))
-        integrated = _numpy(joined(calls, "attribution").flatten(1).sum(1))
+        integrated = _numpy(concatenated(calls, "attribution").flatten(1).sum(1))
         gap = np.abs(integrated - whole).sum() / max(np.abs(whole).sum(), 1e-12)
         out.metrics["integrated_gap"] = float(gap)
 

@@ -47,7 +47,7 @@ from sae_experiments.training.loop import TrainConfig, seed_of
 
 DATASET = "planted"
 Recipe = Planted | Synth
-Drawn = World | SynthWorld
+AnyWorld = World | SynthWorld
 #: Feature activations drawn in a fit above which drawing is timed beforehand: some minutes' worth.
 NOTABLE_DRAWS = 3e10
 
@@ -192,7 +192,7 @@ class GroundTruth:
             ctx.console.say(f"  {name}: {', '.join(shown)} ({spent})")
         return outcomes
 
-    def rows(self, world: Drawn, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | Codes]:
+    def rows(self, world: AnyWorld, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | Codes]:
         """Rows (n, D), and their true feature activations (n, G)."""
         if isinstance(world, SynthWorld):
             codes = world.acts(n, seed)
@@ -200,7 +200,7 @@ class GroundTruth:
         acts = world.acts(n, seed)
         return world.rows(acts, seed + 1), acts
 
-    def fitted(self, world: Drawn, cell: Cell, ctx: Context) -> dict[str, tuple[SAE, FitReport]]:
+    def fitted(self, world: AnyWorld, cell: Cell, ctx: Context) -> dict[str, tuple[SAE, FitReport]]:
         """The SAEs of a cell, from the cache or fitted now in one pass."""
         width = self.recipe.width
         saes = {
@@ -234,7 +234,7 @@ class GroundTruth:
         return fit_cached(ctx.cache, key, saes, fit_now)
 
     def _fit(
-        self, checkpoint: Path, saes: Mapping[str, SAE], world: Drawn, cell: Cell, ctx: Context
+        self, checkpoint: Path, saes: Mapping[str, SAE], world: AnyWorld, cell: Cell, ctx: Context
     ) -> dict[str, FitReport]:
         """Fit the SAEs to fresh rows in every step."""
 
@@ -259,7 +259,7 @@ class GroundTruth:
                 session=session,
             )
 
-    def evaluate(self, sae: SAE, world: Drawn, cell: Cell, ctx: Context) -> Outcome:
+    def evaluate(self, sae: SAE, world: AnyWorld, cell: Cell, ctx: Context) -> Outcome:
         """Measure an SAE on rows that no SAE was fitted to."""
         x, acts = self.rows(world, self.held_out_rows, rows_seed(cell.seed, self.held_out))
         evaluation = EvalContext(

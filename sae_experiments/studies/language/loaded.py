@@ -24,7 +24,7 @@ def origin(spec: SAESpec) -> dict[str, Any]:
     return {"sae": f"loaded, {directory_digest(Path(spec.path).expanduser())}"}
 
 
-def settled(
+def adapted(
     name: str, spec: SAESpec, sae: Loaded, stores: Stores, sites: tuple[Where, Where], ctx: Context
 ) -> tuple[Loaded, FitReport]:
     """Adapt a loaded SAE to the units of the rows; returns it with the report of an empty fit.

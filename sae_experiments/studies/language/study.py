@@ -329,7 +329,7 @@ class Language:
             fits[name] = sae, report._replace(from_cache=name not in missing)
         for name, sae in ready.items():
             read = of_type(sae, Loaded)  # an SAE with a path
-            fits[name] = loaded.settled(name, self.saes[name], read, stores, sites[name], ctx)
+            fits[name] = loaded.adapted(name, self.saes[name], read, stores, sites[name], ctx)
         if joint_fit_dir is not None and not any(report.cut for _, report in fits.values()):
             discard(ctx.cache, "passes", key)
         return {name: fits[name] for name in self.saes}
