@@ -1,8 +1,10 @@
 """Cost of sweeps: measurements of a run or sweep, and the arithmetic for larger ones.
 
-python benchmarks/scale.py runs/sweep_a --cache DIR     seconds by stage, bytes by kind, what is
-shared; 1,000 jobs like these python benchmarks/scale.py --model 4096 --rows 500e6    bytes and
-operations for a model of that width
+    python benchmarks/scale.py runs/sweep_a --cache DIR
+    python benchmarks/scale.py --model 4096 --rows 500e6
+
+The first prints seconds by stage, bytes by kind, what is shared, and the cost of 1,000 jobs like
+these; the second, bytes and operations for a model of that width.
 """
 
 from __future__ import annotations
