@@ -1,13 +1,15 @@
 """Cost of purification: seconds per step and peak memory, against the same SAE without it.
 
-    python benchmarks/purification.py                          d_in 128, d_sae 1024, 4096 rows a
-    step: the laptop preset
-    python benchmarks/purification.py --d_in 384 --d_sae 3072  the full preset
+    python benchmarks/purification.py
+    python benchmarks/purification.py --d_in 384 --d_sae 3072
 
-All SAEs take turns step by step on the same made-up batches in one process, so that whatever
-else the machine does hits them alike; printed are the median over the rounds of each round's
-ratio, and the range. Every step is perturbed (in a fit the first tenth is not). Memory is by
-how much training one of them, in a process of its own, raises the peak (Linux).
+The first has the sizes of the laptop preset (width 128, 1,024 latents, 4,096 rows per step), the
+second those of the full preset.
+
+All SAEs take turns step by step on the same synthetic batches in one process, so that other load
+affects them alike. It prints the median over the rounds of each round's ratio, and the range. Every
+step is perturbed (in a fit the first tenth is not). Memory is the rise of the peak when one of them
+is trained in a process of its own (Linux).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ KINDS = {
         "model__mixture__targeted": 0.3,
         "model__mixture__fgsm": 0.1,
     },
-    "shared pool, all rows": {"model__rows": 1.0},
+    "shared pool, all rows": {"model__row_frac": 1.0},
 }
 
 
@@ -47,8 +49,8 @@ def make(kind: str, host: str, d_in: int, d_sae: int, l0: float):
     settings = {
         "d_sae": d_sae,
         "target_l0": l0,
-        "model__clean": 0.0,
-        "model__warmup": 0.0,
+        "model__clean_frac": 0.0,
+        "model__warmup_frac": 0.0,
         **KINDS[kind],
     }
     return build_sae(
@@ -66,7 +68,7 @@ def rows(n: int, d_in: int) -> torch.Tensor:
 
 
 def train(kinds: list[str], args: argparse.Namespace, steps: int) -> dict[str, float]:
-    """Seconds a step of each, fitted side by side."""
+    """Seconds per step of each, fitted side by side."""
     saes = {kind: make(kind, args.host, args.d_in, args.d_sae, args.l0) for kind in kinds}
     x = rows(8 * args.batch, args.d_in)
     reports = fit_saes(saes, x, steps=steps, batch_size=args.batch, warmup_steps=1)
@@ -74,7 +76,7 @@ def train(kinds: list[str], args: argparse.Namespace, steps: int) -> dict[str, f
 
 
 def resident(what: str) -> int:
-    """KiB of this process that are in memory (VmRSS) or were at the most (VmHWM); Linux."""
+    """Memory of this process in KiB, now (VmRSS) or at its peak (VmHWM); Linux."""
     return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from sae_experiments.cli.closing import block
 from sae_experiments.cli.help import help_page, list_page
 from sae_experiments.config import own
+from sae_experiments.config.axes import HOST, HYDRA_HOST
 from sae_experiments.config.checks import as_dict, configuring
 from sae_experiments.config.compose import build, compose_checked
 from sae_experiments.config.hydra_habits import translate
@@ -151,15 +153,47 @@ def _run(argv: Sequence[str], plan: str, extra: Sequence[str], conf: Path, began
     with configuring():
         overrides, about = complete(user, plan=plan, extra=extra, conf=conf)
         overrides += own.measured_too(conf, overrides)
-    if command.flags:
-        run_hydra(conf, [*command.flags, *map(for_hydra, overrides)], lambda cfg: None)
-        return 0
     with configuring():
         cfg, label = compose_checked(conf, overrides)
+    if command.flags:
+        _show(cfg, command.flags, overrides, conf)
+        return 0
     closing = functools.partial(draw_report, conf=conf) if cfg.report else None
     about = {"argv": list(argv), "overrides": overrides, **about}
     execute(cfg, about=about, label=label, closing=closing, began=began)
     return 0
+
+
+def _show(cfg: DictConfig, flags: Sequence[str], overrides: Sequence[str], conf: Path) -> None:
+    """Answer a flag of Hydra that shows something; `--cfg job` shows what would run.
+
+    Args:
+        cfg: The composed configuration.
+        flags: Flags of Hydra, with their values.
+        overrides: Overrides of the run.
+        conf: Folder of the YAML files, for everything but `--cfg job`, which Hydra shows.
+
+    Raises:
+        UserError: Hydra would compose something else than what runs: it knows one SAE.
+    """
+    if ("job" in flags) and {"--cfg", "-c"} & set(flags):
+        shown = cfg.copy()
+        if "--resolve" in flags:
+            OmegaConf.resolve(shown)
+        shown.pop("saes" if len(cfg.saes) == 1 else "sae")
+        package = next((b for a, b in itertools.pairwise(flags) if a in ("--package", "-p")), "")
+        part = (
+            OmegaConf.select(shown, package) if package.strip("_") not in ("", "global") else shown
+        )
+        print(OmegaConf.to_yaml(part) if OmegaConf.is_config(part) else part)
+        return
+    if len(cfg.saes) > 1:
+        raise UserError(
+            f"{flags[0]} shows one SAE, and this run has {len(cfg.saes)}: name one "
+            "(--cfg job shows all)"
+        )
+    for_one = [o.replace(f"{HOST}=", f"{HYDRA_HOST}=", 1) for o in overrides]
+    run_hydra(conf, [*flags, *map(for_hydra, for_one)], lambda cfg: None)
 
 
 def _check(argv: Sequence[str], extra: Sequence[str], conf: Path) -> int:

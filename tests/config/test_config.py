@@ -372,6 +372,37 @@ def test_cfg_job_prints_the_configuration_of_the_planned_run(experiment: Experim
     assert not list(experiment.here.iterdir()), "nothing is written"
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["sae=topk"],
+        ["sae=purified", "sae/host=topk"],
+        ["sae=[topk,gated]", "sae.gated.target_l0=16"],
+        ["sae=[batch_topk,purified]", "sae.purified.model.noise=[gaussian,swap]"],
+        ["sae=topk", "sae.target_l0=[16,32]"],
+    ],
+)
+def test_cfg_job_prints_what_would_run(capsys: pytest.CaptureFixture[str], typed: list[str]):
+    typed = ["out_dir=a", "preset=smoke", *typed]
+    assert main(["--cfg", "job", *typed], plan="variants", extra=[], conf=CONF) == 0
+    shown = OmegaConf.create(capsys.readouterr().out)
+    cfg, _ = values(typed)
+    if len(cfg.saes) == 1:
+        assert shown.sae == cfg.sae and "saes" not in shown
+    else:
+        assert shown.saes == cfg.saes and "sae" not in shown
+    assert shown.fit.train == cfg.fit.train
+    flags = ["--cfg", "job", "--resolve", "--package", "fit.train"]
+    assert main([*flags, *typed], plan="variants", extra=[], conf=CONF) == 0
+    assert OmegaConf.create(capsys.readouterr().out).steps == cfg.fit.train.steps
+
+
+def test_info_shows_one_sae_or_says_so(capsys: pytest.CaptureFixture[str]):
+    typed = ["--info", "defaults", "--out_dir=a", "sae=[topk,gated]"]
+    assert main(typed, plan="variants", extra=[], conf=CONF) == 2
+    assert "shows one SAE" in capsys.readouterr().err
+
+
 def test_help_and_mistakes_do_not_wait_for_torch():
     code = "import sys\nfrom pathlib import Path\nfrom sae_experiments.cli.main import main\n"
     code += (
