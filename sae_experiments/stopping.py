@@ -310,10 +310,16 @@ def process_age() -> float:
     return max(age, 0.0)
 
 
-def end_with_parent() -> None:
-    """Have SIGTERM sent to this process when its parent dies (Linux only).
+def end_with_parent(parent: int) -> None:
+    """Have SIGTERM sent to this process when its parent dies (Linux only), or now if it has died.
 
     A sweep that is killed then leaves no job behind.
+
+    Args:
+        parent: Process number of the parent. Another one has taken over if it died while this
+            process was starting, and the system would send no signal any more.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            signal.raise_signal(signal.SIGTERM)

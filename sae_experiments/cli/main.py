@@ -102,8 +102,8 @@ def main(
     began = time.monotonic()
     if list(argv) == sys.argv[1:]:  # the command of this process, which has spent time on imports
         began -= process_age()
-    if os.environ.get(JOB):
-        end_with_parent()
+    if parent := os.environ.pop(JOB, None):  # it is for this process, and not for its children
+        end_with_parent(int(parent))
     conf = conf or conf_folder()
     try:
         with listening():

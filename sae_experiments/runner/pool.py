@@ -117,7 +117,7 @@ class _Worker:
             env=env,
             start_new_session=True,
         )
-        self._send(sys.path)
+        self._send((os.getpid(), sys.path))
         self._send(setup)
         reader = threading.Thread(target=self._read, args=(events,), daemon=True)
         reader.start()

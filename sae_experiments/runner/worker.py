@@ -132,11 +132,11 @@ def main() -> int:
     os.dup2(2, 1)
     # It has the methods of a text stream that `print` uses.
     sys.stdout = _Lines(channel)  # pyright: ignore[reportAttributeAccessIssue]
-    sys.path[:] = receive(stdin)
+    parent, sys.path[:] = receive(stdin)
 
     from sae_experiments.stopping import Stopped, end_with_parent, listening
 
-    end_with_parent()
+    end_with_parent(parent)
     try:
         with listening():
             _serve(stdin, channel)

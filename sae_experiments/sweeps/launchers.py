@@ -22,7 +22,7 @@ from sae_experiments.errors import UserError
 
 POLL_S = 0.1
 GRACE_S = 15.0  # a job that was asked to end has ended by then (stopping.GRACE_S), unless it cannot
-#: Set in the environment of a job, which then ends when the process that started it dies.
+#: Environment variable of a job: the number of the process that started it, with which it ends.
 JOB = "SAE_SWEEP_JOB"
 
 
@@ -87,7 +87,7 @@ def run_command(
         process = subprocess.Popen(
             command,
             cwd=cwd,
-            env={**os.environ, **env, JOB: "1"},
+            env={**os.environ, **env, JOB: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if echo else out,
             stderr=subprocess.STDOUT,

@@ -328,7 +328,10 @@ FATES = [
     python("print('fine')"),
     python("import sys; print('error: no', file=sys.stderr); sys.exit(2)"),
     python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
-    python("import os; print(os.environ['SAE_SWEEP_JOB'], os.environ['OMP_NUM_THREADS'])"),
+    python(
+        "import os; print(os.environ['SAE_SWEEP_JOB'] == str(os.getppid()),"
+        " os.environ['OMP_NUM_THREADS'])"
+    ),
 ]
 
 
@@ -345,7 +348,7 @@ def test_a_job_that_fails_or_is_killed_takes_no_other_with_it(tmp_path, jobs):
     made = jobs_of(tmp_path, FATES)
     ended = run_all(Local(jobs=jobs, threads=2, devices=None, first_alone=False), made)
     assert [ended[job.name].status for job in made] == [0, 2, -signal.SIGKILL, 0]
-    assert [job.log.read_text() for job in made] == ["fine\n", "error: no\n", "", "1 2\n"]
+    assert [job.log.read_text() for job in made] == ["fine\n", "error: no\n", "", "True 2\n"]
 
 
 @pytest.mark.parametrize(
@@ -432,10 +435,11 @@ except Stopped as stopped:
 )
 def test_a_job_ends_when_its_sweep_is_killed(tmp_path):
     child = (
-        "import sys; sys.path.insert(0, '.'); from sae_experiments.stopping import end_with_parent;"
-        " end_with_parent(); "
+        "import os, sys, time; sys.path.insert(0, '.');"
+        " from sae_experiments.stopping import end_with_parent;"
+        " end_with_parent(int(os.environ['SAE_SWEEP_JOB'])); "
     )
-    child += "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    child += "print(os.getpid(), flush=True); time.sleep(60)"
     code = (
         "from sae_experiments.sweeps.launchers import run_command;"
         f" run_command({[sys.executable, '-c', child]!r}, {str(tmp_path / 'log')!r}, {{}}, '.')"
@@ -453,6 +457,18 @@ def test_a_job_ends_when_its_sweep_is_killed(tmp_path):
     while _alive(pid) and time.monotonic() < limit:
         time.sleep(0.02)
     assert not _alive(pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as above")
+def test_a_process_whose_parent_died_while_it_started_ends_at_once():
+    code = (
+        "import os; from sae_experiments.stopping import end_with_parent;"
+        " end_with_parent(os.getppid()); print('lives', flush=True);"
+        " end_with_parent(os.getpid()); print('lives', flush=True)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "lives\n")
 
 
 def _alive(pid: int) -> bool:
@@ -527,7 +543,7 @@ def test_a_ray_cluster_of_this_machine_runs_the_jobs(tmp_path, monkeypatch):
     finally:
         ray.shutdown()
     assert [ended[job.name].status for job in made] == [0, 2, -signal.SIGKILL, 0]
-    assert made[3].log.read_text() == "1 1\n"
+    assert made[3].log.read_text() == "True 1\n"
 
 
 @pytest.mark.parametrize(("name", "module"), [("submitit", "submitit"), ("ray", "ray")])
