@@ -5,6 +5,7 @@ command line in a folder of its own.
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch is imported: the tests are small, and other work shares the processors.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +19,8 @@ import pytest
 from support import removals
 from support.common import Experiment, corpus_spec, english, lm_spec
 
+# A shell starts what ends in `&` with SIGINT ignored, which the commands under test would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 removals.refuse()  # before a library takes hold of warnings.warn
 
 
