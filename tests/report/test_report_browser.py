@@ -345,9 +345,9 @@ def choose_node(page: Page, node: str) -> None:
 
 def test_an_edge_names_the_heads_that_carry_it(ready: Page) -> None:
     titles = ready("[...document.querySelectorAll('.graph .edge title')].map((n) => n.textContent)")
-    assert any("block 1 head 2 0.75, no head 0.25" in title for title in titles)
+    assert any("block 1 head 2 0.750, no head 0.250" in title for title in titles)
     choose_node(ready, "1.0")
-    assert "(block 1 head 1 0.75" in ready("document.querySelector('.graph-card').textContent")
+    assert "(block 1 head 1 0.750" in ready("document.querySelector('.graph-card').textContent")
 
 
 def test_supernodes_fold_and_say_what_their_removal_did(ready: Page) -> None:
@@ -356,13 +356,13 @@ def test_supernodes_fold_and_say_what_their_removal_did(ready: Page) -> None:
     assert ready("document.querySelector('.graph-figure .fold').ariaPressed") == "true"
     choose_node(ready, "group 0")
     said = ready("document.querySelector('.graph-card').textContent")
-    assert "Its 3 latents removed together" in said and "0.75 → 0.5" in said and "-1.25" in said
+    assert "Its 3 latents removed together" in said and "0.750 → 0.500" in said and "-1.25" in said
     assert "sum of 2 edges" in said and "Ungroup" in said
     # 1 - 2 into the first, half of it into the second: what opposes each other is added up.
     titles = ready(
         "[...document.querySelectorAll('.graph .edge.on title')].map((n) => n.textContent)"
     )
-    assert len(titles) == 2 and all("-1 (" in title or "-0.5 (" in title for title in titles)
+    assert len(titles) == 2 and all("-1 (" in title or "-0.500 (" in title for title in titles)
     press(ready, ".graph-card .ungroup")
     assert count(ready, ".graph .node") == 7
 
