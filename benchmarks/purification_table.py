@@ -11,7 +11,6 @@ are left out.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -125,11 +124,11 @@ def tables(all_fits: list[Fit], host_name: str) -> str:
         numbers = [cell(fit.values.get(name), of_host.get(name)) for _, name in PARTS]
         parts.append(row([where, fvu(fit, host), *numbers, cell(fit.values.get("rob_fss"), None)]))
         if fit is not host:
-            stability.append(row([where, *(both(fit, host, *column) for column in STABILITY)]))
+            stability.append(row([where, *(both(fit, host, *column[1:]) for column in STABILITY)]))
     return "\n".join([*noise, "", *stability, "", *parts, "", *qualities(pairs)])
 
 
-def both(fit: Fit, host: Fit, _title: str, name: str, digits: int, share: bool) -> str:
+def both(fit: Fit, host: Fit, name: str, digits: int, share: bool) -> str:
     """A value of the host and of the fit, side by side."""
     values = [one.values.get(name) for one in (host, fit)]
     if None in values:
@@ -157,7 +156,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--host", default="batch_topk")
     args = parser.parse_args()
-    print(re.sub(r"\bbatch_topk\b", "BatchTopK", tables(list(fits(args.runs)), args.host)))
+    print(tables(list(fits(args.runs)), args.host))
 
 
 if __name__ == "__main__":

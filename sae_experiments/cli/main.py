@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 HYDRA_FLAGS = {"--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--info", "-i"}
 HYDRA_FLAGS |= {"--hydra-help", "--version", "--shell-completion", "-sc"}
 WITH_VALUE = {"--cfg", "-c", "--package", "-p"}
+#: Those that show the configuration as Hydra composes it.
+SHOWING = {"--cfg", "-c", "--info"}
 INFO_TOPICS = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
 #: Flags of Hydra that choose another configuration, which is always conf/ here.
 OTHER_CONFIG = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
@@ -176,7 +178,7 @@ def _show(cfg: DictConfig, flags: Sequence[str], overrides: Sequence[str], conf:
     Raises:
         UserError: Hydra would compose something else than what runs: it knows one SAE.
     """
-    if ("job" in flags) and {"--cfg", "-c"} & set(flags):
+    if "job" in flags:
         shown = cfg.copy()
         if "--resolve" in flags:
             OmegaConf.resolve(shown)
@@ -187,7 +189,7 @@ def _show(cfg: DictConfig, flags: Sequence[str], overrides: Sequence[str], conf:
         )
         print(OmegaConf.to_yaml(part) if OmegaConf.is_config(part) else part)
         return
-    if len(cfg.saes) > 1:
+    if len(cfg.saes) > 1 and flags[0].split("=")[0] in SHOWING:
         raise UserError(
             f"{flags[0]} shows one SAE, and this run has {len(cfg.saes)}: name one "
             "(--cfg job shows all)"
@@ -296,6 +298,9 @@ def _hydra_flag(token: str, rest: list[str]) -> list[str]:
     if token in ("--info", "-i"):
         topic = rest.pop(0) if rest and rest[0] in INFO_TOPICS else "all"
         return [f"--info={topic}"]
+    name, equals, value = token.partition("=")
+    if name in WITH_VALUE and equals:
+        return [name, value]
     if token in WITH_VALUE and rest:
         return [token, rest.pop(0)]
     return [token]

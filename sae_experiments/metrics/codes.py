@@ -146,14 +146,19 @@ def decoded(sae: SAE, codes: sparse.csr_matrix) -> Tensor:
 
 
 def ordinary_rows(ctx: EvalContext, n: int) -> np.ndarray:
-    """Mask (n,) of the first held-out rows that the fit did not leave out as outliers."""
-    parts = []
-    for begin in range(0, n, 4096):
+    """Mask (n,) of the first held-out rows that the fit did not leave out as outliers.
+
+    It is computed once per ctx and row.
+    """
+    known = ctx.extras.get("ordinary", np.ones(0, dtype=bool))
+    parts = [known]
+    for begin in range(len(known), n, 4096):
         inputs = ctx.inputs(slice(begin, min(begin + 4096, n))).to(ctx.device)
         mask = ctx.replaced(inputs)
         whole = np.ones(len(inputs), dtype=bool)
         parts.append(whole if mask is None else mask.cpu().numpy())
-    return np.concatenate(parts) if parts else np.ones(0, dtype=bool)
+    ctx.extras["ordinary"] = np.concatenate(parts)
+    return ctx.extras["ordinary"][:n]
 
 
 def raw_rows(ctx: EvalContext, rows: int | None) -> np.ndarray:

@@ -25,5 +25,5 @@ LEARNING_RATE = 3e-3
 
 
 def candidate():
-    """What evaluate.py asks for: the class and its learning rate."""
+    """The class and its learning rate, as evaluate.py expects them."""
     return Candidate, LEARNING_RATE

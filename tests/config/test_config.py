@@ -322,7 +322,7 @@ def test_hydras_own_flags_are_set_aside():
         False,
         ["--cfg", "job", "--resolve"],
     )
-    assert parse(["--cfg=job"]) == ([], False, ["--cfg=job"])
+    assert parse(["--cfg=job"]) == parse(["--cfg", "job"]) == ([], False, ["--cfg", "job"])
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_cfg_job_prints_what_would_run(capsys: pytest.CaptureFixture[str], typed
     else:
         assert shown.saes == cfg.saes and "sae" not in shown
     assert shown.fit.train == cfg.fit.train
-    flags = ["--cfg", "job", "--resolve", "--package", "fit.train"]
+    flags = ["--cfg=job", "--resolve", "--package=fit.train"]
     assert main([*flags, *typed], plan="variants", extra=[], conf=CONF) == 0
     assert OmegaConf.create(capsys.readouterr().out).steps == cfg.fit.train.steps
 
@@ -401,6 +401,11 @@ def test_info_shows_one_sae_or_says_so(capsys: pytest.CaptureFixture[str]):
     typed = ["--info", "defaults", "--out_dir=a", "sae=[topk,gated]"]
     assert main(typed, plan="variants", extra=[], conf=CONF) == 2
     assert "shows one SAE" in capsys.readouterr().err
+
+
+def test_a_flag_that_shows_no_configuration_minds_no_list(experiment: Experiment):
+    done = experiment("--version", "--out_dir=a", "sae=[topk,gated]")
+    assert done.returncode == 0 and "Hydra" in done.stdout
 
 
 def test_help_and_mistakes_do_not_wait_for_torch():

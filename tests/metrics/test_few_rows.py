@@ -11,12 +11,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sae_experiments.metrics.base import EvalContext, LMSplice
 from sae_experiments.models.hooks import Site
 from sae_experiments.models.store import Store
 from sae_experiments.saes.base import SAE
 from support.common import CONF
-from support.metric_worlds import CPU, validation_store, validation_tokens
+from support.metric_worlds import on_validation_text, validation_store
 from support.saes import sae_spec
 
 SITE = Site("resid", 0)
@@ -50,19 +49,11 @@ def sae(held_out: Store) -> SAE:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100])
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("replacement",)])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_metric_of_few_rows_has_a_value_or_a_reason(
     name: str, rows: int, trained: Any, corpus: Any, held_out: Store, sae: SAE
 ) -> None:
-    ctx = EvalContext(
-        sae=sae,
-        device=CPU,
-        read=SITE,
-        write=SITE,
-        held_out=held_out,
-        lm=LMSplice(trained.model, SITE, validation_tokens(corpus)),
-        symbols=corpus.symbols,
-    )
+    ctx = on_validation_text(sae, trained, corpus, held_out, SITE, symbols=corpus.symbols)
     options = options_of(name) | dict.fromkeys(row_options(name), rows)
     module = importlib.import_module(options.pop("_target_").removesuffix(".measure"))
     del options["_partial_"]

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from sae_experiments.metrics import ablation, downstream, sparsity
-from sae_experiments.metrics.base import EvalContext, LMSplice
+from sae_experiments.metrics.base import EvalContext
 from sae_experiments.metrics.codes import raw_rows, sparse_codes
 from sae_experiments.metrics.levels import effect
 from sae_experiments.metrics.rate_distortion import rise, windows_of
@@ -22,7 +22,7 @@ from sae_experiments.models.store import Store
 from sae_experiments.saes.outliers import Region
 from sae_experiments.saes.purified.perturb import NoiseModel
 from support.common import CONF
-from support.metric_worlds import CPU, validation_store, validation_tokens
+from support.metric_worlds import CPU, on_validation_text, validation_store
 from support.saes import sae_spec
 
 SITE = Site("resid", 0)
@@ -69,20 +69,18 @@ def test_what_lies_outside_the_ordinary_rows_is_not_replaced(
     x = held_out.rows(SITE, slice(None))
     region = Region.of(x)
     median = (x - region.centre).norm(dim=1).median()[None]
-    lm = LMSplice(trained.model, SITE, validation_tokens(corpus))
     spec = sae_spec("hierarchical", "sae.target_l0=null")
     width = x.shape[1]
     torch.manual_seed(0)
     sae = spec.model(d_in=width, d_sae=48, d_out=width).eval()
 
     def effects(limits: torch.Tensor, outliers: str = "leave_out") -> np.ndarray:
-        ctx = EvalContext(
-            sae=sae,
-            device=CPU,
-            read=SITE,
-            write=SITE,
-            held_out=held_out,
-            lm=lm,
+        ctx = on_validation_text(
+            sae,
+            trained,
+            corpus,
+            held_out,
+            SITE,
             outliers=outliers,
             extras={"region": region._replace(limits=limits)},
         )
@@ -106,18 +104,10 @@ def test_outlier_rows_are_no_contexts_of_latents(
     region = Region.of(x)
     median = (x - region.centre).norm(dim=1).median()[None]
     sae = sae_spec("topk", "sae.target_l0=4").model(d_in=x.shape[1], d_sae=48, d_out=x.shape[1])
-    lm = LMSplice(trained.model, SITE, validation_tokens(corpus))
 
     def active(limits: torch.Tensor) -> np.ndarray:
-        ctx = EvalContext(
-            sae=sae.eval(),
-            device=CPU,
-            read=SITE,
-            write=SITE,
-            held_out=held_out,
-            lm=lm,
-            extras={"region": region._replace(limits=limits)},
-        )
+        extras = {"region": region._replace(limits=limits)}
+        ctx = on_validation_text(sae.eval(), trained, corpus, held_out, SITE, extras=extras)
         codes = sparse_codes(ctx, None)
         assert codes is not None
         return np.diff(codes.indptr)

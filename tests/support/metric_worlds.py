@@ -140,3 +140,18 @@ def validation_store(
 def validation_tokens(corpus: Any) -> Callable[[np.ndarray], tuple[Tensor, ...]]:
     """Ids and next ids of windows of a validation text, as `LMSplice.tokens` gives them."""
     return lambda at: tuple(corpus.windows("val", at + shift, 16) for shift in (0, 1))
+
+
+def on_validation_text(
+    sae: SAE, trained: Any, corpus: Any, held_out: Store, site: Site, **kwargs: Any
+) -> EvalContext:
+    """A ctx of an SAE of one site of a trained model, on the text of `validation_store`."""
+    return EvalContext(
+        sae=sae,
+        device=CPU,
+        read=site,
+        write=site,
+        held_out=held_out,
+        lm=LMSplice(trained.model, site, validation_tokens(corpus)),
+        **kwargs,
+    )
