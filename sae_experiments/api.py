@@ -66,6 +66,7 @@ def fit_saes(
     held_out: Tensor | np.ndarray | None = None,
     scale: str = "spread",
     outliers: str = "leave_out",
+    backend: str = "auto",
     **train: Any,
 ) -> dict[str, FitReport]:
     """Fit one SAE, or several in one pass, and leave them calibrated and in eval mode.
@@ -82,6 +83,8 @@ def fit_saes(
         scale: Centring and scaling of the rows during the fit, see `fitting.fit.units_of`;
             `robust` for activations with a few huge rows.
         outliers: `leave_out` rows far from all others (see `saes.outliers`), or `keep` them.
+        backend: `device` for steps that nothing waits for, recorded as CUDA graphs on a GPU; see
+            `training.recorded`.
         **train: Fields of `TrainConfig` to change, such as `steps=5000` or `lr=1e-3`.
 
     Returns:
@@ -124,6 +127,7 @@ def fit_saes(
         seed=seed,
         dead_after=dead_after,
         handling=RowHandling(scale, outliers),
+        backend=backend,
     )
     for name, report in reports.items():
         for one in report.warned:

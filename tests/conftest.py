@@ -9,6 +9,9 @@ import signal
 
 # Before torch is imported: the tests are small, and other work shares the processors.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before Triton is: without a GPU its kernels run in its interpreter.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +25,17 @@ from support.common import Experiment, corpus_spec, english, lm_spec
 # A shell starts what ends in `&` with SIGINT ignored, which the commands under test would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 removals.refuse()  # before a library takes hold of warnings.warn
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Steps on a CPU are recorded on tapes, which this lists."""
+    from sae_experiments.training import recorded
+    from support.tape import Tape
+
+    monkeypatch.setitem(recorded.RECORDERS, "cpu", Tape)
+    monkeypatch.setattr(Tape, "made", [])
+    return Tape.made
 
 
 @pytest.fixture(scope="session")

@@ -98,6 +98,16 @@ class TokenCorpus:
         Raises:
             UserError: The split is shorter than a window.
         """
+        starts = self.starts_at(split, step, rows=rows, length=length, seed=seed)
+        both = self.windows(split, starts, length + 1)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+    def starts_at(self, split: str, step: int, *, rows: int, length: int, seed: int) -> np.ndarray:
+        """Offsets (rows,) of the windows of a batch, drawn from (seed, step) alone.
+
+        Raises:
+            UserError: The split is shorter than a window and its target.
+        """
         room = len(self.splits[split]) - length
         if room < 1:
             raise UserError(
@@ -105,8 +115,7 @@ class TokenCorpus:
                 f"windows of {length} and their targets"
             )
         chance = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step])))
-        both = self.windows(split, chance.integers(0, room, size=rows), length + 1)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        return chance.integers(0, room, size=rows)
 
 
 def encoded(

@@ -6,7 +6,8 @@ folding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.rates import BackOff, with_default_lr
 from sae_experiments.quality_warnings import Warned, of_back_off, of_fit, of_outliers
+from sae_experiments.saes import ops, static
 from sae_experiments.saes.base import SAE, Batch, Forward, Step, Units
 from sae_experiments.saes.outliers import OrdinaryRows
 from sae_experiments.training.loop import (
@@ -28,7 +30,10 @@ from sae_experiments.training.loop import (
     TrainConfig,
     train,
 )
+from sae_experiments.training.recorded import BACKENDS
 
+#: Steps between two looks of a recorded fit at whether latents are dead.
+LOOK_EVERY = BackOff.EVERY
 #: Fields of `TrainConfig` that belong to the pass: they are the same for all of its SAEs.
 OF_THE_PASS = ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every_s")
 
@@ -116,10 +121,24 @@ class SAELearner(Learner):
     """An SAE as a learner: counts the rows since each latent fired and calls the SAE's hooks."""
 
     def __init__(
-        self, name: str, sae: SAE, cfg: TrainConfig, sample: Sample, *, dead_after: int, seed: int
+        self,
+        name: str,
+        sae: SAE,
+        cfg: TrainConfig,
+        sample: Sample,
+        *,
+        dead_after: int,
+        seed: int,
+        recorded: bool = False,
     ) -> None:
         self.counts = Counts(sae)
         super().__init__(name, self.counts, cfg, seed=seed)
+        self.recorded = recorded
+        if recorded:
+            none_dead = torch.zeros((), dtype=torch.bool, device=sae.b_enc.device)
+            self.counts.register_buffer("some_dead", none_dead)
+        # The same on the host; None: not read yet.
+        self._some_dead: bool | None = None
         self.back_off: BackOff | None = None
         self.sae = sae
         self.sample = sample
@@ -140,8 +159,27 @@ class SAELearner(Learner):
         self.back_off = BackOff(steps=self.cfg.steps, firings=firings)
         self.counts.add_module("back_off", self.back_off)
 
-    def lr_factor(self) -> float:
-        return 1.0 if self.back_off is None else self.back_off.factor.item()
+    def lr_factor(self) -> float | Tensor:
+        if self.back_off is None:
+            return 1.0
+        return self.back_off.factor if self.recorded else self.back_off.factor.item()
+
+    def inputs(self, batch: Batch) -> Batch:
+        return batch._replace(downstream=None)
+
+    def decided(self) -> bool:
+        """True if the coming step has terms for dead latents."""
+        if self._some_dead is None:
+            self._some_dead = bool(self.counts.get_buffer("some_dead"))
+        return self._some_dead
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        if not self.recorded:
+            yield
+            return
+        with static.shapes(), ops.tensor_cores(self.sae.matmul_precision):
+            yield
 
     def begin(self, phase: str) -> None:
         if self.back_off is not None:
@@ -157,9 +195,10 @@ class SAELearner(Learner):
         """The state of the fit at a step, as an SAE gets it."""
         return Step(
             phase=info.phase,
-            progress=info.progress,
+            progress=info.progress if info.clock is None else info.clock.progress,
             dead=self.counts.since_fired > self.dead_after,
             generator=info.generator,
+            some_dead=self.decided() if self.recorded else None,
         )
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
@@ -176,6 +215,14 @@ class SAELearner(Learner):
         self.counts.rows_used.add_(n_rows)
         self.counts.since_fired.add_(n_rows).masked_fill_(fwd.codes.fires > 0, 0)
         self.sae.after_update(fwd, step)
+
+    @torch.no_grad()
+    def look(self, loss: Loss, info: StepInfo) -> None:
+        fwd: Forward = loss.extra
+        if self.recorded and info.step % LOOK_EVERY == 0:
+            some_dead = self.counts.get_buffer("some_dead")
+            some_dead.copy_((self.counts.since_fired > self.dead_after).any())
+            self._some_dead = None
         # The loop shortens a warm-up longer than half a phase.
         warm = info.phase_step >= min(self.cfg.warmup_steps, info.phase_steps // 2)
         if self.back_off is not None and warm and info.step % BackOff.EVERY == 0:
@@ -199,7 +246,7 @@ class SAELearner(Learner):
         return values
 
 
-def fit_saes(
+def fit_saes(  # noqa: PLR0913 (keyword-only settings)
     saes: Mapping[str, SAE],
     batch_at: Callable[[int], Batch],
     cfg: TrainConfig | Mapping[str, TrainConfig],
@@ -208,6 +255,7 @@ def fit_saes(
     seed: int,
     dead_after: int,
     handling: RowHandling | None = None,
+    backend: str = "auto",
     session: Session | None = None,
 ) -> dict[str, FitReport]:
     """Fit `saes` side by side and leave them calibrated, in eval mode and in raw units.
@@ -229,6 +277,7 @@ def fit_saes(
         seed: Seed of everything random in the fit.
         dead_after: Rows without firing after which a latent counts as dead.
         handling: Scaling of the rows and handling of outliers. None: the defaults.
+        backend: One of `BACKENDS`; `device` for steps that nothing waits for, see `saes.static`.
         session: Log, progress, checkpoint and deadline.
 
     Raises:
@@ -241,7 +290,10 @@ def fit_saes(
     configs = {name: with_default_lr(given[name], sae) for name, sae in saes.items()}
     _check_shared(saes, configs)
     first = next(iter(configs.values()))
-    rows = FittedRows(sample, _n_sites(saes), handling or RowHandling())
+    recorded = {name: runs_recorded(sae, backend) for name, sae in saes.items()}
+    rows = FittedRows(
+        sample, _n_sites(saes), handling or RowHandling(), static_size=backend == "device"
+    )
     for name, sae in saes.items():
         _check_start(name, sae, rows.same, min(configs[name].batch_size, len(rows.sample.held)))
         if sae.fitted:
@@ -250,7 +302,15 @@ def fit_saes(
             sae.controller.horizon = first.steps
     scaled = rows.scaled_sample()
     learners = [
-        SAELearner(name, sae, configs[name], scaled, dead_after=dead_after, seed=seed)
+        SAELearner(
+            name,
+            sae,
+            configs[name],
+            scaled,
+            dead_after=dead_after,
+            seed=seed,
+            recorded=recorded[name],
+        )
         for name, sae in saes.items()
     ]
     for learner in learners:
@@ -268,6 +328,20 @@ def fit_saes(
     }
 
 
+def runs_recorded(sae: SAE, backend: str) -> bool:
+    """True if steps of an SAE are made within `static.shapes()`, and recorded on a GPU.
+
+    With `backend=device` those of every variant are that says it can. A subclass has to say so
+    itself, since it may depend on numbers that a recorded step would not read again.
+
+    Raises:
+        UserError: The backend is not known.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"fit.backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    return backend == "device" and bool(type(sae).__dict__.get("static_steps"))
+
+
 class FittedRows:
     """Rows as a fit sees them: centred, scaled, and without outliers.
 
@@ -275,12 +349,17 @@ class FittedRows:
         sample: Rows for initialisation and calibration, in raw units.
         n_sites: Sites side by side in a row; each gets a scale of its own.
         handling: Scaling of the rows and handling of outliers.
+        static_size: Replace outliers of a batch by ordinary rows instead of leaving them out, so
+            that every batch has the same size.
 
     Raises:
         UserError: An option is not known, or the rows cannot be scaled.
     """
 
-    def __init__(self, sample: Sample, n_sites: int, handling: RowHandling) -> None:
+    def __init__(
+        self, sample: Sample, n_sites: int, handling: RowHandling, *, static_size: bool = False
+    ) -> None:
+        self.static_size = static_size
         if handling.outliers not in OUTLIERS:
             raise UserError(
                 f"fit.outliers={handling.outliers!r} is not one of {', '.join(OUTLIERS)}"
@@ -309,7 +388,9 @@ class FittedRows:
     def scaled(self, batch: Batch) -> Batch:
         """A batch in the units of the fit."""
         if self.handling.outliers == "leave_out":
-            batch = self.ordinary.of_batch(batch)
+            fixed = self.static_size and batch.downstream is None
+            of_batch = self.ordinary.of_batch_in_place if fixed else self.ordinary.of_batch
+            batch = of_batch(batch)
         x = self.inputs.apply(batch.x)
         rest = batch.downstream
         return Batch(
@@ -340,7 +421,7 @@ def _report(learner: SAELearner, progress: Progress, rows: FittedRows, *, alone:
         history=history,
         cut=progress.cut,
         lr=learner.cfg.peak_lr,
-        lr_factor=learner.lr_factor(),
+        lr_factor=float(learner.lr_factor()),
         outliers=counts,
         warnings=[one._asdict() for one in warnings],
     )
@@ -350,10 +431,11 @@ def _warnings(learner: SAELearner, history: History) -> list[Warned]:
     """Signs in the curves of a fit that it went wrong."""
     # The most, not the last: a code that collapses ends with hardly any active latents.
     l0 = max((value for _, name, value in history if name == "l0"), default=0.0)
-    stepped_back = of_back_off(learner.cfg.peak_lr, learner.lr_factor())
+    factor = float(learner.lr_factor())
+    stepped_back = of_back_off(learner.cfg.peak_lr, factor)
     return stepped_back + of_fit(
         history,
-        lr=learner.cfg.peak_lr * learner.lr_factor(),
+        lr=learner.cfg.peak_lr * factor,
         warmup_steps=learner.cfg.warmup_steps,
         firings=learner.dead_after * l0 / learner.sae.d_sae,
         judge_error=learner.sae.judged_by_fvu,

@@ -17,6 +17,7 @@ from sae_experiments.resources import cpu_has_bf16
 from sae_experiments.saes.base import SAE
 from sae_experiments.source import modules_behind
 from sae_experiments.training.loop import TrainConfig, seed_of
+from sae_experiments.training.recorded import BACKENDS
 
 #: Fields of `TrainConfig` that may differ between SAEs of one pass.
 PER_SAE_SETTINGS = (
@@ -203,6 +204,7 @@ class FitSpec:
     store: str = "auto"  # where rows are kept: auto, disk, memory or stream, see `KEPT_IN`
     stream_rows: int | None = None  # rows of a chunk of a stream at most; None: SMALLEST batches
     disk_share: float = 0.5  # of the free disk that auto may fill before it streams
+    backend: str = "auto"  # way to make steps: auto, host or device, see `training.recorded`
 
     def __post_init__(self) -> None:
         for name in (
@@ -242,8 +244,10 @@ class FitSpec:
 
     def of_result(self) -> dict[str, Any]:
         """Settings that a fit depends on besides its rows, for cache keys."""
-        places = ("store", "stream_rows", "disk_share")
-        return {name: value for name, value in asdict(self).items() if name not in places}
+        left_out = ["store", "stream_rows", "disk_share"]
+        if self.backend != "device":
+            left_out.append("backend")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     @property
     def handling(self) -> RowHandling:
@@ -261,5 +265,6 @@ _CHOICES = {
     "store_dtype": ("float16", "float32"),
     "store": KEPT_IN,
     "scale": SCALES,
+    "backend": BACKENDS,
     "outliers": OUTLIERS,
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.saes.base import SAE
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.pattern import Pattern
 from sae_experiments.saes.types import Codes
 
 NO_TEXT = "there is no text"

@@ -32,7 +32,8 @@ from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_json
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models import hub  # noqa: F401 (keeps transformers from the network)
-from sae_experiments.models.cpu_kernels import use_cheap_paths
+from sae_experiments.models.cpu_kernels import use_cheap_paths, whole_windows
+from sae_experiments.models.device_text import DeviceText
 from sae_experiments.models.layouts import CausalLM, moved
 from sae_experiments.models.tokens import N_BYTES, Tokenizer, copy_tokenizer
 from sae_experiments.resources import Need, cpu_has_bf16
@@ -49,6 +50,7 @@ from sae_experiments.training.loop import (
     seed_of,
     train,
 )
+from sae_experiments.training.recorded import BACKENDS, RecordedSteps
 
 hf_logging.disable_progress_bar()
 #: Name of the key/value cache; transformers renamed the argument and will drop its old name.
@@ -144,6 +146,9 @@ class LMSpec:
     """The output matrix is the token embedding."""
     embedding_std: float | None = None
     """Standard deviation with which embeddings and output matrix are drawn; None: GPT-2's 0.02."""
+    backend: str = "auto"
+    """Way to make steps: `device` records them as CUDA graphs, with the text on the device; host;
+    auto: host, until the other has been measured on a GPU."""
     vocab_size: int | None = None
     """Tokens of byte-pair encoding, trained on the text; None: characters."""
 
@@ -169,6 +174,7 @@ class LMSpec:
             )
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"lm.precision={self.precision!r} is not one of auto, fp32, bf16")
+        self._check_backend()
         if not 0 <= self.dropout < 1:
             raise UserError(f"lm.dropout={self.dropout} must lie in [0, 1)")
         if self.activation_function not in ACT2FN:
@@ -186,6 +192,14 @@ class LMSpec:
             )
         if not self.temperature > 0:
             raise UserError(f"lm.temperature={self.temperature} must be positive")
+
+    def _check_backend(self) -> None:
+        if self.backend not in BACKENDS:
+            raise UserError(f"lm.backend={self.backend!r} is not one of {', '.join(BACKENDS)}")
+        muon = (self.train or {}).get("optimizer") == "muon"
+        if self.backend == "device" and (self.compile or muon):
+            cause = "lm.compile=true" if self.compile else "lm.train.optimizer=muon"
+            raise UserError(f"lm.backend=device cannot record steps with {cause}: change either")
 
     def train_config(self, recipe: dict[str, Any]) -> TrainConfig:
         """Training settings for one corpus, whose recipe fills in what `train` leaves null."""
@@ -283,9 +297,16 @@ def build_lm(spec: LMSpec, vocab_size: int, *, seed: int) -> GPT2LMHeadModel:
 
 
 def autocast(
-    device: torch.device, precision: str, width: int
+    device: torch.device, precision: str, width: int, *, recorded: bool = False
 ) -> Callable[[], AbstractContextManager[Any]]:
-    """Context of mixed precision for a model of this width; in fp32 it does nothing."""
+    """Context of mixed precision for a model of this width; in fp32 it does nothing.
+
+    Args:
+        device: Device of the model.
+        precision: fp32, bf16 or auto, as in `LMSpec`.
+        width: Width of the residual stream.
+        recorded: Steps are recorded, see `training.recorded`.
+    """
     if precision == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported()
@@ -294,7 +315,8 @@ def autocast(
         precision = "bf16" if fast else "fp32"
     if precision == "fp32":
         return nullcontext
-    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    # A cache of converted weights would be part of a recorded step, and grow old.
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=not recorded)
 
 
 class LMLearner(Learner):
@@ -313,9 +335,17 @@ class LMLearner(Learner):
         self.model = model
         self.corpus = corpus
         self.spec = spec
-        device = next(model.parameters()).device
-        self.autocast = autocast(device, spec.precision, spec.n_embd)
+        self.device = next(model.parameters()).device
+        self.autocast = autocast(
+            self.device, spec.precision, spec.n_embd, recorded=spec.backend == "device"
+        )
         self.forward = torch.compile(model) if spec.compile else model
+        self.recorded = spec.backend == "device"
+        self._evaluated: Callable[[Any], Tensor] = self._mean_loss
+        if self.recorded:
+            self._evaluated = RecordedSteps(self._mean_loss, [], self.device)
+        # The text of each split, on the device.
+        self._ids: dict[str, DeviceText] = {}
 
     def phases(self) -> list[Phase]:
         kinds = ("muon", "writes", "matrices", "vectors")
@@ -343,13 +373,20 @@ class LMLearner(Learner):
         return "writes" if writes else "muon"
 
     def loss(self, batch: tuple[Tensor, Tensor], info: StepInfo) -> Loss:
+        loss = self._mean_loss(batch)
+        return Loss(loss, {"train_loss": loss.detach()})
+
+    def _mean_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean loss of a batch of ids and next ids (B, T)."""
         x, y = batch
+        windows = whole_windows(self.model) if self.recorded else nullcontext()
+        with windows, self.autocast():
+            logits = self.forward(input_ids=x, use_cache=False).logits
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), y.view(-1))
+
+    def seed_step(self, info: StepInfo) -> None:
         if self.spec.dropout:
             torch.manual_seed(seed_of(self.seed, "dropout", info.step))
-        with self.autocast():
-            logits = self.forward(input_ids=x, use_cache=False).logits
-        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), y.view(-1))
-        return Loss(loss, {"train_loss": loss.detach()})
 
     def evaluate(self, step: int) -> dict[str, float]:
         batches = self.spec.eval_batches if step == self.cfg.steps else self.spec.curve_batches
@@ -360,25 +397,26 @@ class LMLearner(Learner):
     def mean_loss(self, split: str, batches: int) -> float:
         """Mean loss over `batches` random batches of a split, the same ones at every call."""
         self.module.eval()
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i in range(batches):
-            x, y = self.batch(split, i, "eval")
-            with self.autocast():
-                logits = self.forward(input_ids=x, use_cache=False).logits
-            total += F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), y.view(-1)).cpu()
+            total += self._evaluated(self.batch(split, i, "eval"))
         return (total / batches).item()
 
     def batch(self, split: str, step: int, purpose: str) -> tuple[Tensor, Tensor]:
         """Ids and next ids (B, T) of a step; each purpose has random batches of its own."""
-        device = next(self.module.parameters()).device
-        x, y = self.corpus.batch_at(
-            split,
-            step,
-            rows=self.cfg.batch_size,
-            length=self.spec.n_positions,
-            seed=seed_of(self.seed, purpose),
-        )
-        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        drawn: dict[str, Any] = {
+            "rows": self.cfg.batch_size,
+            "length": self.spec.n_positions,
+            "seed": seed_of(self.seed, purpose),
+        }
+        if not self.recorded:
+            x, y = self.corpus.batch_at(split, step, **drawn)
+            return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        if split not in self._ids:
+            self._ids[split] = DeviceText(self.corpus.splits[split], self.device)
+        starts = self.corpus.starts_at(split, step, **drawn)
+        both = self._ids[split].windows(starts, self.spec.n_positions + 1)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
 def train_lm(

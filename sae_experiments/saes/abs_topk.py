@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sae_experiments.saes.base import Inference, NotExportable
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.pattern import Pattern
 from sae_experiments.saes.topk import TopK
 
 
@@ -17,6 +17,8 @@ class AbsTopK(TopK):
 
     One latent represents both poles of a direction.
     """
+
+    static_steps = True
 
     def support(self, pre: Tensor) -> Pattern:
         """The k largest absolute values of every row."""

@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sae_experiments.errors import UserError
-from sae_experiments.saes import ops
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.errors import UserError, of_type
+from sae_experiments.saes import ops, static
+from sae_experiments.saes.pattern import Pattern
 from sae_experiments.saes.types import Batch, Codes, Forward, Inference, Step, Units, by_rows
 from sae_experiments.training.loop import Group, Loss, Phase
 
@@ -96,6 +96,9 @@ class SAE(nn.Module):
     #: The fit minimises the FVU by the same terms from start to end, so that a climb of the FVU
     #: means that it goes wrong.
     judged_by_fvu = True
+    #: Training steps can run within `static.shapes()`. It is not inherited: a subclass that changes
+    #: nothing about it says so itself.
+    static_steps = False
     #: Share of characters to replace in the second view of every row that the SAE asks for; 0: no
     #: second view.
     second_view = 0.0
@@ -377,8 +380,10 @@ class SAE(nn.Module):
         pattern = support if isinstance(support, Pattern) else None
         active_pre = ops.entries(x, self.W_enc, bias, values, support)
         values = self.activation(active_pre, None if pattern is None else pattern.col)
-        if not isinstance(support, Pattern) and values is not active_pre:
-            values = ops.masked(values, support)
+        if pattern is not None:
+            values = pattern.weighted(values)
+        elif values is not active_pre:
+            values = ops.masked(values, of_type(support, Tensor))
         codes = Codes(values, pattern)
         levels = self.nested_recons(codes)
         if levels is None:
@@ -422,11 +427,11 @@ class SAE(nn.Module):
             support = sparse(self.support(pre))
             if isinstance(support, Tensor):
                 support = support.to(pre.dtype)  # one conversion for all uses
-        if weight.dtype != x.dtype:
-            if isinstance(support, Pattern):
+        if isinstance(support, Pattern):
+            if weight.dtype != x.dtype or ops.rounds(weight):
                 values = self._exact(x, bias, support)
-            else:
-                values = self.encoder_matmul(x, bias)
+        elif weight.dtype != x.dtype:
+            values = self.encoder_matmul(x, bias)
         return support, values, pre
 
     @torch.no_grad()
@@ -443,7 +448,7 @@ class SAE(nn.Module):
         dense) or if the matrix is small.
         """
         rows = max(BLOCK // self.d_sae, 1)
-        if not self.support_is_rowwise or len(x) <= rows or x.device.type != "cpu":
+        if not self.support_is_rowwise or len(x) <= rows or x.device.type != "cpu" or static.on():
             return None
         patterns, values = [], []
         for part in x.split(rows):
@@ -498,10 +503,9 @@ class SAE(nn.Module):
 
     def aux_loss(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """The AuxK term over the latents in `step.dead`; empty without dead latents."""
-        if not self.aux_coeff or not bool(step.dead.any()):
+        if not self.aux_coeff or not step.any_dead:
             return {}
-        dead = step.dead.nonzero().squeeze(1)
-        unexplained = self.aux_k_loss(fwd.batch.x, fwd.batch.y - fwd.recon, dead)
+        unexplained = self.aux_k_loss(fwd.batch.x, fwd.batch.y - fwd.recon, step.dead)
         return {"aux_k": self.aux_coeff * unexplained}
 
     def aux_k_loss(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
@@ -512,18 +516,19 @@ class SAE(nn.Module):
         Args:
             x: Inputs (B, D).
             residual: Targets minus reconstructions (B, O).
-            dead: Indices of the dead latents.
+            dead: The dead latents, (F,) boolean.
         """
-        w_enc = self.W_enc.index_select(0, dead)
-        bias = self.b_enc.index_select(0, dead) - w_enc @ self.origin().detach()
-        return ops.aux_k(
-            self.encoder_input(x),
-            residual,
-            w_enc,
-            bias,
-            self.W_dec.index_select(0, dead),
-            self.k_aux,
-        )
+        inputs, origin = self.encoder_input(x), self.origin().detach()
+        if static.on():
+            bias = self.b_enc - self.W_enc @ origin
+            return ops.aux_k_masked(
+                inputs, residual, self.W_enc, bias, self.W_dec, self.k_aux, dead
+            )
+        chosen = dead.nonzero().squeeze(1)
+        w_enc = self.W_enc.index_select(0, chosen)
+        bias = self.b_enc.index_select(0, chosen) - w_enc @ origin
+        w_dec = self.W_dec.index_select(0, chosen)
+        return ops.aux_k(inputs, residual, w_enc, bias, w_dec, self.k_aux)
 
     def before_update(self) -> None:
         """Remove the radial part of the decoder's gradient, before it enters Adam's moments."""
@@ -595,8 +600,11 @@ class SAE(nn.Module):
 
 
 def sparse(support: Pattern | Tensor) -> Pattern | Tensor:
-    """Convert a mask (B, F) to a pattern if it is sparse enough for that to save time."""
-    if isinstance(support, Pattern):
+    """Convert a mask (B, F) to a pattern if it is sparse enough for that to save time.
+
+    Within `static.shapes()` a mask stays one: the size of the pattern would depend on the data.
+    """
+    if isinstance(support, Pattern) or static.on():
         return support
     if int(torch.count_nonzero(support)) >= ops.SPARSE_BELOW * support.numel():
         return support

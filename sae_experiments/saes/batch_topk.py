@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from sae_experiments.errors import UserError
-from sae_experiments.saes import selection
+from sae_experiments.saes import selection, static
 from sae_experiments.saes.base import SAE, Inference
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.pattern import Pattern
 
 
 class BatchTopK(SAE):
@@ -29,6 +29,7 @@ class BatchTopK(SAE):
 
     support_is_rowwise = False
     always_sparse = True
+    static_steps = True
 
     def __init__(self, *, k: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -54,6 +55,9 @@ class BatchTopK(SAE):
             pre: Pre-activations (B, F).
             code: Name of the code, for a variant that selects several with different thresholds.
         """
+        if static.on():
+            room = round(self.most() * len(pre))
+            return static.batch_top_k(pre, room, self.budget_on_device(len(pre)))
         n = round(self.budget() * len(pre))
         key = (code, len(pre))
         pattern, self._guess[key] = selection.batch_top_k(pre, n, self._guess.get(key))
@@ -62,6 +66,14 @@ class BatchTopK(SAE):
     def budget(self) -> float:
         """Active latents per row in training, on average."""
         return self.k
+
+    def most(self) -> float:
+        """The largest `budget()` of a fit: patterns of `static.shapes()` have room for it."""
+        return self.budget()
+
+    def budget_on_device(self, n_rows: int) -> Tensor | None:
+        """Entries to select from so many rows, on the device; None for `most()` of each row."""
+        return None
 
     def finish(self, phase: str, x: Tensor) -> None:
         """Calibrate the threshold to k on rows (N, D)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,34 @@ class L0Controller(nn.Module):
         """The current coefficient."""
         return math.exp(self.log_coeff.item())
 
+    @property
+    def coeff_on_device(self) -> Tensor:
+        """The current coefficient as a scalar tensor, which nobody waits for."""
+        return self.log_coeff.exp()
+
+    def update_on_device(self, l0: Tensor, warm: Tensor | bool) -> None:
+        """`update` without a look at any number.
+
+        Args:
+            l0: L0 of the last training step, a scalar in float64.
+            warm: A boolean, or a scalar tensor; nothing changes if it is false.
+        """
+
+        def set_(buffer: Tensor, value: Tensor) -> None:
+            buffer.copy_(torch.where(warm, value, buffer) if isinstance(warm, Tensor) else value)
+
+        if warm is False:
+            return
+        average = torch.where(self.average.isnan(), l0, 0.9 * self.average + 0.1 * l0)
+        error = (average.clamp_min(1e-3) / (self.aim * self.target)).log()
+        before = torch.where(self.error.isnan(), error, self.error)
+        set_(self.average, average)
+        set_(self.error, error)
+        if not self.fixed:
+            change = self.gain / self.horizon * error + self.damping * (error - before)
+            moved = self.log_coeff + change.clamp(-0.1, 0.1)
+            set_(self.log_coeff, moved.clamp(math.log(1e-8), math.log(1e6)))
+
     def update(self, l0: float) -> None:
         """Adapt the coefficient to the L0 of the last training step."""
         average = l0 if math.isnan(self.average.item()) else 0.9 * self.average.item() + 0.1 * l0
@@ -81,6 +110,12 @@ class L0Controller(nn.Module):
             self.log_coeff.add_(min(max(change, -0.1), 0.1)).clamp_(math.log(1e-8), math.log(1e6))
 
 
-def ramp(progress: float, until: float) -> float:
-    """Linear warm-up factor: 0 at the start of a phase, 1 once its share `until` is done."""
-    return 1.0 if until <= 0 else min(progress / until, 1.0)
+def ramp(progress: Any, until: float) -> Any:
+    """Linear warm-up factor: 0 at the start of a phase, 1 once its share `until` is done.
+
+    It is a number or a scalar tensor, as `progress` is.
+    """
+    if until <= 0:
+        return 1.0
+    share = progress / until
+    return share.clamp(max=1.0) if isinstance(share, Tensor) else min(share, 1.0)

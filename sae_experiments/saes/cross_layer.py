@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
-from sae_experiments.saes import ops
+from sae_experiments.saes import ops, static
 from sae_experiments.saes.base import SAE, Inference, NotExportable, Units, by_rows, sparse
 from sae_experiments.saes.batch_topk import BatchTopK
-from sae_experiments.saes.selection import Pattern, top_mask
+from sae_experiments.saes.pattern import Pattern
+from sae_experiments.saes.selection import top_mask
+from sae_experiments.saes.static import StaticPattern
 from sae_experiments.saes.types import Batch, Codes, Forward
 
 
@@ -277,7 +279,8 @@ class EveryLayer(SAE):
                 support.gather(pre),
                 self._by_layer(support),
             )
-            codes = Codes(self.activation(active_pre, support.col), support)
+            values = support.weighted(self.activation(active_pre, support.col))
+            codes = Codes(values, support)
             parts = self._decode_sparse(codes)
             mask = None
         else:
@@ -300,11 +303,10 @@ class EveryLayer(SAE):
     def _by_layer(self, pattern: Pattern) -> Pattern:
         """The same entries in a matrix (B L, F) whose rows are the layers of the rows of x."""
         layer = torch.div(pattern.col, self.per_layer, rounding_mode="floor")
-        n_rows = pattern.n_rows * self.n_sites
-        crow = torch.zeros(n_rows + 1, dtype=torch.int32, device=pattern.col.device)
-        counts = torch.bincount(pattern.row * self.n_sites + layer, minlength=n_rows)
-        crow[1:] = counts.cumsum(0)
-        return Pattern(crow, pattern.col, pattern.n_cols)
+        starts = torch.arange(pattern.n_rows * self.n_sites + 1, device=pattern.col.device)
+        row = pattern.row * self.n_sites + layer
+        crow = torch.searchsorted(row, starts, out_int32=True)
+        return pattern.like(crow, pattern.col)
 
     def _decode_sparse(self, codes: Codes) -> list[Tensor]:
         """Writes (B, C) of the active entries to each layer, without biases."""
@@ -313,6 +315,11 @@ class EveryLayer(SAE):
         for k, weight in enumerate(self.decoders):
             sources = self.sources(k)
             inside = (pattern.col >= sources.start) & (pattern.col < sources.stop)
+            if isinstance(pattern, StaticPattern):
+                col = (pattern.col - sources.start).clamp(0, len(weight) - 1)
+                part = StaticPattern(pattern.crow, col, len(weight))
+                parts.append(ops.decode(values.masked_fill(~inside, 0), part, weight))
+                continue
             before = nn.functional.pad(inside.cumsum(0, dtype=torch.int32), (1, 0))
             chosen = inside.nonzero().squeeze(1)
             col = pattern.col.index_select(0, chosen) - sources.start
@@ -342,6 +349,9 @@ class EveryLayer(SAE):
         Each layer's part is computed with that layer's columns alone: rows of the whole width,
         most of them zeros, would take gigabytes where many latents of many layers are dead.
         """
+        if static.on():
+            return self._aux_k_masked(x, residual, dead)
+        dead = dead.nonzero().squeeze(1)
         e = residual.detach()
         pre = self._by_layer_pre_acts(x.detach() - self.origin().detach(), dead)
         acts = nn.functional.leaky_relu(pre, 0.1)
@@ -354,6 +364,28 @@ class EveryLayer(SAE):
             parts.append(acts[:, inside] @ weight[dead[inside] - sources.start])
         unexplained = (e - torch.cat(parts, 1)).square().sum()
         return unexplained / (e - e.mean(0)).square().sum().clamp_min(1e-12)
+
+    def _aux_k_masked(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+        """`aux_k_loss` without a look at which latents are dead (F,)."""
+        e = residual.detach()
+        pre = self.all_pre_acts(x.detach(), self.b_enc - self._encoded(self.origin().detach()))
+        among = pre.detach().masked_fill(~dead, -torch.inf)
+        chosen = top_mask(among, min(self.k_aux, self.d_sae)) & dead
+        acts = ops.masked(nn.functional.leaky_relu(pre, 0.1), chosen)
+        parts = [
+            ops.decode(acts[:, self.sources(k)], None, weight)
+            for k, weight in enumerate(self.decoders)
+        ]
+        unexplained = (e - torch.cat(parts, 1)).square().sum() * dead.any()
+        return unexplained / (e - e.mean(0)).square().sum().clamp_min(1e-12)
+
+    def all_pre_acts(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Pre-activations (B, F) of rows (B, D) with a bias (F,), differentiable."""
+        parts = [
+            x[:, self.site_of(k)] @ self.encoders[self.latents_of(k)].t()
+            for k in range(self.n_sites)
+        ]
+        return torch.cat(parts, 1) + bias
 
     def some_pre_acts(self, x: Tensor, latents: Tensor) -> Tensor:
         """Pre-activations (B, n) of some latents (n,), differentiable."""
@@ -408,3 +440,5 @@ class CrossLayerTranscoder(EveryLayer, BatchTopK):
 
     The selection is over all layers together, see `EveryLayer` and `BatchTopK`.
     """
+
+    static_steps = True

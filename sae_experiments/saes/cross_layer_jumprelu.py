@@ -23,6 +23,8 @@ class CrossLayerJumpReLU(EveryLayer, JumpReLU):
     number is added to all thresholds at the end, so that this L0 is exact.
     """
 
+    static_steps = True
+
     @torch.no_grad()
     def begin(self, phase: str, x: Tensor, y: Tensor) -> None:
         """Initialise as `EveryLayer`, with biases so that `start_l0 * target_l0` latents fire."""

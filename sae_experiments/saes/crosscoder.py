@@ -27,6 +27,8 @@ class Crosscoder(Standard):
         **kwargs: Further arguments of `Standard`.
     """
 
+    static_steps = True
+
     def __init__(self, *, n_sites: int, start_norm: float, **kwargs: Any) -> None:
         super().__init__(norm_weighted=True, **kwargs)
         if self.d_in % n_sites or self.d_out != self.d_in:

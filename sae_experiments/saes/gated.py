@@ -32,6 +32,8 @@ class Gated(Standard):
         **kwargs: Arguments of `Standard`.
     """
 
+    static_steps = True
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
-from sae_experiments.saes import ops
+from sae_experiments.saes import ops, static
 from sae_experiments.saes.base import Forward, Inference, Step
 from sae_experiments.saes.standard import Standard
 
@@ -85,6 +85,8 @@ class JumpReLU(Standard):
         **kwargs: Further arguments of `Standard`.
     """
 
+    static_steps = True
+
     def __init__(
         self,
         *,
@@ -144,11 +146,19 @@ class JumpReLU(Standard):
         n_rows = len(fwd.batch.x)
         saturated = torch.tanh(self.tanh_scale * fwd.codes.values)
         terms = {"sparsity": self.coefficient(step) * saturated.sum() / n_rows}
-        dead = step.dead.nonzero().squeeze(1)
-        if self.pre_act_coeff and dead.numel():
-            below = torch.relu(self.theta[dead] - self.some_pre_acts(fwd.batch.x, dead))
+        if self.pre_act_coeff and step.any_dead:
+            if static.on():
+                pre = self.all_pre_acts(fwd.batch.x, self.bias())
+                below = torch.relu(self.theta - pre) * step.dead
+            else:
+                dead = step.dead.nonzero().squeeze(1)
+                below = torch.relu(self.theta[dead] - self.some_pre_acts(fwd.batch.x, dead))
             terms["pre_act"] = self.pre_act_coeff * below.sum() / n_rows
         return terms
+
+    def all_pre_acts(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Pre-activations (B, F) of rows (B, D) with a bias (F,), differentiable."""
+        return nn.functional.linear(x, self.W_enc, bias)
 
     def some_pre_acts(self, x: Tensor, latents: Tensor) -> Tensor:
         """Pre-activations (B, n) of some latents (n,), differentiable."""
@@ -158,7 +168,7 @@ class JumpReLU(Standard):
         """Keep thresholds at 0 or above, lower those of dead latents, and steer lambda."""
         self.theta.data.clamp_min_(0)
         if self.melt < 1:
-            self.theta.data[step.dead] *= self.melt
+            self.theta.data.mul_(torch.where(step.dead, self.melt, 1.0))
         super().after_step(fwd, step)
 
     def inference(self) -> Inference:

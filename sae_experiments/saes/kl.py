@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_experiments.errors import UserError
 from sae_experiments.saes.base import Forward, Inference, NotExportable, Step
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.pattern import Pattern
 from sae_experiments.saes.standard import Standard
 
 
@@ -37,6 +37,8 @@ class KL(Standard):
         unit_decoder: Keep decoder rows at length 1; false leaves their lengths free.
         **kwargs: Further arguments of `Standard`.
     """
+
+    static_steps = True
 
     def __init__(
         self, *, form: str, rho: float | None, per_entry: bool, unit_decoder: bool, **kwargs: Any

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sae_experiments.errors import UserError
-from sae_experiments.saes import ops, selection
+from sae_experiments.saes import ops
 from sae_experiments.saes.base import Inference, NotExportable
 from sae_experiments.saes.matryoshka import Matryoshka
+from sae_experiments.saes.pattern import Pattern
 
 
 class Lista(Matryoshka):
@@ -30,6 +31,7 @@ class Lista(Matryoshka):
     """
 
     same_units = True
+    static_steps = True
 
     first_threshold: Tensor
 
@@ -50,8 +52,8 @@ class Lista(Matryoshka):
         if self.training:
             pattern = self.largest(pre, "first")
         else:
-            pattern = selection.Pattern.from_mask(pre > self.first_threshold)
-        values = ops.entries(centred, self.W_enc, self.b_enc, pre, pattern)
+            pattern = Pattern.from_mask(pre > self.first_threshold)
+        values = pattern.weighted(ops.entries(centred, self.W_enc, self.b_enc, pre, pattern))
         return x + self.eta * (centred - ops.decode(values, pattern, self.W_dec))
 
     def finish(self, phase: str, x: Tensor) -> None:

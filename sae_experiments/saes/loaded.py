@@ -11,7 +11,7 @@ from sae_experiments.saes import selection
 from sae_experiments.saes.base import Inference, NotExportable
 from sae_experiments.saes.batch_topk import BatchTopK
 from sae_experiments.saes.gated import as_gated
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.pattern import Pattern
 from sae_experiments.saes.types import by_rows
 from sae_experiments.sampling import spread_rows
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sae_experiments.errors import UserError
-from sae_experiments.saes import ops
+from sae_experiments.saes import ops, static
 from sae_experiments.saes.base import Codes, Forward, Step
 from sae_experiments.saes.batch_topk import BatchTopK
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.controller import ramp
 
 
 class Matryoshka(BatchTopK):
@@ -36,6 +36,8 @@ class Matryoshka(BatchTopK):
             Latents are put in that order at the end.
         **kwargs: Further arguments of `BatchTopK`.
     """
+
+    static_steps = True
 
     group: Tensor
     frequency: Tensor
@@ -87,6 +89,13 @@ class Matryoshka(BatchTopK):
         """Active latents per row at the current point of training."""
         return self.k_now.item()
 
+    def most(self) -> float:
+        """The largest `budget()`, at the start of training."""
+        return self.k_start * self.k
+
+    def budget_on_device(self, n_rows: int) -> Tensor | None:
+        return None if self.k_start == 1 else (self.k_now * n_rows).round()
+
     def nested_recons(self, codes: Codes) -> Tensor:
         """Reconstructions (B, G, O) of all prefixes, with each group decoded once.
 
@@ -100,9 +109,8 @@ class Matryoshka(BatchTopK):
         if self.sort_by_frequency:  # the columns of a group no longer lie side by side
             order = torch.argsort(row, stable=True)
             values, row, col = values[order], row[order], col[order]
-        crow = torch.zeros(n_rows + 1, dtype=torch.int32, device=col.device)
-        crow[1:] = torch.bincount(row, minlength=n_rows).cumsum(0)
-        parts = ops.decode(values, Pattern(crow, col, pattern.n_cols), self.W_dec)
+        crow = torch.searchsorted(row, torch.arange(n_rows + 1, device=row.device), out_int32=True)
+        parts = ops.decode(values, pattern.like(crow, col), self.W_dec)
         parts = parts.view(pattern.n_rows, n_groups, -1)
         sums = ops.prefix_sums(parts)
         if self.detach_inner:
@@ -118,12 +126,12 @@ class Matryoshka(BatchTopK):
 
     def aux_loss(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """AuxK of the dead latents of every group on the residual of its prefix."""
-        if not self.aux_coeff or not bool(step.dead.any()):
+        if not self.aux_coeff or not step.any_dead:
             return {}
         terms = []
         for g in range(len(self.ends)):
-            dead = (step.dead & (self.group == g)).nonzero().squeeze(1)
-            if dead.numel():
+            dead = step.dead & (self.group == g)
+            if static.on() or bool(dead.any()):
                 terms.append(self.aux_k_loss(fwd.batch.x, fwd.batch.y - fwd.nested[:, g], dead))
         return {"aux_k": self.aux_coeff * ops.total(terms)} if terms else {}
 
@@ -131,7 +139,7 @@ class Matryoshka(BatchTopK):
         """Lower the number of active latents to k, and regroup the latents."""
         super().after_step(fwd, step)
         if self.k_start > 1:
-            left = 1 - min(step.progress / self.k_decay, 1.0) if self.k_decay else 0.0
+            left = 1 - ramp(step.progress, self.k_decay)
             self.k_now.fill_(self.k * (1 + (self.k_start - 1) * left))
         if self.sort_by_frequency:
             self.frequency.lerp_(fwd.codes.fires / len(fwd.batch.x), 0.01)
@@ -143,8 +151,8 @@ class Matryoshka(BatchTopK):
         order = self.frequency.argsort(descending=True, stable=True)
         rank = torch.empty_like(self.group)
         rank[order] = torch.arange(self.d_sae, device=device)
-        starts = torch.tensor(self.ends[:-1], device=device)
-        self.group.copy_((rank[:, None] >= starts).sum(1))
+        passed = [(rank >= end).long() for end in self.ends[:-1]]
+        self.group.copy_(ops.total(passed) if passed else torch.zeros_like(rank))
 
     def finish(self, phase: str, x: Tensor) -> None:
         """Put latents in the order of their groups, and calibrate the threshold."""

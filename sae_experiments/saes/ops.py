@@ -20,7 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae_experiments.resources import cpu_has_bf16
-from sae_experiments.saes.selection import TILE, Pattern, top_k, top_mask
+from sae_experiments.saes import static
+from sae_experiments.saes.pattern import Pattern
+from sae_experiments.saes.selection import TILE, top_k, top_mask
+from sae_experiments.saes.static import StaticPattern
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -58,6 +61,30 @@ def fast_matmul() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+@contextmanager
+def tensor_cores(precision: str) -> Iterator[None]:
+    """Let a CUDA device multiply float32 matrices in TF32, unless `precision` is fp32.
+
+    Products then have three digits. They decide which latents are active and make the gradients of
+    dense codes; the values of sparse codes are computed anew in full precision.
+    """
+    if precision == "fp32" or not torch.cuda.is_available():
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def rounds(weight: Tensor) -> bool:
+    """True if `tensor_cores` rounds products on the device of this matrix."""
+    return weight.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @contextmanager
@@ -140,6 +167,21 @@ def _has_sparse_blas(t: Tensor) -> bool:
     return t.is_cuda or (t.device.type == "cpu" and torch.backends.mkl.is_available())
 
 
+def _times(pattern: Pattern, values: Tensor, dense: Tensor) -> Tensor:
+    """Product (B, d) of a sparse code with `values` (n,) and a dense matrix (F, d)."""
+    if isinstance(pattern, StaticPattern):
+        return pattern.times(values, dense)
+    return _csr_matmul(pattern.crow, pattern.col, values, pattern.n_cols, dense)
+
+
+def _column_sums(pattern: Pattern, values: Tensor) -> Tensor:
+    """Sum (F,) of the entries (n,) of every column."""
+    if isinstance(pattern, StaticPattern):
+        return pattern.column_sums(values)
+    sums = torch.bincount(pattern.col, weights=values, minlength=pattern.n_cols)
+    return sums.to(values.dtype)
+
+
 def weight_gradient(pattern: Pattern, values: Tensor, dense: Tensor) -> Tensor:
     """`C^T dense` (F, d) for a sparse code C: the gradient of a weight, from active entries only.
 
@@ -148,6 +190,8 @@ def weight_gradient(pattern: Pattern, values: Tensor, dense: Tensor) -> Tensor:
         values: Their values (n,).
         dense: (B, d).
     """
+    if isinstance(pattern, StaticPattern):
+        return pattern.transposed_times(values, dense)
     crow, row, order = pattern.transposed
     return _csr_matmul(crow, row, values.index_select(0, order), pattern.n_rows, dense)
 
@@ -160,6 +204,8 @@ def entry_products(pattern: Pattern, left: Tensor, right: Tensor) -> Tensor:
         left: (B, d).
         right: (F, d).
     """
+    if isinstance(pattern, StaticPattern):
+        return pattern.products(left, right)
     if _has_sparse_blas(left):
         zeros = torch.sparse_csr_tensor(
             pattern.crow,
@@ -192,12 +238,11 @@ class _Entries(torch.autograd.Function):
         pattern: Pattern = ctx.pattern
         grad_x = grad_w = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = _csr_matmul(pattern.crow, pattern.col, grad, pattern.n_cols, weight)
+            grad_x = _times(pattern, grad, weight)
         if ctx.needs_input_grad[1]:
             grad_w = weight_gradient(pattern, grad, x)
         if ctx.needs_input_grad[2]:
-            sums = torch.bincount(pattern.col, weights=grad, minlength=pattern.n_cols)
-            grad_b = sums.to(grad.dtype)
+            grad_b = _column_sums(pattern, grad)
         return grad_x, grad_w, grad_b, None, None
 
 
@@ -254,7 +299,7 @@ class _Decode(torch.autograd.Function):
     def forward(ctx, values: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(values, weight)
         ctx.pattern = pattern
-        return _csr_matmul(pattern.crow, pattern.col, values, pattern.n_cols, weight)
+        return _times(pattern, values, weight)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -427,6 +472,31 @@ def aux_k(
         active_pre = entries(x, w_enc, bias, pre, mask)
     ehat = decode(F.leaky_relu(active_pre, 0.1), pattern, w_dec)
     return (e - ehat).square().sum() / (e - e.mean(0)).square().sum().clamp_min(1e-12)
+
+
+def aux_k_masked(
+    x: Tensor, residual: Tensor, w_enc: Tensor, bias: Tensor, w_dec: Tensor, k: int, dead: Tensor
+) -> Tensor:
+    """`aux_k` without a look at which latents are dead, for `static.shapes()`.
+
+    Args:
+        x: Inputs (B, D).
+        residual: Targets minus reconstructions (B, O).
+        w_enc: Encoder rows (F, D) of all latents.
+        bias: Their encoder biases (F,).
+        w_dec: Their decoder rows (F, O).
+        k: Dead latents used per row.
+        dead: Boolean (F,); with no dead latents the result is 0.
+    """
+    e = residual.detach()
+    x = x.detach()
+    pre = encoder_matmul(x, w_enc.detach(), bias.detach(), out=x.new_empty(len(x), len(w_enc)))
+    pattern = static.top_k(pre.masked_fill_(~dead, -torch.inf), min(k, len(w_enc)))
+    pattern.dropped = ~dead[pattern.col]
+    acts = F.leaky_relu(entries(x, w_enc, bias, pre, pattern), 0.1)
+    ehat = decode(pattern.weighted(acts), pattern, w_dec)
+    unexplained = (e - ehat).square().sum() / (e - e.mean(0)).square().sum().clamp_min(1e-12)
+    return unexplained * dead.any()
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:

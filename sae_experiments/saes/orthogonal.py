@@ -28,6 +28,8 @@ class Orthogonal(BatchTopK):
         **kwargs: Further arguments of `BatchTopK`.
     """
 
+    static_steps = True
+
     def __init__(self, *, gamma: float, chunk: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if gamma < 0 or chunk < 2:

@@ -132,6 +132,27 @@ class OrdinaryRows:
         y = x if batch.y is batch.x else batch.y[index]
         return Batch(x, y, None if alt is None else alt[index], _around(batch, index))
 
+    def of_batch_in_place(self, batch: Batch) -> Batch:
+        """The batch with the last ordinary row before it in place of each outlier.
+
+        Its size stays as it is, and no number is read. For a batch without `downstream`.
+        """
+        kept = self.inputs.contains(batch.x)
+        if batch.y is not batch.x:
+            kept = kept & self.targets.contains(batch.y)
+        place = torch.arange(len(kept), device=kept.device)
+        first = torch.where(kept, place, len(kept) - 1).amin()
+        before = torch.where(kept, place, -1).cummax(0).values
+        index = torch.where(before < 0, first, before)
+        index = torch.where(kept.any(), index, place)
+        x = batch.x.index_select(0, index)
+        y = x if batch.y is batch.x else batch.y.index_select(0, index)
+        alt = batch.alt
+        if alt is not None:
+            alt = torch.where(self.inputs.contains(alt)[:, None], alt, batch.x)
+            alt = alt.index_select(0, index)
+        return Batch(x, y, alt)
+
 
 def _around(batch: Batch, index: Tensor) -> Any:
     """`batch.downstream` of the reconstructions of some rows, the other rows as they are."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_experiments.errors import UserError
+from sae_experiments.saes import static
 from sae_experiments.saes.base import Forward, Step
 from sae_experiments.saes.standard import Standard
 
@@ -30,6 +31,8 @@ class PAnneal(Standard):
         start_frac: Share of the run before p falls.
         **kwargs: Further arguments of `Standard`.
     """
+
+    static_steps = True
 
     p: Tensor
     scale: Tensor
@@ -53,12 +56,20 @@ class PAnneal(Standard):
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """The sum of `z^p`, weighted."""
+        n_rows = len(fwd.batch.x)
+        if static.on():
+            p, scale = (t.to(self.b_enc.dtype) for t in (self.p, self.scale))
+            total = power_sum(fwd.codes.values, p)
+            return {"sparsity": self.coefficient(step) * scale * total / n_rows}
         total = power_sum(fwd.codes.values, self.p.item())
-        return {"sparsity": self.coefficient(step) * self.scale.item() * total / len(fwd.batch.x)}
+        return {"sparsity": self.coefficient(step) * self.scale.item() * total / n_rows}
 
     def after_step(self, fwd: Forward, step: Step) -> None:
         """Steer lambda, and lower p when its next step is due."""
         super().after_step(fwd, step)
+        if static.on():
+            self._lower_on_device(fwd.codes.values, step.progress)
+            return
         stage = int(
             max(step.progress - self.start_frac, 0) / (1 - self.start_frac) * self.n_steps + 1e-9
         )
@@ -69,12 +80,22 @@ class PAnneal(Standard):
             self.scale.mul_(before / after.clamp_min(1e-12))
             self.p.fill_(p)
 
+    def _lower_on_device(self, values: Tensor, progress: Tensor) -> None:
+        """Lower p if its next step is due, without a look at any number."""
+        done = (progress - self.start_frac).clamp_min(0) / (1 - self.start_frac)
+        stage = (done * self.n_steps + 1e-9).floor().clamp_max(self.n_steps)
+        p = 1 + (self.p_end - 1) * stage / self.n_steps
+        before, after = (power_sum(values, q.to(values.dtype)) for q in (self.p, p))
+        factor = torch.where(p == self.p, 1.0, before / after.clamp_min(1e-12))
+        self.scale.mul_(factor)
+        self.p.copy_(p)
 
-def power_sum(values: Tensor, p: float) -> Tensor:
+
+def power_sum(values: Tensor, p: float | Tensor) -> Tensor:
     """`sum (z + s)^p - s^p` over the non-negative entries of a code, with s = 1e-6.
 
     Exactly `sum z` for p = 1.
     """
-    if p == 1:
+    if not isinstance(p, Tensor) and p == 1:
         return values.sum()
     return ((values + SHIFT) ** p - SHIFT**p).sum()

@@ -25,6 +25,8 @@ class Random(BatchTopK):
         **kwargs: Further arguments of `BatchTopK`.
     """
 
+    static_steps = True
+
     def __init__(self, *, learn: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if learn not in ("nothing", "encoder"):

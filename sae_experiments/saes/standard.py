@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sae_experiments.errors import UserError
 from sae_experiments.saes import controller as sparsity
+from sae_experiments.saes import static
 from sae_experiments.saes.base import SAE, Forward, Inference, Step
 from sae_experiments.saes.controller import L0Controller
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.pattern import Pattern
 from sae_experiments.sampling import spread_rows
 
 
@@ -35,6 +36,8 @@ class Standard(SAE):
             decoder. The gradient flows into the norms.
         **kwargs: Further arguments of `SAE`.
     """
+
+    static_steps = True
 
     controller: L0Controller
 
@@ -88,9 +91,12 @@ class Standard(SAE):
         """Positive entries in training, by the calibrated threshold in eval mode."""
         return pre > 0 if self.training else super().support(pre)
 
-    def coefficient(self, step: Step) -> float:
-        """Current weight of the penalty."""
-        return self.controller.coeff * sparsity.ramp(step.progress, self.warmup_frac)
+    def coefficient(self, step: Step) -> Any:
+        """Current weight of the penalty, a number or within `static.shapes()` a scalar tensor."""
+        warmup = sparsity.ramp(step.progress, self.warmup_frac)
+        if static.on():
+            return (self.controller.coeff_on_device * warmup).to(self.b_enc.dtype)
+        return self.controller.coeff * warmup
 
     def row_norms(self) -> Tensor:
         """Weights (F,) of the latents in the norm-weighted penalty."""
@@ -106,7 +112,10 @@ class Standard(SAE):
 
     def after_step(self, fwd: Forward, step: Step) -> None:
         """Steer lambda, once it has warmed up."""
-        if step.progress >= self.warmup_frac:
+        warm = step.progress >= self.warmup_frac
+        if static.on():
+            self.controller.update_on_device(fwd.codes.l0_on_device, warm)
+        elif warm:
             self.controller.update(fwd.codes.l0)
 
     def finish(self, phase: str, x: Tensor) -> None:

@@ -21,6 +21,7 @@ class Tied(Standard):
     """
 
     same_units = True
+    static_steps = True
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

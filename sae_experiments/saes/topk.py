@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_experiments.errors import UserError
 from sae_experiments.saes import selection
 from sae_experiments.saes.base import SAE, Inference
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.pattern import Pattern
 
 
 class TopK(SAE):
@@ -24,6 +24,7 @@ class TopK(SAE):
     """
 
     always_sparse = True
+    static_steps = True
 
     def __init__(self, *, k: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -25,6 +25,8 @@ class Transcoder(BatchTopK):
         **kwargs: Further arguments of `BatchTopK`.
     """
 
+    static_steps = True
+
     def __init__(self, *, skip: bool, **kwargs: Any) -> None:
         super().__init__(pre_bias=False, **kwargs)
         self.W_skip = nn.Parameter(torch.zeros(self.d_out, self.d_in)) if skip else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_experiments.errors import of_type
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.pattern import Pattern
 
 
 class Batch(NamedTuple):
@@ -51,17 +51,22 @@ class Codes:
         if self.pattern is None:
             # A sum of bytes: PyTorch would widen booleans to 64 bits first.
             return (self.values != 0).view(torch.uint8).sum(0, dtype=torch.int32)
-        counts = self.pattern.counts
-        zero = (self.values == 0).nonzero().squeeze(1)
-        if not zero.numel():
-            return counts
-        return counts - torch.bincount(self.pattern.col[zero], minlength=self.pattern.n_cols)
+        return self.pattern.counts_where(self.values != 0)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows B."""
+        return self.values.shape[0] if self.pattern is None else self.pattern.n_rows
 
     @property
     def l0(self) -> float:
         """Mean number of active latents per row."""
-        n_rows = self.values.shape[0] if self.pattern is None else self.pattern.n_rows
-        return int(self.fires.sum()) / n_rows
+        return int(self.fires.sum()) / self.n_rows
+
+    @property
+    def l0_on_device(self) -> Tensor:
+        """Mean number of active latents per row, a scalar in float64 that nobody waits for."""
+        return self.fires.sum().double() / self.n_rows
 
     def detach(self) -> Codes:
         """The same code without its graph."""
@@ -106,12 +111,20 @@ class Step:
 
     phase: str
     """Name of the training phase."""
-    progress: float
-    """Share of the phase that is done, 0 to 1."""
+    progress: Any
+    """Share of the phase that is done, 0 to 1: a number, or a scalar tensor within
+    `static.shapes()`."""
     dead: Tensor
     """Latents that have not been active for long, (F,) boolean."""
     generator: torch.Generator
     """The only source of randomness of a loss."""
+    some_dead: bool | None = None
+    """Whether latents are dead, as far as is known without asking the device. None: ask."""
+
+    @property
+    def any_dead(self) -> bool:
+        """True if terms for dead latents are needed; `dead` may still be empty."""
+        return bool(self.dead.any()) if self.some_dead is None else self.some_dead
 
 
 class Units(NamedTuple):

@@ -21,32 +21,42 @@ class FiniteGuard:
         name: Name of the learner, for messages.
         module: Its parameters.
         lr: Its peak learning rate, for messages.
+        later: Find out at the next `check` instead of at once. None: on an accelerator.
     """
 
-    def __init__(self, name: str, module: nn.Module, lr: float) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, lr: float, *, later: bool | None = None
+    ) -> None:
         self.name = name
         self.module = module
         self.lr = lr
-        self.at_once = next(module.parameters()).device.type == "cpu"
+        on_cpu = next(module.parameters()).device.type == "cpu"
+        self.at_once = on_cpu if later is None else not later
         # On an accelerator: the first step that was not finite, or -1.
         self.first_bad: Tensor | None = None
         self.last: tuple[Any, Tensor]
 
-    def see(self, step: int, loss: Any, norm: Tensor) -> None:
+    def see(self, step: int | Tensor, loss: Any, norm: Tensor) -> None:
         """Raise `NonFinite` if the loss or gradient norm of `step` is not finite.
 
         Reading a number from an accelerator would stall its queue. There the first such step is
         kept on the device, and `check` reads it every few steps and before anything is
         written. What is trained in between is thrown away.
+
+        Args:
+            step: Number of the step; a tensor in a step that is recorded.
+            loss: Its loss.
+            norm: Norm of its gradient.
         """
         if self.at_once:
             if not (math.isfinite(loss.total.item()) and math.isfinite(norm.item())):
-                raise NonFinite(self._told(step, loss, norm))
+                raise NonFinite(self._told(int(step), loss, norm))
             return
         if self.first_bad is None:
             self.first_bad = torch.full((), -1, dtype=torch.int64, device=norm.device)
         bad = ~(torch.isfinite(loss.total.detach()) & torch.isfinite(norm)) & (self.first_bad < 0)
-        self.first_bad, self.last = torch.where(bad, step, self.first_bad), (loss, norm)
+        self.first_bad.copy_(torch.where(bad, step, self.first_bad))
+        self.last = loss, norm
 
     def check(self) -> None:
         """Raise `NonFinite` if any step so far was not finite."""

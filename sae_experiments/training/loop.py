@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from sae_experiments.errors import UserError
 from sae_experiments.stopping import asked, at_boundaries, leave
 from sae_experiments.training.checkpoint import read_checkpoint, write_checkpoint
 from sae_experiments.training.finite import FiniteGuard
+from sae_experiments.training.recorded import Clock, RecordedSteps, own_stream
 
 History = list[tuple[int, str, float]]
 
@@ -180,6 +182,9 @@ class StepInfo(NamedTuple):
     generator: torch.Generator
     """The only source of randomness of the step."""
 
+    clock: Clock | None = None
+    """The numbers of the step on the device, for a step that may be recorded."""
+
     @property
     def progress(self) -> float:
         """Share of the phase that is done, 0 to 1."""
@@ -191,7 +196,14 @@ class Learner:
 
     `loss` changes no state; only `after_update` may write buffers. All state that must survive a
     kill is in the parameters and buffers of `module` (the loop saves the optimisers itself).
+
+    With `recorded`, steps may be replayed (`training.recorded`): between `seed` and `look`, a step
+    reads no number from its device, and what changes from step to step is in its batch, in
+    `info.clock` and in tensors of `module`. Decisions of the host are in `decided`.
     """
+
+    #: Steps may be replayed.
+    recorded = False
 
     def __init__(self, name: str, module: nn.Module, cfg: TrainConfig, *, seed: int) -> None:
         self.name = name
@@ -212,15 +224,40 @@ class Learner:
         """The training loss of `batch`; leaves every parameter and buffer as it was."""
         raise NotImplementedError
 
-    def lr_factor(self) -> float:
-        """Factor of the learning rate at the coming step; depends on `module` alone."""
+    def lr_factor(self) -> float | Tensor:
+        """Factor of the learning rate at the coming step; depends on `module` alone.
+
+        A scalar tensor with `recorded`, unless it is always the same.
+        """
         return 1.0
+
+    def generators(self) -> list[torch.Generator]:
+        """Sources of random numbers that `seed_step` seeds."""
+        return []
+
+    def seed_step(self, info: StepInfo) -> None:
+        """Called first in every step: seeds sources of random numbers other than `info`'s."""
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Context of the computation of a step, from its loss to `after_update`."""
+        return nullcontext()
+
+    def inputs(self, batch: Any) -> Any:
+        """The part of a batch that a recorded step reads: a (nested) tuple of tensors and None."""
+        return batch
+
+    def decided(self) -> Hashable:
+        """Decisions of the host that the coming step depends on; may read numbers now and then."""
+        return None
 
     def before_update(self) -> None:
         """Called when gradients are there and not yet clipped."""
 
     def after_update(self, loss: Loss, info: StepInfo) -> None:
-        """Called after the optimiser has stepped: the only place that may write buffers."""
+        """Called after the optimiser has stepped: may write buffers."""
+
+    def look(self, loss: Loss, info: StepInfo) -> None:
+        """Called last in every step: may read numbers and write buffers."""
 
     def finish(self, phase: str) -> None:
         """Called after the last step of `phase`."""
@@ -338,11 +375,21 @@ class _Running:
         kept = [i for i, (start, end) in enumerate(spans) if end > start]
         self.phases, self.spans = [self.phases[i] for i in kept], [spans[i] for i in kept]
         self.lr_fraction = 0.0  # of the peak rate, at the last step
+        self.now: StepInfo
         self.optimizers: list[torch.optim.Optimizer] = []
         self.factors: list[tuple[dict[str, Any], float]] = []
         self.params: list[nn.Parameter] = []
-        self.generator = torch.Generator(next(learner.module.parameters()).device)
-        self.guard = FiniteGuard(learner.name, learner.module, learner.cfg.peak_lr)
+        self.device = next(learner.module.parameters()).device
+        self.generator = torch.Generator(self.device)
+        # In steps that may be replayed, numbers are read now and then.
+        self.clock = Clock(self.device) if learner.recorded else None
+        self.compute: Callable[..., tuple[Loss, Tensor]] = self._computed
+        self.guard = FiniteGuard(
+            learner.name,
+            learner.module,
+            learner.cfg.peak_lr,
+            later=True if learner.recorded else None,
+        )
 
     def phase_at(self, step: int) -> int:
         """Number of the phase that a step falls in."""
@@ -363,7 +410,7 @@ class _Running:
             peak = (cfg.muon_lr if with_muon else cfg.peak_lr) * group.lr_factor
             options = {
                 "params": group.params,
-                "lr": peak,
+                "lr": peak if self.clock is None else torch.tensor(peak, device=self.device),
                 "peak": peak,
                 "weight_decay": cfg.weight_decay if group.decay else 0.0,
             }
@@ -371,13 +418,19 @@ class _Running:
         self.optimizers = []
         if adam_groups:
             make = torch.optim.Adam if cfg.optimizer == "adam" else torch.optim.AdamW
+            betas = cfg.betas[0], cfg.betas[1]
+            on_gpu = self.clock is not None and self.device.type == "cuda"
             self.optimizers.append(
-                make(adam_groups, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
+                make(adam_groups, betas=betas, eps=cfg.eps, fused=True, capturable=on_gpu)
             )
         if muon_groups:
             # RMS matching makes the step size independent of a matrix's orientation (GPT-2 stores
             # its weights transposed).
             self.optimizers.append(torch.optim.Muon(muon_groups, adjust_lr_fn="match_rms_adamw"))
+        if self.clock is not None:
+            self.compute = RecordedSteps(
+                self._computed, [self.generator, *self.learner.generators()], self.device
+            )
 
     def change_phase(self, step: int) -> None:
         """End a phase and begin the next one if this is its first step."""
@@ -392,38 +445,80 @@ class _Running:
         index = self.phase_at(step)
         start, end = self.spans[index]
         self.generator.manual_seed(seed_of(self.learner.seed, "step", step))
-        return StepInfo(step, self.phases[index].name, step - start, end - start, self.generator)
+        return StepInfo(
+            step,
+            self.phases[index].name,
+            step - start,
+            end - start,
+            self.generator,
+            self.clock,
+        )
 
     def step(self, step: int, batch: Any) -> tuple[Loss, StepInfo, Tensor]:
         """Make one step; returns its loss, its place and the norm of its gradient."""
         learner = self.learner
-        info = self.info(step)
-        factor = lr_at(info.phase_step, info.phase_steps, learner.cfg) * learner.lr_factor()
-        self.lr_fraction = factor
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
+        self.now = info = self.info(step)
+        self.lr_fraction = lr_at(info.phase_step, info.phase_steps, learner.cfg)
+        if self.clock is None:
+            self.lr_fraction *= float(learner.lr_factor())
+        learner.seed_step(info)
+        if self.clock is None:
+            loss, norm = self.compute(batch)
+        else:
+            self.clock.set(step, info.progress, self.lr_fraction)
+            loss, norm = self.compute(learner.inputs(batch), learner.decided())
+        learner.look(loss, info)
+        return loss, info, norm
+
+    def _set_rates(self) -> None:
+        """Set the learning rates of the optimisers."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        if self.clock is None:
+            for group in groups:
+                group["lr"] = group["peak"] * self.lr_fraction
+            return
+        fraction = self.clock.rate * self.learner.lr_factor()
+        for group in groups:
+            group["lr"].copy_(group["peak"] * fraction)
+
+    def _rate_used(self) -> float:
+        """The last step's learning rate as a share of its peak."""
+        if self.clock is None or not self.optimizers:
+            return self.lr_fraction
+        group = self.optimizers[0].param_groups[0]
+        return float(group["lr"]) / group["peak"]
+
+    def _computed(self, batch: Any) -> tuple[Loss, Tensor]:
+        """Loss, gradient and update of a step; returns its loss and the norm of its gradient."""
+        with self.learner.computing():
+            return self._update(batch, self.now)
+
+    def _update(self, batch: Any, info: StepInfo) -> tuple[Loss, Tensor]:
+        learner = self.learner
+        self._set_rates()
         loss = learner.loss(batch, info)
         if self.params:
             loss.total.backward()
         learner.before_update()
-        norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+        grads = [p.grad for p in self.params if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads) if grads else torch.zeros_like(loss.total.detach())
         # Before clipping, which would spread a NaN to every gradient.
-        self.guard.see(step, loss, norm)
+        self.guard.see(info.step if self.clock is None else self.clock.step, loss, norm)
         if learner.cfg.clip:
             nn.utils.clip_grads_with_norm_(self.params, learner.cfg.clip, norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
         learner.after_update(loss, info)
-        return loss, info, norm
+        # A loss that kept its graph would keep nodes that belong to another recording.
+        return loss._replace(total=loss.total.detach()), norm
 
     def numbers(self, loss: Loss, info: StepInfo, norm: Tensor) -> dict[str, float]:
         """The numbers of a step for the curves; raises `NonFinite` for any that is not finite."""
         self.guard.check()
         values = {name: float(value) for name, value in loss.parts.items()}
         values |= {"loss": loss.total.item(), "grad_norm": norm.item()}
-        values["lr"] = self.learner.cfg.peak_lr * self.lr_fraction
+        values["lr"] = self.learner.cfg.peak_lr * self._rate_used()
         return values | self.learner.observe(loss, info)
 
     def state(self) -> dict[str, Tensor]:
@@ -476,20 +571,10 @@ def train(
         NonFinite: A loss or gradient is not finite; names the step, the term and the tensor.
     """
     memory.keep()
-    run = _Pass(learners, cfg, session)
-    run.begin()
-    for step in range(run.progress.step, cfg.steps):
-        try:
-            batch = batch_at(step)
-        except BatchCut:
-            run.progress.cut = True
-        else:
-            run.step(step, batch)
-        run.save_if_due()
-        leave()
-        if run.progress.cut:
-            break
-    run.finish()
+    device = next(learners[0].module.parameters()).device
+    with own_stream(device) if any(one.recorded for one in learners) else nullcontext():
+        run = _Pass(learners, cfg, session)
+        run.train(batch_at)
     return run.progress
 
 
@@ -505,6 +590,22 @@ class _Pass:
             self.progress.own_seconds.setdefault(r.learner.name, 0.0)
         self._started = 0.0
         self._saved = 0.0
+
+    def train(self, batch_at: Callable[[int], Any]) -> None:
+        """Make all steps that are left, or those before the deadline or a signal."""
+        self.begin()
+        for step in range(self.progress.step, self.cfg.steps):
+            try:
+                batch = batch_at(step)
+            except BatchCut:
+                self.progress.cut = True
+            else:
+                self.step(step, batch)
+            self.save_if_due()
+            leave()
+            if self.progress.cut:
+                break
+        self.finish()
 
     def begin(self) -> None:
         """Begin the first phase, unless a checkpoint goes on, and start the clocks."""

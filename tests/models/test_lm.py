@@ -22,7 +22,7 @@ from sae_experiments.models import cpu_kernels
 from sae_experiments.models import gpt2 as lm
 from sae_experiments.models.gpt2 import LMLearner, LMSpec, autocast, build_lm, generate, train_lm
 from sae_experiments.training.loop import Session, StepInfo, train
-from support.common import CONF, lm_spec
+from support.common import CONF, lm_spec, train_config
 
 CPU = torch.device("cpu")
 
@@ -251,11 +251,16 @@ def test_dropout_depends_on_seed_and_step_and_on_nothing_else(corpus):
     learner = learner_of(corpus, dropout=0.3)
     learner.module.train()
     batch = learner.batch("train", 0, "train")
+
+    def loss(step: int) -> torch.Tensor:
+        learner.seed_step(at_step(step))
+        return learner.loss(batch, at_step(step)).total
+
     torch.manual_seed(1)
-    first = learner.loss(batch, at_step(4)).total
+    first = loss(4)
     torch.manual_seed(2)
-    assert torch.equal(first, learner.loss(batch, at_step(4)).total)
-    assert not torch.equal(first, learner.loss(batch, at_step(5)).total)
+    assert torch.equal(first, loss(4))
+    assert not torch.equal(first, loss(5))
 
 
 def test_evaluation_reads_the_same_batches_at_every_call_and_disturbs_nothing(corpus):
@@ -582,3 +587,46 @@ def test_cheap_dropout_drops_a_share_p_and_keeps_the_mean():
     assert abs(halves.mean().item() - 0.04) < 0.0011
     torch.manual_seed(0)
     assert torch.equal(cpu_kernels.dropped(torch.ones(1_000_003), 0.2), found)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recorded_steps_wait_for_nothing_and_give_the_bits_of_ordinary_ones(
+    corpus: Any, tapes: list[Any], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weights(backend: str) -> tuple[dict[str, Any], list[Any]]:
+        own = {"optimizer": "adamw"}
+        spec = lm_spec(dropout=0.2, precision=precision, backend=backend, train=own)
+        cfg = train_config(steps=30, eval_every=10, optimizer="adamw", weight_decay=0.1)
+        model = build_lm(spec, corpus.vocabulary, seed=0)
+        learner = LMLearner(model, corpus, spec, cfg, seed=3)
+        progress = train(
+            [learner], lambda step: learner.batch("train", step, "train"), cfg, Session()
+        )
+        return model.state_dict(), progress.history
+
+    replayed, history = weights("device")
+    replays = sum(tape.replays for tape in tapes)
+    assert replays == 26 + 12  # training and evaluation
+    monkeypatch.setattr("sae_experiments.training.recorded.RECORDERS", {})
+    ordinary, expected = weights("device")
+    assert sum(tape.replays for tape in tapes) == replays
+    assert history == expected
+    for name, value in replayed.items():
+        assert torch.equal(value, ordinary[name]), name
+    _, of_host = weights("host")
+    last = {name: value for _, name, value in history}
+    on_host = {name: value for _, name, value in of_host}
+    assert last["eval_val_loss"] == pytest.approx(on_host["eval_val_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"backend": "gpu"}, "lm.backend='gpu' is not one of auto, host, device"),
+        ({"backend": "device", "compile": True}, "lm.compile=true"),
+        ({"backend": "device", "train": {"optimizer": "muon"}}, "lm.train.optimizer=muon"),
+    ],
+)
+def test_a_backend_that_cannot_be_used_is_refused(changes: dict[str, Any], cause: str) -> None:
+    with pytest.raises(UserError, match=cause):
+        lm_spec(**changes)

@@ -20,9 +20,9 @@ from sae_experiments.metrics.robustness.noise import NoiseSource
 from sae_experiments.metrics.robustness.sums import Distributions, Sums
 from sae_experiments.saes.base import Codes
 from sae_experiments.saes.ops import unit_rows
+from sae_experiments.saes.pattern import Pattern
 from sae_experiments.saes.purified import perturb
 from sae_experiments.saes.purified.perturb import SHARED, TYPES, NoiseModel
-from sae_experiments.saes.selection import Pattern
 from support.common import CONF
 from support.metric_worlds import CPU, Given, ctx, play
 from support.saes import NAMES, make, trained

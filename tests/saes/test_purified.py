@@ -20,10 +20,10 @@ from sae_experiments.metrics.robustness.sums import Sums
 from sae_experiments.saes import ops
 from sae_experiments.saes import saelens as interop
 from sae_experiments.saes.base import Batch, Codes
+from sae_experiments.saes.pattern import Pattern
 from sae_experiments.saes.purified import perturb
 from sae_experiments.saes.purified import sae as purified
 from sae_experiments.saes.purified.perturb import SHARED
-from sae_experiments.saes.selection import Pattern
 from sae_experiments.sampling import spread
 from support.common import CONF
 from support.drawing import drawn
@@ -321,9 +321,7 @@ def test_dead_latents_are_revived_from_as_many_rows_as_are_perturbed():
     for one, n in ((sae, 64), (plain, 256)):
         fwd, info = one.training_forward(x), replace(step(one), dead=dead)
         seen = spread(256, n)
-        expected = one.aux_coeff * one.aux_k_loss(
-            x.x[seen], (x.y - fwd.recon)[seen], dead.nonzero().squeeze(1)
-        )
+        expected = one.aux_coeff * one.aux_k_loss(x.x[seen], (x.y - fwd.recon)[seen], dead)
         assert one.aux_loss(fwd, info)["aux_k"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 

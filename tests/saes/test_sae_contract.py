@@ -16,7 +16,7 @@ from sae_experiments.metrics.codes import decoded
 from sae_experiments.saes import base, ops
 from sae_experiments.saes.base import SAE, Units
 from sae_experiments.saes.matryoshka import Matryoshka
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.pattern import Pattern
 from support.saes import (
     L0,
     NAMES,

@@ -15,7 +15,7 @@ from sae_experiments.saes.base import Batch
 from sae_experiments.saes.controller import L0Controller
 from sae_experiments.saes.jumprelu import _Heaviside, _Jump
 from sae_experiments.saes.p_anneal import power_sum
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.pattern import Pattern
 from support.saes import D, M, batch, make, rows, step, trained
 
 # --- selection ------------------------------------------------------------------------------------

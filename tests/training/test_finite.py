@@ -29,8 +29,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param.endswith("accelerator"):
         plain = FiniteGuard.__init__
 
-        def init(self: FiniteGuard, *args: Any) -> None:
-            plain(self, *args)
+        def init(self: FiniteGuard, *args: Any, **kwargs: Any) -> None:
+            plain(self, *args, **kwargs)
             self.at_once = False
 
         monkeypatch.setattr(FiniteGuard, "__init__", init)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_experiments.saes import ops
+from sae_experiments.saes import ops, static
 from sae_experiments.saes.base import SAE, Batch, Codes
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.pattern import Pattern
 from sae_experiments.saes.standard import Standard
 
 #: Bins of the histogram that brackets a quantile.
@@ -57,14 +57,29 @@ class Level(Standard):
         """Differentiable pre-activations (B, n) of some latents (n,), for rows (B, D)."""
         return matmul(x, self.W_enc[latents].t()) + self.bias()[latents]
 
-    def penalty(self, values: Tensor, ramp: float) -> Tensor:
+    def penalty(self, values: Tensor, ramp: Any) -> Tensor:
         """L1 penalty `lambda mean_B sum_j z_j`; decoder rows have length 1.
 
         Args:
             values: Dense code (B, F).
-            ramp: Warm-up factor of lambda, in [0, 1].
+            ramp: Warm-up factor of lambda, in [0, 1]: a number or a scalar tensor.
         """
+        if static.on():
+            weight = (self.controller.coeff_on_device * ramp).to(values.dtype)
+            return weight * values.sum() / len(values)
         return self.controller.coeff * ramp * values.sum() / len(values)
+
+    def steer(self, code: Codes, warm: Any) -> None:
+        """Adapt lambda to the code of a step, once the level has warmed up.
+
+        Args:
+            code: The level's code.
+            warm: Whether it has: a boolean, or a scalar tensor.
+        """
+        if static.on():
+            self.controller.update_on_device(code.l0_on_device, warm)
+        elif warm:
+            self.controller.update(code.l0)
 
     def normalise_decoder(self) -> None:
         """Scale decoder rows to length 1, unless the level is frozen: its bits must not change."""

@@ -100,14 +100,33 @@ class Information(nn.Module):
         """Soft firing (B, n) of pre-activations (B, n), from threshold and mean active value."""
         return torch.sigmoid((pre - threshold) / (self.width * mean_active.clamp_min(1e-12)))
 
-    def forward(self, below: Tensor, above: Tensor) -> Tensor:
-        """The loss from soft firing (B, n1) and (B, n2); 0 if either side has no latents."""
+    def forward(
+        self, below: Tensor, above: Tensor, counted: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """The loss; 0 if either side has no latents.
+
+        Args:
+            below: Soft firing (B, n1).
+            above: Soft firing (B, n2).
+            counted: Latents of either side that count, (n1,) and (n2,) boolean. None: all.
+        """
         if not below.shape[1] or not above.shape[1]:
             return below.new_zeros(())
         rows = len(below)
         u = redundancy(matmul(below.t(), above) / rows, below.mean(0), above.mean(0), rows)
+        if counted is not None:
+            return self._of_some(u, *counted)
         nearest = (torch.softmax(self.sharpness * u, 0) * u).sum(0)
         return nearest.mean() + u.mean()
+
+    def _of_some(self, u: Tensor, below: Tensor, above: Tensor) -> Tensor:
+        """The loss from the redundancy U (n1, n2) of pairs, of which some count."""
+        u = torch.where(below[:, None] & above, u, 0.0)
+        # Without any latent below, softmax would give NaN, and the product with 0 as well.
+        score = torch.where(below[:, None] | ~below.any(), self.sharpness * u, -torch.inf)
+        nearest = (torch.softmax(score, 0) * u).sum(0)
+        n_below, n_above = below.sum().clamp_min(1), above.sum().clamp_min(1)
+        return nearest.sum() / n_above + u.sum() / (n_below * n_above)
 
 
 class Coherence(nn.Module):

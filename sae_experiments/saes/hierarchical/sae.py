@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from sae_experiments.errors import of_type
-from sae_experiments.saes import ops
+from sae_experiments.saes import ops, static
 from sae_experiments.saes.base import SAE, Batch, Forward, Step, Units, by_rows
 from sae_experiments.saes.controller import ramp
 from sae_experiments.saes.hierarchical.level import (
@@ -77,6 +77,7 @@ class Hierarchical(SAE):
 
     supports_bf16 = False  # both levels make their own products
     same_units = True
+    static_steps = True
     judged_by_fvu = False  # every phase has terms of its own
 
     scale: Tensor
@@ -339,8 +340,8 @@ class Hierarchical(SAE):
             "mse": self._relative_error(recon, batch.y),
             "sparsity_bottom": self.bottom.penalty(z1, warmup),
         }
-        dead = step.dead[: self.widths[0]].nonzero().squeeze(1)
-        if self.aux_coeff and dead.numel():
+        dead = step.dead[: self.widths[0]]
+        if self.aux_coeff and self._some(dead, step):
             parts["aux_k"] = self.aux_coeff * self.bottom.aux_k_loss(batch.x, batch.y - recon, dead)
         codes = Joined([z1.detach()], list(self.widths))
         return _total(parts, StepOutcome(batch, codes, recon.detach(), None))
@@ -417,12 +418,16 @@ class Hierarchical(SAE):
             coherence = self.coherence(self.atoms(latents), self.bottom.W_dec)
             parts["orthogonality"] = w.orthogonality * coherence
         if w.mutual_information:
-            below = self._soft_firing(0, x, passed, step)
-            above = self._soft_firing(1, passed.code, passed, step)
-            parts["mutual_information"] = w.mutual_information * self.information(below, above)
+            below, some_below = self._soft_firing(0, x, passed, step)
+            above, some_above = self._soft_firing(1, passed.code, passed, step)
+            counted = (some_below, some_above) if static.on() else None
+            information = self.information(below, above, counted)
+            parts["mutual_information"] = w.mutual_information * information
         return parts
 
-    def _soft_firing(self, number: int, source: Tensor, passed: TrainingPass, step: Step) -> Tensor:
+    def _soft_firing(
+        self, number: int, source: Tensor, passed: TrainingPass, step: Step
+    ) -> tuple[Tensor, Tensor]:
         """Soft firing (B, n) of random latents of a level among those that fire in the batch.
 
         Args:
@@ -430,15 +435,27 @@ class Hierarchical(SAE):
             source: The level's input, (B, D) or (B, m1).
             passed: The training pass.
             step: The current step.
+
+        Returns:
+            The soft firing, and which of its columns count, (n,) boolean.
         """
         level = self.parts[number]
         z = passed.z[number].detach()
         n = (self.information.bottom, self.information.top)[number]
         on = z > 0
-        alive = on.any(0).nonzero().squeeze(1)
-        chosen = alive[self._sample(len(alive), n, step)]
+        if static.on():
+            fires = on.any(0)
+            device = step.generator.device
+            drawn = torch.rand(len(fires), generator=step.generator, device=device)
+            chosen = (drawn + fires).topk(min(n, len(fires)), sorted=False).indices
+            counted = fires.index_select(0, chosen)
+        else:
+            alive = on.any(0).nonzero().squeeze(1)
+            chosen = alive[self._sample(len(alive), n, step)]
+            counted = torch.ones_like(chosen, dtype=torch.bool)
         mean = z.sum() / on.sum().clamp_min(1)
-        return self.information.soft(level.columns(source, chosen), level.threshold, mean)
+        soft = self.information.soft(level.columns(source, chosen), level.threshold, mean)
+        return soft, counted
 
     def _sample(self, n: int, k: int, step: Step) -> Tensor:
         """At most `k` of the numbers below `n`, at random and in random order."""
@@ -448,16 +465,21 @@ class Hierarchical(SAE):
         self, batch: Batch, passed: TrainingPass, recon: Tensor, step: Step
     ) -> dict[str, Tensor]:
         """AuxK of each level that learns, on the residual of that level."""
-        if not self.aux_coeff or not bool(step.dead.any()):
+        if not self.aux_coeff or not step.any_dead:
             return {}
-        below, above = (part.nonzero().squeeze(1) for part in step.dead.split(list(self.widths)))
+        below, above = step.dead.split(list(self.widths))
         terms = []
-        if below.numel() and step.phase != "top":
+        if step.phase != "top" and self._some(below, step):
             terms.append(self.bottom.aux_k_loss(batch.x, batch.y - recon, below))
-        if above.numel():
+        if self._some(above, step):
             residual = passed.code - passed.predicted
             terms.append(self.top.aux_k_loss(passed.code, residual, above))
         return {"aux_k": self.aux_coeff * ops.total(terms)} if terms else {}
+
+    @staticmethod
+    def _some(dead: Tensor, step: Step) -> bool:
+        """Whether a term for these dead latents is needed."""
+        return step.any_dead if static.on() else bool(dead.any())
 
     def before_update(self) -> None:
         for level in self.parts:
@@ -472,14 +494,13 @@ class Hierarchical(SAE):
         """Steer the L1 coefficients of the levels that learn, and record the state of the fit."""
         fwd = of_type(fwd, StepOutcome)  # `loss` returns no other
         learning = {"bottom": [0], "top": [1]}.get(step.phase, [0, 1])
-        l0 = [part.l0 for part in fwd.codes.parts]
         for number in learning[: len(self.parts)]:
             in_first_phase = step.phase == PHASES[number] or self.levels == "bottom"
-            if step.progress >= self.settings.warmup_frac or not in_first_phase:
-                self.parts[number].controller.update(l0[number])
-        self._record(fwd, step, l0)
+            warm = step.progress >= self.settings.warmup_frac if in_first_phase else True
+            self.parts[number].steer(fwd.codes.parts[number], warm)
+        self._record(fwd, step)
 
-    def _record(self, fwd: StepOutcome, step: Step, l0: list[float]) -> None:
+    def _record(self, fwd: StepOutcome, step: Step) -> None:
         """Write the row of `trace` for the current step, with the columns `TRACED`."""
         done, share = 0.0, 1.0
         if step.phase in PHASES:
@@ -487,15 +508,26 @@ class Hierarchical(SAE):
             done = sum(self.phase_fracs[:number])
             share = self.phase_fracs[number]
         progress = done + share * step.progress
-        row = self.trace[min(int(progress * TRACE), TRACE - 1)]
-        row[0] = progress
-        for i, level in enumerate(self.parts):
+        values: dict[str, Any] = {"progress": progress}
+        for i, (name, level) in enumerate(zip(("bottom", "top"), self.parts, strict=False)):
+            code = fwd.codes.parts[i]
+            l0 = code.l0_on_device if static.on() else code.l0
+            control = level.controller
+            values[f"{name}_coeff"] = control.coeff_on_device if static.on() else control.coeff
             encodes = i == 0 or step.phase != "bottom"
-            row[1 + i] = 1 - l0[i] / self.widths[i] if encodes else torch.nan
-            row[3 + i] = level.controller.coeff
+            values[f"{name}_sparsity"] = 1 - l0 / self.widths[i] if encodes else l0 * torch.nan
         if fwd.gate is not None:
             on = fwd.codes.parts[0].values > 0
-            row[5] = (fwd.gate * on).sum() / on.sum().clamp_min(1)
+            values["gate"] = (fwd.gate * on).sum() / on.sum().clamp_min(1)
+        if not static.on():
+            row = self.trace[min(int(progress * TRACE), TRACE - 1)]
+            for name, value in values.items():
+                row[TRACED.index(name)] = value
+            return
+        place = (progress * TRACE).long().clamp_max(TRACE - 1)[None]
+        for name, value in values.items():
+            column = self.trace[:, TRACED.index(name)]
+            column.index_copy_(0, place, value.to(column.dtype)[None])
 
     @torch.no_grad()
     def finish(self, phase: str, x: Tensor) -> None:

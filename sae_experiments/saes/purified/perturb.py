@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from sae_experiments.errors import UserError
 from sae_experiments.saes.base import Codes
 from sae_experiments.saes.ops import unit_rows
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.pattern import Pattern
 
 #: Kinds whose deltas do not depend on the row: a few directions can serve a whole batch.
 SHARED = ("gaussian", "uniform", "covariance")

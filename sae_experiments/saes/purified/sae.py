@@ -22,10 +22,10 @@ from sae_experiments.errors import UserError, of_type
 from sae_experiments.saes import ops
 from sae_experiments.saes.base import SAE, Codes, Forward, Step, sparse
 from sae_experiments.saes.controller import ramp
+from sae_experiments.saes.pattern import Pattern
 from sae_experiments.saes.purified import perturb
 from sae_experiments.saes.purified.early_stopping import StabilityEarlyStopping
 from sae_experiments.saes.purified.perturb import Answer, Change, NoiseModel
-from sae_experiments.saes.selection import Pattern
 from sae_experiments.sampling import spread_rows
 from sae_experiments.training.loop import Loss
 

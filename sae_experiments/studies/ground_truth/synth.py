@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_experiments.errors import UserError
 from sae_experiments.saes import ops, selection
 from sae_experiments.saes.ops import unit_rows
-from sae_experiments.saes.selection import Pattern
+from sae_experiments.saes.pattern import Pattern
 from sae_experiments.saes.types import Codes
 
 #: Rows drawn at once: a sample of many rows is the same however much memory there is.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sae_experiments.corpora.tokens import TokenCorpus
 from sae_experiments.errors import UserError, of_type
 from sae_experiments.fitting.fit import Sample
 from sae_experiments.fitting.spec import FitSpec
+from sae_experiments.models.device_rows import Ahead, DeviceRows
 from sae_experiments.models.gpt2 import TrainedLM
 from sae_experiments.models.hooks import Site, Sites, as_sites, blocks_of, capture, patched
 from sae_experiments.models.local import TokenText
@@ -85,6 +86,8 @@ class Stores:
             )
         else:
             self.train = self._collected("train", parts, sites, ctx)
+        #: Training rows of a pass near the device; None: they are read when they are needed.
+        self.near: DeviceRows | Ahead | None = None
         self.seconds = time.monotonic() - began
 
     def _parts(self, lm: TrainedLM, held_out: str) -> dict[str, Part]:
@@ -132,11 +135,34 @@ class Stores:
 
     def for_pass(self, read: Where, write: Where) -> Stores:
         """The same stores for a fit that reads and rebuilds these sites alone."""
-        if not isinstance(self.train, Stream):
-            return self
         other = copy.copy(self)
-        other.train = self.train.only([*as_sites(read), *as_sites(write)])
+        sites = list(dict.fromkeys([*as_sites(read), *as_sites(write)]))
+        if isinstance(self.train, Stream):
+            other.train = self.train.only(sites)
+        elif self.fit.backend == "device":
+            other.near = near_rows(self.train, sites, self.device, other.host_rows(read, write))
         return other
+
+    def host_rows(self, read: Where, write: Where) -> Callable[[int], tuple[Tensor, ...]]:
+        """Function that reads the rows of a step into the memory of the processor."""
+        places = [read] if read == write else [read, write]
+
+        def rows(step: int) -> tuple[Tensor, ...]:
+            index = self.index_at(step)
+            return tuple(rows_of(self.train, place, index) for place in places)
+
+        return rows
+
+    def close(self) -> None:
+        """End what reads rows ahead of time."""
+        if isinstance(self.near, Ahead):
+            self.near.close()
+
+    @property
+    def read_from(self) -> str:
+        """Place that the rows of a pass are read from, for the log."""
+        names = {DeviceRows: "the device's memory", Ahead: f"{self.kind}, ahead of time"}
+        return names.get(type(self.near), self.kind)
 
     def short(self) -> list[Warned]:
         """Warnings about texts with fewer rows than were asked for."""
@@ -182,6 +208,9 @@ class Stores:
 
     def batch_at(self, step: int, read: Where, write: Where) -> Batch:
         """Shuffled rows of one step, as raw float32 activations on the device."""
+        if isinstance(self.near, Ahead):
+            parts = self.near(step)
+            return Batch(parts[0], parts[-1])
         return self._batch(self.index_at(step), read, write)
 
     def windows_at(self, step: int, read: Where, write: Site) -> Batch:
@@ -201,11 +230,13 @@ class Stores:
         return batch._replace(downstream=lambda recon: effect_of(self.model, write, tokens, recon))
 
     def _batch(self, index: np.ndarray | ChunkIndex, read: Where, write: Where) -> Batch:
-        x = rows_of(self.train, read, index).to(self.device, non_blocking=True)
-        if read == write:
-            return Batch(x, x)
-        y = rows_of(self.train, write, index).to(self.device, non_blocking=True)
-        return Batch(x, y)
+        x = self._rows(index, read)
+        return Batch(x, x if read == write else self._rows(index, write))
+
+    def _rows(self, index: np.ndarray | ChunkIndex, where: Where) -> Tensor:
+        if isinstance(self.near, DeviceRows):
+            return self.near.rows(where, of_type(index, np.ndarray))
+        return rows_of(self.train, where, index).to(self.device, non_blocking=True)
 
     @property
     def sample_rows(self) -> tuple[int, int]:
@@ -220,6 +251,25 @@ class Stores:
         index = self.train.index_at(0, rows=rows, seed=seed_of(self.order, purpose))
         x, y = (rows_of(self.train, where, index).to(self.device) for where in (read, write))
         return Sample(x, y, self.calibration.rows(read, slice(None)).to(self.device))
+
+
+def near_rows(
+    store: Store,
+    sites: Sequence[Site],
+    device: torch.device,
+    rows: Callable[[int], tuple[Tensor, ...]],
+) -> DeviceRows | Ahead:
+    """Training rows on the device where they fit, or fetched a step ahead.
+
+    Args:
+        store: The rows.
+        sites: Sites of the pass.
+        device: The device.
+        rows: Reads the rows of a step into the memory of the processor.
+    """
+    if DeviceRows.fit(store, sites, device):
+        return DeviceRows(store, sites, device)
+    return Ahead(rows, device)
 
 
 #: Source of windows, and the starts of the windows.

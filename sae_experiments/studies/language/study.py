@@ -377,12 +377,15 @@ class Language:
         reports: dict[str, FitReport] = {}
         for i, ((read, write, needs_model, replaced), names) in enumerate(passes.items()):
             here = stores.for_pass(read, write)
+            if here.near is not None:
+                ctx.console.say(f"  rows are read from {here.read_from}")
             batch_at = here.windows_at if needs_model else here.batch_at
             if replaced and not needs_model:
                 batch_at = SecondView(here, read, replaced, ctx).batch_at
             with ExitStack() as stack:
                 session = stack.enter_context(ctx.session(f"fit {listed(names)}", "sae", share=0.8))
                 session.checkpoint = part / f"checkpoint_{i}.safetensors"
+                stack.callback(here.close)
                 if isinstance(here.train, Stream):
                     stack.enter_context(here.train.watch.ended_by(session.check))
                 reports |= fit_saes(
@@ -393,6 +396,7 @@ class Language:
                     seed=cell.seed,
                     dead_after=self.fit.dead_after,
                     handling=self.fit.handling,
+                    backend=self.fit.backend,
                     session=session,
                 )
         # Numbered: a label may hold what no file name should.

@@ -357,6 +357,7 @@ class Palindrome:
                 seed=seed,
                 dead_after=self.fit.dead_after,
                 handling=self.fit.handling,
+                backend=self.fit.backend,
                 session=session,
             )
 

@@ -1,0 +1,237 @@
+"""Steps for a device, checked without one: nothing waits, replays give the same bits, the kernels
+and the backends agree.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_experiments.errors import NonFinite, UserError
+from sae_experiments.fitting.fit import LOOK_EVERY, RowHandling, Sample, fit_saes, runs_recorded
+from sae_experiments.saes import static
+from sae_experiments.saes.base import SAE
+from sae_experiments.saes.batch_topk import BatchTopK
+from sae_experiments.saes.outliers import OrdinaryRows
+from sae_experiments.training.loop import Session
+from support.saes import NAMES, D, M, batch, config, make, rows, step
+from support.tape import Tape, nothing_waits
+
+#: Variants whose steps are made within `static.shapes()`.
+RECORDED = [name for name in NAMES if type(make(name)).__dict__.get("static_steps")]
+#: Settings that take other ways through a step.
+MORE = [
+    ("matryoshka", "sae.model.sort_by_frequency=true"),
+    ("matryoshka", "sae.model.detach_inner=true"),
+    ("matryoshka", "sae.model.k_start=2", "sae.model.k_decay=0.5"),
+    ("jumprelu", "sae.model.form=tanh"),
+    ("standard", "sae.model.norm_weighted=true"),
+    ("random", "sae.model.learn=encoder"),
+    ("hierarchical", "sae.model.levels=top"),
+    ("hierarchical", "sae.model.weights.orthogonality=1", "sae.model.weights.mutual_information=1"),
+    ("cross_layer_jumprelu", "sae.model.form=tanh"),
+]
+CASES = [(name,) for name in RECORDED] + MORE
+
+
+def fitted(
+    case: tuple[str, ...],
+    *,
+    backend: str = "device",
+    steps: int = 40,
+    dead_after: int = -1,
+    start: Tensor | None = None,
+    session: Session | None = None,
+    **changes: Any,
+) -> tuple[SAE, Any]:
+    """A short fit, in which latents die and come back; and its report."""
+    name, *overrides = case
+    sae = make(name, *overrides)
+    start = rows(2048, 10**6) if start is None else start
+    reports = fit_saes(
+        {name: sae},
+        lambda step: batch(128, step),
+        config(steps=steps, log_every=7, **changes),
+        Sample(start, start, rows(2048, 10**6 + 1)),
+        seed=0,
+        dead_after=dead_after,
+        backend=backend,
+        session=session,
+    )
+    return sae, reports[name]
+
+
+def same_bits(one: SAE, other: SAE) -> None:
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(
+            value, other.state_dict()[name], rtol=0, atol=0, equal_nan=True, msg=name
+        )
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_a_replayed_step_waits_for_nothing_and_gives_the_bits_of_an_ordinary_one(
+    case: tuple[str, ...], tapes: list[Tape]
+) -> None:
+    replayed, report = fitted(case)
+    assert sum(tape.replays for tape in tapes) > 20
+    recorders, tapes[:] = list(tapes), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sae_experiments.training.recorded.RECORDERS", {})
+        ordinary, expected = fitted(case)
+    assert not tapes
+    same_bits(replayed, ordinary)
+    assert report.history == expected.history
+    assert len(recorders) >= 1
+
+
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("dead", ["none", "few", "all"])
+def test_both_backends_give_the_same_loss_and_gradients(name: str, dead: str) -> None:
+    sae = make(name).train()
+    mask = torch.zeros(sae.d_sae, dtype=torch.bool)
+    mask[: {"none": 0, "few": 5, "all": sae.d_sae}[dead]] = True
+    found = []
+    for context in (nullcontext, static.shapes):
+        sae.zero_grad()
+        now = replace(step(sae, progress=0.5), dead=mask, some_dead=None)
+        if context is static.shapes:
+            now = replace(now, progress=torch.tensor(0.5), some_dead=dead != "none")
+        with context():
+            loss = sae.loss(batch(64), now)
+            loss.total.backward()
+        grads = {key: p.grad.clone() for key, p in sae.named_parameters() if p.grad is not None}
+        found.append((loss, grads))
+    (host, expected), (device, grads) = found
+    torch.testing.assert_close(device.total.float(), host.total.float(), rtol=1e-4, atol=1e-6)
+    for key in host.parts:
+        torch.testing.assert_close(
+            device.parts[key].float(), host.parts[key].float(), rtol=1e-4, atol=1e-6, msg=key
+        )
+    for key, value in expected.items():
+        torch.testing.assert_close(grads[key], value, rtol=1e-3, atol=2e-5, msg=key)
+    assert torch.equal(device.extra.codes.fires.long(), host.extra.codes.fires.long())
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "matryoshka", "jumprelu", "hierarchical"])
+def test_both_backends_end_with_the_same_quality(name: str) -> None:
+    fvu = {}
+    for backend in ("host", "device"):
+        sae, report = fitted((name,), backend=backend, steps=200, dead_after=4000)
+        last = {key: value for _, key, value in report.history}
+        assert last["dead_frac"] < 0.2
+        x = rows(4096, 77)
+        fvu[backend] = float((x - sae(x)).square().sum() / (x - x.mean(0)).square().sum())
+    assert fvu["device"] == pytest.approx(fvu["host"], rel=0.05)
+
+
+def test_terms_for_dead_latents_come_and_go_without_a_step_that_waits(tapes: list[Tape]) -> None:
+    def run() -> tuple[SAE, Any]:
+        sae = make("topk")
+        sae.b_enc.data[::5] = -0.5
+        start = rows(2048, 10**6)
+        cfg = config(steps=150, log_every=1, lr=5e-3)
+        reports = fit_saes(
+            {"topk": sae},
+            lambda step: batch(128, step),
+            cfg,
+            Sample(start, start, start),
+            seed=0,
+            dead_after=1000,
+            backend="device",
+        )
+        return sae, reports["topk"]
+
+    sae, report = run()
+    asked = [step for step, name, _ in report.history if name == "aux_k"]
+    assert asked and len(asked) % LOOK_EVERY == 0
+    assert [step % LOOK_EVERY for step in asked] == [*range(1, LOOK_EVERY), 0] * (
+        len(asked) // LOOK_EVERY
+    )
+    dead = {step: value for step, name, value in report.history if name == "dead_frac"}
+    assert max(dead.values()) > 0 and dead[149] == 0
+    assert len(tapes) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sae_experiments.training.recorded.RECORDERS", {})
+        same_bits(sae, run()[0])
+
+
+@pytest.mark.parametrize("name", ["topk", "standard", "hierarchical"])
+def test_a_stopped_fit_goes_on_with_the_same_bits(
+    name: str, tapes: list[Tape], tmp_path: Path
+) -> None:
+    whole, _ = fitted((name,), steps=30)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done: int, _: int) -> None:
+        if done == 17:
+            raise Stopped
+
+    path = tmp_path / "checkpoint.safetensors"
+    session = Session(checkpoint=path, tick=stop)
+    with pytest.raises(Stopped):
+        fitted((name,), steps=30, session=session, checkpoint_every_s=0.0)
+    assert path.exists()
+    resumed, _ = fitted((name,), steps=30, session=Session(checkpoint=path))
+    same_bits(whole, resumed)
+
+
+def test_a_loss_that_is_not_finite_is_found_later_and_named(tapes: list[Tape]) -> None:
+    def spoilt(n: int, at: int) -> Any:
+        given = batch(n, at)
+        if at == 11:
+            given = given._replace(x=torch.full_like(given.x, torch.nan))
+            given = given._replace(y=given.x)
+        return given
+
+    sae, start = make("batch_topk"), rows(2048, 10**6)
+    with pytest.raises(NonFinite, match="not finite at step 11 .*lr="):
+        fit_saes(
+            {"batch_topk": sae},
+            lambda at: spoilt(128, at),
+            config(steps=40, log_every=20),
+            Sample(start, start, start),
+            seed=0,
+            dead_after=1000,
+            backend="device",
+            handling=RowHandling(outliers="keep"),
+        )
+    assert sum(tape.replays for tape in tapes) > 10
+
+
+def test_only_variants_that_say_so_run_on_the_device_path() -> None:
+    class Mine(BatchTopK):
+        pass
+
+    mine = Mine(d_in=D, d_sae=M, k=4)
+    assert not runs_recorded(mine, "device")
+    assert runs_recorded(make("batch_topk"), "device")
+    assert not any(runs_recorded(make(name), "auto") for name in NAMES)
+    with pytest.raises(UserError, match="fit.backend='gpu' is not one of auto, host, device"):
+        runs_recorded(mine, "gpu")
+
+
+@pytest.mark.parametrize("far", [[], [0], [3, 4, 5], [0, 1, 63], list(range(64))])
+def test_outliers_of_a_batch_are_replaced_by_ordinary_rows(far: list[int]) -> None:
+    x = rows(2048, 3)
+    ordinary = OrdinaryRows(x, x)
+    given = batch(64)._replace(downstream=None)
+    given.x[far] *= 1e4
+    given = given._replace(y=given.x)
+    with nothing_waits():
+        seen = ordinary.of_batch_in_place(given)
+    assert len(seen.x) == 64 and seen.y is seen.x
+    kept = ordinary.inputs.contains(given.x)
+    assert sorted((~kept).nonzero().squeeze(1).tolist()) == far
+    if len(far) == 64:
+        assert torch.equal(seen.x, given.x)
+    else:
+        assert bool(ordinary.inputs.contains(seen.x).all())
+        assert torch.equal(seen.x[kept], given.x[kept])
