@@ -15,7 +15,7 @@ import torch
 from sae_experiments import load_sae
 from sae_experiments.errors import UserError
 from sae_experiments.metrics.steering import continued, direction
-from sae_experiments.models.gpt2 import generate
+from sae_experiments.models.decoding import StaticDecoder, generate
 from sae_experiments.models.hooks import Site, capture
 from sae_experiments.steering import steer
 from support.common import Experiment
@@ -59,7 +59,8 @@ def test_greedy_text_without_a_change_is_the_model_s_own(trained: Any) -> None:
     prompt = torch.tensor([3, 1, 4, 1, 5])
     generator = torch.Generator().manual_seed(0)
     given = {"temperature": 1.0, "top_k": 1}
-    theirs = generate(trained.model, prompt[None], 40, **given, generator=generator)[0, 5:]
+    decoder = StaticDecoder(trained.model, 1)
+    theirs = generate(decoder, prompt[None], 40, **given, generator=generator)[0, 5:]
     ours = continued(trained.model, prompt, {SITE: torch.zeros(2, 16)}, 40, **given, seed=3)
     assert torch.equal(ours[0], theirs) and torch.equal(ours[1], theirs)
 

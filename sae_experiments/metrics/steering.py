@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -9,13 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, GPT2LMHeadModel
 
 from sae_experiments.metrics.base import EvalContext
-from sae_experiments.models.gpt2 import CACHE, DynamicCache
 from sae_experiments.models.hooks import Site, patched
 from sae_experiments.models.layouts import CausalLM
 from sae_experiments.saes.base import SAE
 
+#: Name of the key/value cache; transformers renamed the argument and will drop its old name.
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters
+    else "past_key_values"
+)
 #: Tokens of held-out text that the examples of a run start from.
 PROMPT = 24
 #: Sampling, unless something else is asked for.

@@ -1,4 +1,4 @@
-"""GPT-2 on characters or on tokens of its own: building, training, evaluation and sampling.
+"""GPT-2 on characters or on tokens of its own: building, training and evaluation.
 
 Models from a directory are in `models.local`, so that a change to one module does not invalidate
 the caches of the other.
@@ -6,9 +6,7 @@ the caches of the other.
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 from transformers.utils import logging as hf_logging
 
@@ -33,6 +31,7 @@ from sae_experiments.files import read_json, write_json
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models import hub  # noqa: F401 (keeps transformers from the network)
 from sae_experiments.models.cpu_kernels import use_cheap_paths, whole_windows
+from sae_experiments.models.decoding import StaticDecoder, generate
 from sae_experiments.models.device_text import DeviceText
 from sae_experiments.models.layouts import CausalLM, moved
 from sae_experiments.models.tokens import N_BYTES, Tokenizer, copy_tokenizer
@@ -53,13 +52,6 @@ from sae_experiments.training.loop import (
 from sae_experiments.training.recorded import BACKENDS, RecordedSteps
 
 hf_logging.disable_progress_bar()
-#: Name of the key/value cache; transformers renamed the argument and will drop its old name.
-CACHE = (
-    "cache"
-    if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters
-    else "past_key_values"
-)
-
 INFO = [
     MetricInfo(
         name="final_train_loss",
@@ -539,49 +531,6 @@ def _as_json(value: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(value), default=str))
 
 
-@torch.no_grad()
-def generate(
-    model: GPT2LMHeadModel,
-    prompt: Tensor,
-    n: int,
-    *,
-    temperature: float,
-    top_k: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """Sample characters after a prompt.
-
-    A key/value cache makes each step cost one position. When the context is full, the cache is
-    rebuilt from the last half of it: GPT-2's positions are absolute, so a window that slid by
-    one would have to be recomputed whole at every character.
-
-    Args:
-        model: The language model.
-        prompt: Ids (B, T).
-        n: Number of characters to sample.
-        temperature: Temperature of the sampling.
-        top_k: Number of most probable characters that are sampled from.
-        generator: Source of the random numbers.
-
-    Returns:
-        Ids (B, T + n), the prompt included.
-    """
-    model.eval()
-    limit = model.config.n_positions
-    out = prompt
-    window, past = prompt[:, -limit:], DynamicCache(config=model.config)
-    for _ in range(n):
-        if past.get_seq_length() + window.shape[1] > limit:
-            window, past = out[:, -(limit // 2) :], DynamicCache(config=model.config)
-        kept = {CACHE: past, "use_cache": True, "logits_to_keep": 1}
-        logits = model(input_ids=window, **kept).logits[:, -1].float() / temperature
-        if top_k < logits.shape[-1]:
-            logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-        window = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        out = torch.cat([out, window], 1)
-    return out
-
-
 def _prompt_id(corpus: CharCorpus | TokenCorpus, prompt: str) -> int:
     """First id of the prompt; 0 for one that the corpus does not have."""
     if isinstance(corpus, TokenCorpus):
@@ -601,11 +550,12 @@ def sampling_rate(
     device = next(model.parameters()).device
     prompt = torch.tensor([[_prompt_id(corpus, spec.prompt)]], device=device)
     generator = torch.Generator(device).manual_seed(seed_of(seed, "sample"))
+    decoder = StaticDecoder(model, len(prompt), recorded=spec.backend == "device")
     rates = []
     for _ in range(spec.samples):
         start = time.perf_counter()
         generate(
-            model,
+            decoder,
             prompt,
             spec.sample_length,
             temperature=spec.temperature,

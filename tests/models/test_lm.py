@@ -20,9 +20,11 @@ from transformers import GPT2LMHeadModel
 from sae_experiments.errors import UserError
 from sae_experiments.models import cpu_kernels
 from sae_experiments.models import gpt2 as lm
-from sae_experiments.models.gpt2 import LMLearner, LMSpec, autocast, build_lm, generate, train_lm
+from sae_experiments.models.decoding import StaticDecoder, generate
+from sae_experiments.models.gpt2 import LMLearner, LMSpec, autocast, build_lm, train_lm
 from sae_experiments.training.loop import Session, StepInfo, train
 from support.common import CONF, lm_spec, train_config
+from support.tape import nothing_waits
 
 CPU = torch.device("cpu")
 
@@ -319,9 +321,13 @@ def test_quick_evaluations_have_another_name_so_that_best_val_loss_never_mixes_t
 # sampling
 
 
+def sampled(model: GPT2LMHeadModel, prompt: torch.Tensor, n: int, **how: Any) -> torch.Tensor:
+    return generate(StaticDecoder(model, len(prompt)), prompt, n, **how)
+
+
 def test_greedy_generation_with_the_cache_equals_reading_everything_again(trained):
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    found = generate(
+    found = sampled(
         trained.model,
         prompt,
         13,
@@ -344,7 +350,7 @@ def test_sampling_with_the_cache_equals_sampling_without_it(trained):
         return prompt
 
     prompt = torch.tensor([[1], [7], [3]])
-    found = generate(
+    found = sampled(
         trained.model,
         prompt,
         15,
@@ -358,7 +364,7 @@ def test_sampling_with_the_cache_equals_sampling_without_it(trained):
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
 def test_generation_goes_past_the_context_from_a_prompt_of_any_length(trained, length):
     prompt = torch.arange(2 * length).reshape(2, length) % trained.model.config.vocab_size
-    found = generate(
+    found = sampled(
         trained.model,
         prompt,
         50,
@@ -373,7 +379,7 @@ def test_generation_goes_past_the_context_from_a_prompt_of_any_length(trained, l
 @pytest.mark.parametrize("context", [2, 3])
 def test_generation_works_for_the_smallest_contexts(context):
     model = build_lm(lm_spec(n_positions=context), 5, seed=0).eval()
-    assert generate(
+    assert sampled(
         model,
         torch.tensor([[1]]),
         9,
@@ -386,10 +392,10 @@ def test_generation_works_for_the_smallest_contexts(context):
 def test_rows_of_a_batch_are_generated_independently(trained):
     prompt = torch.tensor([[1, 2], [5, 3], [9, 9]])
     kwargs = {"temperature": 1.0, "top_k": 1, "generator": torch.Generator()}
-    together = generate(trained.model, prompt, 30, **kwargs)
+    together = sampled(trained.model, prompt, 30, **kwargs)
     for row, alone in enumerate(prompt):
         assert torch.equal(
-            together[row : row + 1], generate(trained.model, alone[None], 30, **kwargs)
+            together[row : row + 1], sampled(trained.model, alone[None], 30, **kwargs)
         )
 
 
@@ -397,7 +403,7 @@ def test_top_k_keeps_the_k_likeliest_characters_only(trained):
     prompt = torch.tensor([[3]]).repeat(300, 1)
     with torch.no_grad():
         best = set(trained.model(input_ids=prompt[:1]).logits[0, -1].topk(3).indices.tolist())
-    found = generate(
+    found = sampled(
         trained.model,
         prompt,
         1,
@@ -630,3 +636,21 @@ def test_recorded_steps_wait_for_nothing_and_give_the_bits_of_ordinary_ones(
 def test_a_backend_that_cannot_be_used_is_refused(changes: dict[str, Any], cause: str) -> None:
     with pytest.raises(UserError, match=cause):
         lm_spec(**changes)
+
+
+def test_recorded_sampling_waits_for_nothing_and_gives_the_same_text(
+    trained: Any, tapes: list[Any]
+) -> None:
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+    def text(recorded: bool) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(2)
+        decoder = StaticDecoder(trained.model, 2, recorded=recorded)
+        how: dict[str, Any] = {"temperature": 0.8, "top_k": 5, "generator": generator}
+        with nothing_waits() if recorded else nullcontext():
+            return generate(decoder, prompt, 60, **how)
+
+    expected = text(recorded=False)
+    assert not tapes
+    assert torch.equal(text(recorded=True), expected)
+    assert sum(tape.replays for tape in tapes) > 40
