@@ -2,6 +2,7 @@
 
     python benchmarks/bench.py [SECTION ...] [--threads N] [--rounds R]
     PEERS_PYTHON=/path/to/venv/bin/python python benchmarks/bench.py steps
+    python benchmarks/bench.py steps lm --device cuda
 
 Sections: steps (SAE training steps), memory is part of it; together (several SAEs in one pass);
 scaling (time and memory against width and rows); lm (training, generation and collection of
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -46,6 +47,9 @@ VARIANTS = (
     "p_anneal",
     "lista",
 )
+#: The same with `--device`.
+DEVICE_SIZES = ((384, 3072), (384, 12288), (768, 24576))
+DEVICE_VARIANTS = ("topk", "batch_topk", "standard", "jumprelu", "gated", "matryoshka")
 LIBRARIES = ("sae-lens", "dictionary-learning", "eai-sparsify")
 # which peers have a variant, and under which name (the same table is in peers.py, which this Python
 # need not be able to import)
@@ -341,6 +345,22 @@ SECTIONS: dict[str, Callable[[Arena, argparse.Namespace], dict[str, Any]]] = {
 }
 
 
+def on_device(args: argparse.Namespace, chosen: Sequence[str]) -> None:
+    """Run the sections that a device is timed in."""
+    import device  # it imports torch, which the processes of other sections must not inherit
+
+    for name in chosen:
+        if name not in device.SECTIONS:
+            raise SystemExit(f"--device times {' and '.join(device.SECTIONS)}, not {name}")
+        about = tables.machine() | {
+            "card": device.card(args.device),
+            "steps": args.steps,
+            "note": args.note,
+        }
+        found = device.SECTIONS[name](args)
+        tables.write(args.out, f"device_{name}", found | {"about": about})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -353,10 +373,17 @@ def main() -> None:
     parser.add_argument(
         "--sizes",
         nargs="+",
-        default=[f"{d}x{m}" for d, m in SIZES],
+        default=None,
         help="for steps, such as 128x1024",
     )
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="for steps")
+    parser.add_argument("--variants", nargs="+", default=None, help="for steps")
+    parser.add_argument(
+        "--device", default="", help="steps and lm on this device (cuda), beside plain loops"
+    )
+    parser.add_argument("--batch", type=int, default=BATCH, help="rows, with --device")
+    parser.add_argument("--warm", type=int, default=30, help="steps before those timed on a device")
+    parser.add_argument("--steps", type=int, default=200, help="steps timed on a device")
+    parser.add_argument("--overrides", nargs="*", default=[], help="for lm on a device")
     parser.add_argument("--presets", nargs="+", default=["laptop", "full"], help="for lm")
     parser.add_argument(
         "--tuned", action="store_true", help="also with malloc settings that spare page faults"
@@ -368,11 +395,17 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what else is to be said about the machine")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    args.sizes = [tuple(int(n) for n in size.split("x")) for size in args.sizes]
+    known = (DEVICE_SIZES, DEVICE_VARIANTS) if args.device else (SIZES, VARIANTS)
+    sizes = args.sizes or [f"{d}x{m}" for d, m in known[0]]
+    args.sizes = [tuple(int(n) for n in size.split("x")) for size in sizes]
+    args.variants = args.variants or list(known[1])
     args.run = args.run if (args.run / "cells").is_dir() else None
     chosen = args.sections or list(SECTIONS)
     if unknown := set(chosen) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
+    if args.device:
+        on_device(args, args.sections or ["steps", "lm"])
+        return
     arena = Arena(args.threads, args.rounds, args.tuned)
     if not arena.python:
         print(

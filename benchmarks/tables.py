@@ -18,6 +18,8 @@ TITLES = {
     "lm": "Language model",
     "jobs": "Where a run's time goes",
     "quality": "Reconstruction at an equal budget",
+    "device_steps": "SAE training steps on a device",
+    "device_lm": "Language model on a device",
 }
 BASE = ("product, default", "product, onednn", "product, bf16", "ours", "plain torch")
 
@@ -74,6 +76,10 @@ def ratio(results: dict[str, Any], a: str, b: str) -> float | None:
 
 
 def _about(about: dict[str, Any]) -> list[str]:
+    if "card" in about:
+        features = f" ({', '.join(about['features'])})" if about["features"] else ""
+        lines = [f"{about['date']}; {about['card']}; host {about['cpu']}{features}."]
+        return lines + ([about["note"]] if about["note"] else [])
     kind = (
         "processor time of one thread"
         if about["threads"] == 1
@@ -309,6 +315,57 @@ def _quality(data: dict[str, Any]) -> list[str]:
     return lines + table(["variant", "who", "lr", "L0", "FVU", "dead", "s"], rows)
 
 
+# --- on a device ----------------------------------------------------------------------------------
+
+
+def _device_steps(data: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Rows of {data['batch']:,}, {data['k']} active latents; milliseconds of a step, the mean"
+        f" of {data['about']['steps']}. `device` and `host` are the values of `fit.backend`; plain"
+        " loops are dense PyTorch with fused Adam and clipping. The ratio is the fastest plain"
+        " loop in TF32, compiled or not, over `device`; a variant without a plain loop of its own"
+        " is compared with that of `standard`.",
+        "",
+    ]
+    for d, m in dict.fromkeys((g["d"], g["m"]) for g in data["groups"]):
+        groups = [g for g in data["groups"] if (g["d"], g["m"]) == (d, m)]
+        names = list(dict.fromkeys(name for g in groups for name in g["results"]))
+        standard = next((g for g in groups if g["variant"] == "standard"), None)
+        rows = []
+        for g in groups:
+            found = g["results"]
+            plain = _fastest_tf32(found) or _fastest_tf32(standard["results"] if standard else {})
+            ours = found.get("ours, device", {}).get("ms")
+            ratio_ = _times(plain / ours if plain and ours else None)
+            peak = [_gb(found.get(f"ours, {b}")) for b in ("device", "host")]
+            times = [_ms(found.get(name)) for name in names]
+            rows.append([g["variant"], *times, f"**{ratio_}**", " / ".join(peak)])
+        head = ["variant", *names, "plain TF32 / ours", "peak memory, device / host (GB)"]
+        lines += [f"## d {d}, m {m}", "", *table(head, rows)]
+    return lines
+
+
+def _fastest_tf32(found: dict[str, Any]) -> float | None:
+    """Milliseconds of the faster of the plain loops in TF32."""
+    names = ("plain tf32", "plain tf32, compiled")
+    return min((found[n]["ms"] for n in names if "ms" in found.get(n, {})), default=None)
+
+
+def _gb(found: dict[str, Any] | None) -> str:
+    peak = (found or {}).get("peak")
+    return "-" if peak is None or peak != peak else f"{peak / 1e9:.2f}"
+
+
+def _device_lm(data: dict[str, Any]) -> list[str]:
+    head = ["backend", "training step, ms", "evaluation batch, ms", "characters per second"]
+    rows = [
+        [name, _ms(r), f"{r['evaluation_ms']:.3g}", f"{r['characters_per_second']:,.0f}"]
+        for name, r in data["backends"].items()
+    ]
+    about = "The full preset on shakespeare_char with AdamW; samples are made one by one."
+    return [about, "", *table(head, rows)]
+
+
 RENDER: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "steps": _steps,
     "together": _together,
@@ -316,4 +373,6 @@ RENDER: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "lm": _lm,
     "jobs": _jobs,
     "quality": _quality,
+    "device_steps": _device_steps,
+    "device_lm": _device_lm,
 }

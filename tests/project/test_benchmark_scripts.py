@@ -16,6 +16,12 @@ SMALL = {
         *("steps", "--sizes", "16x64", "--variants", "topk", "matryoshka", "--rounds", "1"),
         *("--threads", "1", "--quick", "--out", "OUT"),
     ],
+    "bench on a device": [
+        *("steps", "lm", "--device", "cpu", "--sizes", "16x64", "--variants", "topk", "jumprelu"),
+        *("--batch", "64", "--warm", "4", "--steps", "6", "--quick", "--out", "OUT"),
+        *("--overrides", "lm.n_layer=1", "lm.n_embd=32", "lm.n_positions=16", "lm.n_head=2"),
+        *("lm.samples=1", "lm.sample_length=20", "lm.train.batch_size=4"),
+    ],
     "circuits": [
         *("--width", "16", "--length", "16", "--layers", "4", "--expansion", "2", "--l0", "4"),
         *("--prompts", "2", "--targets", "20", "--few", "4", "--rounds", "1"),
@@ -37,19 +43,20 @@ SMALL = {
     "variant_table": None,
 }
 #: Modules that the scripts share.
-SHARED = {"contestants", "language_contestants", "peers", "rows", "tables", "workers"}
+SHARED = {"contestants", "device", "language_contestants", "peers", "rows", "tables", "workers"}
 
 
 def test_every_script_is_listed() -> None:
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts == set(SMALL) | SHARED
+    assert scripts == {name.split()[0] for name in SMALL} | SHARED
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, arguments in SMALL.items() if arguments])
 def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
     arguments = [one.replace("OUT", str(tmp_path)) for one in SMALL[name] or ()]
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments]
+    script = ROOT / "benchmarks" / f"{name.split()[0]}.py"
+    command = [sys.executable, str(script), *arguments]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.strip()
