@@ -53,6 +53,7 @@ class FitReport(NamedTuple):
             None in reports of older versions.
         warnings: Signs that the fit went wrong (`quality_warnings.Warned`), as plain dictionaries.
         from_cache: Whether it was fitted before, by an earlier command or cell.
+        backend: Way that its steps were made: host, device, or device with products in TF32.
     """
 
     seconds: float
@@ -65,6 +66,7 @@ class FitReport(NamedTuple):
     outliers: Mapping[str, Any] | None = None
     warnings: Sequence[Mapping[str, Any]] = ()
     from_cache: bool = False
+    backend: str = "host"
 
     @property
     def warned(self) -> list[Warned]:
@@ -74,7 +76,8 @@ class FitReport(NamedTuple):
     @property
     def facts(self) -> dict[str, Any]:
         """Settings that the fit chose itself, in the form of a record."""
-        return {"lr": self.lr, "lr_factor": self.lr_factor, "outliers": self.outliers}
+        chosen = {"lr": self.lr, "lr_factor": self.lr_factor, "backend": self.backend}
+        return chosen | {"outliers": self.outliers}
 
 
 class Sample(NamedTuple):
@@ -172,6 +175,14 @@ class SAELearner(Learner):
         if self._some_dead is None:
             self._some_dead = bool(self.counts.get_buffer("some_dead"))
         return self._some_dead
+
+    @property
+    def backend(self) -> str:
+        """Way that steps are made, for the record."""
+        if not self.recorded:
+            return "host"
+        with self.computing():
+            return "device, TF32" if ops.rounds(self.sae.b_enc) else "device"
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -424,6 +435,7 @@ def _report(learner: SAELearner, progress: Progress, rows: FittedRows, *, alone:
         lr_factor=float(learner.lr_factor()),
         outliers=counts,
         warnings=[one._asdict() for one in warnings],
+        backend=learner.backend,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,9 @@ def test_a_run_with_the_device_backend_finds_what_one_without_finds(
     assert in_this_process(experiment, "--out_dir=device", *args, *device) == 0
     assert sum(tape.replays for tape in tapes) > 150
     found = [experiment.json(run, "final_info.json") for run in ("host", "device")]
+    for path in (experiment.runs / "device/cells").iterdir():
+        backend = json.loads(path.read_text())["facts"]["fit"]["backend"]
+        assert backend == ("host" if "purified" in path.stem else "device")
     for name in found[0]:
         host, device_ = (info[name]["means"] for info in found)
         assert set(host) == set(device_)
