@@ -14,6 +14,7 @@ from workers import Turns
 
 from sae_experiments.corpora.corpus import CharCorpus
 from sae_experiments.models import gpt2 as lm
+from sae_experiments.models.decoding import StaticDecoder, generate
 from sae_experiments.models.hooks import activations, parse_site
 from sae_experiments.training.loop import Session, train
 
@@ -62,11 +63,12 @@ def generate_ours(turns: Turns, preset: str, rows: int, length: int) -> None:
     spec, _ = settings(preset)
     model = lm.build_lm(spec, SYMBOLS, seed=0).eval()
     generator = torch.Generator().manual_seed(0)
+    decoder = StaticDecoder(model, rows)
     turns.prepared()
     while True:
         turns.next()
-        lm.generate(
-            model,
+        generate(
+            decoder,
             PROMPT.expand(rows, 1),
             length,
             temperature=spec.temperature,

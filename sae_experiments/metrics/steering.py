@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -10,19 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GPT2LMHeadModel
 
 from sae_experiments.metrics.base import EvalContext
+from sae_experiments.models.gpt2 import CACHE, empty_cache
 from sae_experiments.models.hooks import Site, patched
 from sae_experiments.models.layouts import CausalLM
 from sae_experiments.saes.base import SAE
 
-#: Name of the key/value cache; transformers renamed the argument and will drop its old name.
-CACHE = (
-    "cache"
-    if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters
-    else "past_key_values"
-)
 #: Tokens of held-out text that the examples of a run start from.
 PROMPT = 24
 #: Sampling, unless something else is asked for.
@@ -77,13 +70,13 @@ def continued(
     versions, limit = len(next(iter(changes.values()))), model.config.n_positions
     out = prompt.expand(versions, -1)
     draws = torch.rand(n, generator=torch.Generator().manual_seed(seed)).to(prompt.device)
-    window, past = out[:, -limit:], DynamicCache(config=model.config)
+    window, past = out[:, -limit:], empty_cache(model)
     with ExitStack() as stack:
         for site, change in changes.items():
             stack.enter_context(patched(model, site, lambda x, c=change: x + c[:, None].to(x)))
         for draw in draws:
             if past.get_seq_length() + window.shape[1] > limit:
-                window, past = out[:, -(limit // 2) :], DynamicCache(config=model.config)
+                window, past = out[:, -(limit // 2) :], empty_cache(model)
             given = {CACHE: past, "use_cache": True, "logits_to_keep": 1}
             logits = model(input_ids=window, **given).logits[:, -1].float() / temperature
             window = _sampled(logits, top_k, draw)

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import GPT2LMHeadModel
+from torch import Tensor, nn
 
 from sae_experiments.training.recorded import RecordedSteps, own_stream
 
@@ -28,17 +27,17 @@ class StaticDecoder:
     same shapes and nothing waits for the device.
 
     Args:
-        model: The language model, in eval mode.
+        model: The language model, a `GPT2LMHeadModel` in eval mode.
         n_rows: Texts that are sampled side by side, B.
         recorded: Record the steps on a GPU, see `training.recorded`.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, n_rows: int, *, recorded: bool = False) -> None:
-        config = model.config
-        self.model = model
+    def __init__(self, model: nn.Module, n_rows: int, *, recorded: bool = False) -> None:
+        self.model: Any = model
+        config = self.model.config
         self.limit: int = config.n_positions
         self.n_head: int = config.n_head
-        weight = model.transformer.wte.weight
+        weight = self.model.transformer.wte.weight
         self.device = weight.device
         width = config.n_embd // config.n_head
         shape = (config.n_layer, 2, n_rows, config.n_head, self.limit, width)
@@ -50,7 +49,7 @@ class StaticDecoder:
 
     def _read(self, what: _Read) -> Tensor:
         """Read ids, keep their keys and values; returns the logits (B, V) after the last one."""
-        body: Any = self.model.transformer
+        body = self.model.transformer
         n_rows, length = what.ids.shape
         place = what.start + torch.arange(length, device=self.device)
         x = body.wte(what.ids) + body.wpe(place)

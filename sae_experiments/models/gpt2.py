@@ -6,6 +6,7 @@ the caches of the other.
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 from transformers.utils import logging as hf_logging
 
@@ -52,6 +53,19 @@ from sae_experiments.training.loop import (
 from sae_experiments.training.recorded import BACKENDS, RecordedSteps
 
 hf_logging.disable_progress_bar()
+#: Name of the key/value cache; transformers renamed the argument and will drop its old name.
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters
+    else "past_key_values"
+)
+
+
+def empty_cache(model: CausalLM) -> DynamicCache:
+    """A key/value cache for the argument `CACHE` of a language model."""
+    return DynamicCache(config=model.config)
+
+
 INFO = [
     MetricInfo(
         name="final_train_loss",

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from sae_experiments.errors import UserError
+from sae_experiments.metrics.steering import continued
 from sae_experiments.models import store as activations_module
 from sae_experiments.models.begin import begin_with
-from sae_experiments.models.gpt2 import build_lm, generate
+from sae_experiments.models.gpt2 import build_lm
 from sae_experiments.models.hooks import Site, activations, capture, parse_site, patched
 from sae_experiments.models.store import Source, Store, collect
 from support.common import lm_spec
@@ -267,11 +268,13 @@ def test_a_begin_token_stands_once_before_a_text_that_is_generated():
     plain, begun = made(config), made(config)
     begin_with(begun, 5)
     plain.config.n_positions = begun.config.n_positions = 12
-    prompt, whole = torch.tensor([[7, 8]]), torch.tensor([[5, 7, 8]])
-    options = {"temperature": 1.0, "top_k": 1}
-    one = generate(begun, prompt, 4, generator=torch.Generator().manual_seed(0), **options)
-    other = generate(plain, whole, 4, generator=torch.Generator().manual_seed(0), **options)
-    assert one[0].tolist() == other[0, 1:].tolist()
+    prompt, whole = torch.tensor([7, 8]), torch.tensor([5, 7, 8])
+    nothing = {Site("resid", 1): torch.zeros(1, config.hidden_size)}
+    one, other = (
+        continued(model, ids, nothing, 4, seed=0, top_k=1)
+        for model, ids in ((begun, prompt), (plain, whole))
+    )
+    assert one.tolist() == other.tolist()
 
 
 # ------------------------------------------------------------------------------------------------
