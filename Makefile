@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Workers of the tests: `make test WORKERS=1` runs them one after another.
 WORKERS ?= auto
 # A file at a time to each, so that what its tests share is made once.
-PARALLEL := -n $(WORKERS) --dist loadfile
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # The versions that this was tested with, for what is installed and for what builds it.
 LOCKED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -67,6 +68,13 @@ def small(name: str = "topk") -> SAE:
     )
 
 
+@functools.cache
+def plainly_fitted() -> SAE:
+    sae, x = small(), rows(1024, 0)
+    fit_saes(sae, x, held_out=x[:512].repeat(2, 1), **SETTINGS)
+    return sae
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -80,10 +88,9 @@ def small(name: str = "topk") -> SAE:
     ids=["graph", "3-D", "numpy", "float64", "list", "bfloat16"],
 )
 def test_activations_are_taken_as_people_have_them(given):
-    x = rows(1024, 0)
-    sae, plain = small(), small()
+    x, plain = rows(1024, 0), plainly_fitted()
+    sae = small()
     fit_saes(sae, given(x), held_out=given(x[:512].repeat(2, 1)), **SETTINGS)
-    fit_saes(plain, x, held_out=x[:512].repeat(2, 1), **SETTINGS)
     torch.testing.assert_close(sae.W_dec, plain.W_dec, rtol=0.05, atol=0.02)
     assert evaluate(sae, given(x))["sae_fvu"] == pytest.approx(
         evaluate(sae, x)["sae_fvu"], rel=0.01

@@ -44,7 +44,7 @@ def fitted(
     case: tuple[str, ...],
     *,
     backend: str = "device",
-    steps: int = 40,
+    steps: int = 30,
     dead_after: int = -1,
     start: Tensor | None = None,
     session: Session | None = None,
@@ -79,7 +79,7 @@ def test_a_replayed_step_waits_for_nothing_and_gives_the_bits_of_an_ordinary_one
     case: tuple[str, ...], tapes: list[Tape]
 ) -> None:
     replayed, report = fitted(case)
-    assert sum(tape.replays for tape in tapes) > 20
+    assert sum(tape.replays for tape in tapes) > 12
     recorders, tapes[:] = list(tapes), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sae_experiments.training.recorded.RECORDERS", {})
