@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import math
 import statistics
 import tempfile
@@ -84,9 +85,16 @@ def card(name: str) -> str:
 
 
 def fitted(
-    variant: str, pool: list[Tensor], m: int, backend: str, clock: Clock, overrides: list[str]
+    variant: str,
+    pool: list[Tensor],
+    m: int,
+    backend: str,
+    clock: Clock,
+    overrides: list[str],
+    *,
+    dead: bool = False,
 ) -> None:
-    """Fit one variant as a run does."""
+    """Fit one variant as a run does; with `dead`, terms for dead latents are always needed."""
     d, batch = pool[0].shape[1], len(pool[0])
     chosen = study(
         "preset=full",
@@ -111,7 +119,7 @@ def fitted(
         spec.config(chosen.fit.train),
         Sample(start, start, start),
         seed=0,
-        dead_after=10**9,
+        dead_after=-1 if dead else 10**9,
         backend=backend,
     )
 
@@ -163,6 +171,9 @@ def timed(
     run: Callable[[Clock], None], device: torch.device, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Run until the clock ends it; what fails says why."""
+    gc.collect()  # of contestants before: the peak must be this one's
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     clock = Clock(device, args.warm, args.steps)
     try:
         run(clock)
@@ -186,6 +197,9 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
                 f"ours, {backend}": functools.partial(ours, backend)
                 for backend in ("device", "host")
             }
+            contestants["ours, device, all latents dead"] = functools.partial(
+                ours, "device", dead=True
+            )
             if variant in ("topk", "batch_topk", "standard") and not args.quick:
                 loop = functools.partial(plain, variant, pool, m)
                 for mode in MODES:

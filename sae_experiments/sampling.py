@@ -6,6 +6,8 @@ that needs a part of them chooses it with these functions.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from torch import Tensor
 #: second, third, ... of them.
 GOLDEN = 2654435769
 MASK = (1 << 32) - 1
+#: Places of a sample that are kept for the next call, at most.
+KEPT = 1 << 13
 
 
 def spread(n: int, k: int | None) -> np.ndarray:
@@ -41,7 +45,19 @@ def spread_rows(x: Tensor, k: int | None) -> Tensor:
     """The `k` rows of `x` (N, ...) that `spread` chooses; `x` itself if that is all of them."""
     if k is None or k >= len(x):
         return x
-    return x.index_select(0, torch.from_numpy(spread(len(x), k)).to(x.device))
+    return x.index_select(0, _places(len(x), k, x.device))
+
+
+def _places(n: int, k: int, device: torch.device) -> Tensor:
+    """`spread` on a device; few places are made once, since steps there must not wait for them."""
+    return (_kept_places if k <= KEPT else _copied_places)(n, k, device)
+
+
+def _copied_places(n: int, k: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(spread(n, k)).to(device)
+
+
+_kept_places = cache(_copied_places)
 
 
 def spread_order(n: int, run: int = 1) -> np.ndarray:

@@ -10,7 +10,7 @@ import signal
 # Before torch is imported: the tests are small, and other work shares the processors.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before Triton is: without a GPU its kernels run in its interpreter.
-if not os.path.exists("/dev/nvidiactl"):
+if not (os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Callable

@@ -20,6 +20,8 @@ from sae_experiments.resources import free_memory
 
 #: Share of the device's free memory that rows may take.
 SHARE = 0.5
+#: Rows that are copied at once.
+CHUNK = 1 << 16
 
 
 class DeviceRows:
@@ -33,8 +35,7 @@ class DeviceRows:
 
     def __init__(self, store: Store, sites: Sequence[Site], device: torch.device) -> None:
         self.device = device
-        self.sites = {site: torch.from_numpy(np.array(store.sites[site])) for site in sites}
-        self.sites = {site: rows.to(device) for site, rows in self.sites.items()}
+        self.sites = {site: _copied(store.sites[site], device) for site in sites}
         self.kept = {
             site: (store.kept[site].centre.to(device), store.kept[site].unit)
             for site in sites
@@ -60,6 +61,16 @@ class DeviceRows:
             return x
         centre, unit = self.kept[site]
         return torch.add(centre, x, alpha=unit, out=x)
+
+
+def _copied(rows: np.ndarray, device: torch.device) -> Tensor:
+    """Rows (N, D) on a device; the memory of the processor holds a part of them at a time."""
+    first = torch.from_numpy(np.array(rows[:1]))
+    out = torch.empty(rows.shape, dtype=first.dtype, device=device)
+    for begin in range(0, len(rows), CHUNK):
+        part = torch.from_numpy(np.array(rows[begin : begin + CHUNK]))
+        out[begin : begin + len(part)].copy_(part)
+    return out
 
 
 class Ahead:

@@ -429,15 +429,10 @@ class SAE(nn.Module):
                 support = support.to(pre.dtype)  # one conversion for all uses
         if isinstance(support, Pattern):
             if weight.dtype != x.dtype or ops.rounds(weight):
-                values = self._exact(x, bias, support)
+                values = ops.exact_entries(support, x, self.W_enc, bias)
         elif weight.dtype != x.dtype:
             values = self.encoder_matmul(x, bias)
         return support, values, pre
-
-    @torch.no_grad()
-    def _exact(self, x: Tensor, bias: Tensor, pattern: Pattern) -> Tensor:
-        """`x W_enc^T + bias` at the active entries (n,), computed for these entries alone."""
-        return ops.entry_products(pattern, x, self.W_enc) + bias.index_select(0, pattern.col)
 
     @torch.no_grad()
     def _by_blocks(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Pattern, Tensor] | None:
@@ -464,6 +459,8 @@ class SAE(nn.Module):
     def encoder_matmul(self, x: Tensor, bias: Tensor, weight: Tensor | None = None) -> Tensor:
         """`x W_enc^T + bias` (B, F) without a graph, in a buffer that the next call overwrites.
 
+        Within `static.shapes()` the memory is new: a recorded step keeps it for itself.
+
         Freshly mapped memory pages would cost as much as the product itself.
 
         Args:
@@ -472,7 +469,9 @@ class SAE(nn.Module):
             weight: `W_enc` (F, D) in the precision to multiply in. None: as it is stored.
         """
         buffer = self._scratch.get("pre")
-        if (
+        if static.on():
+            buffer = x.new_empty(x.shape[0], self.d_sae)
+        elif (
             buffer is None
             or len(buffer) < len(x)
             or buffer.shape[1] != self.d_sae

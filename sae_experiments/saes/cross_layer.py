@@ -164,7 +164,9 @@ class EveryLayer(SAE):
     def encoder_matmul(self, x: Tensor, bias: Tensor, weight: Tensor | None = None) -> Tensor:
         """Pre-activations (B, F) without a graph, in a buffer that the next call overwrites."""
         buffer = self._scratch.get("pre")
-        if buffer is None or len(buffer) < len(x) or buffer.device != x.device:
+        if static.on():
+            buffer = x.new_empty(len(x), self.d_sae)
+        elif buffer is None or len(buffer) < len(x) or buffer.device != x.device:
             buffer = self._scratch["pre"] = x.new_empty(len(x), self.d_sae)
         buffer = buffer[: len(x)]
         for k in range(self.n_sites):
@@ -272,13 +274,11 @@ class EveryLayer(SAE):
         pre = self.encoder_matmul(batch.x, bias)
         support = sparse(self.support(pre))
         if isinstance(support, Pattern):
-            active_pre = ops.entries(
-                batch.x.view(-1, self.width),
-                self.encoders,
-                bias,
-                support.gather(pre),
-                self._by_layer(support),
-            )
+            x, by_layer = batch.x.view(-1, self.width), self._by_layer(support)
+            values = support.gather(pre)
+            if ops.rounds(self.encoders):
+                values = ops.exact_entries(by_layer, x, self.encoders, bias)
+            active_pre = ops.entries(x, self.encoders, bias, values, by_layer)
             values = support.weighted(self.activation(active_pre, support.col))
             codes = Codes(values, support)
             parts = self._decode_sparse(codes)

@@ -53,7 +53,11 @@ class Lista(Matryoshka):
             pattern = self.largest(pre, "first")
         else:
             pattern = Pattern.from_mask(pre > self.first_threshold)
-        values = pattern.weighted(ops.entries(centred, self.W_enc, self.b_enc, pre, pattern))
+        found = pre
+        if ops.rounds(self.W_enc):
+            found = ops.exact_entries(pattern, centred, self.W_enc, self.b_enc)
+        values = ops.entries(centred, self.W_enc, self.b_enc, found, pattern)
+        values = pattern.weighted(values)
         return x + self.eta * (centred - ops.decode(values, pattern, self.W_dec))
 
     def finish(self, phase: str, x: Tensor) -> None:

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae_experiments.resources import cpu_has_bf16
-from sae_experiments.saes import static
 from sae_experiments.saes.pattern import Pattern
 from sae_experiments.saes.selection import TILE, top_k, top_mask
 from sae_experiments.saes.static import StaticPattern
@@ -70,12 +69,12 @@ def tensor_cores(precision: str) -> Iterator[None]:
     Products then have three digits. They decide which latents are active and make the gradients of
     dense codes; the values of sparse codes are computed anew in full precision.
     """
-    if precision == "fp32" or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         yield
         return
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
+    matmul.fp32_precision = "ieee" if precision == "fp32" else "tf32"
     try:
         yield
     finally:
@@ -218,6 +217,19 @@ def entry_products(pattern: Pattern, left: Tensor, right: Tensor) -> Tensor:
     chunks = zip(pattern.row.split(1 << 14), pattern.col.split(1 << 14), strict=True)
     products = [(left[row] * right[col]).sum(1) for row, col in chunks]
     return torch.cat(products) if products else left.new_zeros(0)
+
+
+@torch.no_grad()
+def exact_entries(pattern: Pattern, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`x W^T + bias` at the active entries (n,), in full precision and for these entries alone.
+
+    Args:
+        pattern: Positions of the active entries of a matrix (B, F).
+        x: Rows (B, D).
+        weight: (F, D).
+        bias: (F,).
+    """
+    return entry_products(pattern, x, weight) + bias.index_select(0, pattern.col)
 
 
 class _Entries(torch.autograd.Function):
@@ -479,6 +491,9 @@ def aux_k_masked(
 ) -> Tensor:
     """`aux_k` without a look at which latents are dead, for `static.shapes()`.
 
+    Products are dense: with half as many entries per row as the rows are wide, reading the rows of
+    their latents would take longer.
+
     Args:
         x: Inputs (B, D).
         residual: Targets minus reconstructions (B, O).
@@ -491,10 +506,10 @@ def aux_k_masked(
     e = residual.detach()
     x = x.detach()
     pre = encoder_matmul(x, w_enc.detach(), bias.detach(), out=x.new_empty(len(x), len(w_enc)))
-    pattern = static.top_k(pre.masked_fill_(~dead, -torch.inf), min(k, len(w_enc)))
-    pattern.dropped = ~dead[pattern.col]
-    acts = F.leaky_relu(entries(x, w_enc, bias, pre, pattern), 0.1)
-    ehat = decode(pattern.weighted(acts), pattern, w_dec)
+    mask = top_mask(pre.masked_fill_(~dead, -torch.inf), min(k, len(w_enc))) & dead
+    mask = mask.to(pre.dtype)
+    acts = masked(F.leaky_relu(entries(x, w_enc, bias, pre, mask), 0.1), mask)
+    ehat = decode(acts, None, w_dec)
     unexplained = (e - ehat).square().sum() / (e - e.mean(0)).square().sum().clamp_min(1e-12)
     return unexplained * dead.any()
 

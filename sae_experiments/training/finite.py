@@ -56,7 +56,7 @@ class FiniteGuard:
             self.first_bad = torch.full((), -1, dtype=torch.int64, device=norm.device)
         bad = ~(torch.isfinite(loss.total.detach()) & torch.isfinite(norm)) & (self.first_bad < 0)
         self.first_bad.copy_(torch.where(bad, step, self.first_bad))
-        self.last = loss, norm
+        self.last = loss._replace(total=loss.total.detach()), norm
 
     def check(self) -> None:
         """Raise `NonFinite` if any step so far was not finite."""

@@ -383,7 +383,7 @@ class _Running:
         self.generator = torch.Generator(self.device)
         # In steps that may be replayed, numbers are read now and then.
         self.clock = Clock(self.device) if learner.recorded else None
-        self.compute: Callable[..., tuple[Loss, Tensor]] = self._computed
+        self.replayed: RecordedSteps | None = None
         self.guard = FiniteGuard(
             learner.name,
             learner.module,
@@ -428,9 +428,17 @@ class _Running:
             # its weights transposed).
             self.optimizers.append(torch.optim.Muon(muon_groups, adjust_lr_fn="match_rms_adamw"))
         if self.clock is not None:
-            self.compute = RecordedSteps(
+            self.replayed = RecordedSteps(
                 self._computed, [self.generator, *self.learner.generators()], self.device
             )
+
+    def release(self) -> None:
+        """Let go of recordings, gradients and optimisers, which a device's memory is full of."""
+        if self.replayed is not None:
+            self.replayed = None
+            self.optimizers = []
+            for p in self.learner.module.parameters():
+                p.grad = None
 
     def change_phase(self, step: int) -> None:
         """End a phase and begin the next one if this is its first step."""
@@ -462,11 +470,12 @@ class _Running:
         if self.clock is None:
             self.lr_fraction *= float(learner.lr_factor())
         learner.seed_step(info)
-        if self.clock is None:
-            loss, norm = self.compute(batch)
+        if self.clock is None or self.replayed is None:
+            loss, norm = self._computed(batch)
         else:
             self.clock.set(step, info.progress, self.lr_fraction)
-            loss, norm = self.compute(learner.inputs(batch), learner.decided())
+            loss, norm = self.replayed(learner.inputs(batch), learner.decided())
+            self.guard.last = loss, norm  # `see` ran when the step was recorded
         learner.look(loss, info)
         return loss, info, norm
 
@@ -574,7 +583,11 @@ def train(
     device = next(learners[0].module.parameters()).device
     with own_stream(device) if any(one.recorded for one in learners) else nullcontext():
         run = _Pass(learners, cfg, session)
-        run.train(batch_at)
+        try:
+            run.train(batch_at)
+        finally:
+            for r in run.running:
+                r.release()
     return run.progress
 
 

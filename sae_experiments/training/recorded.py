@@ -7,6 +7,7 @@ must therefore lie in tensors that it reads: its batch, and the numbers of a `Cl
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -76,14 +77,34 @@ class CudaGraph(Recorder):
         stream = torch.cuda.current_stream()
         if stream == torch.cuda.default_stream():
             stream = None
+        gc.collect()  # what earlier recordings held
         # Another thread may go on fetching rows.
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+        captured = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")
+        with _stale_streams_replaced(), captured:
             outcome = function()
         self.graph.replay()
         return outcome
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+@contextmanager
+def _stale_streams_replaced() -> Iterator[None]:
+    """Let gradients flow on the stream that is captured.
+
+    A result of the model that someone still holds would bind them to the stream that it was made
+    on, where nothing can be captured.
+    """
+    override = getattr(torch.autograd.graph, "set_override_stale_capture_stream", None)
+    if override is None:
+        yield
+        return
+    override(True)
+    try:
+        yield
+    finally:
+        override(False)
 
 
 #: Recorders by type of device; on others every step is made in the ordinary way.
@@ -141,9 +162,11 @@ def own_stream(device: torch.device) -> Iterator[None]:
         return
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def _shapes(batch: Any) -> Hashable:

@@ -56,6 +56,8 @@ def test_batches_are_the_same_wherever_they_come_from(
     read = SITES[0]
     monkeypatch.setattr(device_rows, "SHARE", 0.5 if fits else 0.0)
     near = plain.for_pass(read, write)
+    assert near.near is None  # a sample alone needs none of it
+    near.bring_near(read, write)
     assert type(near.near) is (DeviceRows if fits else Ahead)
     assert plain.near is None
     try:

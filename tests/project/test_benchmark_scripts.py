@@ -32,6 +32,7 @@ SMALL = {
         *("--d_in", "8", "--d_sae", "32", "--batch", "64", "--l0", "4"),
         *("--steps", "2", "--rounds", "1"),
     ],
+    "metrics_table": None,
     "purification_table": None,
     "quality": ["--help"],  # activations of a trained model
     "rates": [

@@ -14,6 +14,7 @@ from support.common import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 hierarchy_table = pytest.importorskip("hierarchy_table")
+metrics_table = pytest.importorskip("metrics_table")
 purification_table = pytest.importorskip("purification_table")
 tables = pytest.importorskip("tables")
 workers = pytest.importorskip("workers")
@@ -178,6 +179,23 @@ def test_the_tables_of_the_hierarchy_hold_what_its_runs_measured(tmp_path):
     assert next(line for line in lines if line.startswith("| run_0 |")).startswith(
         "| run_0 | 0.0100 | - |"
     )
+
+
+def test_the_tables_of_metrics_have_a_row_per_metric_and_a_column_per_sae(tmp_path):
+    found = {"topk": {"sae_fvu": 0.0123456, "rule_f1": None}, "random": {"sae_fvu": 0.5}}
+    for sae, metrics in found.items():
+        metrics = metrics | {"best_val_loss": 1.5, "sae_train_time": 9.0}
+        write_record(tmp_path, Record(dataset=f"text8.{sae}", seed=0, metrics=metrics))
+    infos = {
+        "sae_fvu": {"better": "down", "order": 7},
+        "rule_f1": {"better": "up", "order": 1},
+        "best_val_loss": {"better": "down"},
+        "sae_train_time": {"better": "down"},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps({"metrics": infos}))
+    head, fvu = "| metric | better | random | topk |", "| sae_fvu | down | 0.5 | 0.0123 |"
+    lines = metrics_table.tables(tmp_path).splitlines()
+    assert lines == ["## text8", "", head, "|---|---|---|---|", fvu]
 
 
 def test_the_purification_tables_compare_each_sae_with_the_host_of_its_cell(tmp_path):

@@ -7,7 +7,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,12 +17,12 @@ from torch import Tensor
 from sae_experiments.errors import NonFinite, UserError
 from sae_experiments.fitting.fit import LOOK_EVERY, RowHandling, Sample, fit_saes, runs_recorded
 from sae_experiments.saes import static
-from sae_experiments.saes.base import SAE
+from sae_experiments.saes.base import SAE, Batch, Step
 from sae_experiments.saes.batch_topk import BatchTopK
 from sae_experiments.saes.outliers import OrdinaryRows
 from sae_experiments.training.loop import Session
 from support.saes import NAMES, D, M, batch, config, make, rows, step
-from support.tape import Tape, nothing_waits
+from support.tape import OneDevice, Tape, nothing_waits
 
 #: Variants whose steps are made within `static.shapes()`.
 RECORDED = [name for name in NAMES if type(make(name)).__dict__.get("static_steps")]
@@ -34,6 +35,7 @@ MORE = [
     ("standard", "sae.model.norm_weighted=true"),
     ("random", "sae.model.learn=encoder"),
     ("hierarchical", "sae.model.levels=top"),
+    ("hierarchical", "sae.model.rows=64"),  # fewer than a batch has
     ("hierarchical", "sae.model.weights.orthogonality=1", "sae.model.weights.mutual_information=1"),
     ("cross_layer_jumprelu", "sae.model.form=tanh"),
 ]
@@ -204,6 +206,70 @@ def test_a_loss_that_is_not_finite_is_found_later_and_named(tapes: list[Tape]) -
             handling=RowHandling(outliers="keep"),
         )
     assert sum(tape.replays for tape in tapes) > 10
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+@pytest.mark.parametrize("dead", [True, False])
+def test_a_step_reads_nothing_from_the_memory_of_the_processor(
+    case: tuple[str, ...], dead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device without data, where a tensor of the processor would be one of its own kind."""
+    for name in ("rand", "randperm"):  # without data there are no random numbers
+        plain = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, generator, plain=plain, **k: plain(*a, **k))
+    sae = make(*case).to("meta").train()
+    if sae.controller is not None:
+        sae.controller.horizon = 100
+    x = torch.empty(256, D, device="meta")
+    for phase in sae.phases():
+        params = [p for group in phase.groups for p in group.params]
+        for p in sae.parameters():
+            p.requires_grad_(any(p is one for one in params))
+        now = Step(
+            phase=phase.name,
+            progress=torch.empty((), dtype=torch.float64, device="meta"),
+            dead=torch.empty(sae.d_sae, dtype=torch.bool, device="meta"),
+            generator=cast(Any, SimpleNamespace(device=torch.device("meta"))),
+            some_dead=dead,
+        )
+        with static.shapes():
+            sae.loss(Batch(x, x), now)  # what is made once may come from the processor
+        with static.shapes(), OneDevice():
+            loss = sae.loss(Batch(x, x), now)
+            if params:
+                loss.total.backward()
+            sae.before_update()
+            with torch.no_grad():
+                assert loss.extra.codes.fires.shape == (sae.d_sae,)
+                sae.after_update(loss.extra, now)
+
+
+def test_a_recording_keeps_its_memory_when_batches_grow(tapes: list[Tape]) -> None:
+    """Sizes in turn: one recording each, which no other one may disturb."""
+    sizes = [64] * 6 + [128] * 6 + [64, 128] * 5
+
+    def run() -> SAE:
+        sae, start = make("batch_topk"), rows(2048, 10**6)
+        fit_saes(
+            {"batch_topk": sae},
+            lambda step: batch(sizes[step], step),
+            config(steps=len(sizes)),
+            Sample(start, start, start),
+            seed=0,
+            dead_after=10**6,
+            backend="device",
+        )
+        return sae
+
+    sae, x = make("batch_topk"), rows(64, 0)
+    with static.shapes():
+        first, second = (sae.encoder_matmul(x, sae.b_enc) for _ in range(2))
+    assert first.data_ptr() != second.data_ptr()
+    replayed = run()
+    assert len(tapes) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sae_experiments.training.recorded.RECORDERS", {})
+        same_bits(replayed, run())
 
 
 def test_only_variants_that_say_so_run_on_the_device_path() -> None:

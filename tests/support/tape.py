@@ -76,6 +76,17 @@ def nothing_waits() -> Iterator[None]:
             yield
 
 
+class OneDevice(TorchDispatchMode):
+    """Raises on every operation that reads or makes a tensor of the processor."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves((args, kwargs, out)):
+            if isinstance(t, Tensor) and t.device.type == "cpu":
+                raise AssertionError(f"{func} has a tensor of the processor, {tuple(t.shape)}")
+        return out
+
+
 class _Recording(TorchDispatchMode):
     def __init__(self, calls: list[Any]) -> None:
         super().__init__()

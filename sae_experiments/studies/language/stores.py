@@ -136,12 +136,16 @@ class Stores:
     def for_pass(self, read: Where, write: Where) -> Stores:
         """The same stores for a fit that reads and rebuilds these sites alone."""
         other = copy.copy(self)
-        sites = list(dict.fromkeys([*as_sites(read), *as_sites(write)]))
         if isinstance(self.train, Stream):
-            other.train = self.train.only(sites)
-        elif self.fit.backend == "device":
-            other.near = near_rows(self.train, sites, self.device, other.host_rows(read, write))
+            other.train = self.train.only([*as_sites(read), *as_sites(write)])
         return other
+
+    def bring_near(self, read: Where, write: Where) -> None:
+        """Bring training rows near the device, for a pass with `fit.backend=device`."""
+        if isinstance(self.train, Stream) or self.fit.backend != "device":
+            return
+        sites = list(dict.fromkeys([*as_sites(read), *as_sites(write)]))
+        self.near = near_rows(self.train, sites, self.device, self.host_rows(read, write))
 
     def host_rows(self, read: Where, write: Where) -> Callable[[int], tuple[Tensor, ...]]:
         """Function that reads the rows of a step into the memory of the processor."""
@@ -154,9 +158,10 @@ class Stores:
         return rows
 
     def close(self) -> None:
-        """End what reads rows ahead of time."""
+        """Let go of rows near the device."""
         if isinstance(self.near, Ahead):
             self.near.close()
+        self.near = None
 
     @property
     def read_from(self) -> str:
