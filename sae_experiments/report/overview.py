@@ -50,10 +50,24 @@ def _model(run: Run) -> str:
         name = re.search(r"\bstudies\.(\w+)", target)
         return f"in the study {name[1]} " if name else ""
     lm = mapping(config.get("lm"))
-    layers, width, site = lm.get("n_layer"), lm.get("n_embd"), config.get("site")
+    layers, width = lm.get("n_layer"), lm.get("n_embd")
     size = f" with {layers} layers of width {width}" if layers and width else ""
     name = PurePath(str(lm["path"])).name if lm.get("path") else f"a language model{size}"
-    return f"to {site or 'activations'} of {name} "
+    return f"to {short_list(_sites(config), 4) or 'activations'} of {name} "
+
+
+def _sites(config: Mapping[str, Any]) -> list[str]:
+    """The sites that the SAEs of a run read and rebuild, each once."""
+    usual = config.get("site")
+    several = mapping(config.get("saes")).values()
+    specs = [mapping(spec) for spec in several] or [mapping(config.get("sae"))]
+    found = []
+    for spec in specs:
+        read = spec.get("read") or usual
+        ends = [read, spec.get("write") or read]
+        names = [", ".join(map(str, end)) if isinstance(end, list) else str(end) for end in ends]
+        found += [" -> ".join(dict.fromkeys(names))] if read else []
+    return sorted(set(found), key=lambda site: [int(n) for n in re.findall(r"\d+", site)])
 
 
 def _seeds(table: RunTable) -> str:

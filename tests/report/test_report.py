@@ -513,6 +513,27 @@ def test_every_study_is_called_by_its_name(tmp_path: Path) -> None:
         assert (f"in the study {name} " in said) == (name != "language"), said
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"site": "resid.mid"}, "to resid.mid of"),
+        ({"site": "resid.mid", "sae": {"read": "mlp_in.2", "write": "mlp_out.2"}}, "mlp_in.2 -> m"),
+        ({"sae": {"read": ["resid.1", "resid.2"]}}, "to resid.1, resid.2 of"),
+        (
+            {"saes": {str(n): {"read": f"resid.{n}"} for n in (15, 5, 25)}},
+            "to resid.5, resid.15, resid.25 of",
+        ),
+        ({}, "to activations of"),
+    ],
+)
+def test_the_first_sentence_names_the_sites_that_were_read(
+    tmp_path: Path, config: dict[str, Any], said: str
+) -> None:
+    target = {"_target_": "sae_experiments.studies.language.study.Language"}
+    run = made(tmp_path, "run_1", config={"study": target} | config)
+    assert said in overview.what_was_done(load_table([run]))
+
+
 def test_names_stay_inside_the_picture(tmp_path: Path) -> None:
     names = ("cross_layer_transcoder", "per_layer_transcoder", "a" * 60, "topk")
     runs = [made(tmp_path, name, sae="topk") for name in names]
