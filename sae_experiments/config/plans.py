@@ -79,7 +79,8 @@ def _changes_results(given: Sequence[str]) -> bool:
 #: Printed on a machine with a CUDA device, where the published protocol is within reach.
 FULL_ON_CUDA = (
     "preset=full is the published protocol on this CUDA device, and takes hours: "
-    "its language models alone took 84 minutes where they were published"
+    "its language models alone took 84 minutes where they were published; "
+    "fit.backend=device lm.backend=device makes its steps CUDA graphs (docs/gpu.md)"
 )
 
 
