@@ -10,7 +10,8 @@ import copy
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from sae_experiments.errors import UserError
 from sae_experiments.fitting.fit import Sample, fit_saes
 from sae_experiments.fitting.spec import SAESpec
+from sae_experiments.saes import static
 from sae_experiments.saes.base import SAE, Batch, Step, Units
 from sae_experiments.training.loop import TrainConfig
 
@@ -26,6 +28,7 @@ from sae_experiments.training.loop import TrainConfig
 D, M, L0, TRUE = 16, 48, 4, 40
 L0_TOLERANCE = 0.05
 FVU_BELOW = 0.6
+STATIC_TOLERANCE = 1e-3
 
 
 class LawBroken(UserError):
@@ -313,6 +316,32 @@ def fit_beats_the_mean(subject: Subject) -> str:
     return "" if fvu < FVU_BELOW else f"FVU is {fvu:.3f}, must be below {FVU_BELOW}"
 
 
+def static_steps_are_the_same(subject: Subject) -> str:
+    """An SAE with `static_steps` has the same loss and gradients within `static.shapes()`."""
+    sae = subject.make().train()
+    if not type(sae).__dict__.get("static_steps"):
+        return ""
+    dead = torch.arange(M) % 5 == 0
+    ordinary = step(sae, dead=dead)
+    on_device = replace(ordinary, progress=torch.tensor(ordinary.progress), some_dead=True)
+    found: list[dict[str, Tensor]] = []
+    for now, context in ((ordinary, nullcontext()), (on_device, static.shapes())):
+        sae.zero_grad()
+        now.generator.manual_seed(5)
+        with context:
+            loss = sae.loss(batch(), now)
+            if loss.total.requires_grad:
+                loss.total.backward()
+        grads = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
+        found.append({name: g.clone() for name, g in grads.items()} | {"loss": loss.total.detach()})
+    expected, got = found
+    for name, value in expected.items():
+        distance = _distance(got[name].to(value.dtype), value)
+        if not distance <= STATIC_TOLERANCE:
+            return f"{name} differs by {distance:.3g} within static.shapes()"
+    return ""
+
+
 #: Laws that need no training: a fraction of a second in all.
 QUICK: dict[str, Law] = {
     "shapes": shapes,
@@ -320,6 +349,7 @@ QUICK: dict[str, Law] = {
     "the loss changes nothing": loss_changes_nothing,
     "everything learns": everything_learns,
     "scale is only units": scale_is_only_units,
+    "static steps are the same": static_steps_are_the_same,
 }
 LAWS: dict[str, Law] = QUICK | {
     "forward is decode of encode": forward_is_decode_of_encode,
