@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from sae_experiments.errors import NonFinite, UserError
 from sae_experiments.fitting.fit import LOOK_EVERY, RowHandling, Sample, fit_saes, runs_recorded
-from sae_experiments.fitting.laws import LAWS, Subject
 from sae_experiments.saes import static
 from sae_experiments.saes.base import SAE, Batch, Step
 from sae_experiments.saes.batch_topk import BatchTopK
@@ -303,15 +301,3 @@ def test_outliers_of_a_batch_are_replaced_by_ordinary_rows(far: list[int]) -> No
     else:
         assert bool(ordinary.inputs.contains(seen.x).all())
         assert torch.equal(seen.x[kept], given.x[kept])
-
-
-def test_the_law_of_static_steps_finds_a_step_that_differs() -> None:
-    class Mine(BatchTopK):
-        static_steps = True
-
-        def activation(self, entries: Tensor, col: Tensor | None) -> Tensor:
-            return entries * (0.9 if static.on() else 1.0)
-
-    law = LAWS["static steps are the same"]
-    assert "differs by" in law(Subject(partial(Mine, k=4)))
-    assert law(Subject(partial(BatchTopK, k=4))) == ""
