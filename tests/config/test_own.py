@@ -280,7 +280,8 @@ BROKEN = {
     "it reads a number of its own": (
         (
             "static_steps = True\n    def activation(self, entries, col):\n        from"
-            " sae_experiments.saes import static as s\n        return entries * (0.9 if s.on() else 1)"
+            " sae_experiments.saes import static\n        return entries * (0.9 if static.on()"
+            " else 1)"
         ),
         "static steps are the same",
         r"differs by [\d.]+ within static\.shapes",
