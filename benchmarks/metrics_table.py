@@ -17,8 +17,17 @@ from typing import Any
 from sae_experiments.files import read_json
 from sae_experiments.results.records import read_records, statistics_of
 
+#: Corpora that come first.
+CORPORA = ("shakespeare_char",)
 #: Metrics that are not of the SAE, or that the page describes elsewhere.
-LEFT_OUT = ("final_train_loss", "best_val_loss", "total_train_time", "avg_inference")
+LEFT_OUT = (
+    "sae_fvu_ordinary",
+    "sae_outlier_frac",
+    "final_train_loss",
+    "best_val_loss",
+    "total_train_time",
+    "avg_inference",
+)
 #: Ends of names of times and memory, which differ between machines.
 MACHINE = ("_time", "_seconds", "_per_second", "_mb", "_frac_of_step")
 
@@ -28,8 +37,9 @@ def tables(folder: Path) -> str:
     stats = statistics_of(read_records(folder))
     infos: dict[str, dict[str, Any]] = read_json(folder / "manifest.json")["metrics"]
     reports = [report for report in stats if "." in report]
+    corpora = {report.split(".", 1)[0] for report in reports}
     lines = []
-    for corpus in dict.fromkeys(report.split(".", 1)[0] for report in reports):
+    for corpus in sorted(corpora, key=lambda name: (name not in CORPORA, name)):
         saes = [r.split(".", 1)[1] for r in reports if r.startswith(f"{corpus}.")]
         lines += [f"## {corpus}", "", f"| metric | better | {' | '.join(saes)} |"]
         lines.append("|---" * (len(saes) + 2) + "|")
