@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_experiments.files import read_json
-from sae_experiments.results.records import read_records, statistics_of
+from sae_experiments.results.records import Stat, read_records, statistics_of
 
 #: Corpora that come first.
 CORPORA = ("shakespeare_char",)
@@ -41,15 +41,13 @@ def tables(folder: Path) -> str:
     lines = []
     for corpus in sorted(corpora, key=lambda name: (name not in CORPORA, name)):
         saes = [r.split(".", 1)[1] for r in reports if r.startswith(f"{corpus}.")]
+        of_saes = [stats[f"{corpus}.{sae}"] for sae in saes]
         lines += [f"## {corpus}", "", f"| metric | better | {' | '.join(saes)} |"]
         lines.append("|---" * (len(saes) + 2) + "|")
         for name, info in sorted(infos.items(), key=lambda item: item[1].get("order", 0)):
-            values = [stats[f"{corpus}.{sae}"].get(name) for sae in saes]
-            means = [None if value is None else value.mean for value in values]
-            if _is_left_out(name) or all(mean is None for mean in means):
-                continue
-            cells = [name, str(info.get("better")), *(_text(mean) for mean in means)]
-            lines.append(f"| {' | '.join(cells)} |")
+            cells = [_text(values.get(name)) for values in of_saes]
+            if not _is_left_out(name) and set(cells) != {"-"}:
+                lines.append(f"| {' | '.join([name, str(info.get('better')), *cells])} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -58,8 +56,9 @@ def _is_left_out(name: str) -> bool:
     return name.startswith(LEFT_OUT) or name.endswith(MACHINE)
 
 
-def _text(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.3g}"
+def _text(value: Stat | None) -> str:
+    mean = None if value is None else value.mean
+    return "-" if mean is None or math.isnan(mean) else f"{mean:.3g}"
 
 
 if __name__ == "__main__":

@@ -228,8 +228,7 @@ class CharCorpus:
         Their offsets are drawn from (seed, step) alone.
         """
         starts = self.starts_at(split, step, rows=rows, length=length, seed=seed)
-        both = self.windows(split, starts, length + 1)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        return shifted(self.windows(split, starts, length + 1))
 
     def starts_at(self, split: str, step: int, *, rows: int, length: int, seed: int) -> np.ndarray:
         """Offsets (rows,) of the windows of a batch, drawn from (seed, step) alone.
@@ -237,14 +236,8 @@ class CharCorpus:
         Raises:
             UserError: The split is shorter than a window and its target.
         """
-        room = len(self._split(split)) - length
-        if room < 1:
-            raise UserError(
-                f"the {split} split of {self.name} has {room + length:,} characters: too few for "
-                f"windows of {length} and their targets"
-            )
-        chance = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step])))
-        return chance.integers(0, room, size=rows)
+        size, what = len(self._split(split)), f"the {split} split of {self.name}"
+        return drawn_starts(size, length, f"{what} has {size:,} characters", rows, [seed, step])
 
     def windows(self, split: str, starts: np.ndarray, length: int) -> torch.Tensor:
         """The windows of `length` ids that begin at `starts`, int64 (n, length).
@@ -275,6 +268,30 @@ def windows_of(ids: np.ndarray, starts: np.ndarray, length: int) -> torch.Tensor
     """Windows of `length` ids that begin at `starts` (n,), int64 (n, length)."""
     views = np.lib.stride_tricks.sliding_window_view(ids, length)
     return torch.from_numpy(views[np.asarray(starts, dtype=np.int64)].astype(np.int64))
+
+
+def shifted(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (n, T), the inputs shifted by one, from windows (n, T + 1)."""
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def drawn_starts(n: int, length: int, told: str, rows: int, seed: list[int]) -> np.ndarray:
+    """Offsets (rows,) of random windows of a text that leave room for a target.
+
+    Args:
+        n: Number of symbols of the text.
+        length: Symbols per window.
+        told: The text and its size, for the message.
+        rows: Windows to draw.
+        seed: What the draw depends on.
+
+    Raises:
+        UserError: The text is shorter than a window and its target.
+    """
+    if n <= length:
+        raise UserError(f"{told}: too few for windows of {length} and their targets")
+    chance = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+    return chance.integers(0, n - length, size=rows)
 
 
 def window_starts(n: int, length: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sae_experiments.cache import cached
-from sae_experiments.corpora.corpus import windows_of
+from sae_experiments.corpora.corpus import drawn_starts, shifted, windows_of
 from sae_experiments.corpora.documents import Piece, Source, SplitSpec, split_sizes
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest, read_json, write_json
@@ -99,8 +99,7 @@ class TokenCorpus:
             UserError: The split is shorter than a window.
         """
         starts = self.starts_at(split, step, rows=rows, length=length, seed=seed)
-        both = self.windows(split, starts, length + 1)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        return shifted(self.windows(split, starts, length + 1))
 
     def starts_at(self, split: str, step: int, *, rows: int, length: int, seed: int) -> np.ndarray:
         """Offsets (rows,) of the windows of a batch, drawn from (seed, step) alone.
@@ -108,14 +107,8 @@ class TokenCorpus:
         Raises:
             UserError: The split is shorter than a window and its target.
         """
-        room = len(self.splits[split]) - length
-        if room < 1:
-            raise UserError(
-                f"the {split} split of {self.name} has {room + length:,} tokens: too few for "
-                f"windows of {length} and their targets"
-            )
-        chance = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step])))
-        return chance.integers(0, room, size=rows)
+        size, what = len(self.splits[split]), f"the {split} split of {self.name}"
+        return drawn_starts(size, length, f"{what} has {size:,} tokens", rows, [seed, step])
 
 
 def encoded(

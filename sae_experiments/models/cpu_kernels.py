@@ -29,6 +29,8 @@ def use_cheap_paths(model: PreTrainedModel) -> None:
                 setattr(part, name, _Dropout(child.p))
     AttentionInterface.register("causal_blocks", causal_attention)
     AttentionMaskInterface.register("causal_blocks", sdpa_mask)
+    # For `whole_windows`: without a mask function of that name, transformers makes no masks.
+    AttentionInterface.register("causal_windows", causal_attention)
     model.config._attn_implementation = "causal_blocks"
 
 
@@ -39,8 +41,6 @@ def whole_windows(model: PreTrainedModel) -> Iterator[None]:
     transformers otherwise looks at the positions in every pass, and waits for a device to do so.
     """
     before = model.config._attn_implementation
-    # Without a mask function of that name, transformers makes no masks.
-    AttentionInterface.register("causal_windows", causal_attention)
     model.config._attn_implementation = "causal_windows"
     try:
         yield

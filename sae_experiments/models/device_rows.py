@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -77,17 +76,17 @@ class Ahead:
     """A function of a step whose next value is computed in a thread while the device works.
 
     Args:
-        function: Gives a tensor, or a tuple of tensors, in the memory of the processor.
+        function: Gives tensors in the memory of the processor.
         device: Device to bring it to.
     """
 
-    def __init__(self, function: Callable[[int], Any], device: torch.device) -> None:
+    def __init__(self, function: Callable[[int], tuple[Tensor, ...]], device: torch.device) -> None:
         self.function = function
         self.device = device
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rows")
-        self._next: tuple[int, Future[Any]] | None = None
+        self._next: tuple[int, Future[tuple[Tensor, ...]]] | None = None
 
-    def __call__(self, step: int) -> Any:
+    def __call__(self, step: int) -> tuple[Tensor, ...]:
         """The value of a step on the device."""
         if self._next is None or self._next[0] != step:
             self._next = step, self._pool.submit(self._pinned, step)
@@ -97,9 +96,9 @@ class Ahead:
 
     def _pinned(self, step: int) -> tuple[Tensor, ...]:
         value = self.function(step)
-        value = value if isinstance(value, tuple) else (value,)
-        # Memory that a device can read by itself.
-        return tuple(t.pin_memory() if self.device.type == "cuda" else t for t in value)
+        if self.device.type != "cuda":
+            return value
+        return tuple(t.pin_memory() for t in value)  # a device can read it by itself
 
     def close(self) -> None:
         """End the thread."""

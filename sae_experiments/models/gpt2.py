@@ -25,7 +25,7 @@ from transformers.utils import logging as hf_logging
 from sae_experiments.cache import entry
 from sae_experiments.conditions import OF_MODEL, OF_MODEL_TIME
 from sae_experiments.console import took
-from sae_experiments.corpora.corpus import CharCorpus
+from sae_experiments.corpora.corpus import CharCorpus, shifted
 from sae_experiments.corpora.tokens import TokenCorpus
 from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_json
@@ -421,8 +421,7 @@ class LMLearner(Learner):
         if split not in self._ids:
             self._ids[split] = DeviceText(self.corpus.splits[split], self.device)
         starts = self.corpus.starts_at(split, step, **drawn)
-        both = self._ids[split].windows(starts, self.spec.n_positions + 1)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        return shifted(self._ids[split].windows(starts, self.spec.n_positions + 1))
 
 
 def train_lm(

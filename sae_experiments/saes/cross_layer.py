@@ -362,8 +362,7 @@ class EveryLayer(SAE):
             sources = self.sources(k)
             inside = (dead >= sources.start) & (dead < sources.stop)
             parts.append(acts[:, inside] @ weight[dead[inside] - sources.start])
-        unexplained = (e - torch.cat(parts, 1)).square().sum()
-        return unexplained / (e - e.mean(0)).square().sum().clamp_min(1e-12)
+        return ops.unexplained(e, torch.cat(parts, 1))
 
     def _aux_k_masked(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         """`aux_k_loss` without a look at which latents are dead (F,)."""
@@ -376,8 +375,7 @@ class EveryLayer(SAE):
             ops.decode(acts[:, self.sources(k)], None, weight)
             for k, weight in enumerate(self.decoders)
         ]
-        unexplained = (e - torch.cat(parts, 1)).square().sum() * dead.any()
-        return unexplained / (e - e.mean(0)).square().sum().clamp_min(1e-12)
+        return ops.unexplained(e, torch.cat(parts, 1)) * dead.any()
 
     def all_pre_acts(self, x: Tensor, bias: Tensor) -> Tensor:
         """Pre-activations (B, F) of rows (B, D) with a bias (F,), differentiable."""

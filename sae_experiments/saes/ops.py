@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae_experiments.resources import cpu_has_bf16
-from sae_experiments.saes.pattern import Pattern
+from sae_experiments.saes.pattern import Pattern, bags
 from sae_experiments.saes.selection import TILE, top_k, top_mask
 from sae_experiments.saes.static import StaticPattern
 
@@ -156,7 +156,7 @@ def _csr_matmul(crow: Tensor, col: Tensor, values: Tensor, n_cols: int, dense: T
         shape = (crow.shape[0] - 1, n_cols)
         matrix = torch.sparse_csr_tensor(crow, col, values, shape, check_invariants=False)
         return matrix @ dense
-    return F.embedding_bag(col, dense, crow[:-1], per_sample_weights=values, mode="sum")
+    return bags(crow, col, values, dense)
 
 
 def _has_sparse_blas(t: Tensor) -> bool:
@@ -454,6 +454,11 @@ def level_errors(levels: Tensor, target: Tensor) -> Tensor:
     return _LevelErrors.apply(levels, target) / target.shape[0]
 
 
+def unexplained(e: Tensor, ehat: Tensor) -> Tensor:
+    """`||e - ehat||^2 / ||e - mean e||^2`: share of rows (B, O) that reconstructions miss."""
+    return (e - ehat).square().sum() / (e - e.mean(0)).square().sum().clamp_min(1e-12)
+
+
 def aux_k(
     x: Tensor, residual: Tensor, w_enc: Tensor, bias: Tensor, w_dec: Tensor, k: int
 ) -> Tensor:
@@ -483,7 +488,7 @@ def aux_k(
         mask = top_mask(pre, k) if k < pre.shape[1] else torch.ones_like(pre)
         active_pre = entries(x, w_enc, bias, pre, mask)
     ehat = decode(F.leaky_relu(active_pre, 0.1), pattern, w_dec)
-    return (e - ehat).square().sum() / (e - e.mean(0)).square().sum().clamp_min(1e-12)
+    return unexplained(e, ehat)
 
 
 def aux_k_masked(
@@ -510,8 +515,7 @@ def aux_k_masked(
     mask = mask.to(pre.dtype)
     acts = masked(F.leaky_relu(entries(x, w_enc, bias, pre, mask), 0.1), mask)
     ehat = decode(acts, None, w_dec)
-    unexplained = (e - ehat).square().sum() / (e - e.mean(0)).square().sum().clamp_min(1e-12)
-    return unexplained * dead.any()
+    return unexplained(e, ehat) * dead.any()
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:

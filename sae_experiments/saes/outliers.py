@@ -121,9 +121,7 @@ class OrdinaryRows:
         In `downstream` the outliers stay as they are. An outlying second view is replaced by the
         row itself.
         """
-        alt = batch.alt
-        if alt is not None:
-            alt = torch.where(self.inputs.contains(alt)[:, None], alt, batch.x)
+        alt = self._second_view(batch)
         kept = self.keep(batch.x, batch.y)
         if bool(kept.all()):
             return batch._replace(alt=alt)
@@ -147,11 +145,15 @@ class OrdinaryRows:
         index = torch.where(kept.any(), index, place)
         x = batch.x.index_select(0, index)
         y = x if batch.y is batch.x else batch.y.index_select(0, index)
+        alt = self._second_view(batch)
+        return Batch(x, y, None if alt is None else alt.index_select(0, index))
+
+    def _second_view(self, batch: Batch) -> Tensor | None:
+        """The second view, with the row itself in place of an outlier."""
         alt = batch.alt
-        if alt is not None:
-            alt = torch.where(self.inputs.contains(alt)[:, None], alt, batch.x)
-            alt = alt.index_select(0, index)
-        return Batch(x, y, alt)
+        if alt is None:
+            return None
+        return torch.where(self.inputs.contains(alt)[:, None], alt, batch.x)
 
 
 def _around(batch: Batch, index: Tensor) -> Any:

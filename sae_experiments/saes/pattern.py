@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -106,6 +107,11 @@ class Pattern:
     def from_mask(mask: Tensor) -> Pattern:
         """Pattern of a (B, F) boolean mask."""
         return Pattern.from_flat(positions(mask), *mask.shape)
+
+
+def bags(crow: Tensor, col: Tensor, values: Tensor, dense: Tensor) -> Tensor:
+    """Product (rows, d) of a sparse matrix in CSR form and a dense one, as sums of its rows."""
+    return F.embedding_bag(col, dense, crow[:-1], per_sample_weights=values, mode="sum")
 
 
 def _stable_order(col: Tensor, n_cols: int) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_experiments.saes.pattern import Pattern
+from sae_experiments.saes.pattern import Pattern, bags
 
 _ON: ContextVar[bool] = ContextVar("static_shapes", default=False)
 #: Entries whose products are computed together without Triton.
@@ -79,6 +79,8 @@ class StaticPattern(Pattern):
     ) -> None:
         super().__init__(crow, col, n_cols)
         self.dropped = dropped
+        # Columns cut into short pieces, for both weight gradients.
+        self._pieces: tuple[Tensor, ...] | None = None
 
     def like(self, crow: Tensor, col: Tensor) -> StaticPattern:
         return StaticPattern(crow, col, self.n_cols)
@@ -117,7 +119,7 @@ class StaticPattern(Pattern):
         """
         kernels = _kernels_for(dense)
         if kernels is None:
-            return _bags(self.crow, self.col, values, dense)
+            return bags(self.crow, self.col, values, dense)
         return kernels.weighted_rows(self.crow[:-1], self.crow[1:], self.col, values, dense)
 
     def transposed_times(self, values: Tensor, dense: Tensor) -> Tensor:
@@ -131,15 +133,10 @@ class StaticPattern(Pattern):
         values = values.index_select(0, order)
         kernels = _kernels_for(dense)
         if kernels is None:
-            return _bags(crow, row, values, dense)
+            return bags(crow, row, values, dense)
+        if self._pieces is None:  # a latent may be active in every row
+            self._pieces = kernels.pieces(crow, self.col.shape[0])
         return kernels.weighted_segments(self._pieces, row, values, dense)
-
-    @cached_property
-    def _pieces(self) -> tuple[Tensor, ...]:
-        """Columns cut into short pieces: a latent may be active in every row."""
-        from sae_experiments.saes import kernels
-
-        return kernels.pieces(self.transposed[0], self.col.shape[0])
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
         """Inner product `left[row] . right[col]` of every entry, (n,).
@@ -173,11 +170,6 @@ class StaticPattern(Pattern):
         pattern = StaticPattern(crow, (flat - row * n_cols).int(), n_cols, dropped)
         pattern.__dict__ |= {"row": row, "flat": flat}
         return pattern
-
-
-def _bags(crow: Tensor, col: Tensor, values: Tensor, dense: Tensor) -> Tensor:
-    """Product (rows, d) of a sparse matrix in CSR form and a dense one."""
-    return F.embedding_bag(col, dense, crow[:-1], per_sample_weights=values, mode="sum")
 
 
 def top_k(pre: Tensor, k: int) -> StaticPattern:

@@ -231,10 +231,6 @@ class Learner:
         """
         return 1.0
 
-    def generators(self) -> list[torch.Generator]:
-        """Sources of random numbers that `seed_step` seeds."""
-        return []
-
     def seed_step(self, info: StepInfo) -> None:
         """Called first in every step: seeds sources of random numbers other than `info`'s."""
 
@@ -428,9 +424,7 @@ class _Running:
             # its weights transposed).
             self.optimizers.append(torch.optim.Muon(muon_groups, adjust_lr_fn="match_rms_adamw"))
         if self.clock is not None:
-            self.replayed = RecordedSteps(
-                self._computed, [self.generator, *self.learner.generators()], self.device
-            )
+            self.replayed = RecordedSteps(self._computed, [self.generator], self.device)
 
     def release(self) -> None:
         """Let go of recordings, gradients and optimisers, which a device's memory is full of."""

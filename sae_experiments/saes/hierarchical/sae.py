@@ -478,7 +478,7 @@ class Hierarchical(SAE):
 
     @staticmethod
     def _some(dead: Tensor, step: Step) -> bool:
-        """Whether a term for these dead latents is needed."""
+        """True if a term for these dead latents is needed."""
         return step.any_dead if static.on() else bool(dead.any())
 
     def before_update(self) -> None:

@@ -141,13 +141,16 @@ class Stores:
         return other
 
     def bring_near(self, read: Where, write: Where) -> None:
-        """Bring training rows near the device, for a pass with `fit.backend=device`."""
+        """With `fit.backend=device`: rows onto the device where they fit, else a step ahead."""
         if isinstance(self.train, Stream) or self.fit.backend != "device":
             return
         sites = list(dict.fromkeys([*as_sites(read), *as_sites(write)]))
-        self.near = near_rows(self.train, sites, self.device, self.host_rows(read, write))
+        if DeviceRows.fit(self.train, sites, self.device):
+            self.near = DeviceRows(self.train, sites, self.device)
+        else:
+            self.near = Ahead(self._host_rows(read, write), self.device)
 
-    def host_rows(self, read: Where, write: Where) -> Callable[[int], tuple[Tensor, ...]]:
+    def _host_rows(self, read: Where, write: Where) -> Callable[[int], tuple[Tensor, ...]]:
         """Function that reads the rows of a step into the memory of the processor."""
         places = [read] if read == write else [read, write]
 
@@ -256,25 +259,6 @@ class Stores:
         index = self.train.index_at(0, rows=rows, seed=seed_of(self.order, purpose))
         x, y = (rows_of(self.train, where, index).to(self.device) for where in (read, write))
         return Sample(x, y, self.calibration.rows(read, slice(None)).to(self.device))
-
-
-def near_rows(
-    store: Store,
-    sites: Sequence[Site],
-    device: torch.device,
-    rows: Callable[[int], tuple[Tensor, ...]],
-) -> DeviceRows | Ahead:
-    """Training rows on the device where they fit, or fetched a step ahead.
-
-    Args:
-        store: The rows.
-        sites: Sites of the pass.
-        device: The device.
-        rows: Reads the rows of a step into the memory of the processor.
-    """
-    if DeviceRows.fit(store, sites, device):
-        return DeviceRows(store, sites, device)
-    return Ahead(rows, device)
 
 
 #: Source of windows, and the starts of the windows.

@@ -377,7 +377,8 @@ class Language:
         reports: dict[str, FitReport] = {}
         for i, ((read, write, needs_model, replaced), names) in enumerate(passes.items()):
             here = stores.for_pass(read, write)
-            here.bring_near(read, write)
+            if not (needs_model or replaced):  # those read windows
+                here.bring_near(read, write)
             if here.near is not None:
                 ctx.console.say(f"  rows are read from {here.read_from}")
             batch_at = here.windows_at if needs_model else here.batch_at
