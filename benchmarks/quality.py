@@ -21,13 +21,16 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tables
 from workers import ContestantError, Host, Turns
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 VARIANTS = ("topk", "batch_topk", "matryoshka", "jumprelu", "standard", "gated")
 PEERS = ("sae-lens", "dictionary-learning")
@@ -142,8 +145,8 @@ def peer(
 # --- in the bench ---------------------------------------------------------------------------------
 
 
-def prepare(work: Path) -> None:
-    """Write activations of the laptop preset's language model.
+def prepare(work: Path, overrides: Sequence[str] = ()) -> None:
+    """Write activations of the laptop preset's language model, or of one with `overrides`.
 
     Files: `train.npy`, `calibration.npy` and `held_out.npy`.
     """
@@ -153,22 +156,19 @@ def prepare(work: Path) -> None:
     from contestants import study
 
     from sae_experiments.console import Console
-    from sae_experiments.models.gpt2 import train_lm
     from sae_experiments.studies.base import Context
     from sae_experiments.studies.language.stores import Stores
 
     work.mkdir(parents=True, exist_ok=True)
     cache = Path(os.environ.get("SAE_CACHE", "~/.cache/sae_experiments")).expanduser()
     ctx = Context(folder=work, cache=cache, device=torch.device("cpu"), console=Console())
-    language = study("data=[shakespeare_char]", "sae=topk")
+    language = study("data=[shakespeare_char]", "sae=topk", *overrides)
     language.prepare(ctx)
-    corpus, recipe = language._corpora["shakespeare_char"], language.data["shakespeare_char"].recipe
+    text, recipe = language.texts["shakespeare_char"], language.data["shakespeare_char"].recipe
     with ctx.session("language model", "lm") as session:
-        lm = train_lm(
-            language.lm, corpus, recipe, seed=0, cache=ctx.cache, device=ctx.device, session=session
-        )
+        lm = language.models.of(text, recipe, 0, ctx, session)
     site = language.sites(next(iter(language.saes.values())))[0]
-    stores = Stores(language.fit, [site], corpus, lm, 0, ctx)
+    stores = Stores(language.fit, [site], text.corpus, lm, 0, ctx)
     for name in ("train", "calibration", "held_out"):
         np.save(
             work / f"{name}.npy",
@@ -319,6 +319,9 @@ def main() -> None:
         help="where activations and finished fits are kept",
     )
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument(
+        "--overrides", nargs="*", default=[], help="further settings of the language model and rows"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
         "--only",
@@ -327,7 +330,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    prepare(args.work)
+    prepare(args.work, args.overrides)
     bench = Bench(args.work, args.steps, args.threads)
     wanted = [f"ours:{v}" for v in VARIANTS]
     if bench.python:

@@ -34,7 +34,13 @@ SMALL = {
     ],
     "metrics_table": None,
     "purification_table": None,
-    "quality": ["--help"],  # activations of a trained model
+    "quality": [
+        *("--work", "OUT/work", "--out", "OUT", "--steps", "3", "--only", "ours:topk", "--threads"),
+        *("1", "--overrides", "lm.n_layer=2", "lm.n_embd=16", "lm.n_head=2", "lm.n_positions=16"),
+        *("data.shakespeare_char.stand_in=always", "lm.train.steps=2", "lm.train.batch_size=4"),
+        *("lm.samples=1", "lm.sample_length=20", "fit.train_rows=8192"),
+        *("fit.calibration_rows=4096", "fit.held_out_rows=4096"),
+    ],
     "rates": [
         *("fit", "planted:8", "--d-sae", "32", "--l0", "2", "--steps", "10", "--batch", "64"),
         *("--results", "OUT/rates.jsonl"),
