@@ -76,6 +76,7 @@ def fit(args: argparse.Namespace) -> None:
 
     from sae_experiments import build_sae, evaluate, fit_saes
     from sae_experiments.fitting.rates import default_lr
+    from sae_experiments.sampling import spread_rows
 
     if args.rows.startswith("planted:"):
         x = planted(int(args.rows.removeprefix("planted:")))
@@ -88,7 +89,8 @@ def fit(args: argparse.Namespace) -> None:
         for factor in (float(f) for f in args.factors.split(",")):
             sae = build_sae(name, width, target_l0=args.l0, d_sae=args.d_sae or 8 * width)
             # With the default rate the fit may step back; typed rates are taken as they are.
-            lr = None if factor == 1 else factor * default_lr(sae)
+            default = default_lr(sae, spread_rows(x, 1 << 14).float())
+            lr = None if factor == 1 else factor * default
             what = {
                 "rows": args.rows if args.rows.startswith("planted:") else Path(args.rows).stem,
                 "width": width,
@@ -98,7 +100,7 @@ def fit(args: argparse.Namespace) -> None:
                 "steps": args.steps,
                 "batch_size": args.batch,
                 "factor": factor,
-                "default_lr": default_lr(sae),
+                "default_lr": default,
             }
             if what in [result["what"] for result in results(args.results)]:
                 continue

@@ -298,15 +298,14 @@ def fit_saes(  # noqa: PLR0913 (keyword-only settings)
             setting that the pass shares.
     """
     given = cfg if isinstance(cfg, Mapping) else dict.fromkeys(saes, cfg)
-    configs = {name: with_default_lr(given[name], sae) for name, sae in saes.items()}
-    _check_shared(saes, configs)
-    first = next(iter(configs.values()))
+    _check_shared(saes, given)
+    first = next(iter(given.values()))
     recorded = {name: runs_recorded(sae, backend) for name, sae in saes.items()}
     rows = FittedRows(
         sample, _n_sites(saes), handling or RowHandling(), static_size=backend == "device"
     )
     for name, sae in saes.items():
-        _check_start(name, sae, rows.same, min(configs[name].batch_size, len(rows.sample.held)))
+        _check_start(name, sae, rows.same, min(first.batch_size, len(rows.sample.held)))
         if sae.fitted:
             sae.rescale(rows.inputs.inverse(), rows.outputs.inverse())
         if sae.controller is not None:
@@ -316,7 +315,7 @@ def fit_saes(  # noqa: PLR0913 (keyword-only settings)
         SAELearner(
             name,
             sae,
-            configs[name],
+            with_default_lr(given[name], sae, scaled.x),
             scaled,
             dead_after=dead_after,
             seed=seed,
@@ -327,7 +326,7 @@ def fit_saes(  # noqa: PLR0913 (keyword-only settings)
     for learner in learners:
         learner.watch(given[learner.name])
     progress = train(
-        learners, lambda step: rows.scaled(batch_at(step)), first, session or Session()
+        learners, lambda step: rows.scaled(batch_at(step)), learners[0].cfg, session or Session()
     )
     for sae in saes.values():
         sae.rescale(rows.inputs, rows.outputs)

@@ -2,7 +2,8 @@
 
 An Adam step changes every weight by about the learning rate, so that it moves an encoder row of
 length 1 and width D by `lr sqrt(D)`. The highest stable rate thus falls with the square root of the
-width. See docs/learning-rate.md for the measurements.
+width. It is lower still where rows vary in few directions: gradients of all latents then agree, and
+their rows move together. See docs/learning-rate.md for the measurements.
 """
 
 from __future__ import annotations
@@ -16,22 +17,50 @@ from torch import Tensor, nn
 
 from sae_experiments.quality_warnings import CLIMB, DYING, FIRINGS, MORE_ACTIVE
 from sae_experiments.saes.base import SAE
+from sae_experiments.sampling import spread_rows
 from sae_experiments.training.loop import TrainConfig
 
-#: The rate up to the width beyond which it falls.
+#: The rate at a width, for rows that vary in at least as many directions.
 LR = 5e-3
 WIDTH = 512
+DIRECTIONS = 25
+#: The highest default.
+HIGHEST = 1e-2
+#: Rows to count directions in.
+ROWS = 8192
 
 
-def default_lr(sae: SAE) -> float:
-    """`5e-3 min(1, sqrt(512 / width))`, with the width of the rows that an encoder row reads."""
+def default_lr(sae: SAE, x: Tensor) -> float:
+    """`min(1e-2, 5e-3 sqrt(512 / width) min(1, sqrt(directions / 25)))`, to two digits.
+
+    Args:
+        sae: The SAE. `width` is that of the rows that one of its encoder rows reads.
+        x: Some of the rows that it is fitted to (N, D). Of several sites side by side, the one with
+            the fewest directions counts.
+    """
     width = sae.d_in // sae.n_sites if sae.per_site else sae.d_in
-    return LR * min(1.0, math.sqrt(WIDTH / width))
+    some = spread_rows(x, min(len(x), ROWS))
+    fewest = min(directions(part) for part in some.tensor_split(sae.n_sites, 1))
+    lr = LR * math.sqrt(WIDTH / width) * min(1.0, math.sqrt(fewest / DIRECTIONS))
+    # Two digits do not depend on the order of sums, which the number of threads decides.
+    return float(f"{min(lr, HIGHEST):.1e}")
 
 
-def with_default_lr(cfg: TrainConfig, sae: SAE) -> TrainConfig:
-    """Training settings with the default rate in place of `lr=null`."""
-    return cfg if cfg.lr is not None else replace(cfg, lr=default_lr(sae))
+def directions(x: Tensor) -> float:
+    """Effective number of directions in which rows (N, D) vary, from 1 to D.
+
+    The participation ratio `(sum v)^2 / sum v^2` of the variances v along the principal axes; D for
+    rows that do not vary.
+    """
+    x = x - x.mean(0)
+    covariance = (x.t() @ x).double()
+    squares = covariance.square().sum()
+    return float(covariance.trace().square() / squares) if squares > 0 else float(x.shape[1])
+
+
+def with_default_lr(cfg: TrainConfig, sae: SAE, x: Tensor) -> TrainConfig:
+    """Training settings with the default rate for rows `x` in place of `lr=null`."""
+    return cfg if cfg.lr is not None else replace(cfg, lr=default_lr(sae, x))
 
 
 #: Further share of the latents that must be dead before the rate is halved again.

@@ -14,7 +14,7 @@ from sae_experiments import build_sae, evaluate, fit_saes
 from sae_experiments.errors import UserError
 from sae_experiments.fitting import fit
 from sae_experiments.fitting.fit import Sample
-from sae_experiments.fitting.rates import BackOff, default_lr, with_default_lr
+from sae_experiments.fitting.rates import BackOff, default_lr, directions, with_default_lr
 from sae_experiments.saes.base import SAE
 from sae_experiments.training.loop import Session
 from support.saes import NAMES, D, batch, config, make, rows
@@ -43,21 +43,50 @@ ON_TENSORS = [
 ]
 
 
+def spanned(n_directions: int, n_sites: int) -> Tensor:
+    """Rows that vary equally in some directions of every site, and not around 0."""
+    axes = torch.eye(n_directions).repeat_interleave(2, 0)
+    axes[::2] *= -1
+    return (100 + axes).repeat(1, n_sites)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_rate_of_every_variant_falls_with_the_root_of_the_width(name: str) -> None:
-    sae = make(name)
-    rates = []
+    sae, rates = make(name), []
     for width in (64, 128, 512, 1024, 2048):
         sae.d_in = width * (sae.n_sites if sae.per_site else 1)
-        rates.append(default_lr(sae))
-    assert rates == pytest.approx([5e-3, 5e-3, 5e-3, 5e-3 / 2**0.5, 2.5e-3])
+        rates.append(default_lr(sae, spanned(32, sae.n_sites)))
+    assert rates == [1e-2, 1e-2, 5e-3, 3.5e-3, 2.5e-3]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_rate_of_every_variant_falls_with_the_root_of_few_directions(name: str) -> None:
+    sae = make(name)
+    sae.d_in = 512 * (sae.n_sites if sae.per_site else 1)
+    rates = [default_lr(sae, spanned(n, sae.n_sites)) for n in (1, 4, 25, 50)]
+    assert rates == [1e-3, 2e-3, 5e-3, 5e-3]
+
+
+def test_the_number_of_directions_is_the_participation_ratio() -> None:
+    assert directions(spanned(7, 1)) == pytest.approx(7, rel=1e-4)
+    assert directions(torch.full((10, 6), 3.0)) == 6, "constant rows say nothing about directions"
+    uneven = spanned(2, 1) * torch.tensor([3.0, 1.0])
+    assert directions(uneven) == pytest.approx((9 + 1) ** 2 / (81 + 1), rel=1e-4)
+
+
+def test_the_site_with_the_fewest_directions_decides() -> None:
+    sae = make("crosscoder")
+    parts = [spanned(32, 1), *[spanned(4, 1)[torch.arange(64) % 8]] * (sae.n_sites - 1)]
+    sites = [torch.nn.functional.pad(part, (0, 32 - part.shape[1])) for part in parts]
+    assert default_lr(sae, torch.cat(sites, 1)) == default_lr(sae, spanned(4, sae.n_sites))
 
 
 def test_a_typed_rate_is_taken_as_typed() -> None:
     sae = make("topk")
     typed = config(lr=0.123)
-    assert with_default_lr(typed, sae) is typed
-    assert with_default_lr(replace(typed, lr=None), sae).lr == default_lr(sae)
+    x = rows(64, 0)
+    assert with_default_lr(typed, sae, x) is typed
+    assert with_default_lr(replace(typed, lr=None), sae, x).lr == default_lr(sae, x)
 
 
 def test_only_saes_have_a_default_rate() -> None:
@@ -146,7 +175,8 @@ def _fit(path: Path | None, stop_at: int | None) -> tuple[SAE, fit.FitReport | N
 def test_a_fit_steps_back_says_so_and_resumes_with_the_same_bits(tmp_path: Path) -> None:
     whole, report = _fit(None, None)
     assert report is not None and report.lr_factor < 1
-    assert report.lr == default_lr(make("topk")) and report.facts["lr_factor"] == report.lr_factor
+    assert report.lr == default_lr(make("topk"), rows(2048, 10**6))
+    assert report.facts["lr_factor"] == report.lr_factor
     assert "fit_lr" in [one.key for one in report.warned]
     rates = [value for _, name, value in report.history if name == "lr"]
     assert max(rates) == pytest.approx(report.lr)
@@ -182,7 +212,7 @@ def test_variants_whose_terms_change_do_not_step_back(name: str) -> None:
     learner = fit.SAELearner(
         name,
         sae,
-        with_default_lr(cfg, sae),
+        with_default_lr(cfg, sae, start),
         Sample(start, start, start),
         dead_after=100,
         seed=0,
