@@ -56,7 +56,8 @@ def test_an_unknown_sae_or_setting_is_one_line():
         build_sae("topk", D, targetl0=3)
 
 
-SETTINGS = {"steps": 5, "batch_size": 64, "warmup_steps": 1}
+#: The rate is typed: the tolerances below are for steps of this size.
+SETTINGS = {"steps": 5, "batch_size": 64, "warmup_steps": 1, "lr": 5e-3}
 BUILDABLE = [n for n in NAMES if n not in OF_SEVERAL_SITES | {"end_to_end"}]
 
 
