@@ -31,10 +31,11 @@ ROWS = 8192
 
 
 def default_lr(sae: SAE, x: Tensor) -> float:
-    """`min(1e-2, 5e-3 sqrt(512 / width) min(1, sqrt(directions / 25)))`, to two digits.
+    """`f min(1e-2, 5e-3 sqrt(512 / width) min(1, sqrt(directions / 25)))`, to two digits.
 
     Args:
-        sae: The SAE. `width` is that of the rows that one of its encoder rows reads.
+        sae: The SAE, with f = `default_lr_factor`. `width` is that of the rows that one of its
+            encoder rows reads.
         x: Some of the rows that it is fitted to (N, D). Of several sites side by side, the one with
             the fewest directions counts.
     """
@@ -43,7 +44,7 @@ def default_lr(sae: SAE, x: Tensor) -> float:
     fewest = min(directions(part) for part in some.tensor_split(sae.n_sites, 1))
     lr = LR * math.sqrt(WIDTH / width) * min(1.0, math.sqrt(fewest / DIRECTIONS))
     # Two digits do not depend on the order of sums, which the number of threads decides.
-    return float(f"{min(lr, HIGHEST):.1e}")
+    return float(f"{sae.default_lr_factor * min(lr, HIGHEST):.1e}")
 
 
 def directions(x: Tensor) -> float:

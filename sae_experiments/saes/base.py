@@ -96,6 +96,8 @@ class SAE(nn.Module):
     #: The fit minimises the FVU by the same terms from start to end, so that a climb of the FVU
     #: means that it goes wrong.
     judged_by_fvu = True
+    #: Factor of the default learning rate (`fitting.rates`).
+    default_lr_factor = 1.0
     #: Training steps can run within `static.shapes()`. It is not inherited: a subclass that changes
     #: nothing about it says so itself.
     static_steps = False
