@@ -299,7 +299,7 @@ def fit_saes(  # noqa: PLR0913 (keyword-only settings)
     """
     given = cfg if isinstance(cfg, Mapping) else dict.fromkeys(saes, cfg)
     _check_shared(saes, given)
-    first = next(iter(given.values()))
+    first = given[next(iter(saes))]
     recorded = {name: runs_recorded(sae, backend) for name, sae in saes.items()}
     rows = FittedRows(
         sample, _n_sites(saes), handling or RowHandling(), static_size=backend == "device"
