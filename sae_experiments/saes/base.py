@@ -101,6 +101,8 @@ class SAE(nn.Module):
     #: Training steps can run within `static.shapes()`. It is not inherited: a subclass that changes
     #: nothing about it says so itself.
     static_steps = False
+    #: Steps within `static.shapes()` draw the same random numbers as others.
+    same_draws = True
     #: Share of characters to replace in the second view of every row that the SAE asks for; 0: no
     #: second view.
     second_view = 0.0

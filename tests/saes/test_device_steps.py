@@ -17,9 +17,10 @@ from torch import Tensor
 from sae_experiments.errors import NonFinite, UserError
 from sae_experiments.fitting.fit import LOOK_EVERY, RowHandling, Sample, fit_saes, runs_recorded
 from sae_experiments.saes import static
-from sae_experiments.saes.base import SAE, Batch, Step
+from sae_experiments.saes.base import SAE, Batch, Codes, Step
 from sae_experiments.saes.batch_topk import BatchTopK
 from sae_experiments.saes.outliers import OrdinaryRows
+from sae_experiments.saes.purified import perturb
 from sae_experiments.training.loop import Session
 from support.saes import NAMES, D, M, batch, config, make, rows, step
 from support.tape import OneDevice, Tape, nothing_waits
@@ -38,6 +39,12 @@ MORE = [
     ("hierarchical", "sae.model.rows=64"),  # fewer than a batch has
     ("hierarchical", "sae.model.weights.orthogonality=1", "sae.model.weights.mutual_information=1"),
     ("cross_layer_jumprelu", "sae.model.form=tanh"),
+    ("purified", "sae/host=topk", "sae.model.norm=l2", "sae.model.stop_gradient=true"),
+    ("purified", "sae/host=jumprelu", "sae.model.pool=0"),
+    ("purified", "sae/host=standard", "sae.model.weights.analytic=1"),
+    ("purified", "sae.model.noise=uniform", "sae.model.relative=0"),
+    ("purified", "sae.model.noise=mask"),
+    ("purified", "sae.model.noise=pgd", "sae.model.attack_steps=2"),
 ]
 CASES = [(name,) for name in RECORDED] + MORE
 
@@ -69,6 +76,10 @@ def fitted(
     return sae, reports[name]
 
 
+def without_generator(draw: Any) -> Any:
+    return lambda *args, generator=None, **kwargs: draw(*args, **kwargs)
+
+
 def same_bits(one: SAE, other: SAE) -> None:
     for name, value in one.state_dict().items():
         torch.testing.assert_close(
@@ -94,8 +105,15 @@ def test_a_replayed_step_waits_for_nothing_and_gives_the_bits_of_an_ordinary_one
 
 @pytest.mark.parametrize("name", RECORDED)
 @pytest.mark.parametrize("dead", ["none", "few", "all"])
-def test_both_backends_give_the_same_loss_and_gradients(name: str, dead: str) -> None:
-    sae = make(name).train()
+def test_both_backends_give_the_same_loss_and_gradients(
+    name: str, dead: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae, given = make(name).train(), batch(256)
+    if not sae.same_draws:
+        # Latents are drawn among the active entries here, and among all entries on a device.
+        sae.moved.uniform_()
+        sae.mass.fill_(1.0)
+        monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, 0.5))
     mask = torch.zeros(sae.d_sae, dtype=torch.bool)
     mask[: {"none": 0, "few": 5, "all": sae.d_sae}[dead]] = True
     found = []
@@ -105,7 +123,7 @@ def test_both_backends_give_the_same_loss_and_gradients(name: str, dead: str) ->
         if context is static.shapes:
             now = replace(now, progress=torch.tensor(0.5), some_dead=dead != "none")
         with context():
-            loss = sae.loss(batch(64), now)
+            loss = sae.loss(given, now)
             loss.total.backward()
         grads = {key: p.grad.clone() for key, p in sae.named_parameters() if p.grad is not None}
         found.append((loss, grads))
@@ -214,9 +232,14 @@ def test_a_step_reads_nothing_from_the_memory_of_the_processor(
     case: tuple[str, ...], dead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a device without data, where a tensor of the processor would be one of its own kind."""
-    for name in ("rand", "randperm"):  # without data there are no random numbers
+    for name in (
+        "rand",
+        "randint",
+        "randn",
+        "randperm",
+    ):  # without data there are no random numbers
         plain = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, generator, plain=plain, **k: plain(*a, **k))
+        monkeypatch.setattr(torch, name, without_generator(plain))
     sae = make(*case).to("meta").train()
     if sae.controller is not None:
         sae.controller.horizon = 100
@@ -301,3 +324,59 @@ def test_outliers_of_a_batch_are_replaced_by_ordinary_rows(far: list[int]) -> No
     else:
         assert bool(ordinary.inputs.contains(seen.x).all())
         assert torch.equal(seen.x[kept], given.x[kept])
+
+
+@pytest.mark.parametrize("name", ["purified", "purified_adaptive", "purified_mixed"])
+@pytest.mark.parametrize("progress", [0.05, 0.5])  # before the terms set in, and after
+def test_purified_saes_keep_the_same_books_on_both_backends(
+    name: str, progress: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = batch(256)
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, 0.5))
+
+    def after(context: Any, at: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        sae = make(name).train()
+        sae.moved.fill_(0.25)
+        sae.mass.fill_(1.0)
+        now = replace(step(sae), progress=at, some_dead=False)
+        with context():
+            loss = sae.loss(given, now)
+            loss.total.backward()
+            with torch.no_grad():
+                sae.after_update(loss.extra, now)
+        return loss.total.detach(), dict(sae.named_buffers())
+
+    expected, books = after(nullcontext, progress)
+    total, on_device = after(static.shapes, torch.tensor(progress, dtype=torch.float64))
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6)
+    for key, value in books.items():
+        torch.testing.assert_close(on_device[key], value, equal_nan=True, msg=key)
+    fresh = make(name)
+    followed = {"purified_adaptive": "jaccard", "purified_mixed": "moved"}.get(name)
+    if followed and progress > 0.1:
+        start = torch.full_like(fresh.moved, 0.25) if followed == "moved" else fresh.jaccard
+        assert not torch.equal(books[followed], start)
+
+
+@pytest.mark.parametrize("aim", ["weak", "marginal", "confusable"])
+def test_targets_on_a_device_are_active_latents(aim: str) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    z = torch.rand(512, 8, generator=drawn) * (torch.rand(512, 8, generator=drawn) < 0.4)
+    w_enc, w_dec = torch.rand(8, D, generator=drawn) + 0.1, torch.randn(8, D, generator=drawn)
+    stability = torch.tensor([0.0, *[1.0] * 7])
+
+    def chosen(codes: Codes) -> Tensor:
+        return perturb.choose(codes, stability, w_enc, w_dec, {aim: 1.0}, drawn)
+
+    ordinary = chosen(Codes(z))
+    with static.shapes(), nothing_waits():
+        latents = chosen(Codes(z))
+    empty = (z == 0).all(1)
+    assert torch.equal(latents == -1, empty) and torch.equal(ordinary == -1, empty)
+    on = z.gather(1, latents.clamp_min(0)[:, None])[:, 0] > 0
+    if aim == "marginal":
+        assert torch.equal(latents, ordinary)
+    if aim != "confusable":
+        assert bool((on | empty).all())
+    share = [(found == 0).float().mean() for found in (latents, ordinary)]
+    assert abs(share[0] - share[1]) < 0.06  # two standard errors of the difference

@@ -21,8 +21,8 @@ from sae_experiments.saes import ops
 from sae_experiments.saes import saelens as interop
 from sae_experiments.saes.base import Batch, Codes
 from sae_experiments.saes.pattern import Pattern
-from sae_experiments.saes.purified import perturb
 from sae_experiments.saes.purified import sae as purified
+from sae_experiments.saes.purified.change import Answer, places
 from sae_experiments.saes.purified.perturb import SHARED
 from sae_experiments.sampling import spread
 from support.common import CONF
@@ -212,7 +212,7 @@ def test_stability_is_the_squared_change_of_the_code(host, relative):
     change = sae.change(answer)
     union, shared = ((z != 0) | (moved != 0)).sum(1), ((z != 0) & (moved != 0)).sum(1)
     some = union > 0
-    assert change.jaccard(64) == pytest.approx((shared / union)[some].mean().item(), rel=1e-5)
+    assert change.jaccard().item() == pytest.approx((shared / union)[some].mean().item(), rel=1e-5)
 
 
 def test_l2_norm_and_denoising_terms():
@@ -370,7 +370,7 @@ def test_zeros_that_a_sparse_code_holds_are_not_active_latents(host, noise, monk
         return (
             loss.total.item(),
             {n: p.grad for n, p in sae.named_parameters()},
-            sae._last.jaccard(256),
+            sae._last.jaccard().item(),
             padded,
         )
 
@@ -456,11 +456,12 @@ def test_targeted_term_by_hand():
     sae = ready(host="standard")
     sae.d_sae = 2
     moved = torch.tensor([1 + 0.1, 1 + 0.05, 1 - 0.1, 1 + 0.05])
-    answer = perturb.Answer(
+    answer = Answer(
         torch.arange(2), torch.zeros(2, D), before, Codes(moved, before.pattern), latents, sign
     )
-    found = perturb.crosstalk(sae.change(answer), answer, reach, 4.0, None)
-    assert found.item() == pytest.approx(0.5**2 + 0.25**2 / 4, rel=1e-5)
+    own, others = sae.change(answer).crosstalk(answer, reach, None)
+    assert own.item() == pytest.approx(2 * 0.5**2, rel=1e-5)
+    assert others.item() == pytest.approx(2 * 0.25**2, rel=1e-5)
 
 
 def test_one_kind_of_noise_or_all_but_one():
@@ -496,10 +497,10 @@ def test_terms_wait_and_then_grow():
 )
 def test_eps_grows_where_supports_are_stable_and_shrinks_where_not(jaccard, factor):
     sae = ready("sae.model.adapt.rate=0.02", "sae.model.adapt.target=0.9")
-    sae.adapt(jaccard)
+    sae.adapt(torch.tensor(jaccard))
     assert sae.eps.item() == pytest.approx(0.1 * factor)
     for _ in range(10_000):
-        sae.adapt(1.0 if jaccard > 0.9 else 0.0)
+        sae.adapt(torch.tensor(1.0 if jaccard > 0.9 else 0.0))
     assert sae.eps.item() == pytest.approx(0.5 if jaccard > 0.9 else 0.01)
 
 
@@ -664,7 +665,7 @@ def test_places_of_entries_by_hand():
     one = Pattern.from_flat(torch.tensor([1, 4, 2 * M + 3]), 3, M)
     other = Pattern.from_flat(torch.tensor([0, 1, M + 4, 2 * M + 3]), 3, M)
     for _ in range(2):  # the table is left as it was
-        assert perturb.places(one, other, scratch).tolist() == [-1, 0, -1, 2]
+        assert places(one, other, scratch).tolist() == [-1, 0, -1, 2]
     assert ops.decode(torch.ones(3), one, torch.eye(M)).sum() == 3
 
 

@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
+from sae_experiments.saes import static
 from sae_experiments.saes.base import Codes
 from sae_experiments.saes.ops import unit_rows
 from sae_experiments.saes.pattern import Pattern
@@ -81,7 +81,7 @@ class NoiseModel(nn.Module):
         normal = torch.randn(n, d, generator=generator, device=device)
         return normal.mul_(1 / math.sqrt(d)) if kind == "gaussian" else normal @ self.root.t()
 
-    def mask(self, x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    def mask(self, x: Tensor, eps: float | Tensor, generator: torch.Generator) -> Tensor:
         """Delta (B, D) that removes each coordinate of `x - mean` with probability eps^2.
 
         Thus `E ||delta||^2 = eps^2 ||x - mean||^2`.
@@ -89,7 +89,7 @@ class NoiseModel(nn.Module):
         removed = torch.rand(x.shape, generator=generator, device=x.device) < eps * eps
         return (self.mean - x) * removed
 
-    def towards(self, x: Tensor, other: Tensor, eps: float, *, beyond: bool) -> Tensor:
+    def towards(self, x: Tensor, other: Tensor, eps: float | Tensor, *, beyond: bool) -> Tensor:
         """Delta of length eps R from rows towards other rows; 0 where both are equal.
 
         Args:
@@ -184,19 +184,29 @@ def choose(
     Returns:
         Latents (B,); -1 for rows without an active one.
     """
-    pattern, values = active_entries(codes)
-    row, col = pattern.row, pattern.col.long()
-    n_weak, n_marginal, _ = _split([aim.get(way, 0.0) for way in WAYS], pattern.n_rows)
+    n_weak, n_marginal, _ = _split([aim.get(way, 0.0) for way in WAYS], codes.n_rows)
     edge = n_weak + n_marginal
-    # The largest of scores with Gumbel noise is a random choice.
-    uniform = torch.rand(len(col), generator=generator, device=col.device)
-    gumbel = -uniform.clamp_(1e-12, 1 - 1e-7).log().neg().log()
-    unstable = 2 * (1 - stability[col]).clamp_min(1e-3).log()
-    margin = values / w_enc.norm(dim=1)[col].clamp_min(1e-12)
-    score = torch.where(row < n_weak, gumbel + unstable, gumbel)
-    score = torch.where((row >= n_weak) & (row < edge), -margin, score)
-    entry = first_best(score, pattern)
-    latents = torch.where(entry >= 0, col[entry.clamp_min(0)], -1) if len(col) else entry
+
+    def scores(row: Tensor, col: Tensor, values: Tensor) -> Tensor:
+        # The largest of scores with Gumbel noise is a random choice.
+        uniform = torch.rand(values.shape, generator=generator, device=values.device)
+        gumbel = -uniform.clamp_(1e-12, 1 - 1e-7).log().neg().log()
+        unstable = 2 * (1 - stability[col]).clamp_min(1e-3).log()
+        margin = values / w_enc.norm(dim=1)[col].clamp_min(1e-12)
+        score = torch.where(row < n_weak, gumbel + unstable, gumbel)
+        return torch.where((row >= n_weak) & (row < edge), -margin, score)
+
+    if static.on():
+        z = codes.dense().detach()
+        row = torch.arange(len(z), device=z.device)[:, None]
+        score = scores(row, torch.arange(z.shape[1], device=z.device), z)
+        best = score.masked_fill(z == 0, -torch.inf).max(1)
+        latents = torch.where(best.values > -torch.inf, best.indices, -1)
+    else:
+        pattern, values = active_entries(codes)
+        col = pattern.col.long()
+        entry = first_best(scores(pattern.row, col, values), pattern)
+        latents = torch.where(entry >= 0, col[entry.clamp_min(0)], -1) if len(col) else entry
     near = latents[edge:]
     if len(near):
         rows = unit_rows(w_dec)
@@ -296,131 +306,3 @@ def first_best(score: Tensor, pattern: Pattern) -> Tensor:
     first = torch.full((n_rows,), none, dtype=torch.int64, device=score.device)
     first = first.scatter_reduce(0, pattern.row[hits], hits, "amin")
     return first.masked_fill(first == none, -1)
-
-
-class Answer(NamedTuple):
-    """Codes of some rows of a batch before and after a perturbation."""
-
-    rows: Tensor
-    """Rows of the batch, (n,)."""
-    x: Tensor
-    """The perturbed rows, (n, D)."""
-    before: Codes
-    """Codes of the clean rows."""
-    after: Codes
-    """Codes of the perturbed rows."""
-    latents: Tensor
-    """Targets (m,) of the last m rows, moved along their decoder rows; -1: not moved."""
-    sign: Tensor
-    """Direction (m,) of that step, -1.0, 0.0 or 1.0."""
-
-
-class Change(NamedTuple):
-    """Change of a code, for each of n entries.
-
-    The entries of the code after come first, then those that occur only in the code before. Entries
-    may be zero in both codes; their mass is 0 and they do not count as active.
-    """
-
-    row: Tensor
-    """Row of each entry, (n,)."""
-    col: Tensor
-    """Latent of each entry, (n,)."""
-    value: Tensor
-    """Value after minus before, (n,)."""
-    kept: Tensor
-    """Mask of the entries that are active before and after, (n,)."""
-    mass: Tensor
-    """`|before| + |after|` without a graph, (n,)."""
-
-    def jaccard(self, n_rows: int) -> float:
-        """Mean over rows of |S and S~| / |S or S~|; rows without any entry do not count."""
-        union = torch.bincount(self.row, weights=(self.mass > 0).float(), minlength=n_rows)
-        shared = torch.bincount(self.row, weights=self.kept.float(), minlength=n_rows)
-        some = union > 0
-        return float((shared[some] / union[some]).mean()) if bool(some.any()) else 1.0
-
-
-def changed(before: Codes, after: Codes, scratch: dict[str, Tensor]) -> Change:
-    """The change between two codes of the same rows.
-
-    Args:
-        before: Codes of the clean rows.
-        after: Codes of the perturbed rows.
-        scratch: Dictionary that keeps a table between calls; see `places`.
-    """
-    if before.pattern is None or after.pattern is None:
-        return _changed_dense(before.dense(), after.dense())
-    where = places(before.pattern, after.pattern, scratch)
-    kept = where >= 0
-    old = torch.zeros_like(after.values)
-    if len(before.values):
-        old = torch.where(kept, before.values.index_select(0, where.clamp_min(0)), 0)
-    left = torch.ones_like(before.pattern.col, dtype=torch.bool)
-    left[where[kept]] = False
-    left = left.nonzero().squeeze(1)
-    gone = before.values.index_select(0, left)
-    mass = after.values.detach().abs() + old.detach().abs()
-    on_both = (old != 0) & (after.values != 0)
-    return Change(
-        row=torch.cat([after.pattern.row, before.pattern.row.index_select(0, left)]),
-        col=torch.cat([after.pattern.col, before.pattern.col.index_select(0, left)]),
-        value=torch.cat([after.values - old, -gone]),
-        kept=torch.cat([on_both, torch.zeros_like(left, dtype=torch.bool)]),
-        mass=torch.cat([mass, gone.detach().abs()]),
-    )
-
-
-def _changed_dense(z: Tensor, moved: Tensor) -> Change:
-    """The change between dense codes (B, F)."""
-    row, col = ((z != 0) | (moved != 0)).nonzero().unbind(1)
-    z, moved = z[row, col], moved[row, col]
-    mass = (z.abs() + moved.abs()).detach()
-    return Change(row, col, moved - z, (z != 0) & (moved != 0), mass)
-
-
-def places(among: Pattern, wanted: Pattern, scratch: dict[str, Tensor]) -> Tensor:
-    """Position of each entry of a pattern among those of another one of the same shape.
-
-    Uses a table of all positions that is left as it was and used again in the next step, which
-    takes a third of the time of a binary search.
-
-    Args:
-        among: Pattern to look in.
-        wanted: Pattern of the m entries to look for.
-        scratch: Dictionary that keeps the table between calls.
-
-    Returns:
-        Positions (m,); -1 for an entry that is not there.
-    """
-    size, device = among.n_rows * among.n_cols, among.col.device
-    table = scratch.get("places")
-    if table is None or len(table) != size or table.device != device:
-        table = scratch["places"] = torch.full((size,), -1, dtype=torch.int32, device=device)
-    table[among.flat] = torch.arange(len(among.col), dtype=torch.int32, device=device)
-    positions = table.index_select(0, wanted.flat).long()
-    table[among.flat] = -1
-    return positions
-
-
-def crosstalk(
-    change: Change, answer: Answer, reach: Tensor, l0: float, sizes: Tensor | None
-) -> Tensor:
-    """The targeted term of `Purified`, as a mean over the rows moved along a decoder row.
-
-    Args:
-        change: Change of the code on all perturbed rows.
-        answer: Codes before and after.
-        reach: Length of the step.
-        l0: Active latents per row.
-        sizes: Lengths of the decoder rows (F,), with which latents count. None: 1.
-    """
-    first = len(answer.rows) - len(answer.latents)
-    here = (change.row >= first).nonzero().squeeze(1)
-    row = change.row[here] - first
-    moved, sign = change.value[here] / reach, answer.sign[row]
-    moved = moved if sizes is None else moved * sizes[change.col[here]]
-    own = change.col[here] == answer.latents[row]
-    slope = ((moved * sign - 1).square() * (own & change.kept[here])).sum()
-    others = (moved.square() * (~own & (sign != 0))).sum()
-    return (slope + others / max(l0, 1.0)) / len(answer.latents)

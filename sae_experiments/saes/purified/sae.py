@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from sae_experiments.errors import UserError, of_type
-from sae_experiments.saes import ops
+from sae_experiments.saes import ops, static
 from sae_experiments.saes.base import SAE, Codes, Forward, Step, sparse
 from sae_experiments.saes.controller import ramp
 from sae_experiments.saes.pattern import Pattern
 from sae_experiments.saes.purified import perturb
+from sae_experiments.saes.purified.change import Answer, Change, changed
 from sae_experiments.saes.purified.early_stopping import StabilityEarlyStopping
-from sae_experiments.saes.purified.perturb import Answer, Change, NoiseModel
+from sae_experiments.saes.purified.perturb import NoiseModel
 from sae_experiments.sampling import spread_rows
 from sae_experiments.training.loop import Loss
 
@@ -173,16 +174,23 @@ def purify(
             f"sae/host: {cls.__name__} makes a training pass of its own, which noise cannot enter; "
             "use another host"
         )
-    build = cast(Any, _purified(cast(Any, cls)))
+    purification = Purification(**settings)
+    # Early stopping looks at numbers after every evaluation.
+    static_steps = bool(cls.__dict__.get("static_steps")) and not purification.stop["patience"]
+    build = cast(Any, _purified(cast(Any, cls), static_steps))
     sizes = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out}
     given = host.keywords if isinstance(host, partial) else {}
-    return build(purification=Purification(**settings), **sizes, **given)
+    return build(purification=purification, **sizes, **given)
 
 
 @cache
-def _purified(host: type[SAE]) -> type[SAE]:
+def _purified(host: type[SAE], static_steps: bool) -> type[SAE]:
     """The subclass of a host's class that is purified."""
-    namespace = {"__module__": __name__, "__doc__": host.__doc__}
+    namespace = {
+        "__module__": __name__,
+        "__doc__": host.__doc__,
+        "static_steps": static_steps,
+    }
     return type(f"Purified{host.__name__}", (Purified, host), namespace)
 
 
@@ -232,6 +240,8 @@ class Purified(SAE):
                 "rebuilds another; use no targeted noise"
             )
         self.cloud = NoiseModel(self.d_in)
+        # Targets are drawn among the active entries, whose number steps on a device do not know.
+        self.same_draws = not purification.kinds.get("targeted")
         if purification.samples and purification.kinds.get("token"):
             self.second_view = purification.token_share
         #: The pre-activation of x + delta is exactly `a + W_enc delta`.
@@ -294,15 +304,34 @@ class Purified(SAE):
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         terms = super().penalties(fwd, step)
-        p = self.purification
         self._last = None
-        strength = 0.0
-        if p.active and step.progress >= p.clean_frac:
-            strength = ramp(step.progress - p.clean_frac, p.warmup_frac)
-        if strength > 0:
+        strength = self._strength(step)
+        # On a device nobody looks at the number: terms of strength 0 are computed, too.
+        if static.on() or strength > 0:
             terms |= {k: strength * v for k, v in self.robustness(fwd, step).items()}
         self._clean = None
         return terms
+
+    def _strength(self, step: Step) -> Any:
+        """Factor of the terms at a step, between 0 and 1: a number, or a scalar on the device."""
+        p = self.purification
+        if not p.active:
+            return 0.0
+        share = ramp(step.progress - p.clean_frac, p.warmup_frac)
+        if static.on():
+            on = step.progress >= p.clean_frac
+            return torch.as_tensor(share * on, dtype=self.W_enc.dtype).clamp_min(0)
+        return share if step.progress >= p.clean_frac else 0.0
+
+    @property
+    def reach(self) -> Tensor:
+        """Length of a perturbation, `eps R`, a scalar."""
+        return self._eps * self.cloud.radius
+
+    @property
+    def _eps(self) -> Tensor | float:
+        """The present eps: a number, or on a device a scalar that nobody waits for."""
+        return self.eps.to(self.cloud.radius.dtype) if static.on() else self.eps.item()
 
     def robustness(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """The terms at full strength."""
@@ -310,11 +339,11 @@ class Purified(SAE):
         n_rows = len(y)
         squares = torch.linalg.vector_norm(y).square() - y.sum(0).square().sum() / n_rows
         variance = squares / n_rows
-        reach = self.eps.item() * self.cloud.radius
+        reach = self.reach
         terms = {}
         if w["decay"]:
             terms["decay"] = w["decay"] * variance * self.W_enc.square().sum() / self.d_sae
-        if w["analytic"] and reach > 0:
+        if w["analytic"] and self.purification.eps > 0:
             terms["analytic"] = self._analytic(fwd, variance, reach)
         if self.purification.samples:
             terms |= self._sampled_terms(fwd, step, variance, reach)
@@ -338,16 +367,22 @@ class Purified(SAE):
         if w["denoise"]:
             terms["denoise"] = w["denoise"] * self.denoised(fwd, answer)
         change = self.change(answer)
-        self._last = change._replace(value=change.value.detach())
+        self._last = change.detach()
         n_perturbed, n_targeted = len(answer.rows), len(answer.latents)
         n_plain = n_perturbed - n_targeted
         if w["stability"] and n_plain:
             n0 = self.spread(answer.before)
-            unstable = self.unstable(change, n_plain, n_perturbed, n0)
+            unstable = self.unstable(change, n_plain, n0)
             terms["stability"] = w["stability"] * variance * unstable
         if w["targeted"] and n_targeted:
             sizes = None if self.unit_decoder else self.W_dec.norm(dim=1)
-            crosstalk = perturb.crosstalk(change, answer, reach, fwd.codes.l0, sizes)
+            slopes, others = change.crosstalk(answer, reach, sizes)
+            l0: Tensor | float
+            if static.on():
+                l0 = fwd.codes.l0_on_device.clamp_min(1).to(others)
+            else:
+                l0 = max(fwd.codes.l0, 1.0)
+            crosstalk = (slopes + others / l0) / n_targeted
             terms["targeted"] = w["targeted"] * variance * crosstalk
         return terms
 
@@ -366,23 +401,17 @@ class Purified(SAE):
             return added + self._clean
         return added + ops.squared_error(fwd.recon, fwd.batch.y)
 
-    def unstable(self, change: Change, n_rows: int, perturbed: int, n0: Tensor) -> Tensor:
+    def unstable(self, change: Change, n_rows: int, n0: Tensor) -> Tensor:
         """`mean ||z~ - z||^2 / n0`, or `mean ||z~ - z|| / sqrt n0` with `norm=l2`.
 
         Args:
             change: Change of the code on the perturbed rows.
             n_rows: Rows to use, from the first on.
-            perturbed: Number of perturbed rows.
             n0: Size of the code, from `spread`.
         """
-        row, value = change.row, change.value
-        if n_rows < perturbed:
-            here = (row < n_rows).nonzero().squeeze(1)
-            row, value = row[here], value[here]
         if self.purification.norm == "l2sq":
-            return value.square().sum() / n_rows / n0
-        by_row = value.new_zeros(n_rows).index_add(0, row, value.square())
-        return ((by_row + 1e-8).sqrt().mean() - 1e-4) / n0.sqrt()
+            return change.square(n_rows) / n_rows / n0
+        return ((change.squares(n_rows) + 1e-8).sqrt().mean() - 1e-4) / n0.sqrt()
 
     def spread(self, before: Codes) -> Tensor:
         """Size `(mean ||z||^2)^(1 - r) (mean ||z - mean z||^2)^r` of a code, with r = `relative`.
@@ -412,8 +441,8 @@ class Purified(SAE):
         return recon if direct is None else recon + direct
 
     def change(self, answer: Answer) -> Change:
-        """Change of the code on the perturbed rows, entry by entry."""
-        return perturb.changed(answer.before, answer.after, self._scratch)
+        """Change of the code on the perturbed rows."""
+        return changed(answer.before, answer.after, self._scratch)
 
     def answer(self, fwd: Forward, step: Step) -> Answer:
         """Perturb some rows of the batch and encode them.
@@ -464,25 +493,30 @@ class Purified(SAE):
                 unknown = seen[pooled:].detach()
                 ops.encoder_matmul(unknown, self.W_enc.detach(), bias.detach(), out=pre[pooled:])
             support = sparse(self.support(pre))
+        if isinstance(support, Pattern) and ops.rounds(self.W_enc):
+            pre = ops.exact_entries(support, seen.detach(), self.W_enc.detach(), bias.detach())
         active_pre = ops.entries(seen, self.W_enc, bias, pre, support)
         if isinstance(support, Pattern):
-            return Codes(self.activation(active_pre, support.col), support)
+            return Codes(support.weighted(self.activation(active_pre, support.col)), support)
         return Codes(self.activation(active_pre, None) * support)
 
     def taken(self, codes: Codes, rows: Tensor) -> Codes:
         """Codes of some rows (n,), without a graph if the clean code counts as constant."""
+        codes = codes.detach() if self.purification.stop_gradient else codes
         values, pattern = codes
-        values = values.detach() if self.purification.stop_gradient else values
-        if pattern is None:
-            return Codes(values.index_select(0, rows))
+        if pattern is None or static.on():
+            return Codes(codes.dense().index_select(0, rows))
         part, place = perturb.take_rows(pattern, rows)
         return Codes(values.index_select(0, place), part)
 
     def workspace(self, n: int, like: Tensor) -> Tensor:
         """Buffer (n, F) for the pre-activations of perturbed rows, used again in each step.
 
-        Freshly mapped memory pages would cost as much as the product.
+        Freshly mapped memory pages would cost as much as the product. Within `static.shapes()` it
+        is new: a recorded step keeps its memory for itself.
         """
+        if static.on():
+            return like.new_empty(n, self.d_sae)
         room = self._scratch.get("moved")
         if room is None or len(room) != n or room.device != like.device or room.dtype != like.dtype:
             room = torch.empty(n, self.d_sae, device=like.device, dtype=like.dtype)
@@ -503,8 +537,7 @@ class Purified(SAE):
         """
         # Neighbours share a direction: rows are in random order already.
         each = math.ceil(len(x) / pool)
-        size = self.eps.item() * self.cloud.radius
-        delta = self.cloud.directions(kind, math.ceil(len(x) / each), g).mul_(size)
+        delta = self.cloud.directions(kind, math.ceil(len(x) / each), g).mul_(self.reach)
         effect = torch.mm(delta, self.W_enc.detach().t())
         sign = perturb.signs(len(x), g).to(x.dtype)
         n_full = len(x) // each
@@ -528,7 +561,7 @@ class Purified(SAE):
             fwd: The forward pass of the batch.
             g: Source of random numbers.
         """
-        eps, reach = self.eps.item(), self.eps.item() * self.cloud.radius
+        eps, reach = self._eps, self.reach
         if kind in perturb.SHARED:
             return self.cloud.directions(kind, len(x), g).mul_(reach)
         if kind == "mask":
@@ -558,7 +591,7 @@ class Purified(SAE):
         latents = perturb.choose(codes, stability, self.W_enc, self.W_dec, self.purification.aim, g)
         sign = perturb.signs(len(latents), g) * (latents >= 0)
         directions = ops.unit_rows(self.W_dec[latents.clamp_min(0)])
-        length = sign * self.eps.item() * self.cloud.radius
+        length = sign * self._eps * self.cloud.radius
         return latents, sign, directions * length[:, None]
 
     def after_step(self, fwd: Forward, step: Step) -> None:
@@ -567,28 +600,43 @@ class Purified(SAE):
         if not p.active:
             return
         if self._last is not None:
+            on = self._strength(step) > 0
             if p.kinds.get("targeted"):
-                self._average(self.moved, self._last.col, self._last.value.abs())
-                self._average(self.mass, self._last.col, self._last.mass)
+                self._average(self.moved, self._last.moved(), on)
+                self._average(self.mass, self._last.masses(), on)
             if p.adapt["rate"]:
-                self.adapt(self._last.jaccard(round(p.row_frac * len(fwd.batch.x))))
-        part = min(int(step.progress * EPS_TRACE), EPS_TRACE - 1)
-        self.eps_trace[part] = self.eps
+                self.adapt(self._last.jaccard(), on)
+        self._trace(step)
         if self.early_stopping is not None:
             self.early_stopping.look(self, step.progress)
 
-    def _average(self, total: Tensor, col: Tensor, part: Tensor) -> None:
-        """Update a moving sum per latent (F,) in place, with entries (n,) of latents `col` (n,)."""
-        by_latent = torch.bincount(col, part, minlength=self.d_sae)
-        total.lerp_(by_latent.to(total.dtype), FORGET)
+    def _trace(self, step: Step) -> None:
+        """Record eps in the part of the run that a step falls in."""
+        if static.on():
+            part = (torch.as_tensor(step.progress) * EPS_TRACE).long().clamp_max(EPS_TRACE - 1)
+            self.eps_trace.index_copy_(0, part.view(1), self.eps.to(self.eps_trace).view(1))
+        else:
+            self.eps_trace[min(int(step.progress * EPS_TRACE), EPS_TRACE - 1)] = self.eps
 
-    def adapt(self, jaccard: float) -> None:
-        """Let eps follow the moving average of the supports' Jaccard index."""
-        a = self.purification.adapt
-        old = self.jaccard.item()
-        self.jaccard.fill_(jaccard if math.isnan(old) else 0.9 * old + 0.1 * jaccard)
-        eps = self.eps.item() * math.exp(a["rate"] * (self.jaccard.item() - a["target"]))
-        self.eps.fill_(min(max(eps, a["low"]), a["high"]))
+    def _average(self, total: Tensor, now: Tensor, on: Tensor | bool) -> None:
+        """Update a moving sum per latent (F,) in place, unless the terms are off."""
+        if static.on():
+            total.lerp_(now.to(total.dtype), FORGET * torch.as_tensor(on).to(total.dtype))
+        else:
+            total.lerp_(now.to(total.dtype), FORGET)
+
+    def adapt(self, jaccard: Tensor, on: Tensor | bool = True) -> None:
+        """Let eps follow the moving average of the supports' Jaccard index.
+
+        Args:
+            jaccard: The index in a step, a scalar.
+            on: False where the terms are off, and nothing follows.
+        """
+        a, jaccard = self.purification.adapt, jaccard.to(self.jaccard)
+        mean = torch.where(self.jaccard.isnan(), jaccard, 0.9 * self.jaccard + 0.1 * jaccard)
+        eps = self.eps * torch.exp(a["rate"] * (mean - a["target"]))
+        self.jaccard.copy_(torch.where(torch.as_tensor(on), mean, self.jaccard))
+        self.eps.copy_(torch.where(torch.as_tensor(on), eps.clamp(a["low"], a["high"]), self.eps))
 
     def finish(self, phase: str, x: Tensor) -> None:
         if self.purification.active and self.early_stopping is not None:
