@@ -113,6 +113,7 @@ def fit(args: argparse.Namespace) -> None:
                 "what": what,
                 "fvu": measured["sae_fvu_ordinary"],
                 "dead": measured["sae_dead_frac"],
+                "lr": report.lr,
                 "lr_factor": report.lr_factor,
                 "warnings": [one.key for one in report.warned],
                 "fvu_curve": [(s, v) for s, k, v in report.history if k == "fvu"],

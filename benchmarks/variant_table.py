@@ -40,9 +40,12 @@ def table(folder: Path) -> str:
         return grid(
             stats, read_json(folder / "manifest.json")["config"]["fit"]["train"]["batch_size"]
         )
-    names = list(dict.fromkeys(report.split(".", 1)[1] for report in stats if "." in report))
-    corpora = list(dict.fromkeys(report.split(".", 1)[0] for report in stats if "." in report))
-    batch = read_json(folder / "manifest.json")["config"]["fit"]["train"]["batch_size"]
+    manifest = read_json(folder / "manifest.json")
+    # The results of a run with one SAE are named after the corpus alone.
+    stats = {r if "." in r else f"{r}.{manifest['label']}": values for r, values in stats.items()}
+    names = list(dict.fromkeys(report.split(".", 1)[1] for report in stats))
+    corpora = list(dict.fromkeys(report.split(".", 1)[0] for report in stats))
+    batch = manifest["config"]["fit"]["train"]["batch_size"]
     lines = [
         "| SAE | "
         + " | ".join(f"{c}: {title}" for c in corpora for _, title, _ in COLUMNS)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
-from sae_experiments.fitting.rates import BackOff, with_default_lr
+from sae_experiments.fitting.rates import BackOff, with_default_lrs
 from sae_experiments.quality_warnings import Warned, of_back_off, of_fit, of_outliers
 from sae_experiments.saes import ops, static
 from sae_experiments.saes.base import SAE, Batch, Forward, Step, Units
@@ -311,11 +311,12 @@ def fit_saes(  # noqa: PLR0913 (keyword-only settings)
         if sae.controller is not None:
             sae.controller.horizon = first.steps
     scaled = rows.scaled_sample()
+    configs = with_default_lrs(given, saes, scaled.x)
     learners = [
         SAELearner(
             name,
             sae,
-            with_default_lr(given[name], sae, scaled.x),
+            configs[name],
             scaled,
             dead_after=dead_after,
             seed=seed,

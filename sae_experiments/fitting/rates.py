@@ -9,6 +9,7 @@ their rows move together. See docs/learning-rate.md for the measurements.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,20 +32,28 @@ ROWS = 8192
 
 
 def default_lr(sae: SAE, x: Tensor) -> float:
+    """The default rate of an SAE for rows like `x` (N, D), see `lr_for`."""
+    return lr_for(sae, fewest_directions(x, sae.n_sites))
+
+
+def lr_for(sae: SAE, n_directions: float) -> float:
     """`f min(1e-2, 5e-3 sqrt(512 / width) min(1, sqrt(directions / 25)))`, to two digits.
 
     Args:
         sae: The SAE, with f = `default_lr_factor`. `width` is that of the rows that one of its
             encoder rows reads.
-        x: Some of the rows that it is fitted to (N, D). Of several sites side by side, the one with
-            the fewest directions counts.
+        n_directions: Directions in which the rows vary that it is fitted to.
     """
     width = sae.d_in // sae.n_sites if sae.per_site else sae.d_in
-    some = spread_rows(x, min(len(x), ROWS))
-    fewest = min(directions(part) for part in some.tensor_split(sae.n_sites, 1))
-    lr = LR * math.sqrt(WIDTH / width) * min(1.0, math.sqrt(fewest / DIRECTIONS))
+    lr = LR * math.sqrt(WIDTH / width) * min(1.0, math.sqrt(n_directions / DIRECTIONS))
     # Two digits do not depend on the order of sums, which the number of threads decides.
     return float(f"{sae.default_lr_factor * min(lr, HIGHEST):.1e}")
+
+
+def fewest_directions(x: Tensor, n_sites: int) -> float:
+    """`directions` of some of the rows (N, D); of several sites side by side, the fewest."""
+    some = spread_rows(x, min(len(x), ROWS))
+    return min(directions(part) for part in some.tensor_split(n_sites, 1))
 
 
 def directions(x: Tensor) -> float:
@@ -59,9 +68,23 @@ def directions(x: Tensor) -> float:
     return float(covariance.trace().square() / squares) if squares > 0 else float(x.shape[1])
 
 
-def with_default_lr(cfg: TrainConfig, sae: SAE, x: Tensor) -> TrainConfig:
-    """Training settings with the default rate for rows `x` in place of `lr=null`."""
-    return cfg if cfg.lr is not None else replace(cfg, lr=default_lr(sae, x))
+def with_default_lrs(
+    given: Mapping[str, TrainConfig], saes: Mapping[str, SAE], x: Tensor
+) -> dict[str, TrainConfig]:
+    """Training settings of the SAEs of a pass, with the default rate in place of `lr=null`.
+
+    Args:
+        given: Settings by name of the SAE.
+        saes: The SAEs, which all read the same sites.
+        x: Some of the rows that they are fitted to (N, D).
+    """
+    if all(cfg.lr is not None for cfg in given.values()):
+        return dict(given)
+    n_directions = fewest_directions(x, next(iter(saes.values())).n_sites)
+    return {
+        name: cfg if cfg.lr is not None else replace(cfg, lr=lr_for(saes[name], n_directions))
+        for name, cfg in given.items()
+    }
 
 
 #: Further share of the latents that must be dead before the rate is halved again.

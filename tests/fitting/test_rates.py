@@ -14,7 +14,7 @@ from sae_experiments import build_sae, evaluate, fit_saes
 from sae_experiments.errors import UserError
 from sae_experiments.fitting import fit
 from sae_experiments.fitting.fit import Sample
-from sae_experiments.fitting.rates import BackOff, default_lr, directions, with_default_lr
+from sae_experiments.fitting.rates import BackOff, default_lr, directions, with_default_lrs
 from sae_experiments.saes.base import SAE
 from sae_experiments.training.loop import Session
 from support.saes import NAMES, D, batch, config, make, rows
@@ -87,8 +87,13 @@ def test_a_typed_rate_is_taken_as_typed() -> None:
     sae = make("topk")
     typed = config(lr=0.123)
     x = rows(64, 0)
-    assert with_default_lr(typed, sae, x) is typed
-    assert with_default_lr(replace(typed, lr=None), sae, x).lr == default_lr(sae, x)
+    other = make("matryoshka")
+    saes = {"typed": sae, "default": sae, "other": other}
+    given = {"typed": typed, "default": replace(typed, lr=None), "other": replace(typed, lr=None)}
+    found = with_default_lrs(given, saes, x)
+    assert found["typed"] is typed
+    assert found["default"].lr == default_lr(sae, x)
+    assert found["other"].lr == default_lr(other, x) != found["default"].lr
 
 
 def test_only_saes_have_a_default_rate() -> None:
@@ -214,7 +219,7 @@ def test_variants_whose_terms_change_do_not_step_back(name: str) -> None:
     learner = fit.SAELearner(
         name,
         sae,
-        with_default_lr(cfg, sae, start),
+        with_default_lrs({name: cfg}, {name: sae}, start)[name],
         Sample(start, start, start),
         dead_after=100,
         seed=0,
