@@ -75,8 +75,6 @@ def fit(args: argparse.Namespace) -> None:
     import torch
 
     from sae_experiments import build_sae, evaluate, fit_saes
-    from sae_experiments.fitting.rates import default_lr
-    from sae_experiments.sampling import spread_rows
 
     if args.rows.startswith("planted:"):
         x = planted(int(args.rows.removeprefix("planted:")))
@@ -85,11 +83,18 @@ def fit(args: argparse.Namespace) -> None:
     n_held = round(HELD_OUT * len(x))
     held, x = x[-n_held:].float(), x[:-n_held]
     width = x.shape[1]
+
+    def built() -> Any:
+        return build_sae(name, width, target_l0=args.l0, d_sae=args.d_sae or 8 * width)
+
     for name in args.saes.split(","):
+        # The fit counts directions on its own sample, without outlier rows.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            default = fit_saes(built(), x, steps=1, batch_size=args.batch)["sae"].lr
         for factor in (float(f) for f in args.factors.split(",")):
-            sae = build_sae(name, width, target_l0=args.l0, d_sae=args.d_sae or 8 * width)
+            sae = built()
             # With the default rate the fit may step back; typed rates are taken as they are.
-            default = default_lr(sae, spread_rows(x, 1 << 14).float())
             lr = None if factor == 1 else factor * default
             what = {
                 "rows": args.rows if args.rows.startswith("planted:") else Path(args.rows).stem,
