@@ -28,6 +28,7 @@ class Crosscoder(Standard):
     """
 
     static_steps = True
+    default_lr_factor = 1.0
 
     def __init__(self, *, n_sites: int, start_norm: float, **kwargs: Any) -> None:
         super().__init__(norm_weighted=True, **kwargs)

@@ -33,6 +33,7 @@ class Gated(Standard):
     """
 
     static_steps = True
+    default_lr_factor = 1.0
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

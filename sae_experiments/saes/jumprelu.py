@@ -86,6 +86,7 @@ class JumpReLU(Standard):
     """
 
     static_steps = True
+    default_lr_factor = 1.0
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ class KL(Standard):
     """
 
     static_steps = True
+    default_lr_factor = 1.0
 
     def __init__(
         self, *, form: str, rho: float | None, per_entry: bool, unit_decoder: bool, **kwargs: Any

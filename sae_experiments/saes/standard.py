@@ -38,6 +38,8 @@ class Standard(SAE):
     """
 
     static_steps = True
+    # Latents do not compete for places: twice the rate that top-k codes stand, on most rows.
+    default_lr_factor = 2.0
 
     controller: L0Controller
 
