@@ -404,6 +404,10 @@ def main() -> None:
     if unknown := set(chosen) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
     if args.device:
+        import torch
+
+        if args.device.startswith("cuda") and not torch.cuda.is_available():
+            parser.error(f"--device {args.device}: there is no CUDA device here")
         on_device(args, args.sections or ["steps", "lm"])
         return
     arena = Arena(args.threads, args.rounds, args.tuned)

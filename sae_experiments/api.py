@@ -23,7 +23,9 @@ from sae_experiments.fitting.fit import FitReport, RowHandling, Sample
 from sae_experiments.fitting.spec import SAESpec
 from sae_experiments.metrics import reconstruction, sparsity
 from sae_experiments.metrics.base import EvalContext
+from sae_experiments.quality_warnings import Warned, of_metrics
 from sae_experiments.saes.base import SAE, Batch
+from sae_experiments.sampling import spread_rows
 from sae_experiments.steering import steer
 from sae_experiments.training.loop import TrainConfig, seed_of
 
@@ -49,6 +51,8 @@ def build_sae(name: str, d_in: int, *, seed: int = 0, **settings: Any) -> SAE:
         UserError: The variant or an option does not exist, or the variant needs more than one
             tensor of activations.
     """
+    if isinstance(d_in, bool) or not isinstance(d_in, int):
+        raise UserError(f"build_sae: d_in={d_in!r} must be a whole number")
     sae_spec, _ = _sae_spec(name, settings)
     sae = sae_spec.seeded(d_in, d_in, seed)
     if sae.n_sites != 1 or sae.needs_model:
@@ -96,9 +100,7 @@ def fit_saes(
         NonFinite: A loss became NaN or infinite.
     """
     _tell_late()
-    named = {"sae": saes} if isinstance(saes, SAE) else dict(saes)
-    if not named:
-        raise UserError("there is no SAE to fit")
+    named = _named(saes)
     d_in = sorted({sae.d_in for sae in named.values()})
     device = next(iter(named.values())).b_enc.device
     cfg = _config(train)
@@ -130,9 +132,35 @@ def fit_saes(
         backend=backend,
     )
     for name, report in reports.items():
-        for one in report.warned:
+        missed = _missed_l0(named[name], held)
+        reports[name] = report._replace(
+            warnings=[*report.warnings, *(one._asdict() for one in missed)]
+        )
+        for one in reports[name].warned:
             warnings.warn(f"{name}: {one.says}; {one.do}", stacklevel=2)
     return reports
+
+
+def _named(saes: Any) -> dict[str, SAE]:
+    """SAEs by name; a single one has the name `sae`."""
+    if isinstance(saes, SAE):
+        return {"sae": saes}
+    if not isinstance(saes, Mapping) or not all(isinstance(sae, SAE) for sae in saes.values()):
+        raise UserError(
+            'fit_saes needs an SAE, or SAEs by name such as {"a": sae, "b": other}, not '
+            f"{saes!r:.80}"
+        )
+    if not saes:
+        raise UserError("there is no SAE to fit")
+    return dict(saes)
+
+
+def _missed_l0(sae: SAE, held: Tensor) -> list[Warned]:
+    """Warning about an L0 on held-out rows (N, D) that is not the one asked for."""
+    some = spread_rows(held, CHUNK).float().to(sae.b_enc.device)
+    with torch.no_grad():
+        l0 = float((sae.encode(some) != 0).sum(1).float().mean())
+    return of_metrics({"sae_l0": l0}, sae.fixed_l0)
 
 
 def evaluate(sae: SAE, activations: Tensor | np.ndarray) -> dict[str, float | None]:
@@ -148,6 +176,8 @@ def evaluate(sae: SAE, activations: Tensor | np.ndarray) -> dict[str, float | No
     Raises:
         UserError: There are no rows, they have the wrong width, or they hold non-finite values.
     """
+    if not isinstance(sae, SAE):
+        raise UserError(f"evaluate needs an SAE and activations, not {sae!r:.80}")
     x = _rows(activations, [sae.d_in], "activations").float()
     ctx = EvalContext(sae=sae, device=sae.b_enc.device, x=x)
     quality = reconstruction.measure(ctx, rows=None)
@@ -171,6 +201,8 @@ def _rows(x: Tensor | np.ndarray, d_in: Sequence[int], what: str, least: int = 1
         with warnings.catch_warnings():
             # The array is only read, so the warning does not apply.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            if isinstance(x, np.ndarray):  # torch takes no reversed arrays, or swapped bytes
+                x = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
             x = torch.as_tensor(x).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
@@ -181,15 +213,18 @@ def _rows(x: Tensor | np.ndarray, d_in: Sequence[int], what: str, least: int = 1
             f"{what} of shape {tuple(x.shape)} and type {x.dtype} do not fit SAEs with"
             f" d_in={list(d_in)}: give rows (N, d_in) of real numbers"
         )
+    if x.layout != torch.strided or x.is_meta:
+        raise UserError(f"{what} must be a dense tensor with data: use .to_dense()")
     x = x.reshape(-1, x.shape[-1])
     if len(x) < least:
         raise UserError(f"{what} hold {len(x)} rows: at least {least} are needed")
     for first, part in zip(range(0, len(x), CHUNK), x.split(CHUNK), strict=True):
-        wrong = (~torch.isfinite(part).all(1)).nonzero()
+        # In float32, in which they are used: what float64 holds may be too large for it.
+        wrong = (~torch.isfinite(part.float()).all(1)).nonzero()
         if len(wrong):
             raise UserError(
                 f"{what} hold a value that is not finite in row {first + int(wrong[0])} of"
-                f" {len(x)}: leave such rows out"
+                f" {len(x)}, as float32: leave such rows out"
             )
     return x
 
@@ -230,7 +265,12 @@ def _sae_spec(name: str, settings: dict[str, Any]) -> tuple[SAESpec, TrainConfig
     overrides = [f"sae.{k.replace('__', '.')}={_text(v)}" for k, v in settings.items()]
     cfg, _ = compose_checked(conf_folder(), ["preset=laptop", f"sae={name}", *overrides])
     study = build(cfg.study)
-    sae_spec = next(iter(study.saes.values()))
+    if len(study.saes) != 1:
+        raise UserError(
+            f"build_sae({name!r}) with {', '.join(overrides) or 'no settings'} asks for "
+            f"{len(study.saes)} SAEs: give one value each, and build them one by one"
+        )
+    (sae_spec,) = study.saes.values()
     return sae_spec, sae_spec.config(study.fit.train)
 
 

@@ -84,8 +84,11 @@ def steer(
         UserError: There is no such run, SAE or latent, its language model is gone, or the prompt
             cannot be read by the model.
     """
+    _check_given(latent=latent, length=length, seed=seed)
     if length < 1 or not abs(strength) < float("inf"):
         raise UserError(f"length={length} must be at least 1, and strength={strength} a number")
+    if maximum is not None and not 0 < maximum < float("inf"):
+        raise UserError(f"maximum={maximum} must be a number above 0")
     of_run = find(Path(run).expanduser(), sae)
     rows = of_run.folder / REFERENCE
     fitted = load_sae(of_run.folder, rows=load_file(rows)["x"] if rows.is_file() else None)
@@ -102,6 +105,13 @@ def steer(
     written = continued(model, ids, by_site(change, widths), length, seed=seed)
     texts = ["".join(spelled(pieces, i) for i in row) for row in written.tolist()]
     return dict(zip(strengths, texts, strict=True))
+
+
+def _check_given(**numbers: Any) -> None:
+    """Raise `UserError` for a value that is no whole number."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise UserError(f"{name}={value!r} must be a whole number")
 
 
 def find(run: Path, sae: str | None) -> Found:
@@ -175,8 +185,8 @@ def _model_of(run: Path, config: dict[str, Any], record: Record) -> Path:
 
 def _reader(of_run: Found, prompt: str) -> Reader:
     """The language model of an SAE with a prompt, as the run read its text."""
-    if not prompt:
-        raise UserError("prompt is empty: give a text to continue")
+    if not isinstance(prompt, str) or not prompt:
+        raise UserError(f"prompt={prompt!r} must be a text to continue")
     device = torch.device("cpu")
     if of_run.pretrained is None:
         context = int(of_run.record.facts["context"])

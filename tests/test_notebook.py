@@ -6,12 +6,16 @@ import functools
 import os
 import subprocess
 import sys
+import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sae_experiments import build_sae, evaluate, fit_saes, load_sae, save_sae
 from sae_experiments.errors import UserError
+from sae_experiments.quality_warnings import OFF_TARGET
 from sae_experiments.saes.base import SAE, NotExportable
 from support.common import ROOT
 from support.saes import L0, NAMES, OF_SEVERAL_SITES, D, rows
@@ -262,3 +266,94 @@ def test_a_hundredth_of_huge_rows_has_a_number_of_its_own():
     assert ordinary["sae_outlier_frac"] == 0.0 and ordinary["sae_fvu_ordinary"] == pytest.approx(
         ordinary["sae_fvu"], rel=1e-9
     )
+
+
+def test_one_sae_under_two_names_is_refused() -> None:
+    sae = small()
+    with pytest.raises(UserError, match="a and b are one and the same SAE"):
+        fit_saes({"a": sae, "b": sae}, rows(1024, 0), **SETTINGS)
+
+
+@pytest.mark.parametrize("saes", [[small()], None, {"a": 3}])
+def test_what_is_no_sae_is_one_line(saes: Any) -> None:
+    with pytest.raises(UserError, match="needs an SAE, or SAEs by name"):
+        fit_saes(saes, rows(1024, 0), **SETTINGS)
+    with pytest.raises(UserError, match="evaluate needs an SAE and activations"):
+        evaluate(saes, rows(64, 0))
+
+
+@pytest.mark.parametrize(("name", "misses"), [("gated", True), ("batch_topk", False)])
+def test_a_short_fit_that_misses_its_l0_says_so(name: str, misses: bool) -> None:
+    sae, held_out = small(name), rows(2048, 1)
+    settings = {"steps": 100, "batch_size": 256, "lr": 2e-2}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        report = fit_saes(sae, rows(4096, 0), held_out=held_out, **settings)["sae"]
+    l0 = evaluate(sae, held_out)["sae_l0"]
+    assert l0 is not None and (abs(l0 / L0 - 1) > OFF_TARGET) == misses
+    assert ("sae_l0" in [one.key for one in report.warned]) == misses
+    assert any("sae_l0 is" in str(one.message) for one in told) == misses
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("topk", {"target_l0": [3, 4]}),
+        ("jumprelu", {"target_l0": 4, "model__bandwidth": [0.1, 0.2]}),
+        ("[topk,gated]", {}),
+    ],
+)
+def test_only_one_sae_is_built_at_a_time(name: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"asks for 2 SAEs|is not one"):
+        build_sae(name, D, d_sae=48, **settings)
+
+
+def test_curves_belong_to_the_sae_with_the_whole_name() -> None:
+    reports = fit_saes({"a": small(), "a/b": small()}, rows(1024, 0), **SETTINGS)
+    names = [{name for _, name, _ in report.history} for report in reports.values()]
+    assert names[0] == names[1] and not any("/" in name for name in names[0])
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+def test_metrics_do_not_depend_on_the_unit(unit: float, offset: float) -> None:
+    x = rows(4096, 0) + offset
+    sae = small()
+    fit_saes(sae, unit * x[:2048], **SETTINGS)
+    found = evaluate(sae, unit * x[2048:])
+    reference = small()
+    fit_saes(reference, x[:2048], **SETTINGS)
+    expected = evaluate(reference, x[2048:])
+    for name in ("sae_fvu", "sae_fvu_ordinary", "sae_cosine", "sae_l2_ratio", "sae_l0"):
+        assert found[name] == pytest.approx(expected[name], rel=2e-3), name
+
+
+def test_a_number_too_large_for_float32_is_named() -> None:
+    x = rows(1024, 0).double()
+    x[5, 3] = 1e39
+    with pytest.raises(UserError, match="not finite in row 5 of 1024, as float32"):
+        fit_saes(small(), x, **SETTINGS)
+    with pytest.raises(UserError, match="not finite in row 5 of 1024, as float32"):
+        evaluate(plainly_fitted(), x)
+
+
+def test_arrays_in_any_order_of_rows_and_bytes_are_taken() -> None:
+    x = rows(512, 0).numpy()
+    expected = evaluate(plainly_fitted(), x)
+    assert evaluate(plainly_fitted(), x.astype(">f4")) == expected
+    assert evaluate(plainly_fitted(), x[::-1].copy()) == evaluate(plainly_fitted(), x[::-1])
+
+
+@pytest.mark.parametrize("x", [rows(64, 0).to_sparse(), torch.empty(64, D, device="meta")])
+def test_tensors_without_rows_in_memory_are_refused(x: torch.Tensor) -> None:
+    with pytest.raises(UserError, match="must be a dense tensor with data"):
+        evaluate(plainly_fitted(), x)
+
+
+def test_saving_needs_no_metadata_and_says_where_it_cannot(tmp_path: Path) -> None:
+    x = rows(64, 0)
+    save_sae(plainly_fitted(), tmp_path / "sae", reference=x)
+    assert torch.equal(load_sae(tmp_path / "sae").encode(x), plainly_fitted().encode(x))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file cannot be written"):
+        save_sae(plainly_fitted(), tmp_path / "file", reference=x)

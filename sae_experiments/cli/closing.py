@@ -13,17 +13,26 @@ from sae_experiments.memory import peak_memory
 def block(folder: Path) -> str:
     """Format the leading metrics, averaged over the datasets of a run, then its cost.
 
+    With several SAEs each has its own lines, after a line with its name.
+
     Args:
         folder: Run folder with its `final_info.json` and `manifest.json`.
     """
-    values: dict[str, list[float]] = {}
-    for entry in read_json(folder / "final_info.json").values():
+    manifest = read_json(folder / "manifest.json")
+    names = list(manifest["config"].get("saes") or {})
+    by_sae: dict[str, dict[str, list[float]]] = {}
+    for result, entry in read_json(folder / "final_info.json").items():
+        # The longest name that fits: one may end with another one.
+        fitting = [name for name in names if result.endswith(f".{name}")]
+        values = by_sae.setdefault(max(fitting, key=len, default=""), {})
         for key, mean in entry["means"].items():
             if mean is not None:
                 values.setdefault(key.removesuffix("_mean"), []).append(mean)
-    manifest = read_json(folder / "manifest.json")
+    lines = ["---"]
+    for name, values in by_sae.items():
+        lines += [f"sae: {name}"] if len(by_sae) > 1 else []
+        lines += [f"{key}: {statistics.mean(each):.6f}" for key, each in values.items()]
     times = [datetime.fromisoformat(manifest[key]) for key in ("started", "ended")]
-    lines = {name: f"{statistics.mean(each):.6f}" for name, each in values.items()}
-    lines["total_seconds"] = f"{(times[1] - times[0]).total_seconds():.1f}"
-    lines["peak_memory_mb"] = f"{peak_memory() / 1e6:.1f}"
-    return "\n".join(["---", *(f"{name}: {value}" for name, value in lines.items())])
+    lines.append(f"total_seconds: {(times[1] - times[0]).total_seconds():.1f}")
+    lines.append(f"peak_memory_mb: {peak_memory() / 1e6:.1f}")
+    return "\n".join(lines)

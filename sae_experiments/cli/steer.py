@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -37,6 +39,10 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_status
-    for strength, text in texts.items():
-        print(f"{strength:+4g}: {given['prompt']}|{text}")
+    try:
+        for strength, text in texts.items():
+            print(f"{strength:+4g}: {given['prompt']}|{text}", flush=True)
+    except BrokenPipeError:  # nobody reads the output any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0

@@ -276,6 +276,20 @@ def _check_kind(key: str, value: Any, before: Any) -> None:
         raise UserError(f"{key}={value} must be {words} (now {now})")
 
 
+def check_l0(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise `UserError` if the sparsity of an SAE was typed twice, with different numbers."""
+    typed = {override.partition("=")[0].lstrip("+") for override in overrides}
+    for key in ("sae.model.k", "sae.model.target_l0"):
+        if not {key, "sae.target_l0"} <= typed:
+            continue
+        asked, other = OmegaConf.select(cfg, "sae.target_l0"), OmegaConf.select(cfg, key)
+        if asked != other:
+            raise UserError(
+                f"sae.target_l0={asked} and {key}={other} contradict each other: leave out {key}, "
+                "which follows from the first"
+            )
+
+
 def check_texts(cfg: DictConfig) -> None:
     """Check that text settings in YAML files are text: unquoted, 2026_11_2 is read as a number."""
     for key, value in flatten(as_dict(cfg), branches=True).items():

@@ -28,6 +28,7 @@ from sae_experiments.config.checks import (
     check_groups,
     check_key,
     check_keys,
+    check_l0,
     check_texts,
     is_group,
     last_value,
@@ -113,6 +114,7 @@ def compose_checked(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, s
             check_keys(each.own, [each.base])
             for label, complete in each.variants(common):
                 runs[label] = _compose(complete)
+                check_l0(runs[label], complete)
     saes = {label: as_dict(run.sae) for label, run in runs.items()}
     cfg = list(runs.values())[-1]  # they differ in nothing but the SAE
     check_texts(cfg)

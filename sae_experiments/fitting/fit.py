@@ -19,6 +19,7 @@ from sae_experiments.quality_warnings import Warned, of_back_off, of_fit, of_out
 from sae_experiments.saes import ops, static
 from sae_experiments.saes.base import SAE, Batch, Forward, Step, Units
 from sae_experiments.saes.outliers import OrdinaryRows
+from sae_experiments.saes.types import RESOLUTION
 from sae_experiments.training.loop import (
     History,
     Learner,
@@ -415,11 +416,7 @@ class FittedRows:
 def _report(learner: SAELearner, progress: Progress, rows: FittedRows, *, alone: bool) -> FitReport:
     """Report of one SAE of a pass; in curves of several SAEs each name begins with the SAE's."""
     counts = rows.ordinary.counts._asdict()
-    history = [
-        (step, name.removeprefix(f"{learner.name}/"), value)
-        for step, name, value in progress.history
-        if alone or name.startswith(f"{learner.name}/")
-    ]
+    history = progress.history if alone else _own_history(learner.name, progress)
     warnings = [
         *of_outliers(**counts, handling=rows.handling.outliers),
         *_warnings(learner, history),
@@ -437,6 +434,17 @@ def _report(learner: SAELearner, progress: Progress, rows: FittedRows, *, alone:
         warnings=[one._asdict() for one in warnings],
         backend=learner.backend,
     )
+
+
+def _own_history(name: str, progress: Progress) -> History:
+    """The curves of one SAE of a pass, in which each name begins with the SAE's and a slash."""
+    # The name of an SAE may hold slashes itself.
+    longer = tuple(f"{n}/" for n in progress.own_seconds if n.startswith(f"{name}/"))
+    return [
+        (step, key.removeprefix(f"{name}/"), value)
+        for step, key, value in progress.history
+        if key.startswith(f"{name}/") and not key.startswith(longer)
+    ]
 
 
 def _warnings(learner: SAELearner, history: History) -> list[Warned]:
@@ -463,9 +471,15 @@ def _n_sites(saes: Mapping[str, SAE]) -> int:
 
 
 def _check_shared(saes: Mapping[str, SAE], configs: Mapping[str, TrainConfig]) -> None:
-    """Raise `UserError` if SAEs of one pass differ in a setting that the pass shares."""
+    """Raise `UserError` for an SAE with two names, and for SAEs with different shared settings."""
     first = next(iter(saes))
-    for name in saes:
+    names: dict[int, str] = {}
+    for name, sae in saes.items():
+        if names.setdefault(id(sae), name) != name:
+            raise UserError(
+                f"{names[id(sae)]} and {name} are one and the same SAE, which would be trained "
+                "twice: build one for each name"
+            )
         for key in OF_THE_PASS:
             value, expected = getattr(configs[name], key), getattr(configs[first], key)
             if value != expected:
@@ -511,8 +525,6 @@ SCALES = ("spread", "robust", "none")
 OUTLIERS = ("leave_out", "keep")
 #: Share of the rows that "robust" uses: those nearest to the medians of the columns.
 ORDINARY = 0.95
-#: Float32 has seven digits: values that vary by less, relative to their size, are constant.
-RESOLUTION = 1e-7
 
 
 def units_of(x: Tensor, what: str, blocks: int = 1, *, scale: str = "spread") -> Units:

@@ -38,6 +38,7 @@ from sae_experiments.metrics.rate_distortion import (
     strongest,
     windows_of,
 )
+from sae_experiments.saes.types import RESOLUTION
 
 FVU_INFO = [
     MetricInfo(
@@ -270,7 +271,7 @@ def measure(ctx: EvalContext, **options: Any) -> Measured:
     y = y[test]
     centred = y[ordinary] - y[ordinary].mean(0) if ordinary.any() else y[:0]
     variance = float(np.square(centred).sum())
-    if not variance > 1e-12 * len(y):
+    if not variance > RESOLUTION**2 * float(np.square(y, dtype=np.float64).sum()):
         return nulls(INFO, "the held-out rows do not vary")
     quantised = _quantised(Quantiser(split.train, split.code), opts)
     by_fvu = _by_fvu(split, quantised, y, variance, opts)

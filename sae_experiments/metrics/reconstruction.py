@@ -11,7 +11,10 @@ from torch import Tensor
 from sae_experiments.metrics.base import EvalContext, Measured, MetricInfo
 from sae_experiments.metrics.noise import DRAWS, document_weights
 from sae_experiments.saes.outliers import Region
+from sae_experiments.saes.types import RESOLUTION
 
+#: The smallest number that is not 0.
+TINY = float(np.finfo(np.float64).tiny)
 #: Number of rows that tell which rows are ordinary.
 FEW = 4096
 #: Rows that are resampled together if the rows are not windows of text.
@@ -83,8 +86,11 @@ def measure(ctx: EvalContext, *, rows: int | None) -> Measured:
     # spread.
     region = Region.of(sample)
     shift = region.centre
-    every_row = _Sums()
-    ordinary = _Sums()
+    # Floors are relative to the size of the rows: their unit does not matter.
+    size = float(sample.square().sum(1).mean())
+    least = max(1e-8 * math.sqrt(size), TINY)
+    every_row = _Sums(RESOLUTION**2 * size)
+    ordinary = _Sums(RESOLUTION**2 * size)
     length = ctx.held_out.length if ctx.held_out is not None else WINDOW
     windows = _Windows(n_rows, ctx.sae.d_out, length)
     cosine = 0.0
@@ -98,9 +104,9 @@ def measure(ctx: EvalContext, *, rows: int | None) -> Measured:
         every_row.add(shifted, residual)
         ordinary.add(shifted[is_ordinary], residual[is_ordinary])
         windows.add(shifted, residual)
-        norm = y.norm(dim=1).clamp_min(1e-8)
+        norm = y.norm(dim=1).clamp_min(least)
         recon_norm = recon.norm(dim=1)
-        cosine += float(((y * recon).sum(1) / (norm * recon_norm.clamp_min(1e-8))).sum())
+        cosine += float(((y * recon).sum(1) / norm / recon_norm.clamp_min(least)).sum())
         ratio += float((recon_norm / norm).sum())
     n = every_row.n
     values = _fvus(every_row, ordinary)
@@ -133,9 +139,14 @@ def _why_null(fvus: dict[str, float | None], every_row: _Sums) -> dict[str, str]
 
 
 class _Sums:
-    """Squared error and variance of some rows, summed chunk by chunk in float64."""
+    """Squared error and variance of some rows, summed chunk by chunk in float64.
 
-    def __init__(self) -> None:
+    Args:
+        least: Variance per row at or below which rows count as constant.
+    """
+
+    def __init__(self, least: float) -> None:
+        self.least = least
         self.n = 0
         self.error = 0.0
         self.squares = 0.0
@@ -159,7 +170,7 @@ class _Sums:
     def fvu(self) -> float | None:
         """Fraction of variance unexplained; None if not finite or if the rows do not vary."""
         variance = self.variance()
-        if not self.finite() or not variance > 1e-12 * self.n:
+        if not self.finite() or not variance > self.least * self.n:
             return None
         return self.error / variance
 

@@ -20,6 +20,7 @@ from sae_experiments.models.frozen import FrozenModel
 from sae_experiments.models.hooks import Site, blocks_of, capture, patched
 from sae_experiments.models.layouts import CausalLM
 from sae_experiments.saes.cross_layer import EveryLayer
+from sae_experiments.saes.types import RESOLUTION
 
 _FROZEN = "attention weights and norm denominators held at those of the clean run"
 INFO = [
@@ -146,7 +147,13 @@ def _per_layer(ctx: EvalContext, sae: EveryLayer, rows: int) -> tuple[np.ndarray
         square += part.y.double().square().sum(0).cpu()
         active += (part.acts != 0).view(len(part.y), sae.n_sites, -1).sum((0, 2)).cpu()
         n += len(part.y)
-    variance = (square - total.square() / n).view(sae.n_sites, -1).sum(1).clamp_min(1e-12)
+    least = (
+        (RESOLUTION**2 * square)
+        .view(sae.n_sites, -1)
+        .sum(1)
+        .clamp_min(torch.finfo(torch.float64).tiny)
+    )
+    variance = (square - total.square() / n).view(sae.n_sites, -1).sum(1).maximum(least)
     return (error.view(sae.n_sites, -1).sum(1) / variance).numpy(), (active / n).numpy()
 
 

@@ -45,7 +45,11 @@ CHECKSUM = "sha256"
 
 @torch.no_grad()
 def save_sae(
-    sae: SAE, folder: Path | str, *, reference: Tensor, metadata: Mapping[str, Any]
+    sae: SAE,
+    folder: Path | str,
+    *,
+    reference: Tensor,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a trained SAE in SAELens' directory format.
 
@@ -54,11 +58,13 @@ def save_sae(
         folder: Directory to write.
         reference: Rows (N, D) that are stored with their codes and reconstructions, so that a
             loader can check that it computes the same.
-        metadata: Further keys of `cfg.json`, JSON-like; other values are stored as text.
+        metadata: Further keys of `cfg.json`, JSON-like; other values are stored as text. None: no
+            further keys.
 
     Raises:
         NotExportable: The format has no counterpart of the variant.
-        UserError: A tensor or a number of the metadata is not finite.
+        UserError: A tensor or a number of the metadata is not finite, or the directory cannot be
+            written.
     """
     folder = Path(folder)
     if next(sae.parameters()).dtype != torch.float32:
@@ -75,7 +81,7 @@ def save_sae(
         "device": "cpu",
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": exported(metadata),
+        "metadata": exported(metadata or {}),
         **config,
     }
     full = json.loads(json.dumps(full, default=str))
@@ -84,10 +90,15 @@ def save_sae(
     for name, tensor in {**tensors, "reference": reference}.items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{folder} is not written: {name} holds a value that is not finite")
-    write_bytes(folder / WEIGHTS, _bytes(tensors))
     recon = sae.reconstruct(reference, acts)
-    write_bytes(folder / REFERENCE, _bytes({"x": reference, "acts": acts, "recon": recon}))
-    write_json(folder / CONFIG, full)
+    try:
+        write_bytes(folder / WEIGHTS, _bytes(tensors))
+        write_bytes(folder / REFERENCE, _bytes({"x": reference, "acts": acts, "recon": recon}))
+        write_json(folder / CONFIG, full)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): give a folder that can be"
+        ) from error
 
 
 def _check_finite(value: Any, where: str) -> None:

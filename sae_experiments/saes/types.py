@@ -16,6 +16,9 @@ from torch import Tensor
 from sae_experiments.errors import of_type
 from sae_experiments.saes.pattern import Pattern
 
+#: Float32 has seven digits: values that vary by less, relative to their size, are constant.
+RESOLUTION = 1e-7
+
 
 class Batch(NamedTuple):
     """Rows of one training step."""

@@ -970,3 +970,14 @@ def test_the_shell_completes_keys_and_choices():
             check=True,
         )
         assert completed in answer.stdout
+
+
+@pytest.mark.parametrize("key", ["sae.model.k", "sae.model.target_l0"])
+def test_a_sparsity_that_is_typed_twice_is_refused(key: str) -> None:
+    name = {"sae.model.k": "batch_topk", "sae.model.target_l0": "jumprelu"}[key]
+    typed = [f"sae={name}", "sae.target_l0=16"]
+    with pytest.raises(UserError, match=f"sae.target_l0=16 and {key}=40 contradict each other"):
+        compose_checked(CONF, [*typed, f"{key}=40"])
+    compose_checked(CONF, [*typed, f"{key}=16"])
+    cfg, _ = compose_checked(CONF, [f"sae={name}", f"{key}=40"])
+    assert OmegaConf.select(cfg, key) == 40
