@@ -687,4 +687,5 @@ def _versions() -> dict[str, str]:
 def _device_name(device: torch.device, share: Shares) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {share.threads or torch.get_num_threads()} threads"
+    threads = share.threads or torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'' if threads == 1 else 's'}"
