@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 VARIANTS = ("topk", "batch_topk", "matryoshka", "standard", "jumprelu", "gated")
 FACTORS = (0.25, 0.5, 1.0, 2.0)
+TICKS = (*FACTORS, 4.0)
 WINDOW = 128
 HELD_OUT = 0.1  # share of the rows
 
@@ -149,12 +150,15 @@ def draw(args: argparse.Namespace) -> None:
     fits = results(args.results)
     several = collections.Counter((f["what"]["rows"], f["what"]["sae"]) for f in fits)
     sources = list(dict.fromkeys(rows for (rows, _), n in several.items() if n > 1))
-    fig, axes = plt.subplots(
-        1, len(sources), figsize=(3.2 * len(sources), 3.2), sharey=True, squeeze=False
-    )
-    for ax, source in zip(axes[0], sources, strict=True):
+    n_columns = min(len(sources), 3)
+    n_rows = -(-len(sources) // n_columns)
+    size = (3.2 * n_columns, 3.2 * n_rows)
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, sharey=True, squeeze=False)
+    for ax in axes.flat[len(sources) :]:
+        ax.set_axis_off()
+    for ax, source in zip(axes.flat, sources, strict=False):
         mine = [f for f in fits if f["what"]["rows"] == source]
-        for name in dict.fromkeys(f["what"]["sae"] for f in mine):
+        for name in VARIANTS:
             of_name = sorted(
                 (f for f in mine if f["what"]["sae"] == name), key=lambda f: f["what"]["factor"]
             )
@@ -175,11 +179,12 @@ def draw(args: argparse.Namespace) -> None:
             )
         ax.axhspan(1, 1.05, color="0.92", zorder=0)
         ax.set_xscale("log", base=2)
-        ax.set_xticks(FACTORS, [f"{f:g}" for f in FACTORS])
+        ax.set_xticks(TICKS, [f"{f:g}" for f in TICKS])
         ax.set_title(f"{source.split('.')[0]}, width {mine[0]['what']['width']}", fontsize=10)
         ax.legend(fontsize=8, frameon=False)
-        ax.set_xlabel("times the default rate")
-    axes[0][0].set_ylabel("FVU, relative to the best")
+        ax.set_xlabel("times the rate at f = 1")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("FVU, relative to the best")
     axes[0][0].set_ylim(0.98, 1.6)
     fig.tight_layout()
     fig.savefig(args.out, dpi=130)
