@@ -185,8 +185,10 @@ def _model_of(run: Path, config: dict[str, Any], record: Record) -> Path:
 
 def _reader(of_run: Found, prompt: str) -> Reader:
     """The language model of an SAE with a prompt, as the run read its text."""
-    if not isinstance(prompt, str) or not prompt:
-        raise UserError(f"prompt={prompt!r} must be a text to continue")
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt={prompt!r} must be a text")
+    if not prompt:
+        raise UserError("prompt is empty: give a text to continue")
     device = torch.device("cpu")
     if of_run.pretrained is None:
         context = int(of_run.record.facts["context"])

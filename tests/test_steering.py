@@ -132,7 +132,7 @@ def test_a_finished_run_can_be_steered(run: Experiment) -> None:
         ({"run": "nowhere"}, "is not the folder of a run"),
         ({"latent": 10**6}, "latent=1000000: text8_0 has latents 0 to"),
         ({"latent": -1}, "latent=-1: text8_0 has latents 0 to"),
-        ({"prompt": ""}, "prompt='' must be a text to continue"),
+        ({"prompt": ""}, "prompt is empty"),
         ({"prompt": "\u00e9"}, "characters that the model does not know"),
         ({"sae": "text9_0"}, "has no SAE text9_0: choose from text8_0"),
         ({"length": 0}, "length=0 must be at least 1"),

@@ -52,14 +52,14 @@ INFO = [
     MetricInfo(
         name="sae_cosine",
         title="cosine",
-        formula="mean y.yhat / (||y|| ||yhat||)",
+        formula="mean y.yhat / (||y|| ||yhat||) over rows that are not zero",
         better="up",
         shown=False,
     ),
     MetricInfo(
         name="sae_l2_ratio",
         title="L2 ratio",
-        formula="mean ||yhat|| / ||y||",
+        formula="mean ||yhat|| / ||y|| over rows that are not zero",
         better="none",
         shown=False,
     ),
@@ -95,6 +95,7 @@ def measure(ctx: EvalContext, *, rows: int | None) -> Measured:
     windows = _Windows(n_rows, ctx.sae.d_out, length)
     cosine = 0.0
     ratio = 0.0
+    n_directed = 0
     for chunk in ctx.chunks(rows):
         y = chunk.y.double()
         recon = chunk.recon.double()
@@ -104,19 +105,25 @@ def measure(ctx: EvalContext, *, rows: int | None) -> Measured:
         every_row.add(shifted, residual)
         ordinary.add(shifted[is_ordinary], residual[is_ordinary])
         windows.add(shifted, residual)
-        norm = y.norm(dim=1).clamp_min(least)
+        norm = y.norm(dim=1)
         recon_norm = recon.norm(dim=1)
-        cosine += float(((y * recon).sum(1) / norm / recon_norm.clamp_min(least)).sum())
-        ratio += float((recon_norm / norm).sum())
+        # Rows of zeros have no direction.
+        some = ~(norm <= least)
+        n_directed += int(some.sum())
+        cosines = (y * recon).sum(1) / (norm * recon_norm.clamp_min(least))
+        cosine += float(cosines[some].sum())
+        ratio += float((recon_norm / norm)[some].sum())
     n = every_row.n
     values = _fvus(every_row, ordinary)
     reasons = _why_null(values, every_row)
     values |= {
         "sae_outlier_frac": 1 - ordinary.n / n,
         "sae_mse": every_row.error / n / ctx.sae.d_out,
-        "sae_cosine": cosine / n,
-        "sae_l2_ratio": ratio / n,
+        "sae_cosine": cosine / n_directed if n_directed else None,
+        "sae_l2_ratio": ratio / n_directed if n_directed else None,
     }
+    if not n_directed:
+        reasons |= dict.fromkeys(("sae_cosine", "sae_l2_ratio"), "all held-out rows are zeros")
     noise = {} if values["sae_fvu"] is None else {"sae_fvu": windows.fvu_noise()}
     return Measured(values, why_null=reasons, noise=noise)
 

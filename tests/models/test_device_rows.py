@@ -86,7 +86,7 @@ def test_a_run_with_the_device_backend_finds_what_one_without_finds(
     experiment: Experiment, tapes: list[Any]
 ) -> None:
     """All stages in one process, with every step on a tape."""
-    args = ["sae=[batch_topk,standard,purified]", "lm.train.optimizer=adamw", "workers=1"]
+    args = ["sae=[batch_topk,purified,purified_stopped]", "lm.train.optimizer=adamw", "workers=1"]
     args += ["fit.train.steps=80"]
     assert in_this_process(experiment, "--out_dir=host", *args) == 0
     assert not tapes
@@ -96,7 +96,7 @@ def test_a_run_with_the_device_backend_finds_what_one_without_finds(
     found = [experiment.json(run, "final_info.json") for run in ("host", "device")]
     for path in (experiment.runs / "device/cells").iterdir():
         backend = json.loads(path.read_text())["facts"]["fit"]["backend"]
-        assert backend == ("host" if "purified" in path.stem else "device")
+        assert backend == ("host" if "purified_stopped" in path.stem else "device")
     for name in found[0]:
         host, device_ = (info[name]["means"] for info in found)
         assert set(host) == set(device_)

@@ -5,6 +5,7 @@ Shape letters: B rows, D `d_in`, F `d_sae`, n entries.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -81,7 +82,8 @@ class Change(Protocol):
         ...
 
 
-class Entries(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Entries(Change):
     """The change of sparse codes, for each of n entries.
 
     The entries of the code after come first, then those that occur only in the code before. Entries
@@ -102,7 +104,7 @@ class Entries(NamedTuple):
     """Rows and latents."""
 
     def detach(self) -> Entries:
-        return self._replace(value=self.value.detach())
+        return replace(self, value=self.value.detach())
 
     def _of_first(self, n_rows: int) -> tuple[Tensor, Tensor]:
         """Rows and values of the entries in the first rows."""
@@ -142,7 +144,8 @@ class Entries(NamedTuple):
         return slope, (moved.square() * (~own & (sign != 0))).sum()
 
 
-class Matrices(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Matrices(Change):
     """The change of codes as matrices of B rows: nothing has a shape that depends on the data."""
 
     value: Tensor
@@ -153,7 +156,7 @@ class Matrices(NamedTuple):
     """`|before| + |after|` without a graph, (B, F)."""
 
     def detach(self) -> Matrices:
-        return self._replace(value=self.value.detach())
+        return replace(self, value=self.value.detach())
 
     def squares(self, n_rows: int) -> Tensor:
         return self.value[:n_rows].square().sum(1)
