@@ -357,3 +357,12 @@ def test_saving_needs_no_metadata_and_says_where_it_cannot(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file cannot be written"):
         save_sae(plainly_fitted(), tmp_path / "file", reference=x)
+
+
+def test_rows_of_zeros_have_no_direction() -> None:
+    x, zeros = rows(512, 0) + 1, torch.zeros(100, D)
+    expected = evaluate(plainly_fitted(), x)
+    found = evaluate(plainly_fitted(), torch.cat([x, zeros]))
+    for name in ("sae_cosine", "sae_l2_ratio"):
+        assert found[name] == pytest.approx(expected[name])
+        assert evaluate(plainly_fitted(), zeros)[name] is None
