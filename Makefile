@@ -20,7 +20,7 @@ testing: $(VENV)/.testing  ## the same with the test extra
 $(VENV)/.testing: $(VENV)/.installed
 	$(LOCKED) $(BIN)/python -m pip install -q -e '.[test]' && touch $@
 
-run: install     ## the baseline run: three corpora, five cells (12 minutes on two AMD EPYC cores)
+run: install     ## the baseline run: three corpora, five cells (10 to 12 minutes on two AMD EPYC cores)
 	$(BIN)/python experiment.py --out_dir=run_0
 
 plot: install    ## figures and the comparison of all runs with run_0

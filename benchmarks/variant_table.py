@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from sae_experiments.files import read_json
+from sae_experiments.results.names import only_sae, put_together, sae_names
 from sae_experiments.results.records import Stat, read_records, statistics_of
 
 COLUMNS = (
@@ -41,8 +42,8 @@ def table(folder: Path) -> str:
             stats, read_json(folder / "manifest.json")["config"]["fit"]["train"]["batch_size"]
         )
     manifest = read_json(folder / "manifest.json")
-    # The results of a run with one SAE are named after the corpus alone.
-    stats = {r if "." in r else f"{r}.{manifest['label']}": values for r, values in stats.items()}
+    if not sae_names(manifest["config"]):  # results are named after the corpus alone
+        stats = {put_together(r, only_sae(manifest)): values for r, values in stats.items()}
     names = list(dict.fromkeys(report.split(".", 1)[1] for report in stats))
     corpora = list(dict.fromkeys(report.split(".", 1)[0] for report in stats))
     batch = manifest["config"]["fit"]["train"]["batch_size"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import sae_experiments
 from sae_experiments.config.compose import build, compose_checked
-from sae_experiments.errors import UserError
+from sae_experiments.errors import UserError, check_whole
 from sae_experiments.files import conf_folder
 from sae_experiments.fitting import fit
 from sae_experiments.fitting.fit import FitReport, RowHandling, Sample
@@ -51,8 +51,7 @@ def build_sae(name: str, d_in: int, *, seed: int = 0, **settings: Any) -> SAE:
         UserError: The variant or an option does not exist, or the variant needs more than one
             tensor of activations.
     """
-    if isinstance(d_in, bool) or not isinstance(d_in, int):
-        raise UserError(f"build_sae: d_in={d_in!r} must be a whole number")
+    check_whole(d_in=d_in)
     sae_spec, _ = _sae_spec(name, settings)
     sae = sae_spec.seeded(d_in, d_in, seed)
     if sae.n_sites != 1 or sae.needs_model:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,12 @@ def listed(names: Sequence[str]) -> str:
     """The names separated by commas, or their number if they do not fit on a line."""
     row = ", ".join(names)
     return row if len(row) <= SHOWN else f"{len(names)} SAEs"
+
+
+def nobody_reads() -> int:
+    """Print into the void from now on, after a `BrokenPipeError`; returns the exit status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def took(what: str, seconds: float, *, from_cache: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -49,6 +50,13 @@ def of_type(value: object, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise TypeError(f"{kind.__name__} expected, not {type(value).__name__}")
     return value
+
+
+def check_whole(**numbers: object) -> None:
+    """Raise `UserError` for a value that is no whole number; NumPy's count as well."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise UserError(f"{name}={value!r} must be a whole number")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from sae_experiments.errors import UserError
+from sae_experiments.errors import UserError, check_whole
 from sae_experiments.files import read_json
 from sae_experiments.metrics.steering import by_site, continued, direction
 from sae_experiments.models import local
@@ -84,7 +84,7 @@ def steer(
         UserError: There is no such run, SAE or latent, its language model is gone, or the prompt
             cannot be read by the model.
     """
-    _check_given(latent=latent, length=length, seed=seed)
+    check_whole(latent=latent, length=length, seed=seed)
     if length < 1 or not abs(strength) < float("inf"):
         raise UserError(f"length={length} must be at least 1, and strength={strength} a number")
     if maximum is not None and not 0 < maximum < float("inf"):
@@ -105,13 +105,6 @@ def steer(
     written = continued(model, ids, by_site(change, widths), length, seed=seed)
     texts = ["".join(spelled(pieces, i) for i in row) for row in written.tolist()]
     return dict(zip(strengths, texts, strict=True))
-
-
-def _check_given(**numbers: Any) -> None:
-    """Raise `UserError` for a value that is no whole number."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise UserError(f"{name}={value!r} must be a whole number")
 
 
 def find(run: Path, sae: str | None) -> Found:

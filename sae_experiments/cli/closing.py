@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sae_experiments.files import read_json
 from sae_experiments.memory import peak_memory
+from sae_experiments.results.names import sae_names, take_apart
 
 
 def block(folder: Path) -> str:
@@ -19,18 +20,17 @@ def block(folder: Path) -> str:
         folder: Run folder with its `final_info.json` and `manifest.json`.
     """
     manifest = read_json(folder / "manifest.json")
-    names = list(manifest["config"].get("saes") or {})
-    by_sae: dict[str, dict[str, list[float]]] = {}
+    saes = sae_names(manifest["config"])
+    # What belongs to no SAE (a circuit between two of them) comes first.
+    by_sae: dict[str, dict[str, list[float]]] = {"": {}}
     for result, entry in read_json(folder / "final_info.json").items():
-        # The longest name that fits: one may end with another one.
-        fitting = [name for name in names if result.endswith(f".{name}")]
-        values = by_sae.setdefault(max(fitting, key=len, default=""), {})
+        values = by_sae.setdefault(take_apart(result, saes).sae, {})
         for key, mean in entry["means"].items():
             if mean is not None:
                 values.setdefault(key.removesuffix("_mean"), []).append(mean)
     lines = ["---"]
     for name, values in by_sae.items():
-        lines += [f"sae: {name}"] if len(by_sae) > 1 else []
+        lines += [f"sae: {name}"] if name else []
         lines += [f"{key}: {statistics.mean(each):.6f}" for key, each in values.items()]
     times = [datetime.fromisoformat(manifest[key]) for key in ("started", "ended")]
     lines.append(f"total_seconds: {(times[1] - times[0]).total_seconds():.1f}")

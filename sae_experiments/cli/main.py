@@ -10,7 +10,6 @@ import functools
 import itertools
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from sae_experiments.config.compose import build, compose_checked
 from sae_experiments.config.hydra_habits import translate
 from sae_experiments.config.plans import complete
 from sae_experiments.config.typed import for_hydra, key_of, run_folder, value_of
+from sae_experiments.console import nobody_reads
 from sae_experiments.errors import UserError, first_line, is_out_of_memory
 from sae_experiments.files import conf_folder
 from sae_experiments.source import is_outside
@@ -114,9 +114,8 @@ def main(
             return _run(argv, plan, extra, conf, began)
     except UserError as error:
         return _failed(str(error), error.exit_status)
-    except BrokenPipeError:  # nobody reads the output any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    except BrokenPipeError:
+        return nobody_reads()
     except OSError as error:
         return _failed(os_error(error), 1)
     except (MemoryError, RuntimeError) as error:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Sequence
 
+from sae_experiments.console import nobody_reads
 from sae_experiments.errors import UserError
 
 #: Options with their types, defaults and explanations; all but the first two may be left out.
@@ -42,7 +41,6 @@ def main(argv: Sequence[str]) -> int:
     try:
         for strength, text in texts.items():
             print(f"{strength:+4g}: {given['prompt']}|{text}", flush=True)
-    except BrokenPipeError:  # nobody reads the output any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    except BrokenPipeError:
+        return nobody_reads()
     return 0

@@ -34,6 +34,7 @@ from sae_experiments.config.typed import (
     did_you_mean,
     for_hydra,
     is_text,
+    key_of,
 )
 from sae_experiments.errors import UserError, first_line
 from sae_experiments.flatten import flatten
@@ -278,7 +279,7 @@ def _check_kind(key: str, value: Any, before: Any) -> None:
 
 def check_l0(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Raise `UserError` if the sparsity of an SAE was typed twice, with different numbers."""
-    typed = {override.partition("=")[0].lstrip("+") for override in overrides}
+    typed = {key_of(override) for override in overrides}
     for key in ("sae.model.k", "sae.model.target_l0"):
         if not {key, "sae.target_l0"} <= typed:
             continue

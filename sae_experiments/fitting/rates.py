@@ -31,12 +31,7 @@ HIGHEST = 1e-2
 ROWS = 8192
 
 
-def default_lr(sae: SAE, x: Tensor) -> float:
-    """The default rate of an SAE for rows like `x` (N, D), see `lr_for`."""
-    return lr_for(sae, fewest_directions(x, sae.n_sites))
-
-
-def lr_for(sae: SAE, n_directions: float) -> float:
+def default_lr(sae: SAE, n_directions: float) -> float:
     """`f min(1e-2, 5e-3 sqrt(512 / width) min(1, sqrt(directions / 25)))`, to two digits.
 
     Args:
@@ -82,7 +77,7 @@ def with_default_lrs(
         return dict(given)
     n_directions = fewest_directions(x, next(iter(saes.values())).n_sites)
     return {
-        name: cfg if cfg.lr is not None else replace(cfg, lr=lr_for(saes[name], n_directions))
+        name: cfg if cfg.lr is not None else replace(cfg, lr=default_lr(saes[name], n_directions))
         for name, cfg in given.items()
     }
 

@@ -147,14 +147,14 @@ def _per_layer(ctx: EvalContext, sae: EveryLayer, rows: int) -> tuple[np.ndarray
         square += part.y.double().square().sum(0).cpu()
         active += (part.acts != 0).view(len(part.y), sae.n_sites, -1).sum((0, 2)).cpu()
         n += len(part.y)
-    least = (
-        (RESOLUTION**2 * square)
-        .view(sae.n_sites, -1)
-        .sum(1)
-        .clamp_min(torch.finfo(torch.float64).tiny)
-    )
-    variance = (square - total.square() / n).view(sae.n_sites, -1).sum(1).maximum(least)
-    return (error.view(sae.n_sites, -1).sum(1) / variance).numpy(), (active / n).numpy()
+
+    def of_site(sums: Tensor) -> Tensor:
+        return sums.view(sae.n_sites, -1).sum(1)
+
+    tiny = torch.finfo(torch.float64).tiny
+    least = (RESOLUTION**2 * of_site(square)).clamp_min(tiny)
+    variance = of_site(square - total.square() / n).maximum(least)
+    return (of_site(error) / variance).numpy(), (active / n).numpy()
 
 
 def _window_sums(

@@ -42,3 +42,13 @@ def test_each_of_several_saes_has_its_own_numbers(tmp_path: Path) -> None:
 def test_a_metric_without_a_value_has_no_line(tmp_path: Path, fvu: float | None) -> None:
     text = block(run_folder(tmp_path, ["topk"], {"enwik8": fvu}))
     assert ("sae_fvu" in text) == (fvu is not None)
+
+
+def test_a_circuit_comes_before_its_two_saes(tmp_path: Path) -> None:
+    fvus = {"enwik8": 1.0, "enwik8.up": 2.0, "enwik8.down": 3.0}
+    folder = run_folder(tmp_path, ["topk"], fvus)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["config"]["study"] = {"up": {}, "down": {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    expected = ["sae_fvu: 1.000000", "sae: up", "sae_fvu: 2.000000", "sae: down"]
+    assert block(folder).splitlines()[1:6] == [*expected, "sae_fvu: 3.000000"]

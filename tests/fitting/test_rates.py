@@ -14,7 +14,13 @@ from sae_experiments import build_sae, evaluate, fit_saes
 from sae_experiments.errors import UserError
 from sae_experiments.fitting import fit
 from sae_experiments.fitting.fit import Sample
-from sae_experiments.fitting.rates import BackOff, default_lr, directions, with_default_lrs
+from sae_experiments.fitting.rates import (
+    BackOff,
+    default_lr,
+    directions,
+    fewest_directions,
+    with_default_lrs,
+)
 from sae_experiments.saes.base import SAE
 from sae_experiments.training.loop import Session
 from support.saes import NAMES, D, batch, config, make, rows
@@ -50,12 +56,16 @@ def spanned(n_directions: int, n_sites: int) -> Tensor:
     return (100 + axes).repeat(1, n_sites)
 
 
+def rate_for(sae: SAE, x: torch.Tensor) -> float:
+    return default_lr(sae, fewest_directions(x, sae.n_sites))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_rate_of_every_variant_falls_with_the_root_of_the_width(name: str) -> None:
     sae, rates = make(name), []
     for width in (64, 128, 512, 1024, 2048):
         sae.d_in = width * (sae.n_sites if sae.per_site else 1)
-        rates.append(default_lr(sae, spanned(32, sae.n_sites)))
+        rates.append(rate_for(sae, spanned(32, sae.n_sites)))
     expected = [1e-2, 1e-2, 5e-3, 3.54e-3, 2.5e-3]
     assert rates == pytest.approx([sae.default_lr_factor * rate for rate in expected], rel=0.03)
 
@@ -64,7 +74,7 @@ def test_the_rate_of_every_variant_falls_with_the_root_of_the_width(name: str) -
 def test_the_rate_of_every_variant_falls_with_the_root_of_few_directions(name: str) -> None:
     sae = make(name)
     sae.d_in = 512 * (sae.n_sites if sae.per_site else 1)
-    rates = [default_lr(sae, spanned(n, sae.n_sites)) for n in (1, 4, 25, 50)]
+    rates = [rate_for(sae, spanned(n, sae.n_sites)) for n in (1, 4, 25, 50)]
     expected = [1e-3, 2e-3, 5e-3, 5e-3]
     assert rates == pytest.approx([sae.default_lr_factor * rate for rate in expected], rel=0.03)
 
@@ -80,7 +90,7 @@ def test_the_site_with_the_fewest_directions_decides() -> None:
     sae = make("crosscoder")
     parts = [spanned(32, 1), *[spanned(4, 1)[torch.arange(64) % 8]] * (sae.n_sites - 1)]
     sites = [torch.nn.functional.pad(part, (0, 32 - part.shape[1])) for part in parts]
-    assert default_lr(sae, torch.cat(sites, 1)) == default_lr(sae, spanned(4, sae.n_sites))
+    assert rate_for(sae, torch.cat(sites, 1)) == rate_for(sae, spanned(4, sae.n_sites))
 
 
 def test_a_typed_rate_is_taken_as_typed() -> None:
@@ -92,8 +102,8 @@ def test_a_typed_rate_is_taken_as_typed() -> None:
     given = {"typed": typed, "default": replace(typed, lr=None), "other": replace(typed, lr=None)}
     found = with_default_lrs(given, saes, x)
     assert found["typed"] is typed
-    assert found["default"].lr == default_lr(sae, x)
-    assert found["other"].lr == default_lr(other, x) != found["default"].lr
+    assert found["default"].lr == rate_for(sae, x)
+    assert found["other"].lr == rate_for(other, x) != found["default"].lr
 
 
 def test_only_saes_have_a_default_rate() -> None:
@@ -182,7 +192,7 @@ def _fit(path: Path | None, stop_at: int | None) -> tuple[SAE, fit.FitReport | N
 def test_a_fit_steps_back_says_so_and_resumes_with_the_same_bits(tmp_path: Path) -> None:
     whole, report = _fit(None, None)
     assert report is not None and report.lr_factor < 1
-    assert report.lr == default_lr(make("topk"), rows(2048, 10**6))
+    assert report.lr == rate_for(make("topk"), rows(2048, 10**6))
     assert report.facts["lr_factor"] == report.lr_factor
     assert "fit_lr" in [one.key for one in report.warned]
     rates = [value for _, name, value in report.history if name == "lr"]

@@ -40,7 +40,7 @@ class Change(Protocol):
         """The same change without its graph."""
         ...
 
-    def squares(self, n_rows: int) -> Tensor:
+    def row_squares(self, n_rows: int) -> Tensor:
         """Squared length (n_rows,) of the change of each of the first rows.
 
         Args:
@@ -48,7 +48,7 @@ class Change(Protocol):
         """
         ...
 
-    def square(self, n_rows: int) -> Tensor:
+    def total_square(self, n_rows: int) -> Tensor:
         """Sum of the squared changes of the first rows, a scalar."""
         ...
 
@@ -113,11 +113,11 @@ class Entries(Change):
         here = (self.row < n_rows).nonzero().squeeze(1)
         return self.row[here], self.value[here]
 
-    def squares(self, n_rows: int) -> Tensor:
+    def row_squares(self, n_rows: int) -> Tensor:
         row, value = self._of_first(n_rows)
         return value.new_zeros(n_rows).index_add(0, row, value.square())
 
-    def square(self, n_rows: int) -> Tensor:
+    def total_square(self, n_rows: int) -> Tensor:
         return self._of_first(n_rows)[1].square().sum()
 
     def moved(self) -> Tensor:
@@ -158,10 +158,10 @@ class Matrices(Change):
     def detach(self) -> Matrices:
         return replace(self, value=self.value.detach())
 
-    def squares(self, n_rows: int) -> Tensor:
+    def row_squares(self, n_rows: int) -> Tensor:
         return self.value[:n_rows].square().sum(1)
 
-    def square(self, n_rows: int) -> Tensor:
+    def total_square(self, n_rows: int) -> Tensor:
         return self.value[:n_rows].square().sum()
 
     def moved(self) -> Tensor:

@@ -320,7 +320,7 @@ class Purified(SAE):
         share = ramp(step.progress - p.clean_frac, p.warmup_frac)
         if static.on():
             on = step.progress >= p.clean_frac
-            return torch.as_tensor(share * on, dtype=self.W_enc.dtype).clamp_min(0)
+            return torch.as_tensor(share * on, dtype=self.W_enc.dtype)
         return share if step.progress >= p.clean_frac else 0.0
 
     @property
@@ -410,8 +410,8 @@ class Purified(SAE):
             n0: Size of the code, from `spread`.
         """
         if self.purification.norm == "l2sq":
-            return change.square(n_rows) / n_rows / n0
-        return ((change.squares(n_rows) + 1e-8).sqrt().mean() - 1e-4) / n0.sqrt()
+            return change.total_square(n_rows) / n_rows / n0
+        return ((change.row_squares(n_rows) + 1e-8).sqrt().mean() - 1e-4) / n0.sqrt()
 
     def spread(self, before: Codes) -> Tensor:
         """Size `(mean ||z||^2)^(1 - r) (mean ||z - mean z||^2)^r` of a code, with r = `relative`.
