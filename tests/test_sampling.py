@@ -18,7 +18,7 @@ from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.sampling import spread, spread_order, spread_rows
 from sae_experiments.studies.language.stores import DOCUMENT, held_out_starts
 from support.purified import HOSTS, kinds, plainly
-from support.saes import CONF, NAMES, M, effect, make, rows, step
+from support.saes import CONF, NAMES, M, downstream, make, rows, step
 
 #: Rows of a sample that is larger than what any SAE looks at to begin with.
 MANY = 20_000
@@ -169,7 +169,9 @@ def test_every_term_of_a_loss_depends_on_rows_from_every_part_of_the_batch(name)
         def parts(
             x: torch.Tensor, phase: str = phase, dead: torch.Tensor = dead
         ) -> dict[str, float]:
-            loss = sae.loss(Batch(x, x, None, effect), replace(step(sae, dead=dead), phase=phase))
+            loss = sae.loss(
+                Batch(x, x, None, downstream(x)), replace(step(sae, dead=dead), phase=phase)
+            )
             return {k: v.item() for k, v in loss.parts.items()}
 
         plain, other = parts(x), parts(rows(512, 12))

@@ -121,6 +121,15 @@ class Counts(nn.Module):
         self.register_buffer("rows_used", torch.zeros((), dtype=torch.int64, device=device))
 
 
+class Decided(NamedTuple):
+    """What the host decides about the coming steps."""
+
+    some_dead: bool
+    """They have terms for dead latents."""
+    over: bool
+    """Training of the SAE has stopped early."""
+
+
 class SAELearner(Learner):
     """An SAE as a learner: counts the rows since each latent fired and calls the SAE's hooks."""
 
@@ -141,8 +150,8 @@ class SAELearner(Learner):
         if recorded:
             none_dead = torch.zeros((), dtype=torch.bool, device=sae.b_enc.device)
             self.counts.register_buffer("some_dead", none_dead)
-        # The same on the host; None: not read yet.
-        self._some_dead: bool | None = None
+        # What the host decides from numbers of the device; None: not read yet.
+        self._decided: Decided | None = None
         self.back_off: BackOff | None = None
         self.sae = sae
         self.sample = sample
@@ -169,13 +178,16 @@ class SAELearner(Learner):
         return self.back_off.factor if self.recorded else self.back_off.factor.item()
 
     def inputs(self, batch: Batch) -> Batch:
-        return batch._replace(downstream=None)
+        return batch if self.sae.needs_model else batch._replace(downstream=None)
 
-    def decided(self) -> bool:
-        """True if the coming step has terms for dead latents."""
-        if self._some_dead is None:
-            self._some_dead = bool(self.counts.get_buffer("some_dead"))
-        return self._some_dead
+    def recordable(self, batch: Batch) -> bool:
+        return batch.downstream is None or batch.downstream.recordable
+
+    def decided(self) -> Decided:
+        if self._decided is None:
+            some_dead = bool(self.counts.get_buffer("some_dead"))
+            self._decided = Decided(some_dead, self.sae.training_over())
+        return self._decided
 
     @property
     def backend(self) -> str:
@@ -210,7 +222,8 @@ class SAELearner(Learner):
             progress=info.progress if info.clock is None else info.clock.progress,
             dead=self.counts.since_fired > self.dead_after,
             generator=info.generator,
-            some_dead=self.decided() if self.recorded else None,
+            some_dead=self.decided().some_dead if self.recorded else None,
+            over=self.decided().over if self.recorded else None,
         )
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
@@ -231,10 +244,12 @@ class SAELearner(Learner):
     @torch.no_grad()
     def look(self, loss: Loss, info: StepInfo) -> None:
         fwd: Forward = loss.extra
+        if not self.recorded or info.step % LOOK_EVERY == 0:
+            self.sae.look(info.progress)
         if self.recorded and info.step % LOOK_EVERY == 0:
             some_dead = self.counts.get_buffer("some_dead")
             some_dead.copy_((self.counts.since_fired > self.dead_after).any())
-            self._some_dead = None
+            self._decided = None
         # The loop shortens a warm-up longer than half a phase.
         warm = info.phase_step >= min(self.cfg.warmup_steps, info.phase_steps // 2)
         if self.back_off is not None and warm and info.step % BackOff.EVERY == 0:
@@ -400,8 +415,8 @@ class FittedRows:
     def scaled(self, batch: Batch) -> Batch:
         """A batch in the units of the fit."""
         if self.handling.outliers == "leave_out":
-            fixed = self.static_size and batch.downstream is None
-            of_batch = self.ordinary.of_batch_in_place if fixed else self.ordinary.of_batch
+            ordinary = self.ordinary
+            of_batch = ordinary.of_batch_in_place if self.static_size else ordinary.of_batch
             batch = of_batch(batch)
         x = self.inputs.apply(batch.x)
         rest = batch.downstream
@@ -409,7 +424,7 @@ class FittedRows:
             x,
             x if batch.y is batch.x else self.outputs.apply(batch.y),
             None if batch.alt is None else self.inputs.apply(batch.alt),
-            None if rest is None else lambda recon: rest(self.outputs.undo(recon)),
+            None if rest is None else rest._replace(units=self.outputs),
         )
 
 

@@ -22,6 +22,7 @@ from sae_experiments.fitting.fit import Sample, fit_saes
 from sae_experiments.fitting.spec import SAESpec
 from sae_experiments.saes import static
 from sae_experiments.saes.base import SAE, Batch, Step, Units
+from sae_experiments.saes.types import Downstream
 from sae_experiments.training.loop import TrainConfig
 
 #: The world: width, latents, active latents asked for, and true features.
@@ -54,15 +55,20 @@ def rows(n: int, seed: int) -> Tensor:
     return on * size @ _features() + 0.3
 
 
-def effect(recon: Tensor) -> dict[str, Tensor]:
+def effect(tokens: Tensor, recon: Tensor) -> dict[str, Tensor]:
     """A stand-in for the rest of a language model."""
     return {"kl": (recon[:, 0] - 0.1).square().mean(), "later": recon[:, 1].square().mean()}
+
+
+def downstream(x: Tensor) -> Downstream:
+    """The rest of a language model that has activations x (N, D)."""
+    return Downstream(effect, torch.zeros(len(x), 1, dtype=torch.int64, device=x.device))
 
 
 def batch(n: int = 64, seed: int = 0) -> Batch:
     """A batch of n rows for an autoencoder."""
     x = rows(n, seed)
-    return Batch(x, x, None, effect)
+    return Batch(x, x, None, downstream(x))
 
 
 def step(sae: SAE, progress: float = 0.5, dead: Tensor | None = None) -> Step:

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,23 +27,7 @@ def use_cheap_paths(model: PreTrainedModel) -> None:
                 setattr(part, name, _Dropout(child.p))
     AttentionInterface.register("causal_blocks", causal_attention)
     AttentionMaskInterface.register("causal_blocks", sdpa_mask)
-    # For `whole_windows`: without a mask function of that name, transformers makes no masks.
-    AttentionInterface.register("causal_windows", causal_attention)
     model.config._attn_implementation = "causal_blocks"
-
-
-@contextmanager
-def whole_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model of `use_cheap_paths` read whole windows, without a cache or a mask.
-
-    transformers otherwise looks at the positions in every pass, and waits for a device to do so.
-    """
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "causal_windows"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
 
 
 class _Dropout(nn.Dropout):

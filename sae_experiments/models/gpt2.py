@@ -31,11 +31,12 @@ from sae_experiments.errors import UserError
 from sae_experiments.files import read_json, write_json
 from sae_experiments.metric_info import MetricInfo
 from sae_experiments.models import hub  # noqa: F401 (keeps transformers from the network)
-from sae_experiments.models.cpu_kernels import use_cheap_paths, whole_windows
+from sae_experiments.models.cpu_kernels import use_cheap_paths
 from sae_experiments.models.decoding import StaticDecoder, generate
 from sae_experiments.models.device_text import DeviceText
 from sae_experiments.models.layouts import CausalLM, moved
 from sae_experiments.models.tokens import N_BYTES, Tokenizer, copy_tokenizer
+from sae_experiments.models.windows import whole_windows
 from sae_experiments.resources import Need, cpu_has_bf16
 from sae_experiments.source import source_digest
 from sae_experiments.training.loop import (
@@ -385,7 +386,7 @@ class LMLearner(Learner):
     def _mean_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean loss of a batch of ids and next ids (B, T)."""
         x, y = batch
-        windows = whole_windows(self.model) if self.recorded else nullcontext()
+        windows = whole_windows() if self.recorded else nullcontext()
         with windows, self.autocast():
             logits = self.forward(input_ids=x, use_cache=False).logits
         return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), y.view(-1))

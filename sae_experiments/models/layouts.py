@@ -59,6 +59,8 @@ class Layout:
     """True if the MLP sees all positions of a batch as one axis, (B T, D)."""
     gain: float = 0.0
     """Number that norms add to their weight before they multiply by it."""
+    waits: bool = False
+    """True if a forward pass copies numbers to the device, so that no CUDA graph can hold it."""
 
 
 _GPT2 = Layout(
@@ -102,6 +104,7 @@ LAYOUTS = {
         attn_out="attn.attention.out_proj",
         values="attn.attention.v_proj",
         out_proj="attn.attention.out_proj",
+        waits=True,
     ),
     "gpt_neox": Layout(  # Pythia
         blocks="gpt_neox.layers",

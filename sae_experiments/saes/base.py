@@ -244,6 +244,16 @@ class SAE(nn.Module):
     def after_step(self, fwd: Forward, step: Step) -> None:
         """Update buffers after an optimiser step; no other method may write them in training."""
 
+    def look(self, progress: float) -> None:
+        """Called between steps, with the share of training that is done; may read numbers.
+
+        On a device that is not after every step.
+        """
+
+    def training_over(self) -> bool:
+        """True if training has stopped early, and further steps change nothing that counts."""
+        return False
+
     def finish(self, phase: str, x: Tensor) -> None:
         """Calibrate thresholds for inference on rows (N, D) that were not trained on."""
 

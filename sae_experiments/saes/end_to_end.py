@@ -32,6 +32,7 @@ class EndToEnd(BatchTopK):
         **kwargs: Further arguments of `BatchTopK`.
     """
 
+    static_steps = True
     needs_model = True
     judged_by_fvu = False
 
@@ -52,7 +53,7 @@ class EndToEnd(BatchTopK):
         if fwd.batch.downstream is None:
             raise UserError("an end_to_end SAE needs the language model: use it in study=language")
         mse = ops.squared_error(fwd.recon, fwd.batch.y)
-        effect = fwd.batch.downstream(fwd.recon)
+        effect = fwd.batch.downstream.of(fwd.recon)
         return {
             "mse": self.local_coeff * mse,
             "kl": self.kl_coeff * effect["kl"],

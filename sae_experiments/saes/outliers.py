@@ -6,7 +6,7 @@ as long as the others (Sun et al. 2024, "Massive Activations in Large Language M
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,12 +128,19 @@ class OrdinaryRows:
         index = kept.nonzero().squeeze(1)
         x = batch.x[index]
         y = x if batch.y is batch.x else batch.y[index]
-        return Batch(x, y, None if alt is None else alt[index], _around(batch, index))
+        rest = batch.downstream
+        return Batch(
+            x,
+            y,
+            None if alt is None else alt[index],
+            None if rest is None else rest._replace(raw=batch.y, kept=index),
+        )
 
     def of_batch_in_place(self, batch: Batch) -> Batch:
         """The batch with the last ordinary row before it in place of each outlier.
 
-        Its size stays as it is, and no number is read. For a batch without `downstream`.
+        Its size stays as it is, and no number is read. In `downstream` the outliers stay as they
+        are.
         """
         kept = self.inputs.contains(batch.x)
         if batch.y is not batch.x:
@@ -146,7 +153,13 @@ class OrdinaryRows:
         x = batch.x.index_select(0, index)
         y = x if batch.y is batch.x else batch.y.index_select(0, index)
         alt = self._second_view(batch)
-        return Batch(x, y, None if alt is None else alt.index_select(0, index))
+        rest = batch.downstream
+        return Batch(
+            x,
+            y,
+            None if alt is None else alt.index_select(0, index),
+            None if rest is None else rest._replace(raw=batch.y, kept=kept),
+        )
 
     def _second_view(self, batch: Batch) -> Tensor | None:
         """The second view, with the row itself in place of an outlier."""
@@ -154,11 +167,3 @@ class OrdinaryRows:
         if alt is None:
             return None
         return torch.where(self.inputs.contains(alt)[:, None], alt, batch.x)
-
-
-def _around(batch: Batch, index: Tensor) -> Any:
-    """`batch.downstream` of the reconstructions of some rows, the other rows as they are."""
-    rest = batch.downstream
-    if rest is None:
-        return None
-    return lambda recon: rest(batch.y.index_copy(0, index, recon))

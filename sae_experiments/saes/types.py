@@ -29,8 +29,38 @@ class Batch(NamedTuple):
     """Target of the decoder, (B, O); x itself for an autoencoder."""
     alt: Tensor | None = None
     """Second view of the same rows, for a variant that asks for one."""
-    downstream: Callable[[Tensor], dict[str, Tensor]] | None = None
-    """Effect of a reconstruction (B, O) on the rest of the language model."""
+    downstream: Downstream | None = None
+    """The rest of the language model, for a variant whose loss goes through it."""
+
+
+class Downstream(NamedTuple):
+    """The rest of a language model on the windows of a batch."""
+
+    effect: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    """Measures from `tokens` and a reconstruction (R, O) of all R positions, in raw units. The same
+    object in every batch: a recorded step cannot call another one."""
+    tokens: Tensor
+    """Token ids of the windows, R in all."""
+    units: Units | None = None
+    """Units of reconstructions that `of` is given; None: raw ones."""
+    raw: Tensor | None = None
+    """Activations (R, O) of all positions; None if the batch has them all."""
+    kept: Tensor | None = None
+    """Positions that the reconstruction replaces: those of the rows of the batch, (B,) int64, or a
+    mask (R,) if the batch has R rows. The others keep their activations."""
+    recordable: bool = True
+    """Whether `effect` can be part of a CUDA graph."""
+
+    def of(self, recon: Tensor) -> dict[str, Tensor]:
+        """Effect of a reconstruction (B, O) of the rows of the batch."""
+        if self.units is not None:
+            recon = self.units.undo(recon)
+        if self.raw is not None and self.kept is not None:
+            if self.kept.dtype == torch.bool:
+                recon = torch.where(self.kept[:, None], recon, self.raw)
+            else:
+                recon = self.raw.index_copy(0, self.kept, recon)
+        return self.effect(self.tokens, recon)
 
 
 class Codes:
@@ -123,6 +153,8 @@ class Step:
     """The only source of randomness of a loss."""
     some_dead: bool | None = None
     """Whether latents are dead, as far as is known without asking the device. None: ask."""
+    over: bool | None = None
+    """Whether training has stopped early, decided likewise. None: ask the SAE."""
 
     @property
     def any_dead(self) -> bool:

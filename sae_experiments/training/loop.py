@@ -242,6 +242,10 @@ class Learner:
         """The part of a batch that a recorded step reads: a (nested) tuple of tensors and None."""
         return batch
 
+    def recordable(self, batch: Any) -> bool:
+        """True if the step of a batch may be recorded and replayed."""
+        return True
+
     def decided(self) -> Hashable:
         """Decisions of the host that the coming step depends on; may read numbers now and then."""
         return None
@@ -468,7 +472,11 @@ class _Running:
             loss, norm = self._computed(batch)
         else:
             self.clock.set(step, info.progress, self.lr_fraction)
-            loss, norm = self.replayed(learner.inputs(batch), learner.decided())
+            inputs = learner.inputs(batch)
+            if learner.recordable(inputs):
+                loss, norm = self.replayed(inputs, learner.decided())
+            else:
+                loss, norm = self._computed(inputs)
             self.guard.last = loss, norm  # `see` ran when the step was recorded
         learner.look(loss, info)
         return loss, info, norm

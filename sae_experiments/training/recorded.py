@@ -176,8 +176,8 @@ def _shapes(batch: Any) -> Hashable:
     if isinstance(batch, tuple):
         same = tuple(next(i for i, other in enumerate(batch) if other is one) for one in batch)
         return tuple(_shapes(part) for part in batch), same
-    if batch is None:
-        return None
+    if batch is None or isinstance(batch, bool) or callable(batch):
+        return batch  # the host's: part of the recording
     raise TypeError(f"a step with a {type(batch).__name__} in its batch cannot be recorded")
 
 

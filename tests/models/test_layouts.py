@@ -5,6 +5,7 @@ not fit.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sae_experiments.errors import UserError
+from sae_experiments.fitting.fit import FitReport, Sample, fit_saes
 from sae_experiments.metrics.base import EvalContext, LMSplice
 from sae_experiments.metrics.features import logit_effect
 from sae_experiments.models.hooks import (
@@ -30,8 +32,10 @@ from sae_experiments.models.hooks import (
 )
 from sae_experiments.models.layouts import LAYOUTS, layout_of_model
 from sae_experiments.models.local import load_local, sizes_of
+from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.saes.saelens_config import hook_of_site, site_of_hook
 from sae_experiments.saes.topk import TopK
+from sae_experiments.saes.types import Downstream
 from sae_experiments.studies.language.stores import effect_of
 from support.hand_forward import GEMMA, RMS, Hand
 from support.layouts import (
@@ -44,6 +48,8 @@ from support.layouts import (
     all_sites,
     made,
 )
+from support.saes import config, sae_spec
+from support.tape import Tape
 
 
 @pytest.fixture(params=MADE, ids=lambda p: "-".join(p))
@@ -51,9 +57,12 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
     return made(MADE[request.param])
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def ids(n: int = 3) -> torch.Tensor:
-    seeded = torch.Generator().manual_seed(1)
-    return torch.randint(0, VOCABULARY, (n, LENGTH), generator=seeded)
+    return torch.randint(0, VOCABULARY, (n, LENGTH), generator=seeded(1))
 
 
 def logits_of(model: nn.Module) -> torch.Tensor:
@@ -204,6 +213,49 @@ def test_the_effect_of_a_reconstruction_is_none_for_the_activations_themselves(
     same, other = (effect_of(model, site, ids(), r) for r in (x, x.roll(1, 0)))
     assert abs(float(same["kl"])) < 1e-5 and abs(float(same["later"])) < 1e-8
     assert float(other["kl"]) > 1e-4 and float(other["later"]) > 1e-4
+
+
+def test_steps_that_go_through_the_model_are_replayed_on_a_device(
+    model: nn.Module, tapes: list[Tape]
+) -> None:
+    """`end_to_end` on windows of text, outlier rows among them; nothing waits."""
+    site = Site("resid", 1)
+    effect = partial(effect_of, model, site)
+    recordable = not layout_of_model(model).waits
+
+    def batch_at(step: int) -> Batch:
+        tokens = torch.randint(0, VOCABULARY, (8, LENGTH), generator=seeded(step))
+        x = activations(model, tokens, [site])[site].flatten(0, 1)
+        x[3] = 1e4 * x[3]
+        return Batch(x, x, None, Downstream(effect, tokens, recordable=recordable))
+
+    def fit() -> tuple[SAE, FitReport]:
+        torch.manual_seed(0)
+        d_in = batch_at(0).x.shape[1]
+        sae = sae_spec("end_to_end", "sae.target_l0=4").model(d_in=d_in, d_sae=32, d_out=d_in)
+        start = torch.cat([batch_at(step).x for step in range(100, 110)])
+        reports = fit_saes(
+            {"end_to_end": sae},
+            batch_at,
+            config(steps=15, log_every=1),
+            Sample(start, start, start),
+            seed=0,
+            dead_after=10**6,
+            backend="device",
+        )
+        return sae, reports["end_to_end"]
+
+    replayed, report = fit()
+    assert sum(tape.replays for tape in tapes) == (11 if recordable else 0)
+    # Losses of a replayed step are those of its own windows.
+    kl = [value for _, name, value in report.history if name == "kl"]
+    assert len(kl) == len(set(kl)) == 15
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sae_experiments.training.recorded.RECORDERS", {})
+        ordinary, expected = fit()
+    assert report.history == expected.history
+    for name, value in replayed.state_dict().items():
+        assert torch.equal(value, ordinary.state_dict()[name]), name
 
 
 SMALL = {"vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}

@@ -22,11 +22,19 @@ from sae_experiments.saes.batch_topk import BatchTopK
 from sae_experiments.saes.outliers import OrdinaryRows
 from sae_experiments.saes.purified import perturb
 from sae_experiments.training.loop import Session
-from support.saes import NAMES, D, M, batch, config, make, rows, step
+from support.saes import NAMES, D, M, batch, config, downstream, make, rows, step
 from support.tape import OneDevice, Tape, nothing_waits
 
 #: Variants whose steps are made within `static.shapes()`.
 RECORDED = [name for name in NAMES if type(make(name)).__dict__.get("static_steps")]
+#: A fit of 30 steps that ends after step 10.
+STOPPED = (
+    "purified_stopped",
+    "sae.model.stop.patience=1",
+    "sae.model.stop.min_gain=1000",
+    "sae.model.stop.start_frac=0",
+    "sae.model.stop.eval_every_frac=0.1",
+)
 #: Settings that take other ways through a step.
 MORE = [
     ("matryoshka", "sae.model.sort_by_frequency=true"),
@@ -44,6 +52,8 @@ MORE = [
     ("purified", "sae/host=standard", "sae.model.weights.analytic=1"),
     ("purified", "sae.model.noise=uniform", "sae.model.relative=0"),
     ("purified", "sae.model.noise=mask"),
+    ("end_to_end", "sae.model.local_coeff=0"),
+    STOPPED,
     ("purified", "sae.model.noise=pgd", "sae.model.attack_steps=2"),
 ]
 CASES = [(name,) for name in RECORDED] + MORE
@@ -101,6 +111,16 @@ def test_a_replayed_step_waits_for_nothing_and_gives_the_bits_of_an_ordinary_one
     same_bits(replayed, ordinary)
     assert report.history == expected.history
     assert len(recorders) >= 1
+
+
+def test_an_sae_that_stops_early_has_a_recording_for_the_rest(tapes: list[Tape]) -> None:
+    sae, report = fitted(STOPPED)
+    watch = cast(Any, sae).early_stopping
+    assert watch.stopped_at == pytest.approx(10 / 30, abs=0.04) and watch.score_at == 0
+    # The curves of the steps after it have a loss of 0, and those before have none of it.
+    after = [step for step, name, _ in report.history if name == "stopped"]
+    assert after == [step for step, name, _ in report.history if name == "fvu" and step > 10]
+    assert len(tapes) == 2
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -244,6 +264,7 @@ def test_a_step_reads_nothing_from_the_memory_of_the_processor(
     if sae.controller is not None:
         sae.controller.horizon = 100
     x = torch.empty(256, D, device="meta")
+    given = Batch(x, x, None, downstream(x))
     for phase in sae.phases():
         params = [p for group in phase.groups for p in group.params]
         for p in sae.parameters():
@@ -254,11 +275,12 @@ def test_a_step_reads_nothing_from_the_memory_of_the_processor(
             dead=torch.empty(sae.d_sae, dtype=torch.bool, device="meta"),
             generator=cast(Any, SimpleNamespace(device=torch.device("meta"))),
             some_dead=dead,
+            over=False,
         )
         with static.shapes():
-            sae.loss(Batch(x, x), now)  # what is made once may come from the processor
+            sae.loss(given, now)  # what is made once may come from the processor
         with static.shapes(), OneDevice():
-            loss = sae.loss(Batch(x, x), now)
+            loss = sae.loss(given, now)
             if params:
                 loss.total.backward()
             sae.before_update()

@@ -11,7 +11,7 @@ from torch import Tensor
 from sae_experiments.fitting.fit import Sample, fit_saes
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.training import recorded
-from support.saes import NAMES, batch, config, make, rows
+from support.saes import NAMES, batch, config, downstream, make, rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -23,7 +23,7 @@ def fitted(name: str, *, device: str, backend: str, dead_after: int = -1) -> SAE
 
     def batch_at(step: int) -> Batch:
         x = batch(256, step).x.to(device)
-        return Batch(x, x)
+        return Batch(x, x, None, downstream(x))
 
     start, held = rows(2048, 10**6).to(device), rows(2048, 10**6 + 1).to(device)
     fit_saes(

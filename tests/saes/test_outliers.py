@@ -14,7 +14,7 @@ from sae_experiments.fitting import fit
 from sae_experiments.fitting.fit import RowHandling, Sample
 from sae_experiments.saes.base import SAE, Batch
 from sae_experiments.saes.outliers import Region
-from support.saes import L0, NAMES, D, config, effect, make, rows
+from support.saes import L0, NAMES, D, config, downstream, effect, make, rows
 
 HUGE = 300.0
 
@@ -71,13 +71,13 @@ def fitted(name: str, beside: Callable[[Tensor], Tensor], **more: str) -> SAE:
         inside = torch.isin(beside(x)[:, 0], x[:, 0])
         assert int(inside.sum()) == len(x)
 
-        def rest(recon: Tensor) -> dict[str, Tensor]:
+        def rest(tokens: Tensor, recon: Tensor) -> dict[str, Tensor]:
             assert torch.equal(recon[~inside], beside(x)[~inside]), "outliers stay as they are"
-            return effect(recon[inside])
+            return effect(tokens, recon[inside])
 
         alt = beside(x + 0.01)
         alt[0] = outlying()[0] if len(alt) > len(x) else x[0]
-        return Batch(beside(x), beside(x), alt, rest)
+        return Batch(beside(x), beside(x), alt, downstream(x)._replace(effect=rest))
 
     fit.fit_saes(
         {name: sae},

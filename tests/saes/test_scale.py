@@ -17,7 +17,7 @@ from sae_experiments.errors import UserError
 from sae_experiments.fitting.fit import Sample, fit_saes, units_of
 from sae_experiments.saes.base import SAE, Batch
 from support.interchange import EXPORTABLE
-from support.saes import L0, NAMES, D, config, effect, make, rows, trained
+from support.saes import L0, NAMES, D, config, downstream, effect, make, rows, trained
 from support.scaled import OFFSET, SD, numbers
 
 every_sae = pytest.mark.parametrize("name", NAMES)
@@ -45,7 +45,8 @@ def fitted(
 
     def batch_at(step: int) -> Batch:
         x = there(rows(128, step))
-        return Batch(x, target(x), None, lambda recon: effect(back(recon)))
+        rest = downstream(x)._replace(effect=lambda tokens, recon: effect(tokens, back(recon)))
+        return Batch(x, target(x), None, rest)
 
     fit_saes(
         {name: sae},

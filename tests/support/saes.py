@@ -18,6 +18,7 @@ from sae_experiments.fitting.laws import (
     Subject,
     batch,
     config,
+    downstream,
     effect,
     rows,
     step,
@@ -25,8 +26,8 @@ from sae_experiments.fitting.laws import (
 )
 from sae_experiments.saes.base import SAE
 
-__all__ = ["L0", "NAMES", "TRUE", "D", "M", "batch", "config", "effect", "make", "rows"]
-__all__ += ["sae_spec", "step", "subject", "trained", "unsettled"]
+__all__ = ["L0", "NAMES", "TRUE", "D", "M", "batch", "config", "downstream", "effect"]
+__all__ += ["make", "rows", "sae_spec", "step", "subject", "trained", "unsettled"]
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 #: SAEs that are trained here, which sae=saelens is not.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError
-from sae_experiments.saes.base import SAE, Batch, Codes, Forward, Step
+from sae_experiments.saes.base import SAE, Batch, Codes, Forward
 from sae_experiments.saes.purified.perturb import NoiseModel
 from sae_experiments.sampling import spread
 from sae_experiments.training.loop import Loss
@@ -165,7 +165,7 @@ class StabilityEarlyStopping(nn.Module):
         for p, value in zip(parameters, values, strict=True):
             p.copy_(value.view_as(p))
 
-    def idle(self, sae: SAE, batch: Batch, step: Step) -> Loss:
+    def idle(self, sae: SAE, batch: Batch) -> Loss:
         """A loss of zero that costs nothing, with the forward pass of an empty code."""
         x, y = batch.x[:2], batch.y[:2]
         zero = torch.stack([p.sum() * 0 for p in sae.parameters() if p.requires_grad]).sum()

@@ -175,21 +175,19 @@ def purify(
             "use another host"
         )
     purification = Purification(**settings)
-    # Early stopping looks at numbers after every evaluation.
-    static_steps = bool(cls.__dict__.get("static_steps")) and not purification.stop["patience"]
-    build = cast(Any, _purified(cast(Any, cls), static_steps))
+    build = cast(Any, _purified(cast(Any, cls)))
     sizes = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out}
     given = host.keywords if isinstance(host, partial) else {}
     return build(purification=purification, **sizes, **given)
 
 
 @cache
-def _purified(host: type[SAE], static_steps: bool) -> type[SAE]:
+def _purified(host: type[SAE]) -> type[SAE]:
     """The subclass of a host's class that is purified."""
     namespace = {
         "__module__": __name__,
         "__doc__": host.__doc__,
-        "static_steps": static_steps,
+        "static_steps": bool(host.__dict__.get("static_steps")),
     }
     return type(f"Purified{host.__name__}", (Purified, host), namespace)
 
@@ -271,8 +269,9 @@ class Purified(SAE):
                 "sae.model.mixture.token: token noise needs a second view of every row, "
                 "which is not there; use another kind"
             )
-        if p.active and self.early_stopping is not None and self.early_stopping.stopped:
-            return self.early_stopping.idle(self, batch, step)
+        if step.over if step.over is not None else self.training_over():
+            self._last = None
+            return of_type(self.early_stopping, StabilityEarlyStopping).idle(self, batch)
         return super().loss(batch, step)
 
     def support(self, pre: Tensor) -> Pattern | Tensor:
@@ -607,8 +606,15 @@ class Purified(SAE):
             if p.adapt["rate"]:
                 self.adapt(self._last.jaccard(), on)
         self._trace(step)
-        if self.early_stopping is not None:
-            self.early_stopping.look(self, step.progress)
+
+    def look(self, progress: float) -> None:
+        super().look(progress)
+        if self.purification.active and self.early_stopping is not None:
+            self.early_stopping.look(self, progress)
+
+    def training_over(self) -> bool:
+        stopping = self.early_stopping if self.purification.active else None
+        return stopping is not None and stopping.stopped
 
     def _trace(self, step: Step) -> None:
         """Record eps in the part of the run that a step falls in."""

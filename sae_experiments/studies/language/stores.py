@@ -6,6 +6,7 @@ import copy
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from sae_experiments.fitting.spec import FitSpec
 from sae_experiments.models.device_rows import Ahead, DeviceRows
 from sae_experiments.models.gpt2 import TrainedLM
 from sae_experiments.models.hooks import Site, Sites, as_sites, blocks_of, capture, patched
+from sae_experiments.models.layouts import layout_of_model
 from sae_experiments.models.local import TokenText
 from sae_experiments.models.store import Source, Store, bytes_to_collect, collect
 from sae_experiments.models.stream import ChunkIndex, Stream, Watch
+from sae_experiments.models.windows import whole_windows
 from sae_experiments.quality_warnings import Warned, of_rows
 from sae_experiments.resources import Need, announce
 from sae_experiments.saes import ops
 from sae_experiments.saes.base import Batch
+from sae_experiments.saes.types import Downstream
 from sae_experiments.sampling import spread_order
 from sae_experiments.studies.base import Context
 from sae_experiments.training.loop import seed_of
@@ -86,6 +90,7 @@ class Stores:
             )
         else:
             self.train = self._collected("train", parts, sites, ctx)
+        self._effects: dict[Site, Callable[..., dict[str, Tensor]]] = {}
         #: Training rows of a pass near the device; None: they are read when they are needed.
         self.near: DeviceRows | Ahead | None = None
         self.seconds = time.monotonic() - began
@@ -235,7 +240,9 @@ class Stores:
             (windows[:, None] * length + np.arange(length)).reshape(-1), read, write
         )
         tokens = self.corpus.windows("train", self.train.starts[windows], length).to(self.device)
-        return batch._replace(downstream=lambda recon: effect_of(self.model, write, tokens, recon))
+        effect = self._effects.setdefault(write, partial(effect_of, self.model, write))
+        recordable = not layout_of_model(self.model).waits
+        return batch._replace(downstream=Downstream(effect, tokens, recordable=recordable))
 
     def _batch(self, index: np.ndarray | ChunkIndex, read: Where, write: Where) -> Batch:
         x = self._rows(index, read)
@@ -335,10 +342,11 @@ def effect_of(model: nn.Module, site: Site, tokens: Tensor, recon: Tensor) -> di
     n_layer = len(blocks_of(model))
     first = site.layer + (site.stream == "resid")
     later = [Site("resid", layer) for layer in range(max(first, 1), n_layer + 1)]
-    with torch.no_grad(), capture(model, later) as clean:
+    with whole_windows(), torch.no_grad(), capture(model, later) as clean:
         logits = model(input_ids=tokens, use_cache=False).logits
         log_p = logits.float().log_softmax(-1)
-    with patched(model, site, lambda x: recon.view_as(x)), capture(model, later) as changed:
+    replaced = patched(model, site, lambda x: recon.view_as(x))
+    with whole_windows(), replaced, capture(model, later) as changed:
         log_q = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
     kl = F.kl_div(log_q, log_p, log_target=True, reduction="sum") / tokens.numel()
     errors = [
