@@ -14,9 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from sae_experiments.errors import UserError, of_type
-from sae_experiments.saes import ops, static
+from sae_experiments.saes import fused, ops, static
 from sae_experiments.saes.pattern import Pattern
-from sae_experiments.saes.types import Batch, Codes, Forward, Inference, Step, Units, by_rows
+from sae_experiments.saes.types import (
+    Batch,
+    Codes,
+    DenseForm,
+    Forward,
+    Inference,
+    Step,
+    Units,
+    by_rows,
+)
 from sae_experiments.training.loop import Group, Loss, Phase
 
 #: Pre-activations computed at once where rows can be encoded in blocks.
@@ -390,6 +399,9 @@ class SAE(nn.Module):
         """One forward pass that keeps a graph only where a gradient can flow."""
         bias = self.bias()
         x = self.encoder_input(batch.x)
+        form = self.dense_form() if fused.can_fuse(x) else None
+        if form is not None:
+            return self._fused_forward(batch, x, bias, form)
         support, values, pre = self._select(x, bias)
         pattern = support if isinstance(support, Pattern) else None
         active_pre = ops.entries(x, self.W_enc, bias, values, support)
@@ -409,6 +421,20 @@ class SAE(nn.Module):
             recon = recon + direct
         mask = None if isinstance(support, Pattern) else support
         return Forward(batch, pre, codes, recon, active_pre, levels, mask)
+
+    def _fused_forward(self, batch: Batch, x: Tensor, bias: Tensor, form: DenseForm) -> Forward:
+        """`training_forward` of a dense code of a known form, on a device."""
+        pre = self.encoder_matmul(x, bias)
+        codes, gate, counted = fused.dense_code(x, self.W_enc, bias, pre, form)
+        recon = ops.decode(codes.values, None, self.W_dec) + self.b_dec
+        direct = self.linear_path(batch.x)
+        if direct is not None:
+            recon = recon + direct
+        return Forward(batch, pre, codes, recon, gate, counted=counted)
+
+    def dense_form(self) -> DenseForm | None:
+        """How a training step gets a dense code from its pre-activations, if kernels know it."""
+        return None
 
     @property
     def matmul_dtype(self) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sae_experiments.saes import ops
 from sae_experiments.saes.base import SAE, Forward, Inference, Step
 from sae_experiments.saes.standard import Standard
+from sae_experiments.saes.types import DenseForm
 
 
 class Gated(Standard):
@@ -46,6 +47,13 @@ class Gated(Standard):
         gate, scale, bias = (p if col is None else p[col] for p in parameters)
         return torch.relu(scale * (entries - gate) + bias)
 
+    def dense_form(self) -> DenseForm | None:
+        """Gate and magnitude, for subclasses that do not change them."""
+        cls = type(self)
+        same = cls.support is Gated.support and cls.activation is Gated.activation
+        form = DenseForm("gated", scale=self.r_mag.exp(), shift=self.b_enc, bias=self.b_mag)
+        return form if same else None
+
     def threshold_score(self, pre: Tensor) -> Tensor:
         """Pre-activations of the gate where the magnitude is positive, 0 elsewhere."""
         # A latent with an open gate and no magnitude is not active.
@@ -53,10 +61,12 @@ class Gated(Standard):
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """The L1 penalty on the gate, and its squared error against a fixed decoder."""
-        gate = torch.relu(fwd.active_pre)
+        fused = fwd.counted is not None
+        gate = fwd.active_pre if fused else torch.relu(fwd.active_pre)
+        total = fwd.counted if fused else gate.sum()
         rebuilt = ops.decode(gate, fwd.codes.pattern, self.W_dec.detach()) + self.b_dec.detach()
         return {
-            "sparsity": self.coefficient(step) * gate.sum() / len(fwd.batch.x),
+            "sparsity": self.coefficient(step) * total / len(fwd.batch.x),
             "gate_mse": ops.squared_error(rebuilt, fwd.batch.y),
         }
 

@@ -14,6 +14,7 @@ from sae_experiments.errors import UserError
 from sae_experiments.saes import ops, static
 from sae_experiments.saes.base import Forward, Inference, Step
 from sae_experiments.saes.standard import Standard
+from sae_experiments.saes.types import DenseForm
 
 
 class _Jump(torch.autograd.Function):
@@ -129,10 +130,20 @@ class JumpReLU(Standard):
         theta = self.theta if col is None else self.theta[col]
         return _Jump.apply(entries, theta, self.bandwidth, self.form == "tanh")
 
+    def dense_form(self) -> DenseForm | None:
+        """The jump, for subclasses that do not change it."""
+        cls = type(self)
+        same = cls.support is JumpReLU.support and cls.activation is JumpReLU.activation
+        through = self.form == "tanh"
+        form = DenseForm("jump", scale=self.theta, width=self.bandwidth, through=through)
+        return form if same else None
+
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """The sparsity penalty of the form, and the term for dead latents."""
         if self.form == "tanh":
             return self._tanh_penalties(fwd, step)
+        if fwd.counted is not None:
+            return {"sparsity": self.coefficient(step) * fwd.counted / len(fwd.batch.x)}
         pattern = fwd.codes.pattern
         theta = self.theta.expand_as(fwd.active_pre) if pattern is None else self.theta[pattern.col]
         active = _Heaviside.apply(fwd.active_pre, theta, self.bandwidth)

@@ -1,4 +1,4 @@
-"""Triton kernels of sparse codes, for `saes.static`.
+"""Triton kernels of sparse and dense codes, for `saes.static` and `saes.fused`.
 
 Every program writes rows of its own and adds in a fixed order, so that equal inputs give equal
 bits. Triton's interpreter runs them on a CPU, slowly (`static.INTERPRETER`).
@@ -6,10 +6,14 @@ bits. Triton's interpreter runs them on a CPU, slowly (`static.INTERPRETER`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sae_experiments.saes.types import DenseForm
 
 #: Entries that a program reads at once.
 ENTRIES = tl.constexpr(16)
@@ -17,6 +21,10 @@ ENTRIES = tl.constexpr(16)
 COLUMNS = 128
 #: Entries of a piece of a segment.
 PIECE = 64
+#: Rows of a dense code whose sums one program adds up.
+CHUNK = 256
+#: Rows and columns of it that a program reads at once.
+TILE = (16, 128)
 
 
 @triton.jit
@@ -75,6 +83,127 @@ def _entry_products(
         b = tl.load(right + j[:, None] * width + columns[None, :], mask=mask, other=0.0)
         total += tl.sum(a * b, 1)
     tl.store(out + entry, total, mask=here)
+
+
+@triton.jit
+def _code(  # noqa: PLR0913 (pointers and sizes)
+    pre,
+    scale,
+    shift,
+    bias,
+    values,
+    gate,
+    counted,
+    fires,
+    n_rows,
+    n_cols,
+    FORM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Code of a chunk of rows, with sums over the chunk. See `dense_code`."""
+    chunk = tl.program_id(1)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < n_cols
+    if FORM != "relu":
+        s = tl.load(scale + columns, mask=inside, other=0.0)
+    if FORM == "gated":
+        t = tl.load(shift + columns, mask=inside, other=0.0)
+        b = tl.load(bias + columns, mask=inside, other=0.0)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    n_active = tl.zeros((COLUMNS,), tl.int32)
+    for first in range(0, CHUNK, ROWS):
+        row = (chunk * CHUNK + first + tl.arange(0, ROWS)).to(tl.int64)
+        here = (row < n_rows)[:, None] & inside[None, :]
+        place = row[:, None] * n_cols + columns[None, :]
+        a = tl.load(pre + place, mask=here, other=-1.0)
+        if FORM == "relu":
+            z = tl.where(here & (a > 0), a, 0.0)
+            total += tl.sum(z, 0)
+        elif FORM == "jump":
+            on = here & (a > s[None, :])
+            z = tl.where(on, a, 0.0)
+            total += tl.sum(on.to(tl.float32), 0)
+        else:
+            on = here & (a > 0)
+            g = tl.where(on, a, 0.0)
+            z = tl.where(on, tl.maximum(s[None, :] * (a - t[None, :]) + b[None, :], 0.0), 0.0)
+            tl.store(gate + place, g, mask=here)
+            total += tl.sum(g, 0)
+        tl.store(values + place, z, mask=here)
+        n_active += tl.sum((z != 0).to(tl.int32), 0)
+    part = chunk * n_cols + columns
+    tl.store(counted + part, total, mask=inside)
+    tl.store(fires + part, n_active, mask=inside)
+
+
+@triton.jit
+def _code_gradient(  # noqa: PLR0913 (pointers and sizes)
+    pre,
+    scale,
+    shift,
+    bias,
+    grad_values,
+    grad_gate,
+    grad_counted,
+    grad_pre,
+    sums,
+    n_rows,
+    n_cols,
+    half_width,
+    FORM: tl.constexpr,
+    THROUGH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Gradient of a chunk of pre-activations, with sums over the chunk. See `dense_gradient`."""
+    chunk = tl.program_id(1)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < n_cols
+    of_sum = tl.load(grad_counted)
+    if FORM != "relu":
+        s = tl.load(scale + columns, mask=inside, other=0.0)
+    if FORM == "gated":
+        t = tl.load(shift + columns, mask=inside, other=0.0)
+        b = tl.load(bias + columns, mask=inside, other=0.0)
+    of_pre = tl.zeros((COLUMNS,), tl.float32)
+    of_scale = tl.zeros((COLUMNS,), tl.float32)
+    of_bias = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, CHUNK, ROWS):
+        row = (chunk * CHUNK + first + tl.arange(0, ROWS)).to(tl.int64)
+        here = (row < n_rows)[:, None] & inside[None, :]
+        place = row[:, None] * n_cols + columns[None, :]
+        a = tl.load(pre + place, mask=here, other=-1.0)
+        grad = tl.load(grad_values + place, mask=here, other=0.0)
+        if FORM == "relu":
+            d = tl.where(here & (a > 0), grad + of_sum, 0.0)
+        elif FORM == "jump":
+            passes = here & (a > s[None, :])
+            near = here & (tl.abs(a - s[None, :]) < half_width)
+            if THROUGH:
+                d = tl.where(passes | near, grad, 0.0)
+            else:
+                d = tl.where(passes, grad, 0.0)
+            # dz/dtheta is -theta/eps in the window, and that of the step -1/eps.
+            slope = -(grad * s[None, :] + of_sum) / (2 * half_width)
+            of_scale += tl.sum(tl.where(near, slope, 0.0), 0)
+        else:
+            on = here & (a > 0)
+            m = s[None, :] * (a - t[None, :]) + b[None, :]
+            dm = tl.where(on & (m > 0), grad, 0.0)
+            more = tl.load(grad_gate + place, mask=here, other=0.0)
+            d = dm * s[None, :] + tl.where(on, more + of_sum, 0.0)
+            of_scale += tl.sum(dm * (a - t[None, :]), 0)
+            of_bias += tl.sum(dm, 0)
+        tl.store(grad_pre + place, d, mask=here)
+        of_pre += tl.sum(d, 0)
+    n_sums = tl.num_programs(1) * n_cols
+    part = chunk * n_cols + columns
+    tl.store(sums + part, of_pre, mask=inside)
+    tl.store(sums + n_sums + part, of_scale, mask=inside)
+    tl.store(sums + 2 * n_sums + part, of_bias, mask=inside)
 
 
 def weighted_rows(
@@ -169,3 +298,97 @@ def entry_products(row: Tensor, col: Tensor, left: Tensor, right: Tensor) -> Ten
             row, col, left, right, out, n, width, columns
         )
     return out
+
+
+def dense_code(pre: Tensor, form: DenseForm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A dense code in one pass over the pre-activations.
+
+    Args:
+        pre: (B, F).
+        form: How the code follows from them.
+
+    Returns:
+        The code z (B, F); the gate (B, F), empty but for `gated`; the sum of what is counted, a
+        scalar; and the number of rows in which z is not 0, (F,) int32.
+    """
+    n_rows, n_cols = pre.shape
+    values = torch.empty_like(pre)
+    gate = torch.empty_like(pre) if form.name == "gated" else pre.new_empty(0)
+    n_chunks = -(-n_rows // CHUNK)
+    counted = pre.new_empty(n_chunks, n_cols)
+    fires = torch.empty(n_chunks, n_cols, dtype=torch.int32, device=pre.device)
+    scale, shift, bias = _parameters(pre, form)
+    rows, columns = TILE
+    grid = (triton.cdiv(n_cols, columns), n_chunks)
+    launch: Any = _code[grid]
+    launch(
+        pre,
+        scale,
+        shift,
+        bias,
+        values,
+        gate,
+        counted,
+        fires,
+        n_rows,
+        n_cols,
+        form.name,
+        CHUNK,
+        rows,
+        columns,
+    )
+    return values, gate, counted.sum(), fires.sum(0, dtype=torch.int32)
+
+
+def _parameters(pre: Tensor, form: DenseForm) -> list[Tensor]:
+    """Parameters of a form; in place of one that it lacks, something that is not read."""
+    parameters = (form.scale, form.shift, form.bias)
+    return [pre if p is None else p.contiguous() for p in parameters]
+
+
+def dense_gradient(
+    pre: Tensor, form: DenseForm, grad_values: Tensor, grad_gate: Tensor, grad_counted: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `dense_code`, in one pass.
+
+    Args:
+        pre: (B, F).
+        form: How the code follows from them.
+        grad_values: (B, F).
+        grad_gate: (B, F) for `gated`.
+        grad_counted: Scalar.
+
+    Returns:
+        Gradients of `pre` (B, F), of the sum of its rows (F,), and of `scale` and `bias` (F,). That
+        of `shift` is `-scale` times that of `bias`.
+    """
+    n_rows, n_cols = pre.shape
+    grad_values = grad_values.contiguous()
+    n_chunks = -(-n_rows // CHUNK)
+    grad_pre = torch.empty_like(pre)  # autograd may still need that of the values
+    sums = pre.new_empty(3, n_chunks, n_cols)
+    scale, shift, bias = _parameters(pre, form)
+    rows, columns = TILE
+    grid = (triton.cdiv(n_cols, columns), n_chunks)
+    launch: Any = _code_gradient[grid]
+    launch(
+        pre,
+        scale,
+        shift,
+        bias,
+        grad_values,
+        grad_gate.contiguous(),
+        grad_counted,
+        grad_pre,
+        sums,
+        n_rows,
+        n_cols,
+        form.width / 2,
+        form.name,
+        form.through,
+        CHUNK,
+        rows,
+        columns,
+    )
+    of_pre, of_scale, of_bias = sums.sum(1)
+    return grad_pre, of_pre, of_scale, of_bias

@@ -13,6 +13,7 @@ from sae_experiments.saes import static
 from sae_experiments.saes.base import SAE, Forward, Inference, Step
 from sae_experiments.saes.controller import L0Controller
 from sae_experiments.saes.pattern import Pattern
+from sae_experiments.saes.types import DenseForm
 from sae_experiments.sampling import spread_rows
 
 
@@ -93,6 +94,12 @@ class Standard(SAE):
         """Positive entries in training, by the calibrated threshold in eval mode."""
         return pre > 0 if self.training else super().support(pre)
 
+    def dense_form(self) -> DenseForm | None:
+        """ReLU, for subclasses that change neither the support nor the values."""
+        cls = type(self)
+        same = cls.support is Standard.support and cls.activation is SAE.activation
+        return DenseForm("relu") if same else None
+
     def coefficient(self, step: Step) -> Any:
         """Current weight of the penalty, a number or within `static.shapes()` a scalar tensor."""
         warmup = sparsity.ramp(step.progress, self.warmup_frac)
@@ -109,8 +116,10 @@ class Standard(SAE):
         values, pattern = fwd.codes
         if self.norm_weighted:
             norms = self.row_norms()
-            values = values * (norms if pattern is None else norms[pattern.col])
-        return {"sparsity": self.coefficient(step) * values.sum() / len(fwd.batch.x)}
+            total = (values * (norms if pattern is None else norms[pattern.col])).sum()
+        else:
+            total = values.sum() if fwd.counted is None else fwd.counted
+        return {"sparsity": self.coefficient(step) * total / len(fwd.batch.x)}
 
     def after_step(self, fwd: Forward, step: Step) -> None:
         """Steer lambda, once it has warmed up."""

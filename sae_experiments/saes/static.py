@@ -55,7 +55,7 @@ def _kernels() -> ModuleType | None:
     return kernels
 
 
-def _kernels_for(t: Tensor) -> ModuleType | None:
+def kernels_for(t: Tensor) -> ModuleType | None:
     """The Triton kernels, if they run on the tensor's device."""
     kernels = _kernels()
     can_run = t.dtype == torch.float32 and (t.is_cuda or INTERPRETER)
@@ -117,7 +117,7 @@ class StaticPattern(Pattern):
             values: Entries (n,).
             dense: (F, d).
         """
-        kernels = _kernels_for(dense)
+        kernels = kernels_for(dense)
         if kernels is None:
             return bags(self.crow, self.col, values, dense)
         return kernels.weighted_rows(self.crow[:-1], self.crow[1:], self.col, values, dense)
@@ -131,7 +131,7 @@ class StaticPattern(Pattern):
         """
         crow, row, order = self.transposed
         values = values.index_select(0, order)
-        kernels = _kernels_for(dense)
+        kernels = kernels_for(dense)
         if kernels is None:
             return bags(crow, row, values, dense)
         if self._pieces is None:  # a latent may be active in every row
@@ -145,7 +145,7 @@ class StaticPattern(Pattern):
             left: (B, d).
             right: (F, d).
         """
-        kernels = _kernels_for(left)
+        kernels = kernels_for(left)
         if kernels is not None:
             return kernels.entry_products(self.row, self.col, left, right)
         pairs = zip(self.row.split(CHUNK), self.col.split(CHUNK), strict=True)

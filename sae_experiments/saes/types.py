@@ -69,11 +69,16 @@ class Codes:
     Args:
         values: (B, F) for a dense code, the values (n,) of the active entries for a sparse one.
         pattern: Positions of the active entries; None for a dense code.
+        fires: `fires`, if it is known already.
     """
 
-    def __init__(self, values: Tensor, pattern: Pattern | None = None) -> None:
+    def __init__(
+        self, values: Tensor, pattern: Pattern | None = None, fires: Tensor | None = None
+    ) -> None:
         self.values = values
         self.pattern = pattern
+        if fires is not None:
+            self.__dict__["fires"] = fires
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.values, self.pattern))
@@ -103,11 +108,32 @@ class Codes:
 
     def detach(self) -> Codes:
         """The same code without its graph."""
-        return Codes(self.values.detach(), self.pattern)
+        return Codes(self.values.detach(), self.pattern, self.__dict__.get("fires"))
 
     def dense(self) -> Tensor:
         """The code as a (B, F) matrix."""
         return self.values if self.pattern is None else self.pattern.dense(self.values)
+
+
+class DenseForm(NamedTuple):
+    """How a dense code follows from pre-activations a (B, F), with parameters (F,).
+
+    - `relu`: `z = ReLU(a)`; counted is z.
+    - `jump`: `z = a 1[a > scale]`; counted is `1[a > scale]`, with `saes.jumprelu`'s estimates of
+      the gradient.
+    - `gated`: gate `ReLU(a)`, and `z = 1[a > 0] ReLU(scale (a - shift) + bias)`; counted is the
+      gate.
+    """
+
+    name: str
+    """`relu`, `jump` or `gated`."""
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    bias: Tensor | None = None
+    width: float = 1.0
+    """Width of the window of `jump`."""
+    through: bool = False
+    """Whether the gradient of `jump` passes through to a within the window."""
 
 
 class Forward(NamedTuple):
@@ -130,7 +156,10 @@ class Forward(NamedTuple):
     for a variant without nested parts."""
     mask: Tensor | None = None
     """Support (B, F) of a dense code, as 0.0 and 1.0. Outside it `active_pre` is 0, which is not a
-    pre-activation. None where the code is sparse."""
+    pre-activation. None where the code is sparse, or `counted` is there."""
+    counted: Tensor | None = None
+    """Sum over the batch of what the penalty counts (see `DenseForm`), a differentiable scalar.
+    None where it was not computed with the code."""
 
     @property
     def nested(self) -> Tensor:
