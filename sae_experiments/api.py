@@ -24,7 +24,7 @@ from sae_experiments.fitting.spec import SAESpec
 from sae_experiments.metrics import reconstruction, sparsity
 from sae_experiments.metrics.base import EvalContext
 from sae_experiments.quality_warnings import Warned, of_metrics
-from sae_experiments.saes.base import SAE, Batch
+from sae_experiments.saes.base import SAE, Batch, warn_unless_fitted
 from sae_experiments.sampling import spread_rows
 from sae_experiments.steering import steer
 from sae_experiments.training.loop import TrainConfig, seed_of
@@ -177,6 +177,7 @@ def evaluate(sae: SAE, activations: Tensor | np.ndarray) -> dict[str, float | No
     """
     if not isinstance(sae, SAE):
         raise UserError(f"evaluate needs an SAE and activations, not {sae!r:.80}")
+    warn_unless_fitted(sae, "evaluate")
     x = _rows(activations, [sae.d_in], "activations").float()
     ctx = EvalContext(sae=sae, device=sae.b_enc.device, x=x)
     quality = reconstruction.measure(ctx, rows=None)

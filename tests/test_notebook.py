@@ -366,3 +366,19 @@ def test_rows_of_zeros_have_no_direction() -> None:
     for name in ("sae_cosine", "sae_l2_ratio"):
         assert found[name] == pytest.approx(expected[name])
         assert evaluate(plainly_fitted(), zeros)[name] is None
+
+
+def test_an_sae_that_was_never_fitted_is_named(tmp_path):
+    sae = build_sae("topk", D, target_l0=4)
+    with pytest.warns(UserWarning, match="evaluate: this TopK has not been fitted; call fit_saes"):
+        evaluate(sae, rows(64, 0))
+    with pytest.warns(UserWarning, match="save_sae: this TopK has not been fitted"):
+        save_sae(sae, tmp_path / "sae", reference=rows(64, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit_saes(sae, rows(512, 0), steps=2, batch_size=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(sae, rows(64, 0))
+        save_sae(sae, tmp_path / "fitted", reference=rows(64, 0))
+        evaluate(load_sae(tmp_path / "fitted"), rows(64, 0))

@@ -59,5 +59,6 @@ def fit_cached(
         device = str(next(sae.parameters()).device)
         sae.load_state_dict(load_file(folder / f"{name}.safetensors", device=device))
         sae.eval().requires_grad_(False)
+        sae.fitted = True
         fitted[name] = sae, FitReport(**reports[name])._replace(from_cache=was_there)
     return fitted

@@ -8,6 +8,7 @@ N rows of a calibration set, n active entries.
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
 
 import torch
@@ -648,6 +649,13 @@ def sparse(support: Pattern | Tensor) -> Pattern | Tensor:
     if int(torch.count_nonzero(support)) >= ops.SPARSE_BELOW * support.numel():
         return support
     return Pattern.from_mask(support)
+
+
+def warn_unless_fitted(sae: SAE, function: str) -> None:
+    """Warn the caller of a public function about an SAE that is as it was built."""
+    if not sae.fitted:
+        text = f"{function}: this {type(sae).__name__} has not been fitted; call fit_saes first"
+        warnings.warn(text, stacklevel=3)
 
 
 class NotExportable(UserError):

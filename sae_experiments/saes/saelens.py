@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sae_experiments.errors import UserError
 from sae_experiments.files import digest, read_json, sha256_file, write_bytes, write_json
-from sae_experiments.saes.base import SAE
+from sae_experiments.saes.base import SAE, warn_unless_fitted
 from sae_experiments.saes.loaded import Loaded, loaded
 from sae_experiments.saes.saelens_config import (
     CONFIG,
@@ -66,6 +66,7 @@ def save_sae(
         UserError: A tensor or a number of the metadata is not finite, or the directory cannot be
             written.
     """
+    warn_unless_fitted(sae, "save_sae")
     folder = Path(folder)
     if next(sae.parameters()).dtype != torch.float32:
         # The file is in float32, so its reference rows must be computed in float32.
