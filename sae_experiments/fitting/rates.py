@@ -22,17 +22,17 @@ from sae_experiments.sampling import spread_rows
 from sae_experiments.training.loop import TrainConfig
 
 #: The rate at a width, for rows that vary in at least as many directions.
-LR = 5e-3
+LR = 3e-3
 WIDTH = 512
 DIRECTIONS = 25
 #: The highest default.
-HIGHEST = 1e-2
+HIGHEST = 6e-3
 #: Rows to count directions in.
 ROWS = 8192
 
 
 def default_lr(sae: SAE, n_directions: float) -> float:
-    """`f min(1e-2, 5e-3 sqrt(512 / width) min(1, sqrt(directions / 25)))`, to two digits.
+    """`f min(6e-3, 3e-3 sqrt(512 / width) min(1, sqrt(directions / 25)))`, to two digits.
 
     Args:
         sae: The SAE, with f = `default_lr_factor`. `width` is that of the rows that one of its

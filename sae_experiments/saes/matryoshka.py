@@ -38,8 +38,6 @@ class Matryoshka(BatchTopK):
     """
 
     static_steps = True
-    #: At the rate of the others its error climbs late in the fit, which then steps back.
-    default_lr_factor = 0.6
 
     group: Tensor
     frequency: Tensor
