@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_experiments.errors import UserError
 from sae_experiments.saes import ops
 from sae_experiments.saes.base import SAE, Forward, Inference, Step
 from sae_experiments.saes.standard import Standard
@@ -31,22 +30,17 @@ class Gated(Standard):
     the penalty does not shrink the magnitudes.
 
     A latent whose magnitude is negative wherever its gate opens is dead, and its magnitude gets no
-    gradient. Its `b_mag` therefore rises by `lift` at each step.
+    gradient. Of dead latents it is therefore `b_mag` that rises by `lift`.
 
     Args:
-        lift: Rise of the magnitude's bias of a dead latent, per step, on inputs of unit mean
-            square; 0 leaves it.
-        **kwargs: Further arguments of `Standard`.
+        **kwargs: Arguments of `Standard`.
     """
 
     static_steps = True
     default_lr_factor = 1.0
 
-    def __init__(self, *, lift: float, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not lift >= 0:
-            raise UserError(f"sae.model.lift={lift} must not be negative")
-        self.lift = lift
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
         self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
 
@@ -79,11 +73,9 @@ class Gated(Standard):
             "gate_mse": ops.squared_error(rebuilt, fwd.batch.y),
         }
 
-    def after_step(self, fwd: Forward, step: Step) -> None:
-        """Raise the magnitudes of dead latents, and steer lambda."""
-        if self.lift:
-            self.b_mag.data.add_(step.dead.to(self.b_mag.dtype), alpha=self.lift)
-        super().after_step(fwd, step)
+    def lifted(self) -> Tensor:
+        """Biases of the magnitudes."""
+        return self.b_mag
 
     def inference(self) -> Inference:
         """A gated SAE in SAELens' terms."""

@@ -35,6 +35,8 @@ class Standard(SAE):
             latents is active and the first steps are dense.
         norm_weighted: Use the form of April 2024, `lambda mean_B sum_j z_j ||d_j||` with a free
             decoder. The gradient flows into the norms.
+        lift: Rise of the bias of a dead latent per step, on inputs of unit mean square; 0 leaves
+            it to AuxK.
         **kwargs: Further arguments of `SAE`.
     """
 
@@ -53,11 +55,15 @@ class Standard(SAE):
         warmup_frac: float,
         start_l0: float | None,
         norm_weighted: bool = False,
+        lift: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(unit_decoder=not norm_weighted, **kwargs)
         if start_l0 is not None and not start_l0 > 0:
             raise UserError(f"sae.model.start_l0={start_l0} must be positive, or null")
+        if not lift >= 0:
+            raise UserError(f"sae.model.lift={lift} must not be negative")
+        self.lift = lift
         self.norm_weighted = norm_weighted
         self.warmup_frac = warmup_frac
         self.start_l0 = start_l0
@@ -121,8 +127,14 @@ class Standard(SAE):
             total = values.sum() if fwd.counted is None else fwd.counted
         return {"sparsity": self.coefficient(step) * total / len(fwd.batch.x)}
 
+    def lifted(self) -> Tensor:
+        """Biases (F,) that rise while their latents are dead."""
+        return self.b_enc
+
     def after_step(self, fwd: Forward, step: Step) -> None:
-        """Steer lambda, once it has warmed up."""
+        """Raise the biases of dead latents, and steer lambda once it has warmed up."""
+        if self.lift:
+            self.lifted().data.add_(step.dead.to(self.b_enc.dtype), alpha=self.lift)
         warm = step.progress >= self.warmup_frac
         if static.on():
             self.controller.update_on_device(fwd.codes.l0_on_device, warm)

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from sae_experiments.errors import UserError
+from sae_experiments.fitting.fit import Sample, fit_saes
 from sae_experiments.saes import ops, selection
 from sae_experiments.saes.base import Batch
 from sae_experiments.saes.controller import L0Controller
 from sae_experiments.saes.jumprelu import _Heaviside, _Jump
 from sae_experiments.saes.p_anneal import power_sum
 from sae_experiments.saes.pattern import Pattern
-from support.saes import D, M, batch, make, rows, step, trained
+from support.saes import D, M, batch, config, make, rows, step, trained
 
 # --- selection ------------------------------------------------------------------------------------
 
@@ -274,6 +275,41 @@ def test_only_the_thresholds_of_dead_latents_melt():
     dead[3] = True
     sae.after_step(sae.training_forward(batch()), step(sae, dead=dead))
     assert sae.theta[3] == before[3] / 2 and torch.equal(sae.theta[~dead], before[~dead])
+
+
+@pytest.mark.parametrize(
+    ("name", "bias"), [("standard", "b_enc"), ("jumprelu", "b_enc"), ("gated", "b_mag")]
+)
+def test_only_the_biases_of_dead_latents_rise(name, bias):
+    sae = make(name).train()
+    assert sae.lift > 0
+    before = {key: p.clone() for key, p in sae.named_parameters()}
+    dead = torch.arange(M) % 3 == 0
+    now = step(sae, dead=dead)
+    fwd = sae.loss(batch(64), now).extra
+    sae.after_step(fwd, now)
+    risen = before[bias] + sae.lift * dead
+    assert torch.equal(sae.get_parameter(bias), risen)
+    assert torch.equal(sae.b_enc, risen if bias == "b_enc" else before["b_enc"])
+
+
+def test_a_gated_latent_whose_magnitude_is_negative_comes_back():
+    """Its gate opens as before; AuxK and the gate's own term do not reach its magnitude."""
+    fires = {}
+    for lift in (0.0, 0.01):
+        sae, start = make("gated", f"sae.model.lift={lift}"), rows(2048, 10**6)
+        sae.b_mag.data[:5] = -3.0
+        fit_saes(
+            {"gated": sae},
+            lambda index: batch(128, index),
+            config(steps=600),
+            Sample(start, start, start),
+            seed=0,
+            dead_after=1000,
+        )
+        fires[lift] = (sae.encode(rows(2048, 7)) > 0).any(0)[:5]
+    assert not fires[0.0].any()
+    assert fires[0.01].all()
 
 
 def test_kl_penalty_is_zero_at_the_target_rate_and_by_formula_elsewhere():
