@@ -54,7 +54,7 @@ def collect(args: argparse.Namespace) -> None:
     np.save(args.out, torch.cat(parts).half().numpy())
 
 
-def planted(width: int, n: int = 60_000) -> Any:
+def planted(width: int, n: int = 200_000) -> Any:
     """Sums of a few of `4 * width` directions, whose frequencies fall as a power, and noise."""
     import torch
 
@@ -108,12 +108,16 @@ def fit(args: argparse.Namespace) -> None:
                 "factor": factor,
                 "default_lr": default,
             }
+            train = {"steps": args.steps, "batch_size": args.batch, "lr": lr}
+            if args.beta2 is not None:
+                what["beta2"] = args.beta2
+                train["betas"] = (0.9, args.beta2)
             if what in [result["what"] for result in results(args.results)]:
                 continue
             began = time.monotonic()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                report = fit_saes(sae, x, steps=args.steps, batch_size=args.batch, lr=lr)["sae"]
+                report = fit_saes(sae, x, **train)["sae"]
             measured = evaluate(sae, held)
             line = {
                 "what": what,
@@ -211,6 +215,7 @@ def main() -> None:
     one.add_argument("--l0", type=float, default=32)
     one.add_argument("--steps", type=int, default=600)
     one.add_argument("--batch", type=int, default=2048)
+    one.add_argument("--beta2", type=float, help="decay rate of Adam's second moment")
     one.add_argument("--results", default="rates.jsonl")
     one.set_defaults(run=fit)
     one = commands.add_parser("draw")

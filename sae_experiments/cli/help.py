@@ -37,7 +37,7 @@ Frequent options
   sae.target_l0=32        latents active on average        sae.expansion=8     d_sae / d_in
   site=resid.mid          which activations are read       seeds=[0,1,2]       of every corpus
   data=[text8]            which corpora                    device=auto         auto, cpu or cuda
-  fit.train.steps=1500    steps of the SAE                 lm.train.steps=900  steps of the model
+  fit.train.steps=1000    steps of the SAE                 lm.train.steps=900  steps of the model
   time_limit_s=7000       stop in good order before that   overwrite=true      replace other results
   cache=DIR (SAE_CACHE)   language models, activations     verbosity=normal    quiet | verbose
   report=true             report.html at the end           study.replicas=1    more seeds per SAE
