@@ -22,8 +22,8 @@ def main(steps: int = 300) -> None:
     train = sparse_rows(50_000, directions, generator)
     test = sparse_rows(5_000, directions, generator)
 
-    sae = build_sae("batch_topk", d_in=64, d_sae=256, target_l0=5)
-    fit_saes(sae, train, steps=steps, batch_size=1024, lr=3e-3)
+    sae = build_sae("batch_topk", d_in=64, d_sae=128, target_l0=5)
+    fit_saes(sae, train, steps=steps, batch_size=1024)
     for name in ("sae_fvu", "sae_l0", "sae_dead_frac"):
         print(f"{name}: {evaluate(sae, test)[name]:.4f}")
 

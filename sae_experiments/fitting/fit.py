@@ -122,7 +122,7 @@ class Counts(nn.Module):
 
 
 class Decided(NamedTuple):
-    """What the host decides about the coming steps."""
+    """Decisions of the host about the coming steps."""
 
     some_dead: bool
     """They have terms for dead latents."""

@@ -434,7 +434,7 @@ class SAE(nn.Module):
         return Forward(batch, pre, codes, recon, gate, counted=counted)
 
     def dense_form(self) -> DenseForm | None:
-        """How a training step gets a dense code from its pre-activations, if kernels know it."""
+        """Rule by which a dense code follows from pre-activations, if kernels know it."""
         return None
 
     @property

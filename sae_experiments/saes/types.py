@@ -116,7 +116,7 @@ class Codes:
 
 
 class DenseForm(NamedTuple):
-    """How a dense code follows from pre-activations a (B, F), with parameters (F,).
+    """Rule by which a dense code follows from pre-activations a (B, F), with parameters (F,).
 
     - `relu`: `z = ReLU(a)`; counted is z.
     - `jump`: `z = a 1[a > scale]`; counted is `1[a > scale]`, with `saes.jumprelu`'s estimates of

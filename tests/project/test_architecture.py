@@ -87,7 +87,7 @@ TABLE: dict[str, set[str]] = {
 ONLY = {
     # Models trained here and models from a directory are apart, so that neither decides about the
     # other's caches.
-    "transformers": {"models.gpt2", "models.cpu_kernels", "models.local"},
+    "transformers": {"models.gpt2", "models.cpu_kernels", "models.local", "models.windows"},
     "huggingface_hub": {"models.hub", "models.local"},
     "tokenizers": {"models.tokens"},
     "datasets": {"corpora.documents"},
