@@ -28,7 +28,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 VARIANTS = ("topk", "batch_topk", "matryoshka", "standard", "jumprelu", "gated")
 FACTORS = (0.25, 0.5, 1.0, 2.0)
-TICKS = (*FACTORS, 4.0)
 WINDOW = 128
 HELD_OUT = 0.1  # share of the rows
 
@@ -183,10 +182,10 @@ def draw(args: argparse.Namespace) -> None:
             )
         ax.axhspan(1, 1.05, color="0.92", zorder=0)
         ax.set_xscale("log", base=2)
-        ax.set_xticks(TICKS, [f"{f:g}" for f in TICKS])
+        ax.set_xticks(FACTORS, [f"{f:g}" for f in FACTORS])
         ax.set_title(f"{source.split('.')[0]}, width {mine[0]['what']['width']}", fontsize=10)
         ax.legend(fontsize=8, frameon=False)
-        ax.set_xlabel("times the rate at f = 1")
+        ax.set_xlabel("times the default rate")
     for ax in axes[:, 0]:
         ax.set_ylabel("FVU, relative to the best")
     axes[0][0].set_ylim(0.98, 1.6)
