@@ -1,7 +1,7 @@
 """Dense codes on a device, in as few passes over (B, F) as can be.
 
-There, such a pass takes longer than the encoder's product, and PyTorch makes up to forty of them in
-a step. Here the code, what its penalty counts and how often latents fire come from a single one,
+There, such a pass takes about as long as the encoder's product, and PyTorch makes up to 33 of them
+in a step. Here the code, what its penalty counts and how often latents fire come from a single one,
 and all gradients with respect to pre-activations from another.
 
 Shape letters: B rows, D `d_in`, F latents.

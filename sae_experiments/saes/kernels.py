@@ -86,6 +86,28 @@ def _entry_products(
 
 
 @triton.jit
+def _of_columns(scale, shift, bias, columns, inside, FORM: tl.constexpr):
+    """The parameters of a form that it has; 0 for the others."""
+    s = tl.zeros_like(columns).to(tl.float32)
+    t = s
+    b = s
+    if FORM != "relu":
+        s = tl.load(scale + columns, mask=inside, other=0.0)
+    if FORM == "gated":
+        t = tl.load(shift + columns, mask=inside, other=0.0)
+        b = tl.load(bias + columns, mask=inside, other=0.0)
+    return s, t, b
+
+
+@triton.jit
+def _tile(first, columns, n_rows, n_cols, ROWS: tl.constexpr):
+    """Places of some rows and columns of a matrix, and which of them exist."""
+    row = (first + tl.arange(0, ROWS)).to(tl.int64)
+    here = (row < n_rows)[:, None] & (columns < n_cols)[None, :]
+    return here, row[:, None] * n_cols + columns[None, :]
+
+
+@triton.jit
 def _code(  # noqa: PLR0913 (pointers and sizes)
     pre,
     scale,
@@ -106,17 +128,11 @@ def _code(  # noqa: PLR0913 (pointers and sizes)
     chunk = tl.program_id(1)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < n_cols
-    if FORM != "relu":
-        s = tl.load(scale + columns, mask=inside, other=0.0)
-    if FORM == "gated":
-        t = tl.load(shift + columns, mask=inside, other=0.0)
-        b = tl.load(bias + columns, mask=inside, other=0.0)
+    s, t, b = _of_columns(scale, shift, bias, columns, inside, FORM)
     total = tl.zeros((COLUMNS,), tl.float32)
     n_active = tl.zeros((COLUMNS,), tl.int32)
     for first in range(0, CHUNK, ROWS):
-        row = (chunk * CHUNK + first + tl.arange(0, ROWS)).to(tl.int64)
-        here = (row < n_rows)[:, None] & inside[None, :]
-        place = row[:, None] * n_cols + columns[None, :]
+        here, place = _tile(chunk * CHUNK + first, columns, n_rows, n_cols, ROWS)
         a = tl.load(pre + place, mask=here, other=-1.0)
         if FORM == "relu":
             z = tl.where(here & (a > 0), a, 0.0)
@@ -163,18 +179,12 @@ def _code_gradient(  # noqa: PLR0913 (pointers and sizes)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < n_cols
     of_sum = tl.load(grad_counted)
-    if FORM != "relu":
-        s = tl.load(scale + columns, mask=inside, other=0.0)
-    if FORM == "gated":
-        t = tl.load(shift + columns, mask=inside, other=0.0)
-        b = tl.load(bias + columns, mask=inside, other=0.0)
+    s, t, b = _of_columns(scale, shift, bias, columns, inside, FORM)
     of_pre = tl.zeros((COLUMNS,), tl.float32)
     of_scale = tl.zeros((COLUMNS,), tl.float32)
     of_bias = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, CHUNK, ROWS):
-        row = (chunk * CHUNK + first + tl.arange(0, ROWS)).to(tl.int64)
-        here = (row < n_rows)[:, None] & inside[None, :]
-        place = row[:, None] * n_cols + columns[None, :]
+        here, place = _tile(chunk * CHUNK + first, columns, n_rows, n_cols, ROWS)
         a = tl.load(pre + place, mask=here, other=-1.0)
         grad = tl.load(grad_values + place, mask=here, other=0.0)
         if FORM == "relu":

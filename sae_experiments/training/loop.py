@@ -239,7 +239,10 @@ class Learner:
         return nullcontext()
 
     def inputs(self, batch: Any) -> Any:
-        """The part of a batch that a recorded step reads: a (nested) tuple of tensors and None."""
+        """The part of a batch that a recorded step reads.
+
+        A (nested) tuple of tensors, None, and objects of the host that are the same at every step.
+        """
         return batch
 
     def recordable(self, batch: Any) -> bool:

@@ -342,12 +342,12 @@ def effect_of(model: nn.Module, site: Site, tokens: Tensor, recon: Tensor) -> di
     n_layer = len(blocks_of(model))
     first = site.layer + (site.stream == "resid")
     later = [Site("resid", layer) for layer in range(max(first, 1), n_layer + 1)]
-    with whole_windows(), torch.no_grad(), capture(model, later) as clean:
-        logits = model(input_ids=tokens, use_cache=False).logits
-        log_p = logits.float().log_softmax(-1)
-    replaced = patched(model, site, lambda x: recon.view_as(x))
-    with whole_windows(), replaced, capture(model, later) as changed:
-        log_q = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
+    with whole_windows():
+        with torch.no_grad(), capture(model, later) as clean:
+            logits = model(input_ids=tokens, use_cache=False).logits
+            log_p = logits.float().log_softmax(-1)
+        with patched(model, site, lambda x: recon.view_as(x)), capture(model, later) as changed:
+            log_q = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
     kl = F.kl_div(log_q, log_p, log_target=True, reduction="sum") / tokens.numel()
     errors = [
         (changed[s] - clean[s]).square().sum() / (clean[s] - clean[s].mean((0, 1))).square().sum()
