@@ -412,30 +412,35 @@ class SAE(nn.Module):
         elif values is not active_pre:
             values = ops.masked(values, of_type(support, Tensor))
         codes = Codes(values, pattern)
+        recon, levels = self._rebuilt(batch, codes)
+        mask = None if isinstance(support, Pattern) else support
+        return Forward(batch, pre, codes, recon, active_pre, levels, mask)
+
+    def _rebuilt(self, batch: Batch, codes: Codes) -> tuple[Tensor, Tensor | None]:
+        """Reconstruction (B, O) of a training batch, and those from nested parts of the code."""
         levels = self.nested_recons(codes)
         if levels is None:
-            recon = ops.decode(codes.values, pattern, self.W_dec) + self.b_dec
+            recon = ops.decode(codes.values, codes.pattern, self.W_dec) + self.b_dec
         else:
             recon = levels[:, -1]
         direct = self.linear_path(batch.x)
-        if direct is not None:
-            recon = recon + direct
-        mask = None if isinstance(support, Pattern) else support
-        return Forward(batch, pre, codes, recon, active_pre, levels, mask)
+        return (recon if direct is None else recon + direct), levels
 
     def _fused_forward(self, batch: Batch, x: Tensor, bias: Tensor, form: DenseForm) -> Forward:
         """`training_forward` of a dense code of a known form, on a device."""
         pre = self.encoder_matmul(x, bias)
         codes, gate, counted = fused.dense_code(x, self.W_enc, bias, pre, form)
-        recon = ops.decode(codes.values, None, self.W_dec) + self.b_dec
-        direct = self.linear_path(batch.x)
-        if direct is not None:
-            recon = recon + direct
-        return Forward(batch, pre, codes, recon, gate, counted=counted)
+        recon, levels = self._rebuilt(batch, codes)
+        return Forward(batch, pre, codes, recon, gate, levels, counted=counted)
 
     def dense_form(self) -> DenseForm | None:
         """Rule by which a dense code follows from pre-activations, if kernels know it."""
         return None
+
+    def encodes_as(self, cls: type[SAE]) -> bool:
+        """True if the class of this SAE changes neither support nor values of its parent `cls`."""
+        mine = type(self)
+        return mine.support is cls.support and mine.activation is cls.activation
 
     @property
     def matmul_dtype(self) -> torch.dtype:

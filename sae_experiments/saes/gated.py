@@ -51,11 +51,10 @@ class Gated(Standard):
         return torch.relu(scale * (entries - gate) + bias)
 
     def dense_form(self) -> DenseForm | None:
-        """Gate and magnitude, for subclasses that do not change them."""
-        cls = type(self)
-        same = cls.support is Gated.support and cls.activation is Gated.activation
-        form = DenseForm("gated", scale=self.r_mag.exp(), shift=self.b_enc, bias=self.b_mag)
-        return form if same else None
+        """Gate and magnitude."""
+        if not self.encodes_as(Gated):
+            return None
+        return DenseForm("gated", scale=self.r_mag.exp(), shift=self.b_enc, bias=self.b_mag)
 
     def threshold_score(self, pre: Tensor) -> Tensor:
         """Pre-activations of the gate where the magnitude is positive, 0 elsewhere."""

@@ -131,12 +131,11 @@ class JumpReLU(Standard):
         return _Jump.apply(entries, theta, self.bandwidth, self.form == "tanh")
 
     def dense_form(self) -> DenseForm | None:
-        """The jump, for subclasses that do not change it."""
-        cls = type(self)
-        same = cls.support is JumpReLU.support and cls.activation is JumpReLU.activation
+        """The jump."""
+        if not self.encodes_as(JumpReLU):
+            return None
         through = self.form == "tanh"
-        form = DenseForm("jump", scale=self.theta, width=self.bandwidth, through=through)
-        return form if same else None
+        return DenseForm("jump", scale=self.theta, width=self.bandwidth, through=through)
 
     def penalties(self, fwd: Forward, step: Step) -> dict[str, Tensor]:
         """The sparsity penalty of the form, and the term for dead latents."""

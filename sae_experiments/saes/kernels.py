@@ -6,7 +6,8 @@ bits. Triton's interpreter runs them on a CPU, slowly (`static.INTERPRETER`).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import triton
@@ -25,6 +26,9 @@ PIECE = 64
 CHUNK = 256
 #: Rows and columns of it that a program reads at once.
 TILE = (16, 128)
+
+#: `triton.jit` for a function that kernels call; its own annotation says that it never returns.
+_inlined = cast(Callable[[Any], Any], triton.jit)
 
 
 @triton.jit
@@ -85,7 +89,7 @@ def _entry_products(
     tl.store(out + entry, total, mask=here)
 
 
-@triton.jit
+@_inlined
 def _of_columns(scale, shift, bias, columns, inside, FORM: tl.constexpr):
     """The parameters of a form that it has; 0 for the others."""
     s = tl.zeros_like(columns).to(tl.float32)
@@ -99,7 +103,7 @@ def _of_columns(scale, shift, bias, columns, inside, FORM: tl.constexpr):
     return s, t, b
 
 
-@triton.jit
+@_inlined
 def _tile(first, columns, n_rows, n_cols, ROWS: tl.constexpr):
     """Places of some rows and columns of a matrix, and which of them exist."""
     row = (first + tl.arange(0, ROWS)).to(tl.int64)

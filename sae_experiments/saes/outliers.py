@@ -126,15 +126,7 @@ class OrdinaryRows:
         if bool(kept.all()):
             return batch._replace(alt=alt)
         index = kept.nonzero().squeeze(1)
-        x = batch.x[index]
-        y = x if batch.y is batch.x else batch.y[index]
-        rest = batch.downstream
-        return Batch(
-            x,
-            y,
-            None if alt is None else alt[index],
-            None if rest is None else rest._replace(raw=batch.y, kept=index),
-        )
+        return _rows_of(batch._replace(alt=alt), index, index)
 
     def of_batch_in_place(self, batch: Batch) -> Batch:
         """The batch with the last ordinary row before it in place of each outlier.
@@ -150,16 +142,7 @@ class OrdinaryRows:
         before = torch.where(kept, place, -1).cummax(0).values
         index = torch.where(before < 0, first, before)
         index = torch.where(kept.any(), index, place)
-        x = batch.x.index_select(0, index)
-        y = x if batch.y is batch.x else batch.y.index_select(0, index)
-        alt = self._second_view(batch)
-        rest = batch.downstream
-        return Batch(
-            x,
-            y,
-            None if alt is None else alt.index_select(0, index),
-            None if rest is None else rest._replace(raw=batch.y, kept=kept),
-        )
+        return _rows_of(batch._replace(alt=self._second_view(batch)), index, kept)
 
     def _second_view(self, batch: Batch) -> Tensor | None:
         """The second view, with the row itself in place of an outlier."""
@@ -167,3 +150,15 @@ class OrdinaryRows:
         if alt is None:
             return None
         return torch.where(self.inputs.contains(alt)[:, None], alt, batch.x)
+
+
+def _rows_of(batch: Batch, index: Tensor, kept: Tensor) -> Batch:
+    """The rows (n,) of a batch; in `downstream` all but the `kept` ones stay as they are."""
+    x = batch.x.index_select(0, index)
+    rest = batch.downstream
+    return Batch(
+        x,
+        x if batch.y is batch.x else batch.y.index_select(0, index),
+        None if batch.alt is None else batch.alt.index_select(0, index),
+        None if rest is None else rest._replace(raw=batch.y, kept=kept),
+    )

@@ -101,10 +101,8 @@ class Standard(SAE):
         return pre > 0 if self.training else super().support(pre)
 
     def dense_form(self) -> DenseForm | None:
-        """ReLU, for subclasses that change neither the support nor the values."""
-        cls = type(self)
-        same = cls.support is Standard.support and cls.activation is SAE.activation
-        return DenseForm("relu") if same else None
+        """ReLU."""
+        return DenseForm("relu") if self.encodes_as(Standard) else None
 
     def coefficient(self, step: Step) -> Any:
         """Current weight of the penalty, a number or within `static.shapes()` a scalar tensor."""
